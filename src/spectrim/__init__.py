@@ -1,0 +1,35 @@
+"""spectrim: low-rank compression of neural networks, done so that it can be believed."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spectrim.algorithms.base import Compressed as Compressed
+    from spectrim.algorithms.compact import Compact as Compact
+    from spectrim.algorithms.lossless import Lossless as Lossless
+    from spectrim.algorithms.truncation import Truncation as Truncation
+    from spectrim.api import compress as compress
+    from spectrim.api import load as load
+    from spectrim.decomposers.svd import SVD as SVD
+    from spectrim.errors import UserError as UserError
+    from spectrim.plan import RankPlan as RankPlan
+
+# Imported at first use, so that reports, which need no torch, do not pay for it.
+_HOME = {
+    "Compact": "spectrim.algorithms.compact",
+    "Compressed": "spectrim.algorithms.base",
+    "Lossless": "spectrim.algorithms.lossless",
+    "RankPlan": "spectrim.plan",
+    "SVD": "spectrim.decomposers.svd",
+    "Truncation": "spectrim.algorithms.truncation",
+    "UserError": "spectrim.errors",
+    "compress": "spectrim.api",
+    "load": "spectrim.api",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'spectrim' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

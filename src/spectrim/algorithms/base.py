@@ -1,0 +1,135 @@
+"""What every algorithm is given, and what it returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import pandas as pd
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spectrim import surgery
+from spectrim.batches import Inputs
+from spectrim.cost import Cost, model_cost
+from spectrim.decomposers.spectrum import Decomposer, Spectrum, spectrum_of
+from spectrim.errors import UserError
+from spectrim.objective import Objective
+from spectrim.plan import Kept, RankPlan
+
+
+class Algorithm(Protocol):
+    """A selector. ``compress`` leaves the given model as it was and sees only what ``objective`` holds."""
+
+    def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> "Compressed":
+        """Select what to keep of each layer, and return the compressed copy."""
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A compressed model, how it was made, and what it costs.
+
+    ``report``: one row a layer that could be factored: layer, shape, full_rank, break_even, rank (None: left dense),
+    params_before, params_after, predicted_change (of the calibration loss, to first order), relative_error.
+    ``log``: the steps of the algorithm; ``notes``: which layers could not be factored, and why.
+    """
+
+    model: nn.Module
+    plan: RankPlan
+    report: pd.DataFrame
+    dense: nn.Module = field(repr=False)
+    example: Inputs = field(repr=False)
+    log: list[dict] = field(default_factory=list, repr=False)
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Parameters and MACs of the compressed model."""
+        return model_cost(self.model, self.example)
+
+    @cached_property
+    def dense_cost(self) -> Cost:
+        """Parameters and MACs of the given model."""
+        return model_cost(self.dense, self.example)
+
+    @property
+    def params_kept(self) -> float:
+        """Parameters of the whole compressed model over those of the whole dense one."""
+        return self.cost.params / self.dense_cost.params
+
+    @property
+    def macs_kept(self) -> float:
+        """MACs of the whole compressed model over those of the whole dense one."""
+        return self.cost.macs / self.dense_cost.macs
+
+    @property
+    def predicted_change(self) -> float:
+        """First-order change of the calibration loss, summed over the factored layers."""
+        return float(self.report.loc[self.report["rank"].notna(), "predicted_change"].sum())
+
+    def save(self, path: str | Path) -> None:
+        """Write the compressed model as safetensors; ``spectrim.load(path, into=dense_model)`` reads it back."""
+        surgery.save(path, self.model, self.plan)
+
+
+class Workbench:
+    """One model laid open: its layers, their spectra (each decomposed once) and the objective to judge them by."""
+
+    def __init__(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> None:
+        self.model, self.objective, self.example = model, objective, objective.example()
+        layers, left = surgery.factorable(model, self.example)
+        self.notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
+        self.spectra: dict[str, Spectrum] = {}
+        for name, layer in tqdm(layers.items(), "decompose", unit="layer", leave=False, delay=2):
+            try:
+                spectrum = spectrum_of(layer, decomposer)
+            except UserError as error:
+                raise UserError(f"layer {name}: {error}") from None
+            if spectrum.break_even:
+                self.spectra[name] = spectrum
+            else:
+                self.notes.append(f"{name}: left dense: no rank is below break-even")
+        if not self.spectra:
+            raise UserError("this model has nothing to factor: no Linear or Conv2d layer gets smaller at any rank")
+
+    def first_order(self, split: str = "calibration", model: nn.Module | None = None) -> dict[str, Tensor]:
+        """``<G, delta_k>`` of every layer at every rank. With ``model`` (partly factored), of its dense layers."""
+        model = model or self.model
+        dense = [name for name in self.spectra if isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d)]
+        gradients = self.objective.gradients(model, dense, split)
+        return {name: self.spectra[name].first_order(gradient) for name, gradient in gradients.items()}
+
+    def finish(self, ranks: Mapping[str, int], log: list[dict] | None = None) -> Compressed:
+        """The compressed model at ``ranks``; layers absent, or at a rank above break-even, stay dense."""
+        kept = {name: k for name, k in ranks.items() if k <= self.spectra[name].break_even}
+        plan = RankPlan.of({name: Kept(k, self.spectra[name].form) for name, k in kept.items()})
+        return Compressed(
+            model=surgery.apply(self.model, plan, self.spectra),
+            plan=plan,
+            report=self._report(kept),
+            dense=self.model,
+            example=self.example,
+            log=log or [],
+            notes=self.notes,
+        )
+
+    def _report(self, kept: Mapping[str, int]) -> pd.DataFrame:
+        predicted = self.first_order()
+        rows = []
+        for name, spectrum in self.spectra.items():
+            weight, rank = self.model.get_submodule(name).weight, kept.get(name)
+            rows.append(
+                {
+                    "layer": name,
+                    "shape": tuple(weight.shape),  # type: ignore[arg-type]
+                    "full_rank": spectrum.max_rank,
+                    "break_even": spectrum.break_even,
+                    "rank": rank,
+                    "params_before": weight.numel(),  # type: ignore[operator]
+                    "params_after": weight.numel() if rank is None else spectrum.cost(rank),  # type: ignore[operator]
+                    "predicted_change": 0.0 if rank is None else float(predicted[name][rank]),
+                    "relative_error": 0.0 if rank is None else float(spectrum.relative_error()[rank]),
+                }
+            )
+        return pd.DataFrame(rows).astype({"rank": "Int64"})

@@ -1,0 +1,89 @@
+"""The baseline: cut every layer by one common rule, without looking at the loss."""
+
+import math
+
+from torch import nn
+
+from spectrim.algorithms.base import Compressed, Workbench
+from spectrim.decomposers.spectrum import Decomposer, Spectrum
+from spectrim.errors import UserError
+from spectrim.objective import Objective
+from spectrim.settings import settings
+
+
+@settings
+class Truncation:
+    """Exactly one of four rules.
+
+    ``rank``: the same rank in every layer. ``ratio``, in (0, 1]: every factored layer keeps this part of its
+    parameters. ``energy``, in (0, 1]: the smallest rank that keeps this part of the layer's squared singular values.
+    ``params_kept``, in (0, 1]: parameters of the whole compressed model over those of the dense one, met from below by
+    the largest common ``ratio`` that fits. A layer whose rank would reach break-even stays dense.
+    """
+
+    rank: int | None = None
+    ratio: float | None = None
+    energy: float | None = None
+    params_kept: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            raise UserError(f"truncation takes exactly one of rank, ratio, energy, params_kept; got {given or 'none'}")
+        ((name, value),) = given.items()
+        if name == "rank" and value < 1:
+            raise UserError(f"rank must be at least 1, got {value}")
+        if name != "rank" and not 0 < value <= 1:
+            raise UserError(f"{name} must lie in (0, 1], got {value}")
+
+    def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
+        """Cut every layer by the rule. Raises ``UserError`` for a rank that no layer has, or a budget out of reach."""
+        bench = Workbench(model, decomposer, objective)
+        if self.rank is not None:
+            largest = max(spectrum.max_rank for spectrum in bench.spectra.values())
+            if self.rank > largest:
+                raise UserError(f"rank {self.rank} is above the full rank of every layer (at most {largest})")
+            return bench.finish(dict.fromkeys(bench.spectra, self.rank))
+        if self.energy is not None:
+            return bench.finish({name: _rank_of_energy(s, self.energy) for name, s in bench.spectra.items()})
+        ratio = self.ratio if self.ratio is not None else self._ratio_of_budget(bench)
+        return bench.finish(_ranks_of_ratio(bench, ratio))
+
+    def _ratio_of_budget(self, bench: Workbench) -> float:
+        """The largest common ratio that fits the budget, by bisection on the counted parameters."""
+        assert self.params_kept is not None
+        total = sum(parameter.numel() for parameter in bench.model.parameters())
+        budget = self.params_kept * total
+
+        def params(ratio: float) -> int:
+            saved = 0
+            for name, rank in _ranks_of_ratio(bench, ratio).items():
+                spectrum = bench.spectra[name]
+                if rank <= spectrum.break_even:
+                    saved += bench.model.get_submodule(name).weight.numel() - spectrum.cost(rank)  # type: ignore
+            return total - saved
+
+        low, high = 0.0, 1.0
+        if params(low) > budget:
+            least = params(low) / total
+            raise UserError(f"params_kept={self.params_kept} is out of reach: at rank 1 {least:.4f} of them remain")
+        if params(high) <= budget:
+            return high
+        while high - low > 1e-6:
+            middle = (low + high) / 2
+            low, high = (middle, high) if params(middle) <= budget else (low, middle)
+        return low
+
+
+def _ranks_of_ratio(bench: Workbench, ratio: float) -> dict[str, int]:
+    ranks = {}
+    for name, spectrum in bench.spectra.items():
+        dense = bench.model.get_submodule(name).weight.numel()  # type: ignore[union-attr,operator]
+        ranks[name] = max(1, math.floor(ratio * dense / spectrum.cost(1)))
+    return ranks
+
+
+def _rank_of_energy(spectrum: Spectrum, energy: float) -> int:
+    dropped = spectrum.error().square()
+    enough = dropped <= (1 - energy) * dropped[0] + 1e-12 * dropped[0]
+    return max(1, int(enough.nonzero()[0]))

@@ -1,0 +1,42 @@
+"""The one-call interface: any module, any iterable of batches, any algorithm."""
+
+from pathlib import Path
+
+import torch.nn.functional as F
+from torch import nn
+
+from spectrim import surgery
+from spectrim.algorithms.base import Algorithm, Compressed
+from spectrim.algorithms.lossless import Lossless
+from spectrim.decomposers.spectrum import Decomposer
+from spectrim.decomposers.svd import SVD
+from spectrim.objective import Batches, Loss, Objective
+
+
+def compress(
+    model: nn.Module,
+    *,
+    calibration: Batches,
+    loss: Loss = F.cross_entropy,
+    algorithm: Algorithm | None = None,
+    decomposer: Decomposer | None = None,
+) -> Compressed:
+    """Compress ``model`` without training it.
+
+    ``calibration``: held-out batches (inputs, targets), iterable again and again; inputs are a tensor, a tuple of
+    positional or a mapping of keyword arguments. ``loss(model_output, targets)``: a scalar, the mean over its batch.
+    ``algorithm``: ``Lossless()`` if not given; ``decomposer``: ``SVD()``, the channel view, if not given.
+
+    ``model`` is left as it was, its mode and device too; the result holds the compressed copy on the same device.
+    Raises ``UserError`` in one line for anything that cannot be compressed as asked.
+    """
+    objective = Objective(loss, {"calibration": calibration})
+    return (algorithm or Lossless()).compress(model, decomposer or SVD(), objective)
+
+
+def load(path: str | Path, *, into: nn.Module) -> nn.Module:
+    """The model saved at ``path``: ``into``, built dense as before compression, factored by the plan and filled.
+
+    Raises ``UserError`` where the file is missing, cut short, altered, or of another architecture.
+    """
+    return surgery.load(path, into)

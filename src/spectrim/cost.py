@@ -1,0 +1,45 @@
+"""What a model costs: parameters, multiply-accumulates, milliseconds."""
+
+import statistics
+import time
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spectrim.batches import Inputs, device_of, evaluating, first_sample, forward, to_device
+
+
+class Cost(NamedTuple):
+    """Of a whole model: parameters (shared ones once), and multiply-accumulates (MACs) of one input."""
+
+    params: int
+    macs: int
+
+
+def model_cost(model: nn.Module, example: Inputs) -> Cost:
+    """Count parameters and, by running the first sample of ``example``, MACs of convolutions and matrix products."""
+    inputs = to_device(first_sample(example), device_of(model))
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), torch.no_grad(), counter:
+        forward(model, inputs)
+    # The counter reports floating point operations, two for each multiply-accumulate.
+    return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2)
+
+
+def latency(model: nn.Module, inputs: Inputs, seconds: float = 1.0) -> float:
+    """Median milliseconds of one forward pass on ``inputs``, over at least five runs and about ``seconds``."""
+    device = device_of(model)
+    inputs = to_device(inputs, device)
+    times: list[float] = []
+    with evaluating(model), torch.inference_mode():
+        forward(model, inputs)
+        deadline = time.perf_counter() + seconds
+        while len(times) < 5 or time.perf_counter() < deadline:
+            started = time.perf_counter()
+            forward(model, inputs)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times)

@@ -1,0 +1,1 @@
+"""A dense layer to its spectrum, from which any rank is cut."""

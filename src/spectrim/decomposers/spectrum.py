@@ -1,0 +1,79 @@
+"""What every decomposer gives: all ranks of one layer at once, and the memory of those already decomposed."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+Keep = int | Sequence[int]
+
+
+class Spectrum(ABC):
+    """All ranks of one layer. Decomposed once, cut often.
+
+    Every curve is a float64 tensor on the CPU with ``max_rank + 1`` entries, entry k for rank k.
+    """
+
+    @property
+    @abstractmethod
+    def max_rank(self) -> int:
+        """The rank that reproduces the layer."""
+
+    @property
+    @abstractmethod
+    def form(self) -> str:
+        """The form of the factored layer, as ``layers.shaped_like`` names it."""
+
+    @property
+    @abstractmethod
+    def break_even(self) -> int:
+        """The largest rank whose factors hold fewer parameters than the dense weight; 0 where there is none."""
+
+    @abstractmethod
+    def error(self) -> Tensor:
+        """Frobenius norm of the change of the weight, for every rank."""
+
+    @abstractmethod
+    def largest_entry(self) -> Tensor:
+        """Largest absolute entry of the change of the weight, for every rank."""
+
+    @abstractmethod
+    def first_order(self, gradient: Tensor) -> Tensor:
+        """``<G, delta_k>`` for every rank; ``gradient`` has the shape of the layer's weight."""
+
+    @abstractmethod
+    def cost(self, rank: int) -> int:
+        """Parameters of the factors at ``rank``, without the bias."""
+
+    @abstractmethod
+    def factor(self, keep: Keep) -> nn.Module:
+        """A drop-in layer with the components in ``keep``: a rank (the leading ones) or a set of indices."""
+
+    def relative_error(self) -> Tensor:
+        """``error`` over the norm of the weight; zero for a zero weight."""
+        curve = self.error()
+        return curve / curve[0].clamp_min(1e-300)
+
+
+class Decomposer(Protocol):
+    """Settings of a decomposition. Hashable, so that one model's spectra are told apart by them."""
+
+    def spectrum(self, layer: nn.Module) -> Spectrum:
+        """Decompose ``layer`` (nn.Linear or nn.Conv2d)."""
+
+
+_known: "WeakKeyDictionary[nn.Module, dict[Any, Spectrum]]" = WeakKeyDictionary()
+
+
+def spectrum_of(layer: nn.Module, decomposer: Decomposer) -> Spectrum:
+    """The spectrum of ``layer``, decomposed at the first call and remembered until its weight changes."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    key = (decomposer, weight.data_ptr(), weight._version)
+    spectra = _known.setdefault(layer, {})
+    if key not in spectra:
+        for stale in [other for other in spectra if other[1:] != key[1:]]:
+            del spectra[stale]
+        spectra[key] = decomposer.spectrum(layer)
+    return spectra[key]

@@ -1,0 +1,5 @@
+"""The one error that a person is meant to read."""
+
+
+class UserError(ValueError):
+    """Bad input or a bad machine: one line that says what is wrong and what to do. The command line prints just that."""

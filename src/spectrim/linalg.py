@@ -1,0 +1,97 @@
+"""The mathematics on matrices: one SVD gives the error and the first-order change of every rank.
+
+Shape suffixes: O outputs, I inputs, R = min(O, I) singular components; leading dimensions ``...`` are groups. A curve
+has R + 1 entries: entry k belongs to rank k, from nothing kept (0) to everything kept (R).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from spectrim.errors import UserError
+
+
+class SVD(NamedTuple):
+    """``W_OI = U_OR @ diag(S_R) @ Vh_RI``, singular values falling."""
+
+    U_OR: Tensor
+    S_R: Tensor
+    Vh_RI: Tensor
+
+
+def svd(W_OI: Tensor) -> SVD:
+    """Reduced singular value decomposition of one matrix or of a batch ``(..., O, I)``, in the precision of ``W_OI``.
+
+    LAPACK's divide and conquer may fail to converge on matrices that its slower QR iteration (gesvd) handles; the
+    latter, in float64, is the fallback. Raises ``UserError`` where the matrix holds NaN or infinity.
+    """
+    if not torch.isfinite(W_OI).all():
+        raise UserError("a weight holds NaN or infinity; repair the checkpoint before compressing it")
+    try:
+        return SVD(*torch.linalg.svd(W_OI, full_matrices=False))
+    except torch.linalg.LinAlgError:
+        return _svd_by_qr_iteration(W_OI)
+
+
+def _svd_by_qr_iteration(W_OI: Tensor) -> SVD:
+    flat = W_OI.reshape(-1, *W_OI.shape[-2:]).double().cpu().numpy()
+    parts = zip(*(scipy.linalg.svd(matrix, full_matrices=False, lapack_driver="gesvd") for matrix in flat), strict=True)
+    U, S, Vh = (torch.from_numpy(np.stack(part)).to(W_OI) for part in parts)
+    batch = W_OI.shape[:-2]
+    return SVD(U.reshape(*batch, *U.shape[-2:]), S.reshape(*batch, -1), Vh.reshape(*batch, *Vh.shape[-2:]))
+
+
+def tail_sums(values_R: Tensor) -> Tensor:
+    """Sum of what rank k drops, for every k: entry k is the sum over i > k. Shape (..., R) to (..., R + 1)."""
+    sums = values_R.flip(-1).cumsum(-1).flip(-1)
+    return torch.cat([sums, torch.zeros_like(sums[..., :1])], -1)
+
+
+def truncation_error(S_R: Tensor) -> Tensor:
+    """Frobenius norm of ``W_k - W`` for every rank k (Eckart-Young): the root of the dropped squared singular values."""
+    return tail_sums(S_R.square()).sqrt()
+
+
+def gate_gradient(factors: SVD, G_OI: Tensor) -> Tensor:
+    """``c_i = sigma_i * u_i^T G v_i``, the derivative of the loss by a gate on component i. Shape (..., R)."""
+    return factors.S_R * torch.einsum("...or,...oi,...ri->...r", factors.U_OR, G_OI, factors.Vh_RI)
+
+
+def first_order_change(factors: SVD, G_OI: Tensor) -> Tensor:
+    """``<G, W_k - W>`` for every rank k: the total differential of the loss (S1, Lemma 1) along a truncation.
+
+    ``G_OI`` is the gradient of the loss by ``W_OI``. Equals minus the tail sum of the gate gradients.
+    """
+    return -tail_sums(gate_gradient(factors, G_OI))
+
+
+def largest_entry_of_error(factors: SVD) -> Tensor:
+    """``max |W_k - W|`` over all entries and groups, for every rank k. Shape (R + 1,).
+
+    Built up from the smallest component, one rank-one update a rank: as many operations as the SVD itself.
+    """
+    U, S, Vh = (part.reshape(-1, *part.shape[-dims:]) for part, dims in zip(factors, (2, 1, 2), strict=True))
+    difference = torch.zeros(U.shape[0], U.shape[1], Vh.shape[2], dtype=U.dtype, device=U.device)
+    largest = torch.zeros(S.shape[-1] + 1, dtype=U.dtype, device=U.device)
+    for i in range(S.shape[-1] - 1, -1, -1):
+        difference.baddbmm_(U[:, :, i : i + 1] * S[:, i].view(-1, 1, 1), Vh[:, i : i + 1, :])
+        largest[i] = difference.abs().max()
+    return largest
+
+
+def break_even_rank(outputs: int, inputs: int) -> int:
+    """The largest k with ``k < O*I / (O + I)``: above it two factors hold at least as many numbers as the matrix."""
+    return -(-outputs * inputs // (outputs + inputs)) - 1
+
+
+def stable_rank(S_R: Tensor) -> Tensor:
+    """``sum sigma^2 / sigma_1^2``, between 1 and the rank; 0 for a zero matrix. Shape (..., R) to (...)."""
+    return S_R.square().sum(-1) / S_R[..., 0].square().clamp_min(torch.finfo(S_R.dtype).tiny)
+
+
+def hoyer(S_R: Tensor) -> Tensor:
+    """``||sigma||_1 / ||sigma||_2`` (S2): 1 where a single component carries all, sqrt(R) for a flat spectrum."""
+    return S_R.abs().sum(-1) / S_R.norm(dim=-1).clamp_min(torch.finfo(S_R.dtype).tiny)

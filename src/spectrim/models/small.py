@@ -1,0 +1,53 @@
+"""The small classics: LeNet-5 as the compression literature uses it, and a multilayer perceptron."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 in the 20-50-500-10 form of Caffe and of the compression papers (431k parameters on 28x28 images).
+
+    ``forward`` maps images of shape (N, in_channels, image_size, image_size) to logits of shape (N, num_classes).
+    """
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> None:
+        super().__init__()
+        side = ((image_size - 4) // 2 - 4) // 2
+        if side < 1:
+            raise ValueError(f"LeNet-5 needs images of at least 16x16, got {image_size}x{image_size}")
+        self.conv1 = nn.Conv2d(in_channels, 20, 5)
+        self.conv2 = nn.Conv2d(20, 50, 5)
+        self.fc1 = nn.Linear(50 * side * side, 500)
+        self.fc2 = nn.Linear(500, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        return self.fc2(F.relu(self.fc1(torch.flatten(x, 1))))
+
+
+class MLP(nn.Module):
+    """Fully connected layers with ReLU between them, on flattened inputs of ``in_channels * image_size**2`` values."""
+
+    def __init__(
+        self,
+        hidden: Sequence[int] = (128, 128),
+        num_classes: int = 10,
+        in_channels: int = 1,
+        image_size: int = 28,
+    ) -> None:
+        super().__init__()
+        if not hidden or min(hidden) < 1:
+            raise ValueError(f"an MLP needs at least one hidden layer of positive width, got {tuple(hidden)}")
+        sizes = [in_channels * image_size * image_size, *hidden]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+        layers.append(nn.Linear(sizes[-1], num_classes))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)

@@ -1,0 +1,140 @@
+"""The loss on named splits: its value and its gradient."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.batches import Inputs, device_of, evaluating, forward, to_device
+from spectrim.errors import UserError
+
+Loss = Callable[[Any, Any], Tensor]
+Batches = Iterable[tuple[Inputs, Any]]
+
+
+class Evaluation(NamedTuple):
+    """Mean loss a sample, accuracy in [0, 1] (None where the outputs are not class scores), number of samples."""
+
+    loss: float
+    accuracy: float | None
+    n: int
+
+
+class Objective:
+    """A loss, ``loss(model_output, targets)`` with the mean over its batch, on named splits.
+
+    A split is anything that can be iterated again and again as batches (inputs, targets). Selectors are handed an
+    objective that holds ``calibration`` and, where they may use it, ``train``; never the test split.
+    """
+
+    def __init__(self, loss: Loss, splits: Mapping[str, Batches]) -> None:
+        self.loss, self.splits = loss, dict(splits)
+        self._gradients: WeakKeyDictionary[nn.Module, dict[tuple, dict[str, Tensor]]] = WeakKeyDictionary()
+
+    def example(self) -> Inputs:
+        """The inputs of the first calibration batch."""
+        for inputs, _ in self._batches("calibration"):
+            return inputs
+        raise UserError("the calibration set is empty; give at least one batch of (inputs, targets)")
+
+    def evaluate(self, model: nn.Module, split: str = "calibration") -> Evaluation:
+        """Loss and accuracy of ``model`` in eval mode. Raises ``UserError`` where the loss is not finite."""
+        device, total, correct, seen = device_of(model), 0.0, 0, 0
+        scored = True
+        with evaluating(model), torch.inference_mode():
+            for inputs, targets in self._batches(split):
+                outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
+                count = _samples(targets)
+                total += _finite(_loss(self.loss, outputs, targets), split).item() * count
+                seen += count
+                if _are_scores(outputs, targets):
+                    correct += int((outputs.argmax(1) == targets).sum())
+                else:
+                    scored = False
+        if not seen:
+            raise UserError(f"the {split} set is empty; give at least one batch of (inputs, targets)")
+        return Evaluation(total / seen, correct / seen if scored else None, seen)
+
+    def gradients(self, model: nn.Module, layers: Sequence[str], split: str = "calibration") -> dict[str, Tensor]:
+        """Gradient of the mean loss by the weight of each layer, model in eval mode; nothing is left in ``.grad``.
+
+        Remembered for as long as no weight of the model changes, so that a sweep takes one pass.
+        """
+        weights = {name: model.get_submodule(name).weight for name in layers}
+        key = (split, tuple(layers), tuple((p.data_ptr(), p._version) for p in model.parameters()))
+        known = self._gradients.setdefault(model, {})
+        if key not in known:
+            known.clear()
+            known[key] = self._gradient_pass(model, weights, split)  # type: ignore[arg-type]
+        return known[key]
+
+    def _gradient_pass(self, model: nn.Module, weights: dict[str, Tensor], split: str) -> dict[str, Tensor]:
+        device, seen = device_of(model), 0
+        sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        frozen = [weight for weight in weights.values() if not weight.requires_grad]
+        for weight in frozen:
+            weight.requires_grad_(True)
+        try:
+            with evaluating(model), torch.enable_grad():
+                for inputs, targets in self._batches(split):
+                    targets = to_device(targets, device)
+                    loss = _loss(self.loss, forward(model, to_device(inputs, device)), targets)
+                    count = _samples(targets)
+                    gradients = torch.autograd.grad(_finite(loss, split), list(weights.values()))
+                    for total, gradient in zip(sums.values(), gradients, strict=True):
+                        total.add_(gradient, alpha=count)
+                    seen += count
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
+        if not seen:
+            raise UserError(f"the {split} set is empty; give at least one batch of (inputs, targets)")
+        return {name: total / seen for name, total in sums.items()}
+
+    def _batches(self, split: str) -> Batches:
+        if split not in self.splits:
+            raise UserError(f"there is no split {split!r} here; known are {', '.join(sorted(self.splits))}")
+        return self.splits[split]
+
+
+def _samples(targets: Any) -> int:
+    if isinstance(targets, Tensor):
+        return len(targets) if targets.ndim else 1
+    if isinstance(targets, Mapping):
+        return _samples(next(iter(targets.values())))
+    return len(targets)
+
+
+def _are_scores(outputs: Any, targets: Any) -> bool:
+    return (
+        isinstance(outputs, Tensor)
+        and isinstance(targets, Tensor)
+        and outputs.ndim == 2
+        and targets.ndim == 1
+        and not targets.is_floating_point()
+    )
+
+
+def _loss(loss: Loss, outputs: Any, targets: Any) -> Tensor:
+    """The loss, or one line on why these targets do not fit these outputs."""
+    if _are_scores(outputs, targets):
+        classes = outputs.shape[1]
+        if len(outputs) != len(targets):
+            raise UserError(f"the model gave {len(outputs)} rows of logits for {len(targets)} targets")
+        if targets.numel() and int(targets.max()) >= classes:
+            raise UserError(f"target {int(targets.max())} does not fit a model with {classes} classes")
+    try:
+        value = loss(outputs, targets)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise UserError(f"the loss failed on these outputs and targets: {str(error).splitlines()[0]}") from error
+    if not isinstance(value, Tensor) or value.ndim:
+        raise UserError("the loss must return a scalar tensor, the mean over the batch")
+    return value
+
+
+def _finite(loss: Tensor, split: str) -> Tensor:
+    if not torch.isfinite(loss):
+        raise UserError(f"the loss on the {split} split is {loss.item()}; check the model's weights and the inputs")
+    return loss

@@ -1,0 +1,210 @@
+"""Which layers can be factored; from a plan to a model; to disk and back."""
+
+import copy
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from spectrim.batches import Inputs, device_of, evaluating, first_sample, forward, to_device
+from spectrim.decomposers.spectrum import Spectrum
+from spectrim.errors import UserError
+from spectrim.layers import shaped_like
+from spectrim.plan import RankPlan
+
+FORMAT = "spectrim-1"
+
+
+def factorable(model: nn.Module, example: Inputs) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The Linear and Conv2d layers that can be replaced, in the model's order, and why each other one stays dense.
+
+    A layer stays dense where it or its weight is shared, where its class has a ``forward`` of its own, where the model
+    does not call it on ``example`` (one batch of inputs), or where the model reads its weight without calling it, as
+    attention does with its output projection.
+    """
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    layers, left = {}, {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            continue
+        if places[module] > 1 or owners[id(module.weight)] > 1:
+            left[name] = "its weight is shared with another layer"
+        elif type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+            left[name] = f"{type(module).__name__} has a forward of its own"
+        elif torch.nn.utils.parametrize.is_parametrized(module):
+            left[name] = "its weight is parametrised"
+        else:
+            layers[name] = module
+    for name, reason in _unfit_for_replacement(model, layers, example).items():
+        del layers[name]
+        left[name] = reason
+    return layers, left
+
+
+class _WeightReads(TorchFunctionMode):
+    """Notes every watched weight that is used while its own layer is not the one running."""
+
+    def __init__(self, owner_of: Mapping[int, str]) -> None:
+        super().__init__()
+        self.owner_of, self.running, self.called, self.read = owner_of, [""], set[str](), set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            for item in value if isinstance(value, tuple | list) else (value,):
+                owner = self.owner_of.get(id(item))
+                if owner is not None and owner != self.running[-1]:
+                    self.read.add(owner)
+        return func(*args, **(kwargs or {}))
+
+
+def _unfit_for_replacement(model: nn.Module, layers: Mapping[str, nn.Module], example: Inputs) -> dict[str, str]:
+    watch = _WeightReads({id(layer.weight): name for name, layer in layers.items()})
+    hooks = []
+    for name, layer in layers.items():
+
+        def enter(module: nn.Module, inputs: Any, name: str = name) -> None:
+            watch.running.append(name)
+            watch.called.add(name)
+
+        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+            watch.running.pop()
+
+        hooks += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    inputs = to_device(first_sample(example), device_of(model))
+    try:
+        with evaluating(model), torch.no_grad(), watch:
+            forward(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    unfit = {name: "the model does not call it" for name in layers if name not in watch.called}
+    return unfit | {name: "the model reads its weight" for name in watch.read}
+
+
+def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put ``layer`` at the dotted ``name``, in place, in the mode (train or eval) of the one that was there."""
+    parent, _, child = name.rpartition(".")
+    layer.train(model.get_submodule(name).training)
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def apply(model: nn.Module, plan: RankPlan, spectra: Mapping[str, Spectrum]) -> nn.Module:
+    """A copy of ``model`` with the layers of ``plan`` factored. Raises ``UserError`` for a layer not in ``spectra``."""
+    compressed = copy.deepcopy(model)
+    for name, kept in plan.items():
+        if name not in spectra:
+            raise UserError(f"the plan names {name!r}, which is not a layer of this model that can be factored")
+        replace(compressed, name, spectra[name].factor(kept.keep))
+    return compressed
+
+
+def save(
+    path: str | Path,
+    model: nn.Module,
+    plan: RankPlan,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write ``model`` and its plan as safetensors, whole or not at all; floating point numbers in ``dtype`` if given.
+
+    Raises ``UserError`` where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    tensors = _tensors(model, dtype)
+    header = {
+        **(metadata or {}),
+        "format": FORMAT,
+        "plan": plan.to_json(),
+        "architecture": _architecture(model),
+        "digest": _digest(tensors),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, header)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} could not be written ({error}); nothing was left behind") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | Path, into: nn.Module) -> nn.Module:
+    """The model of the file at ``path``: ``into``, built dense by the caller, is factored as the plan says and filled.
+
+    ``into`` itself is changed and returned. Raises ``UserError`` where the file is missing, cut short, altered, not of
+    this format, or of another architecture; ``into`` is then as it was.
+    """
+    metadata = read_metadata(path)
+    plan = RankPlan.from_json(metadata["plan"])
+    model = copy.deepcopy(into)
+    for name, kept in plan.items():
+        try:
+            dense = model.get_submodule(name)
+        except AttributeError:
+            raise UserError(f"{path} is of another architecture: this model has no layer {name!r}") from None
+        replace(model, name, shaped_like(dense, kept.rank, kept.form))
+    if _architecture(model) != metadata["architecture"]:
+        raise UserError(f"{path} is of another architecture than {type(into).__name__} as built here")
+    for name in plan:
+        replace(into, name, model.get_submodule(name))
+    # Names and shapes are known to agree; only the further names of shared tensors are missing from the file.
+    into.load_state_dict(load_file(path), strict=False)
+    return into
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The header of a checkpoint: format, plan, architecture, digest and whatever its writer added.
+
+    Raises ``UserError`` where the file is missing, cut short, altered or not a spectrim checkpoint.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint at {path}")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            digest = _digest({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is cut short or not a safetensors file ({error}); fetch or make it again") from None
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is not a spectrim checkpoint: its header has no plan")
+    if metadata.get("digest") != digest:
+        raise UserError(f"{path} was altered: its content does not match its digest; fetch or make it again")
+    return metadata
+
+
+def _architecture(model: nn.Module) -> str:
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The model's state, each shared tensor once under its first name."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, value in model.state_dict().items():
+        place = (value.data_ptr(), value.shape)
+        if value.numel() and place in seen:
+            continue
+        seen.add(place)
+        cast = dtype if dtype and value.is_floating_point() else value.dtype
+        tensors[name] = value.detach().to("cpu", cast).clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        sha.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        sha.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,87 @@
+"""The training entry: one model on one data set, its checkpoint and, beside it, the record of its training."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+
+from spectrim import config, surgery
+from spectrim.data.images import Splits
+from spectrim.errors import UserError
+from spectrim.objective import Objective
+from spectrim.plan import RankPlan
+from spectrim.provenance import provenance
+from spectrim.training import Recipe, fit
+
+
+def train(cfg: DictConfig) -> Path:
+    """Train as configured, going on from an interrupted training; returns the checkpoint's path.
+
+    A checkpoint that exists is left alone: remove it to train anew.
+    """
+    path = Path(cfg.checkpoint)
+    if path.exists():
+        print(f"{path} exists already")
+        return path
+    settings = {key: config.plain(cfg[key]) for key in ("model", "data", "shape", "recipe")}
+    config.check_targets(settings)
+    recipe: Recipe = config.build(settings["recipe"])
+    splits: Splits = config.build(settings["data"]).load()
+    torch.manual_seed(cfg.seed)
+    model = config.build(settings["model"])
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    state = Path(cfg.unfinished) / f"{path.stem}.state.safetensors"
+    try:
+        curve = fit(model, splits.train, recipe, seed=cfg.seed, state=state)
+    except FloatingPointError as error:
+        raise UserError(f"{error}; the last good state is {state}") from error
+    judge = Objective(F.cross_entropy, {"calibration": splits.calibration, "test": splits.test})
+    record = {
+        "config": {**settings, "seed": cfg.seed},
+        "names": config.plain(cfg.names),
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "calibration": judge.evaluate(model, "calibration")._asdict(),
+        "test": judge.evaluate(model, "test")._asdict(),
+        "seconds": round(sum(point["seconds"] for point in curve), 1),
+        "stored_as": cfg.stored_as,
+        "curve": curve,
+        "provenance": provenance(config.invocation(), splits.digest, None),
+    }
+    surgery.save(path, model, RankPlan(), {"model": cfg.names.model, "data": cfg.names.data}, _dtype(cfg.stored_as))
+    _write_json(path.with_suffix(".json"), record)
+    state.unlink(missing_ok=True)
+    print(f"{path}: test top-1 {100 * record['test']['accuracy']:.2f} %, loss {record['test']['loss']:.4f}")
+    return path
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in ("float32", "float16"):
+        raise UserError(f"stored_as is float32 or float16, got {name}")
+    return getattr(torch, name)
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+@hydra.main(version_base="1.3", config_path=config.CONF, config_name="train")
+def _job(cfg: DictConfig) -> None:
+    train(cfg)
+
+
+def main() -> None:
+    """Entry of ``spectrim-train``."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, to be said in one line
+    config.command_line(_job)
+
+
+if __name__ == "__main__":
+    main()
