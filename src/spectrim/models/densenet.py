@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectrim.errors import UserError
+
 
 class DenseLayer(nn.Module):
     """BatchNorm, ReLU, 3x3 convolution; the ``growth`` new maps are appended to the input's."""
@@ -46,9 +48,9 @@ class DenseNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 7 or (depth - 4) % 3:
-            raise ValueError(f"depth of a CIFAR DenseNet is 3n+4 (22, 40, 100), got {depth}")
+            raise UserError(f"depth of a CIFAR DenseNet is 3n+4 (22, 40, 100), got {depth}")
         if not 0 < compression <= 1:
-            raise ValueError(f"compression of a DenseNet lies in (0, 1], got {compression}")
+            raise UserError(f"compression of a DenseNet lies in (0, 1], got {compression}")
         layers = (depth - 4) // 3
         self.conv1 = nn.Conv2d(in_channels, stem, 3, 1, 1, bias=False)
         channels, stages = stem, []

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectrim.errors import UserError
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions; where the shape changes, the shortcut subsamples and pads with zeros (option A)."""
@@ -35,7 +37,7 @@ class ResNet(nn.Module):
     def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
-            raise ValueError(f"depth of a CIFAR ResNet is 6n+2 (20, 32, 44, 56, 110), got {depth}")
+            raise UserError(f"depth of a CIFAR ResNet is 6n+2 (20, 32, 44, 56, 110), got {depth}")
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)

@@ -1,8 +1,10 @@
-"""ResNeXt for 32x32 images: residual bottlenecks with grouped convolutions (Xie et al., arXiv 1611.05431, section 5.3)."""
+"""ResNeXt for 32x32 images: bottlenecks with grouped convolutions (Xie et al., arXiv 1611.05431, section 5.3)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spectrim.errors import UserError
 
 
 class Bottleneck(nn.Module):
@@ -46,7 +48,7 @@ class ResNeXt(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 11 or (depth - 2) % 9:
-            raise ValueError(f"depth of a CIFAR ResNeXt is 9n+2 (11, 20, 29), got {depth}")
+            raise UserError(f"depth of a CIFAR ResNeXt is 9n+2 (11, 20, 29), got {depth}")
         blocks = (depth - 2) // 9
         self.conv1 = nn.Conv2d(in_channels, stem, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem)

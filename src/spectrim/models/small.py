@@ -1,10 +1,13 @@
 """The small classics: LeNet-5 as the compression literature uses it, and a multilayer perceptron."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spectrim.errors import UserError
 
 
 class LeNet5(nn.Module):
@@ -17,7 +20,7 @@ class LeNet5(nn.Module):
         super().__init__()
         side = ((image_size - 4) // 2 - 4) // 2
         if side < 1:
-            raise ValueError(f"LeNet-5 needs images of at least 16x16, got {image_size}x{image_size}")
+            raise UserError(f"LeNet-5 needs images of at least 16x16, got {image_size}x{image_size}")
         self.conv1 = nn.Conv2d(in_channels, 20, 5)
         self.conv2 = nn.Conv2d(20, 50, 5)
         self.fc1 = nn.Linear(50 * side * side, 500)
@@ -41,10 +44,10 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         if not hidden or min(hidden) < 1:
-            raise ValueError(f"an MLP needs at least one hidden layer of positive width, got {tuple(hidden)}")
+            raise UserError(f"an MLP needs at least one hidden layer of positive width, got {tuple(hidden)}")
         sizes = [in_channels * image_size * image_size, *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        for fan_in, fan_out in itertools.pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
         layers.append(nn.Linear(sizes[-1], num_classes))
         self.layers = nn.Sequential(*layers)

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectrim.errors import UserError
+
 STAGES = {
     11: ((64,), (128,), (256, 256), (512, 512), (512, 512)),
     19: ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4),
@@ -19,9 +21,9 @@ class VGG(nn.Module):
     def __init__(self, depth: int, width: float = 1.0, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         if depth not in STAGES:
-            raise ValueError(f"depth of a VGG is one of {sorted(STAGES)}, got {depth}")
+            raise UserError(f"depth of a VGG is one of {sorted(STAGES)}, got {depth}")
         if not 0 < width <= 4:
-            raise ValueError(f"width of a VGG lies in (0, 4], got {width}")
+            raise UserError(f"width of a VGG lies in (0, 4], got {width}")
         layers: list[nn.Module] = []
         channels = in_channels
         for number, stage in enumerate(STAGES[depth]):

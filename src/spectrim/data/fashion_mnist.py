@@ -1,0 +1,73 @@
+"""Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747): clothes, 28x28 grey, 60,000 + 10,000."""
+
+import gzip
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from spectrim.data import idx
+from spectrim.data.images import Splits
+from spectrim.data.sources import Arrays, Route, Source, load
+from spectrim.data.splits import ImageData, cut
+from spectrim.download import Package, Url
+from spectrim.settings import settings
+
+MEAN, STD = (0.2860,), (0.3530,)
+
+
+def _ar_member(content: bytes, prefix: bytes) -> bytes:
+    """The first member of an ar archive (which a .deb is) whose name begins with ``prefix``.
+
+    After eight bytes of magic each member is a header of 60 bytes (the name first, the size in decimal at 48..58), then
+    its content, padded to an even length.
+    """
+    position = 8
+    while position < len(content):
+        size = int(content[position + 48 : position + 58])
+        if content.startswith(prefix, position):
+            return content[position + 60 : position + 60 + size]
+        position += 60 + size + size % 2
+    raise ValueError(f"no member {prefix!r} in the archive")
+
+
+def _decode_package(paths: Sequence[Path]) -> Arrays:
+    with tarfile.open(fileobj=io.BytesIO(_ar_member(paths[0].read_bytes(), b"data.tar"))) as archive:
+        members = [archive.extractfile(f"./usr/share/datasets/fashion-mnist/{name}") for name in idx.FILES]
+        return idx.arrays_of([gzip.decompress(member.read()) for member in members if member])
+
+
+SITE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+SHA256 = (
+    "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+)
+PACKAGE = Package(
+    client="apt-get",
+    name="dataset-fashion-mnist",
+    version="0.0~git20200523.55506a9-1",
+    file="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+    sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    size=30_900_652,
+)
+SOURCE = Source(
+    name="fashion_mnist",
+    routes=(
+        Route(tuple(Url(SITE + file, sha) for file, sha in zip(idx.FILES, SHA256, strict=True)), idx.decode_gzipped),
+        Route((PACKAGE,), _decode_package),
+    ),
+    sha256="ece172613115fb18b120bec8f6c02271af90b8b8f0a5af5c51cbd5ceed68e619",
+)
+
+
+@settings
+class FashionMNIST(ImageData):
+    """Fashion-MNIST, normalised by the training set's mean and deviation."""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def load(self) -> Splits:
+        return cut(self, load(SOURCE), "fashion_mnist", MEAN, STD)

@@ -1,0 +1,40 @@
+"""The idx format in which MNIST and its successors are published: big-endian sizes, then unsigned bytes."""
+
+import gzip
+import math
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectrim.data.sources import Arrays
+
+FILES = (
+    "train-images-idx3-ubyte.gz",
+    "train-labels-idx1-ubyte.gz",
+    "t10k-images-idx3-ubyte.gz",
+    "t10k-labels-idx1-ubyte.gz",
+)
+
+
+def parse(content: bytes) -> Tensor:
+    """The array that an idx file holds, uint8. Raises ``ValueError`` where the content is not idx."""
+    zeros, kind, dimensions = struct.unpack(">HBB", content[:4])
+    start = 4 + 4 * dimensions
+    shape = struct.unpack(f">{dimensions}I", content[4:start])
+    if zeros != 0 or kind != 0x08 or len(content) - start != math.prod(shape):
+        raise ValueError("not an idx file of unsigned bytes")
+    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(shape)
+
+
+def arrays_of(contents: Sequence[bytes]) -> Arrays:
+    """Training images, training labels, test images, test labels → arrays with one channel."""
+    train_images, train_labels, test_images, test_labels = (parse(content) for content in contents)
+    return Arrays(train_images.unsqueeze(1), train_labels.long(), test_images.unsqueeze(1), test_labels.long())
+
+
+def decode_gzipped(paths: Sequence[Path]) -> Arrays:
+    """The four published files, in the order of ``FILES``."""
+    return arrays_of([gzip.decompress(path.read_bytes()) for path in paths])

@@ -1,0 +1,100 @@
+"""Image sets held in memory, and the three splits of a data set."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from spectrim.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Split(Protocol):
+    """What a split can do, wherever its images are: be iterated again and again as batches, and name its content."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64, shape (N,), in the order of the batches."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches ``(inputs, targets)``, always in the same order."""
+        ...
+
+    def digest(self) -> str:
+        """sha256 that names the content."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSplit:
+    """Labelled images that can be iterated again and again as batches ``(inputs, targets)``.
+
+    ``images``: uint8, shape (N, C, H, W). ``labels``: int64, shape (N,). ``mean`` and ``std``: one value a channel, on
+    the scale [0, 1]; the batches are float32, normalised by them, in the order of the set, the last batch shorter.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    batch_size: int = 500
+    name: str = "images"
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise UserError(f"{self.name}: images must be uint8 of shape (N, C, H, W), got {tuple(self.images.shape)}")
+        if len(self.images) != len(self.labels):
+            raise UserError(f"{self.name}: {len(self.images)} images but {len(self.labels)} labels")
+        if self.batch_size < 1:
+            raise UserError(f"{self.name}: batch_size must be at least 1, got {self.batch_size}")
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-len(self.labels) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self.labels), self.batch_size):
+            stop = start + self.batch_size
+            yield self.normalise(self.images[start:stop]), self.labels[start:stop]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (N, C, H, W) → float32 of the same shape, zero mean and unit variance over the training set."""
+        mean = torch.tensor(self.mean).view(1, -1, 1, 1)
+        std = torch.tensor(self.std).view(1, -1, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+    def subset(self, indices: Tensor, name: str) -> "ImageSplit":
+        """The images at ``indices``, in that order."""
+        return ImageSplit(self.images[indices], self.labels[indices], self.mean, self.std, self.batch_size, name)
+
+    def digest(self) -> str:
+        """sha256 of the images' and labels' bytes."""
+        sha = hashlib.sha256(self.images.contiguous().numpy().data)
+        sha.update(self.labels.contiguous().numpy().data)
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """The three splits of one data set.
+
+    A selector sees ``train`` and ``calibration`` only. ``digest`` names the content of all three.
+    """
+
+    name: str
+    train: Split
+    calibration: Split
+    test: Split
+    num_classes: int
+    in_channels: int
+    image_size: int
+    digest: str = field(default="")

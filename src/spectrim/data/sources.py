@@ -1,0 +1,171 @@
+"""Public image sets: fetched once, verified, kept as safetensors in the user's cache folder.
+
+Each set has several routes to the same bytes, the official one first. Every downloaded file is pinned by its sha256,
+and so are the decoded arrays: whatever the route, the images and labels are the same to the last bit, or there are
+none. Nothing is unpickled.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from spectrim.download import NO_ROOM, Package, Unavailable, Url, sha256_of
+from spectrim.errors import UserError
+
+LOG = logging.getLogger(__name__)
+LOCK_SECONDS = 3600.0
+
+
+@dataclass(frozen=True, eq=False)
+class Arrays:
+    """Images, uint8 of shape (N, C, H, W), and labels, int64 of shape (N,), as published: training set and test set."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def named(self) -> dict[str, Tensor]:
+        """The four arrays by the names of their fields."""
+        return {
+            "train_images": self.train_images,
+            "train_labels": self.train_labels,
+            "test_images": self.test_images,
+            "test_labels": self.test_labels,
+        }
+
+    def sha256(self) -> str:
+        """sha256 over the bytes of the four arrays, in the order of the fields, little-endian."""
+        sha = hashlib.sha256()
+        for array in self.named().values():
+            sha.update(array.contiguous().numpy().data)
+        return sha.hexdigest()
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to a data set: the files it takes, and how their paths, in that order, become arrays."""
+
+    files: tuple[Url | Package, ...]
+    decode: Callable[[Sequence[Path]], Arrays]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: its routes in the order in which they are tried, and the sha256 of its arrays."""
+
+    name: str
+    routes: tuple[Route, ...]
+    sha256: str
+
+
+def cache_folder() -> Path:
+    """``$SPECTRIM_DATA`` if set, else ``spectrim`` in the user's cache folder."""
+    own = os.environ.get("SPECTRIM_DATA")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spectrim"
+
+
+def load(source: Source) -> Arrays:
+    """The arrays of ``source``: from the cache, or fetched into it, written whole or not at all.
+
+    Raises ``UserError``: a damaged cache file, no route that works, no room on the disk, a folder that cannot be
+    written.
+    """
+    folder = cache_folder()
+    kept = folder / f"{source.name}.safetensors"
+    if not kept.exists():
+        with _disk(folder, source.name), _only_one(folder, source.name):
+            if not kept.exists():  # another process may have fetched it while this one waited
+                _fetch_into(kept, source)
+    return _read(kept, source)
+
+
+def _read(kept: Path, source: Source) -> Arrays:
+    try:
+        arrays = Arrays(**load_file(kept))
+    except (SafetensorError, TypeError) as error:
+        raise UserError(f"{kept} is truncated or no data set ({error}); delete it and run again") from None
+    except OSError as error:
+        raise UserError(f"{kept} cannot be read: {error.strerror or error}") from None
+    if arrays.sha256() != source.sha256:
+        raise UserError(f"{kept} does not hold {source.name}: its content was altered; delete it and run again")
+    return arrays
+
+
+def _fetch_into(kept: Path, source: Source) -> None:
+    partial = kept.with_name(f".{source.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    partial.mkdir(parents=True)
+    try:
+        arrays = _first_that_works(source, partial, kept.parent / "downloads")
+        if arrays.sha256() != source.sha256:
+            raise UserError(f"{source.name} decodes to other images or labels than expected; nothing was kept")
+        whole = partial / kept.name
+        with whole.open("wb") as file:
+            file.write(save({name: array.contiguous() for name, array in arrays.named().items()}))
+            file.flush()
+            os.fsync(file.fileno())
+        whole.replace(kept)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _first_that_works(source: Source, partial: Path, by_hand: Path) -> Arrays:
+    failures = []
+    for route in source.routes:
+        try:
+            paths = [_placed(file, by_hand) or file.fetch(partial) for file in route.files]
+        except Unavailable as failure:
+            LOG.warning("%s: %s", source.name, failure)
+            failures.append(str(failure))
+            continue
+        return route.decode(paths)
+    choices = ", or ".join(" and ".join(file.by_hand for file in route.files) for route in source.routes)
+    raise UserError(
+        f"{source.name} could not be fetched: {'; '.join(failures)}. "
+        f"By hand: put into {by_hand} {choices}; then run again"
+    )
+
+
+def _placed(file: Url | Package, by_hand: Path) -> Path | None:
+    """The file that a person has put into the folder ``by_hand``, if there is one."""
+    path = by_hand / file.file
+    if not path.exists():
+        return None
+    if sha256_of(path) != file.sha256:
+        raise Unavailable(f"{path} is truncated or another file than expected (its sha256 differs): replace it")
+    return path
+
+
+@contextmanager
+def _disk(folder: Path, name: str) -> Iterator[None]:
+    """Turn what the disk refuses into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{name} cannot be kept in {folder} ({error.strerror or error}): make it writable"
+        if error.errno in NO_ROOM:
+            reason = f"no room on the disk for {name} in {folder}, so nothing was kept: free some"
+        raise UserError(f"{reason}, or set SPECTRIM_DATA to another folder") from None
+
+
+@contextmanager
+def _only_one(folder: Path, name: str) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / f".{name}.lock", timeout=LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise UserError(f"another process has been fetching {name} into {folder} for an hour; end it first") from None

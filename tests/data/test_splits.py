@@ -1,0 +1,97 @@
+"""How a data set is cut."""
+
+import hashlib
+
+import pytest
+import torch
+
+from spectrim.data.digits import Digits
+from spectrim.data.images import Splits
+from spectrim.data.sources import Arrays
+from spectrim.data.splits import ImageData, cut, draw
+from spectrim.errors import UserError
+from spectrim.settings import settings
+
+TRAIN, TEST = 40, 12
+
+
+@settings
+class Numbered(ImageData):
+    """Images whose label is their number; the test set's numbers begin at 1000."""
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def load(self) -> Splits:
+        images = torch.zeros(TRAIN, 1, 2, 2, dtype=torch.uint8)
+        arrays = Arrays(images, torch.arange(TRAIN), images[:TEST], 1000 + torch.arange(TEST))
+        return cut(self, arrays, "numbered", (0.0,), (1.0,))
+
+
+def numbers(data: ImageData) -> tuple[list[int], list[int], list[int]]:
+    splits = data.load()
+    return splits.train.labels.tolist(), splits.calibration.labels.tolist(), splits.test.labels.tolist()
+
+
+def test_train_and_held_out_are_the_two_parts_of_one_fixed_order() -> None:
+    order = torch.randperm(TRAIN, generator=torch.Generator().manual_seed(0)).tolist()
+    train, calibration, test = numbers(Numbered(held_out=10, calibration_size=10))
+    assert calibration == sorted(order[:10])
+    assert train == sorted(order[10:])
+    assert test == list(range(1000, 1000 + TEST))
+
+
+def test_calibration_is_drawn_by_its_own_seed_from_the_held_out_pool() -> None:
+    pool = sorted(torch.randperm(TRAIN, generator=torch.Generator().manual_seed(0)).tolist()[:10])
+    chosen = torch.randperm(10, generator=torch.Generator().manual_seed(3)).tolist()[:4]
+    train, calibration, _ = numbers(Numbered(held_out=10, calibration_size=4, calibration_seed=3))
+    assert calibration == sorted(pool[index] for index in chosen)
+    other_train, other, _ = numbers(Numbered(held_out=10, calibration_size=4, calibration_seed=4))
+    assert other != calibration
+    assert other_train == train
+
+
+@pytest.mark.parametrize("pool", ["held_out", "train", "test"])
+def test_calibration_comes_from_the_named_pool_without_repetition(pool: str) -> None:
+    train, calibration, test = numbers(Numbered(held_out=10, calibration_size=9, calibration_from=pool))
+    members = {"held_out": set(range(TRAIN)) - set(train), "train": set(train), "test": set(test)}[pool]
+    assert set(calibration) <= members
+    assert len(set(calibration)) == 9
+    assert calibration == sorted(calibration)
+
+
+def test_digest_is_over_the_three_digests() -> None:
+    splits = Numbered(held_out=10, calibration_size=4).load()
+    joined = splits.train.digest() + splits.calibration.digest() + splits.test.digest()
+    assert splits.digest == hashlib.sha256(joined.encode()).hexdigest()
+    assert splits.digest != Numbered(held_out=10, calibration_size=5).load().digest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibration_size": 0}, "calibration_size must be at least 1, got 0"),
+        ({"calibration_size": -5}, "calibration_size must be at least 1, got -5"),
+        ({"calibration_size": "many"}, "calibration_size"),
+        ({"calibration_from": "validation"}, "calibration_from is one of held_out, train, test, got 'validation'"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_settings_out_of_range(arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Digits(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Numbered(held_out=10, calibration_size=11), "calibration_size 11 is more than the 10 images of held_out"),
+        (Numbered(held_out=0, calibration_size=1), "more than the 0 images of held_out"),
+        (Numbered(held_out=10, calibration_size=13, calibration_from="test"), "more than the 12 images of test"),
+        (Numbered(held_out=TRAIN, calibration_size=1), "held_out must lie in 0..39"),
+        (Numbered(held_out=-1, calibration_size=1), "held_out must lie in 0..39"),
+    ],
+)
+def test_pools_too_small(data: ImageData, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        draw(data, TRAIN, TEST)
