@@ -1,0 +1,99 @@
+"""Figure 1: test loss of the original, of truncation, lossless and compact, per model (records of Table 2)."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from spectrim.report import command, figure, frame, table
+from spectrim.report.command import Options
+from spectrim.report.table import Column, Table, number
+
+VALUES = ("test_loss", "change_test_loss", "params_kept")
+COLUMNS = (
+    Column("model", "model"),
+    Column("method", "method"),
+    Column("test_loss", "test loss", 4),
+    Column("change_test_loss", "Δ test loss", 4, signed=True),
+    Column("params_kept", "params kept %", 1, scale=100),
+    Column("n", "n (training × calibration seeds)"),
+)
+
+
+def build(options: Options) -> list[Path]:
+    """Loss against parameters kept, a panel per model, and the table of what is drawn."""
+    found = command.load(options)
+    runs = frame.runs(found)
+    runs = runs[runs["algorithm"].isin(["truncation", "lossless", "compact"])]
+    if runs.empty:
+        raise command.lacking(options, "truncation, lossless or compact")
+    rows = frame.with_dense(runs, VALUES)
+    origin = command.origin(options, found)
+    models = list(dict.fromkeys(rows["model"]))
+    columns = min(3, len(models))
+    with figure.panels(-(-len(models) // columns), columns, 3.2, 2.9) as (canvas, axes):
+        for model, axis in zip(models, axes, strict=False):
+            _panel(axis, rows[rows["model"] == model], model)
+        for axis in axes[len(models) :]:
+            axis.set_axis_off()
+        handles = {
+            text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        canvas.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        drawn = figure.save(canvas, options.name, options.out, origin)
+    caption = f"What Figure 1 shows: test loss without fine-tuning on {', '.join(dict.fromkeys(rows['data']))}"
+    notes = ["Mean ± standard deviation (ddof = 1).", *(_note(rows[rows["model"] == model], model) for model in models)]
+    notes += frame.missing(models)
+    shown = Table(options.name, rows, COLUMNS, caption, notes, group="model")
+    return drawn + table.save([shown], options.out, origin)
+
+
+def _panel(axis: Axes, rows: pd.DataFrame, model: str) -> None:
+    """Dense as a line, truncation as a connected curve, each selector as a point with its deviation over the seeds."""
+    dense = float(rows.loc[rows["method"] == "dense", "test_loss"].iloc[0])
+    axis.axhline(dense, color=figure.COLOURS["dense"], linewidth=1, label="dense")
+    for name in list(figure.COLOURS)[1:]:
+        own = rows[rows["variant"].str.startswith(name)].sort_values("params_kept")
+        if own.empty:
+            continue
+        axis.errorbar(
+            100 * own["params_kept"],
+            own["test_loss"],
+            yerr=own["test_loss_std"].fillna(0.0),
+            color=figure.COLOURS[name],
+            marker=figure.MARKERS[name],
+            linestyle="--" if name == "truncation" else "none",
+            linewidth=1,
+            markersize=5,
+            capsize=2,
+            label=name,
+        )
+    axis.set(title=model, xlabel="parameters kept (%)", xlim=(0, 105))
+    figure.losses(axis)
+
+
+def _note(rows: pd.DataFrame, model: str) -> str:
+    """S1's claim, for one model: the selectors' loss lies below truncation's, each compared at the nearest size."""
+    cut = rows[rows["variant"].str.startswith("truncation")]
+    ours = rows[rows["variant"].str.startswith(("lossless", "compact"))]
+    if cut.empty or ours.empty:
+        return f"{model}: S1 Figure 1 (our loss below truncation's) not comparable: one of the two was not run."
+    said, below = [], 0
+    for _, row in ours.iterrows():
+        near = cut.iloc[int((cut["params_kept"] - row["params_kept"]).abs().argmin())]
+        below += bool(row["test_loss"] < near["test_loss"])
+        shares = f"{100 * row['params_kept']:.0f} against {100 * near['params_kept']:.0f} % kept"
+        said.append(f"{row['method']} {number(row['test_loss'] - near['test_loss'], 3, True)} ({shares})")
+    word = "holds" if below == len(ours) else "does not hold" if not below else f"holds for {below} of {len(ours)}"
+    return f"{model}: S1 Figure 1 (loss below that of truncation, at the nearest size run) {word}: {'; '.join(said)}."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    return command.run(build, "figure1", "table2", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Figure 2: size of the weight error and loss at four ranks: is the lowest error the lowest loss?"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from spectrim.report import command, figure, frame, table
+from spectrim.report.command import Options
+from spectrim.report.table import Column, Table
+
+VALUES = ("layers_kept", "relative_error", "test_loss", "change_test_loss", "params_kept")
+COLUMNS = (
+    Column("model", "model"),
+    Column("method", "method"),
+    Column("layers_kept", "rank / break-even rank %", 1, scale=100),
+    Column("relative_error", "‖δ‖/‖W‖, rms over layers", 4),
+    Column("test_loss", "test loss", 4),
+    Column("change_test_loss", "Δ test loss", 4, signed=True),
+    Column("params_kept", "params kept %", 1, scale=100),
+    Column("n", "n (training × calibration seeds)"),
+)
+
+
+def build(options: Options) -> list[Path]:
+    """Error above, loss below, a column per model, and the table of what is drawn."""
+    found = command.load(options)
+    runs = frame.runs(found)
+    runs = runs[runs["algorithm"] == "truncation"]
+    if runs.empty:
+        raise command.lacking(options, "truncation")
+    rows = frame.with_dense(runs, VALUES)
+    origin = command.origin(options, found)
+    models = list(dict.fromkeys(rows["model"]))
+    with figure.panels(2, len(models), 2.7, 2.1) as (canvas, axes):
+        for index, model in enumerate(models):
+            _column(axes[index], axes[len(models) + index], rows[rows["model"] == model], first=index == 0)
+        drawn = figure.save(canvas, options.name, options.out, origin)
+    caption = f"What Figure 2 shows: plain truncation on {', '.join(dict.fromkeys(rows['data']))}"
+    notes = ["Rings in the figure: the lowest value of a panel.", *(_note(rows, model) for model in models)]
+    notes += frame.missing(models)
+    shown = Table(options.name, rows, COLUMNS, caption, notes, group="model")
+    return drawn + table.save([shown], options.out, origin)
+
+
+def _column(above: Axes, below: Axes, rows: pd.DataFrame, first: bool) -> None:
+    """One model: the error and the loss over its ranks, the lowest of each ringed, dense loss as a line."""
+    cut = rows[rows["method"] != "dense"].sort_values("layers_kept")
+    dense = float(rows.loc[rows["method"] == "dense", "test_loss"].iloc[0])
+    share = 100 * cut["layers_kept"]
+    for axis, key, colour, marker in (
+        (above, "relative_error", figure.SECOND, "D"),
+        (below, "test_loss", figure.COLOURS["lossless, verified"], "o"),
+    ):
+        axis.plot(share, cut[key], color=colour, marker=marker, linewidth=1.2, markersize=5)
+        lowest = int(cut[key].argmin())
+        axis.plot(share.iloc[lowest], cut[key].iloc[lowest], "o", markersize=12, fillstyle="none", color="black")
+        axis.margins(y=0.15)
+    # Drawn as points too, so that the line takes part in the limits.
+    below.plot(share, [dense] * len(share), linestyle="none")
+    below.axhline(dense, color=figure.COLOURS["dense"], linewidth=1)
+    below.annotate("dense", (float(share.min()), dense), xytext=(0, 2), textcoords="offset points", fontsize=8)
+    above.set_title(f"{rows['model'].iloc[0]}\nlowest error is {'' if _same_rank(cut) else 'not '}lowest loss")
+    above.set_ylim(bottom=0)
+    below.set_xlabel("rank / break-even rank (%)")
+    figure.losses(below)
+    if first:
+        above.set_ylabel("‖δ‖/‖W‖ (rms over layers)")
+
+
+def _same_rank(cut: pd.DataFrame) -> bool:
+    return bool(cut["relative_error"].argmin() == cut["test_loss"].argmin())
+
+
+def _note(rows: pd.DataFrame, model: str) -> str:
+    """S1's claim for one model."""
+    cut = rows[(rows["model"] == model) & (rows["method"] != "dense")]
+    if len(cut) < 2:
+        return f"{model}: S1 Figure 2 not comparable: a single rank was run."
+    error, loss = (cut["method"].iloc[int(cut[key].argmin())] for key in ("relative_error", "test_loss"))
+    word = "does not hold" if _same_rank(cut) else "holds"
+    said = f"(the lowest error is not the lowest loss) {word}: error lowest at {error}, loss at {loss}"
+    return f"{model}: S1 Figure 2 {said}."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    return command.run(build, "figure2", "figure2", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

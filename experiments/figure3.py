@@ -1,0 +1,110 @@
+"""Figure 3: loss against rank below break-even, for a deep DenseNet and a VGG, beside lossless and compact."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from spectrim import records
+from spectrim.report import command, figure, frame, table
+from spectrim.report.command import Options
+from spectrim.report.table import Column, Table, number
+
+# The points of lossless and compact come from the records of Table 2, where there are some.
+OURS = "table2"
+VALUES = ("layers_kept", "test_loss", "change_test_loss", "params_kept")
+COLUMNS = (
+    Column("model", "model"),
+    Column("method", "method"),
+    Column("layers_kept", "rank / break-even rank %", 1, scale=100),
+    Column("test_loss", "test loss", 4),
+    Column("change_test_loss", "Δ test loss", 4, signed=True),
+    Column("params_kept", "params kept %", 1, scale=100),
+    Column("n", "n (training × calibration seeds)"),
+)
+
+
+def build(options: Options) -> list[Path]:
+    """A panel per model of the sweep, and the table of what is drawn."""
+    found = command.load(options)
+    sweep = frame.runs(found)
+    sweep = sweep[sweep["algorithm"] == "truncation"]
+    if sweep.empty:
+        raise command.lacking(options, "truncation")
+    models = list(dict.fromkeys(sweep["model"]))
+    beside = (
+        [one for one in records.read_all(options.records, OURS) if _selected(one, models)] if options.default else []
+    )
+    used = [*found, *beside]
+    rows = frame.with_dense(frame.runs(used).query("algorithm in ['truncation', 'lossless', 'compact']"), VALUES)
+    origin = command.origin(options, used)
+    with figure.panels(1, len(models), 3.6, 3.2) as (canvas, axes):
+        for model, axis in zip(models, axes, strict=True):
+            _panel(axis, rows[rows["model"] == model], model)
+        handles = {
+            text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        canvas.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+        drawn = figure.save(canvas, options.name, options.out, origin)
+    caption = f"What Figure 3 shows: loss against rank on {', '.join(dict.fromkeys(rows['data']))}"
+    notes = [
+        "Rank / break-even rank: share of their parameters kept by the layers that can be factored; above 100 % a "
+        "factored layer would be larger than the dense one. A layer left dense counts 100 %.",
+        *(_note(rows[rows["model"] == model], model) for model in models),
+    ]
+    notes += frame.missing(models, ("densenet", "vgg"))
+    shown = Table(options.name, rows, COLUMNS, caption, notes, group="model")
+    return drawn + table.save([shown], options.out, origin)
+
+
+def _selected(record: records.Record, models: list[str]) -> bool:
+    return record["names"]["model"] in models and "verified" in record["config"]["algorithm"]
+
+
+def _panel(axis: Axes, rows: pd.DataFrame, model: str) -> None:
+    """Truncation as a curve, dense as a line, lossless and compact as points; the loss on a logarithmic scale."""
+    dense = float(rows.loc[rows["method"] == "dense", "test_loss"].iloc[0])
+    axis.axhline(dense, color=figure.COLOURS["dense"], linewidth=1, label="dense")
+    for name in list(figure.COLOURS)[1:]:
+        own = rows[rows["variant"].str.startswith(name)].sort_values("layers_kept")
+        if own.empty:
+            continue
+        axis.errorbar(
+            100 * own["layers_kept"],
+            own["test_loss"],
+            yerr=own["test_loss_std"].fillna(0.0),
+            color=figure.COLOURS[name],
+            marker=figure.MARKERS[name],
+            linestyle="-" if name == "truncation" else "none",
+            linewidth=1.2,
+            markersize=5,
+            capsize=2,
+            label=name,
+        )
+    axis.set(title=model, xlabel="rank / break-even rank (%)", xlim=(0, 105))
+    figure.losses(axis)
+
+
+def _note(rows: pd.DataFrame, model: str) -> str:
+    """S1's claim for one model: below break-even the selectors' loss lies below the original's."""
+    ours = rows[rows["variant"].str.startswith(("lossless", "compact"))]
+    cut = rows[rows["variant"].str.startswith("truncation")]
+    below = int((cut["change_test_loss"] < 0).sum())
+    sweep = f"truncation is below the original at {below} of {len(cut)} ranks"
+    if ours.empty:
+        return f"{model}: S1 Figure 3 not comparable: no records of lossless or compact; {sweep}."
+    met = int((ours["change_test_loss"] < 0).sum())
+    word = "holds" if met == len(ours) else "does not hold" if not met else f"holds for {met} of {len(ours)}"
+    said = "; ".join(f"{row['method']} {number(row['change_test_loss'], 4, True)}" for _, row in ours.iterrows())
+    return f"{model}: S1 Figure 3 (loss below the original's under 0 < rank < break-even) {word}: {said}; {sweep}."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    return command.run(build, "figure3", "figure3", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Copy the tables that the README shows into it, between their markers: ``python experiments/readme.py [--check]``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from spectrim.records import write_whole
+from spectrim.report.table import Column, Table
+
+ROOT = Path(__file__).resolve().parents[1]
+SHOWN = (
+    Column("model", "model"),
+    Column("method", "method"),
+    Column("params_kept", "params kept %", 1, scale=100),
+    Column("change_test_loss", "Δ test loss", 4, signed=True),
+    Column("test_accuracy", "top-1 %", 2, scale=100),
+    Column("predicted_change", "predicted Δ loss", 4, signed=True),
+    Column("change_calibration_loss", "measured Δ calibration loss", 4, signed=True),
+    Column("n", "n"),
+)
+NOTE = (
+    "CIFAR-10, no fine-tuning; n = training seeds × calibration seeds; Δ = compressed − dense. The whole table: "
+    "[results/tables/table2.md](results/tables/table2.md)."
+)
+
+
+def table2(results: Path) -> str:
+    """The README's cut of Table 2, as markdown."""
+    rows = pd.read_csv(results / "tables/table2.csv", dtype={"n": str})
+    return Table("table2", rows, SHOWN, "Table 2, cut", [NOTE], group="model").markdown()
+
+
+def claims(results: Path) -> str:
+    """The verdict on every claim, as markdown."""
+    return (results / "tables/table2_claims.md").read_text(encoding="utf-8")
+
+
+def filled(readme: str, results: Path) -> str:
+    """``readme`` with the text between each pair of markers made anew."""
+    for name, make in (("table2", table2), ("claims", claims)):
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = readme.partition(start)
+        _, _, after = rest.partition(end)
+        readme = f"{before}{start}\n{make(results)}{end}{after}"
+    return readme
+
+
+def main() -> int:
+    """Entry of the script; with ``--check`` nothing is written and the status says whether the README is up to date."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README is out of date")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = filled(before, ROOT / "results")
+    if options.check:
+        if before != after:
+            print("README.md is out of date: run `make readme`", file=sys.stderr)
+        return int(before != after)
+    write_whole({path: after.encode()})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Table 2: dense, truncation, lossless and compact over model families, and what the papers claim of them."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spectrim.report import claims, command, compare, frame
+from spectrim.report.command import Options
+from spectrim.report.table import Column, Table, number, save
+
+PUBLISHED = Path(__file__).with_name("published.csv")
+CLAIMED = ("Abstract", "Table 4", "Table 5", "Table 6")
+OURS = ("lossless", "compact")
+VALUES = (
+    "test_loss",
+    "change_test_loss",
+    "test_accuracy",
+    "change_test_accuracy_pp",
+    "params_kept",
+    "macs_kept",
+    "predicted_change",
+    "change_calibration_loss",
+)
+COLUMNS = (
+    Column("model", "model"),
+    Column("method", "method"),
+    Column("test_loss", "test loss", 4),
+    Column("change_test_loss", "Δ test loss", 4, signed=True),
+    Column("test_accuracy", "top-1 %", 2, scale=100),
+    Column("change_test_accuracy_pp", "Δ top-1 pp", 2, signed=True),
+    Column("params_kept", "params kept %", 1, scale=100),
+    Column("macs_kept", "MACs kept %", 1, scale=100),
+    Column("predicted_change", "predicted Δ loss", 4, signed=True),
+    Column("change_calibration_loss", "measured Δ calibration loss", 4, signed=True),
+    Column("n", "n"),
+    Column("published", "published Δ loss at drop (S1b Table 4)"),
+    Column("verdict", "test loss not above dense"),
+)
+CLAIM_COLUMNS = (
+    Column("source", "source"),
+    Column("published", "published"),
+    Column("model", "here"),
+    Column("obtained", "obtained here"),
+    Column("verdict", "verdict"),
+)
+SOURCES = (
+    "S1: Zhang et al., Lossless Model Compression via Joint Low-Rank Factorization Optimization, arXiv 2412.06867. "
+    "S1b: the same authors, Compression for Better, arXiv 2412.06868."
+)
+NOTES = (
+    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (a dense net: "
+    "training seeds), a single run has no deviation. Runs of one training seed share a checkpoint, so where n is 1 × 3 "
+    "the deviation is that of the calibration draw alone.",
+    "Δ = compressed − dense. Params and MACs kept: of the whole model. Predicted: first-order change of the "
+    "calibration loss summed over the layers, to be held against the measured one beside it. Calibration is held out "
+    "of the training data; no selector sees the test split. No fine-tuning.",
+    "Published: ImageNet nets of the same family, loss on the split that S1b also calibrates on; its drop is not "
+    "defined. Another data set and scale, so only the claim is judged: the loss is not above the original's.",
+)
+CLAIM_NOTES = (
+    "Another data set and scale than the source's, unless the data are ImageNet: judged is the claim that the "
+    "compressed loss is not above the original's at the published drop, read as the share of parameters removed from "
+    "the whole model.",
+    "Read in the claim's favour: of a model's lossless and compact rows, one whose mean test loss meets it is enough.",
+)
+
+
+def build(options: Options) -> list[Path]:
+    """Table 2 and its claims, from the records of its grid."""
+    found = command.load(options)
+    runs = frame.runs(found)
+    runs = runs[runs["algorithm"].isin(["truncation", *OURS])]
+    if runs.empty:
+        raise command.lacking(options, "truncation, lossless or compact")
+    published = compare.read_published(PUBLISHED)
+    rows = frame.with_dense(runs, VALUES)
+    rows["published"] = [
+        _published(published, model, method) for model, method in zip(rows.model, rows.method, strict=True)
+    ]
+    rows["verdict"] = [_verdict(row) for _, row in rows.iterrows()]
+    models, data = list(dict.fromkeys(rows["model"])), ", ".join(dict.fromkeys(rows["data"]))
+    caption = f"Loss and accuracy without fine-tuning on {data}"
+    table = Table(options.name, rows, COLUMNS, caption, [*NOTES, SOURCES, *frame.missing(models)], group="model")
+    judged = Table(
+        f"{options.name}_claims",
+        _claims(published, rows),
+        CLAIM_COLUMNS,
+        f"Claims, tested on {data}",
+        [SOURCES, *CLAIM_NOTES],
+    )
+    return save([table, judged], options.out, command.origin(options, found, [PUBLISHED]))
+
+
+def _published(published: pd.DataFrame, model: str, method: str) -> str | None:
+    """The published changes of loss of the model's family, beside our selectors' rows."""
+    if not method.startswith(OURS):
+        return None
+    said = []
+    for claim in claims.claims(published, ["Table 4"]):
+        if frame.family(claim.model) == frame.family(model):
+            said.append(f"{claim.model} {number(claim.change, 4, True)} at {100 * claim.drop:.0f} %")
+    return "; ".join(said) or None
+
+
+def _verdict(row: "pd.Series[Any]") -> str | None:
+    """Whether the mean loss of a compressed row stays at or below that of the dense one."""
+    if row["method"] == "dense":
+        return None
+    if row["params_kept"] >= 1:
+        return "not comparable: nothing was factored"
+    return "holds" if row["change_test_loss"] <= 0 else "does not hold"
+
+
+def _claims(published: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """Every claim of S1 and S1b about compressed nets, beside what each model of its family gives here."""
+    ours = rows[rows["method"].str.startswith(OURS)]
+    found = []
+    for claim in claims.claims(published, CLAIMED):
+        family = ours[[frame.family(model) == frame.family(claim.model) for model in ours["model"]]]
+        for model in list(dict.fromkeys(family["model"])) or [None]:
+            own = family[family["model"] == model]
+            dense = rows[(rows["model"] == model) & (rows["method"] == "dense")]
+            judged = claims.judge(claim, own, dense)
+            found.append(
+                {
+                    "claim": claim.name,
+                    "source": claim.source,
+                    "published": claim.said,
+                    "model": model,
+                    "obtained": judged.why,
+                    "verdict": judged.word,
+                }
+            )
+    return pd.DataFrame(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    return command.run(build, "table2", "table2", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""Table 7: when the first order holds, by the size of the change of the weights, and what leakage buys."""
+
+import math
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spectrim import records
+from spectrim.records import Record
+from spectrim.report import claims, command, compare, frame
+from spectrim.report.command import Options
+from spectrim.report.table import Column, Table, save
+
+PUBLISHED = Path(__file__).with_name("published.csv")
+SIZES = {
+    # S1b's two bounds, 8e-3 and 2e-1, are edges of the entrywise bins.
+    "max_abs_error": ("largest entry |δ|", (0, 1e-3, 8e-3, 2e-2, 5e-2, 2e-1, math.inf)),
+    "relative_error": ("‖δ‖/‖W‖", (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, math.inf)),
+}
+# What we ask before we say that the first order holds.
+SIGN_AGREEMENT = 0.9
+RATIO = (0.5, 2.0)
+MEASURES = (
+    Column("count", "truncations", 0),
+    Column("sign_agreement", "sign right %", 1, scale=100),
+    Column("predicted", "median |predicted| Δ loss", 6),
+    Column("measured", "median |measured| Δ loss", 6),
+    Column("ratio", "median measured / predicted", 2, signed=True),
+    Column("rank_correlation", "Spearman ρ", 2, signed=True),
+    Column("predicted_lower", "predicted to lower", 0),
+    Column("lowered", "of these did", 0),
+)
+LEAKAGE = (
+    Column("model", "model"),
+    Column("method", "method"),
+    Column("calibration_from", "calibrated on"),
+    Column("change_test_loss", "Δ test loss", 4, signed=True),
+    Column("change_test_accuracy_pp", "Δ top-1 pp", 2, signed=True),
+    Column("bought", "Δ test loss against held out", 4, signed=True),
+    Column("params_kept", "params kept %", 1, scale=100),
+    Column("n", "n (training × calibration seeds)"),
+)
+LEAKAGE_NOTE = (
+    "Held out: images kept out of the training data. Test: the split that is reported, which is leakage, run for this "
+    "table alone. Δ = compressed − dense; a negative number in the column against held out is what the other split "
+    "bought."
+)
+PROBED = (
+    "One layer truncated at a time, all others dense; Δ loss predicted and measured on the same split, the gradient's."
+)
+
+
+def build(options: Options) -> list[Path]:
+    """The bins, each model's totals, and the leakage runs."""
+    found = command.load(options)
+    runs = frame.runs(found)
+    probes = _probes(found)
+    tables = []
+    if not probes.empty:
+        tables += _probe_tables(options.name, probes, compare.read_published(PUBLISHED))
+    leakage = runs[runs["algorithm"].isin(["lossless", "compact"])]
+    if not leakage.empty:
+        caption = f"What calibrating on other data buys, on {', '.join(dict.fromkeys(leakage['data']))}"
+        tables.append(
+            Table(f"{options.name}_leakage", _leakage(leakage), LEAKAGE, caption, [LEAKAGE_NOTE], group="model")
+        )
+    if not tables:
+        raise command.lacking(options, "probe, lossless or compact")
+    return save(tables, options.out, command.origin(options, found, [PUBLISHED]))
+
+
+def _probes(found: Sequence[Record]) -> pd.DataFrame:
+    """Every (layer, rank) measured by a probe: one row a log entry, with its model."""
+    rows: list[dict[str, Any]] = []
+    for record in found:
+        if record["config"]["algorithm"]["_target_"].endswith(".Probe"):
+            rows += [{"model": record["names"]["model"], "seed": record["seed"], **entry} for entry in record["log"]]
+    return pd.DataFrame(rows)
+
+
+def _probe_tables(name: str, probes: pd.DataFrame, published: pd.DataFrame) -> list[Table]:
+    models = sorted(set(probes["model"]), key=frame.sort_key)
+    rows = []
+    for split, of_split in probes.groupby("split"):
+        for key, (label, edges) in SIZES.items():
+            for low, high in pairwise(edges):
+                own = of_split[(of_split[key] > low) & (of_split[key] <= high)]
+                if len(own):
+                    rows.append({"split": split, "size": label, "bin": _bin(low, high), **measures(own)})
+    bins = pd.DataFrame(rows)
+    totals = [
+        {"model": model, "split": split, **measures(own)}
+        for model in models
+        for split, own in probes[probes["model"] == model].groupby("split")
+    ]
+    first = (Column("split", "split"), Column("size", "size of the change"), Column("bin", "between"))
+    notes = [PROBED, f"Models: {', '.join(models)}, taken together.", _first_order(probes, published)]
+    return [
+        Table(name, bins, (*first, *MEASURES), "When the first order predicts the loss", notes, group="size"),
+        Table(
+            f"{name}_models",
+            pd.DataFrame(totals),
+            (Column("model", "model"), Column("split", "split"), *MEASURES),
+            "Predicted against measured change of the loss, per model, over all sizes of the change",
+            [PROBED],
+            group="model",
+        ),
+    ]
+
+
+def _bin(low: float, high: float) -> str:
+    return f"> {low:g}" if math.isinf(high) else f"{low:g} – {high:g}"
+
+
+def measures(own: pd.DataFrame) -> dict[str, float]:
+    """Agreement of predicted and measured changes in sign, size and order; sign and ratio leave out predicted zeros."""
+    said = own[own["predicted"] != 0]
+    right = (said["predicted"] * said["measured"] > 0).mean() if len(said) else math.nan
+    lower = own[own["predicted"] < 0]
+    varies = own["predicted"].nunique() > 1 and own["measured"].nunique() > 1
+    return {
+        "count": len(own),
+        "sign_agreement": float(right),
+        "predicted": float(own["predicted"].abs().median()),
+        "measured": float(own["measured"].abs().median()),
+        "ratio": float((said["measured"] / said["predicted"]).median()) if len(said) else math.nan,
+        "rank_correlation": float(own["predicted"].rank().corr(own["measured"].rank())) if varies else math.nan,
+        "predicted_lower": len(lower),
+        "lowered": int((lower["measured"] < 0).sum()),
+    }
+
+
+def _first_order(probes: pd.DataFrame, published: pd.DataFrame) -> str:
+    """S1b's claim that the first order holds where no entry changes by more than 8e-3."""
+    (claim,) = claims.claims(published, ["Text on the neighbourhood"])
+    bound = claim.values["first_order_max_abs_error"]
+    said = f"S1b: first order below a largest entry of {bound:g}"
+    own = probes[probes["max_abs_error"] <= bound]
+    if own.empty:
+        least = probes["max_abs_error"].min()
+        return (
+            f"{said}: not comparable: no truncation of ours is so small, the smallest changes an entry by {least:.2g}."
+        )
+    got = measures(own)
+    holds = got["sign_agreement"] >= SIGN_AGREEMENT and RATIO[0] <= got["ratio"] <= RATIO[1]
+    obtained = f"sign right in {100 * got['sign_agreement']:.0f} %, median ratio {got['ratio']:.2f}"
+    asked = f"{100 * SIGN_AGREEMENT:.0f} % and a ratio of {RATIO[0]:g} – {RATIO[1]:g}"
+    return f"{said}: {'holds' if holds else 'does not hold'}: {obtained}, {len(own)} truncations (asked: {asked})."
+
+
+def _leakage(runs: pd.DataFrame) -> pd.DataFrame:
+    """Rows of one model and method beside each other, told apart by the split that calibration was drawn from."""
+    skip = (*frame.SEEDS, "data.calibration_from")
+    named = runs.assign(
+        setting=[records.signature({k: v for k, v in one.items() if k not in skip}) for one in runs["settings"]],
+        method=runs["variant"],
+    )
+    values = ("change_test_loss", "change_test_accuracy_pp", "params_kept")
+    rows = frame.over_seeds(named, ("model", "data", "setting", "method", "calibration_from"), values)
+    held = rows[rows["calibration_from"] == "held_out"].set_index(["model", "setting"])["change_test_loss"]
+    base = [held.get((model, setting), math.nan) for model, setting in zip(rows["model"], rows["setting"], strict=True)]
+    rows["bought"] = rows["change_test_loss"] - base
+    rows.loc[rows["calibration_from"] == "held_out", "bought"] = math.nan
+    models = list(dict.fromkeys(zip(rows["model"], rows["data"], strict=True)))
+    return rows.iloc[
+        sorted(
+            range(len(rows)),
+            key=lambda index: (
+                models.index((rows["model"].iloc[index], rows["data"].iloc[index])),
+                frame.sort_key(rows["method"].iloc[index]),
+                ("held_out", "train", "test").index(rows["calibration_from"].iloc[index]),
+            ),
+        )
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    return command.run(build, "table7", "table7", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""A record is one run: a JSON file ``<records>/<experiment>/<signature>.json``, written whole or not at all.
+
+Tables and figures are made of records alone, so this module needs no torch.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from spectrim.errors import UserError
+
+Record = dict[str, Any]
+
+SCHEMA = 1
+REQUIRED = ("schema", "signature", "experiment", "names", "config", "seed", "dense", "compressed", "provenance")
+
+
+def signature(config: Mapping[str, Any]) -> str:
+    """Name of a run: the first 16 hex digits of the sha256 of its scientific configuration.
+
+    The order of keys does not matter, nor whether a whole number is written 1 or 1.0.
+    Raises UserError where the configuration holds what JSON cannot say (NaN, an object).
+    """
+    try:
+        text = json.dumps(_canonical(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the configuration cannot be signed: {error}; use numbers, text and lists") from error
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_canonical(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def path_of(folder: Path, experiment: str, signature: str) -> Path:
+    """Where the record of a run lies. An experiment may be nested (``imagenet/table2``) but never leaves ``folder``."""
+    parts = PurePosixPath(experiment).parts
+    if not parts or ".." in parts or PurePosixPath(experiment).is_absolute():
+        raise UserError(f"experiment {experiment!r} is not a name: use one such as table2 or imagenet/table2")
+    return Path(folder).joinpath(*parts) / f"{signature}.json"
+
+
+def encode(record: Record) -> bytes:
+    """The bytes of a record's file. Raises UserError where a number is not finite or a field is missing."""
+    missing = [key for key in REQUIRED if key not in record]
+    if missing:
+        raise UserError(f"a record needs {', '.join(missing)}: nothing was written")
+    for where, number in _numbers(record, ""):
+        if not math.isfinite(number):
+            raise UserError(f"{where} is {number}: a record holds finite numbers only, so nothing was written")
+    return (json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _numbers(item, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _numbers(item, f"{where}[{index}]")
+    elif isinstance(value, float):
+        yield where, value
+
+
+def digest(record: Record) -> str:
+    """sha256 of a record's bytes: what ``sha256sum`` prints for its file."""
+    return hashlib.sha256(encode(record)).hexdigest()
+
+
+def write(folder: Path, record: Record) -> Path:
+    """Write a record to its place and return the path. Raises UserError, leaving nothing behind, where it cannot."""
+    path = path_of(folder, record["experiment"], record["signature"])
+    write_whole({path: encode(record)})
+    return path
+
+
+def write_whole(files: Mapping[Path, bytes]) -> None:
+    """Write several files, all or none of them as far as a file system allows.
+
+    Each goes to a temporary file beside its place and to the disk first; only when all lie there are they renamed.
+    Raises UserError (full disk, read-only folder) and removes the temporary files.
+    """
+    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    path = next(iter(files))
+    try:
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary[path].open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for path in files:
+            os.replace(temporary[path], path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose a writable folder") from error
+    finally:
+        for left in temporary.values():
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    # The parent may be missing, a file, or read-only: whatever kept us from writing must not hide the first error.
+    try:
+        path.unlink()
+    except OSError:
+        return
+
+
+def read(path: Path) -> Record:
+    """Read one record. Raises UserError where the file is missing, cut short, or not a record of this schema."""
+    path = Path(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the record {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is cut short or not JSON: delete it and run its experiment again") from error
+    if not isinstance(record, dict) or any(key not in record for key in REQUIRED):
+        raise UserError(f"{path} is not a record of a run: delete it and run its experiment again")
+    if record["schema"] != SCHEMA:
+        raise UserError(f"{path} has schema {record['schema']}, this version reads {SCHEMA}: run its experiment again")
+    return record
+
+
+def read_all(folder: Path, experiment: str) -> list[Record]:
+    """The records of one experiment, sorted by signature; none where there is no such folder.
+
+    Temporary files of a killed run end in ``.tmp`` and are not looked at.
+    """
+    place = path_of(folder, experiment, "any").parent
+    return [read(path) for path in sorted(place.glob("*.json"))]

@@ -1,0 +1,134 @@
+"""The papers' claims about compressed nets, and whether a model of ours bears them out."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from spectrim.report.compare import Verdict, verdict
+from spectrim.report.table import number
+
+# Folders of images hold ImageNet in the grid at the papers' scale; all other data are another task than theirs.
+PAPER_DATA = ("imagenet", "image_folder")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One published claim: its numbers by metric, and for each the tolerance (NaN where none is stated).
+
+    Losses in nats, top-1 and drop in percent, as printed.
+    """
+
+    name: str
+    source: str
+    where: str
+    model: str
+    data: str
+    values: dict[str, float]
+    tolerances: dict[str, float]
+    note: str
+
+    @property
+    def change(self) -> float:
+        """Published change of the loss, compressed minus original; NaN where it is not printed."""
+        return self.values.get("compressed_loss", math.nan) - self.values.get("original_loss", math.nan)
+
+    @property
+    def drop(self) -> float:
+        """Published drop in size as a share; NaN where there is none."""
+        return self.values.get("drop_percent", math.nan) / 100
+
+    @property
+    def said(self) -> str:
+        """The claim in words: model, data, loss of the original and of theirs, at which drop."""
+        subject = ", ".join(part for part in (self.model, self.data) if part)
+        others = [f"{key.replace('_', ' ')} {value:g}" for key, value in self.values.items() if key != "drop_percent"]
+        if not math.isnan(self.change):
+            losses = f"{self.values['original_loss']:.4f} → {self.values['compressed_loss']:.4f}"
+            said = f"loss {losses} ({number(self.change, 4, True)})"
+        else:
+            said = ", ".join(others) or "loss below the original's"
+        at = "" if math.isnan(self.drop) else f" at a drop of {100 * self.drop:.0f} %"
+        return (f"{subject}: " if subject else "") + said + at
+
+
+def claims(published: pd.DataFrame, where: Sequence[str] = ()) -> list[Claim]:
+    """The claims in the order of the file; with ``where``, those of these tables and figures alone."""
+    found = []
+    for name, rows in published.groupby("claim", sort=False):
+        first = rows.iloc[0]
+        if where and first["where"] not in where:
+            continue
+        given = rows[rows["value"].notna()]
+        found.append(
+            Claim(
+                name=str(name),
+                source=f"{first['source'].partition(':')[0]} {first['where']}",
+                where=first["where"],
+                model=first["model"],
+                data=first["data"],
+                values={key: float(value) for key, value in zip(given["metric"], given["value"], strict=True)},
+                tolerances={key: float(value) for key, value in zip(given["metric"], given["tolerance"], strict=True)},
+                note=first["note"],
+            )
+        )
+    return found
+
+
+def judge(claim: Claim, ours: pd.DataFrame, dense: pd.DataFrame) -> Verdict:
+    """A claim against the lossless and compact rows of one model, and its ``dense`` row.
+
+    The same net on the same data is held to the published numbers first; any other only to the claim that the loss is
+    not above the original's at that drop.
+    """
+    if math.isnan(claim.drop):
+        return Verdict("not comparable", "not a claim about the loss of a compressed net")
+    relation = lossless_claim(ours, claim.drop)
+    if ours.empty or not _same(claim, ours.iloc[0]):
+        return relation
+    near = ours.iloc[int((1 - ours["params_kept"] - claim.drop).abs().argmin())]
+    obtained = {
+        "original_loss": float(dense.iloc[0]["test_loss"]),
+        "original_top1_percent": 100 * float(dense.iloc[0]["test_accuracy"]),
+        "compressed_loss": float(near["test_loss"]),
+        "compressed_top1_percent": 100 * float(near["test_accuracy"]),
+        "drop_percent": 100 * float(1 - near["params_kept"]),
+    }
+    for metric, value in claim.values.items():
+        judged = verdict(value, obtained.get(metric), claim.tolerances[metric])
+        if judged.word == "does not hold":
+            return Verdict(judged.word, f"{metric.replace('_', ' ')} {judged.why} ({near['method']})")
+    return relation
+
+
+def _same(claim: Claim, row: "pd.Series[Any]") -> bool:
+    ours, theirs = ("".join(filter(str.isalnum, name.lower())) for name in (row["model"], claim.model))
+    return row["data"] in PAPER_DATA and ours.startswith(theirs)
+
+
+def lossless_claim(ours: pd.DataFrame, drop: float) -> Verdict:
+    """Whether the test loss stays at or below the original's with at least the share ``drop`` of parameters removed.
+
+    ``ours``: rows of one model, with ``method``, ``params_kept`` and the mean ``change_test_loss``. The claim is
+    read in its favour: one row that meets it is enough, though that row is then chosen by its test loss.
+    """
+    if ours.empty:
+        return Verdict("not comparable", "no run of this model family")
+    rows = ours.assign(drop=1 - ours["params_kept"])
+    enough = rows[rows["drop"] >= drop]
+    met = enough[enough["change_test_loss"] <= 0]
+    if len(met):
+        return Verdict("holds", _row_said(met.iloc[int(met["change_test_loss"].argmin())]))
+    kept = rows[(rows["change_test_loss"] <= 0) & (rows["drop"] > 0)]
+    most = _row_said(kept.iloc[int(kept["drop"].argmax())]) if len(kept) else "none"
+    there = (
+        _row_said(enough.iloc[int(enough["change_test_loss"].argmin())]) if len(enough) else "none of ours goes so far"
+    )
+    said = f"lowest loss at a drop of {100 * drop:.0f} % or more: {there}"
+    return Verdict("does not hold", f"{said}; largest drop with the loss not above the original's: {most}")
+
+
+def _row_said(row: "pd.Series[Any]") -> str:
+    return f"{number(float(row['change_test_loss']), 4, True)} at {100 * row['drop']:.1f} % ({row['method']})"

@@ -1,0 +1,154 @@
+"""Published beside obtained, and committed beside fresh."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from spectrim.errors import UserError
+
+PUBLISHED_COLUMNS = ("claim", "source", "where", "model", "data", "metric", "value", "tolerance", "note")
+Word = Literal["holds", "does not hold", "not comparable"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One word and the reason for it."""
+
+    word: Word
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.word}: {self.why}"
+
+
+def read_published(path: Path) -> pd.DataFrame:
+    """The published numbers: one row a claim and metric. ``tolerance`` is empty where none can be stated.
+
+    Raises UserError where the file is missing or a column is.
+    """
+    try:
+        frame = pd.read_csv(
+            path, dtype={"note": str}, keep_default_na=False, na_values={"value": [""], "tolerance": [""]}
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the published numbers {path}: {error}") from error
+    missing = [column for column in PUBLISHED_COLUMNS if column not in frame]
+    if missing:
+        raise UserError(f"{path} lacks the column {', '.join(missing)}")
+    return frame
+
+
+def verdict(published: float, obtained: float | None, tolerance: float | None, why: str = "") -> Verdict:
+    """Whether a published number is met. Without a number of ours, or without a tolerance, there is nothing to judge.
+
+    ``why`` says, where the two cannot be compared, what stands in the way.
+    """
+    if obtained is None or math.isnan(obtained):
+        return Verdict("not comparable", why or "no run of ours")
+    if tolerance is None or math.isnan(tolerance):
+        return Verdict("not comparable", why or "no tolerance can be stated")
+    difference = obtained - published
+    said = f"{difference:+.4g} from the published {published:g}, tolerance {tolerance:g}"
+    return Verdict("holds" if abs(difference) <= tolerance else "does not hold", said)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Two numbers agree where |fresh − committed| ≤ absolute + relative · |committed|."""
+
+    absolute: float
+    relative: float = 0.0
+
+    def agree(self, committed: float, fresh: float) -> bool:
+        """Two absent numbers agree, one absent and one present do not."""
+        if math.isnan(committed) or math.isnan(fresh):
+            return math.isnan(committed) and math.isnan(fresh)
+        return abs(fresh - committed) <= self.absolute + self.relative * abs(committed)
+
+
+# A rerun on another machine rounds otherwise, and a greedy choice between two ranks that are nearly as good may fall
+# the other way. Truncated too hard, a net has a loss of several nats: hence the relative part.
+_LOSS = Tolerance(absolute=0.01, relative=0.02)
+RERUN: Mapping[str, Tolerance] = {
+    "test_loss": _LOSS,
+    "calibration_loss": _LOSS,
+    "dense_test_loss": _LOSS,
+    "dense_calibration_loss": _LOSS,
+    "predicted_change": _LOSS,
+    "test_accuracy": Tolerance(0.005),
+    "calibration_accuracy": Tolerance(0.005),
+    "dense_test_accuracy": Tolerance(0.005),
+    "dense_calibration_accuracy": Tolerance(0.005),
+    "params_kept": Tolerance(0.02),
+    "macs_kept": Tolerance(0.02),
+}
+RUN_KEYS = ("model", "variant", "seed", "calibration_seed", "signature")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One cell beyond tolerance, or a row that only one side has (``metric`` "row")."""
+
+    row: str
+    metric: str
+    committed: float | str
+    fresh: float | str
+
+    def __str__(self) -> str:
+        return f"{self.row}: {self.metric}: committed {_said(self.committed)}, fresh {_said(self.fresh)}"
+
+
+def _said(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.6g}"
+
+
+def differences(
+    committed: pd.DataFrame,
+    fresh: pd.DataFrame,
+    tolerance: Mapping[str, Tolerance] = RERUN,
+    keys: Sequence[str] = RUN_KEYS,
+) -> list[Difference]:
+    """Each cell of the columns in ``tolerance`` that differs by more, and each row that is missing on one side.
+
+    ``keys`` name a row: they must be unique on either side. A column that a side lacks counts as empty there.
+    """
+    before, after = _rows(committed, keys), _rows(fresh, keys)
+    found = []
+    for name in sorted(before | after):
+        if name not in before or name not in after:
+            found.append(Difference(name, "row", *("there" if name in side else "missing" for side in (before, after))))
+            continue
+        for metric, allowed in tolerance.items():
+            old, new = (_number(side[name].get(metric)) for side in (before, after))
+            if not allowed.agree(old, new):
+                found.append(Difference(name, metric, old, new))
+    return found
+
+
+def _rows(frame: pd.DataFrame, keys: Sequence[str]) -> dict[str, dict[str, Any]]:
+    rows = frame.to_dict(orient="records")
+    named = {" / ".join(str(row[key]) for key in keys): {str(key): value for key, value in row.items()} for row in rows}
+    if len(named) < len(rows):
+        raise UserError(f"two rows have the same {', '.join(keys)}: they cannot be compared")
+    return named
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None or value == "" else float(value)
+
+
+def summarise(found: Sequence[Difference], compared: int, tolerance: Mapping[str, Tolerance] = RERUN) -> int:
+    """Print one line a difference and a summary; 0 where all is within tolerance, else 1: the exit status."""
+    for difference in found:
+        print(difference)
+    loss, top1 = tolerance["test_loss"], tolerance["test_accuracy"]
+    print(
+        f"{compared} runs compared with the committed ones, {len(found)} differences beyond tolerance "
+        f"(loss {loss.absolute:g} + {loss.relative:.0%}, accuracy {100 * top1.absolute:g} pp, "
+        f"share kept {100 * tolerance['params_kept'].absolute:g} pp)"
+    )
+    return 1 if found else 0

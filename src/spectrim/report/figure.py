@@ -1,0 +1,97 @@
+"""A matplotlib figure → NAME.png and NAME.svg, the same bytes from the same records, and NAME.provenance.json."""
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+from spectrim.records import write_whole
+from spectrim.report.table import provenance_bytes
+
+# Okabe and Ito's palette, told apart under every common colour blindness; a marker of its own beside each colour.
+COLOURS = {
+    "dense": "#000000",
+    "truncation": "#E69F00",
+    "lossless, one-shot": "#56B4E9",
+    "lossless, verified": "#0072B2",
+    "compact, one-shot": "#CC79A7",
+    "compact, verified": "#009E73",
+}
+MARKERS = {
+    "dense": "_",
+    "truncation": "s",
+    "lossless, one-shot": "^",
+    "lossless, verified": "v",
+    "compact, one-shot": "D",
+    "compact, verified": "o",
+}
+SECOND = "#D55E00"
+# Any, for matplotlib types each key of its settings on its own.
+STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.hashsalt": "spectrim",
+    "svg.fonttype": "path",
+}
+
+
+def _style() -> Any:
+    # Whatever a person has set for their own figures, ours look the same.
+    return dict(matplotlib.rcParamsDefault) | {"backend": "agg"} | STYLE
+
+
+@contextmanager
+def panels(rows: int, columns: int, width: float, height: float) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure of ``rows × columns`` panels, each ``width × height`` inches; no display is needed."""
+    with matplotlib.rc_context(_style()):
+        figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False)
+        yield figure, list(axes.flat)
+
+
+def losses(axis: Axes, label: str = "test loss") -> None:
+    """Label the axis of losses, once all is drawn; logarithmic, in plain numbers, where they span a factor of 2."""
+    low, high = axis.dataLim.intervaly
+    if low <= 0 or high < 2 * low:
+        axis.set_ylabel(f"{label} (nats)")
+        return
+    axis.set(yscale="log", ylabel=f"{label} (nats, log scale)")
+    low, high = axis.get_ylim()
+    steps = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100)
+    axis.set_yticks([step for step in steps if low <= step <= high])
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def save(figure: Figure, name: str, folder: Path, origin: Mapping[str, Any]) -> list[Path]:
+    """Write a figure under ``folder/figures``, all files or none. Call it inside ``panels``, whose style it needs.
+
+    No date and no program version enter the files, so that the same records give the same bytes.
+    """
+    place = folder / "figures" / name
+    files = {
+        place.with_name(f"{name}.png"): _bytes(figure, "png", {"Software": None}),
+        place.with_name(f"{name}.svg"): _bytes(figure, "svg", {"Date": None, "Creator": None}),
+        place.with_name(f"{name}.provenance.json"): provenance_bytes(name, origin),
+    }
+    write_whole(files)
+    return list(files)
+
+
+def _bytes(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format=kind, dpi=160, metadata=metadata)
+    return stream.getvalue()

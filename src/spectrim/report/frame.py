@@ -1,0 +1,225 @@
+"""Records → one row a run, and rows of several seeds → mean, standard deviation and n.
+
+Losses are in nats, accuracies and shares in [0, 1], changes of accuracy in percentage points (``_pp``), seconds in s.
+A change is always compressed minus dense: a negative change of loss is a gain.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from spectrim import records
+from spectrim.errors import UserError
+from spectrim.records import Record
+
+FAMILIES = ("resnet", "resnext", "densenet", "vgg")
+METHODS = ("dense", "truncation", "lossless", "compact")
+# What tells seeds of one setting apart; all else in a configuration makes another setting.
+SEEDS = ("seed", "checkpoint", "data.calibration_seed")
+
+
+def runs(found: Iterable[Record]) -> pd.DataFrame:
+    """One row a run, ordered by model and method.
+
+    ``variant`` names the algorithm and its form, ``method`` also what else tells two settings of one model apart,
+    ``group`` is equal for runs that differ in their seeds alone, ``settings`` is the flat configuration.
+    Raises UserError where records of one model and seed come from different checkpoints.
+    """
+    frame = pd.DataFrame([_row(record) for record in found])
+    if frame.empty:
+        return frame
+    _one_checkpoint_a_seed(frame)
+    frame["method"] = _methods(frame)
+    return frame.sort_values(by=["model", "variant", "signature"], key=_order).reset_index(drop=True)
+
+
+def _row(record: Record) -> dict[str, Any]:
+    config, dense, compressed = record["config"], record["dense"], record["compressed"]
+    settings = flat({key: value for key, value in config.items() if key != "shape"})
+    algorithm = str(config["algorithm"]["_target_"]).rpartition(".")[2].lower()
+    row: dict[str, Any] = {
+        "signature": record["signature"],
+        "experiment": record["experiment"],
+        "model": _model(record),
+        "data": record["names"]["data"],
+        "algorithm": algorithm,
+        "decomposer": record["names"].get("decomposer", ""),
+        "variant": _variant(algorithm, config["algorithm"]),
+        "group": records.signature({key: value for key, value in settings.items() if key not in SEEDS}),
+        "settings": settings,
+        "seed": record["seed"],
+        "calibration_seed": record.get("calibration_seed"),
+        "calibration_from": settings.get("data.calibration_from", "held_out"),
+        "ratio": settings.get("algorithm.ratio"),
+        "params_kept": compressed["params"] / dense["params"],
+        "macs_kept": compressed["macs"] / dense["macs"],
+        "predicted_change": record.get("predicted_change"),
+        "relative_error": _relative_error(record.get("layers", [])),
+        "layers_kept": _layers_kept(record.get("layers", [])),
+        "factored_layers": len(record.get("plan", {})),
+        "seconds": sum(phase["seconds"] for phase in record.get("phases", {}).values()),
+        "checkpoint_digest": record["provenance"].get("checkpoint_digest"),
+    }
+    for split in ("calibration", "test"):
+        before, after = dense[split], compressed[split]
+        # A task without classes has no accuracy.
+        right, right_before = (math.nan if one["accuracy"] is None else one["accuracy"] for one in (after, before))
+        row |= {
+            f"{split}_loss": after["loss"],
+            f"{split}_accuracy": right,
+            f"dense_{split}_loss": before["loss"],
+            f"dense_{split}_accuracy": right_before,
+            f"change_{split}_loss": after["loss"] - before["loss"],
+            f"change_{split}_accuracy_pp": 100 * (right - right_before),
+        }
+    return row
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as one mapping: ``{"data": {"size": 1}}`` → ``{"data.size": 1}``."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _model(record: Record) -> str:
+    """The model's option; a torchvision classifier, which shares one option, goes by its own name."""
+    return str(record["config"]["model"].get("name") or record["names"]["model"])
+
+
+def _variant(algorithm: str, settings: Mapping[str, Any]) -> str:
+    if algorithm == "truncation":
+        given = {
+            key: settings[key] for key in ("rank", "ratio", "energy", "params_kept") if settings.get(key) is not None
+        }
+        return ", ".join([algorithm, *(f"{key.replace('_', ' ')} {value:g}" for key, value in given.items())])
+    if "verified" in settings:
+        return f"{algorithm}, {'verified' if settings['verified'] else 'one-shot'}"
+    return algorithm
+
+
+def _relative_error(layers: Sequence[Mapping[str, Any]]) -> float:
+    """Root mean square, over the layers that can be factored, of ‖δ‖/‖W‖ (Frobenius); a dense layer counts 0."""
+    squares = [(layer["relative_error"] or 0.0) ** 2 for layer in layers]
+    return math.sqrt(sum(squares) / len(squares)) if squares else math.nan
+
+
+def _layers_kept(layers: Sequence[Mapping[str, Any]]) -> float:
+    """Share of their parameters kept by the layers that can be factored: rank over break-even, weighted by size."""
+    before = sum(layer["params_before"] for layer in layers)
+    return sum(layer["params_after"] for layer in layers) / before if before else math.nan
+
+
+def _one_checkpoint_a_seed(frame: pd.DataFrame) -> None:
+    for (model, data, seed), rows in frame.groupby(["model", "data", "seed"]):
+        if rows["checkpoint_digest"].nunique(dropna=False) > 1:
+            raise UserError(
+                f"records of {model} on {data}, seed {seed}, come from different checkpoints: delete the older records"
+            )
+
+
+def _methods(frame: pd.DataFrame) -> list[str]:
+    """``variant``, and the settings that differ where one model has it in several."""
+    names = list(frame["variant"])
+    for _, rows in frame.groupby(["experiment", "model", "data", "variant"]):
+        if rows["group"].nunique() < 2:
+            continue
+        keys = sorted({key for settings in rows["settings"] for key in settings} - set(SEEDS))
+        values = {key: [settings.get(key) for settings in rows["settings"]] for key in keys}
+        differing = [key for key in keys if any(value != values[key][0] for value in values[key])]
+        for index in rows.index:
+            settings = frame["settings"][index]
+            said = [f"{key.rpartition('.')[2].replace('_', ' ')} {settings.get(key)}" for key in differing]
+            names[int(index)] = ", ".join([names[int(index)], *said])
+    return names
+
+
+def family(model: str) -> str:
+    """The leading letters of a model's name: resnet20 and ResNet-50 → resnet."""
+    found = re.match("[a-z]+", model.lower())
+    return found.group() if found else ""
+
+
+def missing(models: Iterable[str], families: Sequence[str] = FAMILIES) -> list[str]:
+    """A note naming the families of the source that no model stands for; none where all are there."""
+    present = {family(model) for model in models}
+    absent = [name for name in families if name not in present]
+    return [f"Left out, for want of records: {', '.join(absent)}."] if absent else []
+
+
+def sort_key(name: str) -> tuple[Any, ...]:
+    """Known families and methods in their usual order, then names with their numbers as numbers (resnet20 < resnet110).
+
+    The one-shot form, as printed in the source, comes before the verified one, large shares before small.
+    """
+    known = FAMILIES + METHODS
+    place = known.index(family(name)) if family(name) in known else len(known)
+    form = 0 if "one-shot" in name else 1
+    parts = re.findall(r"\d+\.?\d*|\D+", name)
+    sign = -1 if name.startswith("truncation") else 1
+    return place, form, [(1, "", sign * float(part)) if part[0].isdigit() else (0, part, 0.0) for part in parts]
+
+
+def _order(column: "pd.Series[Any]") -> "pd.Series[int]":
+    rank = {name: index for index, name in enumerate(sorted(set(column), key=sort_key))}
+    return column.map(rank)
+
+
+def with_dense(frame: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
+    """One row a model and method, seeds taken together, each model's dense row first. Columns as of ``over_seeds``.
+
+    A dense net does not depend on the calibration draw, so its row has one run a training seed.
+    """
+    by = ("model", "data", "method", "variant")
+    dense = frame.drop_duplicates(["model", "data", "seed"]).assign(
+        method="dense", variant="dense", calibration_seed=None, params_kept=1.0, macs_kept=1.0, layers_kept=1.0
+    )
+    for split in ("calibration", "test"):
+        for metric in ("loss", "accuracy"):
+            dense[f"{split}_{metric}"] = dense[f"dense_{split}_{metric}"]
+    absent = [value for value in values if value.startswith(("change_", "predicted", "relative"))]
+    dense[absent] = math.nan
+    rows = []
+    for (model, data), own in frame.groupby(["model", "data"], sort=False):
+        rows += over_seeds(dense[(dense["model"] == model) & (dense["data"] == data)], by, values).to_dict(
+            orient="records"
+        )
+        rows += over_seeds(own, by, values).to_dict(orient="records")
+    found = pd.DataFrame(rows)
+    # What is 1 by definition has no deviation.
+    shares = [f"{value}_std" for value in values if value.endswith("_kept")]
+    found.loc[found["method"] == "dense", shares] = math.nan
+    return found
+
+
+def over_seeds(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
+    """Mean, standard deviation (ddof = 1; NaN for a single run) and n of each value over the runs of a group.
+
+    Rows keep the order in which the groups first appear. Columns: ``by``, each value and its ``_std``, ``runs``, ``n``:
+    training seeds × calibration seeds, with the number of runs where that is another.
+    """
+    rows = []
+    for keys, group in frame.groupby(list(by), sort=False, dropna=False):
+        row: dict[str, Any] = dict(zip(by, keys, strict=True))
+        for value in values:
+            numbers = group[value].astype(float)
+            row[value] = float(numbers.mean())
+            row[f"{value}_std"] = float(numbers.std(ddof=1)) if numbers.count() > 1 else math.nan
+        row |= {"runs": len(group), "n": spelled_n(group)}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def spelled_n(group: pd.DataFrame) -> str:
+    """``3 × 2``: three training seeds and two calibration seeds; with the number of runs where some are missing.
+
+    ``3`` where no calibration took part, as for a dense net.
+    """
+    seeds, draws, total = group["seed"].nunique(), group["calibration_seed"].nunique(), len(group)
+    if not draws:
+        return str(seeds)
+    return f"{seeds} × {draws}" + ("" if total == seeds * draws else f" ({total} runs)")

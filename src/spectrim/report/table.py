@@ -1,0 +1,157 @@
+"""A DataFrame → NAME.csv (full precision), NAME.md and NAME.tex (to be read), NAME.provenance.json."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spectrim.records import write_whole
+
+ABSENT = "–"
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "%": r"\%",
+    "_": r"\_",
+    "&": r"\&",
+    "#": r"\#",
+    "$": r"\$",
+    "±": r"$\pm$",
+    "−": "$-$",
+    "≤": r"$\le$",
+    "≥": r"$\ge$",
+    "<": "$<$",
+    ">": "$>$",
+    "×": r"$\times$",
+    "Δ": r"$\Delta$",
+    "δ": r"$\delta$",
+    "ρ": r"$\rho$",
+    "∞": r"$\infty$",
+    "‖": r"$\|$",
+    "|": r"$|$",
+    "→": r"$\to$",
+    "–": "--",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """How one column is printed: its header with the unit, digits of a number, its factor (100 for percent).
+
+    ``signed`` prints a plus sign. With a column ``KEY_std`` beside it in the frame, a value reads ``mean ± std``.
+    ``digits`` None: text, as it is.
+    """
+
+    key: str
+    header: str
+    digits: int | None = None
+    scale: float = 1.0
+    signed: bool = False
+
+    def cell(self, row: Mapping[str, Any]) -> str:
+        """One printed cell; an absent value is a dash, a deviation of a single run is not printed."""
+        value = row[self.key]
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return ABSENT
+        if self.digits is None:
+            return str(value)
+        deviation = row.get(f"{self.key}_std", math.nan)
+        spread = "" if math.isnan(deviation) else f" ± {deviation * self.scale:.{self.digits}f}"
+        return number(float(value) * self.scale, self.digits, self.signed) + spread
+
+
+def number(value: float, digits: int, signed: bool = False) -> str:
+    """A number with a true minus sign; what rounds to nothing is printed without a sign."""
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table and how it is printed. ``group``: a column whose repeated values are printed once."""
+
+    name: str
+    data: pd.DataFrame
+    columns: Sequence[Column]
+    caption: str
+    notes: Sequence[str] = ()
+    group: str | None = None
+
+    def printed(self) -> pd.DataFrame:
+        """The cells as text, under their headers."""
+        rows: list[Any] = self.data.to_dict(orient="records")
+        cells = {column.header: [column.cell(row) for row in rows] for column in self.columns}
+        for column in self.columns:
+            if column.key == self.group:
+                shown = cells[column.header]
+                cells[column.header] = [
+                    "" if index and shown[index - 1] == text else text for index, text in enumerate(shown)
+                ]
+        return pd.DataFrame(cells)
+
+    def markdown(self) -> str:
+        """Caption, table, notes."""
+        align = ["left" if column.digits is None else "right" for column in self.columns]
+        printed = (
+            self.printed()
+            .map(lambda text: text.replace("|", "\\|"))
+            .rename(columns=lambda text: text.replace("|", "\\|"))
+        )
+        body = printed.to_markdown(index=False, colalign=align, disable_numparse=True)
+        return "\n\n".join([f"**{self.caption}**", body, *self.notes]) + "\n"
+
+    def latex(self) -> str:
+        """A ``table`` with booktabs rules, a rule between groups, and the notes below."""
+        printed = self.printed().map(latex).rename(columns=latex)
+        align = "".join("l" if column.digits is None else "r" for column in self.columns)
+        text = printed.style.hide(axis="index").to_latex(
+            hrules=True,
+            column_format=align,
+            caption=latex(self.caption),
+            label=f"tab:{self.name}",
+            position_float="centering",
+        )
+        if self.group is not None:
+            text = _ruled(text, printed.iloc[:, [column.key for column in self.columns].index(self.group)])
+        notes = "".join(f"\n\\par\\smallskip\\footnotesize {latex(note)}" for note in self.notes)
+        return "% needs \\usepackage{booktabs}\n" + text.replace("\n\\end{table}", f"{notes}\n\\end{{table}}")
+
+    def csv(self) -> str:
+        """The numbers in full precision, under the names of the frame."""
+        return self.data.to_csv(index=False, lineterminator="\n")
+
+
+def latex(text: str) -> str:
+    """Plain text → LaTeX."""
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def _ruled(text: str, groups: "pd.Series[str]") -> str:
+    """A rule above each row that begins a group, the first excepted."""
+    before, rule, after = text.partition("\\midrule\n")
+    rows = after.split("\n")
+    for index, name in reversed(list(enumerate(groups))):
+        if index and name:
+            rows.insert(index, "\\midrule")
+    return before + rule + "\n".join(rows)
+
+
+def save(tables: Sequence[Table], folder: Path, origin: Mapping[str, Any]) -> list[Path]:
+    """Write tables under ``folder/tables``, all or none. ``origin``: what goes into their provenance."""
+    files: dict[Path, bytes] = {}
+    for table in tables:
+        place = folder / "tables" / table.name
+        files[place.with_name(f"{table.name}.csv")] = table.csv().encode()
+        files[place.with_name(f"{table.name}.md")] = table.markdown().encode()
+        files[place.with_name(f"{table.name}.tex")] = table.latex().encode()
+        files[place.with_name(f"{table.name}.provenance.json")] = provenance_bytes(table.name, origin)
+    write_whole(files)
+    return list(files)
+
+
+def provenance_bytes(name: str, origin: Mapping[str, Any]) -> bytes:
+    """The provenance that lies beside a table or a figure."""
+    return (json.dumps({"name": name, **origin}, indent=1, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,69 @@
+"""Table 2: its numbers are those of the records, its verdicts follow from them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+import pytest
+
+from spectrim import records
+
+
+@pytest.fixture
+def built(script: Callable[[str], ModuleType], recorded: Path, tmp_path: Path) -> Path:
+    assert script("table2").main(["--records", str(recorded), "--out", str(tmp_path)]) == 0
+    return tmp_path / "tables"
+
+
+def test_rows_are_dense_then_every_method_for_each_model(built: Path) -> None:
+    rows = pd.read_csv(built / "table2.csv")
+    assert list(dict.fromkeys(rows["model"])) == ["resnet20", "resnext20", "densenet22", "vgg19_half"]
+    assert list(rows[rows["model"] == "resnet20"]["method"]) == [
+        "dense",
+        "truncation, ratio 0.75",
+        "truncation, ratio 0.5",
+        "truncation, ratio 0.25",
+        "lossless, one-shot",
+        "lossless, verified",
+        "compact, one-shot",
+        "compact, verified",
+    ]
+
+
+def test_numbers_are_the_means_of_the_records(built: Path, recorded: Path) -> None:
+    rows = pd.read_csv(built / "table2.csv").set_index(["model", "method"])
+    found = [
+        one["compressed"]["test"]["loss"]
+        for one in records.read_all(recorded, "table2")
+        if one["names"]["model"] == "resnet20" and one["names"]["algorithm"] == "compact"
+        if one["config"]["algorithm"]["verified"]
+    ]
+    row = rows.loc[("resnet20", "compact, verified")]
+    assert len(found) == 6 and row["n"] == "2 × 3"
+    assert row["test_loss"] == pytest.approx(pd.Series(found).mean())
+    assert row["test_loss_std"] == pytest.approx(pd.Series(found).std())
+
+
+def test_verdict_of_a_row_is_the_sign_of_its_mean_change(built: Path) -> None:
+    rows = pd.read_csv(built / "table2.csv")
+    judged = rows[rows["method"] != "dense"]
+    assert ((judged["change_test_loss"] <= 0) == (judged["verdict"] == "holds")).all()
+
+
+def test_a_row_that_factored_nothing_has_no_verdict(
+    script: Callable[[str], ModuleType], factory: ModuleType, tmp_path: Path
+) -> None:
+    records.write(tmp_path / "records", factory.make(kept=1.0, change=0.0))
+    script("table2").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)])
+    rows = pd.read_csv(tmp_path / "tables" / "table2.csv")
+    assert rows["verdict"].iloc[1] == "not comparable: nothing was factored"
+
+
+def test_every_claim_of_the_abstract_and_the_tables_has_a_verdict(built: Path) -> None:
+    claims = pd.read_csv(built / "table2_claims.csv").set_index("claim")
+    assert claims["verdict"].isin(["holds", "does not hold", "not comparable"]).all()
+    assert claims["obtained"].notna().all()
+    assert claims.loc["s1-resnext50", "verdict"] == "does not hold"  # the made-up nets drop 60 % at most
+    assert claims.loc["s1b-table4-vgg13bn", "verdict"] == "holds"
+    assert set(claims.loc[claims["source"].isin(["S1b Table 5", "S1b Table 6"]), "verdict"]) == {"not comparable"}

@@ -1,0 +1,205 @@
+"""Made-up records of the schema that the runner writes, for every test that needs some."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectrim import records
+
+Record = dict[str, Any]
+MODELS = {"resnet20": 0.30, "resnext20": 0.33, "densenet22": 0.40, "vgg19_half": 0.35}
+TARGETS = {
+    "truncation": "spectrim.algorithms.truncation.Truncation",
+    "lossless": "spectrim.algorithms.lossless.Lossless",
+    "compact": "spectrim.algorithms.compact.Compact",
+    "probe": "spectrim.algorithms.probe.Probe",
+}
+
+
+def measured(params: int, macs: int, loss: float, accuracy: float | None) -> dict[str, Any]:
+    """Cost and losses of one net; calibration a little easier than test."""
+    return {
+        "params": params,
+        "macs": macs,
+        "calibration": {"loss": loss * 0.98, "accuracy": accuracy, "n": 2000},
+        "test": {"loss": loss, "accuracy": accuracy, "n": 10000},
+    }
+
+
+def make(
+    model: str = "resnet20",
+    algorithm: str = "lossless",
+    *,
+    seed: int = 0,
+    calibration_seed: int = 0,
+    kept: float = 0.5,
+    change: float = 0.01,
+    experiment: str = "table2",
+    settings: dict[str, Any] | None = None,
+    calibration_from: str = "held_out",
+    log: list[dict[str, Any]] | None = None,
+    error: float = 0.1,
+    checkpoint: str = "",
+) -> Record:
+    """One record. ``kept`` and ``change``: share of parameters and MACs kept, change of the test loss."""
+    base = {"truncation": {"rank": None, "ratio": kept, "energy": None, "params_kept": None}, "probe": {}}
+    chosen = base.get(algorithm, {"verified": False, "gamma": None, "norm": "entrywise"}) | (settings or {})
+    checkpoint = checkpoint or f"checkpoint of {model} {seed}"
+    config = {
+        "model": {"_target_": "spectrim.models.any.Net", "option": model},
+        "data": {"calibration_seed": calibration_seed, "calibration_from": calibration_from, "calibration_size": 2000},
+        "shape": {"num_classes": 10},
+        "decomposer": {"_target_": "spectrim.decomposers.svd.SVD"},
+        "algorithm": {"_target_": TARGETS[algorithm], **chosen},
+        "seed": seed,
+        "checkpoint": checkpoint,
+    }
+    loss = MODELS.get(model, 0.5) + 0.004 * seed
+    before = measured(100_000, 1_000_000, loss, 0.91)
+    after = measured(int(100_000 * kept), int(1_000_000 * kept), loss + change, 0.91 - change / 5)
+    rank = max(1, int(20 * kept))
+    sizes = {"full_rank": 64, "break_even": 20, "params_before": 1000, "params_after": int(1000 * kept)}
+    layer = {
+        "layer": "conv1",
+        "shape": [64, 64, 3, 3],
+        "rank": rank,
+        "predicted_change": -0.001,
+        "relative_error": error,
+    }
+    return {
+        "schema": 1,
+        "signature": records.signature(config),
+        "experiment": experiment,
+        "names": {"model": model, "data": "cifar10", "algorithm": algorithm, "decomposer": "svd_channel"},
+        "config": config,
+        "seed": seed,
+        "calibration_seed": calibration_seed,
+        "dense": before,
+        "compressed": after,
+        "predicted_change": -0.001,
+        "plan": {"conv1": {"rank": rank, "form": "channel"}},
+        "layers": [layer | sizes],
+        "log": log or [],
+        "notes": [],
+        "phases": {"load": {"seconds": 1.0, "peak_mib": 10.0}, "select": {"seconds": 2.5, "peak_mib": 10.0}},
+        "provenance": {
+            "command": "spectrim",
+            "commit": "0" * 40,
+            "dirty": False,
+            "time_utc": "2025-01-01T00:00:00+00:00",
+            "data_digest": "data",
+            "checkpoint_digest": checkpoint,
+            "lock_digest": "lock",
+            "versions": {"python": "3.11"},
+            "machine": {"cores": 2},
+        },
+    }
+
+
+def table2(models: list[str] | None = None) -> list[Record]:
+    """A grid as that of Table 2: ResNet-20 has two training seeds, every selector three calibration seeds."""
+    found = []
+    for model in models or list(MODELS):
+        for seed in (0, 1) if model == "resnet20" else (0,):
+            for ratio, change in ((0.25, 2.5), (0.5, 0.9), (0.75, 0.12)):
+                found.append(make(model, "truncation", seed=seed, kept=ratio, change=change))
+            for draw in (0, 1, 2):
+                for algorithm, kept in (("lossless", 0.8), ("compact", 0.4)):
+                    for verified, change in ((False, 0.6), (True, -0.004)):
+                        one = make(
+                            model,
+                            algorithm,
+                            seed=seed,
+                            calibration_seed=draw,
+                            kept=kept + 0.1 * verified,
+                            change=change * (1 + 0.1 * draw) * (1.5 - kept),
+                            settings={"verified": verified},
+                        )
+                        found.append(one)
+    return found
+
+
+def figure(experiment: str, ratios: tuple[float, ...], models: list[str]) -> list[Record]:
+    """A truncation sweep in which the error falls with the rank, the loss too, except where nearly all is kept."""
+    return [
+        make(
+            model,
+            "truncation",
+            experiment=experiment,
+            kept=ratio,
+            change=2.3 * math.exp(-5 * ratio) + (0.06 if ratio > 0.9 else 0.0),
+            error=1 - ratio,
+        )
+        for model in models
+        for ratio in ratios
+    ]
+
+
+def table7() -> list[Record]:
+    """A probe whose first order is right for small changes only, and leakage runs."""
+    log = []
+    for index in range(60):
+        size = 0.002 * 1.12**index
+        predicted = (-1) ** index * 0.01 * size
+        log.append(
+            {
+                "layer": f"conv{index % 7}",
+                "rank": 60 - index,
+                "relative_error": min(size * 2, 0.99),
+                "max_abs_error": size,
+                "predicted": predicted,
+                "measured": predicted + 0.2 * size**2,
+                "split": "calibration",
+            }
+        )
+    found = [
+        make(model, "probe", experiment="table7", kept=1.0, change=0.0, log=log) for model in ("resnet20", "densenet22")
+    ]
+    for source, change in (("held_out", 0.02), ("train", 0.05), ("test", -0.01)):
+        for verified in (False, True):
+            found.append(
+                make(
+                    "resnet20",
+                    "lossless",
+                    experiment="table7",
+                    kept=0.9,
+                    change=change * (1 if verified else 3),
+                    calibration_from=source,
+                    settings={"verified": verified},
+                )
+            )
+    return found
+
+
+def everything() -> list[Record]:
+    """Records of all experiments."""
+    sweep = tuple(round(0.1 * step, 1) for step in range(1, 10))
+    return [
+        *table2(),
+        *table7(),
+        *figure("figure2", (0.4, 0.6, 0.8, 0.95), list(MODELS)),
+        *figure("figure3", sweep, ["densenet22", "vgg19_half"]),
+    ]
+
+
+@pytest.fixture
+def record() -> Callable[..., Record]:
+    """The factory of one record."""
+    return make
+
+
+@pytest.fixture
+def grid() -> Callable[..., list[Record]]:
+    """The factory of a Table 2 grid."""
+    return table2
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A folder with the records of all experiments."""
+    for one in everything():
+        records.write(tmp_path / "records", one)
+    return tmp_path / "records"

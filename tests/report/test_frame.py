@@ -1,0 +1,122 @@
+"""Records to rows: changes are compressed minus dense, and seeds are averaged with their n."""
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from spectrim.errors import UserError
+from spectrim.report import frame
+
+Make = Callable[..., Any]
+
+
+def test_reports_need_no_torch() -> None:
+    modules = "frame, table, figure, compare, claims, command"
+    code = f"import sys; from spectrim.report import {modules}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_is_a_row_of_shares_and_changes(record: Make) -> None:
+    one = record(kept=0.25, change=0.1, error=0.3)
+    (row,) = frame.runs([one]).to_dict(orient="records")
+    assert row["params_kept"] == row["macs_kept"] == row["layers_kept"] == 0.25
+    assert row["change_test_loss"] == pytest.approx(0.1)
+    assert row["change_test_accuracy_pp"] == pytest.approx(-2.0)
+    assert row["seconds"] == 3.5
+    assert row["relative_error"] == pytest.approx(0.3)
+
+
+def test_relative_error_is_a_root_mean_square_in_which_a_dense_layer_counts_nothing(record: Make) -> None:
+    one = record(error=0.4)
+    dense = one["layers"][0] | {"rank": None, "relative_error": None}
+    one["layers"] += [dense] * 3
+    assert frame.runs([one])["relative_error"][0] == pytest.approx(0.2)
+
+
+def test_a_task_without_accuracy_has_none_in_its_row(record: Make) -> None:
+    one = record()
+    for net in (one["dense"], one["compressed"]):
+        net["test"]["accuracy"] = net["calibration"]["accuracy"] = None
+    row = frame.runs([one]).iloc[0]
+    assert math.isnan(row["test_accuracy"]) and math.isnan(row["change_test_accuracy_pp"])
+    assert row["change_test_loss"] == pytest.approx(0.01)
+
+
+def test_seeds_do_not_tell_settings_apart_and_all_else_does(record: Make) -> None:
+    same = frame.runs([record(), record(seed=1), record(calibration_seed=1)])
+    assert same["group"].nunique() == 1 and same["signature"].nunique() == 3
+    other = frame.runs([record(), record(settings={"gamma": 0.008}), record(calibration_from="test")])
+    assert other["group"].nunique() == 3
+
+
+def test_settings_of_one_variant_are_told_apart_by_what_differs(record: Make) -> None:
+    found = frame.runs([record(settings={"gamma": 0.008}), record(settings={"gamma": 0.1}), record(model="vgg11")])
+    assert set(found["variant"]) == {"lossless, one-shot"}
+    assert set(found["method"]) == {
+        "lossless, one-shot, gamma 0.008",
+        "lossless, one-shot, gamma 0.1",
+        "lossless, one-shot",
+    }
+
+
+def test_rows_are_ordered_by_family_then_size_then_method(record: Make) -> None:
+    pairs = [("vgg19_half", "compact"), ("resnet110", "lossless"), ("resnet20", "compact"), ("resnet20", "lossless")]
+    cuts = [record("resnet20", "truncation", kept=kept) for kept in (0.25, 0.75)]
+    found = frame.runs([*(record(model, algorithm) for model, algorithm in pairs), *cuts])
+    assert list(found["model"]) == ["resnet20"] * 4 + ["resnet110", "vgg19_half"]
+    assert [name.partition(",")[0] for name in found["variant"]][:4] == ["truncation"] * 2 + ["lossless", "compact"]
+    assert list(found["ratio"][:2]) == [0.75, 0.25]
+
+
+def test_records_of_two_checkpoints_are_not_averaged(record: Make) -> None:
+    with pytest.raises(UserError, match="different checkpoints"):
+        frame.runs([record(), record(calibration_seed=1, checkpoint="an older training")])
+
+
+def test_a_torchvision_model_goes_by_its_own_name(record: Make) -> None:
+    one = record("torchvision")
+    one["config"]["model"]["name"] = "resnet50"
+    assert frame.runs([one])["model"][0] == "resnet50"
+
+
+def test_mean_and_deviation_over_seeds_are_those_of_numpy(record: Make) -> None:
+    changes = [0.1, 0.4, 0.2]
+    runs = frame.runs([record(calibration_seed=index, change=change) for index, change in enumerate(changes)])
+    (row,) = frame.over_seeds(runs, ["model", "method"], ["change_test_loss"]).to_dict(orient="records")
+    assert row["change_test_loss"] == pytest.approx(np.mean(changes))
+    assert row["change_test_loss_std"] == pytest.approx(np.std(changes, ddof=1))
+    assert (row["runs"], row["n"]) == (3, "1 × 3")
+
+
+def test_a_single_run_has_no_deviation(record: Make) -> None:
+    row = frame.over_seeds(frame.runs([record()]), ["model", "method"], ["test_loss"]).iloc[0]
+    assert math.isnan(row["test_loss_std"]) and row["n"] == "1 × 1"
+
+
+def test_n_says_where_a_run_is_missing(record: Make) -> None:
+    runs = frame.runs([record(seed=seed, calibration_seed=draw) for seed, draw in ((0, 0), (0, 1), (1, 0))])
+    assert frame.spelled_n(runs) == "2 × 2 (3 runs)"
+
+
+def test_the_dense_row_counts_training_seeds_not_calibration_draws(grid: Make) -> None:
+    rows = frame.with_dense(frame.runs(grid(["resnet20"])), ["test_loss", "change_test_loss", "params_kept"])
+    dense = rows.iloc[0]
+    assert (dense["method"], dense["n"], dense["runs"], dense["params_kept"]) == ("dense", "2", 2, 1.0)
+    assert dense["test_loss"] == pytest.approx(0.302)
+    assert dense["test_loss_std"] == pytest.approx(np.std([0.300, 0.304], ddof=1))
+    assert math.isnan(dense["change_test_loss"]) and math.isnan(dense["params_kept_std"])
+    assert set(rows.loc[rows["variant"].str.startswith("lossless"), "n"]) == {"2 × 3"}
+
+
+def test_families_without_a_model_are_named() -> None:
+    assert frame.missing(["resnet20", "ResNeXt101", "DenseNet169", "VGG-19"]) == []
+    assert frame.missing(["resnet20"]) == ["Left out, for want of records: resnext, densenet, vgg."]
+
+
+def test_no_records_make_an_empty_frame() -> None:
+    assert frame.runs([]).empty

@@ -1,0 +1,95 @@
+"""Tables: numbers in full in the CSV, readable elsewhere, and four files or none."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from spectrim.errors import UserError
+from spectrim.report.table import Column, Table, latex, number, save
+
+
+@pytest.fixture
+def table() -> Table:
+    data = pd.DataFrame(
+        {
+            "model": ["a_1", "a_1", "b"],
+            "loss": [1 / 3, -0.00004, math.nan],
+            "loss_std": [0.01, math.nan, math.nan],
+            "share": [0.5, 1.0, 0.25],
+            "why": ["holds", None, "x | y"],
+        }
+    )
+    columns = [
+        Column("model", "model"),
+        Column("loss", "Δ loss", 3, signed=True),
+        Column("share", "kept %", 1, scale=100),
+        Column("why", "verdict"),
+    ]
+    return Table("small", data, columns, "A caption of 100 %", ["A note."], group="model")
+
+
+def test_cells_hold_mean_and_deviation_and_a_dash_for_nothing(table: Table) -> None:
+    printed = table.printed()
+    assert list(printed["Δ loss"]) == ["+0.333 ± 0.010", "0.000", "–"]
+    assert list(printed["kept %"]) == ["50.0", "100.0", "25.0"]
+    assert list(printed["verdict"]) == ["holds", "–", "x | y"]
+    assert list(printed["model"]) == ["a_1", "", "b"]
+
+
+@pytest.mark.parametrize(
+    ("value", "signed", "text"),
+    [(-0.5, False, "−0.50"), (0.5, True, "+0.50"), (-0.001, True, "0.00"), (0.5, False, "0.50")],
+)
+def test_numbers_have_a_true_minus_and_no_negative_zero(value: float, signed: bool, text: str) -> None:
+    assert number(value, 2, signed) == text
+
+
+def test_csv_keeps_full_precision(table: Table) -> None:
+    back = pd.read_csv(io.StringIO(table.csv()))
+    pd.testing.assert_frame_equal(back, table.data, check_dtype=False, check_exact=True)
+
+
+def test_markdown_has_caption_header_rows_and_notes(table: Table) -> None:
+    lines = table.markdown().splitlines()
+    assert lines[0] == "**A caption of 100 %**" and lines[-1] == "A note."
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 2 + 3
+    assert {line.replace("\\|", "").count("|") for line in rows} == {5}
+
+
+def test_latex_has_rules_between_groups_and_no_unescaped_character(table: Table) -> None:
+    text = table.latex()
+    rows = text.splitlines()
+    assert [rows.count(rule) for rule in ("\\toprule", "\\midrule", "\\bottomrule")] == [1, 2, 1]
+    assert (
+        rows.index("\\midrule", rows.index("\\midrule") + 1)
+        == next(i for i, row in enumerate(rows) if row[:1] == "b") - 1
+    )
+    assert r"a\_1" in text and r"$\Delta$ loss" in text and r"+0.333 $\pm$ 0.010" in text
+    assert r"\caption{A caption of 100 \%}" in text and "A note." in text
+    assert text.isascii()
+
+
+def test_latex_escapes_each_character_once() -> None:
+    assert latex("50 % of a_b & c − d") == r"50 \% of a\_b \& c $-$ d"
+
+
+def test_a_table_lies_beside_its_provenance(table: Table, tmp_path: Path) -> None:
+    paths = save([table], tmp_path, {"command": "python x"})
+    assert [path.name for path in paths] == ["small.csv", "small.md", "small.tex", "small.provenance.json"]
+    assert all(path.parent == tmp_path / "tables" and path.stat().st_size for path in paths)
+    assert json.loads(paths[-1].read_text()) == {"name": "small", "command": "python x"}
+
+
+def test_tables_are_written_all_or_none(table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("spectrim.records.os.fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        save([table], tmp_path, {})
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

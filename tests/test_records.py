@@ -1,0 +1,161 @@
+"""Records: a run has one name, and its file is there whole or not at all."""
+
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectrim import records
+from spectrim.errors import UserError
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    config = {"model": {"_target_": "spectrim.models.resnet.ResNet", "depth": 20}, "seed": 0}
+    return {
+        "schema": 1,
+        "signature": records.signature(config),
+        "experiment": "table2",
+        "names": {"model": "resnet20"},
+        "config": config,
+        "seed": 0,
+        "dense": {"test": {"loss": 0.1 + 0.2}},
+        "compressed": {"test": {"loss": 1 / 3}},
+        "provenance": {"commit": "unknown"},
+    } | changes
+
+
+def test_signature_does_not_depend_on_order_or_on_how_a_whole_number_is_written() -> None:
+    assert records.signature({"a": 1, "b": [1, 2]}) == records.signature({"b": (1.0, 2), "a": 1.0})
+    assert len(records.signature({})) == 16
+
+
+@pytest.mark.parametrize("other", [{"a": 2}, {"a": "1"}, {"a": True}, {"a": None}, {"a": 1, "b": 0}, {}])
+def test_signature_tells_configurations_apart(other: dict[str, Any]) -> None:
+    assert records.signature(other) != records.signature({"a": 1})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), object()])
+def test_signature_refuses_what_json_cannot_say(value: object) -> None:
+    with pytest.raises(UserError, match="cannot be signed"):
+        records.signature({"a": value})
+
+
+def test_a_written_record_is_read_back_equal(tmp_path: Path) -> None:
+    path = records.write(tmp_path, record())
+    assert path == tmp_path / "table2" / f"{record()['signature']}.json"
+    assert records.read(path) == record()
+    assert records.read_all(tmp_path, "table2") == [record()]
+
+
+def test_digest_is_the_sha256_of_the_file_before_and_after_a_round_trip(tmp_path: Path) -> None:
+    path = records.write(tmp_path, record())
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert records.digest(record()) == expected
+    assert records.digest(records.read(path)) == expected
+
+
+def test_read_all_is_sorted_and_ignores_temporary_files(tmp_path: Path) -> None:
+    for name in ("b" * 16, "a" * 16):
+        records.write(tmp_path, record(signature=name))
+    (tmp_path / "table2" / f".{'c' * 16}.json.17.tmp").write_text('{"schema"')
+    assert [one["signature"] for one in records.read_all(tmp_path, "table2")] == ["a" * 16, "b" * 16]
+    assert records.read_all(tmp_path, "table3") == []
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_not_finite_is_named_and_nothing_is_written(tmp_path: Path, number: float) -> None:
+    with pytest.raises(UserError, match=r"log\[0\]\.loss is"):
+        records.write(tmp_path, record(log=[{"loss": number}]))
+    assert list(tmp_path.rglob("*")) == []
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_disk_that_refuses_leaves_the_earlier_record_and_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, step: str
+) -> None:
+    path = records.write(tmp_path, record())
+    before = path.read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(f"spectrim.records.os.{step}", refuse)
+    with pytest.raises(UserError, match=os.strerror(code)) as caught:
+        records.write(tmp_path, record(notes=["new"]))
+    assert "\n" not in str(caught.value)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+    assert path.read_bytes() == before
+
+
+def test_ctrl_c_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spectrim.records.os.fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        records.write(tmp_path, record())
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_file_where_the_folder_should_be_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "table2").write_text("not a folder")
+    with pytest.raises(UserError, match="cannot write"):
+        records.write(tmp_path, record())
+
+
+def test_several_files_are_written_all_or_none(tmp_path: Path) -> None:
+    (tmp_path / "wall").write_text("a file, not a folder")
+    with pytest.raises(UserError):
+        records.write_whole({tmp_path / "a.csv": b"1", tmp_path / "wall" / "b.csv": b"2"})
+    assert [path.name for path in tmp_path.iterdir()] == ["wall"]
+
+
+@pytest.mark.parametrize("keep", [0, 1, 40])
+def test_a_truncated_record_is_named(tmp_path: Path, keep: int) -> None:
+    path = records.write(tmp_path, record())
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=path.name):
+        records.read_all(tmp_path, "table2")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[]", "not a record"), ('{"schema": 1}', "not a record"), (json.dumps(record(schema=2)), "schema 2")],
+)
+def test_what_is_not_a_record_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "one.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        records.read(path)
+
+
+def test_a_missing_record_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        records.read(tmp_path / "none.json")
+
+
+def test_a_record_without_a_field_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs provenance"):
+        records.write(tmp_path, {key: value for key, value in record().items() if key != "provenance"})
+
+
+@pytest.mark.parametrize("experiment", ["", "../elsewhere", "/etc", "a/../../b"])
+def test_an_experiment_never_leaves_the_folder(tmp_path: Path, experiment: str) -> None:
+    with pytest.raises(UserError, match="is not a name"):
+        records.path_of(tmp_path, experiment, "0" * 16)
+
+
+def test_a_nested_experiment_is_a_folder_of_its_own(tmp_path: Path) -> None:
+    assert records.path_of(tmp_path, "imagenet/table2", "f1") == tmp_path / "imagenet" / "table2" / "f1.json"
+
+
+def test_records_and_provenance_need_no_torch() -> None:
+    code = "import sys, spectrim.records, spectrim.provenance; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
