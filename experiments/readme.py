@@ -50,7 +50,9 @@ def filled(readme: str, results: Path) -> str:
 def main() -> int:
     """Entry of the script; with ``--check`` nothing is written and the status says whether the README is up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README is out of date")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 where the README is out of date"
+    )
     options = parser.parse_args()
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")

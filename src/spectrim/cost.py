@@ -22,8 +22,13 @@ def model_cost(model: nn.Module, example: Inputs) -> Cost:
     """Count parameters and, by running the first sample of ``example``, MACs of convolutions and matrix products."""
     inputs = to_device(first_sample(example), device_of(model))
     counter = FlopCounterMode(display=False)
-    with evaluating(model), torch.no_grad(), counter:
-        forward(model, inputs)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into torch's fused transformer layer
+    try:
+        with evaluating(model), torch.no_grad(), counter:
+            forward(model, inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     # The counter reports floating point operations, two for each multiply-accumulate.
     return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2)
 

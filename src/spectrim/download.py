@@ -165,7 +165,7 @@ def _run(command: Sequence[str], folder: Path, bar: "tqdm") -> str:
                     output, _ = process.communicate(timeout=0.5)
                     break
                 except subprocess.TimeoutExpired:
-                    bar.update(max(0, min(_folder_bytes(folder), bar.total) - bar.n))
+                    bar.update(max(0, min(_folder_bytes(folder), bar.total or 0) - bar.n))
         except BaseException:
             process.kill()
             raise

@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """Bad input or a bad machine: one line that says what is wrong and what to do. The command line prints just that."""
+    """Bad input or a bad machine: one line that says what is wrong and what to do; all that the command line prints."""

@@ -1,5 +1,6 @@
 """Factored layers: drop-in replacements that compute a linear map as the product of two smaller ones."""
 
+import torch
 from torch import Tensor, nn
 
 from spectrim.errors import UserError
@@ -17,11 +18,12 @@ class FactoredLinear(nn.Module):
     @classmethod
     def shaped_like(cls, dense: nn.Linear, rank: int) -> "FactoredLinear":
         """An uninitialised factored layer for ``dense``, on its device and in its precision."""
-        layer = cls(dense.in_features, dense.out_features, rank, dense.bias is not None)
+        with torch.device("meta"):  # no random numbers are drawn for weights that will be overwritten
+            layer = cls(dense.in_features, dense.out_features, rank, dense.bias is not None)
         return layer.to(dense.weight.dtype).to_empty(device=dense.weight.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
+    def forward(self, input: Tensor) -> Tensor:  # named as in the layer that this one replaces
+        return self.second(self.first(input))
 
 
 class FactoredConv2d(nn.Module):
@@ -41,18 +43,17 @@ class FactoredConv2d(nn.Module):
     def shaped_like(cls, dense: nn.Conv2d, rank: int, view: str) -> "FactoredConv2d":
         """An uninitialised factored layer for ``dense``, on its device and in its precision."""
         middle, bias = rank * dense.groups, dense.bias is not None
-        if view == "channel":
-            first = _conv(dense, dense.in_channels, middle, dims=(0, 1))
-            second = nn.Conv2d(middle, dense.out_channels, 1, groups=dense.groups, bias=bias)
-        elif view == "spatial":
-            first = _conv(dense, dense.in_channels, middle, dims=(1,))
-            second = _conv(dense, middle, dense.out_channels, dims=(0,), bias=bias)
-        else:
-            raise ValueError(f"view is 'channel' or 'spatial', got {view!r}")
+        with torch.device("meta"):
+            if view == "channel":
+                first = _conv(dense, dense.in_channels, middle, dims=(0, 1))
+                second = nn.Conv2d(middle, dense.out_channels, 1, groups=dense.groups, bias=bias)
+            else:
+                first = _conv(dense, dense.in_channels, middle, dims=(1,))
+                second = _conv(dense, middle, dense.out_channels, dims=(0,), bias=bias)
         return cls(first, second, view).to(dense.weight.dtype).to_empty(device=dense.weight.device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x))
+    def forward(self, input: Tensor) -> Tensor:  # named as in the layer that this one replaces
+        return self.second(self.first(input))
 
 
 def shaped_like(dense: nn.Module, rank: int, form: str) -> FactoredLinear | FactoredConv2d:

@@ -51,7 +51,7 @@ def tail_sums(values_R: Tensor) -> Tensor:
 
 
 def truncation_error(S_R: Tensor) -> Tensor:
-    """Frobenius norm of ``W_k - W`` for every rank k (Eckart-Young): the root of the dropped squared singular values."""
+    """Frobenius norm of ``W_k - W`` for every rank k (Eckart-Young): the root of the dropped energy."""
     return tail_sums(S_R.square()).sqrt()
 
 

@@ -1,6 +1,6 @@
 """The loss on named splits: its value and its gradient."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, to_device
+from spectrim.decomposers.spectrum import content
 from spectrim.errors import UserError
 
 Loss = Callable[[Any, Any], Tensor]
@@ -26,11 +27,15 @@ class Objective:
     """A loss, ``loss(model_output, targets)`` with the mean over its batch, on named splits.
 
     A split is anything that can be iterated again and again as batches (inputs, targets). Selectors are handed an
-    objective that holds ``calibration`` and, where they may use it, ``train``; never the test split.
+    objective that holds ``calibration`` and, where they may use it, ``train``; never the test split. Raises
+    ``UserError`` for a generator, which can be read only once.
     """
 
     def __init__(self, loss: Loss, splits: Mapping[str, Batches]) -> None:
         self.loss, self.splits = loss, dict(splits)
+        for name, batches in self.splits.items():
+            if isinstance(batches, Iterator):
+                raise UserError(f"the {name} set can be read only once; give a list or a DataLoader, not a generator")
         self._gradients: WeakKeyDictionary[nn.Module, dict[tuple, dict[str, Tensor]]] = WeakKeyDictionary()
 
     def example(self) -> Inputs:
@@ -57,13 +62,28 @@ class Objective:
             raise UserError(f"the {split} set is empty; give at least one batch of (inputs, targets)")
         return Evaluation(total / seen, correct / seen if scored else None, seen)
 
+    def loss_within(self, model: nn.Module, split: str, limit: float, n: int) -> float | None:
+        """The mean loss over the ``n`` samples of ``split``, or None as soon as it is certain to exceed ``limit``.
+
+        A partial sum above ``limit * n`` decides where losses are not negative; with a negative limit all are summed.
+        """
+        device, total = device_of(model), 0.0
+        with evaluating(model), torch.inference_mode():
+            for inputs, targets in self._batches(split):
+                targets = to_device(targets, device)
+                loss = _loss(self.loss, forward(model, to_device(inputs, device)), targets)
+                total += loss.item() * _samples(targets)
+                if limit >= 0 and not total <= limit * n:  # also where the loss is not a number
+                    return None
+        return total / n if total <= limit * n else None
+
     def gradients(self, model: nn.Module, layers: Sequence[str], split: str = "calibration") -> dict[str, Tensor]:
         """Gradient of the mean loss by the weight of each layer, model in eval mode; nothing is left in ``.grad``.
 
-        Remembered for as long as no weight of the model changes, so that a sweep takes one pass.
+        Remembered for as long as no parameter or buffer of the model changes, so that a sweep takes one pass.
         """
         weights = {name: model.get_submodule(name).weight for name in layers}
-        key = (split, tuple(layers), tuple((p.data_ptr(), p._version) for p in model.parameters()))
+        key = (split, tuple(layers), content(model.state_dict().values()))
         known = self._gradients.setdefault(model, {})
         if key not in known:
             known.clear()

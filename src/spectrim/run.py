@@ -17,10 +17,12 @@ from torch import nn
 from spectrim import config, records, surgery
 from spectrim.algorithms.base import Compressed
 from spectrim.errors import UserError
-from spectrim.objective import Evaluation, Objective
+from spectrim.objective import Objective
 from spectrim.phases import Phases
 from spectrim.provenance import file_digest, provenance
 
+# A checkpoint and the digest of its content: another file in its place is another net, not the remembered one.
+Weights = tuple[Path, str] | None
 SCIENTIFIC = ("model", "data", "shape", "decomposer", "algorithm", "seed")
 
 
@@ -40,7 +42,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     tracker = config.build(config.plain(cfg.tracking))
     phases = Phases()
     with phases.measure("load"):
-        subject = _subject(json.dumps({key: settings[key] for key in ("model", "data", "shape", "seed")}), checkpoint)
+        weights = None if checkpoint is None else (checkpoint, settings["checkpoint"])
+        subject = _subject(json.dumps(settings["model"]), cfg.seed, weights, json.dumps(settings["data"]))
     with phases.measure("select"):
         compressed = algorithm.compress(subject.model, decomposer, subject.objective)
     with phases.measure("evaluate"):
@@ -55,7 +58,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "calibration_seed": settings["data"].get("calibration_seed", 0),
         **outcome,
         "phases": dict(phases),
-        "provenance": provenance(config.invocation(), subject.data_digest, checkpoint),
+        "provenance": provenance(config.invocation("spectrim"), subject.data_digest, checkpoint),
     }
     records.write(Path(cfg.records), record)
     _track(tracker, record, compressed)
@@ -65,49 +68,58 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class Subject:
-    """A trained model with its data: what many runs of a grid share. Nothing of it is computed twice."""
+    """A trained model and the splits it is judged on: what many runs of a grid share. Nothing is computed twice."""
 
     model: nn.Module
     objective: Objective
     test: Objective
     data_digest: str
-    dense: dict[str, Any] = field(default_factory=dict)
+    dense: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def outcome(self, compressed: Compressed) -> dict[str, Any]:
         """Everything measured about a compressed model, beside the same of the dense one."""
-        if not self.dense:
-            self.dense = self._measure(self.model, compressed.dense_cost)
-        layers = json.loads(compressed.report.to_json(orient="records", double_precision=15))
+        for split, objective in (("calibration", self.objective), ("test", self.test)):
+            if split not in self.dense:
+                self.dense[split] = objective.evaluate(self.model, split)._asdict()
+        dense = {**compressed.dense_cost._asdict(), **self.dense}
+        small = dense
+        if compressed.plan:
+            small = {
+                **compressed.cost._asdict(),
+                "calibration": self.objective.evaluate(compressed.model)._asdict(),
+                "test": self.test.evaluate(compressed.model, "test")._asdict(),
+            }
         return {
-            "dense": self.dense,
-            "compressed": self._measure(compressed.model, compressed.cost) if compressed.plan else self.dense,
+            "dense": dense,
+            "compressed": small,
             "predicted_change": compressed.predicted_change,
             "plan": compressed.plan.as_dict(),
-            "layers": layers,
+            "layers": json.loads(compressed.report.to_json(orient="records", double_precision=15)),
             "log": compressed.log,
             "notes": compressed.notes,
         }
 
-    def _measure(self, model: nn.Module, cost: tuple[int, int]) -> dict[str, Any]:
-        return {
-            "params": cost[0],
-            "macs": cost[1],
-            "calibration": _plain(self.objective.evaluate(model)),
-            "test": _plain(self.test.evaluate(model, "test")),
-        }
+
+@lru_cache(maxsize=1)
+def _subject(model_json: str, seed: int, weights: Weights, data_json: str) -> Subject:
+    splits = config.build(json.loads(data_json)).load()
+    model, dense_on_test = _model(model_json, seed, weights)
+    seen = Objective(F.cross_entropy, {"calibration": splits.calibration, "train": splits.train})
+    test = Objective(F.cross_entropy, {"test": splits.test})
+    key = splits.test.digest()
+    if key not in dense_on_test:
+        dense_on_test[key] = test.evaluate(model, "test")._asdict()
+    return Subject(model, seen, test, splits.digest, {"test": dense_on_test[key]})
 
 
 @lru_cache(maxsize=1)
-def _subject(settings_json: str, checkpoint: Path | None) -> Subject:
-    settings = json.loads(settings_json)
-    splits = config.build(settings["data"]).load()
-    torch.manual_seed(settings["seed"])
-    model = config.build(settings["model"])
-    if checkpoint is not None:
-        surgery.load(checkpoint, model)
-    model = model.eval().to(memory_format=torch.channels_last)
-    seen = Objective(F.cross_entropy, {"calibration": splits.calibration, "train": splits.train})
-    return Subject(model, seen, Objective(F.cross_entropy, {"test": splits.test}), splits.digest)
+def _model(model_json: str, seed: int, weights: Weights) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
+    """The dense model, and its evaluation on each test split it has met: neither depends on the calibration set."""
+    torch.manual_seed(seed)
+    model = config.build(json.loads(model_json))
+    if weights is not None:
+        surgery.load(weights[0], model)
+    return model.eval().to(memory_format=torch.channels_last), {}
 
 
 def _checkpoint(cfg: DictConfig) -> Path | None:
@@ -118,10 +130,6 @@ def _checkpoint(cfg: DictConfig) -> Path | None:
         make = f"spectrim-train model={cfg.names.model} data={cfg.names.data} seed={cfg.seed}"
         raise UserError(f"there is no checkpoint at {path}; make it with: {make}")
     return path
-
-
-def _plain(evaluation: Evaluation) -> dict[str, Any]:
-    return evaluation._asdict()
 
 
 def _track(tracker: Any, record: dict[str, Any], compressed: Compressed) -> None:
@@ -137,15 +145,16 @@ def _track(tracker: Any, record: dict[str, Any], compressed: Compressed) -> None
     with tracker.run(record["signature"], record["experiment"], names["algorithm"], record["config"]) as run:
         run.table("layers", compressed.report.astype({"shape": str}))
         for step, entry in enumerate(record["log"]):
-            run.log({key: value for key, value in entry.items() if isinstance(value, int | float)}, step)
+            run.log(entry, step)
         run.summary({key: value for key, value in metrics.items() if value is not None})
 
 
 def _say(record: dict[str, Any]) -> None:
     names, dense, small = record["names"], record["dense"], record["compressed"]
+    params, macs = small["params"] / dense["params"], small["macs"] / dense["macs"]
     print(
         f"{names['model']}/{names['data']} {names['algorithm']}: "
-        f"params kept {100 * small['params'] / dense['params']:.1f} %, MACs {100 * small['macs'] / dense['macs']:.1f} %; "
+        f"params kept {100 * params:.1f} %, MACs {100 * macs:.1f} %; "
         f"test loss {dense['test']['loss']:.4f} -> {small['test']['loss']:.4f}, "
         f"top-1 {_percent(dense)} -> {_percent(small)} %"
     )

@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,15 @@ def factorable(model: nn.Module, example: Inputs) -> tuple[dict[str, nn.Module],
 
     A layer stays dense where it or its weight is shared, where its class has a ``forward`` of its own, where the model
     does not call it on ``example`` (one batch of inputs), or where the model reads its weight without calling it, as
-    attention does with its output projection.
+    attention does with its output projection. Raises ``UserError`` where the whole model is one such layer: it has no
+    parent in which it could be replaced.
     """
+    if isinstance(model, nn.Linear | nn.Conv2d):
+        raise UserError(f"the model is a single {type(model).__name__}; pass torch.nn.Sequential(model) instead")
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    layers, left = {}, {}
+    layers: dict[str, nn.Module] = {}
+    left: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d):
             continue
@@ -41,8 +46,8 @@ def factorable(model: nn.Module, example: Inputs) -> tuple[dict[str, nn.Module],
             left[name] = "its weight is shared with another layer"
         elif type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward):
             left[name] = f"{type(module).__name__} has a forward of its own"
-        elif torch.nn.utils.parametrize.is_parametrized(module):
-            left[name] = "its weight is parametrised"
+        elif torch.nn.utils.parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
+            left[name] = "its weight is computed from other parameters"
         else:
             layers[name] = module
     for name, reason in _unfit_for_replacement(model, layers, example).items():
@@ -51,50 +56,76 @@ def factorable(model: nn.Module, example: Inputs) -> tuple[dict[str, nn.Module],
     return layers, left
 
 
-class _WeightReads(TorchFunctionMode):
-    """Notes every watched weight that is used while its own layer is not the one running."""
+class _Watch(TorchFunctionMode):
+    """Notes which layers are called, and whose weight is used or looked up while their own ``forward`` is not running.
 
-    def __init__(self, owner_of: Mapping[int, str]) -> None:
+    Without hooks: nn.TransformerEncoderLayer, which then reads the weights of its layers, does not where it sees any.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.owner_of, self.running, self.called, self.read = owner_of, [""], set[str](), set[str]()
+        self.owner_of = {id(layer.weight): name for name, layer in layers.items()}
+        self.name_of = {id(layer): name for name, layer in layers.items()}
+        self.running: list[str | None] = [None]
+        self.called, self.read = set[str](), set[str]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in (*args, *(kwargs or {}).values()):
             for item in value if isinstance(value, tuple | list) else (value,):
-                owner = self.owner_of.get(id(item))
-                if owner is not None and owner != self.running[-1]:
-                    self.read.add(owner)
+                self._note(self.owner_of.get(id(item)))
         return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def of_modules(self) -> Iterator[None]:
+        """Watch calls of Linear and Conv2d, and ``layer.weight`` and ``layer.bias``, inside the block."""
+        look_up = nn.Module.__getattr__
+
+        def looked_up(module: nn.Module, attribute: str) -> Any:
+            if attribute in ("weight", "bias"):
+                self._note(self.name_of.get(id(module)))
+            return look_up(module, attribute)
+
+        with ExitStack() as stack:
+            stack.callback(setattr, nn.Module, "__getattr__", look_up)
+            nn.Module.__getattr__ = looked_up  # type: ignore[method-assign]
+            for kind in (nn.Linear, nn.Conv2d):
+                stack.callback(setattr, kind, "forward", kind.forward)
+                kind.forward = self._noting_calls(kind.forward)  # type: ignore[method-assign,assignment]
+            yield
+
+    def _noting_calls(self, forward_of: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+        def called(module: Any, input: Tensor) -> Tensor:  # torch's own name for it: a caller may use the keyword
+            name = self.name_of.get(id(module))
+            self.called |= {name} if name else set()
+            self.running.append(name)
+            try:
+                return forward_of(module, input)
+            finally:
+                self.running.pop()
+
+        return called
+
+    def _note(self, owner: str | None) -> None:
+        if owner is not None and owner != self.running[-1]:
+            self.read.add(owner)
 
 
 def _unfit_for_replacement(model: nn.Module, layers: Mapping[str, nn.Module], example: Inputs) -> dict[str, str]:
-    watch = _WeightReads({id(layer.weight): name for name, layer in layers.items()})
-    hooks = []
-    for name, layer in layers.items():
-
-        def enter(module: nn.Module, inputs: Any, name: str = name) -> None:
-            watch.running.append(name)
-            watch.called.add(name)
-
-        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            watch.running.pop()
-
-        hooks += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
     inputs = to_device(first_sample(example), device_of(model))
-    try:
-        with evaluating(model), torch.no_grad(), watch:
-            forward(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watch = _Watch(layers)
+    with evaluating(model), torch.no_grad(), watch.of_modules(), watch:
+        forward(model, inputs)
     unfit = {name: "the model does not call it" for name in layers if name not in watch.called}
-    return unfit | {name: "the model reads its weight" for name in watch.read}
+    return unfit | {name: "the model reads its weight" for name in layers if name in watch.read}
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` at the dotted ``name``, in place, in the mode (train or eval) of the one that was there."""
+    """Put ``layer`` at the dotted ``name``, in place, in the mode and the memory format of the one that was there."""
     parent, _, child = name.rpartition(".")
-    layer.train(model.get_submodule(name).training)
+    before = model.get_submodule(name)
+    layer.train(before.training)
+    if isinstance(before, nn.Conv2d) and not before.weight.is_contiguous():
+        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     setattr(model.get_submodule(parent), child, layer)
 
 
@@ -122,13 +153,8 @@ def save(
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     tensors = _tensors(model, dtype)
-    header = {
-        **(metadata or {}),
-        "format": FORMAT,
-        "plan": plan.to_json(),
-        "architecture": _architecture(model),
-        "digest": _digest(tensors),
-    }
+    header = {**(metadata or {}), "format": FORMAT, "plan": plan.to_json(), "architecture": _architecture(model)}
+    header["digest"] = _digest(tensors, header)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, header)
@@ -136,7 +162,9 @@ def save(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} could not be written ({error}); nothing was left behind") from None
     finally:
-        partial.unlink(missing_ok=True)
+        # Where the folder could not be made there is nothing to remove, and no second error must hide the first.
+        with suppress(OSError):
+            partial.unlink()
 
 
 def load(path: str | Path, into: nn.Module) -> nn.Module:
@@ -150,10 +178,9 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     model = copy.deepcopy(into)
     for name, kept in plan.items():
         try:
-            dense = model.get_submodule(name)
-        except AttributeError:
-            raise UserError(f"{path} is of another architecture: this model has no layer {name!r}") from None
-        replace(model, name, shaped_like(dense, kept.rank, kept.form))
+            replace(model, name, shaped_like(model.get_submodule(name), kept.rank, kept.form))
+        except (AttributeError, UserError) as error:
+            raise UserError(f"{path} is of another architecture, layer {name!r}: {error}") from None
     if _architecture(model) != metadata["architecture"]:
         raise UserError(f"{path} is of another architecture than {type(into).__name__} as built here")
     for name in plan:
@@ -173,18 +200,25 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     try:
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
-            digest = _digest({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118 (not a mapping)
+            digest = _digest({key: file.get_tensor(key) for key in file.keys()}, metadata)  # noqa: SIM118 (not a mapping)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is cut short or not a safetensors file ({error}); fetch or make it again") from None
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != FORMAT or not {"plan", "architecture", "digest"} <= metadata.keys():
         raise UserError(f"{path} is not a spectrim checkpoint: its header has no plan")
-    if metadata.get("digest") != digest:
+    if metadata["digest"] != digest:
         raise UserError(f"{path} was altered: its content does not match its digest; fetch or make it again")
     return metadata
 
 
 def _architecture(model: nn.Module) -> str:
-    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    """Names and shapes of the model's state, and which of the tensors are one and the same."""
+    shapes: dict[str, Any] = {}
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, value in model.state_dict().items():
+        place = (value.data_ptr(), value.shape)
+        shared = value.numel() and place in first
+        shapes[name] = first[place] if shared else list(value.shape)
+        first.setdefault(place, name)
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -202,8 +236,8 @@ def _tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
     return tensors
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    sha = hashlib.sha256()
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    sha = hashlib.sha256(f"{header.get('plan')}:{header.get('architecture')}".encode())
     for name, value in sorted(tensors.items()):
         sha.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
         sha.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -3,15 +3,14 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
 
-from spectrim import config, surgery
-from spectrim.data.images import Splits
+from spectrim import config, records, surgery
+from spectrim.data.images import ImageSplit, Splits
 from spectrim.errors import UserError
 from spectrim.objective import Objective
 from spectrim.plan import RankPlan
@@ -30,8 +29,11 @@ def train(cfg: DictConfig) -> Path:
         return path
     settings = {key: config.plain(cfg[key]) for key in ("model", "data", "shape", "recipe")}
     config.check_targets(settings)
+    dtype = _dtype(cfg.stored_as)  # refused now rather than after the training
     recipe: Recipe = config.build(settings["recipe"])
     splits: Splits = config.build(settings["data"]).load()
+    if not isinstance(splits.train, ImageSplit):
+        raise UserError(f"training needs images held in memory; {cfg.names.data} is read from a folder")
     torch.manual_seed(cfg.seed)
     model = config.build(settings["model"])
     if cfg.threads:
@@ -51,10 +53,11 @@ def train(cfg: DictConfig) -> Path:
         "seconds": round(sum(point["seconds"] for point in curve), 1),
         "stored_as": cfg.stored_as,
         "curve": curve,
-        "provenance": provenance(config.invocation(), splits.digest, None),
+        "provenance": provenance(config.invocation("spectrim-train"), splits.digest, None),
     }
-    surgery.save(path, model, RankPlan(), {"model": cfg.names.model, "data": cfg.names.data}, _dtype(cfg.stored_as))
-    _write_json(path.with_suffix(".json"), record)
+    # The record first: a checkpoint that is there is taken for finished.
+    records.write_whole({path.with_suffix(".json"): (json.dumps(record, indent=1) + "\n").encode()})
+    surgery.save(path, model, RankPlan(), {"model": cfg.names.model, "data": cfg.names.data}, dtype)
     state.unlink(missing_ok=True)
     print(f"{path}: test top-1 {100 * record['test']['accuracy']:.2f} %, loss {record['test']['loss']:.4f}")
     return path
@@ -64,12 +67,6 @@ def _dtype(name: str) -> torch.dtype:
     if name not in ("float32", "float16"):
         raise UserError(f"stored_as is float32 or float16, got {name}")
     return getattr(torch, name)
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 @hydra.main(version_base="1.3", config_path=config.CONF, config_name="train")

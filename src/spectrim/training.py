@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from spectrim.data.images import ImageSplit
+from spectrim.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,16 @@ def fit(
     all; if it exists, training resumes from it. The data order depends on ``seed`` and the epoch alone, so a resumed
     run sees the batches that an unbroken one sees. ``after_epoch(epoch, model)`` adds its values to the curve.
 
-    Raises ``FloatingPointError`` where the loss stops being finite; the last good state stays on disk.
+    Raises ``FloatingPointError`` where the loss stops being finite; the last good state stays on disk. Raises
+    ``UserError`` where ``state`` is cut short or of another training.
     """
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.SGD(
         model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0
     )
     curve = _resume(state, model, optimizer, recipe, seed) if state else []
-    with tqdm(range(len(curve), recipe.epochs), "train", initial=len(curve), total=recipe.epochs, unit="epoch") as bar:
+    left = range(len(curve), recipe.epochs)
+    with tqdm(left, "train", initial=len(curve), total=recipe.epochs, unit="epoch", disable=None) as bar:
         for epoch in bar:
             started = time.perf_counter()
             point = {"epoch": epoch, **_epoch(model, train, recipe, optimizer, epoch, seed)}
@@ -107,6 +111,8 @@ def fit(
                 point |= after_epoch(epoch, model)
             curve.append(point)
             bar.set_postfix(loss=f"{point['loss']:.4f}", accuracy=f"{point['accuracy']:.4f}")
+            if bar.disable:  # not on a terminal: one line an epoch
+                print(f"epoch {epoch + 1}/{recipe.epochs}: loss {point['loss']:.4f}, accuracy {point['accuracy']:.4f}")
             if state:
                 _save_state(state, model, optimizer, curve, recipe, seed)
     return curve
@@ -162,17 +168,16 @@ def _save_state(
     os.replace(partial, path)
 
 
-def _resume(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, seed: int
-) -> list[dict]:
+def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, seed: int) -> list[dict]:
     if not path.exists():
         return []
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} is cut short or not a training's state ({error}); remove it to start anew") from None
     if metadata.get("run") != _fingerprint(recipe, seed):
-        raise ValueError(f"{path} belongs to a training with other settings; remove it or restore those settings")
+        raise UserError(f"{path} belongs to a training with other settings; remove it or restore those settings")
     tensors = load_file(path)
     model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
     for name, parameter in model.named_parameters():

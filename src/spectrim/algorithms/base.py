@@ -81,7 +81,7 @@ class Workbench:
         layers, left = surgery.factorable(model, self.example)
         self.notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
         self.spectra: dict[str, Spectrum] = {}
-        for name, layer in tqdm(layers.items(), "decompose", unit="layer", leave=False, delay=2):
+        for name, layer in tqdm(layers.items(), "decompose", unit="layer", leave=False, disable=None):
             try:
                 spectrum = spectrum_of(layer, decomposer)
             except UserError as error:

@@ -14,7 +14,7 @@ from spectrim.settings import settings
 
 @settings
 class Lossless:
-    """In each layer the rank whose first-order change of the loss is the most negative (Zhang et al., arXiv 2412.06867).
+    """In each layer the rank of the most negative first-order change of the loss (Zhang et al., arXiv 2412.06867).
 
     Over ``0 < k < O*I/(O+I)`` inside the neighbourhood (``norm``, ``gamma``); a layer where no rank has a negative
     change stays dense. The other settings are those of ``Walk``.

@@ -106,28 +106,28 @@ class Walk:
         candidates: Candidates,
     ) -> Compressed:
         working = surgery.apply(bench.model, RankPlan(), {})
-        dense_loss = loss = bench.objective.evaluate(working, self.split).loss
+        dense = bench.objective.evaluate(working, self.split)
+        loss = dense.loss
         chosen: dict[str, int] = {}
         log: list[dict] = []
-        for name in tqdm(self._ordered(bench, curves, listed), "verify", unit="layer", leave=False):
+        for name in tqdm(self._ordered(bench, curves, listed), "verify", unit="layer", leave=False, disable=None):
             if self.refresh and chosen:
                 curve = bench.first_order(self.split, working)[name]
                 curves[name], listed[name] = curve, candidates(curve, allowed[name])
             dense_layer = working.get_submodule(name)
             for rank in _spread(listed[name], self.tries):
                 surgery.replace(working, name, bench.spectra[name].factor(rank))
-                measured = bench.objective.evaluate(working, self.split).loss
-                passed = measured <= dense_loss + self.budget
+                measured = bench.objective.loss_within(working, self.split, dense.loss + self.budget, dense.n)
                 log.append(
                     {
                         "layer": name,
                         "rank": rank,
                         "predicted": float(curves[name][rank]),
-                        "measured": measured - loss,
-                        "accepted": passed,
+                        "measured": None if measured is None else measured - loss,
+                        "accepted": measured is not None,
                     }
                 )
-                if passed:
+                if measured is not None:
                     chosen[name], loss = rank, measured
                     break
                 surgery.replace(working, name, dense_layer)

@@ -35,7 +35,7 @@ class Probe:
         working = copy.deepcopy(model)
         dense_loss = objective.evaluate(working).loss
         log: list[dict] = []
-        for name, spectrum in tqdm(bench.spectra.items(), "probe", unit="layer", leave=False):
+        for name, spectrum in tqdm(bench.spectra.items(), "probe", unit="layer", leave=False, disable=None):
             dense_layer = working.get_submodule(name)
             for rank in sorted({max(1, round(ratio * spectrum.max_rank)) for ratio in self.ratios}):
                 surgery.replace(working, name, spectrum.factor(rank))

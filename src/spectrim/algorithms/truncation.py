@@ -78,7 +78,7 @@ class Truncation:
 def _ranks_of_ratio(bench: Workbench, ratio: float) -> dict[str, int]:
     ranks = {}
     for name, spectrum in bench.spectra.items():
-        dense = bench.model.get_submodule(name).weight.numel()  # type: ignore[union-attr,operator]
+        dense = bench.model.get_submodule(name).weight.numel()  # type: ignore[operator]
         ranks[name] = max(1, math.floor(ratio * dense / spectrum.cost(1)))
     return ranks
 

@@ -33,7 +33,7 @@ class ImageData(ABC):
     calibration_size: int = 2000
     calibration_seed: int = 0
     held_out: int = 5000
-    batch_size: int = 500
+    batch_size: int = 100
     calibration_from: str = "held_out"
 
     def check(self) -> None:

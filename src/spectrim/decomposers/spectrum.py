@@ -1,10 +1,12 @@
 """What every decomposer gives: all ranks of one layer at once, and the memory of those already decomposed."""
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 Keep = int | Sequence[int]
@@ -64,16 +66,24 @@ class Decomposer(Protocol):
         """Decompose ``layer`` (nn.Linear or nn.Conv2d)."""
 
 
+def content(tensors: Iterable[Tensor]) -> str:
+    """A digest of the values. Neither address nor version tells: both may stay while ``weight.data`` is written to."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}{tensor.device}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 _known: "WeakKeyDictionary[nn.Module, dict[Any, Spectrum]]" = WeakKeyDictionary()
 
 
 def spectrum_of(layer: nn.Module, decomposer: Decomposer) -> Spectrum:
-    """The spectrum of ``layer``, decomposed at the first call and remembered until its weight changes."""
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    key = (decomposer, weight.data_ptr(), weight._version)
+    """The spectrum of ``layer``, decomposed at the first call and remembered until its weight or bias changes."""
+    key = (decomposer, content(layer.state_dict().values()))
     spectra = _known.setdefault(layer, {})
     if key not in spectra:
-        for stale in [other for other in spectra if other[1:] != key[1:]]:
+        for stale in [other for other in spectra if other[1] != key[1]]:
             del spectra[stale]
         spectra[key] = decomposer.spectrum(layer)
     return spectra[key]

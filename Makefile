@@ -1,0 +1,115 @@
+# GNU make and a POSIX shell. Everything runs in an environment of its own, made on first use from requirements.lock.
+#   make reproduce-table2 JOBS=2          two runs of a grid at a time
+#   make test TORCH_INDEX=ADDRESS         take torch and torchvision from another package index: on Linux the default
+#                                         one may hold the CUDA build of several GB; the CPU build lies on PyTorch's own
+#   make test PYTHON3=python3.12          make the environment with this Python (3.11 to 3.13)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+UNFINISHED := $(VENV)/.unfinished
+PYTHON3 ?= python3 python3.13 python3.12 python3.11
+TORCH_INDEX ?=
+JOBS ?=
+PYTEST_ARGS ?= -q
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LAUNCHER := $(if $(JOBS),hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS))
+
+# A table or figure is made by experiments/NAME.py of the records of its grids, conf/experiment/GRID.yaml.
+RESULTS := table2 table7 figure1 figure2 figure3
+GRIDS_table2 := table2 table2_baseline
+GRIDS_table7 := table7 table7_leakage
+GRIDS_figure1 := $(GRIDS_table2)
+GRIDS_figure3 := figure3 $(GRIDS_table2)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install reproduce train smoke test lint format readme bench notebook lock clean
+.PHONY: $(RESULTS:%=reproduce-%) $(RESULTS:%=table-%)
+
+help:  ## this list
+	@echo "make TARGET"
+	@sed -n 's/^\([A-Za-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+	@echo "NAME is one of: $(RESULTS)"
+
+install: $(STAMP)  ## the environment in .venv (every other target makes it where it is missing)
+
+# An installation that was cut short is begun anew; an environment that is only out of date is brought up to date.
+$(STAMP): requirements.lock pyproject.toml
+	@set -e; \
+	if [ -e $(UNFINISHED) ] || ! $(PIP) --version >/dev/null 2>&1; then \
+	    for python in $(PYTHON3) none; do \
+	        if [ $$python = none ]; then echo "no Python 3.11, 3.12 or 3.13 among: $(PYTHON3); set PYTHON3=" >&2; exit 1; fi; \
+	        if $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then break; fi; \
+	    done; \
+	    echo "making the environment in $(VENV) with $$python"; \
+	    $$python -m venv --clear $(VENV); \
+	fi; \
+	rm -f $@; : > $(UNFINISHED)
+	@echo "installing requirements.lock"
+	@$(PIP) install -q -r requirements.lock $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(PIP) install -q --no-deps --no-build-isolation -e .
+	@rm -f $(UNFINISHED)
+	@touch $@
+
+reproduce-NAME:  ## run the grids of a table or figure, write results/, compare with the committed records
+	@echo "NAME is one of: $(RESULTS)"
+# A grid that was interrupted goes on where it stopped; `make clean` makes it start anew.
+$(RESULTS:%=reproduce-%): reproduce-%: $(STAMP)
+	@set -e; for grid in $(or $(GRIDS_$*),$*); do \
+	    $(BIN)/spectrim -m experiment=$$grid records=build/records $(LAUNCHER); \
+	done
+	$(BIN)/python experiments/$*.py --records build/records --out results --against results/records
+
+reproduce: $(RESULTS:%=reproduce-%)  ## every table and figure
+
+table-NAME:  ## a table or figure from the committed records: no run, no torch
+	@echo "NAME is one of: $(RESULTS)"
+$(RESULTS:%=table-%): table-%: $(STAMP)
+	$(BIN)/python experiments/$*.py --records results/records --out results
+
+train: $(STAMP)  ## the committed checkpoints that are missing (hours on two cores)
+	$(BIN)/spectrim-train -m model=resnet20 seed=0,1,2
+	$(BIN)/spectrim-train -m model=resnet56,resnext20,densenet22
+	$(BIN)/spectrim-train model=vgg19_half stored_as=float16
+	$(BIN)/spectrim-train model=resnet20 data=digits recipe=digits threads=1
+
+smoke: $(STAMP)  ## two minutes on small digits, no network: train, every algorithm, a table in build/smoke
+	$(BIN)/spectrim-train model=mlp data=digits checkpoints=build/checkpoints
+	$(BIN)/spectrim -m experiment=smoke records=build/records
+	$(BIN)/python experiments/table2.py --experiment smoke --records build/records --out build/smoke
+
+test: $(STAMP)  ## the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff, mypy, the layers of the imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src experiments
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## what ruff can mend by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+readme: $(STAMP)  ## the tables that the README shows, copied into it from results/tables
+	$(BIN)/python experiments/readme.py
+
+bench: $(STAMP)  ## the benchmarks, into results/benchmarks
+	$(BIN)/python benchmarks/run.py
+
+notebook: $(STAMP)  ## run the notebooks
+	$(BIN)/jupytext --to ipynb notebooks/*.py
+	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
+
+# torch and torchvision are the pair to pin, without the local name (+cpu) of the build that happens to be here.
+lock:  ## requirements.lock anew: the newest of everything, in a fresh environment
+	$(firstword $(PYTHON3)) -m venv --clear build/lock
+	build/lock/bin/python -m pip install -q torch==2.13.0 torchvision==0.28.0 -e '.[dev]'
+	@{ sed -n '/^#/p' requirements.lock; build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable \
+	    | sed 's/^\(torch[a-z]*==[0-9.]*\)+.*/\1/'; } > build/requirements.lock
+	mv build/requirements.lock requirements.lock
+	rm -rf build/lock
+
+clean:  ## remove build/ (fresh records, unfinished trainings) and caches; .venv and results/ stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find src tests experiments -name __pycache__ -type d -prune -exec rm -rf {} +

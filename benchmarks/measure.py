@@ -1,0 +1,89 @@
+"""What the benchmarks share: clocks, targets, images of noise, the models of the configuration."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import nn
+
+from spectrim import config
+from spectrim.data.images import ImageSplit
+from spectrim.report.table import Table
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound that a measured ratio should keep. ``digits``: of the printed numbers; ``unit``: behind them."""
+
+    what: str
+    measured: float
+    bound: float
+    at_least: bool
+    unit: str = "times"
+    digits: int = 2
+
+    @property
+    def met(self) -> bool:
+        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
+
+    def line(self) -> str:
+        """Printed plainly, a missed one as missed."""
+        verdict, side = "met" if self.met else "MISSED", "at least" if self.at_least else "at most"
+        measured, bound = f"{self.measured:.{self.digits}f}", f"{self.bound:g}"
+        return f"Target {verdict}: {self.what}: {measured} {self.unit}, {side} {bound} wanted."
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one benchmark gives. ``data``: digest or description of what it ran on; ``settings``: sizes and repeats."""
+
+    table: Table
+    targets: Sequence[Target]
+    settings: Mapping[str, Any]
+    data: str
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+@contextmanager
+def clocked(owner: Any, name: str) -> Iterator[list[float]]:
+    """Seconds of every call of ``owner.name`` (a method of a class, a function of a module) inside the block."""
+    original, times = getattr(owner, name), list[float]()
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            times.append(time.perf_counter() - started)
+
+    setattr(owner, name, timed)
+    try:
+        yield times
+    finally:
+        setattr(owner, name, original)
+
+
+def noise_images(count: int, batch_size: int) -> ImageSplit:
+    """3x32x32 images of noise in ten classes: the time of a pass does not depend on what they show."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    return ImageSplit(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size, "noise")
+
+
+def untrained(model: str) -> nn.Module:
+    """The network of ``conf/model/MODEL.yaml`` for CIFAR-10 with random weights, channels last as in a run."""
+    with initialize_config_dir(config.CONF, version_base="1.3"):
+        settings = config.plain(compose("config", [f"model={model}", "data=cifar10"]).model)
+    torch.manual_seed(0)
+    return config.build(settings).eval().to(memory_format=torch.channels_last)

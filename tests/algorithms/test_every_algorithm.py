@@ -1,0 +1,211 @@
+"""What holds for every algorithm of ``conf/algorithm``, found by listing that folder: a new one is tested unasked."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spectrim import config, records, run, surgery
+from spectrim.algorithms.base import Algorithm, Compressed
+from spectrim.algorithms.compact import Compact
+from spectrim.algorithms.lossless import Lossless
+from spectrim.algorithms.truncation import Truncation
+from spectrim.batches import evaluating
+from spectrim.decomposers.spectrum import spectrum_of
+from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
+from spectrim.objective import Objective
+
+NAMES = sorted(path.stem for path in (Path(config.CONF) / "algorithm").glob("*.yaml"))
+VIEWS: Any = ("channel", "spatial")
+GREEDY = [  # whatever a user may ask for, as far as it goes
+    Truncation(ratio=1.0),
+    Truncation(energy=1.0),
+    Truncation(params_kept=1.0),
+    Truncation(rank=16),
+    Compact(tolerance=1e9),
+    Compact(verified=True, budget=1e9, tolerance=1e9, tries=99),
+    Lossless(verified=True, budget=1e9, refresh=True),
+]
+
+
+@pytest.fixture(params=NAMES)
+def algorithm(request: pytest.FixtureRequest, compose: Any) -> Algorithm:
+    return config.build(config.plain(compose(f"algorithm={request.param}").algorithm))
+
+
+def compressed_by(algorithm: Algorithm, net: nn.Sequential, objective: Objective, view: Any = "channel") -> Compressed:
+    return algorithm.compress(net, SVD(view), objective)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_yields_a_record(compose: Any, digits: list[str], tmp_path: Path, name: str) -> None:
+    cfg = compose(*digits, f"algorithm={name}", "data.calibration_size=50")
+    record = run.run(cfg)
+    assert record["names"]["algorithm"] == name
+    assert records.read_all(tmp_path, "runs") == [json.loads(json.dumps(record))]
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything of a model that a caller could notice."""
+    return {
+        "values": copy.deepcopy(model.state_dict()),
+        "modes": [module.training for module in model.modules()],
+        "classes": [type(module) for module in model.modules()],
+        "hooks": [(dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in model.modules()],
+        "places": [(p.data_ptr(), p.device, p.requires_grad) for p in model.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+    }
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_given_model_is_untouched(
+    algorithm: Algorithm, net: nn.Sequential, objective: Objective, view: Any
+) -> None:
+    net[1].eval()
+    net[3].weight.requires_grad_(False)
+    net[6].weight.grad = torch.ones_like(net[6].weight)
+    net[8].register_forward_hook(lambda module, inputs, output: None)
+    before = state_of(net)
+    result = compressed_by(algorithm, net, objective, view)
+    after = state_of(net)
+    for part in ("values", "grads"):
+        torch.testing.assert_close(after.pop(part), before.pop(part), rtol=0, atol=0)
+    assert after == before
+    assert torch.is_grad_enabled()
+    assert not {p.data_ptr() for p in net.parameters()} & {p.data_ptr() for p in result.model.parameters()}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_equal_settings_and_equal_plans_give_equal_models(
+    algorithm: Algorithm, net: nn.Sequential, objective: Objective, view: Any
+) -> None:
+    first = compressed_by(algorithm, net, objective, view)
+    second = compressed_by(algorithm, copy.deepcopy(net), objective, view)
+    assert first.plan == second.plan and first.log == second.log and first.notes == second.notes
+    pd.testing.assert_frame_equal(first.report, second.report)
+    spectra = {name: spectrum_of(net.get_submodule(name), SVD(view)) for name in first.plan}
+    replayed = surgery.apply(net, first.plan, spectra)
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name])
+        assert torch.equal(value, replayed.state_dict()[name])
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_report_and_costs_agree_with_the_model(
+    algorithm: Algorithm, net: nn.Sequential, objective: Objective, view: Any
+) -> None:
+    result = compressed_by(algorithm, net, objective, view)
+    dense, small = (sum(p.numel() for p in model.parameters()) for model in (net, result.model))
+    assert (result.dense_cost.params, result.cost.params) == (dense, small)
+    assert result.params_kept == small / dense <= 1 and result.macs_kept > 0
+    report = result.report
+    assert report.columns.tolist() == [
+        "layer",
+        "shape",
+        "full_rank",
+        "break_even",
+        "rank",
+        "params_before",
+        "params_after",
+        "predicted_change",
+        "relative_error",
+    ]
+    assert report["params_before"].sum() - report["params_after"].sum() == dense - small
+    chosen = report.dropna(subset="rank").set_index("layer")["rank"]
+    assert chosen.to_dict() == {name: kept.rank for name, kept in result.plan.items()}
+    assert result.predicted_change == pytest.approx(report["predicted_change"].sum())
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("greedy", GREEDY, ids=str)
+def test_no_layer_is_ever_factored_above_break_even(
+    greedy: Algorithm, net: nn.Sequential, objective: Objective, view: Any
+) -> None:
+    result = compressed_by(greedy, net, objective, view)
+    for name in result.plan:
+        factored = result.model.get_submodule(name)
+        assert factored.first.weight.numel() + factored.second.weight.numel() < net.get_submodule(name).weight.numel()
+    assert result.params_kept <= 1
+
+
+def test_no_listed_algorithm_factors_above_break_even(
+    algorithm: Algorithm, net: nn.Sequential, objective: Objective
+) -> None:
+    report = compressed_by(algorithm, net, objective).report.dropna()
+    assert (report["rank"] <= report["break_even"]).all() and (report["params_after"] < report["params_before"]).all()
+
+
+class Sum(nn.Module):
+    """Linear in every weight: three layers side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.left, self.right = nn.Conv2d(4, 6, 3, groups=2), nn.Linear(64, 24), nn.Linear(64, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x.flatten(1)) + self.right(x.flatten(1).flip(1)) + self.conv(x).flatten(1)
+
+
+def doubles() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
+    model = Sum().double()
+    batches = [(torch.randn(n, 4, 4, 4).double(), torch.randn(n, 24).double()) for n in (9, 4)]
+    return model, batches
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("chosen", [Truncation(ratio=0.4), Lossless(), Compact()], ids=str)
+def test_a_linear_loss_of_a_linear_model_is_predicted_exactly(chosen: Algorithm, view: Any) -> None:
+    model, batches = doubles()
+    linear = Objective(lambda out, targets: (out * targets).sum(1).mean(), {"calibration": batches})
+    result = compressed_by(chosen, model, linear, view)
+    measured = linear.evaluate(result.model).loss - linear.evaluate(model).loss
+    assert len(result.plan) > 1
+    assert result.predicted_change == pytest.approx(measured, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("chosen", [Truncation(ratio=0.4), Lossless(), Compact()], ids=str)
+def test_a_quadratic_loss_misses_exactly_its_second_order(chosen: Algorithm, view: Any) -> None:
+    model, batches = doubles()
+    quadratic = Objective(lambda out, targets: 0.5 * (out - targets).square().sum(1).mean(), {"calibration": batches})
+    result = compressed_by(chosen, model, quadratic, view)
+    measured = quadratic.evaluate(result.model).loss - quadratic.evaluate(model).loss
+    x = torch.cat([inputs for inputs, _ in batches])
+    with torch.no_grad():
+        second_order = 0.5 * (result.model(x) - model(x)).square().sum(1).mean().item()
+    assert result.plan and second_order > 0
+    assert measured - result.predicted_change == pytest.approx(second_order, rel=1e-9)
+
+
+def test_batchnorm_keeps_its_statistics(algorithm: Algorithm, net: nn.Sequential, objective: Objective) -> None:
+    result = compressed_by(algorithm, net, objective)
+    for part in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(result.model[1], part), getattr(net[1], part))
+    with evaluating(result.model), torch.no_grad():  # one sample at a time or all at once: the same logits
+        x = objective.splits["calibration"][0][0]
+        torch.testing.assert_close(result.model(x), torch.cat([result.model(one[None]) for one in x]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_weight_that_is_not_finite_is_refused_with_its_layer(
+    algorithm: Algorithm, net: nn.Sequential, objective: Objective, value: float
+) -> None:
+    with torch.no_grad():
+        net[6].weight[0, 0] = value
+    with pytest.raises(UserError, match="^layer 6: a weight holds NaN or infinity"):
+        compressed_by(algorithm, net, objective)
+
+
+def test_a_model_with_nothing_to_factor_is_refused(algorithm: Algorithm, batches: Any, objective: Objective) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Flatten(), nn.LazyLinear(1))
+    model(batches[0][0])
+    with pytest.raises(UserError, match="nothing to factor"):
+        compressed_by(algorithm, model, objective)

@@ -1,0 +1,177 @@
+"""Lossless takes, in each layer, the rank of the most negative first-order change, and verified means verified."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim.algorithms.lossless import Lossless
+from spectrim.algorithms.neighbourhood import Neighbourhood
+from spectrim.batches import evaluating
+from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
+from spectrim.objective import Objective
+
+LAYERS = ("0", "3", "6", "8")
+
+
+def searched(net: nn.Sequential, batches: Any, view: Any, weight_of: Any) -> dict[str, list[tuple[Tensor, float]]]:
+    """By brute force, for every layer and rank below break-even: the change of the weight, and <G, change>."""
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    weights = [net.get_submodule(name).weight for name in LAYERS]
+    with evaluating(net):
+        gradients = torch.autograd.grad(F.cross_entropy(net(x), y), weights)
+    found: dict[str, list[tuple[Tensor, float]]] = {}
+    for name, weight, gradient in zip(LAYERS, weights, gradients, strict=True):
+        layer = net.get_submodule(name)
+        spectrum = SVD(view).spectrum(layer)
+        found[name] = []
+        for rank in range(1, spectrum.max_rank + 1):
+            factored = spectrum.factor(rank)
+            if factored.first.weight.numel() + factored.second.weight.numel() < weight.numel():
+                change = (weight_of(factored, getattr(layer, "groups", 1)) - weight).detach()
+                found[name].append((change, float((gradient * change).sum())))
+    return found
+
+
+@pytest.mark.parametrize("view", ["channel", "spatial"])
+def test_each_layer_takes_the_most_negative_change(
+    net: nn.Sequential, batches: Any, objective: Objective, weight_of: Any, view: Any
+) -> None:
+    compressed = Lossless().compress(net, SVD(view), objective)
+    for name, ranks in searched(net, batches, view, weight_of).items():
+        best = min(range(len(ranks)), key=lambda i: ranks[i][1], default=None)
+        if best is None or ranks[best][1] >= 0:
+            assert name not in compressed.plan
+        else:
+            assert compressed.plan[name].rank == best + 1
+            row = compressed.report.set_index("layer").loc[name]
+            assert row["predicted_change"] == pytest.approx(ranks[best][1], rel=1e-3, abs=1e-6)
+    assert compressed.plan and compressed.predicted_change < 0
+
+
+@pytest.mark.parametrize(
+    ("norm", "gamma", "size"),
+    [
+        ("entrywise", 0.1, lambda change, weight: change.abs().max()),
+        ("relative", 0.6, lambda change, weight: change.norm() / weight.norm()),
+        ("frobenius", 1.3, lambda change, weight: change.norm()),
+    ],
+)
+def test_only_ranks_inside_the_neighbourhood_are_taken(
+    net: nn.Sequential, batches: Any, objective: Objective, weight_of: Any, norm: Any, gamma: float, size: Any
+) -> None:
+    compressed = Lossless(norm=norm, gamma=gamma).compress(net, SVD(), objective)
+    shut_out = 0
+    for name, ranks in searched(net, batches, "channel", weight_of).items():
+        weight = net.get_submodule(name).weight.detach()
+        inside = {k: ranks[k - 1][1] for k in range(1, len(ranks) + 1) if size(ranks[k - 1][0], weight) <= gamma}
+        shut_out += len(ranks) - len(inside)
+        best = min(inside, key=inside.__getitem__, default=None)
+        expected = best if best is not None and inside[best] < 0 else None
+        assert (compressed.plan[name].rank if name in compressed.plan else None) == expected
+    assert shut_out
+
+
+def test_a_neighbourhood_holds_ranks_from_one_to_break_even() -> None:
+    spectrum = SVD().spectrum(nn.Linear(12, 9))
+    assert Neighbourhood().ranks(spectrum).tolist() == [1, 2, 3, 4, 5]
+    assert Neighbourhood(gamma=1e-9).ranks(spectrum).tolist() == []
+    by_error = Neighbourhood("frobenius", float(spectrum.error()[3])).ranks(spectrum)
+    assert by_error.tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("split", ["calibration", "train"])
+@pytest.mark.parametrize("order", ["network", "reverse", "saving", "predicted"])
+@pytest.mark.parametrize("refresh", [False, True])
+@pytest.mark.parametrize("budget", [0.0, 0.02])
+def test_verified_never_lifts_the_loss_above_the_budget(
+    net: nn.Sequential, objective: Objective, split: Any, order: Any, refresh: bool, budget: float
+) -> None:
+    settings = Lossless(verified=True, split=split, order=order, refresh=refresh, budget=budget, tries=3)
+    compressed = settings.compress(net, SVD(), objective)
+    dense, after = (objective.evaluate(model, split).loss for model in (net, compressed.model))
+    assert after <= dense + budget
+    accepted = [step for step in compressed.log if step["accepted"]]
+    assert {step["layer"]: step["rank"] for step in accepted} == {name: k.rank for name, k in compressed.plan.items()}
+    assert sum(step["measured"] for step in accepted) == pytest.approx(after - dense, abs=1e-6)
+    tried = [step["layer"] for step in compressed.log]
+    assert max(tried.count(name) for name in tried) <= 3
+    visited = list(dict.fromkeys(tried))
+    if order in ("network", "reverse"):
+        assert visited == sorted(visited, key=LAYERS.index, reverse=order == "reverse")
+    elif order == "saving":
+        assert visited == sorted(visited, key=lambda name: -net.get_submodule(name).weight.numel())
+    elif not refresh:
+        first = {name: next(s["predicted"] for s in compressed.log if s["layer"] == name) for name in visited}
+        assert visited == sorted(visited, key=first.__getitem__)
+
+
+@pytest.mark.parametrize("budget", [0.0, 0.002, 0.02])
+@pytest.mark.parametrize("tries", [1, 3, 99])
+def test_verified_accepts_the_first_candidate_whose_loss_is_within_the_budget(
+    net: nn.Sequential, batches: Any, objective: Objective, weight_of: Any, budget: float, tries: int
+) -> None:
+    compressed = Lossless(verified=True, budget=budget, tries=tries).compress(net, SVD(), objective)
+    working = copy.deepcopy(net)
+    limit = objective.evaluate(net).loss + budget
+    expected, at_the_edge = {}, 0
+    for name, ranks in searched(net, batches, "channel", weight_of).items():
+        falling = sorted((change, rank) for rank, (_, change) in enumerate(ranks, 1) if change < 0)
+        spread = torch.linspace(0, len(falling) - 1, min(tries, len(falling))).round().int().tolist()
+        for _, rank in (falling[i] for i in spread):
+            trial = copy.deepcopy(working)
+            trial[int(name)] = SVD().spectrum(net.get_submodule(name)).factor(rank)
+            loss = objective.evaluate(trial).loss
+            if loss <= limit:
+                at_the_edge += loss > objective.evaluate(working).loss  # a rise that earlier layers paid for
+                expected[name], working = rank, trial
+                break
+    assert {name: kept.rank for name, kept in compressed.plan.items()} == expected
+    assert at_the_edge or budget < 0.02
+
+
+def test_refresh_predicts_from_the_gradient_of_the_partly_factored_model(
+    net: nn.Sequential, objective: Objective, batches: Any, weight_of: Any
+) -> None:
+    log = Lossless(verified=True, refresh=True, budget=1.0, tries=1).compress(net, SVD(), objective).log
+    first, second = log[0], log[1]
+    working = copy.deepcopy(net)
+    working[int(first["layer"])] = SVD().spectrum(net.get_submodule(first["layer"])).factor(first["rank"])
+    layer = working.get_submodule(second["layer"])
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    with evaluating(working):
+        (gradient,) = torch.autograd.grad(F.cross_entropy(working(x), y), layer.weight)
+    change = weight_of(SVD().spectrum(layer).factor(second["rank"]), getattr(layer, "groups", 1)) - layer.weight
+    change = change.detach()
+    assert second["predicted"] == pytest.approx(float((gradient * change).sum()), rel=1e-3, abs=1e-6)
+
+
+def test_where_nothing_falls_the_model_stays_dense(net: nn.Sequential, batches: Any) -> None:
+    flat = Objective(lambda logits, targets: logits.sum() * 0 + 1, {"calibration": batches})
+    for verified in (False, True):
+        compressed = Lossless(verified=verified).compress(net, SVD(), flat)
+        assert not compressed.plan and compressed.params_kept == 1 and compressed.report["rank"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"gamma": 0.0}, "gamma must be above 0"),
+        ({"gamma": -1}, "gamma must be above 0"),
+        ({"gamma": float("nan")}, "gamma must be above 0"),
+        ({"norm": "spectral"}, "norm='spectral' is not of type"),
+        ({"split": "test"}, "split='test' is not of type"),
+        ({"order": "random"}, "order='random' is not of type"),
+        ({"tries": 0}, "tries must be at least 1"),
+        ({"budget": -0.1}, "budget, a rise of the loss, must be at least 0"),
+        ({"budget": float("nan")}, "budget, a rise of the loss, must be at least 0"),
+        ({"verified": "yes"}, "verified='yes' is not of type"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(bad: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Lossless(**bad)

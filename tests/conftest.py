@@ -1,0 +1,96 @@
+"""What the tests share: one thread, a tiny net with every kind of layer, and batches for it."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra.core.hydra_config import HydraConfig
+from hydra.initialize import initialize_config_dir
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from spectrim import config
+from spectrim.layers import FactoredLinear
+from spectrim.objective import Objective
+
+torch.set_num_threads(1)
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def net() -> nn.Sequential:
+    """Two convolutions (one strided, one grouped), BatchNorm with statistics of its own, and two linear layers."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1, bias=False),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Conv2d(12, 16, 3, stride=2, padding=1, groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 4 * 4, 24),
+        nn.ReLU(),
+        nn.Linear(24, 5),
+    )
+    model.train()
+    with torch.no_grad():
+        model(3 * torch.randn(64, 3, 8, 8) + 1)
+    return model
+
+
+@pytest.fixture
+def batches() -> Batches:
+    """Three batches of unequal size for ``net``."""
+    return [(torch.randn(n, 3, 8, 8), torch.randint(5, (n,))) for n in (16, 16, 7)]
+
+
+@pytest.fixture
+def objective(batches: Batches) -> Objective:
+    """Cross-entropy on ``batches``, which are calibration and, the first two of them, train."""
+    return Objective(F.cross_entropy, {"calibration": batches, "train": batches[:2]})
+
+
+def _weight_of(layer: nn.Module, groups: int) -> Tensor:
+    if isinstance(layer, FactoredLinear):
+        return layer.second.weight @ layer.first.weight
+    second = layer.second.weight.unflatten(0, (groups, -1))
+    first = layer.first.weight.unflatten(0, (groups, -1))
+    product = "gorvx,grihw->goihw" if layer.view == "channel" else "gorhx,grivw->goihw"
+    return torch.einsum(product, second, first).flatten(0, 1)
+
+
+@pytest.fixture
+def weight_of() -> Callable[[nn.Module, int], Tensor]:
+    """``weight_of(layer, groups)``: the dense weight that a factored layer stands for."""
+    return _weight_of
+
+
+Compose = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def compose() -> Iterator[Compose]:
+    """``compose("model=mlp", …)``: the configuration that the command line would get."""
+    from hydra import compose as hydra_compose
+
+    def composed(*overrides: str, name: str = "config") -> DictConfig:
+        cfg = hydra_compose(name, overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        return cfg
+
+    with initialize_config_dir(config.CONF, version_base="1.3"):
+        yield composed
+    HydraConfig.instance().cfg = None
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> list[str]:
+    """Overrides for a run of seconds: an untrained multilayer perceptron on the embedded digits."""
+    return ["data=digits", "model=mlp", "checkpoint=null", f"records={tmp_path}", "model.hidden=[16,16]"]

@@ -1,0 +1,140 @@
+"""The one-call interface, as its users type it."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import spectrim
+from spectrim.batches import evaluating
+
+
+def logits(model: nn.Module, x: Any) -> Tensor:
+    with evaluating(model), torch.no_grad():
+        return model(x)
+
+
+@pytest.mark.parametrize("algorithm", [None, spectrim.Truncation(ratio=0.5), spectrim.Compact(tolerance=1e9)])
+@pytest.mark.parametrize("decomposer", [None, spectrim.SVD(view="spatial")])
+def test_compress_save_load_gives_the_same_logits(
+    net: nn.Sequential, batches: Any, tmp_path: Path, algorithm: Any, decomposer: Any
+) -> None:
+    dense = copy.deepcopy(net)
+    result = spectrim.compress(net, calibration=batches, algorithm=algorithm, decomposer=decomposer)
+    assert result.plan and result.params_kept < 1
+    path = tmp_path / "small.safetensors"
+    result.save(path)
+    model = spectrim.load(path, into=dense)
+    x = batches[0][0]
+    assert torch.equal(logits(model, x), logits(result.model, x))
+    assert path.stat().st_size < 4 * result.cost.params + 4000
+
+
+def test_lossless_on_the_channel_view_is_the_default(net: nn.Sequential, batches: Any) -> None:
+    by_default = spectrim.compress(net, calibration=batches)
+    spelt_out = spectrim.compress(
+        net,
+        calibration=batches,
+        loss=F.cross_entropy,
+        algorithm=spectrim.Lossless(),
+        decomposer=spectrim.SVD(view="channel"),
+    )
+    assert by_default.plan == spelt_out.plan
+    assert isinstance(by_default, spectrim.Compressed) and isinstance(by_default.plan, spectrim.RankPlan)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_and_device_are_kept(net: nn.Sequential, batches: Any, training: bool) -> None:
+    net.train(training)
+    result = spectrim.compress(net, calibration=batches, algorithm=spectrim.Truncation(rank=1))
+    assert {module.training for module in net.modules()} == {training}
+    assert {module.training for module in result.model.modules()} == {training}
+    assert {p.device for p in result.model.parameters()} == {torch.device("cpu")}
+
+
+def test_any_iterable_of_batches_is_taken(net: nn.Sequential, batches: Any) -> None:
+    x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    loader = DataLoader(TensorDataset(x, y), batch_size=10)
+    by_loader = spectrim.compress(net, calibration=loader)
+    assert by_loader.plan == spectrim.compress(net, calibration=tuple(batches)).plan
+    with pytest.raises(spectrim.UserError, match="can be read only once"):
+        spectrim.compress(net, calibration=iter(batches))
+
+
+class Reconstruction(nn.Module):
+    """Takes its inputs by name and returns something that is not scores."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Linear(12, 10), nn.Linear(10, 12)
+
+    def forward(self, signal: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        return {"signal": self.decode(torch.tanh(self.encode(signal * mask)))}
+
+
+def test_any_module_and_any_loss_are_taken() -> None:
+    batches = [({"mask": torch.ones(8, 12), "signal": torch.randn(8, 12)}, torch.randn(8, 12)) for _ in range(2)]
+    result = spectrim.compress(
+        Reconstruction(),
+        calibration=batches,
+        loss=lambda out, targets: F.mse_loss(out["signal"], targets),
+        algorithm=spectrim.Truncation(rank=3),
+    )
+    assert list(result.plan) == ["decode", "encode"]
+    assert result.dense_cost.macs == 240 and result.cost.macs == 2 * 3 * 22
+
+
+class Attention(nn.Module):
+    """Tokens, a tied embedding, attention, and a linear layer in the open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.attention = nn.Embedding(13, 16), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.body, self.spare, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 13, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        return self.head(self.body(self.attention(x, x, x)[0])).mean(1)
+
+
+def test_layers_that_must_stay_dense_are_noted(tmp_path: Path) -> None:
+    tokens = torch.randint(13, (6, 5))
+    model = Attention()
+    result = spectrim.compress(
+        model, calibration=[(tokens, torch.randint(13, (6,)))], algorithm=spectrim.Truncation(rank=2)
+    )
+    assert list(result.plan) == ["body"]
+    assert result.notes == [
+        "head: left dense: its weight is shared with another layer",
+        "attention.out_proj: left dense: the model reads its weight",
+        "spare: left dense: the model does not call it",
+    ]
+    assert result.model.head.weight is result.model.embedding.weight
+    result.save(tmp_path / "tied.safetensors")
+    loaded = spectrim.load(tmp_path / "tied.safetensors", into=Attention())
+    assert loaded.head.weight is loaded.embedding.weight
+    assert torch.equal(logits(loaded, tokens), logits(result.model, tokens))
+
+
+def test_what_cannot_be_compressed_is_said_in_one_line(net: nn.Sequential, batches: Any) -> None:
+    x = batches[0][0]
+    for calibration, message in [
+        ([], "calibration set is empty"),
+        ([(x, torch.full((16,), 5))], "target 5 does not fit a model with 5 classes"),
+        ([(x * torch.nan, batches[0][1])], "loss on the calibration split is nan"),
+    ]:
+        with pytest.raises(spectrim.UserError, match=message) as refusal:
+            spectrim.compress(net, calibration=calibration)
+        assert "\n" not in str(refusal.value)
+
+
+def test_names_at_the_top() -> None:
+    assert all(getattr(spectrim, name).__name__ == name for name in spectrim.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Losless'"):
+        spectrim.Losless  # noqa: B018

@@ -1,0 +1,145 @@
+"""Every yaml composes and each of its keys is a parameter of its target; nothing foreign is ever made."""
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+import pytest
+from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
+
+from spectrim import config
+from spectrim.errors import UserError
+
+GROUPS = ("algorithm", "decomposer", "model", "data", "tracking", "recipe")
+
+
+def options(group: str) -> list[str]:
+    """The options of a group: its yaml files, also in folders below."""
+    folder = Path(config.CONF) / group
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
+
+
+def targets(node: Any) -> Iterator[dict]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node
+        for value in node.values():
+            yield from targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from targets(value)
+
+
+def composed(compose: Any, group: str, option: str) -> dict:
+    name = "train" if group == "recipe" else "config"
+    node = compose(f"{group}={option}", name=name)
+    return config.plain(node[group])
+
+
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in options(group)])
+def test_every_key_of_every_option_is_a_parameter_of_its_target(compose: Any, group: str, option: str) -> None:
+    found = list(targets(composed(compose, group, option)))
+    assert found
+    for node in found:
+        config.check_targets(node)
+        accepted = inspect.signature(resolve_name(node["_target_"])).parameters
+        assert node.keys() - {"_target_", "_partial_"} <= accepted.keys()
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(g, o) for g in ("algorithm", "decomposer", "recipe") for o in options(g)]
+)
+def test_every_choice_of_settings_is_built(compose: Any, group: str, option: str) -> None:
+    settings = composed(compose, group, option)
+    assert type(config.build(settings)).__name__ == settings["_target_"].rpartition(".")[2]
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_composes(compose: Any, experiment: str) -> None:
+    cfg = compose(f"experiment={experiment}")
+    assert cfg.hydra.sweeper.params
+    for override in cfg.hydra.sweeper.params:
+        group, _, key = override.partition(".")
+        assert OmegaConf.select(cfg, f"{group}.{key}" if key else group) is not None or key
+
+
+@pytest.mark.parametrize("option", [o for o in options("model") if o != "torchvision"])
+def test_every_model_has_a_recipe_of_its_name(compose: Any, option: str) -> None:
+    cfg = compose(f"model={option}", name="train")
+    assert cfg.recipe._target_ == "spectrim.training.Recipe"
+    assert cfg.checkpoint == f"results/checkpoints/{option}-cifar10-seed0.safetensors"
+
+
+@pytest.mark.parametrize("group", ["model", "data", "algorithm", "decomposer"])
+def test_an_unknown_option_is_named_with_those_there_are(compose: Any, group: str) -> None:
+    with pytest.raises(MissingConfigException, match=f"Could not find '{group}/nosuch'"):
+        compose(f"{group}=nosuch")
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "builtins.eval", "subprocess.Popen", "torchx.Evil", "spectrimmed.Evil", "torch", "", None, 3],
+)
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_target_outside_the_three_packages_is_refused(target: Any, deep: bool) -> None:
+    node = {"_target_": target, "command": "true"}
+    with pytest.raises(UserError, match="is refused: only spectrim, torch and torchvision"):
+        config.build({"_target_": "torch.nn.Identity", "inner": [{"x": node}]} if deep else node)
+
+
+@pytest.mark.parametrize(
+    "target", ["torch.os.system", "spectrim.run.os.system", "torch.utils.cpp_extension.subprocess.run"]
+)
+def test_what_an_allowed_module_imported_is_refused(target: str) -> None:
+    with pytest.raises(UserError, match=f"_target_={target} is refused: it belongs to"):
+        config.build({"_target_": target, "command": "true"})
+    with pytest.raises(UserError, match=f"_target_={target} is refused: it belongs to"):
+        config.build({"_target_": "torch.nn.Identity", "inner": [{"_target_": target}]})
+
+
+@pytest.mark.parametrize("target", ["spectrim.models.resnet.ResNett", "spectrim.nosuch.Thing", "torch.nn.Nothing"])
+def test_a_target_that_does_not_exist_is_named(target: str) -> None:
+    with pytest.raises(UserError, match=f"_target_={target} cannot be found") as refusal:
+        config.build({"_target_": target})
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"_target_": "spectrim.algorithms.truncation.Truncation", "rank": 0}, "^rank must be at least 1, got 0$"),
+        ({"_target_": "spectrim.algorithms.truncation.Truncation", "rank": "abc"}, "^Truncation: rank='abc' is not of"),
+        ({"_target_": "spectrim.models.resnet.ResNet", "depth": 21}, "depth of a CIFAR ResNet is 6n.2"),
+        ({"_target_": "spectrim.models.resnet.ResNet", "deep": 20}, "unexpected keyword argument 'deep'"),
+        ({"_target_": "spectrim.training.Recipe", "epochs": 0}, "needs epochs >= 1"),
+    ],
+)
+def test_what_a_target_refuses_is_said_in_one_line(settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal:
+        config.build(settings)
+    assert "\n" not in str(refusal.value)
+
+
+def test_build_makes_nested_objects_of_plain_containers() -> None:
+    model = config.build({"_target_": "spectrim.models.small.MLP", "hidden": [8], "image_size": 4})
+    assert [layer.out_features for layer in model.layers if hasattr(layer, "out_features")] == [8, 10]
+
+
+@pytest.mark.parametrize("error", [UserError("say this"), KeyboardInterrupt()])
+def test_the_command_line_ends_in_one_line_and_a_status(error: BaseException, capsys: pytest.CaptureFixture) -> None:
+    def job() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ending:
+        config.command_line(job)
+    said = capsys.readouterr().err
+    assert said.startswith("spectrim: ") and said.count("\n") == 1
+    assert ending.value.code == (1 if isinstance(error, UserError) else 130)
+
+
+def test_a_fault_of_ours_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        config.command_line(lambda: 1 / 0)

@@ -1,0 +1,79 @@
+"""Costs counted by hand."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spectrim.cost import Cost, latency, model_cost
+from spectrim.layers import FactoredConv2d, FactoredLinear
+from spectrim.models.small import LeNet5
+
+# 28x28 -> conv 5x5 -> 24x24 -> pool -> 12x12 -> conv 5x5 -> 8x8 -> pool -> 4x4 x 50 = 800 -> 500 -> 10
+LENET_PARAMS = (20 * 25 + 20) + (50 * 20 * 25 + 50) + (500 * 800 + 500) + (10 * 500 + 10)
+LENET_MACS = 24 * 24 * 20 * 25 + 8 * 8 * 50 * 20 * 25 + 800 * 500 + 500 * 10
+
+
+def test_lenet5() -> None:
+    assert (LENET_PARAMS, LENET_MACS) == (431_080, 2_293_000)
+    assert model_cost(LeNet5(), torch.randn(64, 1, 28, 28)) == Cost(LENET_PARAMS, LENET_MACS)
+
+
+def test_factored_lenet5() -> None:
+    model = LeNet5()
+    model.conv1 = FactoredConv2d.shaped_like(model.conv1, 2, "spatial")
+    model.conv2 = FactoredConv2d.shaped_like(model.conv2, 10, "channel")
+    model.fc1 = FactoredLinear.shaped_like(model.fc1, 30)
+    conv1 = 28 * 24 * 2 * 5 + 24 * 24 * 20 * 2 * 5  # 1x5 first: the height is still 28
+    conv2 = 8 * 8 * 10 * 20 * 25 + 8 * 8 * 50 * 10
+    params = (2 * 5 + 20 * 2 * 5 + 20) + (10 * 20 * 25 + 50 * 10 + 50) + (30 * 800 + 500 * 30 + 500) + 5010
+    assert model_cost(model, torch.randn(3, 1, 28, 28)) == Cost(params, conv1 + conv2 + 30 * (800 + 500) + 5000)
+
+
+def test_groups_divide_the_cost() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=False))
+    assert model_cost(model, torch.randn(2, 8, 5, 5)) == Cost(12 * 2 * 9, 5 * 5 * 12 * 2 * 9)
+
+
+def test_shared_parameters_count_once_and_each_use_costs() -> None:
+    layer = nn.Linear(6, 6)
+    assert model_cost(nn.Sequential(layer, nn.ReLU(), layer), torch.randn(4, 6)) == Cost(42, 72)
+
+
+@pytest.mark.parametrize("factor", [1, 7])
+def test_macs_are_of_one_input_whatever_the_batch(net: nn.Sequential, factor: int) -> None:
+    assert model_cost(net, torch.randn(factor, 3, 8, 8)) == model_cost(net, torch.randn(1, 3, 8, 8))
+
+
+def test_a_transformer_layer_is_counted_through() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)
+    tokens, projections = 5, 16 * 48 + 16 * 16 + 2 * 16 * 64
+    macs = model_cost(layer, torch.randn(3, tokens, 16)).macs
+    assert tokens * projections <= macs <= tokens * projections + 2 * tokens * tokens * 16
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+class TwoInputs(nn.Module):
+    """Adds what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.fc(left + right)
+
+
+@pytest.mark.parametrize("as_mapping", [True, False])
+def test_inputs_may_be_a_tuple_or_a_mapping(as_mapping: bool) -> None:
+    left, right = torch.randn(6, 4), torch.randn(6, 4)
+    inputs = {"right": right, "left": left} if as_mapping else (left, right)
+    assert model_cost(TwoInputs(), inputs) == Cost(15, 12)
+
+
+def test_measuring_leaves_the_mode(net: nn.Sequential) -> None:
+    net[1].eval()
+    modes = [module.training for module in net.modules()]
+    x = torch.randn(2, 3, 8, 8)
+    model_cost(net, x)
+    assert latency(net, x, seconds=0) > 0
+    assert [module.training for module in net.modules()] == modes

@@ -1,0 +1,73 @@
+"""A factored layer computes the product of its factors, in the place, precision and shape of the dense one."""
+
+import pytest
+import torch
+from torch import nn
+
+from spectrim.errors import UserError
+from spectrim.layers import FactoredConv2d, FactoredLinear, shaped_like
+
+
+def filled(layer: nn.Module) -> nn.Module:
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    return layer
+
+
+def test_linear_is_the_product_of_its_factors() -> None:
+    layer = filled(FactoredLinear(7, 5, 2))
+    product = layer.second.weight @ layer.first.weight
+    x = torch.randn(3, 4, 7)
+    torch.testing.assert_close(layer(x), x @ product.T + layer.second.bias)
+    torch.testing.assert_close(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_holds_rank_times_both_sides(bias: bool) -> None:
+    layer = FactoredLinear.shaped_like(nn.Linear(7, 5, bias), 2)
+    assert sum(p.numel() for p in layer.parameters()) == 2 * (7 + 5) + 5 * bias
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_hold_rank_times_the_cost_of_their_view(groups: int) -> None:
+    dense = nn.Conv2d(8, 6, (3, 5), groups=groups)
+    channel, spatial = (FactoredConv2d.shaped_like(dense, 2, view) for view in ("channel", "spatial"))
+    inputs, outputs = 8 // groups, 6 // groups
+    assert sum(p.numel() for p in channel.parameters()) == 2 * groups * (outputs + inputs * 3 * 5) + 6
+    assert sum(p.numel() for p in spatial.parameters()) == 2 * groups * (outputs * 3 + inputs * 5) + 6
+    assert channel.rank == spatial.rank == 2
+
+
+@pytest.mark.parametrize("view", ["channel", "spatial"])
+@pytest.mark.parametrize("stride", [1, 2, (2, 3)])
+@pytest.mark.parametrize("padding", [0, 1, (2, 1)])
+@pytest.mark.parametrize("dilation", [1, (1, 2)])
+def test_output_has_the_dense_shape(view: str, stride: int, padding: int, dilation: int) -> None:
+    dense = nn.Conv2d(4, 6, (3, 2), stride, padding, dilation, groups=2)
+    x = torch.randn(2, 4, 11, 10)
+    layer = FactoredConv2d.shaped_like(dense, 1, view)
+    assert filled(layer)(x).shape == dense(x).shape
+
+
+@pytest.mark.parametrize(("dense", "form"), [(nn.Linear(3, 3), "linear"), (nn.Conv2d(3, 3, 3), "spatial")])
+def test_precision_is_the_dense_one(dense: nn.Module, form: str) -> None:
+    layer = shaped_like(dense.to(torch.float64), 1, form)
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    assert {p.device.type for p in shaped_like(dense.to("meta"), 1, form).parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("dense", "form"),
+    [
+        (nn.Linear(3, 3), "channel"),
+        (nn.Conv2d(3, 3, 3), "linear"),
+        (nn.Conv2d(3, 3, 3), "tucker"),
+        (nn.ReLU(), "linear"),
+    ],
+)
+def test_a_form_that_the_layer_cannot_take_is_refused(dense: nn.Module, form: str) -> None:
+    with pytest.raises(UserError, match="no factored form"):
+        shaped_like(dense, 1, form)
+    if isinstance(dense, nn.Conv2d):
+        with pytest.raises(ValueError, match="view is"):
+            FactoredConv2d.shaped_like(dense, 1, form)

@@ -1,0 +1,176 @@
+"""The loss of a split is the mean over its samples, however they are batched, and so is its gradient."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim.batches import evaluating
+from spectrim.errors import UserError
+from spectrim.objective import Objective
+
+NAMES = ("0", "3", "6")
+
+
+def objective(batches: Any, loss: Any = F.cross_entropy) -> Objective:
+    return Objective(loss, {"calibration": batches})
+
+
+def joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def test_loss_and_accuracy_are_means_over_samples(net: nn.Sequential, batches: Any) -> None:
+    x, y = joined(batches)
+    with evaluating(net), torch.no_grad():
+        logits = net(x)
+    measured = objective(batches).evaluate(net)
+    assert measured.loss == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
+    assert measured.accuracy == pytest.approx((logits.argmax(1) == y).float().mean().item())
+    assert measured.n == 39
+
+
+def test_gradients_are_those_of_the_mean_over_all_samples(net: nn.Sequential, batches: Any) -> None:
+    x, y = joined(batches)
+    with evaluating(net):
+        loss = F.cross_entropy(net(x), y)
+    expected = torch.autograd.grad(loss, [net.get_submodule(name).weight for name in NAMES])
+    got = objective(batches).gradients(net, NAMES)
+    for name, gradient in zip(NAMES, expected, strict=True):
+        torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_the_model_is_left_as_it_was(net: nn.Sequential, batches: Any) -> None:
+    net[1].eval()
+    net[3].weight.requires_grad_(False)
+    net[8].weight.grad = torch.ones_like(net[8].weight)
+    before, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+    judge = objective(batches)
+    judge.evaluate(net)
+    judge.gradients(net, NAMES)
+    assert all(
+        torch.equal(value, before[name]) for name, value in net.state_dict().items()
+    )  # BatchNorm's statistics too
+    assert [m.training for m in net.modules()] == modes
+    assert not net[3].weight.requires_grad and net[0].weight.requires_grad
+    assert net[0].weight.grad is None and torch.equal(net[8].weight.grad, torch.ones(5, 24))
+
+
+def test_a_frozen_model_under_no_grad_has_gradients_too(net: nn.Sequential, batches: Any) -> None:
+    expected = objective(batches).gradients(net, NAMES)
+    with torch.no_grad():
+        got = objective(batches).gradients(net.requires_grad_(False), NAMES)
+    assert all(torch.equal(got[name], expected[name]) for name in NAMES)
+
+
+def test_the_gradient_pass_is_done_once_until_the_model_changes(net: nn.Sequential, batches: Any) -> None:
+    passes = []
+
+    def counted(logits: Tensor, targets: Tensor) -> Tensor:
+        passes.append(len(targets))
+        return F.cross_entropy(logits, targets)
+
+    judge = objective(batches, counted)
+    first = judge.gradients(net, NAMES)
+    assert judge.gradients(net, NAMES) is first and len(passes) == 3
+    for change in (net[0].weight.data.mul_, net[1].running_mean.add_):  # neither shows in the weight's version
+        change(1.5)
+        second = judge.gradients(net, NAMES)
+        assert not torch.equal(second["0"], first["0"])
+        first = second
+    assert len(passes) == 9
+
+
+@pytest.mark.parametrize("as_mapping", [True, False])
+def test_batches_may_hold_tuples_and_mappings(as_mapping: bool) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+            return {"out": self.fc(a * b)}
+
+    a, b, target = torch.randn(5, 4), torch.randn(5, 4), torch.randn(5, 3)
+    inputs = {"b": b, "a": a} if as_mapping else (a, b)
+    model = Both()
+    judge = objective([(inputs, {"wanted": target})], lambda out, targets: F.mse_loss(out["out"], targets["wanted"]))
+    measured = judge.evaluate(model)
+    assert measured.loss == pytest.approx(F.mse_loss(model.fc(a * b), target).item()) and measured.n == 5
+    assert measured.accuracy is None
+    assert judge.gradients(model, ["fc"])["fc"].shape == (3, 4)
+
+
+CALLS = [lambda judge, model: judge.evaluate(model), lambda judge, model: judge.gradients(model, NAMES)]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_an_empty_calibration_set_is_refused(net: nn.Sequential, call: Any) -> None:
+    with pytest.raises(UserError, match="calibration set is empty"):
+        call(objective([]), net)
+    with pytest.raises(UserError, match="calibration set is empty"):
+        objective([]).example()
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_refused(net: nn.Sequential, batches: Any, call: Any, value: float) -> None:
+    judge = objective(batches, lambda logits, targets: logits.sum() * value)
+    with pytest.raises(UserError, match="loss on the calibration split is (nan|inf|-inf)"):
+        call(judge, net)
+    assert net.training
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([0, 1, 5, 0]), "target 5 does not fit a model with 5 classes"),
+        (torch.tensor([0, 1, -3, 0]), "the loss failed on these outputs and targets"),
+        (torch.tensor([0, 1, 2]), "4 rows of logits for 3 targets"),
+        (torch.zeros(4, 2, dtype=torch.long), "the loss failed on these outputs and targets"),
+        (torch.zeros(4), "the loss failed on these outputs and targets"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused(net: nn.Sequential, call: Any, targets: Tensor, message: str) -> None:
+    judge = objective([(torch.randn(4, 3, 8, 8), targets)])
+    with pytest.raises(UserError, match=message) as refusal:
+        call(judge, net)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("reduced", [lambda logits, targets: logits.sum(1), lambda logits, targets: 3.0])
+def test_a_loss_that_is_not_a_scalar_tensor_is_refused(net: nn.Sequential, batches: Any, reduced: Any) -> None:
+    with pytest.raises(UserError, match="must return a scalar tensor"):
+        objective(batches, reduced).evaluate(net)
+
+
+def test_a_selector_cannot_see_a_split_it_was_not_given(net: nn.Sequential, batches: Any) -> None:
+    with pytest.raises(UserError, match="no split 'test' here; known are calibration"):
+        objective(batches).evaluate(net, "test")
+
+
+def test_batches_that_can_be_read_only_once_are_refused(batches: Any) -> None:
+    with pytest.raises(UserError, match="calibration set can be read only once"):
+        objective(batch for batch in batches)
+
+
+@pytest.mark.parametrize("offset", [0.0, -5.0])
+def test_the_loss_within_a_limit_is_the_loss_or_none(net: nn.Sequential, batches: Any, offset: float) -> None:
+    seen = []
+
+    def counted(logits: Tensor, targets: Tensor) -> Tensor:
+        seen.append(len(targets))
+        return F.cross_entropy(logits, targets) + offset
+
+    judge = objective(batches, counted)
+    loss = judge.evaluate(net).loss
+    assert judge.loss_within(net, "calibration", loss + 1e-9, 39) == pytest.approx(loss)
+    assert judge.loss_within(net, "calibration", loss + 1, 39) == pytest.approx(loss)
+    assert judge.loss_within(net, "calibration", loss - 1e-6, 39) is None
+    seen.clear()
+    assert judge.loss_within(net, "calibration", 0.1 + offset, 39) is None
+    assert seen == ([16] if not offset else [16, 16, 7])  # certain after one batch, where losses cannot be negative

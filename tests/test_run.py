@@ -1,0 +1,221 @@
+"""One run is one record, made once, whole or not at all; every mistake is one line and a status."""
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from spectrim import config, records, run
+from spectrim.algorithms.truncation import Truncation
+from spectrim.errors import UserError
+
+QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
+SOURCE = str(Path(config.__file__).parents[1])
+
+
+class TestRecord:
+    @pytest.fixture
+    def record(self, compose: Any, digits: list[str]) -> dict:
+        return run.run(compose(*digits, "algorithm=truncation", "algorithm.ratio=0.4"))
+
+    def test_it_holds_the_whole_run(self, record: dict, tmp_path: Path) -> None:
+        (path,) = tmp_path.rglob("*.json")
+        assert path == tmp_path / "runs" / f"{record['signature']}.json"
+        assert json.loads(path.read_text()) == json.loads(json.dumps(record))
+        assert record["names"] == {
+            "model": "mlp",
+            "data": "digits",
+            "decomposer": "svd_channel",
+            "algorithm": "truncation",
+        }
+        assert record["config"]["algorithm"]["ratio"] == 0.4 and record["config"]["checkpoint"] is None
+        assert record["seed"] == record["calibration_seed"] == 0
+        for model in (record["dense"], record["compressed"]):
+            assert model["calibration"]["n"] == 200 and model["test"]["n"] == 359
+            assert math.isfinite(model["test"]["loss"]) and 0 <= model["test"]["accuracy"] <= 1
+        assert set(record["phases"]) == {"load", "select", "evaluate"}
+        assert all(phase["seconds"] >= 0 and phase["peak_mib"] > 0 for phase in record["phases"].values())
+
+    def test_its_costs_are_those_counted_by_hand(self, record: dict) -> None:
+        weights = [(16, 64), (16, 16), (10, 16)]
+        macs = sum(outputs * inputs for outputs, inputs in weights)
+        ranks = [max(1, int(0.4 * o * i / (o + i))) for o, i in weights]
+        small = sum(rank * (o + i) for rank, (o, i) in zip(ranks, weights, strict=True))
+        assert (record["dense"]["params"], record["dense"]["macs"]) == (macs + 42, macs)
+        assert (record["compressed"]["params"], record["compressed"]["macs"]) == (small + 42, small)
+        assert [layer["rank"] for layer in record["layers"]] == ranks
+        assert {name: entry["rank"] for name, entry in record["plan"].items()} == {
+            layer["layer"]: layer["rank"] for layer in record["layers"]
+        }
+
+    def test_a_recorded_run_is_not_done_again(
+        self, record: dict, compose: Any, digits: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def again(*_: object) -> None:
+            raise AssertionError("compressed again")
+
+        monkeypatch.setattr(Truncation, "compress", again)
+        asked = (*digits, "algorithm=truncation", "algorithm.ratio=0.4")
+        assert run.run(compose(*asked)) == json.loads(json.dumps(record))
+        with pytest.raises(AssertionError, match="compressed again"):
+            run.run(compose(*asked, "data.calibration_seed=1"))
+        assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+def signature(compose: Any, digits: list[str], *overrides: str) -> str:
+    return run.run(compose(*digits, "algorithm=truncation", *overrides))["signature"]
+
+
+def test_what_changes_the_outcome_changes_the_signature_and_nothing_else(compose: Any, digits: list[str]) -> None:
+    same = {signature(compose, digits, *o) for o in ([], ["name=other"], ["algorithm.ratio=0.50"], ["checkpoints=x"])}
+    other = [["algorithm.ratio=0.6"], ["seed=1"], ["data.calibration_size=100"], ["decomposer=svd_spatial"]]
+    assert len(same) == 1
+    assert len(same | {signature(compose, digits, *o) for o in other}) == 5
+
+
+def test_a_selector_never_sees_the_test_split(compose: Any, digits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    usual = Truncation.compress
+
+    def spied(self: Truncation, model: nn.Module, decomposer: Any, objective: Any) -> Any:
+        seen.append(set(objective.splits))
+        return usual(self, model, decomposer, objective)
+
+    monkeypatch.setattr(Truncation, "compress", spied)
+    run.run(compose(*digits, "algorithm=truncation"))
+    assert seen == [{"calibration", "train"}]
+
+
+def test_a_full_disk_leaves_no_record(
+    compose: Any, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"):
+            run.run(compose(*digits))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert run.run(compose(*digits))["signature"]
+
+
+def test_records_that_cannot_be_written_are_said_in_one_line(
+    compose: Any, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    with pytest.raises(UserError, match=r"cannot write .*: Read-only file system") as refusal:
+        run.run(compose(*digits, f"records={tmp_path}/records"))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm=truncation", "algorithm.ratio=0"], "ratio must lie in (0, 1], got 0"),
+        (["algorithm=truncation", "algorithm.ratio=1.5"], "ratio must lie in (0, 1], got 1.5"),
+        (["algorithm=truncation", "algorithm.ratio=null", "algorithm.rank=-1"], "rank must be at least 1, got -1"),
+        (["algorithm=truncation", "algorithm.ratio=null", "algorithm.rank=99"], "rank 99 is above the full rank"),
+        (["algorithm=truncation", "algorithm.ratio=null", "algorithm.rank=abc"], "rank='abc' is not of type"),
+        (["algorithm=nosuch"], "Could not find 'algorithm/nosuch'"),
+        (["data=nosuch"], "Could not find 'data/nosuch'"),
+        (["model.depth=3"], "Could not override 'model.depth'"),
+        (["data.calibration_size=0"], "calibration_size must be at least 1"),
+        (["data.calibration_size=1000000"], "more than"),
+        (["shape.num_classes=5"], "does not fit a model with 5 classes"),
+        (["model.hidden=[]"], "an MLP needs at least one hidden layer"),
+        (["algorithm._target_=torch.os.system"], "is refused"),
+        (["data._target_=subprocess.run"], "is refused"),
+        (["tracking._target_=builtins.print"], "is refused"),
+        (["name=../elsewhere"], "is not a name"),
+        (["checkpoint=/nosuch/file"], "there is no checkpoint at /nosuch/file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_1(
+    overrides: list[str],
+    message: str,
+    digits: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["spectrim", *QUIET, *digits, *overrides])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(SystemExit) as ending:
+        run.main()
+    said = capsys.readouterr().err
+    assert ending.value.code == 1
+    assert message in said and said.startswith("spectrim: ") and said.count("\n") == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def started(arguments: list[str], folder: Path, **options: Any) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    command = [sys.executable, "-m", "spectrim.run", *arguments]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=nosuch"], "spectrim: In 'config': Could not find 'model/nosuch' Available options in 'model':"),
+        (["model._target_=os.system", "algorithm=truncation,compact"], "spectrim: config.model._target_=os.system"),
+    ],
+)
+def test_the_command_itself_ends_in_one_line(
+    overrides: list[str], message: str, digits: list[str], tmp_path: Path
+) -> None:
+    process = started([*digits, *overrides, "--multirun"], tmp_path)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert message in said and said.count("\n") == 1
+
+
+def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
+    tmp_path: Path, digits: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    cells = 8
+    ratios = ",".join(f"{0.2 + 0.1 * i:.1f}" for i in range(cells))
+    grid = ["-m", *digits, "algorithm=truncation", f"algorithm.ratio={ratios}", *QUIET]
+
+    def recorded() -> dict[str, tuple[int, int]]:
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.glob("runs/*.json")}
+
+    def stopped_by(which: signal.Signals, at_least: int) -> tuple[int, str]:
+        process = started(grid, tmp_path)
+        while len(recorded()) < at_least and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(which)
+        _, said = process.communicate(timeout=120)
+        return process.returncode, said
+
+    assert stopped_by(signal.SIGKILL, 2)[0] == -signal.SIGKILL
+    after_kill = recorded()
+    status, said = stopped_by(signal.SIGINT, len(after_kill) + 1)
+    after_interrupt = recorded()
+    assert status == 130 and said.splitlines()[-1].startswith("spectrim: interrupted; the same command goes on")
+    assert "Traceback" not in said
+    assert 2 <= len(after_kill) < len(after_interrupt) < cells
+
+    monkeypatch.setattr(sys, "argv", ["spectrim", *grid])
+    monkeypatch.chdir(tmp_path)
+    run.main()
+    assert capsys.readouterr().err.count("already recorded") == len(after_interrupt)
+    assert len(recorded()) == cells == len(records.read_all(tmp_path, "runs"))
+    assert after_kill.items() <= after_interrupt.items() <= recorded().items()
+    assert not list(tmp_path.rglob("*.tmp"))

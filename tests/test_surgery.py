@@ -1,0 +1,143 @@
+"""What can be replaced, what a plan makes of a model, and that a file gives the same model back or is refused."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+from spectrim import surgery
+from spectrim.batches import evaluating
+from spectrim.decomposers.spectrum import Spectrum, spectrum_of
+from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
+from spectrim.plan import Kept, RankPlan
+
+
+def spectra_of(model: nn.Module, view: Any = "channel") -> dict[str, Spectrum]:
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    return {name: spectrum_of(layer, SVD(view)) for name, layer in layers.items()}
+
+
+def small(model: nn.Module, view: Any = "channel") -> tuple[nn.Module, RankPlan]:
+    plan = RankPlan.of({"0": Kept(3, view), "3": Kept((0, 2), view), "6": Kept(5, "linear")})
+    return surgery.apply(model, plan, spectra_of(model, view)), plan
+
+
+def logits(model: nn.Module, x: Tensor) -> Tensor:
+    with evaluating(model), torch.no_grad():
+        return model(x)
+
+
+class Peculiar(nn.Module):
+    """Every way of using a layer that forbids replacing it, beside one (``plain``) that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(16, 16)
+        self.read, self.looked_at, self.listed = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.uncalled = nn.Linear(16, 16)
+        self.tied, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.other.weight = self.tied.weight
+        self.twice = self.again = nn.Linear(16, 16)
+        self.parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.pruned = prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5)
+        self.own = Scaled(16, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.plain(x) + x @ self.read.weight
+        if self.looked_at.weight.dtype == torch.float32:
+            x = self.looked_at(x)
+        x = self.listed(x) + torch.stack(list(self.listed.parameters())[:1]).sum()
+        for layer in (self.tied, self.other, self.twice, self.again, self.parametrised, self.pruned, self.own):
+            x = layer(x)
+        return self.attention(x, x, x)[0].sum(1)
+
+
+class Scaled(nn.Linear):
+    """A linear layer that does something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_only_what_can_be_replaced_is_factorable() -> None:
+    layers, left = surgery.factorable(Peculiar(), torch.randn(2, 3, 16))
+    assert list(layers) == ["plain"]
+    assert left == {
+        "read": "the model reads its weight",
+        "looked_at": "the model reads its weight",
+        "listed": "the model reads its weight",
+        "uncalled": "the model does not call it",
+        "tied": "its weight is shared with another layer",
+        "other": "its weight is shared with another layer",
+        "twice": "its weight is shared with another layer",
+        "parametrised": "its weight is computed from other parameters",
+        "pruned": "its weight is computed from other parameters",
+        "own": "Scaled has a forward of its own",
+        "attention.out_proj": "the model reads its weight",
+    }
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_transformer_still_runs_after_its_layers_are_factored(gradients: bool) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)).eval()
+    x = torch.randn(4, 3, 16)
+    layers, left = surgery.factorable(model, x)
+    plan = RankPlan.of({name: Kept(16, "linear") for name in layers})
+    whole = surgery.apply(model, plan, {name: spectrum_of(layer, SVD()) for name, layer in layers.items()})
+    assert "0" in plan and "1.self_attn.out_proj" in left
+    with torch.set_grad_enabled(gradients):
+        torch.testing.assert_close(whole(x), model(x), atol=1e-5, rtol=1e-5)
+
+
+def test_looking_at_a_model_leaves_no_trace(net: nn.Sequential) -> None:
+    before, mode = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+    patched = (nn.Module.__getattr__, nn.Linear.forward, nn.Conv2d.forward)
+    surgery.factorable(net, torch.randn(2, 3, 8, 8))
+    with pytest.raises(RuntimeError):
+        surgery.factorable(net, torch.randn(2, 4, 8, 8))
+    assert (nn.Module.__getattr__, nn.Linear.forward, nn.Conv2d.forward) == patched
+    assert [m.training for m in net.modules()] == mode
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("model", [nn.Linear(9, 9), nn.Conv2d(9, 9, 3)])
+def test_a_model_that_is_one_layer_is_refused_with_the_way_out(model: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"pass torch.nn.Sequential\(model\)"):
+        surgery.factorable(model, torch.randn(2, 9, 9, 9))
+
+
+@pytest.mark.parametrize("view", ["channel", "spatial"])
+def test_a_plan_is_applied_to_a_copy(net: nn.Sequential, view: str) -> None:
+    before = copy.deepcopy(net.state_dict())
+    compressed, plan = small(net, view)
+    assert [compressed.get_submodule(name).rank for name in plan] == [3, 2, 5]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not {p.data_ptr() for p in net.parameters()} & {p.data_ptr() for p in compressed.parameters()}
+
+
+def test_equal_plans_give_equal_models(net: nn.Sequential) -> None:
+    (one, plan), (other, _) = small(net), small(copy.deepcopy(net))
+    again = surgery.apply(net, RankPlan.from_json(plan.to_json()), spectra_of(net))
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]) and torch.equal(value, again.state_dict()[name])
+
+
+def test_the_empty_plan_changes_nothing(net: nn.Sequential) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    assert torch.equal(logits(surgery.apply(net, RankPlan(), {}), x), logits(net, x))
+
+
+def test_a_replaced_layer_takes_the_mode_of_the_one_before(net: nn.Sequential) -> None:
+    net[6].eval()
+    compressed, _ = small(net)
+    assert compressed[0].training and not compressed[6].training and not compressed[6].first.training
+
+
+def test_a_plan_with_an_unknown_layer_is_refused(net: nn.Sequential) -> None:
+    with pytest.raises(UserError, match="the plan names 'head'"):
+        surgery.apply(net, RankPlan.of({"head": Kept(2, "linear")}), spectra_of(net))

@@ -1,0 +1,93 @@
+"""``spectrim-train`` writes, whole or not at all, what ``spectrim`` reads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spectrim import config, run, surgery, train
+from spectrim.errors import UserError
+from spectrim.plan import RankPlan
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> list[str]:
+    return ["data=digits", "model=mlp", "model.hidden=[16,16]", f"checkpoints={tmp_path}/checkpoints"]
+
+
+@pytest.fixture
+def training(folder: list[str], tmp_path: Path) -> list[str]:
+    return [*folder, "recipe=mlp", "recipe.epochs=2", f"unfinished={tmp_path}/unfinished"]
+
+
+@pytest.fixture
+def trained(compose: Any, training: list[str]) -> Path:
+    return train.train(compose(*training, name="train"))
+
+
+def test_a_run_meets_the_net_that_was_trained(compose: Any, folder: list[str], trained: Path, tmp_path: Path) -> None:
+    record = run.run(compose(*folder, "algorithm=truncation", f"records={tmp_path}/records"))
+    report = json.loads(trained.with_suffix(".json").read_text())
+    assert record["dense"]["test"] == pytest.approx(report["test"])
+    assert record["dense"]["params"] == report["params"] and len(report["curve"]) == 2
+    assert record["config"]["checkpoint"] == record["provenance"]["checkpoint_digest"]
+    assert sorted(path.name for path in trained.parent.iterdir()) == [
+        "mlp-digits-seed0.json",
+        "mlp-digits-seed0.safetensors",
+    ]
+
+
+def test_a_trained_net_is_left_alone(compose: Any, training: list[str], trained: Path) -> None:
+    before = (trained.stat().st_mtime_ns, trained.read_bytes())
+    assert train.train(compose(*training, name="train")) == trained
+    assert (trained.stat().st_mtime_ns, trained.read_bytes()) == before
+
+
+def test_another_file_in_its_place_is_another_run(
+    compose: Any, folder: list[str], trained: Path, tmp_path: Path
+) -> None:
+    asked = (*folder, "algorithm=truncation", f"records={tmp_path}/records")
+    first = run.run(compose(*asked))
+    model = config.build(first["config"]["model"])
+    surgery.save(trained, model, RankPlan())
+    second = run.run(compose(*asked))
+    assert first["signature"] != second["signature"]
+    assert first["dense"]["test"]["loss"] != second["dense"]["test"]["loss"]
+
+
+def test_float16_is_said_and_stored(compose: Any, training: list[str]) -> None:
+    path = train.train(compose(*training, "stored_as=float16", name="train"))
+    assert {value.dtype for value in load_file(path).values()} == {torch.float16}
+    assert json.loads(path.with_suffix(".json").read_text())["stored_as"] == "float16"
+
+
+def test_a_net_that_diverges_is_said_in_one_line(compose: Any, training: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="lower lr; the last good state is"):
+        train.train(compose(*training, "recipe.lr=1e20", name="train"))
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_an_unknown_precision_is_refused_before_the_training(compose: Any, training: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="stored_as is float32 or float16, got int8"):
+        train.train(compose(*training, "stored_as=int8", name="train"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_is_missing_cut_altered_or_of_another_net_is_refused(
+    compose: Any, folder: list[str], trained: Path, tmp_path: Path
+) -> None:
+    base, whole = [*folder, f"records={tmp_path}/records"], trained.read_bytes()
+    with pytest.raises(UserError, match="make it with: spectrim-train model=mlp data=digits seed=7"):
+        run.run(compose(*base, "seed=7"))
+    with pytest.raises(UserError, match="of another architecture"):
+        run.run(compose(*base, "model.hidden=[16,18]"))
+    trained.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="cut short"):
+        run.run(compose(*base))
+    trained.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="altered"):
+        run.run(compose(*base))
+    assert not (tmp_path / "records").exists()

@@ -1,0 +1,155 @@
+"""Training is the same however often it was interrupted, and keeps the last good state."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spectrim import training
+from spectrim.data.images import ImageSplit
+from spectrim.errors import UserError
+from spectrim.training import Recipe, augment, fit
+
+RECIPE = Recipe(epochs=3, lr=0.05, batch_size=16, crop_padding=1, precision="float32", image_sizes=((0.3, 4),))
+
+
+def images() -> ImageSplit:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (72, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    return ImageSplit(pixels, torch.randint(4, (72,), generator=generator), (0.5,) * 3, (0.25,) * 3)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    )
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def stop_after(epoch: int) -> Any:
+    def after_epoch(done: int, model: nn.Module) -> dict:
+        if done == epoch:
+            raise Interrupted
+        return {}
+
+    return after_epoch
+
+
+def test_a_resumed_training_ends_in_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
+    unbroken, state = network(), tmp_path / "state.safetensors"
+    whole = fit(unbroken, images(), RECIPE, seed=3)
+    with pytest.raises(Interrupted):  # in epoch 2: two epochs are on disk
+        fit(network(), images(), RECIPE, seed=3, state=state, after_epoch=stop_after(2))
+    resumed = network()
+    resumed_curve = fit(resumed, images(), RECIPE, seed=3, state=state)
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert [point["loss"] for point in resumed_curve] == [point["loss"] for point in whole]
+    assert [point["side"] for point in whole] == [4, 8, 8]
+    assert list(tmp_path.iterdir()) == [state]
+
+
+def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    first, second = network(), network()
+    curve = fit(first, images(), RECIPE, seed=0, state=state)
+    assert fit(second, images(), RECIPE, seed=0, state=state) == curve
+    assert torch.equal(first[0].weight, second[0].weight)
+
+
+def test_the_seed_decides_the_batches() -> None:
+    one, same, other = network(), network(), network()
+    for model, seed in ((one, 0), (same, 0), (other, 1)):
+        fit(model, images(), Recipe(1, precision="float32"), seed=seed)
+    assert torch.equal(one[0].weight, same[0].weight) and not torch.equal(one[0].weight, other[0].weight)
+
+
+def test_training_lowers_the_loss() -> None:
+    plain = Recipe(60, lr=0.1, batch_size=24, crop_padding=0, flip=False, precision="float32")
+    curve = fit(network(), images(), plain, seed=0)
+    assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
+
+
+@pytest.mark.parametrize("changed", [{"seed": 4}, {"recipe": Recipe(epochs=3, lr=0.06, batch_size=16)}])
+def test_the_state_of_another_training_is_refused(tmp_path: Path, changed: dict) -> None:
+    state = tmp_path / "state.safetensors"
+    fit(network(), images(), RECIPE, seed=3, state=state)
+    before = state.read_bytes()
+    with pytest.raises(UserError, match="belongs to a training with other settings"):
+        fit(network(), images(), **({"recipe": RECIPE, "seed": 3, "state": state} | changed))
+    assert state.read_bytes() == before
+
+
+def test_a_state_cut_short_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    fit(network(), images(), RECIPE, seed=0, state=state)
+    state.write_bytes(state.read_bytes()[:500])
+    with pytest.raises(UserError, match="cut short or not a training's state"):
+        fit(network(), images(), RECIPE, seed=0, state=state)
+
+
+def test_a_loss_that_stops_being_finite_keeps_the_last_good_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, good = tmp_path / "state.safetensors", tmp_path / "good.safetensors"
+    with pytest.raises(Interrupted):
+        fit(network(), images(), RECIPE, seed=0, state=good, after_epoch=stop_after(1))
+    usual = training.augment
+
+    def broken_from_epoch_1(pixels: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
+        pixels = usual(pixels, recipe, generator)
+        return pixels * float("nan") if generator.initial_seed() >= 1 else pixels
+
+    monkeypatch.setattr(training, "augment", broken_from_epoch_1)
+    with pytest.raises(FloatingPointError, match="became nan in epoch 1, step 0; lower lr"):
+        fit(network(), images(), RECIPE, seed=0, state=state)
+    kept, expected = (training.load_file(path) for path in (state, good))
+    assert kept.keys() == expected.keys() and all(torch.equal(kept[name], expected[name]) for name in kept)
+
+
+def test_learning_rate_rises_then_falls_to_zero() -> None:
+    recipe = Recipe(epochs=10, lr=0.4, warmup=0.25)
+    assert recipe.learning_rate(0) == pytest.approx(0.04)
+    assert recipe.learning_rate(0.25) == pytest.approx(0.4)
+    assert recipe.learning_rate(0.625) == pytest.approx(0.2)
+    assert recipe.learning_rate(1) == 0
+    assert Recipe(epochs=10, lr=0.4, warmup=0).learning_rate(0) == 0.4
+
+
+def test_early_epochs_see_smaller_images() -> None:
+    recipe = Recipe(epochs=10, image_sizes=((0.3, 16), (0.3, 24)))
+    assert [recipe.image_size(epoch, 32) for epoch in range(10)] == [16] * 3 + [24] * 3 + [32] * 4
+
+
+@pytest.mark.parametrize(
+    "bad", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": -1.0}, {"warmup": 1.0}, {"precision": "float8"}]
+)
+def test_a_recipe_that_cannot_work_is_refused(bad: dict) -> None:
+    with pytest.raises(ValueError):
+        Recipe(**({"epochs": 1} | bad))
+
+
+def test_augmentation_moves_and_mirrors_but_invents_nothing() -> None:
+    pixels = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8).expand(200, -1, -1, -1)
+    recipe, generator = Recipe(1, crop_padding=2), torch.Generator().manual_seed(0)
+    changed = augment(pixels, recipe, generator)
+    assert changed.shape == pixels.shape and changed.dtype == torch.uint8
+    padded = nn.functional.pad(pixels[0, 0], (2,) * 4)
+    windows = {tuple(w.flatten().tolist()) for image in (padded, padded.flip(1)) for w in every_window(image, 8)}
+    assert {tuple(image.flatten().tolist()) for image in changed} <= windows
+    assert torch.equal(augment(pixels, Recipe(1, crop_padding=0, flip=False), generator), pixels)
+
+
+def every_window(image: Tensor, side: int) -> list[Tensor]:
+    return [*image.unfold(0, side, 1).unfold(1, side, 1).reshape(-1, side, side)]
