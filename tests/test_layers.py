@@ -68,6 +68,3 @@ def test_precision_is_the_dense_one(dense: nn.Module, form: str) -> None:
 def test_a_form_that_the_layer_cannot_take_is_refused(dense: nn.Module, form: str) -> None:
     with pytest.raises(UserError, match="no factored form"):
         shaped_like(dense, 1, form)
-    if isinstance(dense, nn.Conv2d):
-        with pytest.raises(ValueError, match="view is"):
-            FactoredConv2d.shaped_like(dense, 1, form)

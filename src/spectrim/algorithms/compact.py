@@ -24,7 +24,7 @@ class Compact:
     verified: bool = False
     tolerance: float = 0.0
     norm: Norm = "entrywise"
-    gamma: float | None = None
+    gamma: float | None = 0.03
     split: Literal["calibration", "train"] = "calibration"
     order: Order = "network"
     tries: int = 4

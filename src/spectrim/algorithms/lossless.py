@@ -22,7 +22,7 @@ class Lossless:
 
     verified: bool = False
     norm: Norm = "entrywise"
-    gamma: float | None = None
+    gamma: float | None = 0.03
     split: Literal["calibration", "train"] = "calibration"
     order: Order = "network"
     tries: int = 4
