@@ -51,7 +51,7 @@ def _fresh(model: str, calibration: ImageSplit) -> tuple[nn.Module, Objective]:
 
 def _select(model: str, calibration: ImageSplit) -> float:
     network, objective = _fresh(model, calibration)
-    return seconds(lambda: Lossless().compress(network, SVD(), objective))
+    return seconds(lambda: Lossless(gamma=None).compress(network, SVD(), objective))
 
 
 def _once(model: str, calibration: ImageSplit) -> dict[str, float]:

@@ -63,7 +63,7 @@ figure.tight_layout()
 before = test.evaluate(model, "test")
 algorithms = {
     "truncation to 70 %": spectrim.Truncation(params_kept=0.7),
-    "lossless, one-shot": spectrim.Lossless(gamma=0.03),
+    "lossless, one-shot": spectrim.Lossless(gamma=0.1),
     "compact, verified": spectrim.Compact(gamma=0.1, verified=True),
 }
 results = {

@@ -27,7 +27,8 @@ def check_targets(node: Any, where: str = "config") -> None:
     if isinstance(node, DictConfig | dict):
         for key, value in node.items():
             if key == "_target_" and not str(value).startswith(ALLOWED_TARGETS):
-                raise UserError(f"{where}._target_={value} is refused: only spectrim, torch, torchvision are allowed")
+                allowed = "only spectrim, torch and torchvision may be used"
+                raise UserError(f"{where}._target_={value} is refused: {allowed}")
             check_targets(value, f"{where}.{key!s}")
     elif isinstance(node, ListConfig | list):
         for index, value in enumerate(node):

@@ -29,9 +29,9 @@ GREEDY = [  # whatever a user may ask for, as far as it goes
     Truncation(energy=1.0),
     Truncation(params_kept=1.0),
     Truncation(rank=16),
-    Compact(tolerance=1e9),
-    Compact(verified=True, budget=1e9, tolerance=1e9, tries=99),
-    Lossless(verified=True, budget=1e9, refresh=True),
+    Compact(gamma=None, tolerance=1e9),
+    Compact(gamma=None, verified=True, budget=1e9, tolerance=1e9, tries=99),
+    Lossless(gamma=None, verified=True, budget=1e9, refresh=True),
 ]
 
 
@@ -161,7 +161,7 @@ def doubles() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("chosen", [Truncation(ratio=0.4), Lossless(), Compact()], ids=str)
+@pytest.mark.parametrize("chosen", [Truncation(ratio=0.4), Lossless(gamma=None), Compact(gamma=None)], ids=str)
 def test_a_linear_loss_of_a_linear_model_is_predicted_exactly(chosen: Algorithm, view: Any) -> None:
     model, batches = doubles()
     linear = Objective(lambda out, targets: (out * targets).sum(1).mean(), {"calibration": batches})
@@ -172,7 +172,7 @@ def test_a_linear_loss_of_a_linear_model_is_predicted_exactly(chosen: Algorithm,
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("chosen", [Truncation(ratio=0.4), Lossless(), Compact()], ids=str)
+@pytest.mark.parametrize("chosen", [Truncation(ratio=0.4), Lossless(gamma=None), Compact(gamma=None)], ids=str)
 def test_a_quadratic_loss_misses_exactly_its_second_order(chosen: Algorithm, view: Any) -> None:
     model, batches = doubles()
     quadratic = Objective(lambda out, targets: 0.5 * (out - targets).square().sum(1).mean(), {"calibration": batches})

@@ -41,7 +41,7 @@ def searched(net: nn.Sequential, batches: Any, view: Any, weight_of: Any) -> dic
 def test_each_layer_takes_the_most_negative_change(
     net: nn.Sequential, batches: Any, objective: Objective, weight_of: Any, view: Any
 ) -> None:
-    compressed = Lossless().compress(net, SVD(view), objective)
+    compressed = Lossless(gamma=None).compress(net, SVD(view), objective)
     for name, ranks in searched(net, batches, view, weight_of).items():
         best = min(range(len(ranks)), key=lambda i: ranks[i][1], default=None)
         if best is None or ranks[best][1] >= 0:
@@ -91,7 +91,7 @@ def test_a_neighbourhood_holds_ranks_from_one_to_break_even() -> None:
 def test_verified_never_lifts_the_loss_above_the_budget(
     net: nn.Sequential, objective: Objective, split: Any, order: Any, refresh: bool, budget: float
 ) -> None:
-    settings = Lossless(verified=True, split=split, order=order, refresh=refresh, budget=budget, tries=3)
+    settings = Lossless(gamma=None, verified=True, split=split, order=order, refresh=refresh, budget=budget, tries=3)
     compressed = settings.compress(net, SVD(), objective)
     dense, after = (objective.evaluate(model, split).loss for model in (net, compressed.model))
     assert after <= dense + budget
@@ -115,7 +115,7 @@ def test_verified_never_lifts_the_loss_above_the_budget(
 def test_verified_accepts_the_first_candidate_whose_loss_is_within_the_budget(
     net: nn.Sequential, batches: Any, objective: Objective, weight_of: Any, budget: float, tries: int
 ) -> None:
-    compressed = Lossless(verified=True, budget=budget, tries=tries).compress(net, SVD(), objective)
+    compressed = Lossless(gamma=None, verified=True, budget=budget, tries=tries).compress(net, SVD(), objective)
     working = copy.deepcopy(net)
     limit = objective.evaluate(net).loss + budget
     expected, at_the_edge = {}, 0
@@ -137,7 +137,7 @@ def test_verified_accepts_the_first_candidate_whose_loss_is_within_the_budget(
 def test_refresh_predicts_from_the_gradient_of_the_partly_factored_model(
     net: nn.Sequential, objective: Objective, batches: Any, weight_of: Any
 ) -> None:
-    log = Lossless(verified=True, refresh=True, budget=1.0, tries=1).compress(net, SVD(), objective).log
+    log = Lossless(gamma=None, verified=True, refresh=True, budget=1.0, tries=1).compress(net, SVD(), objective).log
     first, second = log[0], log[1]
     working = copy.deepcopy(net)
     working[int(first["layer"])] = SVD().spectrum(net.get_submodule(first["layer"])).factor(first["rank"])
@@ -153,7 +153,7 @@ def test_refresh_predicts_from_the_gradient_of_the_partly_factored_model(
 def test_where_nothing_falls_the_model_stays_dense(net: nn.Sequential, batches: Any) -> None:
     flat = Objective(lambda logits, targets: logits.sum() * 0 + 1, {"calibration": batches})
     for verified in (False, True):
-        compressed = Lossless(verified=verified).compress(net, SVD(), flat)
+        compressed = Lossless(gamma=None, verified=verified).compress(net, SVD(), flat)
         assert not compressed.plan and compressed.params_kept == 1 and compressed.report["rank"].isna().all()
 
 
