@@ -33,7 +33,7 @@ def runs(found: Iterable[Record]) -> pd.DataFrame:
         return frame
     _one_checkpoint_a_seed(frame)
     frame["method"] = _methods(frame)
-    return frame.sort_values(by=["model", "variant", "signature"], key=_order).reset_index(drop=True)
+    return frame.sort_values(by=["model", "variant", "method", "signature"], key=_order).reset_index(drop=True)
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -133,9 +133,13 @@ def _methods(frame: pd.DataFrame) -> list[str]:
         differing = [key for key in keys if any(value != values[key][0] for value in values[key])]
         for index in rows.index:
             settings = frame["settings"][index]
-            said = [f"{key.rpartition('.')[2].replace('_', ' ')} {settings.get(key)}" for key in differing]
+            said = [_said(key.rpartition(".")[2].replace("_", " "), settings.get(key)) for key in differing]
             names[int(index)] = ", ".join([names[int(index)], *said])
     return names
+
+
+def _said(setting: str, value: Any) -> str:
+    return f"no {setting}" if value is None else f"{setting} {value}"
 
 
 def family(model: str) -> str:
