@@ -90,6 +90,12 @@ def test_a_target_outside_the_three_packages_is_refused(target: Any, deep: bool)
         config.build({"_target_": "torch.nn.Identity", "inner": [{"x": node}]} if deep else node)
 
 
+@pytest.mark.parametrize("target", ["torch.load", "torch.hub.load", "torch.jit.load", "torch.package.PackageImporter"])
+def test_what_would_unpickle_is_refused(target: str) -> None:
+    with pytest.raises(UserError, match="nothing is unpickled"):
+        config.build({"_target_": target, "f": "weights.pt"})
+
+
 @pytest.mark.parametrize(
     "target", ["torch.os.system", "spectrim.run.os.system", "torch.utils.cpp_extension.subprocess.run"]
 )

@@ -18,6 +18,7 @@ from spectrim import torchvision_shim
 from spectrim.errors import UserError
 
 ALLOWED_TARGETS = ("spectrim.", "torch.", "torchvision.")
+UNPICKLING = ("torch.load", "torch.hub", "torch.serialization", "torch.package", "torch.jit")
 _CHECKOUT = Path(__file__).resolve().parents[2] / "conf"
 CONF = str(_CHECKOUT if _CHECKOUT.is_dir() else Path(__file__).resolve().parent / "conf")
 
@@ -29,6 +30,10 @@ def check_targets(node: Any, where: str = "config") -> None:
             if key == "_target_" and not str(value).startswith(ALLOWED_TARGETS):
                 allowed = "only spectrim, torch and torchvision may be used"
                 raise UserError(f"{where}._target_={value} is refused: {allowed}")
+            if key == "_target_" and str(value).startswith(UNPICKLING):
+                raise UserError(
+                    f"{where}._target_={value} is refused: it may run code from a file, nothing is unpickled"
+                )
             check_targets(value, f"{where}.{key!s}")
     elif isinstance(node, ListConfig | list):
         for index, value in enumerate(node):

@@ -11,6 +11,8 @@ from typing import Any
 import hydra
 import torch
 import torch.nn.functional as F
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch import nn
 
@@ -167,7 +169,12 @@ def _percent(measured: dict[str, Any]) -> str:
 
 @hydra.main(version_base="1.3", config_path=config.CONF, config_name="config")
 def _job(cfg: DictConfig) -> None:
-    run(cfg)
+    try:
+        run(cfg)
+    except UserError as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:  # the other cells go on; this one is named at the end
+            raise UserError(f"{error} (in {config.invocation('spectrim')})") from None
+        raise
 
 
 def main() -> None:

@@ -162,10 +162,14 @@ def _save_state(
         buffer = optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
             tensors[f"momentum.{name}"] = buffer.contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, {"curve": json.dumps(list(curve)), "run": _fingerprint(recipe, seed)})
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, {"curve": json.dumps(list(curve)), "run": _fingerprint(recipe, seed)})
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error}); the state of the epoch before is kept") from None
 
 
 def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, seed: int) -> list[dict]:

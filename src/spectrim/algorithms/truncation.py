@@ -18,7 +18,7 @@ class Truncation:
     ``rank``: the same rank in every layer. ``ratio``, in (0, 1]: every factored layer keeps this part of its
     parameters. ``energy``, in (0, 1]: the smallest rank that keeps this part of the layer's squared singular values.
     ``params_kept``, in (0, 1]: parameters of the whole compressed model over those of the dense one, met from below by
-    the largest common ``ratio`` that fits. A layer whose rank would reach break-even stays dense.
+    the largest common ``ratio`` that fits. A layer whose rank would lie above break-even stays dense.
     """
 
     rank: int | None = None
