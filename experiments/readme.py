@@ -1,6 +1,7 @@
 """Copy the tables that the README shows into it, between their markers: ``python experiments/readme.py [--check]``."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -37,9 +38,27 @@ def claims(results: Path) -> str:
     return (results / "tables/table2_claims.md").read_text(encoding="utf-8")
 
 
+def checkpoints(results: Path) -> str:
+    """What each committed checkpoint reached, from the record of its training, as markdown."""
+    rows = []
+    for path in sorted((results / "checkpoints").glob("*.json")):
+        training = json.loads(path.read_text(encoding="utf-8"))
+        rows.append(
+            {
+                "checkpoint": path.stem,
+                "parameters": f"{training['params']:,}",
+                "epochs": len(training["curve"]),
+                "test top-1 %": f"{100 * training['test']['accuracy']:.2f}",
+                "test loss": f"{training['test']['loss']:.4f}",
+                "stored as": training["stored_as"],
+            }
+        )
+    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True) + "\n"
+
+
 def filled(readme: str, results: Path) -> str:
     """``readme`` with the text between each pair of markers made anew."""
-    for name, make in (("table2", table2), ("claims", claims)):
+    for name, make in (("table2", table2), ("claims", claims), ("checkpoints", checkpoints)):
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, _, rest = readme.partition(start)
         _, _, after = rest.partition(end)
