@@ -32,7 +32,7 @@ def build(options: Options) -> list[Path]:
     rows = frame.with_dense(runs, VALUES)
     origin = command.origin(options, found)
     models = list(dict.fromkeys(rows["model"]))
-    columns = min(3, len(models))
+    columns = 2 if len(models) == 4 else min(3, len(models))
     with figure.panels(-(-len(models) // columns), columns, 3.2, 2.9) as (canvas, axes):
         for model, axis in zip(models, axes, strict=False):
             _panel(axis, rows[rows["model"] == model], model)
