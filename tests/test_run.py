@@ -189,8 +189,8 @@ def test_the_command_itself_ends_in_one_line(
 def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
     tmp_path: Path, digits: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    cells = 8
-    ratios = ",".join(f"{0.2 + 0.1 * i:.1f}" for i in range(cells))
+    cells = 40  # so many that the signal cannot come after the last
+    ratios = ",".join(f"{0.2 + 0.02 * i:.2f}" for i in range(cells))
     grid = ["-m", *digits, "algorithm=truncation", f"algorithm.ratio={ratios}", *QUIET]
 
     def recorded() -> dict[str, tuple[int, int]]:
