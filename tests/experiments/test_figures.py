@@ -48,4 +48,4 @@ def test_figure3_without_the_runs_of_table2_draws_the_sweep_alone(
     for one in factory.figure("figure3", (0.2, 0.5, 0.8), ["densenet22"]):
         records.write(tmp_path / "records", one)
     text = notes(script, "figure3", tmp_path / "records", tmp_path)
-    assert "not comparable: no records of lossless or compact" in text
+    assert "not comparable: no lossless or compact run" in text
