@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from spectrim.report import command, figure, frame, table
 from spectrim.report.command import Options
@@ -35,7 +34,7 @@ def build(options: Options) -> list[Path]:
     columns = 2 if len(models) == 4 else min(3, len(models))
     with figure.panels(-(-len(models) // columns), columns, 3.2, 2.9) as (canvas, axes):
         for model, axis in zip(models, axes, strict=False):
-            _panel(axis, rows[rows["model"] == model], model)
+            figure.loss_panel(axis, rows[rows["model"] == model], model, "params_kept", "parameters kept (%)", "--")
         for axis in axes[len(models) :]:
             axis.set_axis_off()
         handles = {
@@ -48,30 +47,6 @@ def build(options: Options) -> list[Path]:
     notes += frame.missing(models)
     shown = Table(options.name, rows, COLUMNS, caption, notes, group="model")
     return drawn + table.save([shown], options.out, origin)
-
-
-def _panel(axis: Axes, rows: pd.DataFrame, model: str) -> None:
-    """Dense as a line, truncation as a connected curve, each selector as a point with its deviation over the seeds."""
-    dense = float(rows.loc[rows["method"] == "dense", "test_loss"].iloc[0])
-    axis.axhline(dense, color=figure.COLOURS["dense"], linewidth=1, label="dense")
-    for name in list(figure.COLOURS)[1:]:
-        own = rows[rows["variant"].str.startswith(name)].sort_values("params_kept")
-        if own.empty:
-            continue
-        axis.errorbar(
-            100 * own["params_kept"],
-            own["test_loss"],
-            yerr=own["test_loss_std"].fillna(0.0),
-            color=figure.COLOURS[name],
-            marker=figure.MARKERS[name],
-            linestyle="--" if name == "truncation" else "none",
-            linewidth=1,
-            markersize=5,
-            capsize=2,
-            label=name,
-        )
-    axis.set(title=model, xlabel="parameters kept (%)", xlim=(0, 105))
-    figure.losses(axis)
 
 
 def _note(rows: pd.DataFrame, model: str) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from spectrim import records
 from spectrim.report import command, figure, frame, table
@@ -44,7 +43,9 @@ def build(options: Options) -> list[Path]:
     origin = command.origin(options, used)
     with figure.panels(1, len(models), 3.6, 3.2) as (canvas, axes):
         for model, axis in zip(models, axes, strict=True):
-            _panel(axis, rows[rows["model"] == model], model)
+            figure.loss_panel(
+                axis, rows[rows["model"] == model], model, "layers_kept", "rank / break-even rank (%)", "-"
+            )
         handles = {
             text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
         }
@@ -63,30 +64,6 @@ def build(options: Options) -> list[Path]:
 
 def _selected(record: records.Record, models: list[str]) -> bool:
     return record["names"]["model"] in models and "verified" in record["config"]["algorithm"]
-
-
-def _panel(axis: Axes, rows: pd.DataFrame, model: str) -> None:
-    """Truncation as a curve, dense as a line, lossless and compact as points; the loss on a logarithmic scale."""
-    dense = float(rows.loc[rows["method"] == "dense", "test_loss"].iloc[0])
-    axis.axhline(dense, color=figure.COLOURS["dense"], linewidth=1, label="dense")
-    for name in list(figure.COLOURS)[1:]:
-        own = rows[rows["variant"].str.startswith(name)].sort_values("layers_kept")
-        if own.empty:
-            continue
-        axis.errorbar(
-            100 * own["layers_kept"],
-            own["test_loss"],
-            yerr=own["test_loss_std"].fillna(0.0),
-            color=figure.COLOURS[name],
-            marker=figure.MARKERS[name],
-            linestyle="-" if name == "truncation" else "none",
-            linewidth=1.2,
-            markersize=5,
-            capsize=2,
-            label=name,
-        )
-    axis.set(title=model, xlabel="rank / break-even rank (%)", xlim=(0, 105))
-    figure.losses(axis)
 
 
 def _note(rows: pd.DataFrame, model: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
@@ -95,3 +96,31 @@ def _bytes(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format=kind, dpi=160, metadata=metadata)
     return stream.getvalue()
+
+
+def loss_panel(axis: Axes, rows: pd.DataFrame, model: str, share: str, label: str, line: str) -> None:
+    """One model's test loss against the column ``share``, on a logarithmic scale; ``label`` names that axis.
+
+    Dense as a line, truncation as a curve drawn with ``line``, each selector as points with their deviation over the
+    seeds.
+    """
+    dense = float(rows.loc[rows["method"] == "dense", "test_loss"].iloc[0])
+    axis.axhline(dense, color=COLOURS["dense"], linewidth=1, label="dense")
+    for name in list(COLOURS)[1:]:
+        own = rows[rows["variant"].str.startswith(name)].sort_values(share)
+        if own.empty:
+            continue
+        axis.errorbar(
+            100 * own[share],
+            own["test_loss"],
+            yerr=own["test_loss_std"].fillna(0.0),
+            color=COLOURS[name],
+            marker=MARKERS[name],
+            linestyle=line if name == "truncation" else "none",
+            linewidth=1.2 if line == "-" else 1,
+            markersize=5,
+            capsize=2,
+            label=name,
+        )
+    axis.set(title=model, xlabel=label, xlim=(0, 105))
+    losses(axis)
