@@ -36,6 +36,7 @@ def test_a_cell_of_the_grid(compose: Any, folder: Path, tmp_path: Path, algorith
         f"data.root={folder}",
         "data.held_out=4",
         "data.calibration_size=4",
+        "data.verification_size=0",
         "data.resize=40",
         "shape={num_classes: 2, in_channels: 3, image_size: 32}",
         f"records={tmp_path / 'records'}",

@@ -17,6 +17,7 @@ def compress(
     model: nn.Module,
     *,
     calibration: Batches,
+    verification: Batches | None = None,
     loss: Loss = F.cross_entropy,
     algorithm: Algorithm | None = None,
     decomposer: Decomposer | None = None,
@@ -24,13 +25,19 @@ def compress(
     """Compress ``model`` without training it.
 
     ``calibration``: held-out batches (inputs, targets), iterable again and again; inputs are a tensor, a tuple of
-    positional or a mapping of keyword arguments. ``loss(model_output, targets)``: a scalar, the mean over its batch.
+    positional or a mapping of keyword arguments. ``verification``: others, for algorithms that measure what they chose:
+    a loss measured on the set that was chosen on is too good. ``loss(model_output, targets)``: a scalar, the mean over its batch.
     ``algorithm``: ``Lossless()`` if not given; ``decomposer``: ``SVD()``, the channel view, if not given.
 
     ``model`` is left as it was, its mode and device too; the result holds the compressed copy on the same device.
     Raises ``UserError`` in one line for anything that cannot be compressed as asked.
     """
-    objective = Objective(loss, {"calibration": calibration})
+    splits = (
+        {"calibration": calibration}
+        if verification is None
+        else {"calibration": calibration, "verification": verification}
+    )
+    objective = Objective(loss, splits)
     return (algorithm or Lossless()).compress(model, decomposer or SVD(), objective)
 
 

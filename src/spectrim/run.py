@@ -106,7 +106,9 @@ class Subject:
 def _subject(model_json: str, seed: int, weights: Weights, data_json: str) -> Subject:
     splits = config.build(json.loads(data_json)).load()
     model, dense_on_test = _model(model_json, seed, weights)
-    seen = Objective(F.cross_entropy, {"calibration": splits.calibration, "train": splits.train})
+    seen = Objective(
+        F.cross_entropy, {name: getattr(splits, name) for name in ("calibration", "verification", "train")}
+    )
     test = Objective(F.cross_entropy, {"test": splits.test})
     key = splits.test.digest()
     if key not in dense_on_test:

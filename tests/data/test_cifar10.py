@@ -71,7 +71,7 @@ def test_loaded_with_the_settings_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
         return Arrays(images, labels, images[:10], labels[:10])
 
     monkeypatch.setattr(cifar10, "load", fake)
-    splits = cifar10.CIFAR10(held_out=12, calibration_size=5, batch_size=4).load()
+    splits = cifar10.CIFAR10(held_out=12, calibration_size=5, verification_size=0, batch_size=4).load()
     assert [len(part.labels) for part in (splits.train, splits.calibration, splits.test)] == [18, 5, 10]
     assert (splits.num_classes, splits.in_channels, splits.image_size) == (10, 3, 32)
     inputs, _ = next(iter(splits.test))

@@ -14,7 +14,7 @@ def test_sizes_and_shape() -> None:
 
 
 def test_every_image_is_in_one_part_only() -> None:
-    splits = Digits(calibration_size=300).load()
+    splits = Digits(calibration_size=300, verification_size=0).load()
     parts = (splits.train, splits.calibration, splits.test)
     images = torch.cat([inputs for part in parts for inputs, _ in part]).double()
     bunch = torch.from_numpy(load_digits().images)
@@ -29,6 +29,6 @@ def test_normalised() -> None:
 
 
 def test_test_split_does_not_depend_on_the_settings() -> None:
-    first, second = Digits().load(), Digits(calibration_size=7, calibration_seed=5, held_out=100, batch_size=9).load()
+    first, second = Digits().load(), Digits(calibration_size=7, calibration_seed=5, held_out=110, batch_size=9).load()
     assert first.test.digest() == second.test.digest()
     assert first.digest != second.digest

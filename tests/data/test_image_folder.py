@@ -24,7 +24,14 @@ def root(tmp_path: Path) -> Path:
 
 
 def settings(root: Path, **others: int | str) -> ImageFolder:
-    sizes: dict = {"held_out": 4, "calibration_size": 3, "batch_size": 2, "image_size": 16, "resize": 20}
+    sizes: dict = {
+        "held_out": 4,
+        "calibration_size": 3,
+        "verification_size": 0,
+        "batch_size": 2,
+        "image_size": 16,
+        "resize": 20,
+    }
     return ImageFolder(root=str(root), **(sizes | others))
 
 

@@ -19,6 +19,8 @@ TRAIN, TEST = 40, 12
 class Numbered(ImageData):
     """Images whose label is their number; the test set's numbers begin at 1000."""
 
+    verification_size: int = 0
+
     def __post_init__(self) -> None:
         self.check()
 
@@ -52,6 +54,21 @@ def test_calibration_is_drawn_by_its_own_seed_from_the_held_out_pool() -> None:
 
 
 @pytest.mark.parametrize("pool", ["held_out", "train", "test"])
+def test_verification_is_of_the_same_pool_and_disjoint_from_calibration(pool: str) -> None:
+    data = Numbered(held_out=10, calibration_size=4, verification_size=5, calibration_from=pool)
+    splits = data.load()
+    train, test = set(splits.train.labels.tolist()), set(splits.test.labels.tolist())
+    members = {"held_out": set(range(TRAIN)) - train, "train": train, "test": test}[pool]
+    calibration, verification = splits.calibration.labels.tolist(), splits.verification.labels.tolist()
+    assert set(verification) <= members - set(calibration)
+    assert len(set(verification)) == 5
+    assert verification == sorted(verification)
+    without = Numbered(held_out=10, calibration_size=4, calibration_from=pool).load()
+    assert calibration == without.calibration.labels.tolist()  # asking for one does not move the other
+    assert len(without.verification.labels) == 0
+
+
+@pytest.mark.parametrize("pool", ["held_out", "train", "test"])
 def test_calibration_comes_from_the_named_pool_without_repetition(pool: str) -> None:
     train, calibration, test = numbers(Numbered(held_out=10, calibration_size=9, calibration_from=pool))
     members = {"held_out": set(range(TRAIN)) - set(train), "train": set(train), "test": set(test)}[pool]
@@ -60,9 +77,10 @@ def test_calibration_comes_from_the_named_pool_without_repetition(pool: str) -> 
     assert calibration == sorted(calibration)
 
 
-def test_digest_is_over_the_three_digests() -> None:
+def test_digest_is_over_the_four_digests() -> None:
     splits = Numbered(held_out=10, calibration_size=4).load()
-    joined = splits.train.digest() + splits.calibration.digest() + splits.test.digest()
+    parts = (splits.train, splits.calibration, splits.verification, splits.test)
+    joined = "".join(part.digest() for part in parts)
     assert splits.digest == hashlib.sha256(joined.encode()).hexdigest()
     assert splits.digest != Numbered(held_out=10, calibration_size=5).load().digest
 
@@ -71,6 +89,7 @@ def test_digest_is_over_the_three_digests() -> None:
     ("arguments", "message"),
     [
         ({"calibration_size": 0}, "calibration_size must be at least 1, got 0"),
+        ({"verification_size": -1}, "verification_size must be at least 0, got -1"),
         ({"calibration_size": -5}, "calibration_size must be at least 1, got -5"),
         ({"calibration_size": "many"}, "calibration_size"),
         ({"calibration_from": "validation"}, "calibration_from is one of held_out, train, test, got 'validation'"),
@@ -86,6 +105,10 @@ def test_settings_out_of_range(arguments: dict, message: str) -> None:
     ("data", "message"),
     [
         (Numbered(held_out=10, calibration_size=11), "calibration_size 11 is more than the 10 images of held_out"),
+        (
+            Numbered(held_out=10, calibration_size=6, verification_size=5),
+            "6 with verification_size 5 is more than the 10",
+        ),
         (Numbered(held_out=0, calibration_size=1), "more than the 0 images of held_out"),
         (Numbered(held_out=10, calibration_size=13, calibration_from="test"), "more than the 12 images of test"),
         (Numbered(held_out=TRAIN, calibration_size=1), "held_out must lie in 0..39"),

@@ -17,6 +17,7 @@ class Digits(ImageData):
     """The digits; a fixed fifth of them, drawn with seed 0, is the test set."""
 
     calibration_size: int = 200
+    verification_size: int = 100
     held_out: int = 300
 
     def __post_init__(self) -> None:

@@ -111,9 +111,19 @@ class ImageFolder(ImageData):
         paths, labels = (test_paths, test_labels) if from_test else (train_paths, train_labels)
         train = split(train_paths, train_labels, drawn.train, "image_folder train")
         calibration = split(paths, labels, drawn.calibration, "image_folder calibration")
+        verification = split(paths, labels, drawn.verification, "image_folder verification")
         test = split(test_paths, test_labels, torch.arange(len(test_paths)), "image_folder test")
-        digest = digest_of(train, calibration, test)
-        return Splits("image_folder", train, calibration, test, len(classes), 3, self.image_size, digest)
+        return Splits(
+            name="image_folder",
+            train=train,
+            calibration=calibration,
+            verification=verification,
+            test=test,
+            num_classes=len(classes),
+            in_channels=3,
+            image_size=self.image_size,
+            digest=digest_of(train, calibration, verification, test),
+        )
 
 
 def _listing(root: Path, part: str) -> tuple[list[str], Tensor, list[str]]:

@@ -1,4 +1,4 @@
-"""Image sets held in memory, and the three splits of a data set."""
+"""Image sets held in memory, and the splits of a data set."""
 
 import hashlib
 from collections.abc import Iterator
@@ -85,14 +85,15 @@ class ImageSplit:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """The three splits of one data set.
+    """The four splits of one data set.
 
-    A selector sees ``train`` and ``calibration`` only. ``digest`` names the content of all three.
+    A selector never sees ``test``. ``verification`` may be empty. ``digest`` names the content of all four.
     """
 
     name: str
     train: Split
     calibration: Split
+    verification: Split
     test: Split
     num_classes: int
     in_channels: int

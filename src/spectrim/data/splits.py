@@ -1,9 +1,9 @@
-"""How a data set is cut into train, calibration and test.
+"""How a data set is cut into train, calibration, verification and test.
 
 With n training images, ``order = randperm(n)`` of a generator seeded with 0, whatever the settings: the first
 ``held_out`` of it are the held-out pool, which nothing is trained on, the others are the train split. The calibration
-images are drawn from one pool without replacement, by a generator seeded with ``calibration_seed``. All index sets are
-sorted ascending.
+and the verification images are drawn from one pool without replacement, by a generator seeded with
+``calibration_seed``: no image is in both. All index sets are sorted ascending.
 """
 
 import hashlib
@@ -26,11 +26,13 @@ class ImageData(ABC):
     """A labelled image set and the settings of its splits.
 
     ``held_out``: number of training images that are kept from training. ``calibration_size``: number of images that a
-    selector may look at. ``calibration_from``: the pool they are drawn from: ``held_out``; ``train``, which the network
-    was trained on; or ``test``, which leaks the test set into the selection and exists only to measure what that buys.
+    selector takes its gradients from; ``verification_size``: of others, that it measures losses on. ``calibration_from``:
+    the pool both are drawn from: ``held_out``; ``train``, which the network was trained on; or ``test``, which leaks the
+    test set into the selection and exists only to measure what that buys.
     """
 
     calibration_size: int = 2000
+    verification_size: int = 1000
     calibration_seed: int = 0
     held_out: int = 5000
     batch_size: int = 100
@@ -42,25 +44,28 @@ class ImageData(ABC):
             raise UserError(f"calibration_from is one of {', '.join(POOLS)}, got {self.calibration_from!r}")
         if self.calibration_size < 1:
             raise UserError(f"calibration_size must be at least 1, got {self.calibration_size}")
+        if self.verification_size < 0:
+            raise UserError(f"verification_size must be at least 0, got {self.verification_size}")
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
 
     @abstractmethod
     def load(self) -> Splits:
-        """The three splits. Raises ``UserError`` where the data cannot be had or the settings do not fit it."""
+        """The four splits. Raises ``UserError`` where the data cannot be had or the settings do not fit it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Index sets, sorted ascending: ``train`` into the training set, ``calibration`` into the set ``drawn_from``."""
+    """Index sets, sorted ascending: ``train`` into the training set, the other two into the set ``drawn_from``."""
 
     train: Tensor
     calibration: Tensor
+    verification: Tensor
     drawn_from: Literal["training set", "test set"]
 
 
 def draw(data: ImageData, train_count: int, test_count: int) -> Drawn:
-    """The indices of the train and calibration splits. Raises ``UserError`` where a pool is too small."""
+    """The indices of the splits that are drawn. Raises ``UserError`` where a pool is too small."""
     if not 0 <= data.held_out < train_count:
         raise UserError(
             f"held_out must lie in 0..{train_count - 1}: some training images must be left; got {data.held_out}"
@@ -68,13 +73,18 @@ def draw(data: ImageData, train_count: int, test_count: int) -> Drawn:
     order = torch.randperm(train_count, generator=torch.Generator().manual_seed(0))
     held_out, train = order[: data.held_out].sort().values, order[data.held_out :].sort().values
     pool = {"held_out": held_out, "train": train, "test": torch.arange(test_count)}[data.calibration_from]
-    if data.calibration_size > len(pool):
+    wanted = data.calibration_size + data.verification_size
+    if wanted > len(pool):
+        extra = f" with verification_size {data.verification_size}" if data.verification_size else ""
         raise UserError(
-            f"calibration_size {data.calibration_size} is more than the {len(pool)} images of {data.calibration_from}"
+            f"calibration_size {data.calibration_size}{extra} is more than the {len(pool)} images of "
+            f"{data.calibration_from}"
         )
-    generator = torch.Generator().manual_seed(data.calibration_seed)
-    chosen = torch.randperm(len(pool), generator=generator)[: data.calibration_size].sort().values
-    return Drawn(train, pool[chosen], "test set" if data.calibration_from == "test" else "training set")
+    shuffled = torch.randperm(len(pool), generator=torch.Generator().manual_seed(data.calibration_seed))
+    calibration, verification = (
+        pool[part.sort().values] for part in shuffled[:wanted].tensor_split([data.calibration_size])
+    )
+    return Drawn(train, calibration, verification, "test set" if data.calibration_from == "test" else "training set")
 
 
 def cut(data: ImageData, arrays: Arrays, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Splits:
@@ -83,16 +93,19 @@ def cut(data: ImageData, arrays: Arrays, name: str, mean: tuple[float, ...], std
     whole = ImageSplit(arrays.train_images, arrays.train_labels, mean, std, data.batch_size, f"{name} train")
     test = ImageSplit(arrays.test_images, arrays.test_labels, mean, std, data.batch_size, f"{name} test")
     source = test if drawn.drawn_from == "test set" else whole
-    train, calibration = whole.subset(drawn.train, whole.name), source.subset(drawn.calibration, f"{name} calibration")
+    train = whole.subset(drawn.train, whole.name)
+    calibration = source.subset(drawn.calibration, f"{name} calibration")
+    verification = source.subset(drawn.verification, f"{name} verification")
     return Splits(
         name=name,
         train=train,
         calibration=calibration,
+        verification=verification,
         test=test,
         num_classes=int(arrays.train_labels.max()) + 1,
         in_channels=arrays.train_images.shape[1],
         image_size=arrays.train_images.shape[-1],
-        digest=digest_of(train, calibration, test),
+        digest=digest_of(train, calibration, verification, test),
     )
 
 
