@@ -25,8 +25,9 @@ def compress(
     """Compress ``model`` without training it.
 
     ``calibration``: held-out batches (inputs, targets), iterable again and again; inputs are a tensor, a tuple of
-    positional or a mapping of keyword arguments. ``verification``: others, for algorithms that measure what they chose:
-    a loss measured on the set that was chosen on is too good. ``loss(model_output, targets)``: a scalar, the mean over its batch.
+    positional or a mapping of keyword arguments. ``verification``: other batches, for algorithms that measure what
+    they chose: a loss measured on the set that was chosen on is too good. ``loss(model_output, targets)``: a scalar,
+    the mean over its batch.
     ``algorithm``: ``Lossless()`` if not given; ``decomposer``: ``SVD()``, the channel view, if not given.
 
     ``model`` is left as it was, its mode and device too; the result holds the compressed copy on the same device.

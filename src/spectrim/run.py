@@ -25,6 +25,7 @@ from spectrim.provenance import file_digest, provenance
 
 # A checkpoint and the digest of its content: another file in its place is another net, not the remembered one.
 Weights = tuple[Path, str] | None
+SEEN = ("calibration", "verification", "train")  # the splits that a selector may use
 SCIENTIFIC = ("model", "data", "shape", "decomposer", "algorithm", "seed")
 
 
@@ -106,9 +107,7 @@ class Subject:
 def _subject(model_json: str, seed: int, weights: Weights, data_json: str) -> Subject:
     splits = config.build(json.loads(data_json)).load()
     model, dense_on_test = _model(model_json, seed, weights)
-    seen = Objective(
-        F.cross_entropy, {name: getattr(splits, name) for name in ("calibration", "verification", "train")}
-    )
+    seen = Objective(F.cross_entropy, {name: getattr(splits, name) for name in SEEN})
     test = Objective(F.cross_entropy, {"test": splits.test})
     key = splits.test.digest()
     if key not in dense_on_test:

@@ -26,9 +26,9 @@ class ImageData(ABC):
     """A labelled image set and the settings of its splits.
 
     ``held_out``: number of training images that are kept from training. ``calibration_size``: number of images that a
-    selector takes its gradients from; ``verification_size``: of others, that it measures losses on. ``calibration_from``:
-    the pool both are drawn from: ``held_out``; ``train``, which the network was trained on; or ``test``, which leaks the
-    test set into the selection and exists only to measure what that buys.
+    selector takes its gradients from; ``verification_size``: of others, that it measures losses on.
+    ``calibration_from``: the pool both are drawn from: ``held_out``; ``train``, which the network was trained on; or
+    ``test``, which leaks the test set into the selection and exists only to measure what that buys.
     """
 
     calibration_size: int = 2000
