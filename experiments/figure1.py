@@ -6,29 +6,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from spectrim.report import command, figure, frame, table
+from spectrim.report import command, drawn, figure, frame, table
 from spectrim.report.command import Options
-from spectrim.report.table import Column, Table, number
+from spectrim.report.table import number
 
 VALUES = ("test_loss", "change_test_loss", "params_kept")
-COLUMNS = (
-    Column("model", "model"),
-    Column("method", "method"),
-    Column("test_loss", "test loss", 4),
-    Column("change_test_loss", "Δ test loss", 4, signed=True),
-    Column("params_kept", "params kept %", 1, scale=100),
-    Column("n", "n (training × calibration seeds)"),
-)
 
 
 def build(options: Options) -> list[Path]:
     """Loss against parameters kept, a panel per model, and the table of what is drawn."""
     found = command.load(options)
-    runs = frame.runs(found)
-    runs = runs[runs["algorithm"].isin(["truncation", "lossless", "compact"])]
-    if runs.empty:
-        raise command.lacking(options, "truncation, lossless or compact")
-    rows = frame.with_dense(runs, VALUES)
+    rows = frame.with_dense(command.runs(options, found, drawn.METHODS), VALUES)
     origin = command.origin(options, found)
     models = list(dict.fromkeys(rows["model"]))
     columns = 2 if len(models) == 4 else min(3, len(models))
@@ -37,16 +25,12 @@ def build(options: Options) -> list[Path]:
             figure.loss_panel(axis, rows[rows["model"] == model], model, "params_kept", "parameters kept (%)", "--")
         for axis in axes[len(models) :]:
             axis.set_axis_off()
-        handles = {
-            text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        canvas.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
-        drawn = figure.save(canvas, options.name, options.out, origin)
-    caption = f"What Figure 1 shows: test loss without fine-tuning on {', '.join(dict.fromkeys(rows['data']))}"
+        figure.legend(canvas, axes)
+        pictures = figure.save(canvas, options.name, options.out, origin)
+    caption = "What Figure 1 shows: test loss without fine-tuning"
     notes = ["Mean ± standard deviation (ddof = 1).", *(_note(rows[rows["model"] == model], model) for model in models)]
-    notes += frame.missing(models)
-    shown = Table(options.name, rows, COLUMNS, caption, notes, group="model")
-    return drawn + table.save([shown], options.out, origin)
+    shown = drawn.table(options, rows, VALUES, caption, notes)
+    return pictures + table.save([shown], options.out, origin)
 
 
 def _note(rows: pd.DataFrame, model: str) -> str:

@@ -7,42 +7,25 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.axes import Axes
 
-from spectrim.report import command, figure, frame, table
+from spectrim.report import command, drawn, figure, frame, table
 from spectrim.report.command import Options
-from spectrim.report.table import Column, Table
 
 VALUES = ("layers_kept", "relative_error", "test_loss", "change_test_loss", "params_kept")
-COLUMNS = (
-    Column("model", "model"),
-    Column("method", "method"),
-    Column("layers_kept", "rank / break-even rank %", 1, scale=100),
-    Column("relative_error", "‖δ‖/‖W‖, rms over layers", 4),
-    Column("test_loss", "test loss", 4),
-    Column("change_test_loss", "Δ test loss", 4, signed=True),
-    Column("params_kept", "params kept %", 1, scale=100),
-    Column("n", "n (training × calibration seeds)"),
-)
 
 
 def build(options: Options) -> list[Path]:
     """Error above, loss below, a column per model, and the table of what is drawn."""
     found = command.load(options)
-    runs = frame.runs(found)
-    runs = runs[runs["algorithm"] == "truncation"]
-    if runs.empty:
-        raise command.lacking(options, "truncation")
-    rows = frame.with_dense(runs, VALUES)
+    rows = frame.with_dense(command.runs(options, found, ["truncation"]), VALUES)
     origin = command.origin(options, found)
     models = list(dict.fromkeys(rows["model"]))
     with figure.panels(2, len(models), 2.7, 2.1) as (canvas, axes):
         for index, model in enumerate(models):
             _column(axes[index], axes[len(models) + index], rows[rows["model"] == model], first=index == 0)
-        drawn = figure.save(canvas, options.name, options.out, origin)
-    caption = f"What Figure 2 shows: plain truncation on {', '.join(dict.fromkeys(rows['data']))}"
+        pictures = figure.save(canvas, options.name, options.out, origin)
     notes = ["Rings in the figure: the lowest value of a panel.", *(_note(rows, model) for model in models)]
-    notes += frame.missing(models)
-    shown = Table(options.name, rows, COLUMNS, caption, notes, group="model")
-    return drawn + table.save([shown], options.out, origin)
+    shown = drawn.table(options, rows, VALUES, "What Figure 2 shows: plain truncation", notes)
+    return pictures + table.save([shown], options.out, origin)
 
 
 def _column(above: Axes, below: Axes, rows: pd.DataFrame, first: bool) -> None:

@@ -7,59 +7,42 @@ from pathlib import Path
 import pandas as pd
 
 from spectrim import records
-from spectrim.report import command, figure, frame, table
+from spectrim.report import command, drawn, figure, frame, table
 from spectrim.report.command import Options
-from spectrim.report.table import Column, Table, number
+from spectrim.report.table import number
 
 # The points of lossless and compact come from the records of Table 2, where there are some.
 OURS = "table2"
 # A net that keeps more than this is the original for all purposes: its loss decides nothing.
 NOTICEABLE = 0.999
 VALUES = ("layers_kept", "test_loss", "change_test_loss", "params_kept")
-COLUMNS = (
-    Column("model", "model"),
-    Column("method", "method"),
-    Column("layers_kept", "rank / break-even rank %", 1, scale=100),
-    Column("test_loss", "test loss", 4),
-    Column("change_test_loss", "Δ test loss", 4, signed=True),
-    Column("params_kept", "params kept %", 1, scale=100),
-    Column("n", "n (training × calibration seeds)"),
-)
 
 
 def build(options: Options) -> list[Path]:
     """A panel per model of the sweep, and the table of what is drawn."""
     found = command.load(options)
-    sweep = frame.runs(found)
-    sweep = sweep[sweep["algorithm"] == "truncation"]
-    if sweep.empty:
-        raise command.lacking(options, "truncation")
-    models = list(dict.fromkeys(sweep["model"]))
+    models = list(dict.fromkeys(command.runs(options, found, ["truncation"])["model"]))
     beside = (
         [one for one in records.read_all(options.records, OURS) if _selected(one, models)] if options.default else []
     )
     used = [*found, *beside]
-    rows = frame.with_dense(frame.runs(used).query("algorithm in ['truncation', 'lossless', 'compact']"), VALUES)
+    rows = frame.with_dense(command.runs(options, used, drawn.METHODS), VALUES)
     origin = command.origin(options, used)
     with figure.panels(1, len(models), 3.6, 3.2) as (canvas, axes):
         for model, axis in zip(models, axes, strict=True):
             figure.loss_panel(
                 axis, rows[rows["model"] == model], model, "layers_kept", "rank / break-even rank (%)", "-"
             )
-        handles = {
-            text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        canvas.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
-        drawn = figure.save(canvas, options.name, options.out, origin)
-    caption = f"What Figure 3 shows: loss against rank on {', '.join(dict.fromkeys(rows['data']))}"
+        figure.legend(canvas, axes)
+        pictures = figure.save(canvas, options.name, options.out, origin)
     notes = [
         "Rank / break-even rank: share of their parameters kept by the layers that can be factored; above 100 % a "
         "factored layer would be larger than the dense one. A layer left dense counts 100 %.",
         *(_note(rows[rows["model"] == model], model) for model in models),
     ]
-    notes += frame.missing(models, ("densenet", "vgg"))
-    shown = Table(options.name, rows, COLUMNS, caption, notes, group="model")
-    return drawn + table.save([shown], options.out, origin)
+    caption = "What Figure 3 shows: loss against rank"
+    shown = drawn.table(options, rows, VALUES, caption, notes, ("densenet", "vgg"))
+    return pictures + table.save([shown], options.out, origin)
 
 
 def _selected(record: records.Record, models: list[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -134,7 +135,7 @@ def test_build_makes_nested_objects_of_plain_containers() -> None:
     assert [layer.out_features for layer in model.layers if hasattr(layer, "out_features")] == [8, 10]
 
 
-@pytest.mark.parametrize("error", [UserError("say this"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [UserError("say this"), BrokenProcessPool("killed"), KeyboardInterrupt()])
 def test_the_command_line_ends_in_one_line_and_a_status(error: BaseException, capsys: pytest.CaptureFixture) -> None:
     def job() -> None:
         raise error
@@ -143,9 +144,15 @@ def test_the_command_line_ends_in_one_line_and_a_status(error: BaseException, ca
         config.command_line(job)
     said = capsys.readouterr().err
     assert said.startswith("spectrim: ") and said.count("\n") == 1
-    assert ending.value.code == (1 if isinstance(error, UserError) else 130)
+    assert ending.value.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def test_a_fault_of_ours_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         config.command_line(lambda: 1 / 0)
+
+    def unreadable() -> None:
+        raise BrokenProcessPool("a task cannot be read") from AttributeError("no such function")
+
+    with pytest.raises(BrokenProcessPool):
+        config.command_line(unreadable)

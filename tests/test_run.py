@@ -4,22 +4,18 @@ import errno
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
-from spectrim import config, records, run
+from spectrim import run
 from spectrim.algorithms.truncation import Truncation
 from spectrim.errors import UserError
 
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
-SOURCE = str(Path(config.__file__).parents[1])
 
 
 class TestRecord:
@@ -92,7 +88,7 @@ def test_a_selector_never_sees_the_test_split(compose: Any, digits: list[str], m
 
     monkeypatch.setattr(Truncation, "compress", spied)
     run.run(compose(*digits, "algorithm=truncation"))
-    assert seen == [{"calibration", "train"}]
+    assert seen == [{"calibration", "verification", "train"}]
 
 
 def test_a_full_disk_leaves_no_record(
@@ -129,6 +125,7 @@ def test_records_that_cannot_be_written_are_said_in_one_line(
         (["algorithm=truncation", "algorithm.ratio=null", "algorithm.rank=-1"], "rank must be at least 1, got -1"),
         (["algorithm=truncation", "algorithm.ratio=null", "algorithm.rank=99"], "rank 99 is above the full rank"),
         (["algorithm=truncation", "algorithm.ratio=null", "algorithm.rank=abc"], "rank='abc' is not of type"),
+        (["algorithm=truncation", "algorithm.ratio=null", "algorithm.rank=true"], "rank=True is not of type"),
         (["algorithm=nosuch"], "Could not find 'algorithm/nosuch'"),
         (["data=nosuch"], "Could not find 'data/nosuch'"),
         (["model.depth=3"], "Could not override 'model.depth'"),
@@ -139,6 +136,8 @@ def test_records_that_cannot_be_written_are_said_in_one_line(
         (["algorithm._target_=torch.os.system"], "is refused"),
         (["data._target_=subprocess.run"], "is refused"),
         (["tracking._target_=builtins.print"], "is refused"),
+        (["seed=true"], "seed=True is not a whole number"),
+        (["seed=abc"], "seed='abc' is not a whole number"),
         (["name=../elsewhere"], "is not a name"),
         (["checkpoint=/nosuch/file"], "there is no checkpoint at /nosuch/file"),
     ],
@@ -159,63 +158,3 @@ def test_a_mistake_is_one_line_and_status_1(
     assert ending.value.code == 1
     assert message in said and said.startswith("spectrim: ") and said.count("\n") == 1
     assert not list(tmp_path.rglob("*.json"))
-
-
-def started(arguments: list[str], folder: Path, **options: Any) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
-    environment.pop("HYDRA_FULL_ERROR", None)
-    command = [sys.executable, "-m", "spectrim.run", *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["model=nosuch"], "spectrim: In 'config': Could not find 'model/nosuch' Available options in 'model':"),
-        (["model._target_=os.system", "algorithm=truncation,compact"], "spectrim: config.model._target_=os.system"),
-    ],
-)
-def test_the_command_itself_ends_in_one_line(
-    overrides: list[str], message: str, digits: list[str], tmp_path: Path
-) -> None:
-    process = started([*digits, *overrides, "--multirun"], tmp_path)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert message in said and said.count("\n") == 1
-
-
-def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
-    tmp_path: Path, digits: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    cells = 40  # so many that the signal cannot come after the last
-    ratios = ",".join(f"{0.2 + 0.02 * i:.2f}" for i in range(cells))
-    grid = ["-m", *digits, "algorithm=truncation", f"algorithm.ratio={ratios}", *QUIET]
-
-    def recorded() -> dict[str, tuple[int, int]]:
-        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.glob("runs/*.json")}
-
-    def stopped_by(which: signal.Signals, at_least: int) -> tuple[int, str]:
-        process = started(grid, tmp_path)
-        while len(recorded()) < at_least and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(which)
-        _, said = process.communicate(timeout=120)
-        return process.returncode, said
-
-    assert stopped_by(signal.SIGKILL, 2)[0] == -signal.SIGKILL
-    after_kill = recorded()
-    status, said = stopped_by(signal.SIGINT, len(after_kill) + 1)
-    after_interrupt = recorded()
-    assert status == 130 and said.splitlines()[-1].startswith("spectrim: interrupted; the same command goes on")
-    assert "Traceback" not in said
-    assert 2 <= len(after_kill) < len(after_interrupt) < cells
-
-    monkeypatch.setattr(sys, "argv", ["spectrim", *grid])
-    monkeypatch.chdir(tmp_path)
-    run.main()
-    assert capsys.readouterr().err.count("already recorded") == len(after_interrupt)
-    assert len(recorded()) == cells == len(records.read_all(tmp_path, "runs"))
-    assert after_kill.items() <= after_interrupt.items() <= recorded().items()
-    assert not list(tmp_path.rglob("*.tmp"))

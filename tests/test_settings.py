@@ -19,6 +19,7 @@ class Example:
     view: Literal["channel", "spatial"] = "channel"
     flag: bool = False
     ratios: Sequence[float] = (0.5,)
+    sizes: Sequence[Sequence[float]] = ()
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:  # may rely on the type: the check of types comes first
@@ -26,7 +27,17 @@ class Example:
 
 
 @pytest.mark.parametrize(
-    "good", [{}, {"rank": 3}, {"ratio": 1}, {"view": "spatial"}, {"flag": True}, {"ratios": [0.1, 1]}, {"ratios": ()}]
+    "good",
+    [
+        {},
+        {"rank": 3},
+        {"ratio": 1},
+        {"view": "spatial"},
+        {"flag": True},
+        {"ratios": [0.1, 1]},
+        {"ratios": ()},
+        {"sizes": [[0.3, 16], (0.3, 24)]},
+    ],
 )
 def test_values_of_the_declared_type_are_kept(good: dict[str, Any]) -> None:
     assert asdict(Example(**good)) == asdict(Example()) | good
@@ -44,6 +55,12 @@ def test_values_of_the_declared_type_are_kept(good: dict[str, Any]) -> None:
         {"flag": "yes"},
         {"ratios": 0.5},
         {"ratios": ["half"]},
+        {"rank": True},
+        {"ratio": True},
+        {"ratios": [True]},
+        {"ratios": [*[0.5] * 99, False]},  # however long, every item is looked at
+        {"sizes": [[0.3, 16], [0.3, True]]},
+        {"sizes": [[0.3, 16], 0.3]},
     ],
 )
 def test_values_of_another_type_are_refused_in_one_line(bad: dict[str, Any]) -> None:
@@ -57,6 +74,23 @@ def test_values_of_another_type_are_refused_in_one_line(bad: dict[str, Any]) -> 
 def test_the_own_check_follows() -> None:
     with pytest.raises(UserError, match="at least 1"):
         Example(rank=0)
+
+
+@settings
+class Heir(Example):
+    """Takes fields and checks from its parent, whose class it is not."""
+
+    more: int = 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [({"rank": 0}, "^rank must be at least 1$"), ({"flag": 1}, "^Heir: flag=1"), ({"more": True}, "^Heir: more=True")],
+)
+def test_an_heir_checks_its_own_fields_and_those_of_its_parent(bad: dict[str, Any], message: str) -> None:
+    assert asdict(Heir(rank=2, more=1)) == asdict(Example(rank=2)) | {"more": 1}
+    with pytest.raises(UserError, match=message):
+        Heir(**bad)
 
 
 def test_settings_are_values() -> None:

@@ -70,6 +70,19 @@ def test_a_net_that_diverges_is_said_in_one_line(compose: Any, training: list[st
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_a_net_of_other_channels_than_the_images_is_said_in_one_line(compose: Any, training: list[str]) -> None:
+    asked = [one for one in training if not one.startswith("model")]
+    with pytest.raises(UserError, match="at layer .*channels, but got 1 channels instead") as refusal:
+        train.train(compose(*asked, "model=resnet20", "shape.in_channels=3", name="train"))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("seed", ["true", "1.5", "one"])
+def test_a_seed_that_is_no_whole_number_is_refused(compose: Any, training: list[str], seed: str) -> None:
+    with pytest.raises(UserError, match="^seed=.* is not a whole number$"):
+        train.train(compose(*training, f"seed={seed}", name="train"))
+
+
 def test_an_unknown_precision_is_refused_before_the_training(compose: Any, training: list[str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="stored_as is float32 or float16, got int8"):
         train.train(compose(*training, "stored_as=int8", name="train"))

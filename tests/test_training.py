@@ -133,10 +133,23 @@ def test_early_epochs_see_smaller_images() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"lr": -1.0}, {"warmup": 1.0}, {"precision": "float8"}]
+    "bad",
+    [
+        {"epochs": 0},
+        {"epochs": True},
+        {"epochs": 1.5},
+        {"batch_size": 0},
+        {"lr": 0.0},
+        {"lr": -1.0},
+        {"lr": "high"},
+        {"warmup": 1.0},
+        {"image_sizes": [0.3, 16]},
+        {"image_sizes": [[0.3]]},
+        {"precision": "float8"},
+    ],
 )
 def test_a_recipe_that_cannot_work_is_refused(bad: dict) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         Recipe(**({"epochs": 1} | bad))
 
 

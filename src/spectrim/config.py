@@ -1,24 +1,36 @@
 """From a composed configuration to objects: where it lies, what it may name, and its errors in one line."""
 
+import os
 import re
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stderr, suppress
+from multiprocessing import parent_process
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, TextIO
+from tempfile import TemporaryDirectory
+from threading import RLock
+from typing import Any, NoReturn, TextIO
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
 
 from spectrim import torchvision_shim
 from spectrim.errors import UserError
 
 ALLOWED_TARGETS = ("spectrim.", "torch.", "torchvision.")
 UNPICKLING = ("torch.load", "torch.hub", "torch.serialization", "torch.package", "torch.jit")
+MISTAKES = (UserError, HydraException, OmegaConfBaseException)
+# Names the folder in which a run of a grid that fails leaves its line, from whichever process it runs in.
+FAILURES = "SPECTRIM_FAILURES"
 _CHECKOUT = Path(__file__).resolve().parents[2] / "conf"
 CONF = str(_CHECKOUT if _CHECKOUT.is_dir() else Path(__file__).resolve().parent / "conf")
 
@@ -60,6 +72,12 @@ def plain(node: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
+def check_seed(cfg: DictConfig) -> None:
+    """Refuse a seed that torch would silently read as another one: true, 1.5."""
+    if type(cfg.seed) is not int:
+        raise UserError(f"seed={cfg.seed!r} is not a whole number")
+
+
 def build(settings: dict[str, Any]) -> Any:
     """The object that ``settings`` (with its ``_target_``) describes. Raises ``UserError`` in one line."""
     check_targets(settings)
@@ -77,21 +95,56 @@ def invocation(program: str) -> str:
     return " ".join([program, *HydraConfig.get().overrides.task]) if HydraConfig.initialized() else program
 
 
+@contextmanager
+def cell(program: str) -> Iterator[None]:
+    """Around one run. Of a grid it lets the others go on: ``command_line`` names at the end each one that failed."""
+    if parent_process() is not None:  # of joblib: Ctrl-C reaches it too, but the parent ends it, and says so once
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        tqdm.set_lock(RLock())  # its own is a semaphore of the system, which would be left there, with a warning
+    try:
+        yield
+    except Exception as error:
+        if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
+            raise
+        fault = not isinstance(error, MISTAKES)
+        said = f"{type(error).__name__ + ': ' if fault else ''}{_innermost(error)} (in {invocation(program)})"
+        with suppress(KeyError, OSError):  # without a command line around it, or once that was killed
+            folder = Path(os.environ[FAILURES])
+            (folder / f"run{HydraConfig.get().job.num:09d}").write_text(said)
+            if fault:
+                (folder / "fault").write_text(traceback.format_exc())
+        raise UserError(said) from None
+
+
 def command_line(job: Callable[[], Any]) -> None:
     """Run a Hydra entry; a person's mistake ends in one line on stderr and exit status 1, Ctrl-C in 130."""
     stderr = _Stderr(sys.stderr)
-    try:
-        with redirect_stderr(stderr):
-            job()
-    except KeyboardInterrupt:
-        print("spectrim: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        print(f"spectrim: {_innermost(error)}", file=sys.stderr)
-        sys.exit(1)
-    except Exception:
-        sys.stderr.write(stderr.withheld)
-        raise
+    with TemporaryDirectory(prefix="spectrim-") as folder:
+        os.environ[FAILURES] = folder
+        try:
+            with redirect_stderr(stderr):
+                job()
+        except KeyboardInterrupt:
+            _end("interrupted; the same command goes on where it stopped", 130)
+        except MISTAKES as error:
+            failed = [path.read_text() for path in sorted(Path(folder).glob("run*"))]
+            for fault in Path(folder).glob("fault"):  # of ours: one of them in full
+                sys.stderr.write(fault.read_text())
+            _end(f"{len(failed)} runs failed: {'; '.join(failed)}" if len(failed) > 1 else _innermost(error), 1)
+        except BrokenProcessPool as error:
+            if error.__cause__:  # a process could not read its task: no person's mistake
+                raise
+            _end("a process of the grid was killed, perhaps for want of memory; the same command goes on", 1)
+        except Exception:
+            sys.stderr.write(stderr.withheld)
+            raise
+        finally:
+            del os.environ[FAILURES]
+
+
+def _end(line: str, status: int) -> NoReturn:
+    print(f"spectrim: {line}", file=sys.stderr)
+    sys.exit(status)
 
 
 class _Stderr:

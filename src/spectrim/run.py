@@ -11,8 +11,6 @@ from typing import Any
 import hydra
 import torch
 import torch.nn.functional as F
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from torch import nn
 
@@ -33,6 +31,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """One run: the record on disk if it is there already, else made, written and returned."""
     settings = {key: config.plain(cfg[key]) if isinstance(cfg[key], DictConfig) else cfg[key] for key in SCIENTIFIC}
     config.check_targets(settings)
+    config.check_seed(cfg)
     checkpoint = _checkpoint(cfg)
     settings["checkpoint"] = None if checkpoint is None else file_digest(checkpoint)
     signature = records.signature(settings)
@@ -170,12 +169,8 @@ def _percent(measured: dict[str, Any]) -> str:
 
 @hydra.main(version_base="1.3", config_path=config.CONF, config_name="config")
 def _job(cfg: DictConfig) -> None:
-    try:
+    with config.cell("spectrim"):
         run(cfg)
-    except UserError as error:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:  # the other cells go on; this one is named at the end
-            raise UserError(f"{error} (in {config.invocation('spectrim')})") from None
-        raise
 
 
 def main() -> None:
@@ -185,4 +180,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Not by the names of __main__, which the processes of joblib cannot look up.
+    from spectrim.run import main as entry
+
+    entry()

@@ -2,34 +2,46 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar, dataclass_transform, get_type_hints
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 
-from beartype import BeartypeConf
+from beartype import BeartypeConf, FrozenDict
 from beartype.door import is_bearable
+from beartype.vale import IsInstance
 
 from spectrim.errors import UserError
 
 T = TypeVar("T")
-_INT_PASSES_FOR_FLOAT = BeartypeConf(is_pep484_tower=True)
+# An int passes for a float, but a bool for neither: whoever writes rank=true does not mean rank 1.
+_NO_BOOL = ~IsInstance[bool]
+_NUMBERS = BeartypeConf(
+    hint_overrides=FrozenDict({int: Annotated[int, _NO_BOOL], float: Annotated[float | int, _NO_BOOL]})
+)
 
 
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen dataclass; a field of the wrong type raises ``UserError`` in one line.
 
-    The types are checked before the class's own ``__post_init__``, which may then rely on them.
+    The types are checked before the class's own or inherited ``__post_init__``, which may then rely on them.
     """
-    own_checks: Callable[[Any], None] | None = cls.__dict__.get("__post_init__")
+    checks: Callable[[Any], None] | None = getattr(cls, "__post_init__", None)
 
     def check(self: Any) -> None:
-        hints = get_type_hints(cls)
+        hints = get_type_hints(type(self))
         for field in fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
-            if not is_bearable(value, hint, conf=_INT_PASSES_FOR_FLOAT):
+            if not all(is_bearable(part, hint, conf=_NUMBERS) for part in _parts(value)):
                 wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-                raise UserError(f"{cls.__name__}: {field.name}={value!r} is not of type {wanted}")
-        if own_checks:
-            own_checks(self)
+                raise UserError(f"{type(self).__name__}: {field.name}={value!r} is not of type {wanted}")
+        if checks:
+            checks(self)
 
     cls.__post_init__ = check  # type: ignore[attr-defined]
     return dataclass(frozen=True)(cls)
+
+
+def _parts(value: Any) -> list[Any]:
+    """Each item of a sequence as a sequence of its own, for of a longer one beartype looks at a single random item."""
+    if isinstance(value, list | tuple) and len(value):
+        return [[part] for item in value for part in _parts(item)]
+    return [value]

@@ -29,6 +29,7 @@ def train(cfg: DictConfig) -> Path:
         return path
     settings = {key: config.plain(cfg[key]) for key in ("model", "data", "shape", "recipe")}
     config.check_targets(settings)
+    config.check_seed(cfg)
     dtype = _dtype(cfg.stored_as)  # refused now rather than after the training
     recipe: Recipe = config.build(settings["recipe"])
     splits: Splits = config.build(settings["data"]).load()
@@ -71,7 +72,8 @@ def _dtype(name: str) -> torch.dtype:
 
 @hydra.main(version_base="1.3", config_path=config.CONF, config_name="train")
 def _job(cfg: DictConfig) -> None:
-    train(cfg)
+    with config.cell("spectrim-train"):
+        train(cfg)
 
 
 def main() -> None:
@@ -81,4 +83,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # Not by the names of __main__, which the processes of joblib cannot look up.
+    from spectrim.train import main as entry
+
+    entry()

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spectrim.batches import forward
 from spectrim.data.images import ImageSplit
 from spectrim.errors import UserError
+from spectrim.settings import settings
 
 
-@dataclass(frozen=True)
+@settings
 class Recipe:
     """How a net is trained.
 
@@ -37,16 +39,18 @@ class Recipe:
     label_smoothing: float = 0.0
     flip: bool = True
     crop_padding: int = 4
-    image_sizes: tuple[tuple[float, int], ...] = ()
+    image_sizes: Sequence[Sequence[float]] = ()
     precision: str = "bfloat16"
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or self.lr <= 0:
-            raise ValueError("a recipe needs epochs >= 1, batch_size >= 1 and lr > 0")
+            raise UserError("a recipe needs epochs >= 1, batch_size >= 1 and lr > 0")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a fraction of the training in [0, 1), got {self.warmup}")
+            raise UserError(f"warmup is a fraction of the training in [0, 1), got {self.warmup}")
+        if any(len(pair) != 2 for pair in self.image_sizes):
+            raise UserError(f"image_sizes are pairs (fraction of the epochs, side), got {self.image_sizes}")
         if self.precision not in ("bfloat16", "float32"):
-            raise ValueError(f"precision is bfloat16 or float32, got {self.precision}")
+            raise UserError(f"precision is bfloat16 or float32, got {self.precision}")
 
     def learning_rate(self, progress: float) -> float:
         """The learning rate after a fraction ``progress`` of the training."""
@@ -60,7 +64,7 @@ class Recipe:
         for fraction, side in self.image_sizes:
             reached += fraction
             if epoch < round(reached * self.epochs):
-                return side
+                return int(side)
         return full
 
 
@@ -137,7 +141,7 @@ def _epoch(
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate((epoch + step / steps) / recipe.epochs)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            logits = model(inputs)
+            logits = forward(model, inputs)
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the training loss became {loss.item()} in epoch {epoch}, step {step}; lower lr")

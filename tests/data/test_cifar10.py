@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from spectrim.data import cifar10
+from spectrim.data import cifar10, public
 from spectrim.data.sources import Arrays
 
 ROWS = 3
@@ -70,7 +70,7 @@ def test_loaded_with_the_settings_asked_for(monkeypatch: pytest.MonkeyPatch) -> 
         labels = torch.arange(30) % 10
         return Arrays(images, labels, images[:10], labels[:10])
 
-    monkeypatch.setattr(cifar10, "load", fake)
+    monkeypatch.setattr(public, "load", fake)
     splits = cifar10.CIFAR10(held_out=12, calibration_size=5, verification_size=0, batch_size=4).load()
     assert [len(part.labels) for part in (splits.train, splits.calibration, splits.test)] == [18, 5, 10]
     assert (splits.num_classes, splits.in_channels, splits.image_size) == (10, 3, 32)

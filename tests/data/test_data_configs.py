@@ -23,6 +23,8 @@ def test_instantiates_and_states_the_class_s_own_defaults(file: Path) -> None:
     assert {field.name for field in dataclasses.fields(data)} == set(config.data) - {"_target_"}
     with pytest.raises(UserError, match="calibration_size must be at least 1"):
         dataclasses.replace(data, calibration_size=0)
+    with pytest.raises(UserError, match=f"^{type(data).__name__}: batch_size=True is not of type int$"):
+        dataclasses.replace(data, batch_size=True)
     assert set(config.shape) == {"num_classes", "in_channels", "image_size"}
 
 

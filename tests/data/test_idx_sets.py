@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spectrim.data import fashion_mnist, idx, mnist
+from spectrim.data import fashion_mnist, idx, mnist, public
 
 
 def encode(array: torch.Tensor) -> bytes:
@@ -77,7 +77,7 @@ def test_archive_without_data() -> None:
 
 @pytest.mark.parametrize("module", [mnist, fashion_mnist])
 def test_loaded_with_the_settings_asked_for(module, contents, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(module, "load", lambda source: idx.arrays_of(contents) if source is module.SOURCE else None)
+    monkeypatch.setattr(public, "load", lambda source: idx.arrays_of(contents) if source is module.SOURCE else None)
     data = {mnist: mnist.MNIST, fashion_mnist: fashion_mnist.FashionMNIST}[module]
     splits = data(held_out=3, calibration_size=2, verification_size=0).load()
     assert [len(part.labels) for part in (splits.train, splits.calibration, splits.test)] == [3, 2, 2]

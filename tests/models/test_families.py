@@ -7,7 +7,7 @@ from torch import nn
 from spectrim.models.densenet import DenseNet
 from spectrim.models.resnet import ResNet
 from spectrim.models.resnext import ResNeXt
-from spectrim.models.small import MLP, LeNet5
+from spectrim.models.small import MLP, BiasFreeMLP, LeNet5
 from spectrim.models.vgg import VGG
 
 
@@ -31,6 +31,14 @@ def test_lenet5() -> None:
 
 def test_mlp() -> None:
     assert count(MLP([64, 64], in_channels=1, image_size=8)) == (64 * 64 + 64) * 2 + 64 * 10 + 10
+
+
+@pytest.mark.parametrize(("depth", "parameters"), [(1, 64 * 10), (2, 64 * 32 + 320), (5, 64 * 32 + 3 * 32 * 32 + 320)])
+def test_bias_free_mlp(depth: int, parameters: int) -> None:
+    model = BiasFreeMLP(depth, 32, image_size=8)
+    assert count(model) == parameters
+    assert sum(isinstance(module, nn.ReLU) for module in model) == depth - 1
+    assert not model(torch.zeros(1, 1, 8, 8)).any()
 
 
 def test_vgg19() -> None:
@@ -63,6 +71,8 @@ def test_resnext_groups_its_3x3_convolutions() -> None:
         (lambda: VGG(11, width=0), "width of a VGG"),
         (lambda: LeNet5(image_size=12), "at least 16x16"),
         (lambda: MLP([]), "hidden layer"),
+        (lambda: BiasFreeMLP(0), "at least one layer and one unit"),
+        (lambda: BiasFreeMLP(2, 0), "at least one layer and one unit"),
     ],
 )
 def test_shapes_that_do_not_exist(make, message: str) -> None:  # type: ignore[no-untyped-def]

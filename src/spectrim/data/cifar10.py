@@ -11,13 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from spectrim.data.images import Splits
-from spectrim.data.sources import Arrays, Route, Source, load
-from spectrim.data.splits import ImageData, cut
+from spectrim.data.public import PublicSet
+from spectrim.data.sources import Arrays, Route, Source
 from spectrim.download import Package, Url
-from spectrim.settings import settings
 
-MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 PIXELS = 3 * 32 * 32
 
@@ -88,12 +85,7 @@ SOURCE = Source(
 )
 
 
-@settings
-class CIFAR10(ImageData):
+class CIFAR10(PublicSet):
     """CIFAR-10, normalised by the training set's mean and deviation."""
 
-    def __post_init__(self) -> None:
-        self.check()
-
-    def load(self) -> Splits:
-        return cut(self, load(SOURCE), "cifar10", MEAN, STD)
+    source, mean, std = SOURCE, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spectrim.data import idx
-from spectrim.data.images import Splits
-from spectrim.data.sources import Arrays, Route, Source, load
-from spectrim.data.splits import ImageData, cut
-from spectrim.download import Package, Url
-from spectrim.settings import settings
-
-MEAN, STD = (0.2860,), (0.3530,)
+from spectrim.data.public import PublicSet
+from spectrim.data.sources import Arrays
+from spectrim.download import Package
 
 
 def _ar_member(content: bytes, prefix: bytes) -> bytes:
@@ -37,37 +33,29 @@ def _decode_package(paths: Sequence[Path]) -> Arrays:
         return idx.arrays_of([gzip.decompress(member.read()) for member in members if member])
 
 
-SITE = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-SHA256 = (
-    "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-    "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-    "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-    "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-)
-PACKAGE = Package(
-    client="apt-get",
-    name="dataset-fashion-mnist",
-    version="0.0~git20200523.55506a9-1",
-    file="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
-    sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-    size=30_900_652,
-)
-SOURCE = Source(
+SOURCE = idx.source(
     name="fashion_mnist",
-    routes=(
-        Route(tuple(Url(SITE + file, sha) for file, sha in zip(idx.FILES, SHA256, strict=True)), idx.decode_gzipped),
-        Route((PACKAGE,), _decode_package),
+    site="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    published=(
+        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
     ),
+    package=Package(
+        client="apt-get",
+        name="dataset-fashion-mnist",
+        version="0.0~git20200523.55506a9-1",
+        file="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+        sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        size=30_900_652,
+    ),
+    decode_package=_decode_package,
     sha256="ece172613115fb18b120bec8f6c02271af90b8b8f0a5af5c51cbd5ceed68e619",
 )
 
 
-@settings
-class FashionMNIST(ImageData):
+class FashionMNIST(PublicSet):
     """Fashion-MNIST, normalised by the training set's mean and deviation."""
 
-    def __post_init__(self) -> None:
-        self.check()
-
-    def load(self) -> Splits:
-        return cut(self, load(SOURCE), "fashion_mnist", MEAN, STD)
+    source, mean, std = SOURCE, (0.2860,), (0.3530,)

@@ -3,13 +3,14 @@
 import gzip
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from spectrim.data.sources import Arrays
+from spectrim.data.sources import Arrays, Route, Source
+from spectrim.download import Package, Url
 
 FILES = (
     "train-images-idx3-ubyte.gz",
@@ -38,3 +39,16 @@ def arrays_of(contents: Sequence[bytes]) -> Arrays:
 def decode_gzipped(paths: Sequence[Path]) -> Arrays:
     """The four published files, in the order of ``FILES``."""
     return arrays_of([gzip.decompress(path.read_bytes()) for path in paths])
+
+
+def source(
+    name: str,
+    site: str,
+    published: Sequence[str],
+    package: Package,
+    decode_package: Callable[[Sequence[Path]], Arrays],
+    sha256: str,
+) -> Source:
+    """A set of the four ``FILES``: on its ``site``, with the sha256 of each in ``published``, or in a ``package``."""
+    files = tuple(Url(site + file, sha) for file, sha in zip(FILES, published, strict=True))
+    return Source(name, (Route(files, decode_gzipped), Route((package,), decode_package)), sha256)

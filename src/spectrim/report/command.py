@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from spectrim import provenance, records
 from spectrim.errors import UserError
 from spectrim.records import Record
@@ -81,6 +83,15 @@ def load(options: Options) -> list[Record]:
         how = f"make reproduce-{options.script}" if options.default else f"spectrim -m experiment={options.experiment}"
         raise UserError(f"no records of {options.experiment} in {options.records}: make them with `{how}`")
     return found
+
+
+def runs(options: Options, found: Sequence[Record], algorithms: Sequence[str]) -> pd.DataFrame:
+    """The rows of ``frame.runs`` that are of these algorithms. Raises UserError where there is none."""
+    every = frame.runs(found)
+    rows = every[every["algorithm"].isin(algorithms)]
+    if rows.empty:
+        raise lacking(options, " or ".join(filter(None, [", ".join(algorithms[:-1]), algorithms[-1]])))
+    return rows
 
 
 def lacking(options: Options, what: str) -> UserError:

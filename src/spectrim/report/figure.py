@@ -1,7 +1,7 @@
 """A matplotlib figure → NAME.png and NAME.svg, the same bytes from the same records, and NAME.provenance.json."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -124,3 +124,9 @@ def loss_panel(axis: Axes, rows: pd.DataFrame, model: str, share: str, label: st
         )
     axis.set(title=model, xlabel=label, xlim=(0, 105))
     losses(axis)
+
+
+def legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """One legend below all panels, that names each line once."""
+    handles = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)

@@ -1,0 +1,40 @@
+"""The table that goes with a figure: the numbers that are drawn."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from spectrim.report import frame
+from spectrim.report.command import Options
+from spectrim.report.table import Column, Table
+
+# The algorithms that ``figure.loss_panel`` draws.
+METHODS = ("truncation", "lossless", "compact")
+COLUMNS = (
+    Column("layers_kept", "rank / break-even rank %", 1, scale=100),
+    Column("relative_error", "‖δ‖/‖W‖, rms over layers", 4),
+    Column("test_loss", "test loss", 4),
+    Column("change_test_loss", "Δ test loss", 4, signed=True),
+    Column("params_kept", "params kept %", 1, scale=100),
+)
+
+
+def table(
+    options: Options,
+    rows: pd.DataFrame,
+    values: Sequence[str],
+    caption: str,
+    notes: Sequence[str],
+    families: Sequence[str] = frame.FAMILIES,
+) -> Table:
+    """Model, method, ``values`` (keys of ``COLUMNS``) and n of ``rows``; the notes end on the ``families`` left out."""
+    known = {column.key: column for column in COLUMNS}
+    columns = (
+        Column("model", "model"),
+        Column("method", "method"),
+        *(known[value] for value in values),
+        Column("n", "n (training × calibration seeds)"),
+    )
+    caption = f"{caption} on {', '.join(dict.fromkeys(rows['data']))}"
+    notes = [*notes, *frame.missing(rows["model"], families)]
+    return Table(options.name, rows, columns, caption, notes, group="model")

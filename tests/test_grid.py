@@ -1,0 +1,152 @@
+"""A grid of runs, one after the other or by joblib: what fails is named, what was stopped goes on where it was."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectrim import config, records, run
+
+QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
+SOURCE = str(Path(config.__file__).parents[1])
+LAUNCHERS = (["hydra/launcher=basic"], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"])
+
+
+def started(arguments: list[str], folder: Path) -> subprocess.Popen:
+    """The command, at the head of a process group as it is in a terminal."""
+    environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    command = [sys.executable, "-m", "spectrim.run", *arguments]
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and inherited so, in a background job
+    try:
+        with (folder / "stderr").open("wb") as stderr:  # a file: processes left over would keep a pipe open
+            return subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+            )
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def ended(process: subprocess.Popen, folder: Path) -> tuple[int, str]:
+    """Exit status, and what was said on stderr."""
+    status = process.wait(timeout=300)
+    return status, (folder / "stderr").read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model=nosuch"], "spectrim: In 'config': Could not find 'model/nosuch' Available options in 'model':"),
+        (["model._target_=os.system", "algorithm=truncation"], "spectrim: config.model._target_=os.system"),
+    ],
+)
+def test_the_command_itself_ends_in_one_line(
+    overrides: list[str], message: str, digits: list[str], tmp_path: Path
+) -> None:
+    status, said = ended(started([*digits, *overrides, "--multirun"], tmp_path), tmp_path)
+    assert status == 1
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=["basic", "joblib"])
+def test_the_runs_that_failed_are_counted_and_named_and_the_others_are_recorded(
+    launcher: list[str], digits: list[str], tmp_path: Path
+) -> None:
+    grid = ["-m", *digits, "algorithm=truncation", "algorithm.ratio=2,0.4,0,0.6", *launcher]
+    status, said = ended(started(grid, tmp_path), tmp_path)
+    assert status == 1 and said.count("\n") == 1
+    assert said.startswith("spectrim: 2 runs failed: ratio must lie in (0, 1], got 2 (in spectrim data=digits ")
+    assert "algorithm.ratio=2); ratio must lie in (0, 1], got 0 (in spectrim data=digits " in said
+    assert said.endswith("algorithm.ratio=0)\n")
+    assert {one["config"]["algorithm"]["ratio"] for one in records.read_all(tmp_path, "runs")} == {0.4, 0.6}
+
+
+def in_process(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["spectrim", "-m", *arguments, *QUIET])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.chdir(folder)
+    run.main()
+
+
+def test_a_single_failed_run_is_named(
+    digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        in_process([*digits, "algorithm=truncation", "algorithm.ratio=2,0.4"], monkeypatch, tmp_path)
+    said = capsys.readouterr().err
+    assert said.startswith("spectrim: ratio must lie in (0, 1], got 2 (in spectrim ") and said.count("\n") == 1
+    assert len(records.read_all(tmp_path, "runs")) == 1
+
+
+def test_a_fault_of_ours_in_a_grid_is_shown_in_full_and_named(
+    digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    usual = run.run
+
+    def faulty(cfg: Any) -> dict[str, Any]:
+        return usual(cfg) if cfg.algorithm.ratio > 0.5 else {"ratio": 1 / 0}
+
+    monkeypatch.setattr(run, "run", faulty)
+    with pytest.raises(SystemExit) as ending:
+        in_process([*digits, "algorithm=truncation", "algorithm.ratio=2,0.4,0.6,0.5"], monkeypatch, tmp_path)
+    said = capsys.readouterr().err
+    assert ending.value.code == 1 and said.count("Traceback") == 1 and "in faulty" in said
+    last = said.splitlines()[-1]
+    assert last.startswith("spectrim: 3 runs failed: ratio must lie in (0, 1], got 2 (in spectrim ")
+    assert last.count("; ZeroDivisionError: division by zero (in spectrim ") == 2
+    assert len(records.read_all(tmp_path, "runs")) == 1
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=["basic", "joblib"])
+def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
+    launcher: list[str],
+    tmp_path: Path,
+    digits: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    cells = 40  # so many that the signal cannot come after the last
+    ratios = ",".join(f"{0.2 + 0.02 * i:.2f}" for i in range(cells))
+    grid = [*digits, "algorithm=truncation", f"algorithm.ratio={ratios}"]
+
+    def recorded() -> dict[str, tuple[int, int]]:
+        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.glob("runs/*.json")}
+
+    def stopped_by(which: signal.Signals, at_least: int) -> tuple[int, str]:
+        process = started(["-m", *grid, *QUIET, *launcher], tmp_path)
+        while len(recorded()) < at_least and process.poll() is None:
+            time.sleep(0.005)
+        os.killpg(process.pid, which)  # as a terminal does: all processes of the grid
+        return ended(process, tmp_path)
+
+    assert stopped_by(signal.SIGKILL, 2)[0] == -signal.SIGKILL
+    after_kill = recorded()
+    # Past the start of every process: one that is importing still says in a traceback that it was interrupted.
+    status, said = stopped_by(signal.SIGINT, len(after_kill) + 6)
+    after_interrupt = recorded()
+    (line,) = [line for line in said.splitlines() if not line.endswith("already recorded")]
+    assert status == 130 and line == "spectrim: interrupted; the same command goes on where it stopped"
+    assert 2 <= len(after_kill) < len(after_interrupt) < cells
+    assert len(records.read_all(tmp_path, "runs")) == len(after_interrupt)  # each of them whole
+
+    in_process(grid, monkeypatch, tmp_path)  # by whichever launcher
+    assert capsys.readouterr().err.count("already recorded") == len(after_interrupt)
+    assert len(recorded()) == cells == len(records.read_all(tmp_path, "runs"))
+    assert after_kill.items() <= after_interrupt.items() <= recorded().items()
+
+
+def test_a_process_of_joblib_leaves_the_interrupt_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = signal.getsignal(signal.SIGINT)
+    try:
+        with config.cell("spectrim"):
+            assert signal.getsignal(signal.SIGINT) is usual
+        monkeypatch.setattr(config, "parent_process", lambda: "a process")
+        with config.cell("spectrim"):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, usual)
