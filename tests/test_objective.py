@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectrim.algorithms.lossless import Lossless
 from spectrim.batches import evaluating
+from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.objective import Objective
 
@@ -174,3 +176,37 @@ def test_the_loss_within_a_limit_is_the_loss_or_none(net: nn.Sequential, batches
     seen.clear()
     assert judge.loss_within(net, "calibration", 0.1 + offset, 39) is None
     assert seen == ([16] if not offset else [16, 16, 7])  # certain after one batch, where losses cannot be negative
+
+
+class Branching(nn.Module):
+    """Uses its branch where the sum of the inputs is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.branch, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.branch(self.trunk(x)) if x.sum() > 0 else self.trunk(x))
+
+
+def test_a_layer_that_some_batches_do_not_use_is_named_and_may_be_left_dense() -> None:
+    using, without = ((sign * torch.ones(4, 6), torch.tensor([0, 1, 2, 0])) for sign in (1, -1))
+    with pytest.raises(UserError, match="^layer branch takes no part in the loss of some batch") as refusal:
+        Lossless(gamma=None).compress(Branching(), SVD(), objective([using, without]))
+    assert "\n" not in str(refusal.value)
+    advised = Lossless(gamma=None).compress(Branching(), SVD(), objective([without, using]))
+    assert "branch: left dense: the model does not call it" in advised.notes and advised.report.layer[0] == "trunk"
+
+
+def test_a_loss_without_a_gradient_is_refused(net: nn.Sequential, batches: Any) -> None:
+    judge = objective(batches, lambda logits, targets: F.cross_entropy(logits.detach(), targets))
+    with pytest.raises(UserError, match="the loss has no gradient"):
+        judge.gradients(net, NAMES)
+
+
+def test_a_loss_that_fails_without_a_word_goes_by_the_name_of_its_error(net: nn.Sequential, batches: Any) -> None:
+    def silent(logits: Tensor, targets: Tensor) -> Tensor:
+        raise ValueError
+
+    with pytest.raises(UserError, match="the loss failed on these outputs and targets: ValueError$"):
+        objective(batches, silent).evaluate(net)

@@ -179,3 +179,11 @@ def test_a_folder_that_cannot_be_made_is_said_in_one_line(net: nn.Sequential, tm
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="could not be written"):
         surgery.save(tmp_path / "file" / "x.safetensors", net, RankPlan())
+
+
+def test_a_file_is_as_readable_for_others_as_any_new_file_of_the_user(
+    saved: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    other.touch()
+    assert saved[0].stat().st_mode == other.stat().st_mode

@@ -2,21 +2,51 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spectrim.errors import UserError, first_line
+
 Inputs = Any  # a tensor, a tuple of positional or a mapping of keyword arguments
 
 
 def forward(model: nn.Module, inputs: Inputs) -> Any:
-    """``model(inputs)``; a mapping is passed by keyword, a tuple or list by position."""
+    """``model(inputs)``; a mapping is passed by keyword, a tuple or list by position.
+
+    Raises ``UserError``, which names the layer, where the model fails on them.
+    """
+    try:
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        if isinstance(inputs, tuple | list):
+            return model(*inputs)
+        return model(inputs)
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        where = _failing_layer(model, error)
+        raise UserError(
+            f"the model failed on inputs of shape {_shapes(inputs)}{where and f', at layer {where}'}: "
+            f"{first_line(error)}; give a model and inputs that fit each other"
+        ) from error
+
+
+def _failing_layer(model: nn.Module, error: Exception) -> str:
+    """Name of the innermost module that was running; empty where that is the model itself."""
+    names = {module: name for name, module in model.named_modules()}
+    running = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    return next((names[own] for own in reversed(running) if isinstance(own, nn.Module) and own in names), "")
+
+
+def _shapes(inputs: Inputs) -> str:
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return ", ".join(f"{key} {_shapes(value)}" for key, value in inputs.items())
     if isinstance(inputs, tuple | list):
-        return model(*inputs)
-    return model(inputs)
+        return ", ".join(_shapes(value) for value in inputs)
+    return str(tuple(inputs.shape)) if isinstance(inputs, Tensor) else type(inputs).__name__
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
@@ -32,13 +62,27 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
 
 def first_sample(inputs: Inputs) -> Inputs:
     """The same structure with the first sample of every tensor, as a batch of one."""
+    return first_samples(inputs, 1)
+
+
+def first_samples(inputs: Inputs, count: int) -> Inputs:
+    """The same structure with the first ``count`` samples of every tensor, all of them where there are fewer."""
     if isinstance(inputs, Tensor):
-        return inputs[:1]
+        return inputs[:count]
     if isinstance(inputs, Mapping):
-        return {key: first_sample(value) for key, value in inputs.items()}
+        return {key: first_samples(value, count) for key, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return type(inputs)(first_sample(value) for value in inputs)
+        return type(inputs)(first_samples(value, count) for value in inputs)
     return inputs
+
+
+def sample_count(targets: Any) -> int:
+    """Number of samples of a batch, told by its targets: a tensor, a mapping of tensors, or anything with a length."""
+    if isinstance(targets, Tensor):
+        return len(targets) if targets.ndim else 1
+    if isinstance(targets, Mapping):
+        return sample_count(next(iter(targets.values())))
+    return len(targets)
 
 
 def device_of(model: nn.Module) -> torch.device:

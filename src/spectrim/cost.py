@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,19 @@ class Cost(NamedTuple):
 
 def model_cost(model: nn.Module, example: Inputs) -> Cost:
     """Count parameters and, by running the first sample of ``example``, MACs of convolutions and matrix products."""
+    # The counter reports floating point operations, two for each multiply-accumulate.
+    macs = _counted(model, example).get_total_flops() // 2
+    return Cost(sum(parameter.numel() for parameter in model.parameters()), macs)
+
+
+def layer_macs(model: nn.Module, layers: Sequence[str], example: Inputs) -> tuple[dict[str, float], float]:
+    """MACs of one input in each of ``layers``, with all that is inside it, and in the whole model."""
+    counter = _counted(model, example)
+    root, counts = type(model).__name__, counter.get_flop_counts()
+    return {name: sum(counts[f"{root}.{name}"].values()) / 2 for name in layers}, counter.get_total_flops() / 2
+
+
+def _counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
     inputs = to_device(first_sample(example), device_of(model))
     counter = FlopCounterMode(display=False)
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -29,8 +43,7 @@ def model_cost(model: nn.Module, example: Inputs) -> Cost:
             forward(model, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    # The counter reports floating point operations, two for each multiply-accumulate.
-    return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2)
+    return counter
 
 
 def latency(model: nn.Module, inputs: Inputs, seconds: float = 1.0) -> float:

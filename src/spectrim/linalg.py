@@ -44,6 +44,21 @@ def _svd_by_qr_iteration(W_OI: Tensor) -> SVD:
     return SVD(U.reshape(*batch, *U.shape[-2:]), S.reshape(*batch, -1), Vh.reshape(*batch, *Vh.shape[-2:]))
 
 
+def square_root(C_II: Tensor, ridge: float) -> Tensor:
+    """The symmetric root of a second moment plus ``ridge`` times its mean eigenvalue. Shape (..., I, I).
+
+    Raises ``UserError`` where it holds NaN or infinity.
+    """
+    if not torch.isfinite(C_II).all():
+        raise UserError(
+            "the inputs of a layer hold NaN or infinity; check the model's weights and the calibration data"
+        )
+    values, vectors = torch.linalg.eigh(C_II)
+    mean = values.mean(-1, keepdim=True)
+    floor = ridge * torch.where(mean > 0, mean, 1.0)  # inputs that are always zero weigh all directions alike
+    return (vectors * (values.clamp_min(0) + floor).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
+
+
 def tail_sums(values_R: Tensor) -> Tensor:
     """Sum of what rank k drops, for every k: entry k is the sum over i > k. Shape (..., R) to (..., R + 1)."""
     sums = values_R.flip(-1).cumsum(-1).flip(-1)

@@ -7,9 +7,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, sample_count, to_device
 from spectrim.decomposers.spectrum import content
-from spectrim.errors import UserError
+from spectrim.errors import UserError, first_line
 
 Loss = Callable[[Any, Any], Tensor]
 Batches = Iterable[tuple[Inputs, Any]]
@@ -40,7 +40,7 @@ class Objective:
 
     def example(self) -> Inputs:
         """The inputs of the first calibration batch."""
-        for inputs, _ in self._batches("calibration"):
+        for inputs, _ in self.batches("calibration"):
             return inputs
         raise UserError("the calibration set is empty; give at least one batch of (inputs, targets)")
 
@@ -49,17 +49,16 @@ class Objective:
         device, total, correct, seen = device_of(model), 0.0, 0, 0
         scored = True
         with evaluating(model), torch.inference_mode():
-            for inputs, targets in self._batches(split):
+            for inputs, targets in self.batches(split):
                 outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
-                count = _samples(targets)
-                total += _finite(_loss(self.loss, outputs, targets), split).item() * count
+                count = sample_count(targets)
+                total += self.finite_loss(outputs, targets, split).item() * count
                 seen += count
-                if _are_scores(outputs, targets):
+                if are_scores(outputs, targets):
                     correct += int((outputs.argmax(1) == targets).sum())
                 else:
                     scored = False
-        if not seen:
-            raise UserError(f"the {split} set is empty; give at least one batch of (inputs, targets)")
+        self.require(seen, split)
         return Evaluation(total / seen, correct / seen if scored else None, seen)
 
     def loss_within(self, model: nn.Module, split: str, limit: float, n: int) -> float | None:
@@ -69,10 +68,10 @@ class Objective:
         """
         device, total = device_of(model), 0.0
         with evaluating(model), torch.inference_mode():
-            for inputs, targets in self._batches(split):
+            for inputs, targets in self.batches(split):
                 targets = to_device(targets, device)
                 loss = _loss(self.loss, forward(model, to_device(inputs, device)), targets)
-                total += loss.item() * _samples(targets)
+                total += loss.item() * sample_count(targets)
                 if limit >= 0 and not total <= limit * n:  # also where the loss is not a number
                     return None
         return total / n if total <= limit * n else None
@@ -98,36 +97,37 @@ class Objective:
             weight.requires_grad_(True)
         try:
             with evaluating(model), torch.enable_grad():
-                for inputs, targets in self._batches(split):
+                for inputs, targets in self.batches(split):
                     targets = to_device(targets, device)
-                    loss = _loss(self.loss, forward(model, to_device(inputs, device)), targets)
-                    count = _samples(targets)
-                    gradients = torch.autograd.grad(_finite(loss, split), list(weights.values()))
-                    for total, gradient in zip(sums.values(), gradients, strict=True):
-                        total.add_(gradient, alpha=count)
+                    loss = self.finite_loss(forward(model, to_device(inputs, device)), targets, split)
+                    count = sample_count(targets)
+                    for name, gradient in _by_weight(loss, weights).items():
+                        sums[name].add_(gradient, alpha=count)
                     seen += count
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)
-        if not seen:
-            raise UserError(f"the {split} set is empty; give at least one batch of (inputs, targets)")
+        self.require(seen, split)
         return {name: total / seen for name, total in sums.items()}
 
-    def _batches(self, split: str) -> Batches:
+    def finite_loss(self, outputs: Any, targets: Any, split: str) -> Tensor:
+        """The mean loss of one batch. Raises ``UserError`` where it fails on these targets or is not finite."""
+        return _finite(_loss(self.loss, outputs, targets), split)
+
+    def require(self, seen: int, split: str) -> None:
+        """Raise ``UserError`` where nothing was seen of ``split``."""
+        if not seen:
+            raise UserError(f"the {split} set is empty; give at least one batch of (inputs, targets)")
+
+    def batches(self, split: str) -> Batches:
+        """The batches of ``split``. Raises ``UserError`` where there is no such split."""
         if split not in self.splits:
             raise UserError(f"there is no split {split!r} here; known are {', '.join(sorted(self.splits))}")
         return self.splits[split]
 
 
-def _samples(targets: Any) -> int:
-    if isinstance(targets, Tensor):
-        return len(targets) if targets.ndim else 1
-    if isinstance(targets, Mapping):
-        return _samples(next(iter(targets.values())))
-    return len(targets)
-
-
-def _are_scores(outputs: Any, targets: Any) -> bool:
+def are_scores(outputs: Any, targets: Any) -> bool:
+    """Whether the outputs are one row of class scores a target."""
     return (
         isinstance(outputs, Tensor)
         and isinstance(targets, Tensor)
@@ -139,7 +139,7 @@ def _are_scores(outputs: Any, targets: Any) -> bool:
 
 def _loss(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     """The loss, or one line on why these targets do not fit these outputs."""
-    if _are_scores(outputs, targets):
+    if are_scores(outputs, targets):
         classes = outputs.shape[1]
         if len(outputs) != len(targets):
             raise UserError(f"the model gave {len(outputs)} rows of logits for {len(targets)} targets")
@@ -148,10 +148,24 @@ def _loss(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     try:
         value = loss(outputs, targets)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise UserError(f"the loss failed on these outputs and targets: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the loss failed on these outputs and targets: {first_line(error)}") from error
     if not isinstance(value, Tensor) or value.ndim:
         raise UserError("the loss must return a scalar tensor, the mean over the batch")
     return value
+
+
+def _by_weight(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradient of the loss of one batch by each weight, or one line on why there is none."""
+    if not loss.requires_grad:
+        raise UserError("the loss has no gradient: the model or the loss detaches its output, or is not differentiable")
+    found = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
+    for name, gradient in found.items():
+        if gradient is None:
+            raise UserError(
+                f"layer {name} takes no part in the loss of some batch: let the model use it on every batch, or make "
+                "one that does not use it the first of the calibration set, and it stays dense"
+            )
+    return found
 
 
 def _finite(loss: Tensor, split: str) -> Tensor:

@@ -157,7 +157,10 @@ def save(
     header["digest"] = _digest(tensors, header)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode  # what the user gives new files; safetensors makes its own private
         save_file(tensors, partial, header)
+        partial.chmod(mode)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} could not be written ({error}); nothing was left behind") from None

@@ -2,14 +2,26 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-Keep = int | Sequence[int]
+Keep = int | tuple[int, ...]
+
+
+def rank_of(keep: Keep) -> int:
+    """Number of components in ``keep``."""
+    return keep if isinstance(keep, int) else len(keep)
+
+
+def value_at(curve: Tensor, keep: Keep) -> float:
+    """Of a curve that adds up over dropped components (first-order changes, squared errors) its value at ``keep``."""
+    if isinstance(keep, int):
+        return float(curve[keep])
+    return float(curve[0] + curve.diff()[list(keep)].sum())
 
 
 class Spectrum(ABC):
@@ -62,8 +74,15 @@ class Spectrum(ABC):
 class Decomposer(Protocol):
     """Settings of a decomposition. Hashable, so that one model's spectra are told apart by them."""
 
-    def spectrum(self, layer: nn.Module) -> Spectrum:
-        """Decompose ``layer`` (nn.Linear or nn.Conv2d)."""
+    @property
+    def samples(self) -> int:
+        """Calibration samples from which the second moment of each layer's inputs is taken; 0: the weight is enough."""
+
+    def form(self, layer: nn.Module) -> str:
+        """The form of the factored layer, as ``layers.shaped_like`` names it."""
+
+    def spectrum(self, layer: nn.Module, moment: Tensor | None = None) -> Spectrum:
+        """Decompose ``layer`` (nn.Linear or nn.Conv2d). ``moment``: E[x x^T] of its inputs, shape (g, I, I)."""
 
 
 def content(tensors: Iterable[Tensor]) -> str:
@@ -78,12 +97,13 @@ def content(tensors: Iterable[Tensor]) -> str:
 _known: "WeakKeyDictionary[nn.Module, dict[Any, Spectrum]]" = WeakKeyDictionary()
 
 
-def spectrum_of(layer: nn.Module, decomposer: Decomposer) -> Spectrum:
-    """The spectrum of ``layer``, decomposed at the first call and remembered until its weight or bias changes."""
-    key = (decomposer, content(layer.state_dict().values()))
+def spectrum_of(layer: nn.Module, decomposer: Decomposer, moment: Tensor | None = None) -> Spectrum:
+    """The spectrum of ``layer``, decomposed at the first call and remembered until weight, bias or moment change."""
+    known = list(layer.state_dict().values())
+    key = (decomposer, content(known if moment is None else [*known, moment]))
     spectra = _known.setdefault(layer, {})
     if key not in spectra:
         for stale in [other for other in spectra if other[1] != key[1]]:
             del spectra[stale]
-        spectra[key] = decomposer.spectrum(layer)
+        spectra[key] = decomposer.spectrum(layer, moment)
     return spectra[key]

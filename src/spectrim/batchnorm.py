@@ -1,0 +1,99 @@
+"""BatchNorm statistics of a compressed model, without labels."""
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.batches import device_of, evaluating, forward, sample_count, to_device
+from spectrim.objective import Objective
+
+EPSILON = 1e-6  # of a variance, so that a dead channel of the dense model divides nothing by zero
+
+
+def reestimate(
+    compressed: nn.Module, dense: nn.Module, objective: Objective, samples: int, split: str = "calibration"
+) -> None:
+    """Shift the statistics of every BatchNorm of ``compressed``, in place, by what compression changed.
+
+    Both models see the same images; the statistics move as the batch mean and the batch variance moved from the dense
+    model to the compressed one. What the two share cancels: the noise of a small set, and that training images were
+    cropped and flipped while these are not. A model that was not compressed keeps its statistics exactly, where
+    re-estimating them from the same images would change it. Each layer is corrected before the next one is measured.
+    ``dense`` and its statistics stay as they are.
+
+    Raises ``UserError`` for an empty split.
+    """
+    mine, theirs = _norms(compressed), _norms(dense)
+    shared = {name: norm for name, norm in mine.items() if name in theirs}
+    if not shared:
+        return
+    seen_by_dense: dict[str, tuple[Tensor, Tensor]] = {}
+    corrections = {name: _Correction(theirs[name], seen_by_dense, name) for name in shared}
+
+    def watch(name: str):  # type: ignore[no-untyped-def]
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen_by_dense[name] = _statistics(inputs[0])
+
+        return hook
+
+    handles = [theirs[name].register_forward_pre_hook(watch(name)) for name in shared]
+    handles += [norm.register_forward_pre_hook(corrections[name]) for name, norm in shared.items()]
+    device, seen = device_of(compressed), 0
+    try:
+        with evaluating(dense), evaluating(compressed), torch.no_grad():
+            for inputs, targets in objective.batches(split):
+                inputs = to_device(inputs, device)
+                forward(dense, inputs)
+                forward(compressed, inputs)
+                seen += sample_count(targets)
+                if seen >= samples:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    objective.require(seen, split)
+    for name, norm in shared.items():
+        corrections[name].settle(norm)
+
+
+def _norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    kind = nn.modules.batchnorm._BatchNorm
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kind) and module.running_mean is not None and module.running_var is not None
+    }
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every channel. Shape (N, C, ...) to twice (C,)."""
+    channels = x.detach().transpose(0, 1).flatten(1)
+    return channels.mean(1), channels.var(1, unbiased=False)
+
+
+class _Correction:
+    """A hook that corrects one BatchNorm for the batch at hand, and averages the corrections over the batches."""
+
+    def __init__(self, dense: nn.modules.batchnorm._BatchNorm, seen_by_dense: dict, name: str) -> None:
+        assert dense.running_mean is not None and dense.running_var is not None
+        self.mean, self.var = dense.running_mean.clone(), dense.running_var.clone()
+        self.seen_by_dense, self.name = seen_by_dense, name
+        self.mean_sum, self.var_sum, self.batches = torch.zeros_like(self.mean), torch.zeros_like(self.var), 0
+
+    def __call__(self, norm: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        (mean, var), (dense_mean, dense_var) = _statistics(inputs[0]), self.seen_by_dense[self.name]
+        ratio = (var + EPSILON) / (dense_var + EPSILON)
+        corrected = mean + (self.mean - dense_mean) * ratio.sqrt(), self.var * ratio
+        self._set(norm, *corrected)
+        self.mean_sum += corrected[0]
+        self.var_sum += corrected[1]
+        self.batches += 1
+
+    def settle(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        if self.batches:
+            self._set(norm, self.mean_sum / self.batches, self.var_sum / self.batches)
+
+    @staticmethod
+    def _set(norm: nn.modules.batchnorm._BatchNorm, mean: Tensor, var: Tensor) -> None:
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)

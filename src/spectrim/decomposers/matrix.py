@@ -1,0 +1,131 @@
+"""A Linear or Conv2d weight as matrices, and the spectrum of such a weight."""
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectrim import linalg
+from spectrim.decomposers.spectrum import Keep, Spectrum
+from spectrim.errors import UserError
+from spectrim.layers import FactoredConv2d, FactoredLinear, shaped_like
+
+View = Literal["channel", "spatial"]
+
+
+class MatrixSpectrum(Spectrum):
+    """The spectrum of a weight seen as one matrix a group. ``factors``: U (g, O, R), S (g, R), Vh (g, R, I)."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, view: View, factors: linalg.SVD) -> None:
+        # Only the shape of the layer is kept: holding the layer itself would keep every decomposed model alive.
+        self.template = without_weights(layer)
+        self.view, self.factors = view, factors
+        self.bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.device = layer.weight.device
+        self._largest: Tensor | None = None
+
+    @property
+    def max_rank(self) -> int:
+        return self.factors.S_R.shape[-1]
+
+    @property
+    def form(self) -> str:
+        return form_of(self.template, self.view)
+
+    @property
+    def break_even(self) -> int:
+        return linalg.break_even_rank(self.factors.U_OR.shape[-2], self.factors.Vh_RI.shape[-1])
+
+    def error(self) -> Tensor:
+        energy = linalg.tail_sums(self.factors.S_R.double().square()).sum(0)
+        return energy.sqrt().cpu()
+
+    def largest_entry(self) -> Tensor:
+        if self._largest is None:
+            self._largest = linalg.largest_entry_of_error(self.factors).double().cpu()
+        return self._largest
+
+    def first_order(self, gradient: Tensor) -> Tensor:
+        G = to_matrix(gradient, self.template, self.view).to(self.factors.S_R)
+        return linalg.first_order_change(self.factors, G).double().sum(0).cpu()
+
+    def cost(self, rank: int) -> int:
+        groups, outputs, _ = self.factors.U_OR.shape
+        return rank * groups * (outputs + self.factors.Vh_RI.shape[-1])
+
+    def factor(self, keep: Keep) -> FactoredLinear | FactoredConv2d:
+        chosen = _components(keep, self.max_rank)
+        U, S, Vh = self.factors
+        root = S[:, chosen].sqrt()  # the two factors share the singular values: equal norms, no overflow in half
+        B, A = U[:, :, chosen] * root[:, None, :], root[:, :, None] * Vh[:, chosen, :]
+        layer = shaped_like(self.template, len(chosen), self.form).to_empty(device=self.device)
+        with torch.no_grad():
+            layer.first.weight.copy_(first_weight(A, layer.first))
+            layer.second.weight.copy_(second_weight(B, layer.second, self.template))
+            if self.bias is not None:
+                cast(Tensor, layer.second.bias).copy_(self.bias)
+        return layer
+
+
+def form_of(layer: nn.Module, view: View) -> str:
+    """The form of the factors of ``layer``: a Linear has only one, a convolution that of the view."""
+    return "linear" if isinstance(layer, nn.Linear) else view
+
+
+def to_matrix(weight: Tensor, layer: nn.Linear | nn.Conv2d, view: View) -> Tensor:
+    """A weight (or its gradient) as matrices (g, O, I): Linear has g = 1; the views of a convolution as in ``SVD``."""
+    if isinstance(layer, nn.Linear):
+        return weight.unsqueeze(0)
+    outputs, inputs, kh, kw = weight.shape
+    grouped = weight.reshape(layer.groups, outputs // layer.groups, inputs, kh, kw)
+    if view == "channel":
+        return grouped.reshape(layer.groups, outputs // layer.groups, -1)
+    return grouped.permute(0, 1, 3, 2, 4).reshape(layer.groups, outputs // layer.groups * kh, inputs * kw)
+
+
+def first_weight(A: Tensor, first: nn.Module) -> Tensor:
+    """Rows of A (g, rank, I) as the weight of the first layer."""
+    return A.reshape(cast(Tensor, first.weight).shape)
+
+
+def second_weight(B: Tensor, second: nn.Module, dense: nn.Linear | nn.Conv2d) -> Tensor:
+    """Columns of B (g, O, rank) as the weight of the second layer."""
+    groups, rows, rank = B.shape
+    if isinstance(second, nn.Conv2d) and second.kernel_size[0] > 1:
+        kh = second.kernel_size[0]
+        B = B.reshape(groups, rows // kh, kh, rank).transpose(2, 3)
+    return B.reshape(cast(Tensor, second.weight).shape)
+
+
+def _components(keep: Keep, max_rank: int) -> list[int]:
+    chosen = list(range(keep)) if isinstance(keep, int) else sorted(keep)
+    if not chosen or chosen[0] < 0 or chosen[-1] >= max_rank or len(set(chosen)) < len(chosen):
+        raise UserError(f"keep between 1 and {max_rank} components of this layer, got {keep}")
+    return chosen
+
+
+def checked(layer: nn.Module) -> nn.Linear | nn.Conv2d:
+    """``layer`` itself. Raises ``UserError`` for a kind of layer that is not seen as a matrix."""
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise UserError(f"a decomposition factors nn.Linear and nn.Conv2d, not {type(layer).__name__}")
+    return layer
+
+
+def without_weights(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
+    """A layer of the same settings on the meta device."""
+    if isinstance(layer, nn.Linear):
+        bias, dtype = layer.bias is not None, layer.weight.dtype
+        return nn.Linear(layer.in_features, layer.out_features, bias, device="meta", dtype=dtype)
+    return nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,  # type: ignore[arg-type]
+        layer.stride,  # type: ignore[arg-type]
+        layer.padding,  # type: ignore[arg-type]
+        layer.dilation,  # type: ignore[arg-type]
+        layer.groups,
+        layer.bias is not None,
+        layer.padding_mode,
+        device="meta",
+        dtype=layer.weight.dtype,
+    )

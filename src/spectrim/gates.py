@@ -1,0 +1,128 @@
+"""Per-sample gradients of the loss by a gate on every singular component: the first order and the Fisher information.
+
+A gate g_i = 1 on component i makes a layer ``W = sum_i g_i b_i a_i^T``. Removing the component is the step g_i: 1 → 0.
+Its derivative is the inner product of what flows through the component with the gradient that comes back, both of which
+lie between the two factors: one backward pass gives all gates of all layers.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spectrim.batches import Inputs, device_of, evaluating, forward, sample_count, to_device
+from spectrim.errors import UserError
+from spectrim.layers import FactoredConv2d, FactoredLinear
+from spectrim.objective import Objective, are_scores
+
+
+class GateGradients(NamedTuple):
+    """Of one layer, float32 on the CPU: rows are samples, columns its components. Shape (N, R) each.
+
+    ``given``: of the loss for the given targets, whose mean is the first order. ``drawn``: for targets drawn from the
+    model's own prediction, J with ``F = J^T J / N`` the Fisher information (Amari 1998; Kunstner et al., arXiv
+    1905.12558, on why not the given ones); the given ones serve where the outputs are not class scores.
+    """
+
+    given: Tensor
+    drawn: Tensor
+
+
+def gate_gradients(
+    model: nn.Module,
+    layers: Sequence[str],
+    objective: Objective,
+    samples: int,
+    split: str = "calibration",
+    seed: int = 0,
+) -> dict[str, GateGradients]:
+    """The gates of the factored ``layers`` of ``model``, over whole batches until ``samples`` are reached.
+
+    Raises ``UserError`` for an empty split, a loss that is not finite, or a layer that mixes the samples of a batch.
+    """
+    modules = {name: model.get_submodule(name) for name in layers}
+    between: dict[str, Tensor] = {}
+    handles = [_first(module).register_forward_hook(_Keeping(between, name)) for name, module in modules.items()]
+    device, seen, generator = device_of(model), 0, torch.Generator().manual_seed(seed)
+    parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
+    try:
+        with (
+            evaluating(model),
+            torch.enable_grad(),
+            tqdm(desc="linearise", unit="sample", total=samples, leave=False, disable=None) as bar,
+        ):
+            for inputs, targets in objective.batches(split):
+                count = sample_count(targets)
+                outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
+                _each_once(between, layers)
+                given = _rows(objective.finite_loss(outputs, targets, split) * count, between, count, keep=True)
+                drawn = given
+                if are_scores(outputs, targets):
+                    sampled = _draw(outputs, generator)
+                    drawn = _rows(objective.finite_loss(outputs, sampled, split) * count, between, count)
+                for name in layers:
+                    rank = modules[name].rank
+                    parts[name].append(GateGradients(*(_of_gates(part[name], rank) for part in (given, drawn))))
+                between.clear()
+                seen += count
+                bar.update(count)
+                if seen >= samples:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    objective.require(seen, split)
+    return {name: GateGradients(*(torch.cat(rows) for rows in zip(*own, strict=True))) for name, own in parts.items()}
+
+
+class _Keeping:
+    """A hook that keeps what lies between the two factors."""
+
+    def __init__(self, between: dict[str, Tensor], name: str) -> None:
+        self.between, self.name = between, name
+
+    def __call__(self, module: nn.Module, inputs: Inputs, output: Tensor) -> Tensor:
+        if not output.requires_grad:  # every parameter before it is frozen
+            output = output.detach().requires_grad_(True)
+        self.between[self.name] = output
+        return output
+
+
+def _first(module: nn.Module) -> nn.Module:
+    assert isinstance(module, FactoredLinear | FactoredConv2d)
+    return module.first
+
+
+def _each_once(between: dict[str, Tensor], layers: Sequence[str]) -> None:
+    for name in layers:
+        if name not in between:
+            raise UserError(f"the model does not call layer {name} on every batch; its gradient cannot be taken")
+
+
+def _draw(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    """One class a sample, from the softmax of its scores."""
+    probabilities = outputs.detach().float().softmax(1).cpu()
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(outputs.device)
+
+
+def _rows(loss: Tensor, between: dict[str, Tensor], count: int, keep: bool = False) -> dict[str, Tensor]:
+    """Of the summed loss, by a gate a sample on every channel between the factors: shape (count, channels)."""
+    gradients = torch.autograd.grad(loss, list(between.values()), retain_graph=keep)
+    rows = {}
+    for (name, value), gradient in zip(between.items(), gradients, strict=True):
+        product = (value.detach() * gradient).float()
+        if product.ndim == 4:
+            product = product.sum((2, 3))
+        if len(product) % count:
+            raise UserError(
+                f"layer {name} sees {len(product)} rows for {count} samples: it mixes the samples of a batch"
+            )
+        rows[name] = product.reshape(count, -1, product.shape[-1]).sum(1).cpu()
+    return rows
+
+
+def _of_gates(rows: Tensor, rank: Any) -> Tensor:
+    """Channels to components: a component has one channel in every group."""
+    return rows.reshape(len(rows), -1, rank).sum(1)

@@ -1,0 +1,71 @@
+"""The second moment of what flows into each layer, from one forward pass."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spectrim.batches import device_of, evaluating, forward, sample_count, to_device
+from spectrim.decomposers.matrix import first_weight, without_weights
+from spectrim.layers import shaped_like
+from spectrim.objective import Objective
+
+
+def input_moments(
+    model: nn.Module, forms: Mapping[str, str], objective: Objective, samples: int, split: str = "calibration"
+) -> dict[str, Tensor]:
+    """``E[x x^T]`` of every layer, over samples and positions, shape (g, I, I), float64, on the layer's device.
+
+    ``forms``: layer to the form of its factors, which says what one input is: a vector of a Linear, a patch of
+    I/g * kh * kw numbers in the channel form of a convolution, a row of I/g * kw in the spatial one. Taken over whole
+    batches until ``samples`` are reached. Raises ``UserError`` for an empty split.
+    """
+    gathered = {name: _Gathered(model.get_submodule(name), form) for name, form in forms.items()}
+    handles = [model.get_submodule(name).register_forward_pre_hook(own) for name, own in gathered.items()]
+    device, seen = device_of(model), 0
+    try:
+        with (
+            evaluating(model),
+            torch.inference_mode(),
+            tqdm(desc="moments", unit="sample", total=samples, leave=False, disable=None) as bar,
+        ):
+            for inputs, targets in objective.batches(split):
+                forward(model, to_device(inputs, device))
+                seen += sample_count(targets)
+                bar.update(sample_count(targets))
+                if seen >= samples:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+    objective.require(seen, split)
+    return {name: own.mean() for name, own in gathered.items()}
+
+
+class _Gathered:
+    """A hook that sums x x^T. The x of a convolution are what the first factor sees: its kernel set to the identity."""
+
+    def __init__(self, layer: nn.Module, form: str) -> None:
+        self.count, self.sum, self.patches = 0, torch.zeros(0), None
+        self.groups = getattr(layer, "groups", 1)
+        if isinstance(layer, nn.Conv2d):
+            size = layer.weight[0].numel() // (layer.kernel_size[0] if form == "spatial" else 1)
+            first = shaped_like(without_weights(layer), size, form).first.to_empty(device=layer.weight.device)
+            eye = torch.eye(size, device=layer.weight.device).repeat(self.groups, 1, 1)
+            first.weight = nn.Parameter(first_weight(eye, first).to(layer.weight), requires_grad=False)
+            self.patches = first
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        if self.patches is None:
+            x = x.reshape(1, -1, x.shape[-1])
+        else:
+            x = self.patches(x)
+            x = x.transpose(0, 1).reshape(self.groups, x.shape[1] // self.groups, -1).transpose(1, 2)
+        added = (x.transpose(1, 2) @ x).double()
+        self.sum = added if not self.count else self.sum + added
+        self.count += x.shape[1]
+
+    def mean(self) -> Tensor:
+        return self.sum / max(self.count, 1)

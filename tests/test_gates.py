@@ -1,0 +1,109 @@
+"""Gate gradients are the derivatives that they claim to be, a sample at a time."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim import surgery
+from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
+from spectrim.gates import gate_gradients
+from spectrim.objective import Objective
+from spectrim.plan import Kept, RankPlan
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, padding=1, groups=2)
+        self.norm = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+def factored(net: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    spectra = {name: SVD("spatial").spectrum(net.get_submodule(name)) for name in ("conv", "fc")}
+    plan = RankPlan.of({name: Kept(spectrum.max_rank, spectrum.form) for name, spectrum in spectra.items()})
+    return surgery.apply(net, plan, spectra), spectra
+
+
+def batches(count: int = 6) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(3, 4, 5, 5), torch.randint(0, 3, (3,))) for _ in range(count // 3)]
+
+
+def test_mean_is_the_first_order_change_of_dropping_one_component() -> None:
+    net = Net().eval()
+    model, spectra = factored(net)
+    objective = Objective(F.cross_entropy, {"calibration": batches()})
+    rows = gate_gradients(model, ["conv", "fc"], objective, samples=6)
+    weights = objective.gradients(net, ["conv", "fc"])
+    for name, spectrum in spectra.items():
+        components = -spectrum.first_order(weights[name]).diff()  # of the curve over ranks
+        torch.testing.assert_close(-rows[name].given.mean(0).double(), components, atol=1e-6, rtol=1e-4)
+
+
+def test_rows_are_those_of_each_sample_alone() -> None:
+    model, _ = factored(Net().eval())
+    data = batches()
+    together = gate_gradients(model, ["conv", "fc"], Objective(F.cross_entropy, {"calibration": data}), samples=6)
+    alone = [(x[i : i + 1], y[i : i + 1]) for x, y in data for i in range(len(y))]
+    apart = gate_gradients(model, ["conv", "fc"], Objective(F.cross_entropy, {"calibration": alone}), samples=6)
+    for name in together:
+        torch.testing.assert_close(together[name].given, apart[name].given, atol=1e-6, rtol=1e-4)
+
+
+def test_drawn_targets_have_the_model_s_distribution() -> None:
+    """Under the model's own prediction the mean gradient is zero: what makes J^T J / N its Fisher information."""
+    model, _ = factored(Net().eval())
+    x = torch.randn(1, 4, 5, 5).expand(4000, -1, -1, -1)
+    objective = Objective(F.cross_entropy, {"calibration": [(x, torch.zeros(4000).long())]})
+    rows = gate_gradients(model, ["fc"], objective, samples=4000, seed=1)["fc"]
+    spread = rows.drawn.std(0) / 4000**0.5
+    assert (rows.drawn.mean(0).abs() < 5 * spread + 1e-7).all()
+    assert (rows.given.mean(0).abs() > 5 * spread).any()
+    again = gate_gradients(model, ["fc"], objective, samples=4000, seed=1)["fc"]
+    assert again.drawn.equal(rows.drawn)
+
+
+def test_a_loss_without_classes_takes_the_given_targets() -> None:
+    model, _ = factored(Net().eval())
+    data = [(x, torch.randn(3, 3)) for x, _ in batches()]
+    rows = gate_gradients(model, ["fc"], Objective(F.mse_loss, {"calibration": data}), samples=6)["fc"]
+    assert rows.drawn.equal(rows.given)
+
+
+def test_frozen_models_positions_and_the_number_of_samples() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).mean(1)
+
+    net = Tokens()
+    spectra: Any = {"layer": SVD().spectrum(net.layer)}
+    model = surgery.apply(net, RankPlan.of({"layer": Kept(3, "linear")}), spectra).requires_grad_(False)
+    data = [(torch.randn(2, 7, 4), torch.tensor([0, 1])) for _ in range(5)]
+    rows = gate_gradients(model, ["layer"], Objective(F.cross_entropy, {"calibration": data}), samples=3)["layer"]
+    assert rows.given.shape == rows.drawn.shape == (4, 3)  # whole batches
+    assert not model.layer.first._forward_hooks
+
+
+def test_bad_input_is_one_line() -> None:
+    class Mixing(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(x).mean((2, 3)).sum(0, keepdim=True)).expand(len(x), -1)
+
+    model, _ = factored(Mixing().eval())
+    objective = Objective(F.cross_entropy, {"calibration": batches()})
+    with pytest.raises(UserError, match="layer fc sees 1 rows for 3 samples"):
+        gate_gradients(model, ["conv", "fc"], objective, samples=6)
+    model, _ = factored(Net().eval())
+    with pytest.raises(UserError, match="calibration set is empty"):
+        gate_gradients(model, ["fc"], Objective(F.cross_entropy, {"calibration": []}), samples=6)

@@ -1,0 +1,73 @@
+"""The second moment of a layer's inputs is that of the vectors that its first factor multiplies."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim.decomposers.matrix import to_matrix
+from spectrim.errors import UserError
+from spectrim.moments import input_moments
+from spectrim.objective import Objective
+
+CONVOLUTIONS = [
+    nn.Conv2d(4, 6, 3, padding=1),
+    nn.Conv2d(4, 6, (3, 2), stride=2, padding=(1, 0), groups=2),
+    nn.Conv2d(4, 6, 3, padding="same", dilation=2, padding_mode="circular"),
+]
+
+
+class Probe(nn.Module):
+    """The layer, then a mean: any loss of it has a layer to hook."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).flatten(1)
+
+
+def objective(*batches: Tensor) -> Objective:
+    return Objective(F.cross_entropy, {"calibration": [(x, torch.zeros(len(x)).long()) for x in batches]})
+
+
+def test_of_a_linear_is_the_mean_over_samples_and_positions() -> None:
+    x = torch.randn(6, 5, 7)
+    moment = input_moments(Probe(nn.Linear(7, 3)), {"layer": "linear"}, objective(x[:4], x[4:]), samples=6)["layer"]
+    flat = x.reshape(-1, 7).double()
+    torch.testing.assert_close(moment, (flat.T @ flat / len(flat)).unsqueeze(0))
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS)
+def test_of_a_convolution_gives_the_mean_square_of_its_outputs(layer: Any) -> None:
+    layer = layer.double()
+    x = torch.randn(3, 4, 9, 8).double()
+    moment = input_moments(Probe(layer), {"layer": "channel"}, objective(x), samples=3)["layer"]
+    W = to_matrix(layer.weight.detach(), layer, "channel")
+    outputs = (layer(x) - layer.bias.view(1, -1, 1, 1)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(torch.einsum("goi,gij,goj->go", W, moment, W).flatten(), outputs.square().mean(1))
+
+
+def test_of_rows_in_the_spatial_form() -> None:
+    layer = nn.Conv2d(4, 6, 3, padding=1)
+    x = torch.randn(2, 4, 5, 6)
+    moment = input_moments(Probe(layer), {"layer": "spatial"}, objective(x), samples=2)["layer"]
+    rows = F.unfold(x, (1, 3), padding=(0, 1)).transpose(1, 2).reshape(-1, 12).double()
+    torch.testing.assert_close(moment, (rows.T @ rows / len(rows)).unsqueeze(0), rtol=1e-5, atol=1e-6)
+
+
+def test_stops_at_the_samples_asked_for_and_leaves_the_model_as_it_was() -> None:
+    model = Probe(nn.Linear(2, 2)).train()
+    first, second = torch.ones(2, 2), torch.full((2, 2), 100.0)
+    moment = input_moments(model, {"layer": "linear"}, objective(first, second), samples=2)["layer"]
+    assert moment.equal(torch.ones(1, 2, 2).double())
+    assert model.training
+    assert not model.layer._forward_pre_hooks
+
+
+def test_of_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="calibration set is empty"):
+        input_moments(Probe(nn.Linear(2, 2)), {"layer": "linear"}, objective(), samples=2)
