@@ -52,11 +52,12 @@ SOURCES = (
 )
 NOTES = (
     "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (a dense net: "
-    "training seeds), a single run has no deviation. Runs of one training seed share a checkpoint, so where n is 1 × 3 "
-    "the deviation is that of the calibration draw alone.",
+    "training seeds; pairs: each training seed with a calibration draw of its own), a single run has no deviation. "
+    "Runs of one training seed share a checkpoint, so where n is 1 × 3 the deviation is that of the calibration draw.",
     "Δ = compressed − dense. Params and MACs kept: of the whole model. Predicted: first-order change of the "
     "calibration loss summed over the layers, to be held against the measured one beside it. Calibration is held out "
-    "of the training data; no selector sees the test split. No fine-tuning.",
+    "of the training data, and so are the 1,000 other images that verified rows measure on; no selector sees the test "
+    "split. No fine-tuning.",
     "Published: ImageNet nets of the same family, loss on the split that S1b also calibrates on; its drop is not "
     "defined. Another data set and scale, so only the claim is judged: the loss is not above the original's.",
 )
@@ -71,10 +72,7 @@ CLAIM_NOTES = (
 def build(options: Options) -> list[Path]:
     """Table 2 and its claims, from the records of its grid."""
     found = command.load(options)
-    runs = frame.runs(found)
-    runs = runs[runs["algorithm"].isin(["truncation", *OURS])]
-    if runs.empty:
-        raise command.lacking(options, "truncation, lossless or compact")
+    runs = command.runs(options, found, ["truncation", *OURS])
     published = compare.read_published(PUBLISHED)
     rows = frame.with_dense(runs, VALUES)
     rows["published"] = [

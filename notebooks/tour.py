@@ -56,8 +56,9 @@ figure.tight_layout()
 # %% [markdown]
 # ## Three ways to compress
 #
-# The calibration images are held out of the training set; the test images are looked at only afterwards. The
-# *predicted* change is the first-order one on the calibration images, to be read beside the *measured* one.
+# The calibration images are held out of the training set, and so are the verification images, on which the verified
+# form measures what it chose; the test images are looked at only afterwards. The *predicted* change is the first-order
+# one on the calibration images, to be read beside the *measured* one.
 
 # %%
 before = test.evaluate(model, "test")
@@ -67,7 +68,13 @@ algorithms = {
     "compact, verified": spectrim.Compact(gamma=0.1, verified=True),
 }
 results = {
-    label: spectrim.compress(model, calibration=splits.calibration, algorithm=algorithm, decomposer=decomposer)
+    label: spectrim.compress(
+        model,
+        calibration=splits.calibration,
+        verification=splits.verification,
+        algorithm=algorithm,
+        decomposer=decomposer,
+    )
     for label, algorithm in algorithms.items()
 }
 rows = []

@@ -53,8 +53,9 @@ def batches() -> Batches:
 
 @pytest.fixture
 def objective(batches: Batches) -> Objective:
-    """Cross-entropy on ``batches``, which are calibration and, the first two of them, train."""
-    return Objective(F.cross_entropy, {"calibration": batches, "train": batches[:2]})
+    """Cross-entropy on ``batches``: all of them are calibration, the first two train, the last two verification."""
+    splits = {"calibration": batches, "train": batches[:2], "verification": batches[1:]}
+    return Objective(F.cross_entropy, splits)
 
 
 def _weight_of(layer: nn.Module, groups: int) -> Tensor:

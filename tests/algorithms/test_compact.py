@@ -64,7 +64,9 @@ def test_a_larger_tolerance_never_keeps_more(net: nn.Sequential, objective: Obje
 def test_verified_never_lifts_the_loss_above_the_budget(
     net: nn.Sequential, objective: Objective, budget: float, refresh: bool
 ) -> None:
-    compressed = Compact(gamma=None, verified=True, budget=budget, refresh=refresh).compress(net, SVD(), objective)
+    compressed = Compact(gamma=None, verified=True, verify_on="calibration", budget=budget, refresh=refresh).compress(
+        net, SVD(), objective
+    )
     assert objective.evaluate(compressed.model).loss <= objective.evaluate(net).loss + budget
     for step in compressed.log:
         assert step["accepted"] == (
@@ -75,14 +77,14 @@ def test_verified_never_lifts_the_loss_above_the_budget(
 def test_no_change_at_all_is_within_a_tolerance_of_zero(net: nn.Sequential, batches: Any) -> None:
     flat = Objective(lambda logits, targets: logits.sum() * 0 + 1, {"calibration": batches})
     for verified in (False, True):
-        plan = Compact(gamma=None, verified=verified).compress(net, SVD(), flat).plan
+        plan = Compact(gamma=None, verified=verified, verify_on="calibration").compress(net, SVD(), flat).plan
         assert {kept.rank for kept in plan.values()} == {1} and len(plan) == 4
 
 
 @pytest.mark.parametrize("offset", [0.0, -5.0])
 def test_verified_takes_losses_of_either_sign(net: nn.Sequential, batches: Any, offset: float) -> None:
     shifted = Objective(lambda logits, targets: F.cross_entropy(logits, targets) + offset, {"calibration": batches})
-    compressed = Compact(gamma=None, verified=True, budget=0.01).compress(net, SVD(), shifted)
+    compressed = Compact(gamma=None, verified=True, verify_on="calibration", budget=0.01).compress(net, SVD(), shifted)
     assert compressed.plan
     assert shifted.evaluate(compressed.model).loss <= shifted.evaluate(net).loss + 0.01
 

@@ -1,6 +1,7 @@
 """What holds for every algorithm of ``conf/algorithm``, found by listing that folder: a new one is tested unasked."""
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -30,8 +31,8 @@ GREEDY = [  # whatever a user may ask for, as far as it goes
     Truncation(params_kept=1.0),
     Truncation(rank=16),
     Compact(gamma=None, tolerance=1e9),
-    Compact(gamma=None, verified=True, budget=1e9, tolerance=1e9, tries=99),
-    Lossless(gamma=None, verified=True, budget=1e9, refresh=True),
+    Compact(gamma=None, verified=True, verify_on="calibration", budget=1e9, tolerance=1e9, tries=99),
+    Lossless(gamma=None, verified=True, verify_on="calibration", budget=1e9, refresh=True),
 ]
 
 
@@ -95,7 +96,8 @@ def test_equal_settings_and_equal_plans_give_equal_models(
     replayed = surgery.apply(net, first.plan, spectra)
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name])
-        assert torch.equal(value, replayed.state_dict()[name])
+        if "running_" not in name:  # BatchNorm's statistics are the data's, not the plan's
+            assert torch.equal(value, replayed.state_dict()[name])
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -186,6 +188,8 @@ def test_a_quadratic_loss_misses_exactly_its_second_order(chosen: Algorithm, vie
 
 
 def test_batchnorm_keeps_its_statistics(algorithm: Algorithm, net: nn.Sequential, objective: Objective) -> None:
+    if getattr(algorithm, "batch_norm", False):  # its setting says that they follow the compression
+        algorithm = dataclasses.replace(algorithm, batch_norm=False)  # type: ignore[type-var]
     result = compressed_by(algorithm, net, objective)
     for part in ("running_mean", "running_var", "num_batches_tracked"):
         assert torch.equal(getattr(result.model[1], part), getattr(net[1], part))

@@ -91,7 +91,9 @@ def test_a_neighbourhood_holds_ranks_from_one_to_break_even() -> None:
 def test_verified_never_lifts_the_loss_above_the_budget(
     net: nn.Sequential, objective: Objective, split: Any, order: Any, refresh: bool, budget: float
 ) -> None:
-    settings = Lossless(gamma=None, verified=True, split=split, order=order, refresh=refresh, budget=budget, tries=3)
+    settings = Lossless(
+        gamma=None, verified=True, verify_on=split, order=order, refresh=refresh, budget=budget, tries=3
+    )
     compressed = settings.compress(net, SVD(), objective)
     dense, after = (objective.evaluate(model, split).loss for model in (net, compressed.model))
     assert after <= dense + budget
@@ -115,7 +117,9 @@ def test_verified_never_lifts_the_loss_above_the_budget(
 def test_verified_accepts_the_first_candidate_whose_loss_is_within_the_budget(
     net: nn.Sequential, batches: Any, objective: Objective, weight_of: Any, budget: float, tries: int
 ) -> None:
-    compressed = Lossless(gamma=None, verified=True, budget=budget, tries=tries).compress(net, SVD(), objective)
+    compressed = Lossless(gamma=None, verified=True, verify_on="calibration", budget=budget, tries=tries).compress(
+        net, SVD(), objective
+    )
     working = copy.deepcopy(net)
     limit = objective.evaluate(net).loss + budget
     expected, at_the_edge = {}, 0
@@ -137,7 +141,11 @@ def test_verified_accepts_the_first_candidate_whose_loss_is_within_the_budget(
 def test_refresh_predicts_from_the_gradient_of_the_partly_factored_model(
     net: nn.Sequential, objective: Objective, batches: Any, weight_of: Any
 ) -> None:
-    log = Lossless(gamma=None, verified=True, refresh=True, budget=1.0, tries=1).compress(net, SVD(), objective).log
+    log = (
+        Lossless(gamma=None, verified=True, verify_on="calibration", refresh=True, budget=1.0, tries=1)
+        .compress(net, SVD(), objective)
+        .log
+    )
     first, second = log[0], log[1]
     working = copy.deepcopy(net)
     working[int(first["layer"])] = SVD().spectrum(net.get_submodule(first["layer"])).factor(first["rank"])
@@ -153,7 +161,7 @@ def test_refresh_predicts_from_the_gradient_of_the_partly_factored_model(
 def test_where_nothing_falls_the_model_stays_dense(net: nn.Sequential, batches: Any) -> None:
     flat = Objective(lambda logits, targets: logits.sum() * 0 + 1, {"calibration": batches})
     for verified in (False, True):
-        compressed = Lossless(gamma=None, verified=verified).compress(net, SVD(), flat)
+        compressed = Lossless(gamma=None, verified=verified, verify_on="calibration").compress(net, SVD(), flat)
         assert not compressed.plan and compressed.params_kept == 1 and compressed.report["rank"].isna().all()
 
 
@@ -175,3 +183,16 @@ def test_where_nothing_falls_the_model_stays_dense(net: nn.Sequential, batches: 
 def test_settings_that_cannot_be_are_refused(bad: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         Lossless(**bad)
+
+
+def test_verified_measures_on_the_verification_split_and_takes_its_gradient_elsewhere(
+    net: nn.Sequential, objective: Objective
+) -> None:
+    settings = Lossless(gamma=None, verified=True)
+    compressed = settings.compress(net, SVD(), objective)
+    dense, after = (objective.evaluate(model, "verification").loss for model in (net, compressed.model))
+    assert after <= dense
+    accepted = [step["measured"] for step in compressed.log if step["accepted"]]
+    assert accepted and sum(accepted) == pytest.approx(after - dense, abs=1e-6)
+    with pytest.raises(UserError, match="no split 'verification'"):
+        settings.compress(net, SVD(), Objective(F.cross_entropy, {"calibration": objective.splits["calibration"]}))

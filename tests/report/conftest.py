@@ -16,6 +16,8 @@ TARGETS = {
     "lossless": "spectrim.algorithms.lossless.Lossless",
     "compact": "spectrim.algorithms.compact.Compact",
     "probe": "spectrim.algorithms.probe.Probe",
+    "bound_probe": "spectrim.algorithms.bound_probe.BoundProbe",
+    "rank_selection": "spectrim.algorithms.rank_selection.RankSelection",
 }
 
 
@@ -174,12 +176,49 @@ def table7() -> list[Record]:
     return found
 
 
+def table8() -> list[Record]:
+    """Probes in which an output comes to 1 / depth of its bound, and selection by theory, which cuts nothing."""
+    found = []
+    for depth in (2, 10):
+        for seed in (0, 1):
+            bound = 8.0 * depth + seed
+            entry = {"measured": bound / depth, "bound": bound, "loss_change": -0.5, "loss_bound": 1.4 * bound}
+            for checkpoint in ("trained", None):
+                log = [{"ratio": ratio, "split": "calibration"} | entry for ratio in (0.25, 0.75)]
+                found.append(_of_depth(depth, seed, "bound_probe", {}, log, checkpoint=checkpoint))
+            for delta, kept, at in (("bisect", 0.5, 0.4), ("theory", 1.0, 1e-4)):
+                step = {"loss": 0.4, "params_kept": kept, "rank_kept": kept}
+                log = [{"delta": at, "passed": True} | step, {"delta": 2 * at, "passed": False} | step]
+                settings = {"delta": delta, "epsilon": 0.1}
+                change = 0.0 if kept == 1 else 0.05
+                found.append(_of_depth(depth, seed, "rank_selection", settings, log, kept=kept, change=change))
+    return found
+
+
+def _of_depth(
+    depth: int,
+    seed: int,
+    algorithm: str,
+    settings: dict,
+    log: list,
+    *,
+    checkpoint: str | None = "trained",
+    **given: Any,
+) -> Record:
+    name = f"mlp{depth}" if checkpoint else f"mlp{depth}_untrained"
+    one = make(name, algorithm, seed=seed, experiment="table8", settings=settings, log=log, **given)
+    one["config"]["model"] |= {"depth": depth}
+    one["config"]["checkpoint"] = one["provenance"]["checkpoint_digest"] = checkpoint and f"{name} {seed}"
+    return one | {"signature": records.signature(one["config"])}
+
+
 def everything() -> list[Record]:
     """Records of all experiments."""
     sweep = tuple(round(0.1 * step, 1) for step in range(1, 10))
     return [
         *table2(),
         *table7(),
+        *table8(),
         *figure("figure2", (0.4, 0.6, 0.8, 0.95), list(MODELS)),
         *figure("figure3", sweep, ["densenet22", "vgg19_half"]),
     ]

@@ -103,6 +103,12 @@ def test_n_says_where_a_run_is_missing(record: Make) -> None:
     assert frame.spelled_n(runs) == "2 × 2 (3 runs)"
 
 
+def test_n_says_where_each_training_seed_has_a_draw_of_its_own(record: Make) -> None:
+    runs = frame.runs([record(seed=seed, calibration_seed=seed) for seed in (0, 1, 2)])
+    assert frame.spelled_n(runs) == "3 pairs"
+    assert frame.spelled_n(runs[:1]) == "1 × 1"
+
+
 def test_the_dense_row_counts_training_seeds_not_calibration_draws(grid: Make) -> None:
     rows = frame.with_dense(frame.runs(grid(["resnet20"])), ["test_loss", "change_test_loss", "params_kept"])
     dense = rows.iloc[0]

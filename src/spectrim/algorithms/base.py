@@ -1,5 +1,6 @@
 """What every algorithm is given, and what it returns."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,8 +14,9 @@ from tqdm import tqdm
 from spectrim import surgery
 from spectrim.batches import Inputs
 from spectrim.cost import Cost, model_cost
-from spectrim.decomposers.spectrum import Decomposer, Spectrum, spectrum_of
+from spectrim.decomposers.spectrum import Decomposer, Keep, Spectrum, rank_of, spectrum_of, value_at
 from spectrim.errors import UserError
+from spectrim.moments import input_moments
 from spectrim.objective import Objective
 from spectrim.plan import Kept, RankPlan
 
@@ -81,9 +83,13 @@ class Workbench:
         layers, left = surgery.factorable(model, self.example)
         self.notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
         self.spectra: dict[str, Spectrum] = {}
+        moments: dict[str, Tensor] = {}
+        if decomposer.samples:
+            forms = {name: decomposer.form(layer) for name, layer in layers.items()}
+            moments = input_moments(model, forms, objective, decomposer.samples)
         for name, layer in tqdm(layers.items(), "decompose", unit="layer", leave=False, disable=None):
             try:
-                spectrum = spectrum_of(layer, decomposer)
+                spectrum = spectrum_of(layer, decomposer, moments.get(name))
             except UserError as error:
                 raise UserError(f"layer {name}: {error}") from None
             if spectrum.break_even:
@@ -100,10 +106,13 @@ class Workbench:
         gradients = self.objective.gradients(model, dense, split)
         return {name: self.spectra[name].first_order(gradient) for name, gradient in gradients.items()}
 
-    def finish(self, ranks: Mapping[str, int], log: list[dict] | None = None) -> Compressed:
-        """The compressed model at ``ranks``; layers absent, or at a rank above break-even, stay dense."""
-        kept = {name: k for name, k in ranks.items() if k <= self.spectra[name].break_even}
-        plan = RankPlan.of({name: Kept(k, self.spectra[name].form) for name, k in kept.items()})
+    def finish(self, keep: Mapping[str, Keep], log: list[dict] | None = None) -> Compressed:
+        """The compressed model with what to keep of each layer, a rank or the indices of components.
+
+        Layers absent, or with more components than break-even, stay dense.
+        """
+        kept = {name: which for name, which in keep.items() if rank_of(which) <= self.spectra[name].break_even}
+        plan = RankPlan.of({name: Kept(which, self.spectra[name].form) for name, which in kept.items()})
         return Compressed(
             model=surgery.apply(self.model, plan, self.spectra),
             plan=plan,
@@ -114,11 +123,13 @@ class Workbench:
             notes=self.notes,
         )
 
-    def _report(self, kept: Mapping[str, int]) -> pd.DataFrame:
+    def _report(self, kept: Mapping[str, Keep]) -> pd.DataFrame:
         predicted = self.first_order()
         rows = []
         for name, spectrum in self.spectra.items():
-            weight, rank = self.model.get_submodule(name).weight, kept.get(name)
+            weight, keep = self.model.get_submodule(name).weight, kept.get(name)
+            # A layer that stays dense has no rank, and keeps everything.
+            rank, which = (None, spectrum.max_rank) if keep is None else (rank_of(keep), keep)
             rows.append(
                 {
                     "layer": name,
@@ -128,8 +139,8 @@ class Workbench:
                     "rank": rank,
                     "params_before": weight.numel(),  # type: ignore[operator]
                     "params_after": weight.numel() if rank is None else spectrum.cost(rank),  # type: ignore[operator]
-                    "predicted_change": 0.0 if rank is None else float(predicted[name][rank]),
-                    "relative_error": 0.0 if rank is None else float(spectrum.relative_error()[rank]),
+                    "predicted_change": value_at(predicted[name], which),
+                    "relative_error": math.sqrt(max(0.0, value_at(spectrum.relative_error().square(), which))),
                 }
             )
         return pd.DataFrame(rows).astype({"rank": "Int64"})

@@ -1,6 +1,6 @@
 """Where the first order is believed, and the greedy walk over layers that lossless and compact share."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
 from typing import Literal
 
 import torch
@@ -17,8 +17,6 @@ from spectrim.settings import settings
 
 Norm = Literal["entrywise", "relative", "frobenius"]
 Order = Literal["network", "reverse", "saving", "predicted"]
-# Ranks of one layer, the preferred one first, from the curve of its first-order change and the ranks allowed.
-Candidates = Callable[[Tensor, Tensor], Tensor]
 
 
 @settings
@@ -49,41 +47,48 @@ class Neighbourhood:
 
 
 @settings
-class Walk:
-    """The greedy selection over layers.
+class Walk(ABC):
+    """The greedy selection over layers, among the ranks inside the neighbourhood of ``norm`` and ``gamma``.
 
     One-shot (``verified=False``): every layer takes its first candidate, all from one gradient. Verified: layer after
-    layer, the loss on ``split`` is measured after each change; a layer that lifts the loss more than ``budget`` above
-    the dense model's steps back to its next candidate, ``tries`` of them at most, spread evenly over the list, and
-    stays dense if none passes. ``refresh`` takes the gradient anew, on the partly factored model, before each layer.
-    ``order`` of the layers: as in the network, in reverse, largest possible saving first, most negative prediction
-    first. ``split``: where gradient and verification come from, ``calibration`` or ``train``.
+    layer, the loss on ``verify_on`` is measured after each change; a layer that lifts the loss more than ``budget``
+    above the dense model's steps back to its next candidate, ``tries`` of them at most, spread evenly over the list,
+    and stays dense if none passes. ``refresh`` takes the gradient anew, on the partly factored model, before each
+    layer. ``order`` of the layers: as in the network, in reverse, largest possible saving first, most negative
+    prediction first. ``split``: where the gradient comes from. ``verify_on`` should be another: ranks chosen and
+    verified on the same samples fit their noise.
     """
 
-    neighbourhood: Neighbourhood
-    verified: bool
-    split: Literal["calibration", "train"]
-    order: Order
-    tries: int
-    budget: float
-    refresh: bool
+    verified: bool = False
+    norm: Norm = "entrywise"
+    gamma: float | None = 0.03
+    split: Literal["calibration", "train"] = "calibration"
+    verify_on: Literal["verification", "calibration", "train"] = "verification"
+    order: Order = "network"
+    tries: int = 4
+    budget: float = 0.0
+    refresh: bool = False
 
     def __post_init__(self) -> None:
+        Neighbourhood(self.norm, self.gamma)  # checks both where they are given
         if self.tries < 1:
             raise UserError(f"tries must be at least 1, got {self.tries}")
         if not self.budget >= 0:
             raise UserError(f"budget, a rise of the loss, must be at least 0, got {self.budget}")
 
-    def compress(
-        self, model: nn.Module, decomposer: Decomposer, objective: Objective, candidates: Candidates
-    ) -> Compressed:
-        """Run the walk with the ranks that ``candidates`` prefers."""
+    @abstractmethod
+    def candidates(self, curve: Tensor, ranks: Tensor) -> Tensor:
+        """Those of one layer's allowed ``ranks`` to try, the preferred first, from its first-order ``curve``."""
+
+    def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
+        """Select ranks and cut. The given model is left as it was."""
         bench = Workbench(model, decomposer, objective)
         curves = bench.first_order(self.split)
-        allowed = {name: self.neighbourhood.ranks(spectrum) for name, spectrum in bench.spectra.items()}
-        listed = {name: candidates(curves[name], allowed[name]) for name in bench.spectra}
+        near = Neighbourhood(self.norm, self.gamma)
+        allowed = {name: near.ranks(spectrum) for name, spectrum in bench.spectra.items()}
+        listed = {name: self.candidates(curves[name], allowed[name]) for name in bench.spectra}
         if self.verified:
-            return self._verified(bench, curves, listed, allowed, candidates)
+            return self._verified(bench, curves, listed, allowed)
         chosen = {name: int(ranks[0]) for name, ranks in listed.items() if len(ranks)}
         log: list[dict] = [
             {
@@ -103,21 +108,20 @@ class Walk:
         curves: dict[str, Tensor],
         listed: dict[str, Tensor],
         allowed: dict[str, Tensor],
-        candidates: Candidates,
     ) -> Compressed:
         working = surgery.apply(bench.model, RankPlan(), {})
-        dense = bench.objective.evaluate(working, self.split)
+        dense = bench.objective.evaluate(working, self.verify_on)
         loss = dense.loss
         chosen: dict[str, int] = {}
         log: list[dict] = []
         for name in tqdm(self._ordered(bench, curves, listed), "verify", unit="layer", leave=False, disable=None):
             if self.refresh and chosen:
                 curve = bench.first_order(self.split, working)[name]
-                curves[name], listed[name] = curve, candidates(curve, allowed[name])
+                curves[name], listed[name] = curve, self.candidates(curve, allowed[name])
             dense_layer = working.get_submodule(name)
             for rank in _spread(listed[name], self.tries):
                 surgery.replace(working, name, bench.spectra[name].factor(rank))
-                measured = bench.objective.loss_within(working, self.split, dense.loss + self.budget, dense.n)
+                measured = bench.objective.loss_within(working, self.verify_on, dense.loss + self.budget, dense.n)
                 log.append(
                     {
                         "layer": name,

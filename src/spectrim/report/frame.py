@@ -221,9 +221,12 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) ->
 def spelled_n(group: pd.DataFrame) -> str:
     """``3 × 2``: three training seeds and two calibration seeds; with the number of runs where some are missing.
 
-    ``3`` where no calibration took part, as for a dense net.
+    ``3`` where no calibration took part, as for a dense net; ``3 pairs`` where each training seed has a calibration
+    draw of its own.
     """
     seeds, draws, total = group["seed"].nunique(), group["calibration_seed"].nunique(), len(group)
     if not draws:
         return str(seeds)
+    if seeds == draws == total > 1:
+        return f"{total} pairs"
     return f"{seeds} × {draws}" + ("" if total == seeds * draws else f" ({total} runs)")
