@@ -1,0 +1,153 @@
+"""Greedy removal of components over all layers together, by predicted change of the loss per saved cost.
+
+The prediction for a set of removed components d (entries 0 or -1) is ``c^T d + d^T F d / 2`` with the slope c and the
+Fisher information ``F = J^T J / N``, which is never formed over layers: what it does to d is ``J^T (J d) / N``.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Gated:
+    """One layer and its components still there, R of them.
+
+    ``J_NR``: per-sample gate gradients. ``slope_R``: first-order derivatives of the loss by the gates, as far as they
+    are trusted. ``costs``: what the layer costs with k components, k = 0..R, rising; ``dense``: what it costs dense,
+    which is what it is left as while its factors cost no less.
+    """
+
+    J_NR: Tensor
+    slope_R: Tensor
+    costs: Tensor
+    dense: float
+    F_RR: Tensor = field(init=False)
+    there: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.J_NR = self.J_NR.double()
+        self.F_RR = self.J_NR.T @ self.J_NR / len(self.J_NR)
+        self.slope_R = self.slope_R.double()
+        self.there = torch.ones(self.J_NR.shape[1], dtype=torch.bool)
+
+    @property
+    def rank(self) -> int:
+        return int(self.there.sum())
+
+    @property
+    def cost(self) -> float:
+        return min(float(self.costs[self.rank]), self.dense)
+
+    @property
+    def factored(self) -> bool:
+        return float(self.costs[self.rank]) < self.dense
+
+
+class Move(NamedTuple):
+    """Components to remove from one layer, in this order; the predicted change; the price, change per saved cost."""
+
+    components: list[int]
+    change: float
+    price: float
+
+
+NOTHING = Move([], 0.0, math.inf)
+
+
+class Removal(NamedTuple):
+    """What is left of each layer (indices into its components), and the predicted change of the loss."""
+
+    kept: dict[str, Tensor]
+    predicted: float
+
+
+def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50) -> Removal:
+    """Remove components, the cheapest first, until the layers together cost no more than ``budget``.
+
+    A factored layer gives up one component at a time. A dense layer gets nothing cheaper until enough of its components
+    are gone: its move is the block of them with the lowest price, so that staying dense is weighed like anything else.
+    Every layer keeps at least one component. ``refresh``: moves between two looks at the blocks of all dense layers;
+    the one that is about to be made is always looked at anew.
+    """
+    state, moves = _State(layers), 0
+    blocks: dict[str, Move] = {}
+    while state.cost() > budget:
+        if moves % refresh == 0:
+            blocks = state.blocks()
+        name, move = state.best_single()
+        block = min(blocks, key=lambda dense: blocks[dense].price, default="")
+        if block and blocks[block].price < move.price:
+            price, name, move = blocks[block].price, block, state.block(block)
+            if move.price > price:  # other layers have moved since; it may no longer be the cheapest
+                blocks[block] = move
+                continue
+            del blocks[block]
+        if not move.components:
+            break
+        state.make(name, move)
+        moves += 1
+    return Removal({name: layer.there.nonzero().flatten() for name, layer in layers.items()}, state.predicted)
+
+
+class _State:
+    """The layers, and ``J d`` of all that was removed so far."""
+
+    def __init__(self, layers: Mapping[str, Gated]) -> None:
+        self.layers = layers
+        self.count = len(next(iter(layers.values())).J_NR)
+        self.Jd_N = torch.zeros(self.count, dtype=torch.float64)
+        self.predicted = 0.0
+
+    def cost(self) -> float:
+        return sum(layer.cost for layer in self.layers.values())
+
+    def changes(self, layer: Gated) -> Tensor:
+        """Predicted change by removing each component next; infinite for those already gone. Shape (R,)."""
+        change = -layer.slope_R - layer.J_NR.T @ self.Jd_N / self.count + layer.F_RR.diagonal() / 2
+        return torch.where(layer.there, change, math.inf)
+
+    def best_single(self) -> tuple[str, Move]:
+        """The cheapest component of all factored layers."""
+        best_name, best = "", NOTHING
+        for name, layer in self.layers.items():
+            k = layer.rank
+            if not layer.factored or k <= 1:
+                continue
+            change = self.changes(layer)
+            i = int(change.argmin())
+            price = float(change[i] / (layer.costs[k] - layer.costs[k - 1]))
+            if price < best.price:
+                best_name, best = name, Move([i], float(change[i]), price)
+        return best_name, best
+
+    def blocks(self) -> dict[str, Move]:
+        """Of every dense layer that can become cheaper."""
+        found = {name: self.block(name) for name, layer in self.layers.items() if not layer.factored}
+        return {name: move for name, move in found.items() if move.components}
+
+    def block(self, name: str) -> Move:
+        """The removal of the lowest price that makes a dense layer cheaper."""
+        layer = self.layers[name]
+        change, total, best = self.changes(layer), 0.0, NOTHING
+        order: list[int] = []
+        for k in range(layer.rank - 1, 0, -1):
+            i = int(change.argmin())
+            total += float(change[i])
+            order.append(i)
+            change += layer.F_RR[:, i]  # d_i = -1 turns -F d up by F_i
+            change[i] = math.inf
+            saved = layer.dense - float(layer.costs[k])
+            if saved > 0 and total / saved < best.price:
+                best = Move(list(order), total, total / saved)
+        return best
+
+    def make(self, name: str, move: Move) -> None:
+        layer = self.layers[name]
+        layer.there[move.components] = False
+        self.Jd_N -= layer.J_NR[:, move.components].sum(1)
+        self.predicted += move.change

@@ -1,0 +1,121 @@
+"""Joint meets what it is asked for, never sees what it must not, and beats one ratio for every layer."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spectrim.algorithms.joint import Joint, evidence
+from spectrim.algorithms.truncation import Truncation
+from spectrim.decomposers.svd import SVD
+from spectrim.decomposers.whitened import WhitenedSVD
+from spectrim.errors import UserError
+from spectrim.gates import GateGradients
+from spectrim.objective import Objective
+
+
+@pytest.fixture
+def trained(net: nn.Sequential) -> tuple[nn.Sequential, Objective]:
+    """``net`` after learning to tell five shifted clouds apart, and three disjoint sets of them."""
+
+    def batches(count: int) -> list:
+        found = []
+        for _ in range(count):
+            labels = torch.randint(5, (50,))
+            found.append((torch.randn(50, 3, 8, 8) + centres[labels], labels))
+        return found
+
+    centres = 0.5 * torch.randn(5, 3, 8, 8)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for x, y in batches(60):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    splits = {"calibration": batches(8), "verification": batches(8), "unseen": batches(8)}
+    return net.eval(), Objective(F.cross_entropy, splits)
+
+
+@pytest.mark.parametrize("decomposer", [SVD("channel"), WhitenedSVD("channel"), WhitenedSVD("spatial")], ids=str)
+@pytest.mark.parametrize("share", [0.8, 0.5, 0.25])
+def test_budget_of_parameters_is_met_from_below(trained: Any, decomposer: Any, share: float) -> None:
+    net, objective = trained
+    result = Joint(params_kept=share, samples=200).compress(net, decomposer, objective)
+    assert share - 0.06 < result.params_kept <= share
+    for name, kept in result.plan.items():
+        factored = result.model.get_submodule(name)
+        assert kept.rank == factored.rank
+        assert factored.first.weight.numel() + factored.second.weight.numel() < net.get_submodule(name).weight.numel()
+
+
+def test_budget_of_macs_is_met_from_below(trained: Any) -> None:
+    net, objective = trained
+    result = Joint(macs_kept=0.5, samples=200).compress(net, WhitenedSVD(), objective)
+    assert 0.4 < result.macs_kept <= 0.5
+
+
+def test_loses_less_than_one_ratio_for_all_layers_and_chooses_across_layers(trained: Any) -> None:
+    net, objective = trained
+    joint = Joint(params_kept=0.3, samples=400).compress(net, SVD("channel"), objective)
+    uniform = Truncation(params_kept=0.3).compress(net, SVD("channel"), objective)
+    assert objective.evaluate(joint.model, "unseen").loss < 0.8 * objective.evaluate(uniform.model, "unseen").loss
+    kept = joint.report["params_after"] / joint.report["params_before"]
+    assert kept.max() - kept.min() > 0.1
+
+
+def test_tolerance_holds_on_the_verification_split_and_the_log_shows_each_step(trained: Any) -> None:
+    net, objective = trained
+    result = Joint(max_loss_increase=0.02, samples=200).compress(net, WhitenedSVD(), objective)
+    dense, small = (objective.evaluate(model, "verification").loss for model in (net, result.model))
+    assert small <= dense + 0.02 + 1e-6
+    assert result.params_kept < 1
+    verified = [entry for entry in result.log if "passed" in entry]
+    assert [entry["passed"] for entry in verified] == [
+        entry["verified_change"] is not None and entry["verified_change"] <= 0.02 for entry in verified
+    ]
+    assert not verified[-1]["passed"] and any(entry["passed"] for entry in verified)
+
+
+def test_only_calibration_is_linearised_on_and_only_verification_is_measured_on(trained: Any) -> None:
+    net, objective = trained
+    with pytest.raises(UserError, match="no split 'verification'"):
+        only = Objective(F.cross_entropy, {"calibration": objective.splits["calibration"]})
+        Joint(max_loss_increase=0.0).compress(net, SVD(), only)
+    without = {"calibration": objective.splits["calibration"]}
+    first = Joint(params_kept=0.5, samples=200).compress(net, SVD(), objective).plan
+    assert first == Joint(params_kept=0.5, samples=200).compress(net, SVD(), Objective(F.cross_entropy, without)).plan
+
+
+def test_trust_by_evidence_is_high_where_the_halves_agree_and_zero_where_they_do_not() -> None:
+    noise, signal = torch.randn(400, 50), torch.randn(50)
+    rows = {name: GateGradients(given, given) for name, given in (("same", noise / 10 + signal), ("noise", noise))}
+    assert evidence({"same": rows["same"]}) > 0.99
+    assert evidence({"noise": rows["noise"]}) < 0.5
+    alternating = torch.tensor([1.0, -1.0]).repeat(200).unsqueeze(1) * signal
+    assert evidence({"against": GateGradients(alternating, alternating)}) == 0
+    assert evidence({"nothing": GateGradients(torch.zeros(4, 2), torch.zeros(4, 2))}) == 0
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ({}, "exactly one of"),
+        ({"params_kept": 0.5, "max_loss_increase": 0.0}, "exactly one of"),
+        ({"params_kept": 1.0}, r"params_kept must lie in \(0, 1\)"),
+        ({"macs_kept": 0.0}, r"macs_kept must lie in \(0, 1\)"),
+        ({"max_loss_increase": -0.1}, "max_loss_increase must be at least 0"),
+        ({"params_kept": 0.5, "step": 0.0}, r"step must lie in \(0, 1\)"),
+        ({"params_kept": 0.5, "trust": 2.0}, r"trust must lie in \[0, 1\]"),
+        ({"params_kept": 0.5, "samples": 1}, "samples must be at least 2"),
+    ],
+)
+def test_bad_settings_are_one_line(bad: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        Joint(**bad)
+
+
+def test_a_budget_out_of_reach_is_refused(trained: Any) -> None:
+    net, objective = trained
+    with pytest.raises(UserError, match="out of reach: with one component a layer"):
+        Joint(params_kept=0.01).compress(net, SVD(), objective)

@@ -1,0 +1,87 @@
+"""Greedy removal: predictions add up, the budget is met, and staying dense is weighed like anything else."""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectrim.algorithms.removal import Gated, remove
+
+
+def gated(J: Tensor, slope: Tensor | None = None, unit: float = 3.0, dense: float | None = None) -> Gated:
+    """A layer whose components cost ``unit`` each."""
+    rank = J.shape[1]
+    costs = unit * torch.arange(rank + 1)
+    return Gated(J, torch.zeros(rank) if slope is None else slope, costs, unit * rank if dense is None else dense)
+
+
+def change(layers: dict[str, Gated], kept: dict[str, Tensor]) -> float:
+    """c^T d + |J d|^2 / 2N of the components that are gone, from the definition."""
+    J = torch.cat([layer.J_NR for layer in layers.values()], 1)
+    slope = torch.cat([layer.slope_R for layer in layers.values()])
+    parts = []
+    for name, layer in layers.items():
+        d = -torch.ones(layer.J_NR.shape[1], dtype=torch.float64)
+        d[kept[name]] = 0
+        parts.append(d)
+    d = torch.cat(parts)
+    return float(slope @ d + (J @ d).square().sum() / (2 * len(J)))
+
+
+def test_predicted_change_is_that_of_the_quadratic_for_all_layers_together() -> None:
+    layers = {
+        n: gated(torch.randn(20, r), 0.1 * torch.randn(r), dense=dense) for n, r, dense in (("a", 9, 20), ("b", 6, 99))
+    }
+    removal = remove(layers, budget=12)
+    assert removal.predicted == pytest.approx(change(layers, removal.kept))
+
+
+def test_one_removal_at_a_time_is_the_best_of_all() -> None:
+    for _ in range(20):
+        layers = {name: gated(torch.randn(8, 4), torch.randn(4), dense=12.0 + 1e-9) for name in "ab"}
+        everything = {name: torch.arange(4) for name in layers}
+        candidates = []
+        for name, i in itertools.product(layers, range(4)):
+            candidates.append(change(layers, everything | {name: torch.tensor([k for k in range(4) if k != i])}))
+        assert remove(layers, budget=21).predicted == pytest.approx(min(candidates))
+
+
+def test_components_that_undo_each_other_go_together() -> None:
+    """Two components of different layers whose effects cancel cost nothing as a pair, however much each costs alone."""
+    effect = torch.randn(30, 1)
+    a = gated(torch.cat([effect, 0.9 * torch.randn(30, 1)], 1), dense=7.0)
+    b = gated(torch.cat([-effect, 0.9 * torch.randn(30, 1)], 1), dense=7.0)
+    a.F_RR *= 0  # decide by the interaction alone
+    b.F_RR *= 0
+    removal = remove({"a": a, "b": b}, budget=6)
+    assert [kept.tolist() for kept in removal.kept.values()] == [[1], [1]]
+
+
+def test_a_dense_layer_is_left_alone_until_its_block_is_the_cheapest() -> None:
+    """Factoring the dense layer at all removes three components that matter; the factored one has room to give."""
+    dense = gated(torch.randn(50, 6), dense=9.5)  # pays from three components down
+    factored = gated(0.01 * torch.randn(50, 6), dense=100.0)
+    removal = remove({"dense": dense, "factored": factored}, budget=9.5 + 6)
+    assert len(removal.kept["dense"]) == 6
+    assert len(removal.kept["factored"]) == 2
+    removal = remove({"dense": gated(0.001 * torch.randn(50, 6), dense=9.5), "factored": factored}, budget=9)
+    assert len(removal.kept["dense"]) <= 3
+
+
+@pytest.mark.parametrize("budget", [40.0, 25.0, 11.0, 6.0])
+def test_the_budget_is_met_and_one_component_is_always_left(budget: float) -> None:
+    layers = {n: gated(torch.randn(10, 8), torch.randn(8), dense=15.0) for n in "ab"}
+    removal = remove(layers, budget)
+    assert sum(min(3.0 * len(kept), 15.0) for kept in removal.kept.values()) <= budget
+    assert min(len(kept) for kept in removal.kept.values()) >= 1
+    assert min(len(kept) for kept in remove(layers, 0.0).kept.values()) == 1
+
+
+def test_prices_count_what_is_saved() -> None:
+    """Of two equally harmful components the one that saves more goes first."""
+    J = torch.eye(4)[:, :2].repeat(5, 1)
+    layers = {"small": gated(J, unit=1.0, dense=2.1), "large": gated(J, unit=10.0, dense=20.1)}
+    removal = remove(layers, budget=21)
+    assert len(removal.kept["large"]) == 1
+    assert len(removal.kept["small"]) == 2
