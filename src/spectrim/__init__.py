@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spectrim.algorithms.base import Compressed as Compressed
     from spectrim.algorithms.compact import Compact as Compact
+    from spectrim.algorithms.joint import Joint as Joint
     from spectrim.algorithms.lossless import Lossless as Lossless
+    from spectrim.algorithms.rank_selection import RankSelection as RankSelection
     from spectrim.algorithms.truncation import Truncation as Truncation
     from spectrim.api import compress as compress
     from spectrim.api import load as load
     from spectrim.decomposers.svd import SVD as SVD
+    from spectrim.decomposers.whitened import WhitenedSVD as WhitenedSVD
     from spectrim.errors import UserError as UserError
     from spectrim.plan import RankPlan as RankPlan
 
@@ -18,11 +21,14 @@ if TYPE_CHECKING:
 _HOME = {
     "Compact": "spectrim.algorithms.compact",
     "Compressed": "spectrim.algorithms.base",
+    "Joint": "spectrim.algorithms.joint",
     "Lossless": "spectrim.algorithms.lossless",
     "RankPlan": "spectrim.plan",
+    "RankSelection": "spectrim.algorithms.rank_selection",
     "SVD": "spectrim.decomposers.svd",
     "Truncation": "spectrim.algorithms.truncation",
     "UserError": "spectrim.errors",
+    "WhitenedSVD": "spectrim.decomposers.whitened",
     "compress": "spectrim.api",
     "load": "spectrim.api",
 }

@@ -54,3 +54,21 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class BiasFreeMLP(nn.Sequential):
+    """``depth`` linear layers without biases, ReLU between them, ``width`` units in each but the last.
+
+    The nets that Theorems 1 to 3 of S2 are about, on flattened inputs of ``in_channels * image_size**2`` values.
+    """
+
+    def __init__(
+        self, depth: int = 3, width: int = 64, num_classes: int = 10, in_channels: int = 1, image_size: int = 28
+    ) -> None:
+        if depth < 1 or width < 1:
+            raise UserError(f"an MLP needs at least one layer and one unit, got depth {depth} and width {width}")
+        sizes = [in_channels * image_size * image_size, *[width] * (depth - 1), num_classes]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for fan_in, fan_out in itertools.pairwise(sizes):
+            layers += [nn.Linear(fan_in, fan_out, bias=False), nn.ReLU()]
+        super().__init__(*layers[:-1])

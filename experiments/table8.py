@@ -1,0 +1,160 @@
+"""Table 8: Theorems 1 and 2 of S2 beside what is measured, and the rank that theory leaves on the table."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spectrim.records import Record
+from spectrim.report import command, frame
+from spectrim.report.command import Options
+from spectrim.report.table import Column, Table, save
+
+BOUNDS = (
+    Column("net", "net"),
+    Column("depth", "depth", 0),
+    Column("ratio", "rank, % of full", 0, scale=100),
+    Column("measured", "largest ‖ΔX‖", 3),
+    Column("bound", "its bound (Theorem 1)", 1),
+    Column("tightness", "measured / bound %", 2, scale=100),
+    Column("loss_change", "Δ loss", 4, signed=True),
+    Column("loss_bound", "its bound (Theorem 2)", 1),
+    Column("n", "n"),
+)
+SELECTION = (
+    Column("depth", "depth", 0),
+    Column("epsilon", "ε", 2),
+    Column("delta_theory", "1e6 × δ of Theorem 2", 2, scale=1e6),
+    Column("delta_bisect", "δ by bisection", 3),
+    Column("rank_theory", "ranks kept %, theory", 2, scale=100),
+    Column("rank_bisect", "ranks kept %, bisection", 2, scale=100),
+    Column("kept_theory", "params kept %, theory", 1, scale=100),
+    Column("kept_bisect", "params kept %, bisection", 1, scale=100),
+    Column("change_bisect", "Δ loss, bisection", 4, signed=True),
+    Column("test_bisect", "Δ test loss, bisection", 4, signed=True),
+    Column("needed", "ε at which Theorem 2 grants the δ of bisection", 0),
+    Column("n", "n"),
+)
+SEEDS = "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds."
+BOUND_NOTES = (
+    "Multilayer perceptrons without biases, ReLU, width 64, of as many linear layers as the depth; every layer cut to "
+    "the same part of its full rank. ‖ΔX‖: 2-norm by which the logits of an image move, the largest of the calibration "
+    "images. Δ loss: of their mean cross-entropy, whose bound is √2 times that of ‖ΔX‖.",
+    SEEDS,
+)
+SELECTION_NOTES = (
+    "The trained nets. A layer keeps the components with σ/σ₁ ≥ δ (ranks kept: their part of all), and stays dense "
+    "where their number is above break-even (params kept: of the whole model). Δ loss: of the calibration images, on "
+    "which both choose; |Δ loss| < ε is what both promise there. The δ of Theorem 2 is proportional to ε: the last "
+    "column is ε × δ by bisection / δ of Theorem 2, in nats.",
+    SEEDS,
+)
+SOURCE = "S2: Theorem 1, the outputs under truncation; Theorem 2, the δ that keeps the cross-entropy within ε."
+
+
+def build(options: Options) -> list[Path]:
+    """The bounds beside what is measured, and rank selection by either."""
+    found = command.load(options)
+    moves, pairs = _moves(found), _pairs(found)
+    tables = []
+    if not moves.empty:
+        rows = frame.over_seeds(moves, ("net", "depth", "ratio"), _values(BOUNDS, moves))
+        caption = "How far truncation moves the outputs and the loss, and how far it may by S2's theorems, on digits"
+        tables.append(Table(options.name, rows, BOUNDS, caption, [*BOUND_NOTES, _verdict(moves), SOURCE], group="net"))
+    if not pairs.empty:
+        rows = frame.over_seeds(pairs, ("depth", "epsilon"), _values(SELECTION, pairs))
+        caption = "Rank selection by the δ of Theorem 2 and by that of bisection, at the same ε, on digits"
+        notes = [*SELECTION_NOTES, _promise(pairs), SOURCE]
+        tables.append(Table(f"{options.name}_selection", rows, SELECTION, caption, notes, group="depth"))
+    if not tables:
+        raise command.lacking(options, "bound_probe with a bound, or rank_selection by theory and by bisection")
+    return save(tables, options.out, command.origin(options, found))
+
+
+def _values(columns: Sequence[Column], rows: pd.DataFrame) -> list[str]:
+    """What is averaged over the seeds: the columns that hold numbers, but for those that name a row."""
+    names = ("net", "depth", "ratio", "epsilon")
+    return [column.key for column in columns if column.key in rows and column.key not in names]
+
+
+def _of(found: Sequence[Record], algorithm: str) -> list[Record]:
+    return [record for record in found if record["config"]["algorithm"]["_target_"].endswith(f".{algorithm}")]
+
+
+def _about(record: Record) -> dict[str, Any]:
+    untrained = record["config"]["checkpoint"] is None
+    return {
+        "net": "untrained" if untrained else "trained",
+        "depth": record["config"]["model"]["depth"],
+        "seed": record["seed"],
+        "calibration_seed": record["calibration_seed"],
+    }
+
+
+def _moves(found: Sequence[Record]) -> pd.DataFrame:
+    """One row a net and ratio: what a probe measured, where there is a bound."""
+    rows = [
+        _about(record) | entry | {"tightness": entry["measured"] / entry["bound"]}
+        for record in _of(found, "BoundProbe")
+        for entry in record["log"]
+        if entry["bound"]
+    ]
+    return pd.DataFrame(rows).sort_values(["net", "depth", "ratio", "seed"]) if rows else pd.DataFrame()
+
+
+def _pairs(found: Sequence[Record]) -> pd.DataFrame:
+    """One row a net and epsilon: selection by theory beside selection by bisection, where both were run."""
+    runs: dict[tuple, dict[str, Record]] = {}
+    for record in _of(found, "RankSelection"):
+        about, settings = _about(record), record["config"]["algorithm"]
+        runs.setdefault((*about.values(), settings["epsilon"]), {})[settings["delta"]] = record
+    rows = []
+    for (*_, epsilon), pair in sorted(runs.items(), key=lambda run: run[0]):
+        if pair.keys() != {"theory", "bisect"}:
+            continue
+        row = _about(pair["theory"]) | {"epsilon": epsilon}
+        for how, record in pair.items():
+            small, dense = record["compressed"], record["dense"]
+            chosen = max((step for step in record["log"] if step["passed"]), key=lambda step: step["delta"])
+            row |= {
+                f"delta_{how}": chosen["delta"],
+                f"rank_{how}": chosen["rank_kept"],
+                f"kept_{how}": small["params"] / dense["params"],
+                f"change_{how}": small["calibration"]["loss"] - dense["calibration"]["loss"],
+                f"test_{how}": small["test"]["loss"] - dense["test"]["loss"],
+            }
+        rows.append(row | {"needed": epsilon * row["delta_bisect"] / row["delta_theory"]})
+    return pd.DataFrame(rows)
+
+
+def _verdict(moves: pd.DataFrame) -> str:
+    """Whether any output or loss moved further than its bound."""
+    beyond = (moves["tightness"] > 1) | (moves["loss_change"].abs() > moves["loss_bound"])
+    word = "does not hold" if beyond.any() else "holds"
+    return (
+        f"Theorems 1 and 2: {word}: {int(beyond.sum())} of {len(moves)} truncations moved outputs or loss further than "
+        f"their bound; the outputs came to between {100 * moves['tightness'].min():.2g} and "
+        f"{100 * moves['tightness'].max():.2g} % of it."
+    )
+
+
+def _promise(pairs: pd.DataFrame) -> str:
+    """Whether the loss stayed within epsilon at the delta of Theorem 2, and what that delta bought."""
+    kept = pairs["change_theory"].abs() < pairs["epsilon"]
+    word = "holds" if kept.all() else "does not hold"
+    idle = int((pairs["rank_theory"] == 1).sum())
+    return (
+        f"|Δ loss| < ε at the δ of Theorem 2: {word}: {int(kept.sum())} of {len(pairs)} runs; in {idle} of them that δ "
+        "drops not one component."
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    return command.run(build, "table8", "table8", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

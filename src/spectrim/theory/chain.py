@@ -1,0 +1,128 @@
+"""A model as the chain of layers that the theorems are about, or one line on why it is none."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from spectrim.batches import Inputs, device_of, evaluating, first_sample
+from spectrim.decomposers.matrix import MatrixSpectrum
+from spectrim.decomposers.spectrum import Decomposer, spectrum_of
+from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
+from spectrim.theory.bounds import Stage
+from spectrim.theory.lipschitz import convolution_gain, lipschitz
+
+# What a model may call without a module, and the module of the same name and the same arguments.
+_FUNCTIONS: dict[Any, type[nn.Module]] = {
+    F.relu: nn.ReLU,
+    torch.relu: nn.ReLU,
+    F.leaky_relu: nn.LeakyReLU,
+    F.elu: nn.ELU,
+    F.gelu: nn.GELU,
+    F.silu: nn.SiLU,
+    torch.tanh: nn.Tanh,
+    F.max_pool2d: nn.MaxPool2d,
+    F.avg_pool2d: nn.AvgPool2d,
+    torch.flatten: nn.Flatten,
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "flatten": nn.Flatten,
+}
+NEEDED = "the bounds need a chain of Linear, Conv2d and known activations"
+
+
+class Chain(NamedTuple):
+    """``stages`` in the order of the network, and the Lipschitz constant of what comes before the first of them."""
+
+    stages: tuple[Stage, ...]
+    lead: float
+
+    def input_norm(self, batches: Iterable[tuple[Inputs, Any]]) -> float:
+        """The largest 2-norm, over all samples, of what the first stage can be given (S2's B)."""
+        norms = [inputs.double().flatten(1).norm(dim=1).max().item() for inputs, _ in batches]
+        if not norms:
+            raise UserError("the split is empty; give at least one batch of (inputs, targets)")
+        return self.lead * max(norms)
+
+
+def chain_of(model: nn.Module, decomposer: Decomposer, example: Inputs) -> Chain:
+    """Read ``model`` as a chain; ``example`` is one batch of inputs.
+
+    Raises ``UserError`` where the model branches or calls what no constant is known for, where an activation does not
+    map 0 to 0, and for another decomposer than ``SVD``: only there is ``sigma_{k+1}`` the norm of what rank k drops.
+    """
+    if not isinstance(decomposer, SVD):
+        raise UserError(f"the bounds hold for the plain SVD, not for {type(decomposer).__name__}")
+    if not isinstance(example, Tensor):
+        raise UserError(f"{NEEDED}; this model takes more than one tensor")
+    x = given = first_sample(example).to(device_of(model))
+    stages: list[Stage] = []
+    lead = 1.0
+    with evaluating(model), torch.no_grad():
+        for name, module in _steps(model):
+            y = module(x.clone())  # some activations write into their input
+            if type(module) in (nn.Linear, nn.Conv2d):
+                stages.append(_stage(name, module, decomposer, y))
+            elif stages:
+                stages[-1] = stages[-1]._replace(rho=stages[-1].rho * _rho(module, x))
+            else:
+                lead *= _rho(module, x)
+            x = y
+        if not torch.allclose(x, model(given.clone())):
+            raise UserError(f"{NEEDED}; this model does more than call them in turn")
+    if not stages:
+        raise UserError(f"{NEEDED}; this model has no Linear or Conv2d")
+    return Chain(tuple(stages), lead)
+
+
+def _rho(module: nn.Module, x: Tensor) -> float:
+    rho = lipschitz(module)
+    if module(torch.zeros_like(x)).any():
+        raise UserError(f"{type(module).__name__} does not map 0 to 0, which Theorem 1 asks of every activation")
+    return rho
+
+
+def _stage(name: str, layer: Any, decomposer: SVD, output: Tensor) -> Stage:
+    spectrum = spectrum_of(layer, decomposer)
+    assert isinstance(spectrum, MatrixSpectrum)
+    gain = convolution_gain(layer, decomposer.view) if isinstance(layer, nn.Conv2d) else 1.0
+    bias = 0.0
+    if layer.bias is not None:
+        positions = output.numel() // layer.bias.numel()  # the bias is added at each of them
+        bias = math.sqrt(positions) * float(layer.bias.detach().double().norm())
+    # Groups are the blocks of one matrix: its norm, and that of what a common rank drops, is that of the worst block.
+    return Stage(name, gain * spectrum.factors.S_R.amax(0).double().cpu(), 1.0, bias)
+
+
+def _steps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that ``model`` calls one after the other, each on the output of the one before."""
+    before: fx.Node | None = None
+    for node in _graph(model).nodes:
+        if node.op == "placeholder" and before is None:
+            before = node
+            continue
+        if node.all_input_nodes != [before] or (node.op == "output" and node.args != (before,)):
+            raise UserError(f"{NEEDED}; this model branches at {node.name}")
+        if node.op == "call_module":
+            yield str(node.target), model.get_submodule(str(node.target))
+        elif node.op != "output":
+            yield node.name, _as_module(node)
+        before = node
+
+
+def _graph(model: nn.Module) -> fx.Graph:
+    try:
+        return fx.Tracer().trace(model)
+    except Exception as error:  # the model's own code runs on stand-ins for tensors: it may fail in any way
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{NEEDED}; this model cannot be read as one: {said}") from error
+
+
+def _as_module(node: fx.Node) -> nn.Module:
+    if node.target not in _FUNCTIONS:
+        raise UserError(f"{NEEDED}; no Lipschitz constant is known for {node.name}")
+    return _FUNCTIONS[node.target](*node.args[1:], **node.kwargs)
