@@ -73,6 +73,8 @@ train: $(STAMP)  ## the committed checkpoints that are missing (hours on two cor
 	$(BIN)/spectrim-train -m model=resnet56,resnext20,densenet22
 	$(BIN)/spectrim-train model=vgg19_half stored_as=float16
 	$(BIN)/spectrim-train model=resnet20 data=digits recipe=digits threads=1
+	$(BIN)/spectrim-train -m model=bias_free_mlp data=digits model.depth=2,3,4,5,6 seed=0,1,2 threads=1 \
+	    'names.model=bias_free_mlp$${model.depth}' checkpoints=results/checkpoints/table8
 
 smoke: $(STAMP)  ## two minutes on small digits, no network: train, every algorithm, a table in build/smoke
 	$(BIN)/spectrim-train model=mlp data=digits checkpoints=build/checkpoints
