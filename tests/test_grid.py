@@ -18,24 +18,23 @@ LAUNCHERS = (["hydra/launcher=basic"], ["hydra/launcher=joblib", "hydra.launcher
 
 
 def started(arguments: list[str], folder: Path) -> subprocess.Popen:
-    """The command, at the head of a process group as it is in a terminal."""
+    """The command as a process."""
     environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
     environment.pop("HYDRA_FULL_ERROR", None)
     command = [sys.executable, "-m", "spectrim.run", *arguments]
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and inherited so, in a background job
     try:
-        with (folder / "stderr").open("wb") as stderr:  # a file: processes left over would keep a pipe open
-            return subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
-            )
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
     finally:
         signal.signal(signal.SIGINT, usual)
 
 
-def ended(process: subprocess.Popen, folder: Path) -> tuple[int, str]:
-    """Exit status, and what was said on stderr."""
-    status = process.wait(timeout=300)
-    return status, (folder / "stderr").read_text()
+def ended(process: subprocess.Popen) -> tuple[int, str]:
+    """Exit status, and what was said on stderr, once it and all that it started are gone: each holds the pipe."""
+    _, said = process.communicate(timeout=300)
+    return process.returncode, said
 
 
 @pytest.mark.parametrize(
@@ -48,7 +47,7 @@ def ended(process: subprocess.Popen, folder: Path) -> tuple[int, str]:
 def test_the_command_itself_ends_in_one_line(
     overrides: list[str], message: str, digits: list[str], tmp_path: Path
 ) -> None:
-    status, said = ended(started([*digits, *overrides, "--multirun"], tmp_path), tmp_path)
+    status, said = ended(started([*digits, *overrides, "--multirun"], tmp_path))
     assert status == 1
     assert message in said and said.count("\n") == 1
 
@@ -58,7 +57,7 @@ def test_the_runs_that_failed_are_counted_and_named_and_the_others_are_recorded(
     launcher: list[str], digits: list[str], tmp_path: Path
 ) -> None:
     grid = ["-m", *digits, "algorithm=truncation", "algorithm.ratio=2,0.4,0,0.6", *launcher]
-    status, said = ended(started(grid, tmp_path), tmp_path)
+    status, said = ended(started(grid, tmp_path))
     assert status == 1 and said.count("\n") == 1
     assert said.startswith("spectrim: 2 runs failed: ratio must lie in (0, 1], got 2 (in spectrim data=digits ")
     assert "algorithm.ratio=2); ratio must lie in (0, 1], got 0 (in spectrim data=digits " in said
@@ -110,7 +109,7 @@ def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    cells = 40  # so many that the signal cannot come after the last
+    cells = 30  # so many that the signal cannot come after the last
     ratios = ",".join(f"{0.2 + 0.02 * i:.2f}" for i in range(cells))
     grid = [*digits, "algorithm=truncation", f"algorithm.ratio={ratios}"]
 
@@ -121,13 +120,12 @@ def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
         process = started(["-m", *grid, *QUIET, *launcher], tmp_path)
         while len(recorded()) < at_least and process.poll() is None:
             time.sleep(0.005)
-        os.killpg(process.pid, which)  # as a terminal does: all processes of the grid
-        return ended(process, tmp_path)
+        process.send_signal(which)
+        return ended(process)
 
     assert stopped_by(signal.SIGKILL, 2)[0] == -signal.SIGKILL
     after_kill = recorded()
-    # Past the start of every process: one that is importing still says in a traceback that it was interrupted.
-    status, said = stopped_by(signal.SIGINT, len(after_kill) + 6)
+    status, said = stopped_by(signal.SIGINT, len(after_kill) + 1)
     after_interrupt = recorded()
     (line,) = [line for line in said.splitlines() if not line.endswith("already recorded")]
     assert status == 130 and line == "spectrim: interrupted; the same command goes on where it stopped"
@@ -140,13 +138,16 @@ def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
     assert after_kill.items() <= after_interrupt.items() <= recorded().items()
 
 
-def test_a_process_of_joblib_leaves_the_interrupt_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = signal.getsignal(signal.SIGINT)
+def test_a_process_of_joblib_leaves_ctrl_c_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual, watched = signal.getsignal(signal.SIGINT), []
+    monkeypatch.setattr(config, "_end_with", watched.append)
     try:
         with config.cell("spectrim"):
-            assert signal.getsignal(signal.SIGINT) is usual
+            assert signal.getsignal(signal.SIGINT) is usual and not watched
         monkeypatch.setattr(config, "parent_process", lambda: "a process")
-        with config.cell("spectrim"):
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        for _ in range(2):
+            with config.cell("spectrim"):
+                assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert watched == [os.getppid()]
     finally:
         signal.signal(signal.SIGINT, usual)

@@ -98,7 +98,7 @@ def test_looking_at_a_model_leaves_no_trace(net: nn.Sequential) -> None:
     before, mode = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     patched = (nn.Module.__getattr__, nn.Linear.forward, nn.Conv2d.forward)
     surgery.factorable(net, torch.randn(2, 3, 8, 8))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(UserError, match="at layer 0: "):
         surgery.factorable(net, torch.randn(2, 4, 8, 8))
     assert (nn.Module.__getattr__, nn.Linear.forward, nn.Conv2d.forward) == patched
     assert [m.training for m in net.modules()] == mode

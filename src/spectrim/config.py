@@ -4,15 +4,17 @@ import os
 import re
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, suppress
+from functools import cache
 from multiprocessing import parent_process
 from pathlib import Path
 from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
-from threading import RLock
+from threading import RLock, Thread
 from typing import Any, NoReturn, TextIO
 
 from hydra.core.hydra_config import HydraConfig
@@ -98,9 +100,8 @@ def invocation(program: str) -> str:
 @contextmanager
 def cell(program: str) -> Iterator[None]:
     """Around one run. Of a grid it lets the others go on: ``command_line`` names at the end each one that failed."""
-    if parent_process() is not None:  # of joblib: Ctrl-C reaches it too, but the parent ends it, and says so once
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        tqdm.set_lock(RLock())  # its own is a semaphore of the system, which would be left there, with a warning
+    if parent_process() is not None:
+        _obey(os.getppid())
     try:
         yield
     except Exception as error:
@@ -114,6 +115,20 @@ def cell(program: str) -> Iterator[None]:
             if fault:
                 (folder / "fault").write_text(traceback.format_exc())
         raise UserError(said) from None
+
+
+@cache
+def _obey(parent: int) -> None:
+    """Once in each process of joblib: let it end by its parent's hand, in silence, and not outlive it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches it too
+    tqdm.set_lock(RLock())  # its own is a semaphore of the system, which would be left there, with a warning
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:  # a parent that is killed cannot end its processes, and joblib's would wait for ever
+        time.sleep(1)
+    os._exit(1)
 
 
 def command_line(job: Callable[[], Any]) -> None:
