@@ -1,12 +1,13 @@
 """How a model is called on whatever a loader yields."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from spectrim.errors import UserError, first_line
 
@@ -88,6 +89,16 @@ def sample_count(targets: Any) -> int:
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's first parameter lies."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """The hooks of ``handles`` for the block; afterwards they are gone."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """BatchNorm statistics of a compressed model, without labels."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import device_of, evaluating, forward, sample_count, to_device
+from spectrim.batches import device_of, evaluating, forward, hooked, to_device
 from spectrim.objective import Objective
 
 EPSILON = 1e-6  # of a variance, so that a dead channel of the dense model divides nothing by zero
@@ -22,40 +24,37 @@ def reestimate(
 
     Raises ``UserError`` for an empty split.
     """
-    mine, theirs = _norms(compressed), _norms(dense)
+    mine, theirs = norms_of(compressed), norms_of(dense)
     shared = {name: norm for name, norm in mine.items() if name in theirs}
     if not shared:
         return
     seen_by_dense: dict[str, tuple[Tensor, Tensor]] = {}
     corrections = {name: _Correction(theirs[name], seen_by_dense, name) for name in shared}
 
-    def watch(name: str):  # type: ignore[no-untyped-def]
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen_by_dense[name] = _statistics(inputs[0])
+    def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen_by_dense[name] = _statistics(inputs[0])
 
-        return hook
-
-    handles = [theirs[name].register_forward_pre_hook(watch(name)) for name in shared]
+    handles = [theirs[name].register_forward_pre_hook(partial(watch, name)) for name in shared]
     handles += [norm.register_forward_pre_hook(corrections[name]) for name, norm in shared.items()]
-    device, seen = device_of(compressed), 0
-    try:
-        with evaluating(dense), evaluating(compressed), torch.no_grad():
-            for inputs, targets in objective.batches(split):
-                inputs = to_device(inputs, device)
-                forward(dense, inputs)
-                forward(compressed, inputs)
-                seen += sample_count(targets)
-                if seen >= samples:
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
-    objective.require(seen, split)
+    device = device_of(compressed)
+    with hooked(handles), evaluating(dense), evaluating(compressed), torch.no_grad():
+        for inputs, _ in objective.first(split, samples, "batch norm"):
+            inputs = to_device(inputs, device)
+            forward(dense, inputs)
+            forward(compressed, inputs)
     for name, norm in shared.items():
         corrections[name].settle(norm)
 
 
-def _norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+def copy_statistics(source: nn.Module, into: nn.Module) -> None:
+    """Give every BatchNorm of ``into`` the statistics, and what is learned, of the one of the same name."""
+    norms = norms_of(source)
+    for name, norm in norms_of(into).items():
+        norm.load_state_dict(norms[name].state_dict())
+
+
+def norms_of(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """The BatchNorm layers that keep running statistics, by name."""
     kind = nn.modules.batchnorm._BatchNorm
     return {
         name: module

@@ -23,7 +23,12 @@ def model_cost(model: nn.Module, example: Inputs) -> Cost:
     """Count parameters and, by running the first sample of ``example``, MACs of convolutions and matrix products."""
     # The counter reports floating point operations, two for each multiply-accumulate.
     macs = _counted(model, example).get_total_flops() // 2
-    return Cost(sum(parameter.numel() for parameter in model.parameters()), macs)
+    return Cost(parameters(model), macs)
+
+
+def parameters(model: nn.Module) -> int:
+    """Numbers in the parameters of the whole model, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def layer_macs(model: nn.Module, layers: Sequence[str], example: Inputs) -> tuple[dict[str, float], float]:

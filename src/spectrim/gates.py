@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, sample_count, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, sample_count, to_device
 from spectrim.errors import UserError
 from spectrim.layers import FactoredConv2d, FactoredLinear
 from spectrim.objective import Objective, are_scores
@@ -45,35 +44,22 @@ def gate_gradients(
     modules = {name: model.get_submodule(name) for name in layers}
     between: dict[str, Tensor] = {}
     handles = [_first(module).register_forward_hook(_Keeping(between, name)) for name, module in modules.items()]
-    device, seen, generator = device_of(model), 0, torch.Generator().manual_seed(seed)
+    device, generator = device_of(model), torch.Generator().manual_seed(seed)
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
-    try:
-        with (
-            evaluating(model),
-            torch.enable_grad(),
-            tqdm(desc="linearise", unit="sample", total=samples, leave=False, disable=None) as bar,
-        ):
-            for inputs, targets in objective.batches(split):
-                count = sample_count(targets)
-                outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
-                _each_once(between, layers)
-                given = _rows(objective.finite_loss(outputs, targets, split) * count, between, count, keep=True)
-                drawn = given
-                if are_scores(outputs, targets):
-                    sampled = _draw(outputs, generator)
-                    drawn = _rows(objective.finite_loss(outputs, sampled, split) * count, between, count)
-                for name in layers:
-                    rank = modules[name].rank
-                    parts[name].append(GateGradients(*(_of_gates(part[name], rank) for part in (given, drawn))))
-                between.clear()
-                seen += count
-                bar.update(count)
-                if seen >= samples:
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
-    objective.require(seen, split)
+    with hooked(handles), evaluating(model), torch.enable_grad():
+        for inputs, targets in objective.first(split, samples, "linearise"):
+            count = sample_count(targets)
+            outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
+            _each_once(between, layers)
+            given = _rows(objective.finite_loss(outputs, targets, split) * count, between, count, keep=True)
+            drawn = given
+            if are_scores(outputs, targets):
+                sampled = _draw(outputs, generator)
+                drawn = _rows(objective.finite_loss(outputs, sampled, split) * count, between, count)
+            for name in layers:
+                rank = modules[name].rank
+                parts[name].append(GateGradients(*(_of_gates(part[name], rank) for part in (given, drawn))))
+            between.clear()
     return {name: GateGradients(*(torch.cat(rows) for rows in zip(*own, strict=True))) for name, own in parts.items()}
 
 

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from spectrim.batches import device_of, evaluating, forward, sample_count, to_device
+from spectrim.batches import device_of, evaluating, forward, hooked, to_device
 from spectrim.decomposers.matrix import first_weight, without_weights
 from spectrim.layers import shaped_like
 from spectrim.objective import Objective
@@ -23,23 +22,10 @@ def input_moments(
     """
     gathered = {name: _Gathered(model.get_submodule(name), form) for name, form in forms.items()}
     handles = [model.get_submodule(name).register_forward_pre_hook(own) for name, own in gathered.items()]
-    device, seen = device_of(model), 0
-    try:
-        with (
-            evaluating(model),
-            torch.inference_mode(),
-            tqdm(desc="moments", unit="sample", total=samples, leave=False, disable=None) as bar,
-        ):
-            for inputs, targets in objective.batches(split):
-                forward(model, to_device(inputs, device))
-                seen += sample_count(targets)
-                bar.update(sample_count(targets))
-                if seen >= samples:
-                    break
-    finally:
-        for handle in handles:
-            handle.remove()
-    objective.require(seen, split)
+    device = device_of(model)
+    with hooked(handles), evaluating(model), torch.inference_mode():
+        for inputs, _ in objective.first(split, samples, "moments"):
+            forward(model, to_device(inputs, device))
     return {name: own.mean() for name, own in gathered.items()}
 
 

@@ -6,6 +6,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, sample_count, to_device
 from spectrim.decomposers.spectrum import content
@@ -118,6 +119,21 @@ class Objective:
         """Raise ``UserError`` where nothing was seen of ``split``."""
         if not seen:
             raise UserError(f"the {split} set is empty; give at least one batch of (inputs, targets)")
+
+    def first(self, split: str, samples: int, label: str) -> Iterator[tuple[Inputs, Any]]:
+        """Whole batches of ``split`` until ``samples`` are reached, under a progress bar called ``label``.
+
+        Raises ``UserError`` for an empty split.
+        """
+        seen = 0
+        with tqdm(desc=label, unit="sample", total=samples, leave=False, disable=None) as bar:
+            for inputs, targets in self.batches(split):
+                yield inputs, targets
+                seen += sample_count(targets)
+                bar.update(sample_count(targets))
+                if seen >= samples:
+                    break
+        self.require(seen, split)
 
     def batches(self, split: str) -> Batches:
         """The batches of ``split``. Raises ``UserError`` where there is no such split."""

@@ -117,5 +117,5 @@ def test_bad_settings_are_one_line(bad: dict, said: str) -> None:
 
 def test_a_budget_out_of_reach_is_refused(trained: Any) -> None:
     net, objective = trained
-    with pytest.raises(UserError, match="out of reach: with one component a layer"):
+    with pytest.raises(UserError, match=r"params_kept=0.01 is out of reach: at rank 1 0\.\d+ of them remain"):
         Joint(params_kept=0.01).compress(net, SVD(), objective)

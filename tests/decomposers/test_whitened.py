@@ -31,7 +31,7 @@ def output_change(change: Tensor, layer: Any, view: str, moment: Tensor) -> Tens
 
 @pytest.mark.parametrize("view", ["channel", "spatial"])
 @pytest.mark.parametrize(("layer", "groups"), LAYERS)
-def test_output_error_is_that_of_the_factored_layer_and_below_that_of_plain_svd(
+def test_weighted_error_is_that_of_the_factored_layer_and_below_that_of_plain_svd(
     layer: Any, groups: int, view: Any, weight_of: Any
 ) -> None:
     layer = layer.double()
@@ -41,7 +41,7 @@ def test_output_error_is_that_of_the_factored_layer_and_below_that_of_plain_svd(
     for k in range(1, whitened.max_rank + 1):
         change = weight_of(whitened.factor(k), groups) - layer.weight
         mine = output_change(change, layer, view, moment)
-        torch.testing.assert_close(whitened.output_error()[k], mine, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(whitened.weighted_error()[k], mine, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(whitened.error()[k], change.norm(), atol=1e-9, rtol=1e-9)
         theirs = output_change(weight_of(plain.factor(k), groups) - layer.weight, layer, view, moment)
         assert mine <= theirs + 1e-6

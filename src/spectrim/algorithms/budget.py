@@ -9,9 +9,10 @@ from torch import Tensor
 
 from spectrim import surgery
 from spectrim.algorithms.base import Workbench
-from spectrim.cost import layer_macs
+from spectrim.cost import layer_macs, parameters
 from spectrim.errors import UserError
 from spectrim.plan import Kept, RankPlan
+from spectrim.settings import settings
 
 Measure = Literal["params", "macs"]
 BISECTIONS = 60
@@ -22,6 +23,7 @@ class Costs:
     """Parameters, or MACs of one input. ``dense``: of each layer as it is; ``curves``: of its factors at every rank
     from 0; ``total``: of the whole dense model."""
 
+    measure: Measure
     dense: dict[str, float]
     curves: dict[str, Tensor]
     total: float
@@ -41,20 +43,24 @@ class Costs:
     def require(self, share: float) -> None:
         """Raise ``UserError`` where no plan gets down to ``share``."""
         if share < self.least():
-            raise UserError(f"{share} is out of reach: with one component a layer {self.least():.4f} remain")
+            least = f"{self.least():.4f}"
+            raise UserError(f"{self.measure}_kept={share} is out of reach: at rank 1 {least} of them remain")
 
     def meet(
         self, share: float, ranks_at: Callable[[float], Mapping[str, int]], low: float, high: float
     ) -> dict[str, int]:
-        """The ranks at the setting between ``low`` and ``high`` that meets ``share`` from below, by bisection.
+        """The ranks at the largest setting between ``low`` and ``high`` that meets ``share`` from below, by bisection.
 
         ``ranks_at`` must give a model at ``low`` that costs no more than at ``high``. Raises ``UserError`` where even
         that at ``low`` costs more than ``share``.
         """
         self.require(share)
-        best = dict(ranks_at(low))
+        best, most = dict(ranks_at(low)), dict(ranks_at(high))
+        if self.share(most) <= share:
+            return most
         if self.share(best) > share:
-            raise UserError(f"{share} is out of reach of this rule: {self.share(best):.4f} remain at the least")
+            least = f"{self.share(best):.4f}"
+            raise UserError(f"{self.measure}_kept={share} is out of reach of this rule: {least} remain at the least")
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             ranks = dict(ranks_at(middle))
@@ -70,7 +76,7 @@ def costs_of(bench: Workbench, measure: Measure) -> Costs:
     if measure == "params":
         dense = {name: float(bench.model.get_submodule(name).weight.numel()) for name in bench.spectra}  # type: ignore[operator]
         one = {name: float(spectrum.cost(1)) for name, spectrum in bench.spectra.items()}
-        total = float(sum(parameter.numel() for parameter in bench.model.parameters()))
+        total = float(parameters(bench.model))
     else:
         plan = RankPlan.of({name: Kept(1, spectrum.form) for name, spectrum in bench.spectra.items()})
         one, _ = layer_macs(surgery.apply(bench.model, plan, bench.spectra), list(bench.spectra), bench.example)
@@ -80,15 +86,27 @@ def costs_of(bench: Workbench, measure: Measure) -> Costs:
         curves[name] = one[name] * torch.arange(spectrum.max_rank + 1)
         above = curves[name][spectrum.break_even + 1 :]
         above.clamp_(min=dense[name])  # fewer MACs or not, more parameters than the dense layer are never kept
-    return Costs(dense, curves, total)
+    return Costs(measure, dense, curves, total)
 
 
-def target(**targets: float | None) -> tuple[str, float]:
-    """The one of several budgets that is set. Raises ``UserError`` for none, several, or one outside (0, 1)."""
-    given = {name: value for name, value in targets.items() if value is not None}
-    if len(given) != 1:
-        raise UserError(f"set exactly one of {', '.join(targets)}; got {given or 'none'}")
-    ((name, value),) = given.items()
-    if not 0 < value < 1:
-        raise UserError(f"{name} must lie in (0, 1), got {value}")
-    return name, value
+@settings
+class Budgeted:
+    """``params_kept``, ``macs_kept``: of the whole model, in (0, 1); exactly one of them."""
+
+    params_kept: float | None = 0.5
+    macs_kept: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name in ("params_kept", "macs_kept") if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            raise UserError(f"set exactly one of params_kept and macs_kept; got {given or 'none'}")
+        ((name, value),) = given.items()
+        if not 0 < value < 1:
+            raise UserError(f"{name} must lie in (0, 1), got {value}")
+
+    def budget(self, bench: Workbench) -> tuple[Costs, float]:
+        """What the layers cost in the measure of the budget, and the share of it to be met."""
+        if self.params_kept is not None:
+            return costs_of(bench, "params"), self.params_kept
+        assert self.macs_kept is not None
+        return costs_of(bench, "macs"), self.macs_kept

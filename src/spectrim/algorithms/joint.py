@@ -12,7 +12,7 @@ from spectrim import surgery
 from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.budget import costs_of
 from spectrim.algorithms.removal import Gated, remove
-from spectrim.batchnorm import reestimate
+from spectrim.batchnorm import copy_statistics, reestimate
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.gates import GateGradients, gate_gradients
@@ -143,13 +143,10 @@ class _Search:
 
     def _follow(self, point: _Point) -> None:
         """Give ``point`` the BatchNorm statistics of what it is cut to."""
-        cut = self._cut(point)
+        cut = surgery.apply(self.bench.model, self._plan(point), self.bench.spectra)
+        reestimate(cut, self.bench.model, self.bench.objective, self.settings.samples)
         point.base = deepcopy(self.bench.model)
-        norms = {
-            name: module for name, module in cut.named_modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)
-        }
-        for name, norm in norms.items():
-            point.base.get_submodule(name).load_state_dict(norm.state_dict())
+        copy_statistics(cut, point.base)
 
     def _plan(self, point: _Point) -> RankPlan:
         """What pays: a layer whose components cost no less than the dense layer stays dense."""
@@ -157,18 +154,14 @@ class _Search:
         return RankPlan.of({n: Kept(tuple(kept.tolist()), self.bench.spectra[n].form) for n, kept in pays.items()})
 
     def _cut(self, point: _Point) -> nn.Module:
-        model = surgery.apply(self.bench.model, self._plan(point), self.bench.spectra)
-        if self.settings.batch_norm:
-            reestimate(model, self.bench.model, self.bench.objective, self.settings.samples)
-        return model
+        return surgery.apply(point.base, self._plan(point), self.bench.spectra)
 
     def _share(self, point: _Point) -> float:
         return self.costs.share({name: len(kept) for name, kept in point.kept.items()})
 
     def finish(self) -> Compressed:
         compressed = self.bench.finish({name: kept.keep for name, kept in self._plan(self.point).items()}, self.log)
-        if self.settings.batch_norm:
-            reestimate(compressed.model, self.bench.model, self.bench.objective, self.settings.samples)
+        copy_statistics(self.point.base, compressed.model)
         return compressed
 
 

@@ -10,9 +10,9 @@ from tqdm import tqdm
 
 from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.batches import first_samples, sample_count
+from spectrim.cost import parameters
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
-from spectrim.decomposers.whitened import WhitenedSpectrum
 from spectrim.errors import UserError
 from spectrim.objective import Loss, Objective
 from spectrim.plan import RankPlan
@@ -81,10 +81,8 @@ def singular_values(name: str, spectrum: Spectrum) -> Tensor:
     A grouped convolution is one block-diagonal matrix, cut to the same rank in every block: sigma_k is the largest k-th
     singular value of any group, so that ``sigma_{k+1}`` is the norm of what rank k drops, as the theorems ask.
     """
-    if isinstance(spectrum, WhitenedSpectrum):
-        return spectrum.importance.amax(0)  # of the whitened weight; its components are ordered by them
     if isinstance(spectrum, MatrixSpectrum):
-        return spectrum.factors.S_R.amax(0)
+        return spectrum.importance.amax(0)  # of the whitened weight, where the decomposition whitens
     raise UserError(f"layer {name}: rank selection needs singular values; {type(spectrum).__name__} has none")
 
 
@@ -111,7 +109,7 @@ class _Search:
         loss = self.losses[cut.plan]
         passed = abs(loss - self.dense) < self.epsilon
         rank_kept = sum(ranks.values()) / sum(map(len, self.sigma.values()))
-        self._note(delta, loss, passed, rank_kept, _params(cut.model) / _params(self.bench.model))
+        self._note(delta, loss, passed, rank_kept, parameters(cut.model) / parameters(self.bench.model))
         return cut if passed else None
 
     def _note(self, delta: float, loss: float, passed: bool, rank_kept: float, params_kept: float) -> None:
@@ -147,7 +145,3 @@ def _ask_for_cross_entropy(loss: Loss) -> None:
     plain = isinstance(loss, nn.CrossEntropyLoss) and loss.reduction == "mean" and loss.weight is None
     if loss is not F.cross_entropy and not plain:
         raise UserError("delta=theory is a theorem on cross-entropy: pass loss=F.cross_entropy, or use delta=bisect")
-
-
-def _params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,10 +1,12 @@
 """The baseline: cut every layer by one common rule, without looking at the loss."""
 
 import math
+from functools import partial
 
 from torch import nn
 
 from spectrim.algorithms.base import Compressed, Workbench
+from spectrim.algorithms.budget import costs_of
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.errors import UserError
 from spectrim.objective import Objective
@@ -46,33 +48,11 @@ class Truncation:
             return bench.finish(dict.fromkeys(bench.spectra, self.rank))
         if self.energy is not None:
             return bench.finish({name: _rank_of_energy(s, self.energy) for name, s in bench.spectra.items()})
-        ratio = self.ratio if self.ratio is not None else self._ratio_of_budget(bench)
-        return bench.finish(_ranks_of_ratio(bench, ratio))
-
-    def _ratio_of_budget(self, bench: Workbench) -> float:
-        """The largest common ratio that fits the budget, by bisection on the counted parameters."""
+        if self.ratio is not None:
+            return bench.finish(_ranks_of_ratio(bench, self.ratio))
         assert self.params_kept is not None
-        total = sum(parameter.numel() for parameter in bench.model.parameters())
-        budget = self.params_kept * total
-
-        def params(ratio: float) -> int:
-            saved = 0
-            for name, rank in _ranks_of_ratio(bench, ratio).items():
-                spectrum = bench.spectra[name]
-                if rank <= spectrum.break_even:
-                    saved += bench.model.get_submodule(name).weight.numel() - spectrum.cost(rank)  # type: ignore
-            return total - saved
-
-        low, high = 0.0, 1.0
-        if params(low) > budget:
-            least = params(low) / total
-            raise UserError(f"params_kept={self.params_kept} is out of reach: at rank 1 {least:.4f} of them remain")
-        if params(high) <= budget:
-            return high
-        while high - low > 1e-6:
-            middle = (low + high) / 2
-            low, high = (middle, high) if params(middle) <= budget else (low, middle)
-        return low
+        costs = costs_of(bench, "params")
+        return bench.finish(costs.meet(self.params_kept, partial(_ranks_of_ratio, bench), low=0.0, high=1.0))
 
 
 def _ranks_of_ratio(bench: Workbench, ratio: float) -> dict[str, int]:

@@ -25,6 +25,11 @@ class MatrixSpectrum(Spectrum):
         self._largest: Tensor | None = None
 
     @property
+    def importance(self) -> Tensor:
+        """What the components are ordered by, falling. Shape (g, R)."""
+        return self.factors.S_R
+
+    @property
     def max_rank(self) -> int:
         return self.factors.S_R.shape[-1]
 

@@ -65,6 +65,10 @@ class Spectrum(ABC):
     def factor(self, keep: Keep) -> nn.Module:
         """A drop-in layer with the components in ``keep``: a rank (the leading ones) or a set of indices."""
 
+    def weighted_error(self) -> Tensor:
+        """``error`` in the norm that the decomposition keeps smallest: Frobenius, where it does not say otherwise."""
+        return self.error()
+
     def relative_error(self) -> Tensor:
         """``error`` over the norm of the weight; zero for a zero weight."""
         curve = self.error()

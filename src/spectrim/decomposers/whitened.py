@@ -56,8 +56,12 @@ class WhitenedSpectrum(MatrixSpectrum):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, view: View, factors: linalg.SVD, importance: Tensor) -> None:
         super().__init__(layer, view, factors)
-        self.importance = importance
+        self._importance = importance
 
-    def output_error(self) -> Tensor:
+    @property
+    def importance(self) -> Tensor:
+        return self._importance
+
+    def weighted_error(self) -> Tensor:
         """Root of the mean squared change of the outputs, summed over outputs and positions, for every rank."""
         return linalg.tail_sums(self.importance.double().square()).sum(0).sqrt().cpu()

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import costs_of, target
+from spectrim.algorithms.budget import Budgeted
 from spectrim.algorithms.rank_selection import singular_values
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.objective import Objective
@@ -13,29 +13,21 @@ from spectrim.settings import settings
 
 
 @settings
-class GlobalThreshold:
+class GlobalThreshold(Budgeted):
     """Every layer keeps the components with a singular value above one common part of its weight's size.
 
     ``norm``: that size is the ``spectral`` norm, so that the largest relative spectral error of any layer is as small
     as the budget allows, which is the allocation of ALDS (Liebenwein et al., arXiv 2107.11442, section 3.3) with one
     subspace a layer; or the ``frobenius`` norm, the magnitude pruning of singular values. ALDS also splits the input
     channels of a layer into subspaces of their own; that is left out.
-
-    ``params_kept``, ``macs_kept``: of the whole model, in (0, 1); exactly one of them.
     """
 
-    params_kept: float | None = 0.5
-    macs_kept: float | None = None
     norm: Literal["spectral", "frobenius"] = "spectral"
-
-    def __post_init__(self) -> None:
-        target(params_kept=self.params_kept, macs_kept=self.macs_kept)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Find the threshold and cut. Raises ``UserError`` for a budget out of reach."""
-        name, share = target(params_kept=self.params_kept, macs_kept=self.macs_kept)
         bench = Workbench(model, decomposer, objective)
-        costs = costs_of(bench, "params" if name == "params_kept" else "macs")
+        costs, share = self.budget(bench)
         relative = {
             layer: self._relative(singular_values(layer, spectrum)) for layer, spectrum in bench.spectra.items()
         }

@@ -3,36 +3,26 @@
 from torch import Tensor, nn
 
 from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import costs_of, target
+from spectrim.algorithms.budget import Budgeted
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
-from spectrim.decomposers.whitened import WhitenedSpectrum
 from spectrim.objective import Objective
 from spectrim.settings import settings
 
 
 @settings
-class Knapsack:
+class Knapsack(Budgeted):
     """One of the options of every layer, a rank or dense, so that the summed relative error is least in the budget.
 
     BALF (arXiv 2509.25136): with ``WhitenedSVD`` the error of a layer at rank k is the part of its output's energy on
     calibration data that is dropped. A multiplier on the cost makes the layers independent, ``min_k error(k) + m *
     cost(k)``; bisection finds the one that meets the budget. That is the paper's; ours is that any decomposer may be
     given (with the plain SVD the energy is the weight's). The paper's batching of large Gram matrices is left out.
-
-    ``params_kept``, ``macs_kept``: of the whole model, in (0, 1); exactly one of them.
     """
-
-    params_kept: float | None = 0.5
-    macs_kept: float | None = None
-
-    def __post_init__(self) -> None:
-        target(params_kept=self.params_kept, macs_kept=self.macs_kept)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Allocate and cut. Raises ``UserError`` for a budget out of reach."""
-        name, share = target(params_kept=self.params_kept, macs_kept=self.macs_kept)
         bench = Workbench(model, decomposer, objective)
-        costs = costs_of(bench, "params" if name == "params_kept" else "macs")
+        costs, share = self.budget(bench)
         errors = {layer: relative_energy(spectrum) for layer, spectrum in bench.spectra.items()}
 
         def allocate(log_saving: float) -> dict[str, int]:
@@ -45,8 +35,8 @@ class Knapsack:
 
 
 def relative_energy(spectrum: Spectrum) -> Tensor:
-    """The part of the squared singular values that each rank drops: of the outputs', where the spectrum knows them."""
-    error = spectrum.output_error() if isinstance(spectrum, WhitenedSpectrum) else spectrum.error()
+    """The part of the squared singular values each rank drops: of the outputs', where the decomposition whitens."""
+    error = spectrum.weighted_error()
     return (error / error[0].clamp_min(1e-300)).square()
 
 

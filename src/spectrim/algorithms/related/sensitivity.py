@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from spectrim import surgery
 from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import costs_of, target
+from spectrim.algorithms.budget import Budgeted
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.objective import Objective
@@ -17,7 +17,7 @@ from spectrim.settings import settings
 
 
 @settings
-class Sensitivity:
+class Sensitivity(Budgeted):
     """One tolerance for all layers: each takes the smallest rank that, alone, lifts the loss by no more than that.
 
     ASVD (arXiv 2312.05821), its sensitivity-based truncation rank search: the calibration loss is measured with one
@@ -25,16 +25,12 @@ class Sensitivity:
     the budget. That is the paper's; ours are layers of convolutions, and the running maximum, towards smaller ratios,
     of a measured rise that is not monotone. The paper's scaling by absolute activations is left out: whitening, which
     replaced it in later work, is a decomposer here.
-
-    ``params_kept``, ``macs_kept``: of the whole model, in (0, 1); exactly one of them.
     """
 
-    params_kept: float | None = 0.5
-    macs_kept: float | None = None
     ratios: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
     def __post_init__(self) -> None:
-        target(params_kept=self.params_kept, macs_kept=self.macs_kept)
+        super().__post_init__()
         if not self.ratios or not all(0 < ratio < 1 for ratio in self.ratios):
             raise UserError(f"ratios must lie in (0, 1), got {list(self.ratios)}")
 
@@ -43,9 +39,8 @@ class Sensitivity:
 
         Raises ``UserError`` for a budget out of reach of the ratios.
         """
-        name, share = target(params_kept=self.params_kept, macs_kept=self.macs_kept)
         bench = Workbench(model, decomposer, objective)
-        costs = costs_of(bench, "params" if name == "params_kept" else "macs")
+        costs, share = self.budget(bench)
         log = self._measure(bench)
         risen: dict[str, list[tuple[float, int]]] = {}
         for entry in log:  # of a layer, from its largest rank to its smallest
