@@ -129,3 +129,54 @@ def test_effective_ranks_of_known_spectra() -> None:
     flat, single, zero = torch.full((9,), 0.5), torch.eye(9)[0], torch.zeros(9)
     assert linalg.stable_rank(torch.stack([flat, single, zero])).tolist() == [9, 1, 0]
     np.testing.assert_allclose(linalg.hoyer(torch.stack([flat, single, zero])), [3, 1, 0], rtol=1e-6)
+
+
+def any_factors(shape: tuple[int, ...], seed: int) -> linalg.SVD:
+    """As they come out of training: U and V not orthonormal, singular values of either sign, in no order."""
+    groups, outputs, inputs = shape
+    rank = min(outputs, inputs)
+    return linalg.SVD(
+        drawn((groups, outputs, rank), seed), drawn((groups, rank), seed + 1), drawn((groups, rank, inputs), seed + 2)
+    )
+
+
+def whole(factors: linalg.SVD) -> Tensor:
+    return truncated(factors, factors.S_R.shape[-1])
+
+
+@many
+@given(shapes, seeds)
+def test_orthogonalised_factors_are_the_svd_of_the_same_matrix(shape: tuple[int, ...], seed: int) -> None:
+    before = any_factors(shape, seed)
+    after = linalg.orthogonalised(before)
+    torch.testing.assert_close(whole(after), whole(before))
+    torch.testing.assert_close(after.S_R, linalg.svd(whole(before)).S_R)
+    torch.testing.assert_close(linalg.orthogonality(after), torch.zeros(()).double(), atol=1e-20, rtol=0)
+
+
+def test_orthogonality_by_hand() -> None:
+    factors = linalg.SVD(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.ones(2), torch.eye(2))
+    assert linalg.orthogonality(factors) == pytest.approx(9 / 4)  # (2^2 - 1)^2 / R^2
+
+
+@many
+@given(shapes, seeds)
+def test_a_carried_velocity_moves_the_matrix_the_same_way(shape: tuple[int, ...], seed: int) -> None:
+    before, velocity = any_factors(shape, seed), any_factors(shape, seed + 3)
+    velocity = velocity._replace(S_R=torch.zeros_like(velocity.S_R))  # of S only the diagonal is carried
+    after = linalg.orthogonalised(before)
+    carried = linalg.carried(velocity, before, after)
+
+    def motion(at: linalg.SVD, by: linalg.SVD) -> Tensor:
+        return (by.U_OR * at.S_R[..., None, :]) @ at.Vh_RI + (at.U_OR * at.S_R[..., None, :]) @ by.Vh_RI
+
+    torch.testing.assert_close(motion(after, carried), motion(before, velocity), atol=1e-6, rtol=1e-6)
+
+
+def test_a_velocity_of_the_singular_values_follows_their_order_and_sign() -> None:
+    U, Vh = (torch.linalg.qr(drawn((5, 3), seed)).Q for seed in (0, 1))
+    before = linalg.SVD(U, torch.tensor([1.0, -3.0, 2.0]).double(), Vh.mT)
+    velocity = linalg.SVD(torch.zeros_like(U), torch.tensor([0.1, 0.2, 0.3]).double(), torch.zeros_like(Vh.mT))
+    after = linalg.orthogonalised(before)
+    torch.testing.assert_close(after.S_R, torch.tensor([3.0, 2.0, 1.0]).double())
+    torch.testing.assert_close(linalg.carried(velocity, before, after).S_R, torch.tensor([-0.2, 0.3, 0.1]).double())

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spectrim import training
@@ -38,7 +39,7 @@ class Interrupted(Exception):
 
 
 def stop_after(epoch: int) -> Any:
-    def after_epoch(done: int, model: nn.Module) -> dict:
+    def after_epoch(done: int, model: nn.Module, optimizer: torch.optim.SGD) -> dict:
         if done == epoch:
             raise Interrupted
         return {}
@@ -114,7 +115,7 @@ def test_a_loss_that_stops_being_finite_keeps_the_last_good_state(
     monkeypatch.setattr(training, "augment", broken_from_epoch_1)
     with pytest.raises(FloatingPointError, match="became nan in epoch 1, step 0; lower lr"):
         fit(network(), images(), RECIPE, seed=0, state=state)
-    kept, expected = (training.load_file(path) for path in (state, good))
+    kept, expected = (load_file(path) for path in (state, good))
     assert kept.keys() == expected.keys() and all(torch.equal(kept[name], expected[name]) for name in kept)
 
 

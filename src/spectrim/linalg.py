@@ -107,6 +107,45 @@ def stable_rank(S_R: Tensor) -> Tensor:
     return S_R.square().sum(-1) / S_R[..., 0].square().clamp_min(torch.finfo(S_R.dtype).tiny)
 
 
+def nuclear(S_R: Tensor) -> Tensor:
+    """``||sigma||_1``. Shape (..., R) to (...)."""
+    return S_R.abs().sum(-1)
+
+
 def hoyer(S_R: Tensor) -> Tensor:
     """``||sigma||_1 / ||sigma||_2`` (S2): 1 where a single component carries all, sqrt(R) for a flat spectrum."""
     return S_R.abs().sum(-1) / S_R.norm(dim=-1).clamp_min(torch.finfo(S_R.dtype).tiny)
+
+
+def orthogonality(factors: SVD) -> Tensor:
+    """``(||U^T U - 1||_F^2 + ||V^T V - 1||_F^2) / R^2`` (Yang et al., arXiv 2004.09031), over groups. A scalar."""
+    rank = factors.S_R.shape[-1]
+    eye = torch.eye(rank, dtype=factors.S_R.dtype, device=factors.S_R.device)
+    of_U = factors.U_OR.transpose(-1, -2) @ factors.U_OR - eye
+    of_V = factors.Vh_RI @ factors.Vh_RI.transpose(-1, -2) - eye
+    return (of_U.square().sum() + of_V.square().sum()) / rank**2
+
+
+def orthogonalised(factors: SVD) -> SVD:
+    """The singular value decomposition of ``U diag(S) Vh`` for any U, S and Vh of R components, without forming it.
+
+    QR of both factors, then the SVD of the R x R core between them. In float64. Raises ``UserError`` for NaN.
+    """
+    U, S, Vh = (part.double() for part in factors)
+    Q_OR, of_U = torch.linalg.qr(U)
+    Q_IR, of_V = torch.linalg.qr(Vh.transpose(-1, -2))
+    core = svd((of_U * S.unsqueeze(-2)) @ of_V.transpose(-1, -2))
+    return SVD(Q_OR @ core.U_OR, core.S_R, core.Vh_RI @ Q_IR.transpose(-1, -2))
+
+
+def carried(velocity: SVD, before: SVD, after: SVD) -> SVD:
+    """The velocity of ``before`` as one of ``after``, its orthogonalised form: the same motion of the matrix.
+
+    With ``U' = U T`` and ``V' = V Q`` it is exactly ``dU T`` and ``dV Q``. What ``dS`` becomes, ``T^-1 dS Q^-T``, need
+    not be diagonal; its diagonal is kept. In float64.
+    """
+    U, _, Vh = (part.double() for part in before)
+    dU, dS, dVh = (part.double() for part in velocity)
+    T, Q = (torch.linalg.lstsq(one, other).solution for one, other in ((U, after.U_OR), (Vh.mT, after.Vh_RI.mT)))
+    back = after.U_OR.mT @ U, Vh @ after.Vh_RI.mT
+    return SVD(dU @ T, torch.einsum("...ij,...j,...ji->...i", back[0], dS, back[1]), (dVh.mT @ Q).mT)

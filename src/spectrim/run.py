@@ -40,7 +40,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         print(f"{cfg.name} {signature}: already recorded", file=sys.stderr)
         return records.read(path)
 
-    algorithm, decomposer = config.build(settings["algorithm"]), config.build(settings["decomposer"])
+    state = Path(cfg.unfinished) / f"{signature}.state.safetensors"
+    algorithm, decomposer = _algorithm(settings["algorithm"], state), config.build(settings["decomposer"])
     tracker = config.build(config.plain(cfg.tracking))
     phases = Phases()
     with phases.measure("load"):
@@ -63,9 +64,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "provenance": provenance(config.invocation("spectrim"), subject.data_digest, checkpoint),
     }
     records.write(Path(cfg.records), record)
+    state.unlink(missing_ok=True)
     _track(tracker, record, compressed)
     _say(record)
     return record
+
+
+def _algorithm(settings: dict[str, Any], state: Path) -> Any:
+    """The selector; one that trains is told where to keep what it needs to go on after a kill."""
+    keeps = "state" in settings and settings["state"] is None
+    return config.build({**settings, "state": str(state)} if keeps else settings)
 
 
 @dataclass(eq=False)

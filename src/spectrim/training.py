@@ -1,23 +1,27 @@
-"""One readable ``fit`` and its schedule: SGD on image batches, resumable after a kill, the same on every resume."""
+"""One readable ``fit`` and its schedule: SGD, resumable after a kill, the same on every resume."""
 
-import json
-import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.batches import forward
+from spectrim import training_state
+from spectrim.batches import Inputs, device_of, forward, sample_count, to_device
 from spectrim.data.images import ImageSplit
 from spectrim.errors import UserError
+from spectrim.objective import Batches, Loss, are_scores
 from spectrim.settings import settings
+
+# Called after each epoch with its number, the model and the optimizer, both of which it may change.
+AfterEpoch = Callable[[int, nn.Module, torch.optim.SGD], dict[str, Any]]
+# Further terms of the loss by name, each with its weight in it.
+Penalties = Callable[[], dict[str, Tensor]]
 
 
 @settings
@@ -84,111 +88,123 @@ def augment(images: Tensor, recipe: Recipe, generator: torch.Generator) -> Tenso
 
 def fit(
     model: nn.Module,
-    train: ImageSplit,
+    train: Batches,
     recipe: Recipe,
     *,
     seed: int,
+    loss: Loss = F.cross_entropy,
+    penalties: Penalties = dict,
+    undecayed: Collection[str] = (),
     state: Path | None = None,
-    after_epoch: Callable[[int, nn.Module], dict] | None = None,
+    identity: Mapping[str, Any] | None = None,
+    after_epoch: AfterEpoch | None = None,
 ) -> list[dict]:
     """Train ``model`` in place and return its curve: one dict an epoch (epoch, loss, accuracy, lr, seconds, …).
 
+    ``train``: images held in memory, shuffled and augmented as ``recipe`` says; or any batches (inputs, targets) that
+    have a length, taken as they come. ``penalties`` are added to the loss; the curve holds the mean of each.
+    ``undecayed``: names of parameters without weight decay. What ``after_epoch`` returns is added to the curve.
+
     With ``state``, a safetensors file, everything needed to go on is written there after each epoch, whole or not at
-    all; if it exists, training resumes from it. The data order depends on ``seed`` and the epoch alone, so a resumed
-    run sees the batches that an unbroken one sees. ``after_epoch(epoch, model)`` adds its values to the curve.
+    all; if it exists, training resumes from it. ``identity``: what else than recipe and seed makes it this training.
+    The order of images depends on ``seed`` and the epoch alone, so a resumed run sees the batches of an unbroken one.
 
     Raises ``FloatingPointError`` where the loss stops being finite; the last good state stays on disk. Raises
     ``UserError`` where ``state`` is cut short or of another training.
     """
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.SGD(
-        model.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0
-    )
-    curve = _resume(state, model, optimizer, recipe, seed) if state else []
+    optimizer = _optimizer(model, recipe, undecayed)
+    if loss is F.cross_entropy:
+        loss = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+    run = training_state.fingerprint(recipe, seed, identity)
+    curve = training_state.resume(state, model, optimizer, run) if state else []
     left = range(len(curve), recipe.epochs)
     with tqdm(left, "train", initial=len(curve), total=recipe.epochs, unit="epoch", disable=None) as bar:
         for epoch in bar:
             started = time.perf_counter()
-            point = {"epoch": epoch, **_epoch(model, train, recipe, optimizer, epoch, seed)}
-            point["seconds"] = round(time.perf_counter() - started, 2)
+            means = _epoch(model, _batches(train, recipe, epoch, seed), recipe, optimizer, epoch, loss, penalties)
+            point = {"epoch": epoch, **means, "seconds": round(time.perf_counter() - started, 2)}
+            if isinstance(train, ImageSplit):
+                point["side"] = recipe.image_size(epoch, train.images.shape[-1])
             if after_epoch:
-                point |= after_epoch(epoch, model)
+                point |= after_epoch(epoch, model, optimizer)
             curve.append(point)
-            bar.set_postfix(loss=f"{point['loss']:.4f}", accuracy=f"{point['accuracy']:.4f}")
+            said = {key: f"{value:.4f}" for key in ("loss", "accuracy") if (value := point[key]) is not None}
+            bar.set_postfix(said)
             if bar.disable:  # not on a terminal: one line an epoch
-                print(f"epoch {epoch + 1}/{recipe.epochs}: loss {point['loss']:.4f}, accuracy {point['accuracy']:.4f}")
+                print(f"epoch {epoch + 1}/{recipe.epochs}: {', '.join(f'{k} {v}' for k, v in said.items())}")
             if state:
-                _save_state(state, model, optimizer, curve, recipe, seed)
+                training_state.save(state, model, optimizer, curve, run)
     return curve
 
 
-def _epoch(
-    model: nn.Module, train: ImageSplit, recipe: Recipe, optimizer: torch.optim.Optimizer, epoch: int, seed: int
-) -> dict:
-    model.train()
+def _optimizer(model: nn.Module, recipe: Recipe, undecayed: Collection[str]) -> torch.optim.SGD:
+    decayed = [parameter for name, parameter in model.named_parameters() if name not in undecayed]
+    spared = [parameter for name, parameter in model.named_parameters() if name in undecayed]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        recipe.lr,
+        recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.momentum > 0,
+    )
+
+
+def _batches(train: Batches, recipe: Recipe, epoch: int, seed: int) -> tuple[int, Iterable[tuple[Inputs, Any]]]:
+    """How many batches an epoch has, and the batches."""
+    if not isinstance(train, ImageSplit):
+        if not isinstance(train, Sized):
+            raise UserError("the train set has no length, which the learning rate needs; give a list or a DataLoader")
+        return len(train), train
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(len(train.labels), generator=generator)
     steps = max(1, len(order) // recipe.batch_size)
     side = recipe.image_size(epoch, train.images.shape[-1])
-    total = correct = seen = 0.0
-    for step in range(steps):
-        chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+
+    def drawn(chosen: Tensor) -> tuple[Tensor, Tensor]:
         inputs = train.normalise(augment(train.images[chosen], recipe, generator))
         if side != inputs.shape[-1]:
             inputs = F.interpolate(inputs, size=(side, side), mode="area")
-        inputs = inputs.contiguous(memory_format=torch.channels_last)
-        targets = train.labels[chosen]
+        return inputs.contiguous(memory_format=torch.channels_last), train.labels[chosen]
+
+    return steps, map(drawn, order.split(recipe.batch_size)[:steps])
+
+
+def _epoch(
+    model: nn.Module,
+    batches: tuple[int, Iterable[tuple[Inputs, Any]]],
+    recipe: Recipe,
+    optimizer: torch.optim.SGD,
+    epoch: int,
+    loss: Loss,
+    penalties: Penalties,
+) -> dict[str, Any]:
+    model.train()
+    device, steps = device_of(model), batches[0]
+    sums: dict[str, float] = {}
+    correct, seen, scored = 0.0, 0, True
+    for step, (inputs, targets) in enumerate(batches[1]):
+        inputs, targets = to_device(inputs, device), to_device(targets, device)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate((epoch + step / steps) / recipe.epochs)
-        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            logits = forward(model, inputs)
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=recipe.label_smoothing)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the training loss became {loss.item()} in epoch {epoch}, step {step}; lower lr")
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+            outputs = forward(model, inputs)
+        outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
+        terms = {"loss": loss(outputs, targets), **penalties()}
+        total = torch.stack(list(terms.values())).sum()
+        if not torch.isfinite(total):
+            raise FloatingPointError(f"the training loss became {total.item()} in epoch {epoch}, step {step}; lower lr")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        total.backward()
         optimizer.step()
-        total += loss.item() * len(targets)
-        correct += (logits.argmax(1) == targets).sum().item()
-        seen += len(targets)
-    return {"loss": total / seen, "accuracy": correct / seen, "lr": optimizer.param_groups[0]["lr"], "side": side}
-
-
-def _fingerprint(recipe: Recipe, seed: int) -> str:
-    return json.dumps({"recipe": asdict(recipe), "seed": seed}, sort_keys=True)
-
-
-def _save_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, curve: Sequence[dict], recipe: Recipe, seed: int
-) -> None:
-    tensors = {f"model.{name}": value.detach().contiguous() for name, value in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        buffer = optimizer.state[parameter].get("momentum_buffer")
-        if buffer is not None:
-            tensors[f"momentum.{name}"] = buffer.contiguous()
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"curve": json.dumps(list(curve)), "run": _fingerprint(recipe, seed)})
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); the state of the epoch before is kept") from None
-
-
-def _resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe, seed: int) -> list[dict]:
-    if not path.exists():
-        return []
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise UserError(f"{path} is cut short or not a training's state ({error}); remove it to start anew") from None
-    if metadata.get("run") != _fingerprint(recipe, seed):
-        raise UserError(f"{path} belongs to a training with other settings; remove it or restore those settings")
-    tensors = load_file(path)
-    model.load_state_dict({key[6:]: value for key, value in tensors.items() if key.startswith("model.")})
-    for name, parameter in model.named_parameters():
-        if f"momentum.{name}" in tensors:
-            optimizer.state[parameter]["momentum_buffer"] = tensors[f"momentum.{name}"]
-    return json.loads(metadata["curve"])
+        count = sample_count(targets)
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0.0) + term.item() * count
+        scored = scored and are_scores(outputs, targets)
+        correct += (outputs.argmax(1) == targets).sum().item() if scored else 0
+        seen += count
+    if not seen:
+        raise UserError("the train set is empty; give at least one batch of (inputs, targets)")
+    means = {name: value / seen for name, value in sums.items()}
+    return {**means, "accuracy": correct / seen if scored else None, "lr": optimizer.param_groups[0]["lr"]}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from spectrim.objective import Objective
 from spectrim.plan import Kept, RankPlan
 
 
+@runtime_checkable
 class Algorithm(Protocol):
     """A selector. ``compress`` leaves the given model as it was and sees only what ``objective`` holds."""
 

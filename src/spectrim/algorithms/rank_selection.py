@@ -1,8 +1,9 @@
 """Rank selection (S2, Algorithms 1 and 2): one threshold on the relative singular values, found on the loss."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from spectrim.plan import RankPlan
 from spectrim.settings import settings
 from spectrim.theory import bounds
 from spectrim.theory.chain import chain_of
+
+T = TypeVar("T")
 
 
 @settings
@@ -59,15 +62,28 @@ class RankSelection:
         if self.delta == "theory":
             _ask_for_cross_entropy(objective.loss)
         bench = Workbench(model, decomposer, objective)
-        judged = _on_subset(objective, self.split, self.subset)
+        judged = on_subset(objective, self.split, self.subset)
         search = _Search(bench, judged, self.split, self.epsilon, self.relative)
         if self.delta == "theory":
             chain = chain_of(model, decomposer, bench.example)
             norm = chain.input_norm(judged.batches(self.split))
             best = search.at(min(1.0, bounds.delta(chain.stages, search.epsilon, norm, "cross_entropy")))
         else:
-            best = search.bisect(self.delta_step)
+            best = bisect(search.at, self.delta_step)
         return replace(best or bench.finish({}), log=search.log)
+
+
+def bisect(at: Callable[[float], T | None], delta_step: float) -> T | None:
+    """Algorithm 1: what ``at`` gives for the largest delta found that passes (is not None); None where none tried does.
+
+    ``at`` is called ``ceil(log2(1 / delta_step))`` times.
+    """
+    low, high, best = 0.0, 1.0, None
+    for _ in tqdm(range(math.ceil(-math.log2(delta_step))), "bisect", unit="step", leave=False, disable=None):
+        middle = (low + high) / 2
+        found = at(middle)
+        low, high, best = (low, middle, best) if found is None else (middle, high, found)
+    return best
 
 
 def rank_at(S_R: Tensor, delta: float) -> int:
@@ -117,17 +133,8 @@ class _Search:
             {"delta": delta, "loss": loss, "passed": passed, "rank_kept": rank_kept, "params_kept": params_kept}
         )
 
-    def bisect(self, delta_step: float) -> Compressed | None:
-        """The model cut at the largest delta found that passed; None where not one of those tried did."""
-        low, high, best = 0.0, 1.0, None
-        for _ in tqdm(range(math.ceil(-math.log2(delta_step))), "bisect", unit="step", leave=False, disable=None):
-            middle = (low + high) / 2
-            found = self.at(middle)
-            low, high, best = (low, middle, best) if found is None else (middle, high, found)
-        return best
 
-
-def _on_subset(objective: Objective, split: str, subset: int | None) -> Objective:
+def on_subset(objective: Objective, split: str, subset: int | None) -> Objective:
     """The same loss on the first ``subset`` samples of ``split``, read once."""
     if subset is None:
         return objective

@@ -88,6 +88,16 @@ def to_matrix(weight: Tensor, layer: nn.Linear | nn.Conv2d, view: View) -> Tenso
     return grouped.permute(0, 1, 3, 2, 4).reshape(layer.groups, outputs // layer.groups * kh, inputs * kw)
 
 
+def from_matrix(W_OI: Tensor, layer: nn.Linear | nn.Conv2d, view: View) -> Tensor:
+    """The inverse of ``to_matrix``: matrices (g, O, I) as a weight of ``layer``."""
+    if isinstance(layer, nn.Linear):
+        return W_OI.squeeze(0)
+    shape = outputs, inputs, kh, kw = layer.weight.shape
+    if view == "spatial":
+        W_OI = W_OI.reshape(layer.groups, outputs // layer.groups, kh, inputs, kw).permute(0, 1, 3, 2, 4)
+    return W_OI.reshape(shape)
+
+
 def first_weight(A: Tensor, first: nn.Module) -> Tensor:
     """Rows of A (g, rank, I) as the weight of the first layer."""
     return A.reshape(cast(Tensor, first.weight).shape)

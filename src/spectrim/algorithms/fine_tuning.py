@@ -1,0 +1,38 @@
+"""Compress, then train what is left: the rival of training at low rank from the start."""
+
+import copy
+from dataclasses import replace
+
+from torch import nn
+
+from spectrim.algorithms.base import Algorithm, Compressed
+from spectrim.algorithms.trained import in_modes_of, train
+from spectrim.decomposers.spectrum import Decomposer
+from spectrim.objective import Objective
+from spectrim.settings import settings
+from spectrim.training import Recipe
+
+
+@settings
+class FineTuning:
+    """Any ``selector``, and after it ``recipe`` on the factored model; no layer changes its rank or its form there.
+
+    ``state``: a file from which an interrupted training goes on; None: it begins anew.
+    """
+
+    selector: Algorithm
+    recipe: Recipe
+    seed: int = 0
+    state: str | None = None
+
+    def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
+        """Compress and train. The log has the selector's steps, then one entry an epoch.
+
+        Raises ``UserError`` without a ``train`` split and where the loss stops being finite.
+        """
+        objective.batches("train")  # refused before the selection, not after it
+        compressed = self.selector.compress(model, decomposer, objective)
+        net = copy.deepcopy(compressed.model)
+        curve = train(net, objective, self.recipe, seed=self.seed, state=self.state)
+        in_modes_of(compressed.model, net)
+        return replace(compressed, model=net, log=[*compressed.log, *curve])

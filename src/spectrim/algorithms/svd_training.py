@@ -1,0 +1,190 @@
+"""SVD training with rank selection (S2, Algorithm 3): train U, S and V, and cut them between the epochs."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from spectrim import linalg, svd_layers
+from spectrim.algorithms.base import Compressed, Workbench
+from spectrim.algorithms.rank_selection import bisect, on_subset, rank_at
+from spectrim.algorithms.trained import in_modes_of, train
+from spectrim.decomposers.spectrum import Decomposer
+from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
+from spectrim.objective import Objective
+from spectrim.settings import settings
+from spectrim.training import Recipe
+
+Ranks = dict[str, int]
+
+
+@settings
+class SVDTraining:
+    """Train every layer that can be factored as ``U diag(S) Vh``, selecting ranks as it goes.
+
+    The loss is that of the task on the ``train`` split, plus ``orthogonality`` times the mean squared distance of
+    U^T U and V^T V from the identity (Yang et al., arXiv 2004.09031), plus ``strength`` times the ``regulariser`` of
+    each layer's singular values: their sum (``nuclear``) or that over their 2-norm (``hoyer``). An untrained model is
+    trained from scratch, a trained one goes on. The factors have no weight decay: the regulariser stands for it.
+
+    After every epoch, or every ``every`` epochs, but not in the first ``warm_up`` nor the last ``cool_down`` epochs,
+    the factors are made orthonormal, which leaves the function as it is, and cut by the bisection of ``RankSelection``
+    (``epsilon``, ``relative``, ``delta_step``) on the task's loss over the first ``subset`` samples of ``split``; what
+    the optimizer remembers of them is cut alongside. At the end a layer above break-even is folded back to dense.
+
+    ``bounded``: whether gradients of U and V are divided by the squares of the singular values above 1. The source does
+    not; without, a learning rate that suits the dense net is too large for its factors.
+    ``state``: a file from which an interrupted training goes on; None: it begins anew.
+    """
+
+    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=8, lr=0.05))
+    regulariser: Literal["nuclear", "hoyer", "none"] = "hoyer"
+    strength: float = 0.003
+    orthogonality: float = 1.0
+    bounded: bool = True
+    epsilon: float = 0.005
+    relative: bool = False
+    delta_step: float = 1e-3
+    split: Literal["train", "calibration"] = "train"
+    subset: int | None = None
+    every: int = 1
+    warm_up: int = 0
+    cool_down: int = 0
+    seed: int = 0
+    state: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.epsilon < math.inf:
+            raise UserError(f"epsilon, a change of the loss, must be finite and above 0, got {self.epsilon}")
+        if not 0 < self.delta_step < 1:
+            raise UserError(f"delta_step must lie in (0, 1), got {self.delta_step}")
+        if self.subset is not None and self.subset < 1:
+            raise UserError(f"subset must be at least 1 sample (or null, for all), got {self.subset}")
+        if not (0 <= self.strength < math.inf and 0 <= self.orthogonality < math.inf):
+            raise UserError(f"strength and orthogonality are at least 0, got {self.strength} and {self.orthogonality}")
+        if self.every < 1 or self.warm_up < 0 or self.cool_down < 0:
+            raise UserError("every must be at least 1, warm_up and cool_down at least 0 epochs")
+
+    def selects(self, epoch: int) -> bool:
+        """Whether ranks are selected after ``epoch``, counted from 0."""
+        done = epoch + 1
+        return self.warm_up < done <= self.recipe.epochs - self.cool_down and (done - self.warm_up) % self.every == 0
+
+    def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
+        """Train and cut a copy of ``model``. The log has one entry an epoch: the mean of each term of the loss, the
+        rank of each layer, and each step of the bisection (delta, loss, passed, rank_kept).
+
+        Raises ``UserError`` for another decomposer than ``SVD``, without a ``train`` split, and where the loss stops
+        being finite; ``state`` then holds the last good epoch.
+        """
+        if not isinstance(decomposer, SVD):
+            raise UserError(f"SVD training starts from the plain SVD, not from {type(decomposer).__name__}")
+        objective.batches("train")  # refused now rather than after the decomposition
+        bench = Workbench(model, decomposer, objective)
+        net = copy.deepcopy(model)
+        for name, spectrum in bench.spectra.items():
+            svd_layers.unfold(net.get_submodule(name), spectrum)  # type: ignore[arg-type]
+            if self.bounded:
+                svd_layers.bound_steps(net.get_submodule(name))
+        course = _Course(self, net, tuple(bench.spectra), on_subset(objective, self.split, self.subset))
+        factors = {part for name in course.layers for part in svd_layers.factor_names(name)}
+        identity = {key: value for key, value in asdict(self).items() if key not in ("recipe", "seed", "state")}
+        curve = train(
+            net,
+            objective,
+            self.recipe,
+            seed=self.seed,
+            state=self.state,
+            penalties=course.penalties,
+            undecayed=factors,
+            identity={**identity, "view": decomposer.view},
+            after_epoch=course.after_epoch,
+        )
+        ranks = course.ranks()
+        for name in ranks:
+            svd_layers.fold(net.get_submodule(name))
+        in_modes_of(model, net)
+        # Its weights now have the ranks that were selected: to cut them there changes nothing but their form.
+        return replace(Workbench(net, decomposer, objective).finish(ranks, curve), dense=model)
+
+
+class _Course:
+    """What happens to the factors while they train."""
+
+    def __init__(self, chosen: SVDTraining, net: nn.Module, layers: Sequence[str], judged: Objective) -> None:
+        self.settings, self.net, self.layers, self.judged = chosen, net, layers, judged
+
+    def factors(self) -> dict[str, linalg.SVD]:
+        return {name: svd_layers.factors_of(self.net.get_submodule(name)) for name in self.layers}
+
+    def ranks(self) -> Ranks:
+        return {name: factors.S_R.shape[-1] for name, factors in self.factors().items()}
+
+    def penalties(self) -> dict[str, Tensor]:
+        """What is added to the loss of the task, each term summed over the layers and with its weight in it."""
+        chosen, layers = self.settings, self.factors().values()
+        terms = {}
+        if chosen.orthogonality:
+            terms["orthogonality"] = chosen.orthogonality * _sum(linalg.orthogonality(factors) for factors in layers)
+        if chosen.regulariser != "none" and chosen.strength:
+            measure = linalg.hoyer if chosen.regulariser == "hoyer" else linalg.nuclear
+            # Of all groups together: a grouped convolution is one block-diagonal matrix.
+            terms[chosen.regulariser] = chosen.strength * _sum(measure(factors.S_R.flatten()) for factors in layers)
+        return terms
+
+    def after_epoch(self, epoch: int, net: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Any]:
+        steps = self._select(optimizer) if self.settings.selects(epoch) else []
+        ranks = self.ranks()
+        return {"rank": sum(ranks.values()), "ranks": ranks, "bisection": steps}
+
+    def _select(self, optimizer: torch.optim.SGD) -> list[dict]:
+        """Cut all layers at the largest delta at which the loss stays within epsilon; returns what was tried."""
+        for name in self.layers:
+            svd_layers.orthogonalise(self.net.get_submodule(name), optimizer)
+        full, loss = self.ranks(), self._loss()
+        epsilon = self.settings.epsilon * (abs(loss) if self.settings.relative else 1.0)
+        losses, steps = {tuple(full.values()): loss}, [_step(0.0, loss, True, 1.0)]
+
+        def at(delta: float) -> Ranks | None:
+            ranks = {name: rank_at(factors.S_R.amax(0), delta) for name, factors in self.factors().items()}
+            key = tuple(ranks.values())
+            if key not in losses:  # deltas between the same two singular values give one and the same model
+                with self._cut(ranks):
+                    losses[key] = self._loss()
+            passed = abs(losses[key] - loss) < epsilon
+            steps.append(_step(delta, losses[key], passed, sum(key) / sum(full.values())))
+            return ranks if passed else None
+
+        for name, rank in (bisect(at, self.settings.delta_step) or full).items():
+            svd_layers.cut(self.net.get_submodule(name), rank, optimizer)
+        return steps
+
+    def _loss(self) -> float:
+        with parametrize.cached():
+            return self.judged.evaluate(self.net, self.settings.split).loss
+
+    @contextmanager
+    def _cut(self, ranks: Mapping[str, int]) -> Iterator[None]:
+        """The singular values beyond ``ranks`` set to zero, for the block."""
+        before = {name: factors.S_R.detach().clone() for name, factors in self.factors().items()}
+        with torch.no_grad():
+            for name, factors in self.factors().items():
+                factors.S_R[..., ranks[name] :] = 0
+            yield
+            for name, factors in self.factors().items():
+                factors.S_R.copy_(before[name])
+
+
+def _step(delta: float, loss: float, passed: bool, rank_kept: float) -> dict[str, Any]:
+    return {"delta": delta, "loss": loss, "passed": passed, "rank_kept": rank_kept}
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum()
