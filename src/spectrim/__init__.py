@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spectrim.algorithms.base import Compressed as Compressed
     from spectrim.algorithms.compact import Compact as Compact
+    from spectrim.algorithms.fine_tuning import FineTuning as FineTuning
     from spectrim.algorithms.joint import Joint as Joint
     from spectrim.algorithms.lossless import Lossless as Lossless
     from spectrim.algorithms.rank_selection import RankSelection as RankSelection
+    from spectrim.algorithms.svd_training import SVDTraining as SVDTraining
     from spectrim.algorithms.truncation import Truncation as Truncation
     from spectrim.api import compress as compress
     from spectrim.api import load as load
@@ -16,16 +18,20 @@ if TYPE_CHECKING:
     from spectrim.decomposers.whitened import WhitenedSVD as WhitenedSVD
     from spectrim.errors import UserError as UserError
     from spectrim.plan import RankPlan as RankPlan
+    from spectrim.training import Recipe as Recipe
 
 # Imported at first use, so that reports, which need no torch, do not pay for it.
 _HOME = {
     "Compact": "spectrim.algorithms.compact",
     "Compressed": "spectrim.algorithms.base",
+    "FineTuning": "spectrim.algorithms.fine_tuning",
     "Joint": "spectrim.algorithms.joint",
     "Lossless": "spectrim.algorithms.lossless",
     "RankPlan": "spectrim.plan",
     "RankSelection": "spectrim.algorithms.rank_selection",
+    "Recipe": "spectrim.training",
     "SVD": "spectrim.decomposers.svd",
+    "SVDTraining": "spectrim.algorithms.svd_training",
     "Truncation": "spectrim.algorithms.truncation",
     "UserError": "spectrim.errors",
     "WhitenedSVD": "spectrim.decomposers.whitened",

@@ -12,7 +12,7 @@ import pytest
 from spectrim import records
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("table2", "table7", "table8", "figure1", "figure2", "figure3")
+NAMES = ("table2", "table5", "table7", "table8", "figure1", "figure2", "figure3", "figure5")
 Script = Callable[[str], ModuleType]
 
 

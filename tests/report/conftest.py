@@ -18,6 +18,8 @@ TARGETS = {
     "probe": "spectrim.algorithms.probe.Probe",
     "bound_probe": "spectrim.algorithms.bound_probe.BoundProbe",
     "rank_selection": "spectrim.algorithms.rank_selection.RankSelection",
+    "svd_training": "spectrim.algorithms.svd_training.SVDTraining",
+    "fine_tuning": "spectrim.algorithms.fine_tuning.FineTuning",
 }
 
 
@@ -212,6 +214,33 @@ def _of_depth(
     return one | {"signature": records.signature(one["config"])}
 
 
+def table5() -> list[Record]:
+    """LeNet-5 on MNIST: truncation alone and with fine-tuning, and SVD training from scratch and from a trained net."""
+    recipe = {"epochs": 3}
+    found = []
+    for seed in (0, 1):
+        budget = {"rank": None, "ratio": None, "energy": None, "params_kept": 0.06}
+        found.append(_of_lenet5(seed, "truncation", budget, 0.06, 0.5))
+        found.append(_of_lenet5(seed, "fine_tuning", {"selector": budget, "recipe": recipe}, 0.06, 0.05))
+        for scratch in (True, False):
+            log = [{"epoch": epoch, "ranks": {"conv1": 9 - epoch, "fc1": 30 - epoch + seed}} for epoch in range(3)]
+            settings = {"regulariser": "hoyer", "strength": 0.01, "epsilon": 0.02, "bounded": True, "recipe": recipe}
+            found.append(_of_lenet5(seed, "svd_training", settings, 0.05, 0.01, scratch=scratch, log=log))
+    return found
+
+
+def _of_lenet5(
+    seed: int, algorithm: str, settings: dict, kept: float, change: float, *, scratch: bool = False, log: Any = None
+) -> Record:
+    name = "lenet5_untrained" if scratch else "lenet5"
+    one = make(name, algorithm, seed=seed, experiment="table5", kept=kept, change=change, settings=settings, log=log)
+    one["names"]["data"] = "mnist"
+    if scratch:
+        one["config"]["checkpoint"] = one["provenance"]["checkpoint_digest"] = None
+        one["dense"]["test"] |= {"accuracy": 0.1, "loss": 2.3}
+    return one | {"signature": records.signature(one["config"])}
+
+
 def everything() -> list[Record]:
     """Records of all experiments."""
     sweep = tuple(round(0.1 * step, 1) for step in range(1, 10))
@@ -219,6 +248,7 @@ def everything() -> list[Record]:
         *table2(),
         *table7(),
         *table8(),
+        *table5(),
         *figure("figure2", (0.4, 0.6, 0.8, 0.95), list(MODELS)),
         *figure("figure3", sweep, ["densenet22", "vgg19_half"]),
     ]
