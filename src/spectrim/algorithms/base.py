@@ -14,7 +14,16 @@ from tqdm import tqdm
 from spectrim import surgery
 from spectrim.batches import Inputs
 from spectrim.cost import Cost, model_cost
-from spectrim.decomposers.spectrum import Decomposer, Keep, Spectrum, rank_of, spectrum_of, value_at
+from spectrim.decomposers.spectrum import (
+    NO_MOMENTS,
+    Decomposer,
+    Keep,
+    Moments,
+    Spectrum,
+    rank_of,
+    spectrum_of,
+    value_at,
+)
 from spectrim.errors import UserError
 from spectrim.moments import input_moments
 from spectrim.objective import Objective
@@ -83,13 +92,13 @@ class Workbench:
         layers, left = surgery.factorable(model, self.example)
         self.notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
         self.spectra: dict[str, Spectrum] = {}
-        moments: dict[str, Tensor] = {}
+        moments: Mapping[str, Moments] = {}
         if decomposer.samples:
-            forms = {name: decomposer.form(layer) for name, layer in layers.items()}
+            forms = {name: decomposer.forms(layer) for name, layer in layers.items()}
             moments = input_moments(model, forms, objective, decomposer.samples)
         for name, layer in tqdm(layers.items(), "decompose", unit="layer", leave=False, disable=None):
             try:
-                spectrum = spectrum_of(layer, decomposer, moments.get(name))
+                spectrum = spectrum_of(layer, decomposer, moments.get(name, NO_MOMENTS))
             except UserError as error:
                 raise UserError(f"layer {name}: {error}") from None
             if spectrum.break_even:

@@ -2,7 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 Keep = int | tuple[int, ...]
+# The second moment E[x x^T] of a layer's inputs, shape (g, I, I), by the form that says what one input x is.
+Moments = Mapping[str, Tensor]
+NO_MOMENTS: Moments = MappingProxyType({})
 
 
 def rank_of(keep: Keep) -> int:
@@ -80,13 +84,13 @@ class Decomposer(Protocol):
 
     @property
     def samples(self) -> int:
-        """Calibration samples from which the second moment of each layer's inputs is taken; 0: the weight is enough."""
+        """Calibration samples from which the second moments of each layer's inputs are taken; 0: no layer needs any."""
 
-    def form(self, layer: nn.Module) -> str:
-        """The form of the factored layer, as ``layers.shaped_like`` names it."""
+    def forms(self, layer: nn.Module) -> tuple[str, ...]:
+        """The forms of ``layer`` whose second moment ``spectrum`` is to be given; none where the weight is enough."""
 
-    def spectrum(self, layer: nn.Module, moment: Tensor | None = None) -> Spectrum:
-        """Decompose ``layer`` (nn.Linear or nn.Conv2d). ``moment``: E[x x^T] of its inputs, shape (g, I, I)."""
+    def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> Spectrum:
+        """Decompose ``layer`` (nn.Linear or nn.Conv2d)."""
 
 
 def content(tensors: Iterable[Tensor]) -> str:
@@ -101,13 +105,12 @@ def content(tensors: Iterable[Tensor]) -> str:
 _known: "WeakKeyDictionary[nn.Module, dict[Any, Spectrum]]" = WeakKeyDictionary()
 
 
-def spectrum_of(layer: nn.Module, decomposer: Decomposer, moment: Tensor | None = None) -> Spectrum:
-    """The spectrum of ``layer``, decomposed at the first call and remembered until weight, bias or moment change."""
-    known = list(layer.state_dict().values())
-    key = (decomposer, content(known if moment is None else [*known, moment]))
+def spectrum_of(layer: nn.Module, decomposer: Decomposer, moments: Moments = NO_MOMENTS) -> Spectrum:
+    """The spectrum of ``layer``, decomposed at the first call and remembered until weight, bias or moments change."""
+    key = (decomposer, content([*layer.state_dict().values(), *moments.values()]))
     spectra = _known.setdefault(layer, {})
     if key not in spectra:
         for stale in [other for other in spectra if other[1] != key[1]]:
             del spectra[stale]
-        spectra[key] = decomposer.spectrum(layer, moment)
+        spectra[key] = decomposer.spectrum(layer, moments)
     return spectra[key]
