@@ -27,7 +27,7 @@ from spectrim.decomposers.spectrum import (
 from spectrim.errors import UserError
 from spectrim.moments import input_moments
 from spectrim.objective import Objective
-from spectrim.plan import Kept, RankPlan
+from spectrim.plan import RankPlan
 
 
 class Algorithm(Protocol):
@@ -121,7 +121,7 @@ class Workbench:
         Layers absent, or with more components than break-even, stay dense.
         """
         kept = {name: which for name, which in keep.items() if rank_of(which) <= self.spectra[name].break_even}
-        plan = RankPlan.of({name: Kept(which, self.spectra[name].form) for name, which in kept.items()})
+        plan = RankPlan.of({name: self.spectra[name].kept(which) for name, which in kept.items()})
         return Compressed(
             model=surgery.apply(self.model, plan, self.spectra),
             plan=plan,

@@ -54,9 +54,9 @@ class MatrixSpectrum(Spectrum):
         G = to_matrix(gradient, self.template, self.view).to(self.factors.S_R)
         return linalg.first_order_change(self.factors, G).double().sum(0).cpu()
 
-    def cost(self, rank: int) -> int:
+    def sizes(self, rank: int) -> tuple[int, ...]:
         groups, outputs, _ = self.factors.U_OR.shape
-        return rank * groups * (outputs + self.factors.Vh_RI.shape[-1])
+        return rank * groups * self.factors.Vh_RI.shape[-1], rank * groups * outputs
 
     def factor(self, keep: Keep) -> FactoredLinear | FactoredConv2d:
         chosen = _components(keep, self.max_rank)

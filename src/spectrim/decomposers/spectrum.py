@@ -1,6 +1,7 @@
 """What every decomposer gives: all ranks of one layer at once, and the memory of those already decomposed."""
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -9,6 +10,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from spectrim.plan import Kept
 
 Keep = int | tuple[int, ...]
 # The second moment E[x x^T] of a layer's inputs, shape (g, I, I), by the form that says what one input x is.
@@ -42,7 +45,7 @@ class Spectrum(ABC):
     @property
     @abstractmethod
     def form(self) -> str:
-        """The form of the factored layer, as ``layers.shaped_like`` names it."""
+        """The form of the factored layers."""
 
     @property
     @abstractmethod
@@ -62,12 +65,24 @@ class Spectrum(ABC):
         """``<G, delta_k>`` for every rank; ``gradient`` has the shape of the layer's weight."""
 
     @abstractmethod
-    def cost(self, rank: int) -> int:
-        """Parameters of the factors at ``rank``, without the bias."""
+    def sizes(self, rank: int) -> tuple[int, ...]:
+        """Parameters of each factor at ``rank``, without the bias, in the order in which the factors are applied."""
 
     @abstractmethod
     def factor(self, keep: Keep) -> nn.Module:
         """A drop-in layer with the components in ``keep``: a rank (the leading ones) or a set of indices."""
+
+    def cost(self, rank: int) -> int:
+        """Parameters of all factors at ``rank``, without the bias."""
+        return sum(self.sizes(rank))
+
+    def rank_within(self, params: float) -> int:
+        """The largest rank that costs no more than ``params``, 0 where none does; here for a cost of k * cost(1)."""
+        return math.floor(params / self.cost(1))
+
+    def kept(self, keep: Keep) -> Kept:
+        """``keep`` as a plan says it, with the form of the factored layer as ``layers.shaped_like`` names it."""
+        return Kept(keep, self.form)
 
     def weighted_error(self) -> Tensor:
         """``error`` in the norm that the decomposition keeps smallest: Frobenius, where it does not say otherwise."""
