@@ -12,13 +12,16 @@ if TYPE_CHECKING:
     from spectrim.algorithms.truncation import Truncation as Truncation
     from spectrim.api import compress as compress
     from spectrim.api import load as load
+    from spectrim.decomposers.best_view import BestView as BestView
     from spectrim.decomposers.svd import SVD as SVD
+    from spectrim.decomposers.tucker2 import Tucker2 as Tucker2
     from spectrim.decomposers.whitened import WhitenedSVD as WhitenedSVD
     from spectrim.errors import UserError as UserError
     from spectrim.plan import RankPlan as RankPlan
 
 # Imported at first use, so that reports, which need no torch, do not pay for it.
 _HOME = {
+    "BestView": "spectrim.decomposers.best_view",
     "Compact": "spectrim.algorithms.compact",
     "Compressed": "spectrim.algorithms.base",
     "Joint": "spectrim.algorithms.joint",
@@ -27,6 +30,7 @@ _HOME = {
     "RankSelection": "spectrim.algorithms.rank_selection",
     "SVD": "spectrim.decomposers.svd",
     "Truncation": "spectrim.algorithms.truncation",
+    "Tucker2": "spectrim.decomposers.tucker2",
     "UserError": "spectrim.errors",
     "WhitenedSVD": "spectrim.decomposers.whitened",
     "compress": "spectrim.api",
