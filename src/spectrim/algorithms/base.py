@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from spectrim import surgery
 from spectrim.batches import Inputs
+from spectrim.batchnorm import SAMPLES, BatchNorm, reestimate
 from spectrim.cost import Cost, model_cost
 from spectrim.decomposers.spectrum import (
     NO_MOMENTS,
@@ -78,6 +79,12 @@ class Compressed:
     def predicted_change(self) -> float:
         """First-order change of the calibration loss, summed over the factored layers."""
         return float(self.report.loc[self.report["rank"].notna(), "predicted_change"].sum())
+
+    def settle(self, batch_norm: BatchNorm, objective: Objective) -> "Compressed":
+        """Itself, its BatchNorm statistics re-estimated on calibration samples where ``batch_norm`` is ``follow``."""
+        if batch_norm == "follow" and self.plan:
+            reestimate(self.model, self.dense, objective, SAMPLES)
+        return self
 
     def save(self, path: str | Path) -> None:
         """Write the compressed model as safetensors; ``spectrim.load(path, into=dense_model)`` reads it back."""
