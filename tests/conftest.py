@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from spectrim import config
-from spectrim.layers import FactoredLinear
+from spectrim.layers import FactoredLinear, TuckerConv2d
 from spectrim.objective import Objective
 
 torch.set_num_threads(1)
@@ -63,6 +63,9 @@ def _weight_of(layer: nn.Module, groups: int) -> Tensor:
         return layer.second.weight @ layer.first.weight
     second = layer.second.weight.unflatten(0, (groups, -1))
     first = layer.first.weight.unflatten(0, (groups, -1))
+    if isinstance(layer, TuckerConv2d):
+        third = layer.third.weight.unflatten(0, (groups, -1))
+        return torch.einsum("gopvx,gpqhw,gqivx->goihw", third, second, first).flatten(0, 1)
     product = "gorvx,grihw->goihw" if layer.view == "channel" else "gorhx,grivw->goihw"
     return torch.einsum(product, second, first).flatten(0, 1)
 

@@ -137,6 +137,33 @@ def test_what_cannot_be_compressed_is_said_in_one_line(net: nn.Sequential, batch
         assert "\n" not in str(refusal.value)
 
 
+def test_batch_norm_follows_the_compression_where_asked(net: nn.Sequential, batches: Any) -> None:
+    before = copy.deepcopy(net.state_dict())
+    arguments: Any = {"calibration": batches, "algorithm": spectrim.Truncation(ratio=0.4)}
+    kept, followed = (spectrim.compress(net, **arguments, batch_norm=how) for how in ("keep", "follow"))
+    assert kept.plan == followed.plan
+    assert torch.equal(
+        logits(spectrim.compress(net, **arguments).model, batches[0][0]), logits(kept.model, batches[0][0])
+    )
+    moved = [
+        n for n, value in kept.model.state_dict().items() if not torch.equal(value, followed.model.state_dict()[n])
+    ]
+    assert moved == ["1.running_mean", "1.running_var"]
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    outputs = {how: result.model[0](batches[0][0]) for how, result in (("keep", kept), ("follow", followed))}
+    assert torch.equal(outputs["keep"], outputs["follow"])
+
+
+def test_batch_norm_of_what_was_not_compressed_stays(net: nn.Sequential, batches: Any) -> None:
+    result = spectrim.compress(net, calibration=batches, algorithm=spectrim.Lossless(gamma=1e-9), batch_norm="follow")
+    assert not result.plan and torch.equal(result.model[1].running_mean, net[1].running_mean)
+
+
+def test_another_choice_for_batch_norm_is_refused_before_anything_is_done(net: nn.Sequential) -> None:
+    with pytest.raises(spectrim.UserError, match="batch_norm is one of keep, follow, not 'refit'"):
+        spectrim.compress(net, calibration=[], batch_norm="refit")  # type: ignore[arg-type]
+
+
 def test_names_at_the_top() -> None:
     assert all(getattr(spectrim, name).__name__ == name for name in spectrim.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Losless'"):

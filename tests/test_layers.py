@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from spectrim.errors import UserError
-from spectrim.layers import FactoredConv2d, FactoredLinear, shaped_like
+from spectrim.layers import FactoredConv2d, FactoredLinear, TuckerConv2d, shaped_like
 
 
 def filled(layer: nn.Module) -> nn.Module:
@@ -38,18 +38,29 @@ def test_convolutions_hold_rank_times_the_cost_of_their_view(groups: int) -> Non
     assert channel.rank == spatial.rank == 2
 
 
-@pytest.mark.parametrize("view", ["channel", "spatial"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_tucker_holds_both_sides_and_the_core(groups: int) -> None:
+    dense = nn.Conv2d(8, 6, (3, 5), groups=groups)
+    layer = TuckerConv2d.shaped_like(dense, outputs=2, inputs=3)
+    inputs, outputs = 8 // groups, 6 // groups
+    assert sum(p.numel() for p in layer.parameters()) == groups * (3 * inputs + 2 * 3 * 3 * 5 + 2 * outputs) + 6
+
+
+@pytest.mark.parametrize("form", ["channel", "spatial", "tucker 2x1"])
 @pytest.mark.parametrize("stride", [1, 2, (2, 3)])
 @pytest.mark.parametrize("padding", [0, 1, (2, 1)])
 @pytest.mark.parametrize("dilation", [1, (1, 2)])
-def test_output_has_the_dense_shape(view: str, stride: int, padding: int, dilation: int) -> None:
+def test_output_has_the_dense_shape(form: str, stride: int, padding: int, dilation: int) -> None:
     dense = nn.Conv2d(4, 6, (3, 2), stride, padding, dilation, groups=2)
     x = torch.randn(2, 4, 11, 10)
-    layer = FactoredConv2d.shaped_like(dense, 1, view)
+    layer = shaped_like(dense, 1, form)
     assert filled(layer)(x).shape == dense(x).shape
 
 
-@pytest.mark.parametrize(("dense", "form"), [(nn.Linear(3, 3), "linear"), (nn.Conv2d(3, 3, 3), "spatial")])
+@pytest.mark.parametrize(
+    ("dense", "form"),
+    [(nn.Linear(3, 3), "linear"), (nn.Conv2d(3, 3, 3), "spatial"), (nn.Conv2d(3, 3, 3), "tucker 2x1")],
+)
 def test_precision_is_the_dense_one(dense: nn.Module, form: str) -> None:
     layer = shaped_like(dense.to(torch.float64), 1, form)
     assert {p.dtype for p in layer.parameters()} == {torch.float64}
@@ -62,6 +73,8 @@ def test_precision_is_the_dense_one(dense: nn.Module, form: str) -> None:
         (nn.Linear(3, 3), "channel"),
         (nn.Conv2d(3, 3, 3), "linear"),
         (nn.Conv2d(3, 3, 3), "tucker"),
+        (nn.Conv2d(3, 3, 3), "tucker 0x2"),
+        (nn.Linear(3, 3), "tucker 2x2"),
         (nn.ReLU(), "linear"),
     ],
 )

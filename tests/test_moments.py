@@ -34,9 +34,13 @@ def objective(*batches: Tensor) -> Objective:
     return Objective(F.cross_entropy, {"calibration": [(x, torch.zeros(len(x)).long()) for x in batches]})
 
 
+def moment_of(model: Probe, form: str, objective: Objective, samples: int) -> Tensor:
+    return input_moments(model, {"layer": [form]}, objective, samples)["layer"][form]
+
+
 def test_of_a_linear_is_the_mean_over_samples_and_positions() -> None:
     x = torch.randn(6, 5, 7)
-    moment = input_moments(Probe(nn.Linear(7, 3)), {"layer": "linear"}, objective(x[:4], x[4:]), samples=6)["layer"]
+    moment = moment_of(Probe(nn.Linear(7, 3)), "linear", objective(x[:4], x[4:]), samples=6)
     flat = x.reshape(-1, 7).double()
     torch.testing.assert_close(moment, (flat.T @ flat / len(flat)).unsqueeze(0))
 
@@ -45,7 +49,7 @@ def test_of_a_linear_is_the_mean_over_samples_and_positions() -> None:
 def test_of_a_convolution_gives_the_mean_square_of_its_outputs(layer: Any) -> None:
     layer = layer.double()
     x = torch.randn(3, 4, 9, 8).double()
-    moment = input_moments(Probe(layer), {"layer": "channel"}, objective(x), samples=3)["layer"]
+    moment = moment_of(Probe(layer), "channel", objective(x), samples=3)
     W = to_matrix(layer.weight.detach(), layer, "channel")
     outputs = (layer(x) - layer.bias.view(1, -1, 1, 1)).transpose(0, 1).flatten(1)
     torch.testing.assert_close(torch.einsum("goi,gij,goj->go", W, moment, W).flatten(), outputs.square().mean(1))
@@ -54,15 +58,23 @@ def test_of_a_convolution_gives_the_mean_square_of_its_outputs(layer: Any) -> No
 def test_of_rows_in_the_spatial_form() -> None:
     layer = nn.Conv2d(4, 6, 3, padding=1)
     x = torch.randn(2, 4, 5, 6)
-    moment = input_moments(Probe(layer), {"layer": "spatial"}, objective(x), samples=2)["layer"]
+    moment = moment_of(Probe(layer), "spatial", objective(x), samples=2)
     rows = F.unfold(x, (1, 3), padding=(0, 1)).transpose(1, 2).reshape(-1, 12).double()
     torch.testing.assert_close(moment, (rows.T @ rows / len(rows)).unsqueeze(0), rtol=1e-5, atol=1e-6)
+
+
+def test_several_forms_of_a_layer_are_gathered_in_one_pass() -> None:
+    model, once = Probe(nn.Conv2d(4, 6, 3, padding=1)), objective(torch.randn(2, 4, 5, 6))
+    both = input_moments(model, {"layer": ("channel", "spatial")}, once, samples=2)["layer"]
+    assert list(both) == ["channel", "spatial"]
+    for form, moment in both.items():
+        assert moment.equal(moment_of(model, form, once, samples=2))
 
 
 def test_stops_at_the_samples_asked_for_and_leaves_the_model_as_it_was() -> None:
     model = Probe(nn.Linear(2, 2)).train()
     first, second = torch.ones(2, 2), torch.full((2, 2), 100.0)
-    moment = input_moments(model, {"layer": "linear"}, objective(first, second), samples=2)["layer"]
+    moment = moment_of(model, "linear", objective(first, second), samples=2)
     assert moment.equal(torch.ones(1, 2, 2).double())
     assert model.training
     assert not model.layer._forward_pre_hooks
@@ -70,4 +82,4 @@ def test_stops_at_the_samples_asked_for_and_leaves_the_model_as_it_was() -> None
 
 def test_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="calibration set is empty"):
-        input_moments(Probe(nn.Linear(2, 2)), {"layer": "linear"}, objective(), samples=2)
+        moment_of(Probe(nn.Linear(2, 2)), "linear", objective(), samples=2)

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from spectrim import run
+from spectrim import records, run
 from spectrim.algorithms.truncation import Truncation
 from spectrim.errors import UserError
 
@@ -72,10 +73,39 @@ def signature(compose: Any, digits: list[str], *overrides: str) -> str:
 
 
 def test_what_changes_the_outcome_changes_the_signature_and_nothing_else(compose: Any, digits: list[str]) -> None:
-    same = {signature(compose, digits, *o) for o in ([], ["name=other"], ["algorithm.ratio=0.50"], ["checkpoints=x"])}
-    other = [["algorithm.ratio=0.6"], ["seed=1"], ["data.calibration_size=100"], ["decomposer=svd_spatial"]]
+    same = {
+        signature(compose, digits, *o)
+        for o in ([], ["name=other"], ["batch_norm=keep"], ["algorithm.ratio=0.50"], ["checkpoints=x"])
+    }
+    other = [
+        ["algorithm.ratio=0.6"],
+        ["seed=1"],
+        ["data.calibration_size=100"],
+        ["decomposer=svd_spatial"],
+        ["batch_norm=follow"],
+    ]
     assert len(same) == 1
-    assert len(same | {signature(compose, digits, *o) for o in other}) == 5
+    assert len(same | {signature(compose, digits, *o) for o in other}) == 6
+
+
+@pytest.mark.parametrize("experiment", ["table2", "table7", "table8", "figure2", "figure3"])
+def test_committed_records_are_those_of_todays_configuration(compose: Any, experiment: str) -> None:
+    """A setting that is added later leaves the signatures of the runs that do not use it as they were."""
+    (first, *_) = sorted((Path(__file__).parents[1] / "results" / "records" / experiment).glob("*.json"))
+    record = json.loads(first.read_text())
+    cfg = compose(*shlex.split(record["provenance"]["command"])[1:])
+    settings = run.scientific(cfg) | {"checkpoint": record["config"]["checkpoint"]}
+    assert settings == record["config"]
+    assert records.signature(settings) == record["signature"] == first.stem
+
+
+def test_batch_norm_is_recorded_where_it_is_not_the_default(compose: Any, tmp_path: Path) -> None:
+    small = ["data=digits", "model=resnet20", "model.depth=8", "data.calibration_size=50", "algorithm=truncation"]
+    where = ["checkpoint=null", f"records={tmp_path}"]
+    kept, followed = (run.run(compose(*small, *where, f"batch_norm={how}")) for how in ("keep", "follow"))
+    assert "batch_norm" not in kept["config"] and followed["config"]["batch_norm"] == "follow"
+    assert kept["plan"] == followed["plan"] and kept["predicted_change"] == followed["predicted_change"]
+    assert kept["compressed"]["test"]["loss"] != followed["compressed"]["test"]["loss"]
 
 
 def test_a_selector_never_sees_the_test_split(compose: Any, digits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +166,7 @@ def test_records_that_cannot_be_written_are_said_in_one_line(
         (["algorithm._target_=torch.os.system"], "is refused"),
         (["data._target_=subprocess.run"], "is refused"),
         (["tracking._target_=builtins.print"], "is refused"),
+        (["batch_norm=refit"], "batch_norm is one of keep, follow, not 'refit'"),
         (["seed=true"], "seed=True is not a whole number"),
         (["seed=abc"], "seed='abc' is not a whole number"),
         (["name=../elsewhere"], "is not a name"),

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from spectrim.algorithms.truncation import Truncation as Truncation
     from spectrim.api import compress as compress
     from spectrim.api import load as load
+    from spectrim.decomposers.best_view import BestView as BestView
     from spectrim.decomposers.svd import SVD as SVD
+    from spectrim.decomposers.tucker2 import Tucker2 as Tucker2
     from spectrim.decomposers.whitened import WhitenedSVD as WhitenedSVD
     from spectrim.errors import UserError as UserError
     from spectrim.plan import RankPlan as RankPlan
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 # Imported at first use, so that reports, which need no torch, do not pay for it.
 _HOME = {
+    "BestView": "spectrim.decomposers.best_view",
     "Compact": "spectrim.algorithms.compact",
     "Compressed": "spectrim.algorithms.base",
     "FineTuning": "spectrim.algorithms.fine_tuning",
@@ -33,6 +36,7 @@ _HOME = {
     "SVD": "spectrim.decomposers.svd",
     "SVDTraining": "spectrim.algorithms.svd_training",
     "Truncation": "spectrim.algorithms.truncation",
+    "Tucker2": "spectrim.decomposers.tucker2",
     "UserError": "spectrim.errors",
     "WhitenedSVD": "spectrim.decomposers.whitened",
     "compress": "spectrim.api",

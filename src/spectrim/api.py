@@ -8,6 +8,7 @@ from torch import nn
 from spectrim import surgery
 from spectrim.algorithms.base import Algorithm, Compressed
 from spectrim.algorithms.lossless import Lossless
+from spectrim.batchnorm import BatchNorm, require
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
 from spectrim.objective import Batches, Loss, Objective
@@ -21,6 +22,7 @@ def compress(
     loss: Loss = F.cross_entropy,
     algorithm: Algorithm | None = None,
     decomposer: Decomposer | None = None,
+    batch_norm: BatchNorm = "keep",
 ) -> Compressed:
     """Compress ``model`` without training it.
 
@@ -29,17 +31,21 @@ def compress(
     they chose: a loss measured on the set that was chosen on is too good. ``loss(model_output, targets)``: a scalar,
     the mean over its batch.
     ``algorithm``: ``Lossless()`` if not given; ``decomposer``: ``SVD()``, the channel view, if not given.
+    ``batch_norm="follow"``: once the algorithm is done, the statistics of every BatchNorm are shifted by what
+    compression changed on calibration batches, without labels (``batchnorm.reestimate``); ``"keep"``: they stay.
 
     ``model`` is left as it was, its mode and device too; the result holds the compressed copy on the same device.
     Raises ``UserError`` in one line for anything that cannot be compressed as asked.
     """
+    require(batch_norm)
     splits = (
         {"calibration": calibration}
         if verification is None
         else {"calibration": calibration, "verification": verification}
     )
     objective = Objective(loss, splits)
-    return (algorithm or Lossless()).compress(model, decomposer or SVD(), objective)
+    compressed = (algorithm or Lossless()).compress(model, decomposer or SVD(), objective)
+    return compressed.settle(batch_norm, objective)
 
 
 def load(path: str | Path, *, into: nn.Module) -> nn.Module:

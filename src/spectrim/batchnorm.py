@@ -1,12 +1,18 @@
 """BatchNorm statistics of a compressed model, without labels."""
 
 from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.batches import device_of, evaluating, forward, hooked, to_device
+from spectrim.errors import UserError
 from spectrim.objective import Objective
+
+# What becomes of the statistics once an algorithm is done: they stay the dense model's, or follow the compression.
+BatchNorm = Literal["keep", "follow"]
+SAMPLES = 2000  # calibration samples that they follow by
 
 EPSILON = 1e-6  # of a variance, so that a dead channel of the dense model divides nothing by zero
 
@@ -44,6 +50,12 @@ def reestimate(
             forward(compressed, inputs)
     for name, norm in shared.items():
         corrections[name].settle(norm)
+
+
+def require(choice: str) -> None:
+    """Raise ``UserError`` where ``choice`` is none."""
+    if choice not in get_args(BatchNorm):
+        raise UserError(f"batch_norm is one of {', '.join(get_args(BatchNorm))}, not {choice!r}")
 
 
 def copy_statistics(source: nn.Module, into: nn.Module) -> None:

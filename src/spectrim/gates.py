@@ -39,11 +39,12 @@ def gate_gradients(
 ) -> dict[str, GateGradients]:
     """The gates of the factored ``layers`` of ``model``, over whole batches until ``samples`` are reached.
 
-    Raises ``UserError`` for an empty split, a loss that is not finite, or a layer that mixes the samples of a batch.
+    Raises ``UserError`` for an empty split, a loss that is not finite, a layer that mixes the samples of a batch, or a
+    layer whose form has no gates.
     """
     modules = {name: model.get_submodule(name) for name in layers}
     between: dict[str, Tensor] = {}
-    handles = [_first(module).register_forward_hook(_Keeping(between, name)) for name, module in modules.items()]
+    handles = [_first(name, module).register_forward_hook(_Keeping(between, name)) for name, module in modules.items()]
     device, generator = device_of(model), torch.Generator().manual_seed(seed)
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
     with hooked(handles), evaluating(model), torch.enable_grad():
@@ -76,8 +77,10 @@ class _Keeping:
         return output
 
 
-def _first(module: nn.Module) -> nn.Module:
-    assert isinstance(module, FactoredLinear | FactoredConv2d)
+def _first(name: str, module: nn.Module) -> nn.Module:
+    if not isinstance(module, FactoredLinear | FactoredConv2d):
+        kind, instead = type(module).__name__, "decompose by an SVD, or let an algorithm choose ranks"
+        raise UserError(f"layer {name}: a {kind} is cut to a rank, its components have no gates; {instead}")
     return module.first
 
 

@@ -1,5 +1,7 @@
 """Factored layers: drop-in replacements that compute a linear map as the product of two smaller ones."""
 
+import re
+
 import torch
 from torch import Tensor, nn
 
@@ -56,12 +58,49 @@ class FactoredConv2d(nn.Module):
         return self.second(self.first(input))
 
 
-def shaped_like(dense: nn.Module, rank: int, form: str) -> FactoredLinear | FactoredConv2d:
-    """The uninitialised factored layer of ``form`` (``linear``, ``channel`` or ``spatial``) that replaces ``dense``."""
+class TuckerConv2d(nn.Module):
+    """A convolution as three: 1x1 into ``groups * inputs`` channels, kh x kw into ``groups * outputs``, then 1x1.
+
+    The second has stride, padding and dilation of the dense one, the third its bias (Kim et al., arXiv 1511.06530).
+    """
+
+    def __init__(self, first: nn.Conv2d, second: nn.Conv2d, third: nn.Conv2d) -> None:
+        super().__init__()
+        self.first, self.second, self.third = first, second, third
+
+    @classmethod
+    def shaped_like(cls, dense: nn.Conv2d, outputs: int, inputs: int) -> "TuckerConv2d":
+        """An uninitialised factored layer for ``dense`` with these ranks in each group, on its device and precision."""
+        groups, bias = dense.groups, dense.bias is not None
+        with torch.device("meta"):
+            first = nn.Conv2d(dense.in_channels, groups * inputs, 1, groups=groups, bias=False)
+            second = _conv(dense, groups * inputs, groups * outputs, dims=(0, 1))
+            third = nn.Conv2d(groups * outputs, dense.out_channels, 1, groups=groups, bias=bias)
+        return cls(first, second, third).to(dense.weight.dtype).to_empty(device=dense.weight.device)
+
+    def forward(self, input: Tensor) -> Tensor:  # named as in the layer that this one replaces
+        return self.third(self.second(self.first(input)))
+
+
+Factored = FactoredLinear | FactoredConv2d | TuckerConv2d
+
+
+def tucker_form(outputs: int, inputs: int) -> str:
+    """The name of the form with these ranks of the outputs and of the inputs in each group."""
+    return f"tucker {outputs}x{inputs}"
+
+
+def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored:
+    """The uninitialised factored layer of ``form`` that replaces ``dense``.
+
+    ``linear``; for a convolution ``channel``, ``spatial`` or, with both of its ranks in the name, ``tucker 12x7``.
+    """
     if isinstance(dense, nn.Linear) and form == "linear":
         return FactoredLinear.shaped_like(dense, rank)
     if isinstance(dense, nn.Conv2d) and form in ("channel", "spatial"):
         return FactoredConv2d.shaped_like(dense, rank, form)
+    if isinstance(dense, nn.Conv2d) and (ranks := re.fullmatch(r"tucker ([1-9]\d*)x([1-9]\d*)", form)):
+        return TuckerConv2d.shaped_like(dense, int(ranks[1]), int(ranks[2]))
     raise UserError(f"a {type(dense).__name__} has no factored form called {form!r}")
 
 

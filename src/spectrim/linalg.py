@@ -28,12 +28,17 @@ def svd(W_OI: Tensor) -> SVD:
     LAPACK's divide and conquer may fail to converge on matrices that its slower QR iteration (gesvd) handles; the
     latter, in float64, is the fallback. Raises ``UserError`` where the matrix holds NaN or infinity.
     """
-    if not torch.isfinite(W_OI).all():
-        raise UserError("a weight holds NaN or infinity; repair the checkpoint before compressing it")
+    require_finite(W_OI)
     try:
         return SVD(*torch.linalg.svd(W_OI, full_matrices=False))
     except torch.linalg.LinAlgError:
         return _svd_by_qr_iteration(W_OI)
+
+
+def require_finite(weight: Tensor) -> None:
+    """Raise ``UserError`` where ``weight`` holds NaN or infinity."""
+    if not torch.isfinite(weight).all():
+        raise UserError("a weight holds NaN or infinity; repair the checkpoint before compressing it")
 
 
 def _svd_by_qr_iteration(W_OI: Tensor) -> SVD:

@@ -1,6 +1,6 @@
 """The second moment of what flows into each layer, from one forward pass."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,26 @@ from spectrim.objective import Objective
 
 
 def input_moments(
-    model: nn.Module, forms: Mapping[str, str], objective: Objective, samples: int, split: str = "calibration"
-) -> dict[str, Tensor]:
-    """``E[x x^T]`` of every layer, over samples and positions, shape (g, I, I), float64, on the layer's device.
+    model: nn.Module,
+    forms: Mapping[str, Sequence[str]],
+    objective: Objective,
+    samples: int,
+    split: str = "calibration",
+) -> dict[str, dict[str, Tensor]]:
+    """``E[x x^T]`` of every layer in each of its forms, over samples and positions: layer to form to (g, I, I).
 
-    ``forms``: layer to the form of its factors, which says what one input is: a vector of a Linear, a patch of
-    I/g * kh * kw numbers in the channel form of a convolution, a row of I/g * kw in the spatial one. Taken over whole
-    batches until ``samples`` are reached. Raises ``UserError`` for an empty split.
+    float64, on the layer's device. ``forms``: layer to the forms of its factors, which say what one input is: a vector
+    of a Linear, a patch of I/g * kh * kw numbers in the channel form of a convolution, a row of I/g * kw in the spatial
+    one. Taken over whole batches until ``samples`` are reached. Raises ``UserError`` for an empty split.
     """
-    gathered = {name: _Gathered(model.get_submodule(name), form) for name, form in forms.items()}
-    handles = [model.get_submodule(name).register_forward_pre_hook(own) for name, own in gathered.items()]
+    layers = {name: model.get_submodule(name) for name in forms}
+    gathered = {name: {form: _Gathered(layers[name], form) for form in own} for name, own in forms.items()}
+    handles = [layers[name].register_forward_pre_hook(one) for name, own in gathered.items() for one in own.values()]
     device = device_of(model)
     with hooked(handles), evaluating(model), torch.inference_mode():
         for inputs, _ in objective.first(split, samples, "moments"):
             forward(model, to_device(inputs, device))
-    return {name: own.mean() for name, own in gathered.items()}
+    return {name: {form: one.mean() for form, one in own.items()} for name, own in gathered.items()}
 
 
 class _Gathered:

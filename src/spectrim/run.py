@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import nn
 
-from spectrim import config, records, surgery
+from spectrim import batchnorm, config, records, surgery
 from spectrim.algorithms.base import Compressed
 from spectrim.errors import UserError
 from spectrim.objective import Objective
@@ -29,9 +29,7 @@ SCIENTIFIC = ("model", "data", "shape", "decomposer", "algorithm", "seed")
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """One run: the record on disk if it is there already, else made, written and returned."""
-    settings = {key: config.plain(cfg[key]) if isinstance(cfg[key], DictConfig) else cfg[key] for key in SCIENTIFIC}
-    config.check_targets(settings)
-    config.check_seed(cfg)
+    settings = scientific(cfg)
     checkpoint = _checkpoint(cfg)
     settings["checkpoint"] = None if checkpoint is None else file_digest(checkpoint)
     signature = records.signature(settings)
@@ -49,6 +47,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         subject = _subject(json.dumps(settings["model"]), cfg.seed, weights, json.dumps(settings["data"]))
     with phases.measure("select"):
         compressed = algorithm.compress(subject.model, decomposer, subject.objective)
+        compressed.settle(cfg.batch_norm, subject.objective)
     with phases.measure("evaluate"):
         outcome = subject.outcome(compressed)
     record = {
@@ -74,6 +73,17 @@ def _algorithm(settings: dict[str, Any], state: Path) -> Any:
     """The selector; one that trains is told where to keep what it needs to go on after a kill."""
     keeps = "state" in settings and settings["state"] is None
     return config.build({**settings, "state": str(state)} if keeps else settings)
+
+
+def scientific(cfg: DictConfig) -> dict[str, Any]:
+    """What a run is signed by, with the digest of its checkpoint. Raises ``UserError`` for what it may not hold."""
+    settings = {key: config.plain(cfg[key]) if isinstance(cfg[key], DictConfig) else cfg[key] for key in SCIENTIFIC}
+    config.check_targets(settings)
+    config.check_seed(cfg)
+    batchnorm.require(cfg.batch_norm)
+    if cfg.batch_norm != "keep":  # younger than many a record: where it is not mentioned, it is this
+        settings["batch_norm"] = cfg.batch_norm
+    return settings
 
 
 @dataclass(eq=False)

@@ -18,6 +18,7 @@ from spectrim.algorithms.compact import Compact
 from spectrim.algorithms.lossless import Lossless
 from spectrim.algorithms.truncation import Truncation
 from spectrim.batches import evaluating
+from spectrim.batchnorm import SAMPLES, reestimate
 from spectrim.decomposers.spectrum import spectrum_of
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
@@ -211,6 +212,20 @@ def test_batchnorm_keeps_its_statistics(algorithm: Algorithm, net: nn.Sequential
     with evaluating(result.model), torch.no_grad():  # one sample at a time or all at once: the same logits
         x = objective.splits["calibration"][0][0]
         torch.testing.assert_close(result.model(x), torch.cat([result.model(one[None]) for one in x]))
+
+
+def test_batchnorm_follows_any_algorithm(algorithm: Algorithm, net: nn.Sequential, objective: Objective) -> None:
+    """The statistics become those of a re-estimation, twice as good as once; nothing else changes."""
+    result = compressed_by(algorithm, net, objective)
+    expected = copy.deepcopy(result.model)
+    if result.plan:
+        reestimate(expected, net, objective, samples=SAMPLES)
+    dense = copy.deepcopy(net.state_dict())
+    for _ in range(2):
+        followed = result.settle("follow", objective)
+        for name, value in followed.model.state_dict().items():
+            assert torch.equal(value, expected.state_dict()[name])
+    assert all(torch.equal(value, dense[name]) for name, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim.decomposers.matrix import to_matrix
+from spectrim.decomposers.matrix import form_of, to_matrix
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
@@ -36,7 +36,8 @@ def test_weighted_error_is_that_of_the_factored_layer_and_below_that_of_plain_sv
 ) -> None:
     layer = layer.double()
     moment = moment_of(layer, view)
-    whitened, plain = WhitenedSVD(view, ridge=1e-12).spectrum(layer, moment), SVD(view).spectrum(layer)
+    whitened = WhitenedSVD(view, ridge=1e-12).spectrum(layer, {form_of(layer, view): moment})
+    plain = SVD(view).spectrum(layer)
     better = 0
     for k in range(1, whitened.max_rank + 1):
         change = weight_of(whitened.factor(k), groups) - layer.weight
@@ -55,14 +56,15 @@ def test_full_rank_gives_the_weight_back_whatever_the_moment(
     layer: Any, groups: int, rank: int, weight_of: Any
 ) -> None:
     layer = layer.double()
-    spectrum = WhitenedSVD("spatial").spectrum(layer, moment_of(layer, "spatial", rank))
+    moments = {form_of(layer, "spatial"): moment_of(layer, "spatial", rank)}
+    spectrum = WhitenedSVD("spatial").spectrum(layer, moments)
     factored = weight_of(spectrum.factor(spectrum.max_rank), groups)
     torch.testing.assert_close(factored, layer.weight, atol=1e-9, rtol=1e-9)
 
 
 def test_first_order_change_is_the_inner_product_with_the_change(weight_of: Any) -> None:
     layer = nn.Linear(9, 6).double()
-    spectrum, G = WhitenedSVD().spectrum(layer, moment_of(layer, "channel")), torch.randn(6, 9).double()
+    spectrum, G = WhitenedSVD().spectrum(layer, {"linear": moment_of(layer, "channel")}), torch.randn(6, 9).double()
     for k in range(1, 7):
         change = weight_of(spectrum.factor(k), 1) - layer.weight
         torch.testing.assert_close(spectrum.first_order(G)[k], (G * change).sum(), atol=1e-10, rtol=1e-9)
@@ -71,9 +73,9 @@ def test_first_order_change_is_the_inner_product_with_the_change(weight_of: Any)
 def test_bad_input_is_one_line() -> None:
     layer = nn.Linear(3, 3)
     with pytest.raises(UserError, match="NaN or infinity"):
-        WhitenedSVD().spectrum(layer, torch.full((1, 3, 3), float("nan")))
+        WhitenedSVD().spectrum(layer, {"linear": torch.full((1, 3, 3), float("nan"))})
     with pytest.raises(UserError, match="second moment"):
-        WhitenedSVD().spectrum(layer)
+        WhitenedSVD().spectrum(layer, {"channel": torch.ones(1, 3, 3)})
     with pytest.raises(UserError, match="ridge must be above 0"):
         WhitenedSVD(ridge=0.0)
     with pytest.raises(UserError, match="samples must be at least 1"):

@@ -54,6 +54,16 @@ def test_seeds_do_not_tell_settings_apart_and_all_else_does(record: Make) -> Non
     assert other["group"].nunique() == 3
 
 
+def test_a_record_without_batch_norm_kept_it(record: Make) -> None:
+    followed = record()
+    followed["config"]["batch_norm"] = "follow"
+    followed["signature"] = "followed"
+    assert set(frame.runs([record(), followed])["method"]) == {
+        "lossless, one-shot, batch norm keep",
+        "lossless, one-shot, batch norm follow",
+    }
+
+
 def test_settings_of_one_variant_are_told_apart_by_what_differs(record: Make) -> None:
     found = frame.runs([record(settings={"gamma": 0.008}), record(settings={"gamma": 0.1}), record(model="vgg11")])
     assert set(found["variant"]) == {"lossless, one-shot"}

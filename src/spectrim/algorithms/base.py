@@ -13,12 +13,22 @@ from tqdm import tqdm
 
 from spectrim import surgery
 from spectrim.batches import Inputs
+from spectrim.batchnorm import SAMPLES, BatchNorm, reestimate
 from spectrim.cost import Cost, model_cost
-from spectrim.decomposers.spectrum import Decomposer, Keep, Spectrum, rank_of, spectrum_of, value_at
+from spectrim.decomposers.spectrum import (
+    NO_MOMENTS,
+    Decomposer,
+    Keep,
+    Moments,
+    Spectrum,
+    rank_of,
+    spectrum_of,
+    value_at,
+)
 from spectrim.errors import UserError
 from spectrim.moments import input_moments
 from spectrim.objective import Objective
-from spectrim.plan import Kept, RankPlan
+from spectrim.plan import RankPlan
 
 
 @runtime_checkable
@@ -71,6 +81,12 @@ class Compressed:
         """First-order change of the calibration loss, summed over the factored layers."""
         return float(self.report.loc[self.report["rank"].notna(), "predicted_change"].sum())
 
+    def settle(self, batch_norm: BatchNorm, objective: Objective) -> "Compressed":
+        """Itself, its BatchNorm statistics re-estimated on calibration samples where ``batch_norm`` is ``follow``."""
+        if batch_norm == "follow" and self.plan:
+            reestimate(self.model, self.dense, objective, SAMPLES)
+        return self
+
     def save(self, path: str | Path) -> None:
         """Write the compressed model as safetensors; ``spectrim.load(path, into=dense_model)`` reads it back."""
         surgery.save(path, self.model, self.plan)
@@ -84,13 +100,13 @@ class Workbench:
         layers, left = surgery.factorable(model, self.example)
         self.notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
         self.spectra: dict[str, Spectrum] = {}
-        moments: dict[str, Tensor] = {}
+        moments: Mapping[str, Moments] = {}
         if decomposer.samples:
-            forms = {name: decomposer.form(layer) for name, layer in layers.items()}
+            forms = {name: decomposer.forms(layer) for name, layer in layers.items()}
             moments = input_moments(model, forms, objective, decomposer.samples)
         for name, layer in tqdm(layers.items(), "decompose", unit="layer", leave=False, disable=None):
             try:
-                spectrum = spectrum_of(layer, decomposer, moments.get(name))
+                spectrum = spectrum_of(layer, decomposer, moments.get(name, NO_MOMENTS))
             except UserError as error:
                 raise UserError(f"layer {name}: {error}") from None
             if spectrum.break_even:
@@ -113,7 +129,7 @@ class Workbench:
         Layers absent, or with more components than break-even, stay dense.
         """
         kept = {name: which for name, which in keep.items() if rank_of(which) <= self.spectra[name].break_even}
-        plan = RankPlan.of({name: Kept(which, self.spectra[name].form) for name, which in kept.items()})
+        plan = RankPlan.of({name: self.spectra[name].kept(which) for name, which in kept.items()})
         return Compressed(
             model=surgery.apply(self.model, plan, self.spectra),
             plan=plan,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import mul
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from spectrim import surgery
 from spectrim.algorithms.base import Workbench
 from spectrim.cost import layer_macs, parameters
 from spectrim.errors import UserError
-from spectrim.plan import Kept, RankPlan
+from spectrim.plan import RankPlan
 from spectrim.settings import settings
 
 Measure = Literal["params", "macs"]
@@ -75,18 +76,30 @@ def costs_of(bench: Workbench, measure: Measure) -> Costs:
     """Count them; MACs by running the model's first calibration sample, dense and with one component a layer."""
     if measure == "params":
         dense = {name: float(bench.model.get_submodule(name).weight.numel()) for name in bench.spectra}  # type: ignore[operator]
-        one = {name: float(spectrum.cost(1)) for name, spectrum in bench.spectra.items()}
+        each = {name: [1.0] * len(spectrum.sizes(1)) for name, spectrum in bench.spectra.items()}
         total = float(parameters(bench.model))
     else:
-        plan = RankPlan.of({name: Kept(1, spectrum.form) for name, spectrum in bench.spectra.items()})
-        one, _ = layer_macs(surgery.apply(bench.model, plan, bench.spectra), list(bench.spectra), bench.example)
         dense, total = layer_macs(bench.model, list(bench.spectra), bench.example)
+        each = _macs_of_a_parameter(bench)
     curves = {}
     for name, spectrum in bench.spectra.items():
-        curves[name] = one[name] * torch.arange(spectrum.max_rank + 1)
+        ranks = [spectrum.sizes(rank) for rank in range(spectrum.max_rank + 1)]
+        curves[name] = torch.tensor([sum(map(mul, each[name], sizes)) for sizes in ranks])
         above = curves[name][spectrum.break_even + 1 :]
         above.clamp_(min=dense[name])  # fewer MACs or not, more parameters than the dense layer are never kept
     return Costs(measure, dense, curves, total)
+
+
+def _macs_of_a_parameter(bench: Workbench) -> dict[str, list[float]]:
+    """Of each factor of each layer: the positions at which a parameter of it is used, the same at every rank."""
+    plan = RankPlan.of({name: own.kept(1) for name, own in bench.spectra.items()})
+    cut = surgery.apply(bench.model, plan, bench.spectra)
+    factors = {name: [f"{name}.{part}" for part, _ in cut.get_submodule(name).named_children()] for name in plan}
+    macs, _ = layer_macs(cut, [factor for own in factors.values() for factor in own], bench.example)
+    return {
+        name: [macs[factor] / size for factor, size in zip(factors[name], own.sizes(1), strict=True)]
+        for name, own in bench.spectra.items()
+    }
 
 
 @settings

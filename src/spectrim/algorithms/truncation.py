@@ -1,6 +1,5 @@
 """The baseline: cut every layer by one common rule, without looking at the loss."""
 
-import math
 from functools import partial
 
 from torch import nn
@@ -59,7 +58,7 @@ def _ranks_of_ratio(bench: Workbench, ratio: float) -> dict[str, int]:
     ranks = {}
     for name, spectrum in bench.spectra.items():
         dense = bench.model.get_submodule(name).weight.numel()  # type: ignore[operator]
-        ranks[name] = max(1, math.floor(ratio * dense / spectrum.cost(1)))
+        ranks[name] = max(1, spectrum.rank_within(ratio * dense))
     return ranks
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spectrim import linalg
 from spectrim.decomposers.spectrum import Keep, Spectrum
 from spectrim.errors import UserError
-from spectrim.layers import FactoredConv2d, FactoredLinear, shaped_like
+from spectrim.layers import Factored, shaped_like
 
 View = Literal["channel", "spatial"]
 
@@ -54,11 +54,11 @@ class MatrixSpectrum(Spectrum):
         G = to_matrix(gradient, self.template, self.view).to(self.factors.S_R)
         return linalg.first_order_change(self.factors, G).double().sum(0).cpu()
 
-    def cost(self, rank: int) -> int:
+    def sizes(self, rank: int) -> tuple[int, ...]:
         groups, outputs, _ = self.factors.U_OR.shape
-        return rank * groups * (outputs + self.factors.Vh_RI.shape[-1])
+        return rank * groups * self.factors.Vh_RI.shape[-1], rank * groups * outputs
 
-    def factor(self, keep: Keep) -> FactoredLinear | FactoredConv2d:
+    def factor(self, keep: Keep) -> Factored:
         chosen = _components(keep, self.max_rank)
         U, S, Vh = self.factors
         root = S[:, chosen].sqrt()  # the two factors share the singular values: equal norms, no overflow in half

@@ -1,15 +1,22 @@
 """What every decomposer gives: all ranks of one layer at once, and the memory of those already decomposed."""
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from spectrim.plan import Kept
+
 Keep = int | tuple[int, ...]
+# The second moment E[x x^T] of a layer's inputs, shape (g, I, I), by the form that says what one input x is.
+Moments = Mapping[str, Tensor]
+NO_MOMENTS: Moments = MappingProxyType({})
 
 
 def rank_of(keep: Keep) -> int:
@@ -38,7 +45,7 @@ class Spectrum(ABC):
     @property
     @abstractmethod
     def form(self) -> str:
-        """The form of the factored layer, as ``layers.shaped_like`` names it."""
+        """The form of the factored layers."""
 
     @property
     @abstractmethod
@@ -58,12 +65,24 @@ class Spectrum(ABC):
         """``<G, delta_k>`` for every rank; ``gradient`` has the shape of the layer's weight."""
 
     @abstractmethod
-    def cost(self, rank: int) -> int:
-        """Parameters of the factors at ``rank``, without the bias."""
+    def sizes(self, rank: int) -> tuple[int, ...]:
+        """Parameters of each factor at ``rank``, without the bias, in the order in which the factors are applied."""
 
     @abstractmethod
     def factor(self, keep: Keep) -> nn.Module:
         """A drop-in layer with the components in ``keep``: a rank (the leading ones) or a set of indices."""
+
+    def cost(self, rank: int) -> int:
+        """Parameters of all factors at ``rank``, without the bias."""
+        return sum(self.sizes(rank))
+
+    def rank_within(self, params: float) -> int:
+        """The largest rank that costs no more than ``params``, 0 where none does; here for a cost of k * cost(1)."""
+        return math.floor(params / self.cost(1))
+
+    def kept(self, keep: Keep) -> Kept:
+        """``keep`` as a plan says it, with the form of the factored layer as ``layers.shaped_like`` names it."""
+        return Kept(keep, self.form)
 
     def weighted_error(self) -> Tensor:
         """``error`` in the norm that the decomposition keeps smallest: Frobenius, where it does not say otherwise."""
@@ -80,13 +99,13 @@ class Decomposer(Protocol):
 
     @property
     def samples(self) -> int:
-        """Calibration samples from which the second moment of each layer's inputs is taken; 0: the weight is enough."""
+        """Calibration samples from which the second moments of each layer's inputs are taken; 0: no layer needs any."""
 
-    def form(self, layer: nn.Module) -> str:
-        """The form of the factored layer, as ``layers.shaped_like`` names it."""
+    def forms(self, layer: nn.Module) -> tuple[str, ...]:
+        """The forms of ``layer`` whose second moment ``spectrum`` is to be given; none where the weight is enough."""
 
-    def spectrum(self, layer: nn.Module, moment: Tensor | None = None) -> Spectrum:
-        """Decompose ``layer`` (nn.Linear or nn.Conv2d). ``moment``: E[x x^T] of its inputs, shape (g, I, I)."""
+    def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> Spectrum:
+        """Decompose ``layer`` (nn.Linear or nn.Conv2d)."""
 
 
 def content(tensors: Iterable[Tensor]) -> str:
@@ -101,13 +120,12 @@ def content(tensors: Iterable[Tensor]) -> str:
 _known: "WeakKeyDictionary[nn.Module, dict[Any, Spectrum]]" = WeakKeyDictionary()
 
 
-def spectrum_of(layer: nn.Module, decomposer: Decomposer, moment: Tensor | None = None) -> Spectrum:
-    """The spectrum of ``layer``, decomposed at the first call and remembered until weight, bias or moment change."""
-    known = list(layer.state_dict().values())
-    key = (decomposer, content(known if moment is None else [*known, moment]))
+def spectrum_of(layer: nn.Module, decomposer: Decomposer, moments: Moments = NO_MOMENTS) -> Spectrum:
+    """The spectrum of ``layer``, decomposed at the first call and remembered until weight, bias or moments change."""
+    key = (decomposer, content([*layer.state_dict().values(), *moments.values()]))
     spectra = _known.setdefault(layer, {})
     if key not in spectra:
         for stale in [other for other in spectra if other[1] != key[1]]:
             del spectra[stale]
-        spectra[key] = decomposer.spectrum(layer, moment)
+        spectra[key] = decomposer.spectrum(layer, moments)
     return spectra[key]

@@ -3,10 +3,11 @@
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spectrim import linalg
-from spectrim.decomposers.matrix import MatrixSpectrum, View, checked, form_of, to_matrix
+from spectrim.decomposers.matrix import MatrixSpectrum, View, checked, to_matrix
+from spectrim.decomposers.spectrum import NO_MOMENTS, Moments
 from spectrim.settings import settings
 
 
@@ -23,11 +24,11 @@ class SVD:
 
     samples: ClassVar[int] = 0
 
-    def form(self, layer: nn.Module) -> str:
-        return form_of(layer, self.view)
+    def forms(self, layer: nn.Module) -> tuple[str, ...]:
+        return ()
 
-    def spectrum(self, layer: nn.Module, moment: Tensor | None = None) -> MatrixSpectrum:
-        """Decompose ``layer``; the moment is not looked at. Raises ``UserError`` for a weight with NaN or infinity."""
+    def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> MatrixSpectrum:
+        """Decompose ``layer``; no moment is looked at. Raises ``UserError`` for a weight with NaN or infinity."""
         layer = checked(layer)
         matrix = to_matrix(layer.weight.detach(), layer, self.view).to(getattr(torch, self.precision))
         return MatrixSpectrum(layer, self.view, linalg.svd(matrix))

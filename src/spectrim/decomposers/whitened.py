@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.decomposers.matrix import MatrixSpectrum, View, checked, form_of, to_matrix
+from spectrim.decomposers.spectrum import NO_MOMENTS, Moments
 from spectrim.errors import UserError
 from spectrim.settings import settings
 
@@ -32,13 +33,14 @@ class WhitenedSVD:
         if self.samples < 1:
             raise UserError(f"samples must be at least 1, got {self.samples}")
 
-    def form(self, layer: nn.Module) -> str:
-        return form_of(layer, self.view)
+    def forms(self, layer: nn.Module) -> tuple[str, ...]:
+        return (form_of(layer, self.view),)
 
-    def spectrum(self, layer: nn.Module, moment: Tensor | None = None) -> "WhitenedSpectrum":
+    def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> "WhitenedSpectrum":
         """Decompose ``layer``. Raises ``UserError`` for a weight or a moment with NaN or infinity."""
         layer = checked(layer)
         W_OI = to_matrix(layer.weight.detach(), layer, self.view).double()
+        moment = moments.get(form_of(layer, self.view))
         if moment is None:
             raise UserError("a whitened decomposition needs the second moment of the layer's inputs")
         U_OR, S_R, _ = linalg.svd(W_OI @ linalg.square_root(moment.to(W_OI), self.ridge))

@@ -38,7 +38,8 @@ def runs(found: Iterable[Record]) -> pd.DataFrame:
 
 def _row(record: Record) -> dict[str, Any]:
     config, dense, compressed = record["config"], record["dense"], record["compressed"]
-    settings = flat({key: value for key, value in config.items() if key != "shape"})
+    # A run that kept BatchNorm's statistics does not mention them.
+    settings = {"batch_norm": "keep"} | flat({key: value for key, value in config.items() if key != "shape"})
     algorithm = str(config["algorithm"]["_target_"]).rpartition(".")[2].lower()
     row: dict[str, Any] = {
         "signature": record["signature"],

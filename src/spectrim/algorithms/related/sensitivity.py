@@ -64,7 +64,7 @@ class Sensitivity(Budgeted):
         log: list[dict] = []
         for name, spectrum in tqdm(bench.spectra.items(), "sensitivity", unit="layer", leave=False, disable=None):
             weight = bench.model.get_submodule(name).weight.numel()  # type: ignore[operator]
-            ranks = {max(1, int(ratio * weight / spectrum.cost(1))) for ratio in self.ratios}
+            ranks = {max(1, spectrum.rank_within(ratio * weight)) for ratio in self.ratios}
             layer = working.get_submodule(name)
             for rank in sorted((rank for rank in ranks if rank <= spectrum.break_even), reverse=True):
                 surgery.replace(working, name, spectrum.factor(rank))

@@ -1,0 +1,111 @@
+"""Table 4: one selector over several decompositions of the same nets."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spectrim.errors import UserError
+from spectrim.report import command, frame
+from spectrim.report.command import Options
+from spectrim.report.table import Column, Table, save
+
+SELECTORS = ("compact", "lossless", "truncation")
+PROMISING = ("compact", "lossless")  # those that promise the loss of the dense net
+DECOMPOSITIONS = {
+    "svd_channel": "SVD, channel view",
+    "svd_spatial": "SVD, spatial view",
+    "best_view": "SVD, better view of each layer",
+    "whitened_channel": "whitened SVD, channel view",
+    "whitened_spatial": "whitened SVD, spatial view",
+    "whitened_best_view": "whitened SVD, better view of each layer",
+    "tucker2": "Tucker-2",
+}
+VALUES = (
+    "test_loss",
+    "change_test_loss",
+    "test_accuracy",
+    "change_test_accuracy_pp",
+    "params_kept",
+    "macs_kept",
+    "predicted_change",
+    "change_calibration_loss",
+)
+COLUMNS = (
+    Column("model", "model"),
+    Column("variant", "selector"),
+    Column("method", "decomposition"),
+    Column("test_loss", "test loss", 4),
+    Column("change_test_loss", "Δ test loss", 4, signed=True),
+    Column("test_accuracy", "top-1 %", 2, scale=100),
+    Column("change_test_accuracy_pp", "Δ top-1 pp", 2, signed=True),
+    Column("params_kept", "params kept %", 1, scale=100),
+    Column("macs_kept", "MACs kept %", 1, scale=100),
+    Column("predicted_change", "predicted Δ loss", 4, signed=True),
+    Column("change_calibration_loss", "measured Δ calibration loss", 4, signed=True),
+    Column("n", "n"),
+    Column("verdict", "test loss not above dense"),
+)
+NOTES = (
+    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (pairs: each training "
+    "seed with a calibration draw of its own).",
+    "Δ = compressed − dense. Params and MACs kept: of the whole model. Predicted: first-order change of the "
+    "calibration loss summed over the layers. No fine-tuning; no selector sees the test split. BatchNorm statistics "
+    "stay those of the dense net.",
+    "A selector of S1 asks of a decomposition only how far each rank changes the weight, so it takes any. Truncation "
+    "keeps the same part of every layer whatever the loss: beside it stands what the decomposition alone is worth.",
+    "S1: Zhang et al., Lossless Model Compression via Joint Low-Rank Factorization Optimization, arXiv 2412.06867.",
+)
+
+
+def build(options: Options) -> list[Path]:
+    """Table 4, from the records of its grids."""
+    found = command.load(options)
+    runs = command.runs(options, found, SELECTORS)
+    _one_setting_a_row(runs)
+    order = list(DECOMPOSITIONS)
+    place = runs["decomposer"].map(lambda name: order.index(name) if name in order else len(order))
+    runs = runs.assign(method=runs["decomposer"].map(lambda name: DECOMPOSITIONS.get(name, name)), place=place)
+    rows = frame.with_dense(runs.sort_values(["model", "variant", "place", "signature"], kind="stable"), VALUES)
+    rows["verdict"] = [_verdict(row) for _, row in rows.iterrows()]
+    data = ", ".join(dict.fromkeys(rows["data"]))
+    caption = f"One selector over several decompositions, without fine-tuning, on {data}"
+    table = Table(options.name, rows, COLUMNS, caption, [*NOTES, *_summary(rows)], group="model")
+    return save([table], options.out, command.origin(options, found))
+
+
+def _one_setting_a_row(runs: pd.DataFrame) -> None:
+    """Raise ``UserError`` where a row would be the mean over runs of different settings."""
+    for (model, variant, decomposer), own in runs.groupby(["model", "variant", "decomposer"]):
+        if own["group"].nunique() > 1:
+            several = f"{own['group'].nunique()} settings of {variant} with {decomposer} on {model}"
+            raise UserError(f"the records hold {several}: Table 4 has one row for them; delete the older records")
+
+
+def _verdict(row: "pd.Series[Any]") -> str | None:
+    """Whether the mean test loss of a selector that promises it stays at or below that of the dense net."""
+    if not str(row["variant"]).startswith(PROMISING):
+        return None
+    if row["params_kept"] >= 1:
+        return "not comparable: nothing was factored"
+    return "holds" if row["change_test_loss"] <= 0 else "does not hold"
+
+
+def _summary(rows: pd.DataFrame) -> list[str]:
+    """Of each selector that promises the loss, with how many decompositions it kept it."""
+    said = []
+    for (model, variant), own in rows[rows["verdict"].notna()].groupby(["model", "variant"], sort=False):
+        kept = int((own["verdict"] == "holds").sum())
+        said.append(f"{model}, {variant}: test loss not above dense with {kept} of {len(own)} decompositions.")
+    return said
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    return command.run(build, "table4", "table4", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

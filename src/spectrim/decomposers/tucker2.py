@@ -1,0 +1,191 @@
+"""Tucker-2 of a convolution: its output and its input channels each in a basis of their own, a small kernel between."""
+
+from bisect import bisect_right
+from math import inf
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectrim import linalg
+from spectrim.decomposers.matrix import checked, without_weights
+from spectrim.decomposers.spectrum import NO_MOMENTS, Keep, Moments, Spectrum, rank_of
+from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
+from spectrim.layers import TuckerConv2d, shaped_like, tucker_form
+from spectrim.plan import Kept
+from spectrim.settings import settings
+
+
+@settings
+class Tucker2:
+    """Higher-order SVD of a convolution over its output and input channels (Kim et al., arXiv 1511.06530).
+
+    ``W_oihw = sum_pq U_op V_iq C_pqhw`` with the left singular vectors of the two unfoldings as U and V (De Lathauwer
+    et al., SIAM J. Matrix Anal. Appl. 21, 2000), taken once, at full rank, and then cut; the iteration that would fit
+    them anew at each pair of ranks is left out, for every rank to come from one decomposition. Groups are decomposed
+    one by one and cut to the same ranks. A Linear, and a 1x1 convolution, has no kernel to keep: plain SVD.
+    """
+
+    precision: Literal["float32", "float64"] = "float64"
+
+    samples: ClassVar[int] = 0
+
+    def forms(self, layer: nn.Module) -> tuple[str, ...]:
+        return ()
+
+    def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> Spectrum:
+        """Decompose ``layer``; no moment is looked at. Raises ``UserError`` for a weight with NaN or infinity."""
+        layer = checked(layer)
+        if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):
+            return SVD("channel", self.precision).spectrum(layer)
+        weight = layer.weight.detach().to(getattr(torch, self.precision))
+        linalg.require_finite(weight)
+        groups = [higher_order_svd(one) for one in weight.unflatten(0, (layer.groups, -1))]
+        return Tucker2Spectrum(layer, Tucker(*(torch.stack(part) for part in zip(*groups, strict=True))))
+
+
+class Tucker(NamedTuple):
+    """``W_goihw = sum_pq U_gop V_giq C_gpqhw`` with orthonormal columns in U and V."""
+
+    C_PQHW: Tensor
+    U_OP: Tensor
+    V_IQ: Tensor
+
+
+def higher_order_svd(W_OIHW: Tensor) -> Tucker:
+    """Tucker-2 of one weight (O, I, kh, kw) at full rank: P = min(O, I*kh*kw) and Q = min(I, O*kh*kw)."""
+    import tensorly  # here, for it takes a third of a second to import
+    from tensorly.decomposition import partial_tucker
+
+    outputs, inputs = W_OIHW.shape[:2]
+    ranks = [min(size, W_OIHW.numel() // size) for size in (outputs, inputs)]
+    with tensorly.backend_context("pytorch", local_threadsafe=True):
+        (C, (U, V)), _ = partial_tucker(W_OIHW, rank=ranks, modes=[0, 1], n_iter_max=0, svd=_svd)
+    return Tucker(C, U, V)
+
+
+def _svd(matrix: Tensor, n_eigenvecs: int, **_: Any) -> linalg.SVD:
+    """Ours, for its fallback, as tensorly calls one."""
+    U, S, Vh = linalg.svd(matrix)
+    return linalg.SVD(U[:, :n_eigenvecs], S[:n_eigenvecs], Vh[:n_eigenvecs])
+
+
+class Tucker2Spectrum(Spectrum):
+    """All ranks of one convolution. Rank k keeps ``ranks[k] = (p, q)`` output and input directions, p + q = k + 1.
+
+    From all of them one direction is dropped at a time, of whichever side loses less of the weight's squared norm for
+    each parameter saved, down to (1, 1). Component k is what rank k has and rank k - 1 has not: of the core C one row
+    C[p, :q] or one column C[:p, q]. Different components share no entry of C, so they are orthogonal to one another and
+    what holds of squared norms and of inner products adds up over them, as it does for an SVD; but only the leading k
+    of them make a layer of the form.
+    """
+
+    def __init__(self, layer: nn.Conv2d, factors: Tucker) -> None:
+        self.template, self.factors = without_weights(layer), factors
+        self.bias = None if layer.bias is None else layer.bias.detach().clone()
+        self.device = layer.weight.device
+        energy_PQ = factors.C_PQHW.square().sum((0, 3, 4))
+        self.ranks = [(0, 0), *_schedule(energy_PQ, *self._shape()[1:])]
+        self.energy_R = self._by_component(energy_PQ)
+        self.costs = [self.cost(rank) for rank in range(len(self.ranks))]
+        self._largest: Tensor | None = None
+
+    @property
+    def max_rank(self) -> int:
+        return len(self.ranks) - 1
+
+    @property
+    def form(self) -> str:
+        return "tucker"
+
+    @property
+    def break_even(self) -> int:
+        return max(0, self.rank_within(self.template.weight.numel() - 1))
+
+    def error(self) -> Tensor:
+        return linalg.tail_sums(self.energy_R).sqrt()
+
+    def first_order(self, gradient: Tensor) -> Tensor:
+        C, U, V = self.factors
+        G = gradient.to(C).unflatten(0, (len(C), -1))
+        product = C * torch.einsum("goihw,gop,giq->gpqhw", G, U, V)
+        return -linalg.tail_sums(self._by_component(product.sum((0, 3, 4))))
+
+    def largest_entry(self) -> Tensor:
+        """Built up from the last component, one update a rank: about as many operations as the decomposition."""
+        if self._largest is None:
+            C, U, V = self.factors
+            C = C.flatten(3)
+            change = torch.zeros(len(C), U.shape[1], V.shape[1], C.shape[3], dtype=C.dtype, device=C.device)
+            largest = torch.zeros(len(self.ranks), dtype=torch.float64)
+            for rank in range(self.max_rank, 0, -1):
+                p, q = self.ranks[rank]
+                if p > self.ranks[rank - 1][0]:
+                    row = torch.einsum("gqx,giq->gix", C[:, p - 1, :q], V[:, :, :q])
+                    change += U[:, :, p - 1, None, None] * row.unsqueeze(1)
+                else:
+                    column = torch.einsum("gpx,gop->gox", C[:, :p, q - 1], U[:, :, :p])
+                    change += column.unsqueeze(2) * V[:, None, :, q - 1, None]
+                largest[rank - 1] = change.abs().max()
+            self._largest = largest
+        return self._largest
+
+    def sizes(self, rank: int) -> tuple[int, ...]:
+        p, q = self.ranks[rank]
+        groups, outputs, inputs, kernel = self._shape()
+        return groups * inputs * q, groups * p * q * kernel, groups * outputs * p
+
+    def rank_within(self, params: float) -> int:
+        return bisect_right(self.costs, params) - 1
+
+    def kept(self, keep: Keep) -> Kept:
+        return Kept(keep, tucker_form(*self.ranks[self._leading(keep)]))
+
+    def factor(self, keep: Keep) -> TuckerConv2d:
+        rank = self._leading(keep)
+        p, q = self.ranks[rank]
+        C, U, V = self.factors
+        layer = shaped_like(self.template, rank, tucker_form(p, q)).to_empty(device=self.device)
+        assert isinstance(layer, TuckerConv2d)
+        with torch.no_grad():
+            layer.first.weight.copy_(V[:, :, :q].transpose(1, 2).reshape(layer.first.weight.shape))
+            layer.second.weight.copy_(C[:, :p, :q].reshape(layer.second.weight.shape))
+            layer.third.weight.copy_(U[:, :, :p].reshape(layer.third.weight.shape))
+            if self.bias is not None:
+                cast(Tensor, layer.third.bias).copy_(self.bias)
+        return layer
+
+    def _leading(self, keep: Keep) -> int:
+        rank = rank_of(keep)
+        if not isinstance(keep, int) and sorted(keep) != list(range(rank)):
+            raise UserError("a Tucker decomposition is cut to a rank: only its leading components can be kept")
+        if not 1 <= rank <= self.max_rank:
+            raise UserError(f"keep between 1 and {self.max_rank} components of this layer, got {keep}")
+        return rank
+
+    def _shape(self) -> tuple[int, int, int, int]:
+        """Groups, outputs and inputs of each, entries of the kernel."""
+        C, U, V = self.factors
+        return len(C), U.shape[1], V.shape[1], C.shape[3] * C.shape[4]
+
+    def _by_component(self, values_PQ: Tensor) -> Tensor:
+        """Of values on the core's entries, the sum over those of each component. Shape (P, Q) to (R,), on the CPU."""
+        rows, columns = (values_PQ.double().cumsum(dim).tolist() for dim in (1, 0))
+        sums = []
+        for (before, _), (p, q) in zip(self.ranks, self.ranks[1:], strict=False):
+            sums.append(rows[p - 1][q - 1] if p > before else columns[p - 1][q - 1])
+        return torch.tensor(sums, dtype=torch.float64)
+
+
+def _schedule(energy_PQ: Tensor, outputs: int, inputs: int, kernel: int) -> list[tuple[int, int]]:
+    """The pairs (p, q) from (1, 1) to the shape of the core. ``energy_PQ``: its squares, summed over the kernel."""
+    rows, columns = (energy_PQ.double().cumsum(dim).tolist() for dim in (1, 0))
+    p, q = energy_PQ.shape
+    pairs = [(p, q)]
+    while (p, q) != (1, 1):
+        row = rows[p - 1][q - 1] / (outputs + q * kernel) if p > 1 else inf
+        column = columns[p - 1][q - 1] / (inputs + p * kernel) if q > 1 else inf
+        p, q = (p - 1, q) if row <= column else (p, q - 1)
+        pairs.append((p, q))
+    return pairs[::-1]
