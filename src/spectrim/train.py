@@ -23,7 +23,7 @@ def train(cfg: DictConfig) -> Path:
 
     A checkpoint that exists is left alone: remove it to train anew.
     """
-    path = Path(cfg.checkpoint)
+    path, unfinished = Path(config.text(cfg, "checkpoint")), Path(config.text(cfg, "unfinished"))
     if path.exists():
         print(f"{path} exists already")
         return path
@@ -31,15 +31,17 @@ def train(cfg: DictConfig) -> Path:
     config.check_targets(settings)
     config.check_seed(cfg)
     dtype = _dtype(cfg.stored_as)  # refused now rather than after the training
-    recipe: Recipe = config.build(settings["recipe"])
-    splits: Splits = config.build(settings["data"]).load()
+    if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
+        raise UserError(f"threads={cfg.threads!r} is not a whole number of at least 1, or null")
+    recipe: Recipe = config.build(settings["recipe"], "learning_rate")
+    splits: Splits = config.build(settings["data"], "load").load()
     if not isinstance(splits.train, ImageSplit):
         raise UserError(f"training needs images held in memory; {cfg.names.data} is read from a folder")
     torch.manual_seed(cfg.seed)
-    model = config.build(settings["model"])
+    model = config.build(settings["model"], "forward")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    state = Path(cfg.unfinished) / f"{path.stem}.state.safetensors"
+    state = unfinished / f"{path.stem}.state.safetensors"
     try:
         curve = fit(model, splits.train, recipe, seed=cfg.seed, state=state)
     except FloatingPointError as error:
