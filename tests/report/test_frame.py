@@ -119,6 +119,16 @@ def test_the_dense_row_counts_training_seeds_not_calibration_draws(grid: Make) -
     assert set(rows.loc[rows["variant"].str.startswith("lossless"), "n"]) == {"2 × 3"}
 
 
+def test_a_model_on_two_data_sets_is_told_apart(record: Make) -> None:
+    other = record(change=0.5)
+    other["names"] = other["names"] | {"data": "mnist"}
+    other["config"] = other["config"] | {"data": other["config"]["data"] | {"_target_": "MNIST"}}
+    rows = frame.with_dense(frame.runs([record(change=0.1), other]), ["change_test_loss"])
+    compressed = rows[rows["method"] != "dense"].set_index("model")["change_test_loss"]
+    assert compressed.to_dict() == pytest.approx({"resnet20 on cifar10": 0.1, "resnet20 on mnist": 0.5})
+    assert list(rows["n"]) == ["1", "1 × 1"] * 2
+
+
 def test_families_without_a_model_are_named() -> None:
     assert frame.missing(["resnet20", "ResNeXt101", "DenseNet169", "VGG-19"]) == []
     assert frame.missing(["resnet20"]) == ["Left out, for want of records: resnext, densenet, vgg."]

@@ -176,8 +176,11 @@ def _order(column: "pd.Series[Any]") -> "pd.Series[int]":
 def with_dense(frame: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
     """One row a model and method, seeds taken together, each model's dense row first. Columns as of ``over_seeds``.
 
-    A dense net does not depend on the calibration draw, so its row has one run a training seed.
+    A dense net does not depend on the calibration draw, so its row has one run a training seed. Where there are several
+    data sets a model's name says on which.
     """
+    if frame["data"].nunique() > 1:
+        frame = frame.assign(model=frame["model"] + " on " + frame["data"])
     by = ("model", "data", "method", "variant")
     dense = frame.drop_duplicates(["model", "data", "seed"]).assign(
         method="dense", variant="dense", calibration_seed=None, params_kept=1.0, macs_kept=1.0, layers_kept=1.0
