@@ -167,6 +167,7 @@ def _end_with(parent: int) -> None:
 
 def command_line(job: Callable[[], Any]) -> None:
     """Run a Hydra entry; a person's mistake ends in one line on stderr and exit status 1, Ctrl-C in 130."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, to be said in one line
     stderr = _Stderr(sys.stderr)
     with TemporaryDirectory(prefix="spectrim-") as folder:
         os.environ[FAILURES] = folder

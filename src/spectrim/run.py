@@ -1,7 +1,6 @@
 """The command line: compose a configuration, build, compress, measure, record. One run is one record."""
 
 import json
-import os
 import shlex
 import sys
 from contextlib import suppress
@@ -206,7 +205,6 @@ def _job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry of ``spectrim``."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, to be said in one line
     config.command_line(_job)
 
 

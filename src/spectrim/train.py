@@ -1,7 +1,6 @@
 """The training entry: one model on one data set, its checkpoint and, beside it, the record of its training."""
 
 import json
-import os
 from pathlib import Path
 
 import hydra
@@ -80,7 +79,6 @@ def _job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry of ``spectrim-train``."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, to be said in one line
     config.command_line(_job)
 
 
