@@ -81,12 +81,15 @@ def main() -> int:
     options = parser.parse_args()
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")
-    after = filled(before, ROOT / "results")
-    if options.check:
-        if before != after:
-            print("README.md is out of date: run `make readme`", file=sys.stderr)
-        return int(before != after)
-    write_whole({path: after.encode()})
+    try:
+        after = filled(before, ROOT / "results")
+        if not options.check:
+            write_whole({path: after.encode()})
+        elif before != after:
+            raise UserError("README.md is out of date: run `make readme`")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

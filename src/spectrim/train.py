@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
+from torch import nn
 
 from spectrim import config, records, surgery
 from spectrim.data.images import ImageSplit, Splits
@@ -45,8 +47,21 @@ def train(cfg: DictConfig) -> Path:
         curve = fit(model, splits.train, recipe, seed=cfg.seed, state=state)
     except FloatingPointError as error:
         raise UserError(f"{error}; the last good state is {state}") from error
+    record = _record(cfg, settings, model, splits, curve)
+    # The record first: a checkpoint that is there is taken for finished.
+    records.write_whole({path.with_suffix(".json"): (json.dumps(record, indent=1) + "\n").encode()})
+    surgery.save(path, model, RankPlan(), {"model": cfg.names.model, "data": cfg.names.data}, dtype)
+    state.unlink(missing_ok=True)
+    print(f"{path}: test top-1 {100 * record['test']['accuracy']:.2f} %, loss {record['test']['loss']:.4f}")
+    return path
+
+
+def _record(
+    cfg: DictConfig, settings: dict[str, Any], model: nn.Module, splits: Splits, curve: list[dict]
+) -> dict[str, Any]:
+    """What lies beside the checkpoint: how the net was trained, how that went, and what it reached."""
     judge = Objective(F.cross_entropy, {"calibration": splits.calibration, "test": splits.test})
-    record = {
+    return {
         "config": {**settings, "seed": cfg.seed},
         "names": config.plain(cfg.names),
         "params": sum(parameter.numel() for parameter in model.parameters()),
@@ -57,12 +72,6 @@ def train(cfg: DictConfig) -> Path:
         "curve": curve,
         "provenance": provenance(config.invocation("spectrim-train"), splits.digest, None),
     }
-    # The record first: a checkpoint that is there is taken for finished.
-    records.write_whole({path.with_suffix(".json"): (json.dumps(record, indent=1) + "\n").encode()})
-    surgery.save(path, model, RankPlan(), {"model": cfg.names.model, "data": cfg.names.data}, dtype)
-    state.unlink(missing_ok=True)
-    print(f"{path}: test top-1 {100 * record['test']['accuracy']:.2f} %, loss {record['test']['loss']:.4f}")
-    return path
 
 
 def _dtype(name: str) -> torch.dtype:

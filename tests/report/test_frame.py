@@ -64,6 +64,14 @@ def test_settings_of_one_variant_are_told_apart_by_what_differs(record: Make) ->
     }
 
 
+def test_two_decomposers_go_by_their_classes(record: Make) -> None:
+    other = record()
+    other["config"] = other["config"] | {"decomposer": {"_target_": "spectrim.decomposers.whitened.WhitenedSVD"}}
+    usual = record()
+    usual["config"] = usual["config"] | {"decomposer": {"_target_": "spectrim.decomposers.svd.SVD"}}
+    assert set(frame.runs([usual, other])["method"]) == {"lossless, one-shot, SVD", "lossless, one-shot, WhitenedSVD"}
+
+
 def test_rows_are_ordered_by_family_then_size_then_method(record: Make) -> None:
     pairs = [("vgg19_half", "compact"), ("resnet110", "lossless"), ("resnet20", "compact"), ("resnet20", "lossless")]
     cuts = [record("resnet20", "truncation", kept=kept) for kept in (0.25, 0.75)]

@@ -133,13 +133,16 @@ def _methods(frame: pd.DataFrame) -> list[str]:
         differing = [key for key in keys if any(value != values[key][0] for value in values[key])]
         for index in rows.index:
             settings = frame["settings"][index]
-            said = [_said(key.rpartition(".")[2].replace("_", " "), settings.get(key)) for key in differing]
+            said = [_said(key.rpartition(".")[2], settings.get(key)) for key in differing]
             names[int(index)] = ", ".join([names[int(index)], *said])
     return names
 
 
 def _said(setting: str, value: Any) -> str:
-    return f"no {setting}" if value is None else f"{setting} {value}"
+    if setting == "_target_":  # two classes, such as two decomposers
+        return str(value).rpartition(".")[2]
+    name = setting.replace("_", " ")
+    return f"no {name}" if value is None else f"{name} {value}"
 
 
 def family(model: str) -> str:
