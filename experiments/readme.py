@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from spectrim.errors import UserError
 from spectrim.records import write_whole
 from spectrim.report.table import Column, Table
 
@@ -60,11 +61,13 @@ def checkpoints(results: Path) -> str:
 
 
 def filled(readme: str, results: Path) -> str:
-    """``readme`` with the text between each pair of markers made anew."""
+    """``readme`` with the text between each pair of markers made anew. Raises ``UserError`` where one is missing."""
     for name, make in (("table2", table2), ("claims", claims), ("checkpoints", checkpoints)):
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, _, rest = readme.partition(start)
-        _, _, after = rest.partition(end)
+        before, found, rest = readme.partition(start)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise UserError(f"README.md lacks the markers {start} and {end}: put them around where {name} is shown")
         readme = f"{before}{start}\n{make(results)}{end}{after}"
     return readme
 
@@ -78,12 +81,15 @@ def main() -> int:
     options = parser.parse_args()
     path = ROOT / "README.md"
     before = path.read_text(encoding="utf-8")
-    after = filled(before, ROOT / "results")
-    if options.check:
-        if before != after:
-            print("README.md is out of date: run `make readme`", file=sys.stderr)
-        return int(before != after)
-    write_whole({path: after.encode()})
+    try:
+        after = filled(before, ROOT / "results")
+        if not options.check:
+            write_whole({path: after.encode()})
+        elif before != after:
+            raise UserError("README.md is out of date: run `make readme`")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

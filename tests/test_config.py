@@ -1,6 +1,7 @@
 """Every yaml composes and each of its keys is a parameter of its target; nothing foreign is ever made."""
 
 import inspect
+import shlex
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -98,7 +99,35 @@ def test_what_would_unpickle_is_refused(target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "target", ["torch.os.system", "spectrim.run.os.system", "torch.utils.cpp_extension.subprocess.run"]
+    "target",
+    [
+        "torch.os.system",
+        "torch.save",
+        "torch.nn",
+        "torch.nn.__loader__.set_data",
+        "torch.utils.collect_env.run",
+        "torch.utils.cpp_extension.load",
+        "torch.ops.load_library",
+        "torchvision.io.write_file",
+        "spectrim.provenance._output",
+        "spectrim.records.write_whole",
+        "spectrim.surgery.save",
+        "spectrim.data.sources._fetch_into",
+    ],
+)
+def test_what_could_run_or_write_anything_is_refused_by_its_name(target: str) -> None:
+    with pytest.raises(UserError, match=f"_target_={target} is refused: it is no part of a run; those come from"):
+        config.build({"_target_": "torch.nn.Identity", "inner": [{"_target_": target}]})
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "spectrim.models.torchvision_models.os.system",
+        "spectrim.data.sources.shutil.rmtree",
+        "spectrim.data.cifar10.Package",
+        "torch.nn.functional.torch.save",
+    ],
 )
 def test_what_an_allowed_module_imported_is_refused(target: str) -> None:
     with pytest.raises(UserError, match=f"_target_={target} is refused: it belongs to"):
@@ -107,7 +136,9 @@ def test_what_an_allowed_module_imported_is_refused(target: str) -> None:
         config.build({"_target_": "torch.nn.Identity", "inner": [{"_target_": target}]})
 
 
-@pytest.mark.parametrize("target", ["spectrim.models.resnet.ResNett", "spectrim.nosuch.Thing", "torch.nn.Nothing"])
+@pytest.mark.parametrize(
+    "target", ["spectrim.models.resnet.ResNett", "spectrim.models.nosuch.Thing", "torch.nn.Nothing"]
+)
 def test_a_target_that_does_not_exist_is_named(target: str) -> None:
     with pytest.raises(UserError, match=f"_target_={target} cannot be found") as refusal:
         config.build({"_target_": target})
@@ -128,6 +159,21 @@ def test_what_a_target_refuses_is_said_in_one_line(settings: dict, message: str)
     with pytest.raises(UserError, match=message) as refusal:
         config.build(settings)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("change", "made"), [({}, "MLP"), ({"_partial_": True}, "_DeferredTarget")])
+def test_what_is_made_but_cannot_do_what_is_asked_of_it_is_refused(change: dict, made: str) -> None:
+    with pytest.raises(
+        UserError, match=f"^_target_=spectrim.models.small.MLP gives a {made}, which has no method load"
+    ):
+        config.build({"_target_": "spectrim.models.small.MLP"} | change, "load")
+
+
+def test_an_invocation_is_split_by_a_shell_into_the_overrides_it_was_made_of(compose: Any) -> None:
+    given = ["model=bias_free_mlp", "names.model='a b$(false)'", "algorithm=truncation", "name='x;y'"]
+    compose(*given)
+    assert shlex.split(config.invocation("spectrim")) == ["spectrim", *given]
+    assert config.invocation("spectrim").startswith("spectrim model=bias_free_mlp 'names.model=")
 
 
 def test_build_makes_nested_objects_of_plain_containers() -> None:

@@ -210,3 +210,21 @@ def test_a_loss_that_fails_without_a_word_goes_by_the_name_of_its_error(net: nn.
 
     with pytest.raises(UserError, match="the loss failed on these outputs and targets: ValueError$"):
         objective(batches, silent).evaluate(net)
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(2, 3, 8, 8), {"x": 1}, (1, 2, 3), ()])
+def test_a_batch_that_is_no_pair_is_said_in_one_line(net: nn.Sequential, batch: Any) -> None:
+    with pytest.raises(UserError, match="^a batch of the calibration set is a .*, not a pair: give") as refusal:
+        objective([batch]).evaluate(net)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("batches", [None, 3])
+def test_what_cannot_be_iterated_is_no_set(batches: Any) -> None:
+    with pytest.raises(UserError, match="^the calibration set is a .*; give a list of batches or a DataLoader$"):
+        objective(batches)
+
+
+def test_batches_can_be_read_again(batches: Any) -> None:
+    pairs = objective(batches).batches("calibration")
+    assert len(list(pairs)) == len(list(pairs)) == len(batches)

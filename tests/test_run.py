@@ -13,6 +13,7 @@ import pytest
 from torch import nn
 
 from spectrim import records, run
+from spectrim.algorithms.base import Workbench
 from spectrim.algorithms.truncation import Truncation
 from spectrim.errors import UserError
 
@@ -66,6 +67,50 @@ class TestRecord:
         with pytest.raises(AssertionError, match="compressed again"):
             run.run(compose(*asked, "data.calibration_seed=1"))
         assert len(list(tmp_path.rglob("*.json"))) == 1
+
+
+class TestWithoutAPlan:
+    """An algorithm may change a model without factoring a layer of it."""
+
+    @staticmethod
+    def record(compose: Any, digits: list[str], monkeypatch: pytest.MonkeyPatch, change: Any) -> dict:
+        def compress(_: Truncation, model: nn.Module, decomposer: Any, objective: Any) -> Any:
+            compressed = Workbench(model, decomposer, objective).finish({})
+            change(compressed.model)
+            return compressed
+
+        monkeypatch.setattr(Truncation, "compress", compress)
+        record = run.run(compose(*digits, "algorithm=truncation"))
+        assert record["plan"] == {}
+        return record
+
+    def test_what_was_left_alone_has_the_dense_numbers(self, compose: Any, digits: list[str], monkeypatch: Any) -> None:
+        record = self.record(compose, digits, monkeypatch, lambda model: None)
+        assert record["compressed"] == record["dense"]
+
+    def test_changed_weights_are_measured(self, compose: Any, digits: list[str], monkeypatch: Any) -> None:
+        record = self.record(compose, digits, monkeypatch, lambda model: model.layers[-1].weight.data.zero_())
+        assert record["compressed"]["params"] == record["dense"]["params"]
+        for split in ("calibration", "test"):
+            assert record["compressed"][split]["loss"] != record["dense"][split]["loss"]
+
+    def test_another_layer_is_measured(self, compose: Any, digits: list[str], monkeypatch: Any) -> None:
+        def smooth(model: Any) -> None:
+            model.layers[2] = nn.Tanh()
+
+        record = self.record(compose, digits, monkeypatch, smooth)
+        assert record["compressed"]["test"]["loss"] != record["dense"]["test"]["loss"]
+
+
+def test_the_command_for_a_missing_checkpoint_makes_that_one(compose: Any, tmp_path: Path) -> None:
+    asked = ["data=digits", "model=bias_free_mlp", "model.depth=3", "names.model=deep", f"checkpoints={tmp_path}/a b"]
+    cfg = compose(*asked, "seed=4")
+    with pytest.raises(UserError, match="make it with: ") as refusal:
+        run.run(cfg)
+    program, *overrides = shlex.split(str(refusal.value).partition("make it with: ")[2])
+    made = compose(*overrides, name="train")
+    assert program == "spectrim-train" and made.checkpoint == f"{tmp_path}/a b/deep-digits-seed4.safetensors"
+    assert (made.model.depth, made.seed) == (3, 4)
 
 
 def signature(compose: Any, digits: list[str], *overrides: str) -> str:
@@ -156,7 +201,12 @@ def test_records_that_cannot_be_written_are_said_in_one_line(
         (["algorithm=truncation", "algorithm.ratio=null", "algorithm.rank=99"], "rank 99 is above the full rank"),
         (["algorithm=truncation", "algorithm.ratio=null", "algorithm.rank=abc"], "rank='abc' is not of type"),
         (["algorithm=truncation", "algorithm.ratio=null", "algorithm.rank=true"], "rank=True is not of type"),
+        (["algorithm=truncation", "algorithm.ratio=nan"], "algorithm.ratio is nan"),
         (["algorithm=nosuch"], "Could not find 'algorithm/nosuch'"),
+        (["algorithm=nosuch"], "sensitivity truncation\n"),
+        (["algorithm=null"], "these overrides cannot be composed: "),
+        (["+algorithm._partial_=true"], "has no method compress"),
+        (["tracking={_target_:torch.nn.ReLU}"], "gives a ReLU, which has no method run"),
         (["data=nosuch"], "Could not find 'data/nosuch'"),
         (["model.depth=3"], "Could not override 'model.depth'"),
         (["data.calibration_size=0"], "calibration_size must be at least 1"),
@@ -169,7 +219,13 @@ def test_records_that_cannot_be_written_are_said_in_one_line(
         (["batch_norm=refit"], "batch_norm is one of keep, follow, not 'refit'"),
         (["seed=true"], "seed=True is not a whole number"),
         (["seed=abc"], "seed='abc' is not a whole number"),
+        (["seed=-1"], "seed=-1 is not a whole number in 0..4294967295"),
+        (["seed=99999999999999999999"], "is not a whole number in 0..4294967295"),
+        (["data.calibration_seed=99999999999999999999"], "calibration_seed must lie in 0..4294967295"),
         (["name=../elsewhere"], "is not a name"),
+        (["name=null"], "name=None is not text"),
+        (["records=null"], "records=None is not text"),
+        (["checkpoint=[1]"], "checkpoint=[1] is not text"),
         (["checkpoint=/nosuch/file"], "there is no checkpoint at /nosuch/file"),
     ],
 )

@@ -1,5 +1,6 @@
 """Tracking: what W&B is told, and that nothing it does stops a run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from spectrim import tracking
+from spectrim import records, run, tracking
 from spectrim.errors import UserError
 from spectrim.tracking import NoTracking, WandB
 
@@ -126,6 +127,70 @@ def test_without_the_package_a_run_goes_on(
 def test_a_wrong_setting_is_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(setting))):
         WandB(**setting)
+
+
+class TestWhatARunTells:
+    """A run is told to the tracker once, after it is recorded; whatever the tracker does, the record is there."""
+
+    @pytest.fixture
+    def told(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+        """What W&B was given; it cannot be reached while the list holds "away"."""
+        said: list[Any] = []
+
+        def start(_: WandB, signature: str, *rest: Any) -> Any:
+            if "away" in said:
+                raise OSError("no server")
+            said.append(signature)
+            return SimpleNamespace(
+                define_metric=lambda *_, **__: None, log=said.append, summary={}, finish=lambda exit_code: None
+            )
+
+        monkeypatch.setattr(WandB, "start", start)
+        return said
+
+    def test_a_run_is_told_once(self, compose: Any, digits: list[str], told: list) -> None:
+        asked = (*digits, "algorithm=truncation", "tracking=wandb")
+        record = run.run(compose(*asked))
+        table = told[1]["layers"]
+        assert told[0] == record["signature"] and len(told) == 2
+        assert table.columns[0] == "layer" and [row[0] for row in table.data] == [
+            one["layer"] for one in record["layers"]
+        ]
+        assert [row[table.columns.index("rank")] for row in table.data] == [one["rank"] for one in record["layers"]]
+        run.run(compose(*asked))
+        assert len(told) == 2
+
+    def test_what_the_server_missed_it_is_told_by_the_same_command(
+        self, compose: Any, digits: list[str], told: list, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = (*digits, "algorithm=truncation", "tracking=wandb")
+        told.append("away")
+        record = run.run(compose(*asked))
+        assert told == ["away"]
+        told.clear()
+        monkeypatch.setattr(tracking._Followed, "given_up", False)  # another process
+        assert run.run(compose(*asked)) == json.loads(json.dumps(record))
+        assert told[0] == record["signature"]
+
+    def test_what_was_made_without_tracking_is_told_later(self, compose: Any, digits: list[str], told: list) -> None:
+        asked = (*digits, "algorithm=truncation")
+        record = run.run(compose(*asked))
+        assert not told
+        run.run(compose(*asked, "tracking=wandb"))
+        assert told[0] == record["signature"]
+
+    def test_a_mark_that_cannot_be_written_fails_no_run(
+        self, compose: Any, digits: list[str], told: list, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        usual = records.write_whole
+
+        def full(files: Any) -> None:
+            if any(path.suffix == ".tracked" for path in files):
+                raise UserError("no room")
+            usual(files)
+
+        monkeypatch.setattr(records, "write_whole", full)
+        assert run.run(compose(*digits, "algorithm=truncation", "tracking=wandb"))["signature"] == told[0]
 
 
 # In processes of their own: W&B starts a service and keeps its state for as long as a process lives.

@@ -77,10 +77,19 @@ def test_a_net_of_other_channels_than_the_images_is_said_in_one_line(compose: An
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("seed", ["true", "1.5", "one"])
+@pytest.mark.parametrize("seed", ["true", "1.5", "one", "-1", str(2**63)])
 def test_a_seed_that_is_no_whole_number_is_refused(compose: Any, training: list[str], seed: str) -> None:
-    with pytest.raises(UserError, match="^seed=.* is not a whole number$"):
+    with pytest.raises(UserError, match=r"^seed=.* is not a whole number in 0\.\.4294967295$"):
         train.train(compose(*training, f"seed={seed}", name="train"))
+
+
+@pytest.mark.parametrize("setting", ["threads=0", "threads=two", "threads=true", "checkpoint=null", "unfinished=null"])
+def test_a_setting_of_the_wrong_kind_is_named_before_the_training(
+    compose: Any, training: list[str], setting: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"^{setting.partition('=')[0]}=.* is not "):
+        train.train(compose(*training, setting, name="train"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_precision_is_refused_before_the_training(compose: Any, training: list[str], tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """How a model is called on whatever a loader yields."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any
@@ -52,13 +52,7 @@ def _shapes(inputs: Inputs) -> str:
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     """The same structure with every tensor on ``device``."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: to_device(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, tuple | list):
-        return type(inputs)(to_device(value, device) for value in inputs)
-    return inputs
+    return _mapped(inputs, lambda tensor: tensor.to(device))
 
 
 def first_sample(inputs: Inputs) -> Inputs:
@@ -68,12 +62,16 @@ def first_sample(inputs: Inputs) -> Inputs:
 
 def first_samples(inputs: Inputs, count: int) -> Inputs:
     """The same structure with the first ``count`` samples of every tensor, all of them where there are fewer."""
+    return _mapped(inputs, lambda tensor: tensor[:count])
+
+
+def _mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     if isinstance(inputs, Tensor):
-        return inputs[:count]
+        return change(inputs)
     if isinstance(inputs, Mapping):
-        return {key: first_samples(value, count) for key, value in inputs.items()}
+        return {key: _mapped(value, change) for key, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return type(inputs)(first_samples(value, count) for value in inputs)
+        return type(inputs)(_mapped(value, change) for value in inputs)
     return inputs
 
 

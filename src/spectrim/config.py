@@ -1,11 +1,10 @@
 """From a composed configuration to objects: where it lies, what it may name, and its errors in one line."""
 
 import os
-import re
+import shlex
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
 from threading import RLock, Thread
+from traceback import format_exc, walk_tb
 from typing import Any, NoReturn, TextIO
 
 from hydra.core.hydra_config import HydraConfig
@@ -28,7 +28,19 @@ from tqdm import tqdm
 from spectrim import torchvision_shim
 from spectrim.errors import UserError
 
-ALLOWED_TARGETS = ("spectrim.", "torch.", "torchvision.")
+PACKAGES = ("spectrim.", "torch.", "torchvision.")
+# Where the parts of a run come from. Elsewhere in the three packages there is code that runs commands, loads libraries
+# and writes files.
+PLACES = (
+    "spectrim.algorithms.",
+    "spectrim.data.",
+    "spectrim.decomposers.",
+    "spectrim.models.",
+    "spectrim.tracking.",
+    "spectrim.training.",
+    "torch.nn.",
+    "torchvision.models.",
+)
 UNPICKLING = ("torch.load", "torch.hub", "torch.serialization", "torch.package", "torch.jit")
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
 # Names the folder in which a run of a grid that fails leaves its line, from whichever process it runs in.
@@ -38,24 +50,31 @@ CONF = str(_CHECKOUT if _CHECKOUT.is_dir() else Path(__file__).resolve().parent 
 
 
 def check_targets(node: Any, where: str = "config") -> None:
-    """Refuse, before anything is imported, every ``_target_`` outside spectrim, torch and torchvision."""
+    """Refuse, before anything is imported, every ``_target_`` outside ``PLACES``."""
     if isinstance(node, DictConfig | dict):
         for key, value in node.items():
-            if key == "_target_" and not str(value).startswith(ALLOWED_TARGETS):
-                allowed = "only spectrim, torch and torchvision may be used"
-                raise UserError(f"{where}._target_={value} is refused: {allowed}")
-            if key == "_target_" and str(value).startswith(UNPICKLING):
-                raise UserError(
-                    f"{where}._target_={value} is refused: it may run code from a file, nothing is unpickled"
-                )
+            reason = _refusal(str(value)) if key == "_target_" else ""
+            if reason:
+                raise UserError(f"{where}._target_={value} is refused: {reason}")
             check_targets(value, f"{where}.{key!s}")
     elif isinstance(node, ListConfig | list):
         for index, value in enumerate(node):
             check_targets(value, f"{where}[{index}]")
 
 
+def _refusal(target: str) -> str:
+    """Why ``target`` may not be made, judged by its name alone; empty where it may."""
+    if not target.startswith(PACKAGES):
+        return "only spectrim, torch and torchvision may be used"
+    if target.startswith(UNPICKLING):
+        return "it may run code from a file, nothing is unpickled"
+    if not target.startswith(PLACES) or any(part.startswith("_") for part in target.split(".")):
+        return f"it is no part of a run; those come from {', '.join(place[:-1] for place in PLACES)}"
+    return ""
+
+
 def _check_homes(node: Any) -> None:
-    """Refuse what an allowed module merely imported, such as ``torch.os.system``, and name what does not exist."""
+    """Refuse what an allowed module merely imported, such as its ``os.system``, and name what does not exist."""
     for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         _check_homes(value)
     if not isinstance(node, dict) or "_target_" not in node:
@@ -65,8 +84,8 @@ def _check_homes(node: Any) -> None:
         home = getattr(resolve_name(target), "__module__", None) or target  # functions written in C may have none
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"_target_={target} cannot be found: {error}") from error
-    if not f"{home}.".startswith(ALLOWED_TARGETS):
-        raise UserError(f"_target_={target} is refused: it belongs to {home}, not to spectrim, torch or torchvision")
+    if not f"{home}.".startswith(PLACES):
+        raise UserError(f"_target_={target} is refused: it belongs to {home}, where no part of a run comes from")
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
@@ -75,26 +94,41 @@ def plain(node: DictConfig) -> dict[str, Any]:
 
 
 def check_seed(cfg: DictConfig) -> None:
-    """Refuse a seed that torch would silently read as another one: true, 1.5."""
-    if type(cfg.seed) is not int:
-        raise UserError(f"seed={cfg.seed!r} is not a whole number")
+    """Refuse a seed that torch would silently read as another one (true, 1.5) or that its generators do not take."""
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed!r} is not a whole number in 0..{2**32 - 1}")
 
 
-def build(settings: dict[str, Any]) -> Any:
-    """The object that ``settings`` (with its ``_target_``) describes. Raises ``UserError`` in one line."""
+def text(cfg: DictConfig, key: str) -> str:
+    """A name or a path of the configuration. Raises ``UserError`` where it is null or anything but text."""
+    if not isinstance(cfg[key], str):
+        raise UserError(f"{key}={cfg[key]!r} is not text; give a name or a path")
+    return cfg[key]
+
+
+def build(settings: dict[str, Any], can: str = "") -> Any:
+    """The object that ``settings`` (with its ``_target_``) describes, which has the method ``can``.
+
+    Raises ``UserError`` in one line.
+    """
     check_targets(settings)
     if "torchvision." in str(settings):
         torchvision_shim.prepare()
+        # Its own functions, when they fetch weights, do not ask torch.load for tensors alone.
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     _check_homes(settings)
     try:
-        return instantiate(settings, _convert_="all")
+        made = instantiate(settings, _convert_="all")
     except HydraException as error:
         raise UserError(_innermost(error)) from error
+    if can and not callable(getattr(made, can, None)):
+        raise UserError(f"_target_={settings.get('_target_')} gives a {type(made).__name__}, which has no method {can}")
+    return made
 
 
 def invocation(program: str) -> str:
-    """The command that makes this one run, also where it is one of a grid."""
-    return " ".join([program, *HydraConfig.get().overrides.task]) if HydraConfig.initialized() else program
+    """The command that makes this one run, also where it is one of a grid, as it is pasted into a shell."""
+    return shlex.join([program, *HydraConfig.get().overrides.task]) if HydraConfig.initialized() else program
 
 
 @contextmanager
@@ -113,7 +147,7 @@ def cell(program: str) -> Iterator[None]:
             folder = Path(os.environ[FAILURES])
             (folder / f"run{HydraConfig.get().job.num:09d}").write_text(said)
             if fault:
-                (folder / "fault").write_text(traceback.format_exc())
+                (folder / "fault").write_text(format_exc())
         raise UserError(said) from None
 
 
@@ -133,6 +167,7 @@ def _end_with(parent: int) -> None:
 
 def command_line(job: Callable[[], Any]) -> None:
     """Run a Hydra entry; a person's mistake ends in one line on stderr and exit status 1, Ctrl-C in 130."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, to be said in one line
     stderr = _Stderr(sys.stderr)
     with TemporaryDirectory(prefix="spectrim-") as folder:
         os.environ[FAILURES] = folder
@@ -150,11 +185,19 @@ def command_line(job: Callable[[], Any]) -> None:
             if error.__cause__:  # a process could not read its task: no person's mistake
                 raise
             _end("a process of the grid was killed, perhaps for want of memory; the same command goes on", 1)
-        except Exception:
+        except Exception as error:
+            if _is_of_hydra(error):  # it finds no words of its own for an override such as model=null
+                _end(f"these overrides cannot be composed: {_innermost(error)}", 1)
             sys.stderr.write(stderr.withheld)
             raise
         finally:
             del os.environ[FAILURES]
+
+
+def _is_of_hydra(error: Exception) -> bool:
+    """Whether it was raised while Hydra composed the configuration, before it called any code of ours."""
+    homes = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    return homes[-1] in ("hydra", "omegaconf") and "spectrim" not in homes[homes.index("hydra") :]
 
 
 def _end(line: str, status: int) -> NoReturn:
@@ -185,5 +228,4 @@ def _innermost(error: BaseException) -> str:
         if isinstance(cause, UserError):
             return str(cause)
         cause = cause.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return re.sub(r"\s+", " ", " ".join(lines[:12]))
+    return " ".join(str(error).partition("Config search path:")[0].split()) or type(error).__name__

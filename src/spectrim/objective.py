@@ -1,6 +1,7 @@
 """The loss on named splits: its value and its gradient."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -29,12 +30,14 @@ class Objective:
 
     A split is anything that can be iterated again and again as batches (inputs, targets). Selectors are handed an
     objective that holds ``calibration`` and, where they may use it, ``train``; never the test split. Raises
-    ``UserError`` for a generator, which can be read only once.
+    ``UserError`` for a generator, which can be read only once, and for what cannot be iterated at all.
     """
 
     def __init__(self, loss: Loss, splits: Mapping[str, Batches]) -> None:
         self.loss, self.splits = loss, dict(splits)
         for name, batches in self.splits.items():
+            if not isinstance(batches, Iterable):
+                raise UserError(f"the {name} set is a {type(batches).__name__}; give a list of batches or a DataLoader")
             if isinstance(batches, Iterator):
                 raise UserError(f"the {name} set can be read only once; give a list or a DataLoader, not a generator")
         self._gradients: WeakKeyDictionary[nn.Module, dict[tuple, dict[str, Tensor]]] = WeakKeyDictionary()
@@ -136,10 +139,27 @@ class Objective:
         self.require(seen, split)
 
     def batches(self, split: str) -> Batches:
-        """The batches of ``split``. Raises ``UserError`` where there is no such split."""
+        """The batches of ``split``. Raises ``UserError`` where there is no such split or, once read, no pair."""
         if split not in self.splits:
             raise UserError(f"there is no split {split!r} here; known are {', '.join(sorted(self.splits))}")
-        return self.splits[split]
+        return _Pairs(split, self.splits[split])
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """The batches of a split, again and again, each of them looked at."""
+
+    split: str
+    batches: Batches
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
+        for batch in self.batches:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise UserError(
+                    f"a batch of the {self.split} set is a {type(batch).__name__}, not a pair: give (inputs, targets), "
+                    "several inputs as a tuple or a mapping of their own"
+                )
+            yield batch
 
 
 def are_scores(outputs: Any, targets: Any) -> bool:

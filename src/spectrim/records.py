@@ -25,6 +25,9 @@ def signature(config: Mapping[str, Any]) -> str:
     The order of keys does not matter, nor whether a whole number is written 1 or 1.0.
     Raises UserError where the configuration holds what JSON cannot say (NaN, an object).
     """
+    for where, number in _numbers(config, ""):
+        if not math.isfinite(number):
+            raise UserError(f"{where} is {number}: a run cannot be signed with it; give a finite number")
     try:
         text = json.dumps(_canonical(config), sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:

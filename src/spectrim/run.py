@@ -1,16 +1,19 @@
 """The command line: compose a configuration, build, compress, measure, record. One run is one record."""
 
 import json
-import os
+import shlex
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import hydra
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import nn
 
@@ -30,17 +33,29 @@ SCIENTIFIC = ("model", "data", "shape", "decomposer", "algorithm", "seed")
 def run(cfg: DictConfig) -> dict[str, Any]:
     """One run: the record on disk if it is there already, else made, written and returned."""
     settings = scientific(cfg)
+    folder, name = Path(config.text(cfg, "records")), config.text(cfg, "name")
     checkpoint = _checkpoint(cfg)
     settings["checkpoint"] = None if checkpoint is None else file_digest(checkpoint)
     signature = records.signature(settings)
-    path = records.path_of(Path(cfg.records), cfg.name, signature)
+    tracker = config.build(config.plain(cfg.tracking), "run")
+    path = records.path_of(folder, name, signature)
     if path.exists():
-        print(f"{cfg.name} {signature}: already recorded", file=sys.stderr)
-        return records.read(path)
+        print(f"{name} {signature}: already recorded", file=sys.stderr)
+        record = records.read(path)
+    else:
+        state = Path(config.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
+        record = _measured(cfg, settings, signature, checkpoint, state)
+        records.write(folder, record)
+        state.unlink(missing_ok=True)
+        _say(record)
+    _track(tracker, record, path.with_suffix(".tracked"))
+    return record
 
-    state = Path(cfg.unfinished) / f"{signature}.state.safetensors"
-    algorithm, decomposer = _algorithm(settings["algorithm"], state), config.build(settings["decomposer"])
-    tracker = config.build(config.plain(cfg.tracking))
+
+def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpoint: Path | None, state: Path) -> Any:
+    """Build, compress and measure: the record of the run. ``state``: where it may keep what it needs to go on."""
+    algorithm = config.build(_resumable(settings["algorithm"], state), "compress")
+    decomposer = config.build(settings["decomposer"], "spectrum")
     phases = Phases()
     with phases.measure("load"):
         weights = None if checkpoint is None else (checkpoint, settings["checkpoint"])
@@ -50,7 +65,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         compressed.settle(cfg.batch_norm, subject.objective)
     with phases.measure("evaluate"):
         outcome = subject.outcome(compressed)
-    record = {
+    return {
         "schema": records.SCHEMA,
         "signature": signature,
         "experiment": cfg.name,
@@ -62,17 +77,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         "phases": dict(phases),
         "provenance": provenance(config.invocation("spectrim"), subject.data_digest, checkpoint),
     }
-    records.write(Path(cfg.records), record)
-    state.unlink(missing_ok=True)
-    _track(tracker, record, compressed)
-    _say(record)
-    return record
 
 
-def _algorithm(settings: dict[str, Any], state: Path) -> Any:
-    """The selector; one that trains is told where to keep what it needs to go on after a kill."""
-    keeps = "state" in settings and settings["state"] is None
-    return config.build({**settings, "state": str(state)} if keeps else settings)
+def _resumable(algorithm: dict[str, Any], state: Path) -> dict[str, Any]:
+    """The settings of a selector; one that trains is told where to keep what it needs to go on after a kill."""
+    keeps = "state" in algorithm and algorithm["state"] is None
+    return {**algorithm, "state": str(state)} if keeps else algorithm
 
 
 def scientific(cfg: DictConfig) -> dict[str, Any]:
@@ -103,7 +113,7 @@ class Subject:
                 self.dense[split] = objective.evaluate(self.model, split)._asdict()
         dense = {**compressed.dense_cost._asdict(), **self.dense}
         small = dense
-        if compressed.plan:
+        if not _same(compressed.model, self.model):
             small = {
                 **compressed.cost._asdict(),
                 "calibration": self.objective.evaluate(compressed.model)._asdict(),
@@ -120,9 +130,16 @@ class Subject:
         }
 
 
+def _same(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two models have the same layers with the same parameters and buffers, to the last bit."""
+    ours, theirs = ([(name, type(module)) for name, module in model.named_modules()] for model in (first, second))
+    mine, other = first.state_dict(), second.state_dict()
+    return ours == theirs and mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+
+
 @lru_cache(maxsize=1)
 def _subject(model_json: str, seed: int, weights: Weights, data_json: str) -> Subject:
-    splits = config.build(json.loads(data_json)).load()
+    splits = config.build(json.loads(data_json), "load").load()
     model, dense_on_test = _model(model_json, seed, weights)
     seen = Objective(F.cross_entropy, {name: getattr(splits, name) for name in SEEN})
     test = Objective(F.cross_entropy, {"test": splits.test})
@@ -136,7 +153,7 @@ def _subject(model_json: str, seed: int, weights: Weights, data_json: str) -> Su
 def _model(model_json: str, seed: int, weights: Weights) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
     """The dense model, and its evaluation on each test split it has met: neither depends on the calibration set."""
     torch.manual_seed(seed)
-    model = config.build(json.loads(model_json))
+    model = config.build(json.loads(model_json), "forward")
     if weights is not None:
         surgery.load(weights[0], model)
     return model.eval().to(memory_format=torch.channels_last), {}
@@ -145,14 +162,24 @@ def _model(model_json: str, seed: int, weights: Weights) -> tuple[nn.Module, dic
 def _checkpoint(cfg: DictConfig) -> Path | None:
     if cfg.checkpoint is None:
         return None
-    path = Path(cfg.checkpoint)
+    path = Path(config.text(cfg, "checkpoint"))
     if not path.is_file():
-        make = f"spectrim-train model={cfg.names.model} data={cfg.names.data} seed={cfg.seed}"
+        composed = HydraConfig.get()
+        net = [one for one in composed.overrides.task if one.startswith("model.")]
+        chosen = [f"{group}={composed.runtime.choices[group]}" for group in ("model", "data")]
+        make = shlex.join(["spectrim-train", *chosen, f"seed={cfg.seed}", *net, f"checkpoint={path}"])
         raise UserError(f"there is no checkpoint at {path}; make it with: {make}")
     return path
 
 
-def _track(tracker: Any, record: dict[str, Any], compressed: Compressed) -> None:
+def _track(tracker: Any, record: dict[str, Any], told: Path) -> None:
+    """Tell the tracker of a recorded run, once: the file ``told`` says that it was.
+
+    After the record, for no server may cost a run; and from the record alone, so that a run whose server could not be
+    reached, or that was made without tracking, is told when the same command is given again.
+    """
+    if told.exists():
+        return
     names, dense, small = record["names"], record["dense"], record["compressed"]
     metrics = {
         "params_kept": small["params"] / dense["params"],
@@ -163,10 +190,13 @@ def _track(tracker: Any, record: dict[str, Any], compressed: Compressed) -> None
         "predicted_change": record["predicted_change"],
     }
     with tracker.run(record["signature"], record["experiment"], names["algorithm"], record["config"]) as run:
-        run.table("layers", compressed.report.astype({"shape": str}))
+        run.table("layers", pd.DataFrame(record["layers"]).astype({"shape": str, "rank": "Int64"}))
         for step, entry in enumerate(record["log"]):
             run.log(entry, step)
         run.summary({key: value for key, value in metrics.items() if value is not None})
+    if run.delivered:
+        with suppress(UserError):  # without the file it is told again, which is no harm
+            records.write_whole({told: b""})
 
 
 def _say(record: dict[str, Any]) -> None:
@@ -193,7 +223,6 @@ def _job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry of ``spectrim``."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, to be said in one line
     config.command_line(_job)
 
 

@@ -21,6 +21,9 @@ PATIENCE = 15.0
 class Handle(Protocol):
     """What a run is told while it happens."""
 
+    delivered: bool
+    """Once the run is over: whether somebody was told all of it."""
+
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Numbers of one step, drawn against the step and, where one of them is ``rank``, against the rank too.
 
@@ -36,6 +39,8 @@ class Handle(Protocol):
 
 class Silent:
     """A handle that tells nobody."""
+
+    delivered = False
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Nothing."""
@@ -124,6 +129,7 @@ class _Followed:
 
     def __init__(self, tracker: WandB, signature: str, group: str, job_type: str, config: Mapping[str, Any]) -> None:
         self.run: Any = None
+        self.delivered = False
         self.drawn: set[str] = set()
         if _Followed.given_up:
             return
@@ -167,6 +173,7 @@ class _Followed:
         with self._at_no_risk():
             if self.run:
                 self.run.finish(exit_code=exit_code)
+                self.delivered = exit_code == 0
 
     @contextmanager
     def _at_no_risk(self) -> Iterator[None]:

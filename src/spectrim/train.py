@@ -1,13 +1,14 @@
 """The training entry: one model on one data set, its checkpoint and, beside it, the record of its training."""
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
+from torch import nn
 
 from spectrim import config, records, surgery
 from spectrim.data.images import ImageSplit, Splits
@@ -23,7 +24,7 @@ def train(cfg: DictConfig) -> Path:
 
     A checkpoint that exists is left alone: remove it to train anew.
     """
-    path = Path(cfg.checkpoint)
+    path, unfinished = Path(config.text(cfg, "checkpoint")), Path(config.text(cfg, "unfinished"))
     if path.exists():
         print(f"{path} exists already")
         return path
@@ -31,21 +32,36 @@ def train(cfg: DictConfig) -> Path:
     config.check_targets(settings)
     config.check_seed(cfg)
     dtype = _dtype(cfg.stored_as)  # refused now rather than after the training
-    recipe: Recipe = config.build(settings["recipe"])
-    splits: Splits = config.build(settings["data"]).load()
+    if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
+        raise UserError(f"threads={cfg.threads!r} is not a whole number of at least 1, or null")
+    recipe: Recipe = config.build(settings["recipe"], "learning_rate")
+    splits: Splits = config.build(settings["data"], "load").load()
     if not isinstance(splits.train, ImageSplit):
         raise UserError(f"training needs images held in memory; {cfg.names.data} is read from a folder")
     torch.manual_seed(cfg.seed)
-    model = config.build(settings["model"])
+    model = config.build(settings["model"], "forward")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    state = Path(cfg.unfinished) / f"{path.stem}.state.safetensors"
+    state = unfinished / f"{path.stem}.state.safetensors"
     try:
         curve = fit(model, splits.train, recipe, seed=cfg.seed, state=state)
     except FloatingPointError as error:
         raise UserError(f"{error}; the last good state is {state}") from error
+    record = _record(cfg, settings, model, splits, curve)
+    # The record first: a checkpoint that is there is taken for finished.
+    records.write_whole({path.with_suffix(".json"): (json.dumps(record, indent=1) + "\n").encode()})
+    surgery.save(path, model, RankPlan(), {"model": cfg.names.model, "data": cfg.names.data}, dtype)
+    state.unlink(missing_ok=True)
+    print(f"{path}: test top-1 {100 * record['test']['accuracy']:.2f} %, loss {record['test']['loss']:.4f}")
+    return path
+
+
+def _record(
+    cfg: DictConfig, settings: dict[str, Any], model: nn.Module, splits: Splits, curve: list[dict]
+) -> dict[str, Any]:
+    """What lies beside the checkpoint: how the net was trained, how that went, and what it reached."""
     judge = Objective(F.cross_entropy, {"calibration": splits.calibration, "test": splits.test})
-    record = {
+    return {
         "config": {**settings, "seed": cfg.seed},
         "names": config.plain(cfg.names),
         "params": sum(parameter.numel() for parameter in model.parameters()),
@@ -56,12 +72,6 @@ def train(cfg: DictConfig) -> Path:
         "curve": curve,
         "provenance": provenance(config.invocation("spectrim-train"), splits.digest, None),
     }
-    # The record first: a checkpoint that is there is taken for finished.
-    records.write_whole({path.with_suffix(".json"): (json.dumps(record, indent=1) + "\n").encode()})
-    surgery.save(path, model, RankPlan(), {"model": cfg.names.model, "data": cfg.names.data}, dtype)
-    state.unlink(missing_ok=True)
-    print(f"{path}: test top-1 {100 * record['test']['accuracy']:.2f} %, loss {record['test']['loss']:.4f}")
-    return path
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -78,7 +88,6 @@ def _job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Entry of ``spectrim-train``."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come to us, to be said in one line
     config.command_line(_job)
 
 

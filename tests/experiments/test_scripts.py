@@ -45,6 +45,19 @@ def _names_command_and_every_record(provenance: Path, name: str, recorded: Path)
         assert records.digest(records.read(recorded / f"{run}.json")) == digest
 
 
+@pytest.mark.parametrize("dirty", [False, True])
+def test_the_provenance_tells_of_runs_of_uncommitted_code(
+    dirty: bool, script: Script, factory: ModuleType, tmp_path: Path
+) -> None:
+    for seed in (0, 1):
+        one = factory.make(seed=seed)
+        one["provenance"] = one["provenance"] | {"dirty": dirty and seed == 1}
+        records.write(tmp_path / "records", one)
+    assert script("table2").main(arguments(tmp_path / "records", tmp_path)) == 0
+    provenance = json.loads((tmp_path / "tables" / "table2.provenance.json").read_text())
+    assert provenance["runs"]["dirty"] is dirty
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_without_records_a_script_names_the_command_that_makes_them(
     name: str, script: Script, tmp_path: Path, capsys: pytest.CaptureFixture[str]

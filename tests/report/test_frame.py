@@ -74,6 +74,14 @@ def test_settings_of_one_variant_are_told_apart_by_what_differs(record: Make) ->
     }
 
 
+def test_two_decomposers_go_by_their_classes(record: Make) -> None:
+    other = record()
+    other["config"] = other["config"] | {"decomposer": {"_target_": "spectrim.decomposers.whitened.WhitenedSVD"}}
+    usual = record()
+    usual["config"] = usual["config"] | {"decomposer": {"_target_": "spectrim.decomposers.svd.SVD"}}
+    assert set(frame.runs([usual, other])["method"]) == {"lossless, one-shot, SVD", "lossless, one-shot, WhitenedSVD"}
+
+
 def test_rows_are_ordered_by_family_then_size_then_method(record: Make) -> None:
     pairs = [("vgg19_half", "compact"), ("resnet110", "lossless"), ("resnet20", "compact"), ("resnet20", "lossless")]
     cuts = [record("resnet20", "truncation", kept=kept) for kept in (0.25, 0.75)]
@@ -127,6 +135,16 @@ def test_the_dense_row_counts_training_seeds_not_calibration_draws(grid: Make) -
     assert dense["test_loss_std"] == pytest.approx(np.std([0.300, 0.304], ddof=1))
     assert math.isnan(dense["change_test_loss"]) and math.isnan(dense["params_kept_std"])
     assert set(rows.loc[rows["variant"].str.startswith("lossless"), "n"]) == {"2 × 3"}
+
+
+def test_a_model_on_two_data_sets_is_told_apart(record: Make) -> None:
+    other = record(change=0.5)
+    other["names"] = other["names"] | {"data": "mnist"}
+    other["config"] = other["config"] | {"data": other["config"]["data"] | {"_target_": "MNIST"}}
+    rows = frame.with_dense(frame.runs([record(change=0.1), other]), ["change_test_loss"])
+    compressed = rows[rows["method"] != "dense"].set_index("model")["change_test_loss"]
+    assert compressed.to_dict() == pytest.approx({"resnet20 on cifar10": 0.1, "resnet20 on mnist": 0.5})
+    assert list(rows["n"]) == ["1", "1 × 1"] * 2
 
 
 def test_families_without_a_model_are_named() -> None:

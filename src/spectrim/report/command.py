@@ -118,6 +118,7 @@ def origin(options: Options, found: Sequence[Record], read: Sequence[Path] = ())
         "runs": {
             "count": len(found),
             "commits": _distinct(run.get("commit") for run in runs),
+            "dirty": any(run.get("dirty") for run in runs),
             "first_utc": times[0] if times else None,
             "last_utc": times[-1] if times else None,
             "data_digests": _distinct(run.get("data_digest") for run in runs),

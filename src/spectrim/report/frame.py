@@ -134,13 +134,16 @@ def _methods(frame: pd.DataFrame) -> list[str]:
         differing = [key for key in keys if any(value != values[key][0] for value in values[key])]
         for index in rows.index:
             settings = frame["settings"][index]
-            said = [_said(key.rpartition(".")[2].replace("_", " "), settings.get(key)) for key in differing]
+            said = [_said(key.rpartition(".")[2], settings.get(key)) for key in differing]
             names[int(index)] = ", ".join([names[int(index)], *said])
     return names
 
 
 def _said(setting: str, value: Any) -> str:
-    return f"no {setting}" if value is None else f"{setting} {value}"
+    if setting == "_target_":  # two classes, such as two decomposers
+        return str(value).rpartition(".")[2]
+    name = setting.replace("_", " ")
+    return f"no {name}" if value is None else f"{name} {value}"
 
 
 def family(model: str) -> str:
@@ -177,8 +180,11 @@ def _order(column: "pd.Series[Any]") -> "pd.Series[int]":
 def with_dense(frame: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
     """One row a model and method, seeds taken together, each model's dense row first. Columns as of ``over_seeds``.
 
-    A dense net does not depend on the calibration draw, so its row has one run a training seed.
+    A dense net does not depend on the calibration draw, so its row has one run a training seed. Where there are several
+    data sets a model's name says on which.
     """
+    if frame["data"].nunique() > 1:
+        frame = frame.assign(model=frame["model"] + " on " + frame["data"])
     by = ("model", "data", "method", "variant")
     dense = frame.drop_duplicates(["model", "data", "seed"]).assign(
         method="dense", variant="dense", calibration_seed=None, params_kept=1.0, macs_kept=1.0, layers_kept=1.0
