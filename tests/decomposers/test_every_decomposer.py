@@ -19,7 +19,9 @@ from spectrim.decomposers.spectrum import Decomposer
 from spectrim.objective import Objective
 from spectrim.plan import RankPlan
 
-NAMES = sorted(path.stem for path in (Path(config.CONF) / "decomposer").glob("*.yaml"))
+NAMES, ALGORITHMS = (
+    sorted(path.stem for path in (Path(config.CONF) / group).glob("*.yaml")) for group in ("decomposer", "algorithm")
+)
 
 
 @pytest.fixture(params=NAMES)
@@ -71,6 +73,29 @@ def test_parameters_and_macs_are_those_of_the_factored_model(
     assert names and {name: float(expected.curves[name][rank]) for name in names} == macs
     share = costs_of(bench, "params").share(dict.fromkeys(names, rank))
     assert share == pytest.approx(parameters(factored) / parameters(net))
+
+
+# They choose among singular components, of which a Tucker decomposition has none.
+REFUSED = {("tucker2", algorithm) for algorithm in ("global_threshold", "joint", "rank_selection")}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("name", ["tucker2", "whitened_best_view"])
+def test_any_algorithm_takes_it_or_says_why_not(
+    name: str, algorithm: str, compose: Any, net: nn.Sequential, objective: Objective
+) -> None:
+    cfg = compose(f"decomposer={name}", f"algorithm={algorithm}")
+    selector, decomposer = (config.build(config.plain(cfg[group])) for group in ("algorithm", "decomposer"))
+    if (name, algorithm) in REFUSED:
+        with pytest.raises(spectrim.UserError, match="^layer 0: ") as refusal:
+            selector.compress(net, decomposer, objective)
+        assert "\n" not in str(refusal.value)
+        return
+    result = selector.compress(net, decomposer, objective)
+    report = result.report.set_index("layer")
+    assert parameters(net) - parameters(result.model) == (report["params_before"] - report["params_after"]).sum()
+    factored = report.dropna(subset="rank")
+    assert (factored["rank"] <= factored["break_even"]).all() and result.params_kept <= 1
 
 
 def test_compressed_saved_and_loaded_gives_the_same_logits(
