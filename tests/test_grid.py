@@ -52,6 +52,19 @@ def test_the_command_itself_ends_in_one_line(
     assert message in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize("setting", ["hydra.sweep.dir=wall/hydra", "hydra.launcher.n_jobs=0"])
+def test_a_grid_that_cannot_begin_ends_in_one_line(
+    setting: str, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "wall").write_text("a file, not a folder")
+    with pytest.raises(SystemExit) as ending:
+        in_process([*digits, "algorithm.gamma=1,2", "hydra/launcher=joblib", setting], monkeypatch, tmp_path)
+    said = capsys.readouterr().err
+    assert ending.value.code == 1
+    assert said.startswith("spectrim: Hydra cannot begin with these settings: ") and said.count("\n") == 1
+    assert not list(tmp_path.rglob("*.json"))
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=["basic", "joblib"])
 def test_the_runs_that_failed_are_counted_and_named_and_the_others_are_recorded(
     launcher: list[str], digits: list[str], tmp_path: Path

@@ -186,18 +186,18 @@ def command_line(job: Callable[[], Any]) -> None:
                 raise
             _end("a process of the grid was killed, perhaps for want of memory; the same command goes on", 1)
         except Exception as error:
-            if _is_of_hydra(error):  # it finds no words of its own for an override such as model=null
-                _end(f"these overrides cannot be composed: {_innermost(error)}", 1)
+            if _before_ours(error):  # for model=null or a folder that cannot be written it has no error of its own
+                _end(f"Hydra cannot begin with these settings: {_innermost(error)}", 1)
             sys.stderr.write(stderr.withheld)
             raise
         finally:
             del os.environ[FAILURES]
 
 
-def _is_of_hydra(error: Exception) -> bool:
-    """Whether it was raised while Hydra composed the configuration, before it called any code of ours."""
+def _before_ours(error: Exception) -> bool:
+    """Whether Hydra raised it before it called any code of ours: an override, a launcher's setting, its folder."""
     homes = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
-    return homes[-1] in ("hydra", "omegaconf") and "spectrim" not in homes[homes.index("hydra") :]
+    return "hydra" in homes and "spectrim" not in homes[homes.index("hydra") :]
 
 
 def _end(line: str, status: int) -> NoReturn:
