@@ -168,3 +168,16 @@ def test_names_at_the_top() -> None:
     assert all(getattr(spectrim, name).__name__ == name for name in spectrim.__all__)
     with pytest.raises(AttributeError, match="no attribute 'Losless'"):
         spectrim.Losless  # noqa: B018
+
+
+def test_a_model_is_trained_at_low_rank_saved_and_loaded(net: nn.Sequential, batches: Any, tmp_path: Path) -> None:
+    recipe = spectrim.Recipe(epochs=2, lr=0.01, precision="float32")
+    algorithm = spectrim.SVDTraining(recipe=recipe, epsilon=0.1, delta_step=0.1)
+    dense = copy.deepcopy(net)
+    result = spectrim.compress(net, calibration=batches, train=batches, algorithm=algorithm)
+    assert result.plan and result.params_kept < 1
+    result.save(tmp_path / "small.safetensors")
+    model = spectrim.load(tmp_path / "small.safetensors", into=dense)
+    torch.testing.assert_close(logits(model, batches[0][0]), logits(result.model, batches[0][0]))
+    with pytest.raises(spectrim.UserError, match="there is no split 'train'"):
+        spectrim.compress(net, calibration=batches, algorithm=algorithm)

@@ -92,6 +92,35 @@ def test_the_state_of_another_training_is_refused(tmp_path: Path, changed: dict)
     assert state.read_bytes() == before
 
 
+def test_the_state_of_other_images_or_of_another_net_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "state.safetensors"
+    fit(network(), images(), RECIPE, seed=3, state=state)
+    others = images()
+    others.images[0] += 1
+    with pytest.raises(UserError, match="belongs to a training with other settings"):
+        fit(network(), others, RECIPE, seed=3, state=state)
+    wider = network()
+    wider[5] = nn.Linear(24, 5)
+    with pytest.raises(UserError, match="belongs to a training with other settings"):
+        fit(wider, images(), RECIPE, seed=3, state=state)
+
+
+def test_a_state_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="could not be written"):
+        fit(network(), images(), RECIPE, seed=3, state=tmp_path / "file" / "state.safetensors")
+
+
+def test_any_batches_that_have_a_length_will_do() -> None:
+    batches = [(images().normalise(images().images[i : i + 24]), images().labels[i : i + 24]) for i in (0, 24, 48)]
+    curve = fit(network(), batches, Recipe(20, lr=0.1, precision="float32"), seed=0)
+    assert curve[-1]["loss"] < curve[0]["loss"] and "side" not in curve[0]
+    with pytest.raises(UserError, match="has no length"):
+        fit(network(), (batch for batch in batches), Recipe(1), seed=0)
+    with pytest.raises(UserError, match="the train set is empty"):
+        fit(network(), [], Recipe(1), seed=0)
+
+
 def test_a_state_cut_short_is_refused(tmp_path: Path) -> None:
     state = tmp_path / "state.safetensors"
     fit(network(), images(), RECIPE, seed=0, state=state)
@@ -142,6 +171,13 @@ def test_early_epochs_see_smaller_images() -> None:
         {"batch_size": 0},
         {"lr": 0.0},
         {"lr": -1.0},
+        {"lr": float("nan")},
+        {"momentum": -1.0},
+        {"momentum": 1.0},
+        {"weight_decay": -1.0},
+        {"label_smoothing": 2.0},
+        {"crop_padding": -1},
+        {"image_sizes": [[0.3, 0]]},
         {"lr": "high"},
         {"warmup": 1.0},
         {"image_sizes": [0.3, 16]},

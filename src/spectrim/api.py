@@ -19,17 +19,18 @@ def compress(
     *,
     calibration: Batches,
     verification: Batches | None = None,
+    train: Batches | None = None,
     loss: Loss = F.cross_entropy,
     algorithm: Algorithm | None = None,
     decomposer: Decomposer | None = None,
     batch_norm: BatchNorm = "keep",
 ) -> Compressed:
-    """Compress ``model`` without training it.
+    """Compress ``model``, without training it unless the algorithm is one that trains.
 
     ``calibration``: held-out batches (inputs, targets), iterable again and again; inputs are a tensor, a tuple of
     positional or a mapping of keyword arguments. ``verification``: other batches, for algorithms that measure what
-    they chose: a loss measured on the set that was chosen on is too good. ``loss(model_output, targets)``: a scalar,
-    the mean over its batch.
+    they chose: a loss measured on the set that was chosen on is too good. ``train``: batches for algorithms that train,
+    with a length. ``loss(model_output, targets)``: a scalar, the mean over its batch.
     ``algorithm``: ``Lossless()`` if not given; ``decomposer``: ``SVD()``, the channel view, if not given.
     ``batch_norm="follow"``: once the algorithm is done, the statistics of every BatchNorm are shifted by what
     compression changed on calibration batches, without labels (``batchnorm.reestimate``); ``"keep"``: they stay.
@@ -38,12 +39,9 @@ def compress(
     Raises ``UserError`` in one line for anything that cannot be compressed as asked.
     """
     require(batch_norm)
-    splits = (
-        {"calibration": calibration}
-        if verification is None
-        else {"calibration": calibration, "verification": verification}
-    )
-    objective = Objective(loss, splits)
+    further = {"verification": verification, "train": train}
+    splits = {name: batches for name, batches in further.items() if batches is not None}
+    objective = Objective(loss, {"calibration": calibration, **splits})
     compressed = (algorithm or Lossless()).compress(model, decomposer or SVD(), objective)
     return compressed.settle(batch_norm, objective)
 

@@ -1,5 +1,6 @@
 """One readable ``fit`` and its schedule: SGD, resumable after a kill, the same on every resume."""
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from functools import partial
@@ -47,12 +48,20 @@ class Recipe:
     precision: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1 or self.lr <= 0:
-            raise UserError("a recipe needs epochs >= 1, batch_size >= 1 and lr > 0")
+        if self.epochs < 1 or self.batch_size < 1 or not 0 < self.lr < math.inf:
+            raise UserError("a recipe needs epochs >= 1, batch_size >= 1 and a finite lr > 0")
+        if not (0 <= self.momentum < 1 and 0 <= self.label_smoothing < 1):
+            raise UserError(f"momentum and label_smoothing lie in [0, 1), got {self.momentum}, {self.label_smoothing}")
+        if not 0 <= self.weight_decay < math.inf or self.crop_padding < 0:
+            raise UserError(
+                f"weight_decay and crop_padding are at least 0, got {self.weight_decay}, {self.crop_padding}"
+            )
         if not 0 <= self.warmup < 1:
             raise UserError(f"warmup is a fraction of the training in [0, 1), got {self.warmup}")
-        if any(len(pair) != 2 for pair in self.image_sizes):
-            raise UserError(f"image_sizes are pairs (fraction of the epochs, side), got {self.image_sizes}")
+        if any(len(pair) != 2 or not 0 <= pair[0] <= 1 or pair[1] < 1 for pair in self.image_sizes):
+            raise UserError(
+                f"image_sizes are pairs (fraction of the epochs, side of 1 or more), got {self.image_sizes}"
+            )
         if self.precision not in ("bfloat16", "float32"):
             raise UserError(f"precision is bfloat16 or float32, got {self.precision}")
 
@@ -106,7 +115,8 @@ def fit(
     ``undecayed``: names of parameters without weight decay. What ``after_epoch`` returns is added to the curve.
 
     With ``state``, a safetensors file, everything needed to go on is written there after each epoch, whole or not at
-    all; if it exists, training resumes from it. ``identity``: what else than recipe and seed makes it this training.
+    all; if it exists, training resumes from it. ``identity``: what else than recipe, seed, the shapes of the model and
+    the images makes it this training.
     The order of images depends on ``seed`` and the epoch alone, so a resumed run sees the batches of an unbroken one.
 
     Raises ``FloatingPointError`` where the loss stops being finite; the last good state stays on disk. Raises
@@ -116,7 +126,9 @@ def fit(
     optimizer = _optimizer(model, recipe, undecayed)
     if loss is F.cross_entropy:
         loss = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
-    run = training_state.fingerprint(recipe, seed, identity)
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    data = train.digest() if isinstance(train, ImageSplit) and state else None
+    run = training_state.fingerprint(recipe, seed, {**(identity or {}), "shapes": shapes, "data": data})
     curve = training_state.resume(state, model, optimizer, run) if state else []
     left = range(len(curve), recipe.epochs)
     with tqdm(left, "train", initial=len(curve), total=recipe.epochs, unit="epoch", disable=None) as bar:

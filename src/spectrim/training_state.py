@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.SGD, curve: Sequen
         save_file(tensors, partial, {"curve": json.dumps(list(curve)), "run": run})
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # no second error must hide the first
+            partial.unlink()
         raise UserError(f"{path} could not be written ({error}); the state of the epoch before is kept") from None
 
 

@@ -104,7 +104,7 @@ class SVDTraining:
             state=self.state,
             penalties=course.penalties,
             undecayed=factors,
-            identity={**identity, "view": decomposer.view},
+            identity=identity | {"view": decomposer.view},
             after_epoch=course.after_epoch,
         )
         ranks = course.ranks()
