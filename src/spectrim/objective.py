@@ -140,9 +140,13 @@ class Objective:
 
     def batches(self, split: str) -> Batches:
         """The batches of ``split``. Raises ``UserError`` where there is no such split or, once read, no pair."""
+        return _Pairs(split, self.given(split))
+
+    def given(self, split: str) -> Batches:
+        """The split itself, for what does more than read its batches. Raises ``UserError`` where there is none."""
         if split not in self.splits:
             raise UserError(f"there is no split {split!r} here; known are {', '.join(sorted(self.splits))}")
-        return _Pairs(split, self.splits[split])
+        return self.splits[split]
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,13 +157,18 @@ class _Pairs:
     batches: Batches
 
     def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
-        for batch in self.batches:
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
-                raise UserError(
-                    f"a batch of the {self.split} set is a {type(batch).__name__}, not a pair: give (inputs, targets), "
-                    "several inputs as a tuple or a mapping of their own"
-                )
-            yield batch
+        return pairs(self.batches, self.split)
+
+
+def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
+    """The batches, each of them looked at. Raises ``UserError`` for one that is no pair."""
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise UserError(
+                f"a batch of the {split} set is a {type(batch).__name__}, not a pair: give (inputs, targets), "
+                "several inputs as a tuple or a mapping of their own"
+            )
+        yield batch  # type: ignore[misc]
 
 
 def are_scores(outputs: Any, targets: Any) -> bool:

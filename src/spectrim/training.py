@@ -16,7 +16,7 @@ from spectrim import training_state
 from spectrim.batches import Inputs, device_of, forward, sample_count, to_device
 from spectrim.data.images import ImageSplit
 from spectrim.errors import UserError
-from spectrim.objective import Batches, Loss, are_scores
+from spectrim.objective import Batches, Loss, are_scores, pairs
 from spectrim.settings import settings
 
 # Called after each epoch with its number, the model and the optimizer, both of which it may change.
@@ -168,7 +168,7 @@ def _batches(train: Batches, recipe: Recipe, epoch: int, seed: int) -> tuple[int
     if not isinstance(train, ImageSplit):
         if not isinstance(train, Sized):
             raise UserError("the train set has no length, which the learning rate needs; give a list or a DataLoader")
-        return len(train), train
+        return len(train), pairs(train, "train")
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(len(train.labels), generator=generator)
     steps = max(1, len(order) // recipe.batch_size)

@@ -30,7 +30,7 @@ class FineTuning:
 
         Raises ``UserError`` without a ``train`` split and where the loss stops being finite.
         """
-        objective.batches("train")  # refused before the selection, not after it
+        objective.given("train")  # refused before the selection, not after it
         compressed = self.selector.compress(model, decomposer, objective)
         net = copy.deepcopy(compressed.model)
         curve = train(net, objective, self.recipe, seed=self.seed, state=self.state)

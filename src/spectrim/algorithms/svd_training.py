@@ -86,7 +86,7 @@ class SVDTraining:
         """
         if not isinstance(decomposer, SVD):
             raise UserError(f"SVD training starts from the plain SVD, not from {type(decomposer).__name__}")
-        objective.batches("train")  # refused now rather than after the decomposition
+        objective.given("train")  # refused now rather than after the decomposition
         bench = Workbench(model, decomposer, objective)
         net = copy.deepcopy(model)
         for name, spectrum in bench.spectra.items():

@@ -23,7 +23,7 @@ def train(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
-            return fit(net, objective.batches("train"), recipe, seed=seed, loss=objective.loss, state=path, **more)
+            return fit(net, objective.given("train"), recipe, seed=seed, loss=objective.loss, state=path, **more)
         except FloatingPointError as error:
             kept = f"the last good epoch is in {path}" if path else "nothing is kept"
             raise UserError(f"{error}; {kept}") from error
