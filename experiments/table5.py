@@ -16,6 +16,7 @@ from spectrim.report.table import Column, Table, save
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 UNTRAINED = "_untrained"  # of the name of a net that a run trains from scratch
+KINDS = ("SVDTraining", "FineTuning", "RankSelection", "Truncation")
 VALUES = ("params_kept", "test_accuracy", "change_pp", "test_loss", "seconds")
 COLUMNS = (
     Column("net", "net, data"),
@@ -44,7 +45,9 @@ SOURCES = (
 
 def build(options: Options) -> list[Path]:
     """SVD training beside its rivals and what was published for the same net and data."""
-    found = command.load(options)
+    found = [record for record in command.load(options) if _kind(record["config"]["algorithm"]) in KINDS]
+    if not found:
+        raise command.lacking(options, "svd_training or of what it is held against")
     runs = pd.DataFrame([_row(record) for record in found])
     runs["change_pp"] = 100 * (runs["test_accuracy"] - _dense_of(runs))
     dense = runs.drop_duplicates(["model", "data", "seed"]).dropna(subset="dense_accuracy")
@@ -91,7 +94,7 @@ def _row(record: Record) -> dict[str, Any]:
 
 def _method(settings: dict[str, Any], scratch: bool) -> tuple[str, str]:
     """Its place in the table, as a text that sorts, and what a row is called."""
-    kind = str(settings["_target_"]).rpartition(".")[2]
+    kind = _kind(settings)
     if kind == "SVDTraining":
         term = settings["regulariser"]
         weight = "" if term == "none" else f" {settings['strength']:g}"
@@ -105,6 +108,10 @@ def _method(settings: dict[str, Any], scratch: bool) -> tuple[str, str]:
     if kind == "RankSelection":
         return f"1 {settings['epsilon']:g}", f"rank selection, ε {settings['epsilon']:g}"
     return f"1 {_truncation(settings)}", _truncation(settings)
+
+
+def _kind(settings: dict[str, Any]) -> str:
+    return str(settings["_target_"]).rpartition(".")[2]
 
 
 def _truncation(settings: dict[str, Any]) -> str:

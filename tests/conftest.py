@@ -1,7 +1,9 @@
 """What the tests share: one thread, a tiny net with every kind of layer, and batches for it."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from spectrim import config
 from spectrim.layers import FactoredLinear, TuckerConv2d
 from spectrim.objective import Objective
+from spectrim.training import Recipe
 
 torch.set_num_threads(1)
 
@@ -56,6 +59,17 @@ def objective(batches: Batches) -> Objective:
     """Cross-entropy on ``batches``: all of them are calibration, the first two train, the last two verification."""
     splits = {"calibration": batches, "train": batches[:2], "verification": batches[1:]}
     return Objective(F.cross_entropy, splits)
+
+
+@pytest.fixture
+def brief() -> Callable[[Any], Any]:
+    """``brief(algorithm)``: the same, training (if it does) for no longer than a test takes."""
+    recipe = Recipe(epochs=2, lr=0.01, precision="float32")
+
+    def of(algorithm: Any) -> Any:
+        return dataclasses.replace(algorithm, recipe=recipe) if "recipe" in vars(algorithm) else algorithm
+
+    return of
 
 
 def _weight_of(layer: nn.Module, groups: int) -> Tensor:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from spectrim import config, records, run, surgery
 from spectrim.algorithms.base import Algorithm, Compressed
 from spectrim.algorithms.compact import Compact
+from spectrim.algorithms.fine_tuning import FineTuning
 from spectrim.algorithms.lossless import Lossless
+from spectrim.algorithms.svd_training import SVDTraining
 from spectrim.algorithms.truncation import Truncation
 from spectrim.batches import evaluating
 from spectrim.batchnorm import SAMPLES, reestimate
@@ -23,7 +25,6 @@ from spectrim.decomposers.spectrum import spectrum_of
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.objective import Objective
-from spectrim.training import Recipe
 
 NAMES = sorted(path.stem for path in (Path(config.CONF) / "algorithm").glob("*.yaml"))
 VIEWS: Any = ("channel", "spatial")
@@ -39,16 +40,13 @@ GREEDY = [  # whatever a user may ask for, as far as it goes
 
 
 @pytest.fixture(params=NAMES)
-def algorithm(request: pytest.FixtureRequest, compose: Any) -> Algorithm:
-    chosen = config.build(config.plain(compose(f"algorithm={request.param}").algorithm))
-    if trains(chosen):  # for as long as a test takes
-        chosen = dataclasses.replace(chosen, recipe=Recipe(epochs=2, lr=0.01, precision="float32"))
-    return chosen
+def algorithm(request: pytest.FixtureRequest, compose: Any, brief: Any) -> Algorithm:
+    return brief(config.build(config.plain(compose(f"algorithm={request.param}").algorithm)))
 
 
 def trains(algorithm: Algorithm) -> bool:
-    """Whether weights change beyond what a plan says, which the settings of such an algorithm hold a recipe for."""
-    return dataclasses.is_dataclass(algorithm) and "recipe" in {field.name for field in dataclasses.fields(algorithm)}
+    """Whether weights change beyond what a plan says."""
+    return isinstance(algorithm, SVDTraining | FineTuning)
 
 
 def untimed(log: list[dict]) -> list[dict]:
