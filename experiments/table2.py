@@ -81,7 +81,14 @@ def build(options: Options) -> list[Path]:
     rows["verdict"] = [_verdict(row) for _, row in rows.iterrows()]
     models, data = list(dict.fromkeys(rows["model"])), ", ".join(dict.fromkeys(rows["data"]))
     caption = f"Loss and accuracy without fine-tuning on {data}"
-    table = Table(options.name, rows, COLUMNS, caption, [*NOTES, SOURCES, *frame.missing(models)], group="model")
+    table = Table(
+        options.name,
+        rows,
+        COLUMNS,
+        caption,
+        [*NOTES, *_unverified(rows), SOURCES, *frame.missing(models)],
+        group="model",
+    )
     judged = Table(
         f"{options.name}_claims",
         _claims(published, rows),
@@ -90,6 +97,13 @@ def build(options: Options) -> list[Path]:
         [SOURCES, *CLAIM_NOTES],
     )
     return save([table, judged], options.out, command.origin(options, found, [PUBLISHED]))
+
+
+def _unverified(rows: pd.DataFrame) -> list[str]:
+    """A note naming the models of which no verified run was made, where others have some."""
+    verified = rows[rows["method"].str.endswith("verified")]["model"]
+    without = [model for model in dict.fromkeys(rows["model"]) if model not in set(verified)]
+    return [f"Not run verified, which takes longest on the deepest nets: {', '.join(without)}."] if without else []
 
 
 def _published(published: pd.DataFrame, model: str, method: str) -> str | None:
