@@ -56,7 +56,7 @@ def build(options: Options) -> list[Path]:
         test_loss=dense["dense_loss"], change_pp=math.nan, seconds=math.nan, calibration_seed=None,
     )  # fmt: skip
     published = compare.read_published(PUBLISHED)
-    rows = []
+    rows: list[Any] = []
     for (model, data), own in runs.groupby(["model", "data"]):
         both = pd.concat([dense[(dense["model"] == model) & (dense["data"] == data)], own])
         both = both.sort_values("order", kind="stable")
@@ -128,7 +128,7 @@ def _dense_of(runs: pd.DataFrame) -> pd.Series:
 
 def _published(published: pd.DataFrame, model: str, data: str) -> list[dict[str, Any]]:
     """The rows that other papers print for this net and data."""
-    rows = []
+    rows: list[Any] = []
     claims = published[published["claim"].str.startswith("trained-")]
     for _, claim in claims.groupby("claim", sort=False):
         first = claim.iloc[0]

@@ -168,7 +168,7 @@ def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
                 f"a batch of the {split} set is a {type(batch).__name__}, not a pair: give (inputs, targets), "
                 "several inputs as a tuple or a mapping of their own"
             )
-        yield batch  # type: ignore[misc]
+        yield batch
 
 
 def are_scores(outputs: Any, targets: Any) -> bool:
