@@ -1,5 +1,6 @@
 """Fine-tuning trains what a selector left, and leaves its plan alone."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ def test_it_lowers_the_loss_and_keeps_the_plan(net: nn.Module, objective: Object
     assert tuned.plan == cut.plan and tuned.cost == cut.cost
     assert objective.evaluate(tuned.model, "train").loss < 0.9 * objective.evaluate(cut.model, "train").loss
     assert [entry["epoch"] for entry in tuned.log] == list(range(20))
+
+
+def test_batchnorm_cannot_follow_a_model_that_was_left(net: nn.Module, objective: Objective) -> None:
+    tuned = FineTuning(Truncation(ratio=0.6), replace(RECIPE, epochs=1)).compress(net, SVD(), objective)
+    assert tuned.settle("keep", objective) is tuned
+    with pytest.raises(UserError, match="which a training leaves: use keep"):
+        tuned.settle("follow", objective)
 
 
 def test_it_is_the_same_on_every_run_and_after_a_kill(net: nn.Module, objective: Objective, tmp_path: Path) -> None:

@@ -45,7 +45,8 @@ class Compressed:
 
     ``report``: one row a layer that could be factored: layer, shape, full_rank, break_even, rank (None: left dense),
     params_before, params_after, predicted_change (of the calibration loss, to first order), relative_error.
-    ``log``: the steps of the algorithm; ``notes``: which layers could not be factored, and why.
+    ``log``: the steps of the algorithm; ``notes``: which layers could not be factored, and why; ``trained``: whether
+    the weights left are no longer those of the given model.
     """
 
     model: nn.Module
@@ -55,6 +56,7 @@ class Compressed:
     example: Inputs = field(repr=False)
     log: list[dict] = field(default_factory=list, repr=False)
     notes: list[str] = field(default_factory=list)
+    trained: bool = False
 
     @cached_property
     def cost(self) -> Cost:
@@ -82,7 +84,12 @@ class Compressed:
         return float(self.report.loc[self.report["rank"].notna(), "predicted_change"].sum())
 
     def settle(self, batch_norm: BatchNorm, objective: Objective) -> "Compressed":
-        """Itself, its BatchNorm statistics re-estimated on calibration samples where ``batch_norm`` is ``follow``."""
+        """Itself, its BatchNorm statistics re-estimated on calibration samples where ``batch_norm`` is ``follow``.
+
+        Raises ``UserError`` after a training, whose statistics are its own.
+        """
+        if batch_norm == "follow" and self.trained:
+            raise UserError("batch_norm=follow compares with the given model, which a training leaves: use keep")
         if batch_norm == "follow" and self.plan:
             reestimate(self.model, self.dense, objective, SAMPLES)
         return self

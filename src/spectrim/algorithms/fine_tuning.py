@@ -35,4 +35,4 @@ class FineTuning:
         net = copy.deepcopy(compressed.model)
         curve = train(net, objective, self.recipe, seed=self.seed, state=self.state)
         in_modes_of(compressed.model, net)
-        return replace(compressed, model=net, log=[*compressed.log, *curve])
+        return replace(compressed, model=net, log=[*compressed.log, *curve], trained=True)

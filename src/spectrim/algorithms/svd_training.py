@@ -112,7 +112,7 @@ class SVDTraining:
             svd_layers.fold(net.get_submodule(name))
         in_modes_of(model, net)
         # Its weights now have the ranks that were selected: to cut them there changes nothing but their form.
-        return replace(Workbench(net, decomposer, objective).finish(ranks, curve), dense=model)
+        return replace(Workbench(net, decomposer, objective).finish(ranks, curve), dense=model, trained=True)
 
 
 class _Course:
