@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from spectrim.records import Record
 from spectrim.report import command, figure, frame, table
@@ -79,7 +80,9 @@ def _panel(axis: Axes, rows: pd.DataFrame, name: str) -> None:
         axis.fill_between(
             own["epoch"], (own["rank"] - spread).clip(lower=0.5), own["rank"] + spread, color=colour, alpha=0.15
         )
-    axis.set_yscale("log")
+    axis.set_yscale("log", base=2)
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title(name, fontsize=8)
     axis.set_xlabel("epoch")
     axis.set_ylabel("rank")

@@ -50,7 +50,7 @@ def build(options: Options) -> list[Path]:
         raise command.lacking(options, "svd_training or of what it is held against")
     runs = pd.DataFrame([_row(record) for record in found])
     runs["change_pp"] = 100 * (runs["test_accuracy"] - _dense_of(runs))
-    dense = runs.drop_duplicates(["model", "data", "seed"]).dropna(subset="dense_accuracy")
+    dense = runs.dropna(subset="dense_accuracy").drop_duplicates(["model", "data", "seed"])
     dense = dense.assign(
         method="dense", order="0", epochs=math.nan, params_kept=1.0, test_accuracy=dense["dense_accuracy"],
         test_loss=dense["dense_loss"], change_pp=math.nan, seconds=math.nan, calibration_seed=None,
