@@ -45,12 +45,7 @@ class RankSelection:
     subset: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon < math.inf:
-            raise UserError(f"epsilon, a change of the loss, must be finite and above 0, got {self.epsilon}")
-        if not 0 < self.delta_step < 1:
-            raise UserError(f"delta_step must lie in (0, 1), got {self.delta_step}")
-        if self.subset is not None and self.subset < 1:
-            raise UserError(f"subset must be at least 1 sample (or null, for all), got {self.subset}")
+        check_bisection(self.epsilon, self.delta_step, self.subset)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Find delta and cut. The log has each delta tried: its loss, whether it passed, the part kept of all
@@ -71,6 +66,16 @@ class RankSelection:
         else:
             best = bisect(search.at, self.delta_step)
         return replace(best or bench.finish({}), log=search.log)
+
+
+def check_bisection(epsilon: float, delta_step: float, subset: int | None) -> None:
+    """Raise ``UserError`` for settings with which Algorithm 1 cannot work."""
+    if not 0 < epsilon < math.inf:
+        raise UserError(f"epsilon, a change of the loss, must be finite and above 0, got {epsilon}")
+    if not 0 < delta_step < 1:
+        raise UserError(f"delta_step must lie in (0, 1), got {delta_step}")
+    if subset is not None and subset < 1:
+        raise UserError(f"subset must be at least 1 sample (or null, for all), got {subset}")
 
 
 def bisect(at: Callable[[float], T | None], delta_step: float) -> T | None:

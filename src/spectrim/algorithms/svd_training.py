@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from spectrim import linalg, svd_layers
 from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.rank_selection import bisect, on_subset, rank_at
+from spectrim.algorithms.rank_selection import bisect, check_bisection, on_subset, rank_at
 from spectrim.algorithms.trained import in_modes_of, train
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
@@ -61,12 +61,7 @@ class SVDTraining:
     state: str | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.epsilon < math.inf:
-            raise UserError(f"epsilon, a change of the loss, must be finite and above 0, got {self.epsilon}")
-        if not 0 < self.delta_step < 1:
-            raise UserError(f"delta_step must lie in (0, 1), got {self.delta_step}")
-        if self.subset is not None and self.subset < 1:
-            raise UserError(f"subset must be at least 1 sample (or null, for all), got {self.subset}")
+        check_bisection(self.epsilon, self.delta_step, self.subset)
         if not (0 <= self.strength < math.inf and 0 <= self.orthogonality < math.inf):
             raise UserError(f"strength and orthogonality are at least 0, got {self.strength} and {self.orthogonality}")
         if self.every < 1 or self.warm_up < 0 or self.cool_down < 0:
