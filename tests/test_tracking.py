@@ -77,6 +77,13 @@ def test_numbers_are_drawn_against_step_and_rank(fake: FakeRun, monkeypatch: pyt
     assert fake.exit_code == 0
 
 
+def test_numbers_by_name_get_a_curve_each(fake: FakeRun) -> None:
+    with WandB().run("1a2b3c", "table5", "svd_training", {}) as run:
+        run.log({"rank": 7, "ranks": {"conv1": 3, "fc": 4}, "bisection": [{"delta": 0.5}]}, 2)
+    assert fake.logged == [{"rank": 7, "ranks/conv1": 3, "ranks/fc": 4, "step": 2}]
+    assert fake.axes == {"rank": "step", "ranks/conv1": "step", "ranks/fc": "step"}
+
+
 def test_a_run_that_fails_is_marked_as_failed_and_its_error_goes_on(fake: FakeRun) -> None:
     with pytest.raises(KeyboardInterrupt), WandB().run("0" * 16, "table2", "lossless", {}):
         raise KeyboardInterrupt

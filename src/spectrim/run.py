@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -193,10 +194,22 @@ def _track(tracker: Any, record: dict[str, Any], told: Path) -> None:
         run.table("layers", pd.DataFrame(record["layers"]).astype({"shape": str, "rank": "Int64"}))
         for step, entry in enumerate(record["log"]):
             run.log(entry, step)
+        for name, rows in _within(record["log"]).items():
+            run.table(name, pd.DataFrame(rows))
         run.summary({key: value for key, value in metrics.items() if value is not None})
     if run.delivered:
         with suppress(UserError):  # without the file it is told again, which is no harm
             records.write_whole({told: b""})
+
+
+def _within(log: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What single steps of a log hold a list of, such as the bisection of each epoch: its rows, with their step."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for step, entry in enumerate(log):
+        for name, rows in entry.items():
+            if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+                tables.setdefault(name, []).extend({"step": step, **row} for row in rows)
+    return {name: rows for name, rows in tables.items() if rows}
 
 
 def _say(record: dict[str, Any]) -> None:

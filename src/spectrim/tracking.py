@@ -27,7 +27,8 @@ class Handle(Protocol):
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         """Numbers of one step, drawn against the step and, where one of them is ``rank``, against the rank too.
 
-        A text under ``layer`` gives that layer a curve of its own; other texts are not drawn.
+        A text under ``layer`` gives that layer a curve of its own; numbers by name, such as the rank of every layer,
+        give one a name; other texts are not drawn.
         """
 
     def table(self, name: str, frame: "pd.DataFrame") -> None:
@@ -139,8 +140,14 @@ class _Followed:
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
         layer = metrics.get("layer")
         numbers = {key: value for key, value in metrics.items() if isinstance(value, int | float)}
-        axes = {key: "step" for key in numbers}
-        payload = numbers | {"step": step}
+        named = {
+            f"{key}/{name}": number
+            for key, value in metrics.items()
+            if isinstance(value, Mapping)
+            for name, number in value.items()
+        }
+        axes = dict.fromkeys(numbers | named, "step")
+        payload = numbers | named | {"step": step}
         if "rank" in numbers:
             curve = "against rank" if layer is None else f"against rank/{layer}"
             against = {f"{curve}/{key}": value for key, value in numbers.items() if key != "rank"}
