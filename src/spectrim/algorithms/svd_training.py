@@ -46,7 +46,7 @@ class SVDTraining:
 
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=8, lr=0.05))
     regulariser: Literal["nuclear", "hoyer", "none"] = "hoyer"
-    strength: float = 0.003
+    strength: float = 0.01
     orthogonality: float = 1.0
     bounded: bool = True
     epsilon: float = 0.005
