@@ -76,7 +76,7 @@ $(RESULTS:%=table-%): table-%: $(STAMP)
 train: $(STAMP)  ## the committed checkpoints that are missing (hours on two cores)
 	$(BIN)/spectrim-train -m model=resnet20 seed=0,1,2
 	$(BIN)/spectrim-train -m model=resnet56,resnext20,densenet22
-	$(BIN)/spectrim-train -m model=lenet5 data=mnist seed=0,1,2
+	$(BIN)/spectrim-train -m model=lenet5 data=mnist,fashion_mnist seed=0,1,2
 	$(BIN)/spectrim-train model=vgg19_half stored_as=float16
 	$(BIN)/spectrim-train model=resnet20 data=digits recipe=digits threads=1
 	$(BIN)/spectrim-train -m model=bias_free_mlp data=digits model.depth=2,3,4,5,6 seed=0,1,2 threads=1 \
@@ -86,7 +86,7 @@ train-svd: reproduce-table5 reproduce-figure5  ## SVD training and what it is he
 
 reproduce-table5 reproduce-figure5: results/checkpoints/lenet5-mnist-seed2.safetensors
 results/checkpoints/lenet5-mnist-seed2.safetensors: | $(STAMP)
-	$(BIN)/spectrim-train -m model=lenet5 data=mnist seed=0,1,2
+	$(BIN)/spectrim-train -m model=lenet5 data=mnist,fashion_mnist seed=0,1,2
 
 smoke: $(STAMP)  ## two minutes on small digits, no network: train, every algorithm, a table in build/smoke
 	$(BIN)/spectrim-train model=mlp data=digits checkpoints=build/checkpoints
