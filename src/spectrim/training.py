@@ -21,8 +21,8 @@ from spectrim.settings import settings
 
 # Called after each epoch with its number, the model and the optimizer, both of which it may change.
 AfterEpoch = Callable[[int, nn.Module, torch.optim.SGD], dict[str, Any]]
-# Further terms of the loss by name, each with its weight in it.
-Penalties = Callable[[], dict[str, Tensor]]
+# Further terms of the loss in an epoch by name, each with its weight in it.
+Penalties = Callable[[int], dict[str, Tensor]]
 
 
 @settings
@@ -102,7 +102,7 @@ def fit(
     *,
     seed: int,
     loss: Loss = F.cross_entropy,
-    penalties: Penalties = dict,
+    penalties: Penalties = lambda epoch: {},
     undecayed: Collection[str] = (),
     state: Path | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -203,7 +203,7 @@ def _epoch(
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
             outputs = forward(model, inputs)
         outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
-        terms = {"loss": loss(outputs, targets), **penalties()}
+        terms = {"loss": loss(outputs, targets), **penalties(epoch)}
         total = torch.stack(list(terms.values())).sum()
         if not torch.isfinite(total):
             raise FloatingPointError(f"the training loss became {total.item()} in epoch {epoch}, step {step}; lower lr")

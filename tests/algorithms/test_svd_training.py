@@ -98,6 +98,8 @@ def test_selection_keeps_to_its_epochs(net: nn.Module, objective: Objective) -> 
     algorithm = chosen(recipe=recipe, every=2, warm_up=1, cool_down=1)
     log = algorithm.compress(net, SVD(), objective).log
     assert [bool(entry["bisection"]) for entry in log] == [False, False, True, False, True, False, False]
+    # The regulariser is there until the last of them.
+    assert ["hoyer" in entry for entry in log] == [True, True, True, True, True, False, False]
 
 
 def test_the_terms_of_the_loss_are_those_that_were_asked_for(net: nn.Module, objective: Objective) -> None:

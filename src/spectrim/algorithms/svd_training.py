@@ -31,8 +31,9 @@ class SVDTraining:
 
     The loss is that of the task on the ``train`` split, plus ``orthogonality`` times the mean squared distance of
     U^T U and V^T V from the identity (Yang et al., arXiv 2004.09031), plus ``strength`` times the ``regulariser`` of
-    each layer's singular values: their sum (``nuclear``) or that over their 2-norm (``hoyer``). An untrained model is
-    trained from scratch, a trained one goes on. The factors have no weight decay: the regulariser stands for it.
+    each layer's singular values: their sum (``nuclear``) or that over their 2-norm (``hoyer``). The regulariser ends
+    with the last selection, since lowering ranks is all that it is for. An untrained model is trained from scratch, a
+    trained one goes on. The factors have no weight decay.
 
     After every epoch, or every ``every`` epochs, but not in the first ``warm_up`` nor the last ``cool_down`` epochs,
     the factors are made orthonormal, which leaves the function as it is, and cut by the bisection of ``RankSelection``
@@ -71,6 +72,10 @@ class SVDTraining:
         """Whether ranks are selected after ``epoch``, counted from 0."""
         done = epoch + 1
         return self.warm_up < done <= self.recipe.epochs - self.cool_down and (done - self.warm_up) % self.every == 0
+
+    def regularises(self, epoch: int) -> bool:
+        """Whether a selection is still to come in ``epoch`` or later: to help it is what the regulariser is for."""
+        return any(self.selects(later) for later in range(epoch, self.recipe.epochs))
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Train and cut a copy of ``model``. The log has one entry an epoch: the mean of each term of the loss, the
@@ -122,13 +127,13 @@ class _Course:
     def ranks(self) -> Ranks:
         return {name: factors.S_R.shape[-1] for name, factors in self.factors().items()}
 
-    def penalties(self) -> dict[str, Tensor]:
+    def penalties(self, epoch: int) -> dict[str, Tensor]:
         """What is added to the loss of the task, each term summed over the layers and with its weight in it."""
         chosen, layers = self.settings, self.factors().values()
         terms = {}
         if chosen.orthogonality:
             terms["orthogonality"] = chosen.orthogonality * _sum(linalg.orthogonality(factors) for factors in layers)
-        if chosen.regulariser != "none" and chosen.strength:
+        if chosen.regulariser != "none" and chosen.strength and chosen.regularises(epoch):
             measure = linalg.hoyer if chosen.regulariser == "hoyer" else linalg.nuclear
             # Of all groups together: a grouped convolution is one block-diagonal matrix.
             terms[chosen.regulariser] = chosen.strength * _sum(measure(factors.S_R.flatten()) for factors in layers)
