@@ -106,3 +106,37 @@ def test_a_cut_before_the_first_step_needs_no_momentum() -> None:
     svd_layers.orthogonalise(layer, optimizer)
     svd_layers.cut(layer, 1, optimizer)
     assert not any(optimizer.state.values()) and svd_layers.factors_of(layer).S_R.shape == (1, 1)
+
+
+def test_no_bounded_step_on_a_factor_moves_the_weight_further_than_its_own_gradient() -> None:
+    """Of a linear loss <W, G>, at factors far from orthonormal: the step of each factor alone, against lr |G|."""
+    torch.manual_seed(0)
+    layer = unfolded(nn.Linear(7, 5), "channel")
+    svd_layers.bound_steps(layer)
+    parts = svd_layers.factors_of(layer)
+    with torch.no_grad():
+        for part, scale in zip(parts, (3.0, 0.5, 4.0), strict=True):
+            part.mul_(scale)
+    G_OI, lr = torch.randn(5, 7), 1e-3
+    (layer.weight * G_OI).sum().backward()
+    before = layer.weight.detach().clone()
+    for part in parts:
+        kept = part.detach().clone()
+        with torch.no_grad():
+            part.sub_(lr * part.grad)
+            # R components, each moved no further than G's part there, which is no longer than G.
+            assert (layer.weight - before).norm() <= lr * G_OI.norm() * len(parts.S_R.flatten()) ** 0.5 + 1e-6
+            part.copy_(kept)
+
+
+def test_orthonormal_factors_with_small_singular_values_are_left_alone() -> None:
+    layer = unfolded(nn.Linear(7, 5), "channel")
+    with torch.no_grad():
+        svd_layers.factors_of(layer).S_R.mul_(0.5 / svd_layers.factors_of(layer).S_R.max())
+    other = copy.deepcopy(layer)
+    svd_layers.bound_steps(layer)
+    G_OI = torch.randn(5, 7)
+    for one in (layer, other):
+        (one.weight * G_OI).sum().backward()
+    for mine, theirs in zip(svd_layers.factors_of(layer), svd_layers.factors_of(other), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-6)

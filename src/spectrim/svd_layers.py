@@ -42,14 +42,31 @@ def unfold(layer: nn.Module, spectrum: MatrixSpectrum) -> None:
 
 
 def bound_steps(layer: nn.Module) -> None:
-    """Let no step on the factors of an unfolded layer move its weight further than one on the weight itself would.
+    """Let no step on a factor of an unfolded layer move its weight further than one on the weight itself would.
 
-    A step on column i of U moves the weight by sigma_i^2 times the gradient's part there, and so does one on row i of
-    Vh: where sigma_i is above 1, both gradients are divided by its square.
+    With ``W = sum_i s_i u_i v_i^T`` a step on u_i moves W by ``s_i^2 |v_i|^2`` times the gradient's part there, one on
+    v_i by ``s_i^2 |u_i|^2`` and one on s_i by ``|u_i|^2 |v_i|^2``: where such a product is above 1, the gradient is
+    divided by it.
     """
     U_OR, S_R, Vh_RI = factors_of(layer)
-    U_OR.register_hook(lambda gradient: gradient / S_R.detach().square().clamp_min(1.0).unsqueeze(-2))
-    Vh_RI.register_hook(lambda gradient: gradient / S_R.detach().square().clamp_min(1.0).unsqueeze(-1))
+
+    def squares() -> tuple[Tensor, Tensor, Tensor]:
+        return U_OR.detach().square().sum(-2), S_R.detach().square(), Vh_RI.detach().square().sum(-1)
+
+    def of_U(gradient: Tensor) -> Tensor:
+        _, s, v = squares()
+        return gradient / (s * v).clamp_min(1.0).unsqueeze(-2)
+
+    def of_S(gradient: Tensor) -> Tensor:
+        u, _, v = squares()
+        return gradient / (u * v).clamp_min(1.0)
+
+    def of_V(gradient: Tensor) -> Tensor:
+        u, s, _ = squares()
+        return gradient / (s * u).clamp_min(1.0).unsqueeze(-1)
+
+    for part, hook in ((U_OR, of_U), (S_R, of_S), (Vh_RI, of_V)):
+        part.register_hook(hook)
 
 
 def fold(layer: nn.Module) -> None:

@@ -40,8 +40,9 @@ class SVDTraining:
     (``epsilon``, ``relative``, ``delta_step``) on the task's loss over the first ``subset`` samples of ``split``; what
     the optimizer remembers of them is cut alongside. At the end a layer above break-even is folded back to dense.
 
-    ``bounded``: whether gradients of U and V are divided by the squares of the singular values above 1. The source does
-    not; without, a learning rate that suits the dense net is too large for its factors.
+    ``bounded``: whether the gradients of the factors are divided by how much further than a step on the weight itself
+    theirs would move it (``svd_layers.bound_steps``). The source does not; without, a learning rate that suits the
+    dense net is too large for its factors.
     ``state``: a file from which an interrupted training goes on; None: it begins anew.
     """
 
