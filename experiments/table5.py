@@ -33,8 +33,10 @@ NOTES = (
     "Mean ± standard deviation (ddof = 1) over training seeds; n = training seeds × calibration seeds. Params kept: of "
     "the whole model. Δ: to the dense net of the same seed, which the rows from a trained net start from. Epochs: of "
     "training beyond that net, or in all where from scratch. Seconds: of compression, training included, on one core.",
-    "SVD training: U, S and V are trained, and after each epoch cut as far as the loss on the training images moves by "
-    "less than ε. The rows with few parameters that are not of SVD training were asked for a budget near it.",
+    "SVD training: U, S and V are trained, and after each epoch but the last few cut as far as the loss on the training "
+    "images moves by less than ε. Rows of other methods with few parameters were asked for a budget near that. Steps as "
+    "printed: without the bound on how far a step on a factor moves its layer, at the learning rate that this needs. "
+    "Spatial: convolutions as two of kh x 1 and 1 x kw; otherwise as kh x kw and 1 x 1.",
     "Published rows: as printed in the source, with its own dense net; nothing of theirs was run here.",
 )
 SOURCES = (
@@ -74,6 +76,7 @@ def _row(record: Record) -> dict[str, Any]:
     settings, dense, small = record["config"]["algorithm"], record["dense"], record["compressed"]
     scratch = record["config"]["checkpoint"] is None
     order, method = _method(settings, scratch)
+    method += ", spatial" if "spatial" in record["names"]["decomposer"] else ""
     return {
         "model": record["names"]["model"].removesuffix(UNTRAINED),
         "data": record["names"]["data"],
@@ -98,7 +101,7 @@ def _method(settings: dict[str, Any], scratch: bool) -> tuple[str, str]:
     if kind == "SVDTraining":
         term = settings["regulariser"]
         weight = "" if term == "none" else f" {settings['strength']:g}"
-        form = "" if settings["bounded"] else ", steps as printed"
+        form = "" if settings["bounded"] else f", steps as printed, lr {settings['recipe']['lr']:g}"
         start = "from scratch" if scratch else "from a trained net"
         said = f"SVD training {start}, {term}{weight}, ε {settings['epsilon']:g}{form}"
         return f"{3 if scratch else 4} {said}", said

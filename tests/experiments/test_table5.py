@@ -52,3 +52,15 @@ def test_the_figure_follows_every_layer_over_the_epochs(tables: Path) -> None:
     assert one[one["layer"] == "conv1"]["rank"].tolist() == [9, 8, 7]
     assert one[one["layer"] == "fc1"]["rank"].tolist() == [30.5, 29.5, 28.5]
     assert one["epoch"].tolist() == [1, 2, 3, 1, 2, 3]
+
+
+def test_the_second_figure_has_what_each_selection_saw(tables: Path) -> None:
+    drawn = pd.read_csv(tables / "figure5_losses.csv")
+    one = drawn[drawn["panel"].str.contains("scratch")]
+    of = {term: own["loss"].tolist() for term, own in one.groupby("term")}
+    assert of["task, in training"] == pytest.approx([0.4, 0.3, 0.2])
+    assert of["before the cut"] == pytest.approx([0.3, 0.3]) and of["after the cut"] == pytest.approx([0.31, 0.31])
+    assert of["lowest refused"] == pytest.approx([0.9, 0.9])  # of a last epoch without a selection there is none
+    assert "nuclear" not in of
+    pictures = tables.parent / "figures"
+    assert (pictures / "figure5.png").is_file() and (pictures / "figure5_losses.png").is_file()
