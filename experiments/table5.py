@@ -33,8 +33,8 @@ NOTES = (
     "Mean ± standard deviation (ddof = 1) over training seeds; n = training seeds × calibration seeds. Params kept: of "
     "the whole model. Δ: to the dense net of the same seed, which the rows from a trained net start from. Epochs: of "
     "training beyond that net, or in all where from scratch. Seconds: of compression, training included, on one core.",
-    "SVD training: U, S and V are trained, and after each epoch but the last few cut as far as the loss on the training "
-    "images moves by less than ε. Rows of other methods with few parameters were asked for a budget near that. Steps as "
+    "SVD training: U, S and V are trained, and after each epoch but the last few cut as far as the loss on the "
+    "training images moves by less than ε. Rows of other methods were asked for a budget near what that left. Steps as "
     "printed: without the bound on how far a step on a factor moves its layer, at the learning rate that this needs. "
     "Spatial: convolutions as two of kh x 1 and 1 x kw; otherwise as kh x kw and 1 x 1.",
     "Published rows: as printed in the source, with its own dense net; nothing of theirs was run here.",
