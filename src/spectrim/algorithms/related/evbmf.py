@@ -30,8 +30,9 @@ class EVBMF(MaybeBudgeted):
     fine-tuning that follows in the paper is left out: that is ``FineTuning``.
 
     ``weaken``, in [0, 1): moves the rank by this part of the way to the full one (MUSCO, Gusak et al. 2019, arXiv
-    1903.09973, section 3). ``params_kept`` or ``macs_kept``, our reading so that it can be compared at a budget: all
-    ranks found are scaled by one factor, the largest that meets it. Without, the ranks are kept as found.
+    1903.09973). ``params_kept`` or ``macs_kept``, our reading so that it can be compared at a budget: all ranks found
+    are scaled by one factor, the largest that meets it. Without, they are kept as found. Above break-even a layer
+    stays dense.
     """
 
     weaken: float = 0.0
