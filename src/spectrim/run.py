@@ -81,7 +81,7 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
 
 
 def _resumable(algorithm: dict[str, Any], state: Path) -> dict[str, Any]:
-    """The settings of a selector; one that trains is told where to keep what it needs to go on after a kill."""
+    """The settings of a selector; one that trains or searches is told where to keep what it needs after a kill."""
     keeps = "state" in algorithm and algorithm["state"] is None
     return {**algorithm, "state": str(state)} if keeps else algorithm
 

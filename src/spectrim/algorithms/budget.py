@@ -123,3 +123,23 @@ class Budgeted:
             return costs_of(bench, "params"), self.params_kept
         assert self.macs_kept is not None
         return costs_of(bench, "macs"), self.macs_kept
+
+
+@settings
+class MaybeBudgeted(Budgeted):
+    """A budget as above, or none of the two: then the rule ends by a criterion of its own."""
+
+    params_kept: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.has_budget:
+            super().__post_init__()
+
+    @property
+    def has_budget(self) -> bool:
+        return self.params_kept is not None or self.macs_kept is not None
+
+    def require_one(self, criterion: str) -> None:
+        """Raise ``UserError`` unless either a budget or the setting called ``criterion`` is given."""
+        if self.has_budget == (getattr(self, criterion) is not None):
+            raise UserError(f"set exactly one of params_kept, macs_kept and {criterion}")

@@ -46,7 +46,7 @@ class Truncation:
                 raise UserError(f"rank {self.rank} is above the full rank of every layer (at most {largest})")
             return bench.finish(dict.fromkeys(bench.spectra, self.rank))
         if self.energy is not None:
-            return bench.finish({name: _rank_of_energy(s, self.energy) for name, s in bench.spectra.items()})
+            return bench.finish({name: rank_of_energy(s, self.energy) for name, s in bench.spectra.items()})
         if self.ratio is not None:
             return bench.finish(_ranks_of_ratio(bench, self.ratio))
         assert self.params_kept is not None
@@ -62,7 +62,8 @@ def _ranks_of_ratio(bench: Workbench, ratio: float) -> dict[str, int]:
     return ranks
 
 
-def _rank_of_energy(spectrum: Spectrum, energy: float) -> int:
+def rank_of_energy(spectrum: Spectrum, energy: float) -> int:
+    """The smallest rank, at least 1, that keeps the part ``energy`` of a layer's squared singular values."""
     dropped = spectrum.error().square()
     enough = dropped <= (1 - energy) * dropped[0] + 1e-12 * dropped[0]
     return max(1, int(enough.nonzero()[0]))

@@ -1,0 +1,194 @@
+"""Bayesian optimisation over the ranks of all layers at once: what two papers' selectors share."""
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import optuna
+import torch
+from optuna.distributions import BaseDistribution, FloatDistribution
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+from tqdm import tqdm
+
+from spectrim import records, surgery
+from spectrim.algorithms.base import Workbench
+from spectrim.algorithms.budget import Costs
+from spectrim.data.images import ImageSplit
+from spectrim.decomposers.spectrum import Decomposer, content
+from spectrim.errors import UserError
+from spectrim.plan import RankPlan
+
+RANDOM = 10  # vectors before the Gaussian process is asked
+SMALLEST = 0.01  # ratio of a layer, so that a common factor can bring every layer back to dense
+
+Ranks = dict[str, int]
+
+
+class Tried(NamedTuple):
+    """A vector of rank ratios, one a layer in [SMALLEST, 1], and the score of the ranks it stands for."""
+
+    ratios: tuple[float, ...]
+    score: float
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a vector of ratios stands for: ranks that always meet the budget, so that no evaluation is wasted.
+
+    Ratio 1 is one rank above break-even, at which a layer stays dense. ``share``: of the cost of the dense model, met
+    from below by one factor on all ratios; None: the ratios are taken as they are.
+    """
+
+    bench: Workbench
+    costs: Costs
+    share: float | None
+
+    @cached_property
+    def tops(self) -> Ranks:
+        """The rank that ratio 1 stands for."""
+        return {name: spectrum.break_even + 1 for name, spectrum in self.bench.spectra.items()}
+
+    def ranks(self, ratios: Sequence[float]) -> Ranks:
+        """Raises ``UserError`` for a budget out of reach."""
+
+        def scaled(factor: float) -> Ranks:
+            pairs = zip(self.tops.items(), ratios, strict=True)
+            return {name: min(top, max(1, round(factor * ratio * top))) for (name, top), ratio in pairs}
+
+        return scaled(1.0) if self.share is None else self.costs.meet(self.share, scaled, 0.0, 1 / SMALLEST)
+
+    def alike(self, ratios: tuple[float, ...], ranks: Mapping[str, int]) -> list[tuple[float, ...]]:
+        """Vectors that share one score: the one tried and, where a budget moved it, the one of its ``ranks``.
+
+        A Gaussian process that knows of both sees after fewer evaluations that only the direction of a vector counts.
+        """
+        moved = tuple(max(SMALLEST, ranks[name] / top) for name, top in self.tops.items())
+        return [ratios] if self.share is None else [ratios, moved]
+
+    def cut(self, ranks: Mapping[str, int]) -> nn.Module:
+        """A copy of the model, its layers cut; those above break-even are left dense."""
+        spectra = self.bench.spectra
+        kept = {name: spectra[name].kept(rank) for name, rank in ranks.items() if rank <= spectra[name].break_even}
+        return surgery.apply(self.bench.model, RankPlan.of(kept), spectra)
+
+
+@dataclass(frozen=True)
+class Search:
+    """``evaluations`` vectors, the first of them the same ratio in every layer, then ``RANDOM`` - 1 random ones, then
+    each where a Gaussian process on all before it expects most improvement; a random one where that is known already.
+
+    ``state``: a file from which an interrupted search goes on; None: it begins anew. ``run``: what tells this search
+    from another. Each vector depends on those before it and on ``seed`` alone: a resumed search is an unbroken one.
+    """
+
+    space: Space
+    evaluations: int
+    seed: int
+    state: str | None
+    run: str
+
+    def least(self, score: Callable[[Ranks], float], label: str) -> tuple[Ranks, list[dict]]:
+        """The ranks with the least ``score`` found, and the log: of each vector its step, score, part of the cost kept,
+        and whether it was measured, or stood for ranks that were measured before.
+
+        Raises ``UserError`` for a budget out of reach and for a state that is cut short or of another search.
+        """
+        path = Path(self.state) if self.state else None
+        tried = _resume(path, self.run)[: self.evaluations] if path else []
+        known: dict[tuple[int, ...], float] = {}
+        told: list[Tried] = []
+        log: list[dict] = []
+        costs = self.space.costs
+        for step in tqdm(range(self.evaluations), label, unit="model", leave=False, disable=None):
+            new = step == len(tried)
+            ratios = self._propose(step, told, known) if new else tried[step].ratios
+            ranks = self.space.ranks(ratios)
+            key = tuple(ranks.values())
+            measured = key not in known
+            if measured:
+                known[key] = score(ranks) if new else tried[step].score
+            if new:
+                tried.append(Tried(ratios, known[key]))
+                if path:
+                    _save(path, tried, self.run)
+            told += [Tried(vector, known[key]) for vector in self.space.alike(ratios, ranks)]
+            kept = {f"{costs.measure}_kept": costs.share(ranks)}
+            log.append({"step": step, "score": known[key], **kept, "measured": measured})
+        best = min(known, key=lambda key: known[key])
+        return dict(zip(self.space.tops, best, strict=True)), log
+
+    def _propose(self, step: int, told: Sequence[Tried], known: Collection[tuple[int, ...]]) -> tuple[float, ...]:
+        layers = len(self.space.tops)
+        if not step:
+            return (0.5,) * layers
+        own_seed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
+        if step >= RANDOM:
+            ratios = propose(told, layers, own_seed)
+            if tuple(self.space.ranks(ratios).values()) not in known:
+                return ratios
+        return propose([], layers, own_seed)
+
+
+def propose(tried: Sequence[Tried], layers: int, seed: int) -> tuple[float, ...]:
+    """The vector of most expected improvement on the least score in ``tried``; a random one where nothing is.
+
+    The sampler is made anew, so that nothing is remembered but what is in ``tried``.
+    """
+    space: dict[str, BaseDistribution] = {f"{layer:04d}": FloatDistribution(SMALLEST, 1.0) for layer in range(layers)}
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it greets each study
+    try:
+        study = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=1))
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    for ratios, score in tried:
+        params = dict(zip(space, ratios, strict=True))
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=space, value=score))
+    asked = study.ask(space).params
+    return tuple(asked[name] for name in space)
+
+
+def check(evaluations: int, seed: int) -> None:
+    """Raise ``UserError`` for settings with which no search is possible."""
+    if evaluations < 1:
+        raise UserError(f"evaluations must be at least 1, got {evaluations}")
+    if seed < 0:
+        raise UserError(f"the seed of a search must be at least 0, got {seed}")
+
+
+def fingerprint(bench: Workbench, decomposer: Decomposer, settings: Mapping[str, Any]) -> str:
+    """What tells one search from another: its settings but for how long and where, the model, and the images."""
+    split = bench.objective.given("calibration")
+    told = {
+        "settings": {key: value for key, value in settings.items() if key not in ("evaluations", "state")},
+        "decomposer": repr(decomposer),
+        "model": content(bench.model.state_dict().values()),
+        "layers": list(bench.spectra),
+        "data": split.digest() if isinstance(split, ImageSplit) else None,
+    }
+    return json.dumps(told, sort_keys=True)
+
+
+def _save(path: Path, tried: Sequence[Tried], run: str) -> None:
+    ratios = torch.tensor([one.ratios for one in tried], dtype=torch.float64)
+    scores = torch.tensor([one.score for one in tried], dtype=torch.float64)
+    records.write_whole({path: save({"ratios": ratios, "scores": scores}, {"run": run})})
+
+
+def _resume(path: Path, run: str) -> list[Tried]:
+    if not path.exists():
+        return []
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("run") != run:
+                raise UserError(f"{path} belongs to a search with other settings; remove it or restore those settings")
+            ratios, scores = file.get_tensor("ratios").tolist(), file.get_tensor("scores").tolist()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is cut short or not a search's state ({error}); remove it to start anew") from None
+    return [Tried(tuple(vector), score) for vector, score in zip(ratios, scores, strict=True)]
