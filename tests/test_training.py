@@ -22,14 +22,14 @@ def images() -> ImageSplit:
     return ImageSplit(pixels, torch.randint(4, (72,), generator=generator), (0.5,) * 3, (0.25,) * 3)
 
 
-def network() -> nn.Module:
+def network(dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
         nn.BatchNorm2d(6),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
+        nn.Sequential(nn.Flatten(), nn.Dropout(dropout)),
         nn.Linear(24, 4),
     )
 
@@ -47,12 +47,15 @@ def stop_after(epoch: int) -> Any:
     return after_epoch
 
 
-def test_a_resumed_training_ends_in_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
-    unbroken, state = network(), tmp_path / "state.safetensors"
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_resumed_training_ends_in_the_weights_of_an_unbroken_one(tmp_path: Path, dropout: float) -> None:
+    unbroken, state = network(dropout), tmp_path / "state.safetensors"
+    before = torch.get_rng_state()
     whole = fit(unbroken, images(), RECIPE, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(Interrupted):  # in epoch 2: two epochs are on disk
-        fit(network(), images(), RECIPE, seed=3, state=state, after_epoch=stop_after(2))
-    resumed = network()
+        fit(network(dropout), images(), RECIPE, seed=3, state=state, after_epoch=stop_after(2))
+    resumed = network(dropout)
     resumed_curve = fit(resumed, images(), RECIPE, seed=3, state=state)
     for name, value in unbroken.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
