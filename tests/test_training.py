@@ -90,7 +90,7 @@ def test_the_state_of_another_training_is_refused(tmp_path: Path, changed: dict)
     state = tmp_path / "state.safetensors"
     fit(network(), images(), RECIPE, seed=3, state=state)
     before = state.read_bytes()
-    with pytest.raises(UserError, match="belongs to a training with other settings"):
+    with pytest.raises(UserError, match="belongs to a training or search with other settings"):
         fit(network(), images(), **({"recipe": RECIPE, "seed": 3, "state": state} | changed))
     assert state.read_bytes() == before
 
@@ -100,11 +100,11 @@ def test_the_state_of_other_images_or_of_another_net_is_refused(tmp_path: Path) 
     fit(network(), images(), RECIPE, seed=3, state=state)
     others = images()
     others.images[0] += 1
-    with pytest.raises(UserError, match="belongs to a training with other settings"):
+    with pytest.raises(UserError, match="belongs to a training or search with other settings"):
         fit(network(), others, RECIPE, seed=3, state=state)
     wider = network()
     wider[5] = nn.Linear(24, 5)
-    with pytest.raises(UserError, match="belongs to a training with other settings"):
+    with pytest.raises(UserError, match="belongs to a training or search with other settings"):
         fit(wider, images(), RECIPE, seed=3, state=state)
 
 

@@ -60,7 +60,7 @@ def read(path: Path, run: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _of_other_settings(path: Path) -> UserError:
-    return UserError(f"{path} belongs to a training with other settings; remove it or restore those settings")
+    return UserError(f"{path} belongs to a training or search with other settings; remove it or restore those settings")
 
 
 def resume(path: Path, model: nn.Module, optimizer: torch.optim.SGD, run: str) -> list[dict]:

@@ -118,7 +118,7 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
     assert resumed.plan == unbroken.plan and switched_after(resumed) == switched_after(unbroken)
     for name, value in unbroken.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
-    with pytest.raises(UserError, match="belongs to a training with other settings"):
+    with pytest.raises(UserError, match="belongs to a training or search with other settings"):
         replace(chosen, state=state, xi=0.2).compress(net, SVD(), objective)
 
 
