@@ -64,7 +64,9 @@ class GatedWeight(nn.Module):
             return self.product(U_OR, S_R, Vh_RI)
         if self.learning == Learning.GATES:
             U_OR, S_R, Vh_RI = U_OR.detach(), S_R.detach(), Vh_RI.detach()
-        return self.product(U_OR, S_R * self.gate(self.learnt(logits)), Vh_RI)
+        with torch.autocast(S_R.device.type, enabled=False):
+            gated_R = S_R * self.gate(self.learnt(logits))
+        return self.product(U_OR, gated_R, Vh_RI)
 
     def learnt(self, logits: Tensor) -> Tensor:
         """The logits, as a constant where only the weights learn."""
@@ -130,7 +132,6 @@ class GatedTraining(ABC):
         net = copy.deepcopy(model)
         course = _Course(self, net, bench)
         identity = {key: value for key, value in asdict(self).items() if key not in ("recipe", "seed", "state")}
-        parts = [svd_layers.factor_names(name) for name in course.layers]
         curve = train(
             net,
             objective,
@@ -138,7 +139,7 @@ class GatedTraining(ABC):
             seed=self.seed,
             state=self.state,
             penalties=course.penalties,
-            undecayed={name for U, S, Vh in parts for name in (U, Vh, S.replace("original1", "original3"))},
+            undecayed=course.undecayed(),
             identity=identity | {"method": type(self).__name__, "view": decomposer.view},
             after_epoch=course.after_epoch,
         )
@@ -189,7 +190,8 @@ class _Course:
     """What happens to gates and factors while they train."""
 
     def __init__(self, chosen: GatedTraining, net: nn.Module, bench: Workbench) -> None:
-        self.chosen, self.costs = chosen, costs_of(bench, "params" if chosen.macs_kept is None else "macs")
+        self.chosen, self.net = chosen, net
+        self.costs = costs_of(bench, "params" if chosen.macs_kept is None else "macs")
         self.share = chosen.params_kept if chosen.macs_kept is None else chosen.macs_kept
         self.layers: dict[str, Gated] = {}
         for name, spectrum in bench.spectra.items():
@@ -207,6 +209,13 @@ class _Course:
 
     def ranks(self) -> dict[str, int]:
         return {name: svd_layers.factors_of(gated.layer).S_R.shape[-1] for name, gated in self.layers.items()}
+
+    def undecayed(self) -> list[str]:
+        """Names of the parameters without weight decay."""
+        factors = {name: svd_layers.factors_of(gated.layer) for name, gated in self.layers.items()}
+        spared = [(own.U_OR, own.Vh_RI, self.layers[name].parameter) for name, own in factors.items()]
+        chosen = {id(part) for parts in spared for part in parts}
+        return [name for name, parameter in self.net.named_parameters() if id(parameter) in chosen]
 
     def worthwhile(self) -> dict[str, int]:
         """The ranks, full where factors of that rank would cost no less than the dense layer, which then stays."""
