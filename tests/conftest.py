@@ -63,11 +63,11 @@ def objective(batches: Batches) -> Objective:
 
 @pytest.fixture
 def brief() -> Callable[[Any], Any]:
-    """``brief(algorithm)``: the same, training or searching (if it does) for no longer than a test takes."""
-    short = {"recipe": Recipe(epochs=2, lr=0.01, precision="float32"), "evaluations": 3}
+    """``brief(algorithm)``: the same, training and searching (if it does) for no longer than a test takes."""
+    short = {"recipe": Recipe(epochs=2, lr=0.01, precision="float32"), "evaluations": 12}
 
     def of(algorithm: Any) -> Any:
-        return dataclasses.replace(algorithm, **{key: short[key] for key in short.keys() & vars(algorithm).keys()})
+        return dataclasses.replace(algorithm, **{key: short[key] for key in vars(algorithm).keys() & short.keys()})
 
     return of
 

@@ -22,14 +22,14 @@ def images() -> ImageSplit:
     return ImageSplit(pixels, torch.randint(4, (72,), generator=generator), (0.5,) * 3, (0.25,) * 3)
 
 
-def network() -> nn.Module:
+def network(dropout: float = 0.0) -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, padding=1),
         nn.BatchNorm2d(6),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
+        nn.Sequential(nn.Flatten(), nn.Dropout(dropout)),
         nn.Linear(24, 4),
     )
 
@@ -47,12 +47,15 @@ def stop_after(epoch: int) -> Any:
     return after_epoch
 
 
-def test_a_resumed_training_ends_in_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
-    unbroken, state = network(), tmp_path / "state.safetensors"
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_resumed_training_ends_in_the_weights_of_an_unbroken_one(tmp_path: Path, dropout: float) -> None:
+    unbroken, state = network(dropout), tmp_path / "state.safetensors"
+    before = torch.get_rng_state()
     whole = fit(unbroken, images(), RECIPE, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(Interrupted):  # in epoch 2: two epochs are on disk
-        fit(network(), images(), RECIPE, seed=3, state=state, after_epoch=stop_after(2))
-    resumed = network()
+        fit(network(dropout), images(), RECIPE, seed=3, state=state, after_epoch=stop_after(2))
+    resumed = network(dropout)
     resumed_curve = fit(resumed, images(), RECIPE, seed=3, state=state)
     for name, value in unbroken.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
@@ -87,7 +90,7 @@ def test_the_state_of_another_training_is_refused(tmp_path: Path, changed: dict)
     state = tmp_path / "state.safetensors"
     fit(network(), images(), RECIPE, seed=3, state=state)
     before = state.read_bytes()
-    with pytest.raises(UserError, match="belongs to a training with other settings"):
+    with pytest.raises(UserError, match="belongs to a training or search with other settings"):
         fit(network(), images(), **({"recipe": RECIPE, "seed": 3, "state": state} | changed))
     assert state.read_bytes() == before
 
@@ -97,11 +100,11 @@ def test_the_state_of_other_images_or_of_another_net_is_refused(tmp_path: Path) 
     fit(network(), images(), RECIPE, seed=3, state=state)
     others = images()
     others.images[0] += 1
-    with pytest.raises(UserError, match="belongs to a training with other settings"):
+    with pytest.raises(UserError, match="belongs to a training or search with other settings"):
         fit(network(), others, RECIPE, seed=3, state=state)
     wider = network()
     wider[5] = nn.Linear(24, 5)
-    with pytest.raises(UserError, match="belongs to a training with other settings"):
+    with pytest.raises(UserError, match="belongs to a training or search with other settings"):
         fit(wider, images(), RECIPE, seed=3, state=state)
 
 

@@ -36,8 +36,13 @@ class SVDWeight(nn.Module):
 
 def unfold(layer: nn.Module, spectrum: MatrixSpectrum) -> None:
     """Let the weight of ``layer`` be trained as the factors of ``spectrum``, in place."""
-    parametrize.register_parametrization(layer, "weight", SVDWeight(spectrum))
-    for part in factors_of(layer):
+    train_as(layer, SVDWeight(spectrum))
+
+
+def train_as(layer: nn.Module, weight: nn.Module) -> None:
+    """Let the weight of ``layer`` be computed by ``weight`` from other parameters, which are trained, in place."""
+    parametrize.register_parametrization(layer, "weight", weight.to(layer.weight.device))  # type: ignore[arg-type]
+    for part in cast(nn.ModuleDict, layer.parametrizations)["weight"].parameters():
         part.requires_grad_(True)
 
 

@@ -117,7 +117,8 @@ def fit(
     With ``state``, a safetensors file, everything needed to go on is written there after each epoch, whole or not at
     all; if it exists, training resumes from it. ``identity``: what else than recipe, seed, the shapes of the model and
     the images makes it this training.
-    The order of images depends on ``seed`` and the epoch alone, so a resumed run sees the batches of an unbroken one.
+    The order of images, and what the model draws (dropout, random gates), depend on ``seed`` and the epoch alone, so a
+    resumed run is an unbroken one; the caller's random numbers are left alone.
 
     Raises ``FloatingPointError`` where the loss stops being finite; the last good state stays on disk. Raises
     ``UserError`` where ``state`` is cut short or of another training.
@@ -131,9 +132,11 @@ def fit(
     run = training_state.fingerprint(recipe, seed, {**(identity or {}), "shapes": shapes, "data": data})
     curve = training_state.resume(state, model, optimizer, run) if state else []
     left = range(len(curve), recipe.epochs)
-    with tqdm(left, "train", initial=len(curve), total=recipe.epochs, unit="epoch", disable=None) as bar:
+    bar = tqdm(left, "train", initial=len(curve), total=recipe.epochs, unit="epoch", disable=None)
+    with bar, torch.random.fork_rng():
         for epoch in bar:
             started = time.perf_counter()
+            torch.manual_seed(_seed_of(seed, epoch))
             means = _epoch(model, _batches(train, recipe, epoch, seed), recipe, optimizer, epoch, loss, penalties)
             point = {"epoch": epoch, **means, "seconds": round(time.perf_counter() - started, 2)}
             if isinstance(train, ImageSplit):
@@ -148,6 +151,10 @@ def fit(
             if state:
                 training_state.save(state, model, optimizer, curve, run)
     return curve
+
+
+def _seed_of(seed: int, epoch: int) -> int:
+    return seed * 100_003 + epoch
 
 
 def _optimizer(model: nn.Module, recipe: Recipe, undecayed: Collection[str]) -> torch.optim.SGD:
@@ -169,7 +176,7 @@ def _batches(train: Batches, recipe: Recipe, epoch: int, seed: int) -> tuple[int
         if not isinstance(train, Sized):
             raise UserError("the train set has no length, which the learning rate needs; give a list or a DataLoader")
         return len(train), pairs(train, "train")
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    generator = torch.Generator().manual_seed(_seed_of(seed, epoch))
     order = torch.randperm(len(train.labels), generator=generator)
     steps = max(1, len(order) // recipe.batch_size)
     side = recipe.image_size(epoch, train.images.shape[-1])

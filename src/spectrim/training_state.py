@@ -1,4 +1,4 @@
-"""What an interrupted training goes on from: one safetensors file, written whole or not at all."""
+"""What an interrupted training or search goes on from: one safetensors file, written whole or not at all."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.errors import UserError
 
@@ -28,34 +28,53 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.SGD, curve: Sequen
         buffer = optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
             tensors[f"momentum.{name}"] = buffer.contiguous()
+    write(path, tensors, {"curve": json.dumps(list(curve)), "run": run})
+
+
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write them, whole or not at all. Raises ``UserError`` where that fails; what was there is kept."""
     partial = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"curve": json.dumps(list(curve)), "run": run})
+        save_file(tensors, partial, metadata)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):  # no second error must hide the first
             partial.unlink()
-        raise UserError(f"{path} could not be written ({error}); the state of the epoch before is kept") from None
+        raise UserError(f"{path} could not be written ({error}); the state before this one is kept") from None
 
 
-def resume(path: Path, model: nn.Module, optimizer: torch.optim.SGD, run: str) -> list[dict]:
-    """Fill model and optimizer from the state at ``path``, if there is one; returns the curve so far.
+def read(path: Path, run: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What ``write`` wrote, where its metadata has this ``run``.
 
-    A parameter that was cut to fewer components while training takes the shape it has in the file. Raises
-    ``UserError`` where the file is cut short or belongs to another training.
+    Raises ``UserError`` where the file is cut short or is another run's.
     """
-    if not path.exists():
-        return []
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{path} is cut short or not a training's state ({error}); remove it to start anew") from None
-    values = load_file(path)
+    if metadata.get("run") != run:
+        raise _of_other_settings(path)
+    return load_file(path), metadata
+
+
+def _of_other_settings(path: Path) -> UserError:
+    return UserError(f"{path} belongs to a training or search with other settings; remove it or restore those settings")
+
+
+def resume(path: Path, model: nn.Module, optimizer: torch.optim.SGD, run: str) -> list[dict]:
+    """Fill model and optimizer from the state at ``path``, if there is one; returns the curve so far.
+
+    A parameter that changed its shape while training takes the one it has in the file. Raises ``UserError`` where the
+    file is cut short or belongs to another training.
+    """
+    if not path.exists():
+        return []
+    values, metadata = read(path, run)
     known = {f"model.{name}" for name in model.state_dict()}
-    if metadata.get("run") != run or known != {name for name in values if name.startswith("model.")}:
-        raise UserError(f"{path} belongs to a training with other settings; remove it or restore those settings")
+    if known != {name for name in values if name.startswith("model.")}:
+        raise _of_other_settings(path)
     for name, parameter in model.named_parameters():
         saved = values[f"model.{name}"]
         if saved.shape != parameter.shape:

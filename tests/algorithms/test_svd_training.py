@@ -143,7 +143,7 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
     assert [entry["bisection"] for entry in resumed.log] == [entry["bisection"] for entry in unbroken.log]
     for name, value in unbroken.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
-    with pytest.raises(UserError, match="belongs to a training with other settings"):
+    with pytest.raises(UserError, match="belongs to a training or search with other settings"):
         chosen(state=state, epsilon=0.2).compress(net, SVD(), objective)
 
 

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, field, replace
+from dataclasses import asdict, field
 from typing import Any, Literal
 
 import torch
@@ -14,9 +14,8 @@ from torch.nn.utils import parametrize
 from spectrim import linalg, svd_layers
 from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.rank_selection import bisect, check_bisection, on_subset, rank_at
-from spectrim.algorithms.trained import in_modes_of, train
+from spectrim.algorithms.trained import finished, plain_svd, train
 from spectrim.decomposers.spectrum import Decomposer
-from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.objective import Objective
 from spectrim.settings import settings
@@ -85,8 +84,7 @@ class SVDTraining:
         Raises ``UserError`` for another decomposer than ``SVD``, without a ``train`` split, and where the loss stops
         being finite; ``state`` then holds the last good epoch.
         """
-        if not isinstance(decomposer, SVD):
-            raise UserError(f"SVD training starts from the plain SVD, not from {type(decomposer).__name__}")
+        decomposer = plain_svd(decomposer, "SVD training")
         objective.given("train")  # refused now rather than after the decomposition
         bench = Workbench(model, decomposer, objective)
         net = copy.deepcopy(model)
@@ -108,12 +106,7 @@ class SVDTraining:
             identity=identity | {"view": decomposer.view},
             after_epoch=course.after_epoch,
         )
-        ranks = course.ranks()
-        for name in ranks:
-            svd_layers.fold(net.get_submodule(name))
-        in_modes_of(model, net)
-        # Its weights now have the ranks that were selected: to cut them there changes nothing but their form.
-        return replace(Workbench(net, decomposer, objective).finish(ranks, curve), dense=model, trained=True)
+        return finished(model, net, course.ranks(), curve, decomposer, objective)
 
 
 class _Course:

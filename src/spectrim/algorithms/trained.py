@@ -1,11 +1,16 @@
-"""Training inside an algorithm: the caller's random numbers are left alone, a loss that breaks is said in one line."""
+"""Training inside an algorithm: what it may start from, a loss that breaks said in one line, and what it ends in."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from spectrim import svd_layers
+from spectrim.algorithms.base import Compressed, Workbench
+from spectrim.decomposers.spectrum import Decomposer
+from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.objective import Objective
 from spectrim.training import Recipe, fit
@@ -20,13 +25,31 @@ def train(
     train split and where the loss stops being finite; ``state`` then holds the last good epoch.
     """
     path = Path(state) if state else None
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        try:
-            return fit(net, objective.given("train"), recipe, seed=seed, loss=objective.loss, state=path, **more)
-        except FloatingPointError as error:
-            kept = f"the last good epoch is in {path}" if path else "nothing is kept"
-            raise UserError(f"{error}; {kept}") from error
+    try:
+        return fit(net, objective.given("train"), recipe, seed=seed, loss=objective.loss, state=path, **more)
+    except FloatingPointError as error:
+        kept = f"the last good epoch is in {path}" if path else "nothing is kept"
+        raise UserError(f"{error}; {kept}") from error
+
+
+def plain_svd(decomposer: Decomposer, method: str) -> SVD:
+    """``decomposer`` itself. Raises ``UserError`` where it is not the plain SVD, which ``method`` starts from."""
+    if not isinstance(decomposer, SVD):
+        raise UserError(f"{method} starts from the plain SVD, not from {type(decomposer).__name__}")
+    return decomposer
+
+
+def finished(
+    given: nn.Module, net: nn.Module, ranks: Mapping[str, int], curve: list[dict], decomposer: SVD, objective: Objective
+) -> Compressed:
+    """What became of ``given``: ``net``, whose parametrised layers have come to ``ranks``; others stay dense.
+
+    To cut a weight at the rank that it has changes nothing but its form.
+    """
+    for name in ranks:
+        svd_layers.fold(net.get_submodule(name))
+    in_modes_of(given, net)
+    return replace(Workbench(net, decomposer, objective).finish(ranks, curve), dense=given, trained=True)
 
 
 def in_modes_of(given: nn.Module, net: nn.Module) -> None:

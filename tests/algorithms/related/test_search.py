@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spectrim.algorithms.base import Workbench
 from spectrim.algorithms.budget import costs_of
+from spectrim.algorithms.measured import Measured
 from spectrim.algorithms.related import search
 from spectrim.algorithms.related.bayesian import Bayesian
 from spectrim.algorithms.related.pars import PARS
@@ -39,7 +40,7 @@ def test_finds_the_optimum_of_a_separable_cost_much_better_than_random(share: fl
     def distance(ranks: dict[str, int]) -> float:
         return sum(((ranks[name] - goal[name]) / space.tops[name]) ** 2 for name in goal)
 
-    best, log = Search(space, 30, seed=0, state=None, run="").least(distance, "test")
+    best, log = Search(space, 30, seed=0, state=None, run={}).least(distance, "test")
     random = np.random.default_rng(0).uniform(0.01, 1, (30, 6))
     assert distance(best) == min(entry["score"] for entry in log)
     assert distance(best) < min(distance(space.ranks(vector.tolist())) for vector in random) / 5
@@ -93,15 +94,16 @@ def test_a_killed_search_goes_on_as_if_it_never_stopped(
     monkeypatch.setattr(search, "RANDOM", 3)
     chosen = kind(evaluations=7, params_kept=0.6, seed=3, state=str(tmp_path / "state"))
     unbroken = dataclasses.replace(chosen, state=None).compress(net, SVD(), objective)
-    whole = search._save
+    whole = Measured.next
 
-    def dies(path: Path, tried: Any, run: str) -> None:
-        whole(path, tried, run)
-        if len(tried) == 5:
+    def dies(self: Measured, measure: Any) -> list[float]:
+        row = whole(self, measure)
+        if len(self.rows) == 5:
             raise Killed
+        return row
 
     with monkeypatch.context() as patch:
-        patch.setattr(search, "_save", dies)
+        patch.setattr(Measured, "next", dies)
         with pytest.raises(Killed):
             chosen.compress(net, SVD(), objective)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
@@ -124,15 +126,15 @@ def test_the_state_of_another_search_or_of_none_is_refused(
         (chosen, SVD("spatial")),
     ]
     for other, decomposer in others:
-        with pytest.raises(UserError, match="belongs to a search with other settings"):
+        with pytest.raises(UserError, match="belongs to a training or search with other settings"):
             other.compress(net, decomposer, objective)
     with torch.no_grad():
         net[8].weight[0, 0] += 1
-    with pytest.raises(UserError, match="belongs to a search with other settings"):
+    with pytest.raises(UserError, match="belongs to a training or search with other settings"):
         chosen.compress(net, SVD(), objective)
     assert state.read_bytes() == before
     state.write_bytes(before[:100])
-    with pytest.raises(UserError, match="cut short or not a search's state"):
+    with pytest.raises(UserError, match="cut short"):
         chosen.compress(net, SVD(), objective)
 
 

@@ -1,24 +1,20 @@
 """Bayesian optimisation over the ranks of all layers at once: what two papers' selectors share."""
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
-import torch
 from optuna.distributions import BaseDistribution, FloatDistribution
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 from tqdm import tqdm
 
-from spectrim import records, surgery
+from spectrim import surgery
 from spectrim.algorithms.base import Workbench
 from spectrim.algorithms.budget import Costs
+from spectrim.algorithms.measured import Measured
 from spectrim.data.images import ImageSplit
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
@@ -91,7 +87,7 @@ class Search:
     evaluations: int
     seed: int
     state: str | None
-    run: str
+    run: Mapping[str, Any]
 
     def least(self, score: Callable[[Ranks], float], label: str) -> tuple[Ranks, list[dict]]:
         """The ranks with the least ``score`` found, and the log: of each vector its step, score, part of the cost kept,
@@ -99,24 +95,17 @@ class Search:
 
         Raises ``UserError`` for a budget out of reach and for a state that is cut short or of another search.
         """
-        path = Path(self.state) if self.state else None
-        tried = _resume(path, self.run)[: self.evaluations] if path else []
         known: dict[tuple[int, ...], float] = {}
         told: list[Tried] = []
         log: list[dict] = []
-        costs = self.space.costs
+        costs, scores = self.space.costs, Measured(self.state, self.run, columns=1)
         for step in tqdm(range(self.evaluations), label, unit="model", leave=False, disable=None):
-            new = step == len(tried)
-            ratios = self._propose(step, told, known) if new else tried[step].ratios
+            ratios = self._propose(step, told, known)
             ranks = self.space.ranks(ratios)
             key = tuple(ranks.values())
             measured = key not in known
             if measured:
-                known[key] = score(ranks) if new else tried[step].score
-            if new:
-                tried.append(Tried(ratios, known[key]))
-                if path:
-                    _save(path, tried, self.run)
+                known[key] = scores.next(partial(_one, score, ranks))[0]
             told += [Tried(vector, known[key]) for vector in self.space.alike(ratios, ranks)]
             kept = {f"{costs.measure}_kept": costs.share(ranks)}
             log.append({"step": step, "score": known[key], **kept, "measured": measured})
@@ -154,6 +143,10 @@ def propose(tried: Sequence[Tried], layers: int, seed: int) -> tuple[float, ...]
     return tuple(asked[name] for name in space)
 
 
+def _one(score: Callable[[Ranks], float], ranks: Ranks) -> list[float]:
+    return [score(ranks)]
+
+
 def check(evaluations: int, seed: int) -> None:
     """Raise ``UserError`` for settings with which no search is possible."""
     if evaluations < 1:
@@ -162,33 +155,13 @@ def check(evaluations: int, seed: int) -> None:
         raise UserError(f"the seed of a search must be at least 0, got {seed}")
 
 
-def fingerprint(bench: Workbench, decomposer: Decomposer, settings: Mapping[str, Any]) -> str:
+def fingerprint(bench: Workbench, decomposer: Decomposer, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What tells one search from another: its settings but for how long and where, the model, and the images."""
     split = bench.objective.given("calibration")
-    told = {
+    return {
         "settings": {key: value for key, value in settings.items() if key not in ("evaluations", "state")},
         "decomposer": repr(decomposer),
         "model": content(bench.model.state_dict().values()),
         "layers": list(bench.spectra),
         "data": split.digest() if isinstance(split, ImageSplit) else None,
     }
-    return json.dumps(told, sort_keys=True)
-
-
-def _save(path: Path, tried: Sequence[Tried], run: str) -> None:
-    ratios = torch.tensor([one.ratios for one in tried], dtype=torch.float64)
-    scores = torch.tensor([one.score for one in tried], dtype=torch.float64)
-    records.write_whole({path: save({"ratios": ratios, "scores": scores}, {"run": run})})
-
-
-def _resume(path: Path, run: str) -> list[Tried]:
-    if not path.exists():
-        return []
-    try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("run") != run:
-                raise UserError(f"{path} belongs to a search with other settings; remove it or restore those settings")
-            ratios, scores = file.get_tensor("ratios").tolist(), file.get_tensor("scores").tolist()
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is cut short or not a search's state ({error}); remove it to start anew") from None
-    return [Tried(tuple(vector), score) for vector, score in zip(ratios, scores, strict=True)]

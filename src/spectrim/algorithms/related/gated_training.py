@@ -1,0 +1,238 @@
+"""Layers trained as ``U diag(S * gate) Vh``, the gates learnt beside the weights: what HALOC and l0 gates share."""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, field
+from enum import IntEnum
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from spectrim import svd_layers
+from spectrim.algorithms.base import Compressed, Workbench
+from spectrim.algorithms.budget import Costs, costs_of
+from spectrim.algorithms.trained import finished, plain_svd, train
+from spectrim.decomposers.matrix import MatrixSpectrum
+from spectrim.decomposers.spectrum import Decomposer
+from spectrim.errors import UserError
+from spectrim.objective import Objective
+from spectrim.settings import settings
+from spectrim.svd_layers import SVDWeight
+from spectrim.training import Recipe
+
+
+class Learning(IntEnum):
+    """What a step trains. In the last one the gates are gone, multiplied into S."""
+
+    ALL = 0
+    WEIGHTS = 1
+    GATES = 2
+    SETTLED = 3
+
+
+class Gate(nn.Module, ABC):
+    """A gate in [0, 1] on each of the R components of a layer, of the ``logits`` that are learnt.
+
+    ``forward(logits)``, shape (R,): random while training, what will be kept in eval mode.
+    """
+
+    @abstractmethod
+    def start(self) -> Tensor:
+        """The logits at the start."""
+
+
+class GatedWeight(nn.Module):
+    """The weight of a Linear or Conv2d as ``U diag(S * gate) Vh``; the parameters are U, S, Vh and the logits.
+
+    What it learns is a buffer, so that the state of a training tells it.
+    """
+
+    def __init__(self, spectrum: MatrixSpectrum, gate: Gate) -> None:
+        super().__init__()
+        self.product, self.gate = SVDWeight(spectrum), gate
+        self.learning: Tensor
+        self.register_buffer("learning", torch.tensor(int(Learning.ALL)))
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        return *self.product.right_inverse(weight), self.gate.start().to(weight)
+
+    def forward(self, U_OR: Tensor, S_R: Tensor, Vh_RI: Tensor, logits: Tensor) -> Tensor:
+        if self.learning == Learning.SETTLED:
+            return self.product(U_OR, S_R, Vh_RI)
+        if self.learning == Learning.GATES:
+            U_OR, S_R, Vh_RI = U_OR.detach(), S_R.detach(), Vh_RI.detach()
+        with torch.autocast(S_R.device.type, enabled=False):
+            gated_R = S_R * self.gate(self.learnt(logits))
+        return self.product(U_OR, gated_R, Vh_RI)
+
+    def learnt(self, logits: Tensor) -> Tensor:
+        """The logits, as a constant where only the weights learn."""
+        return logits.detach() if self.learning == Learning.WEIGHTS else logits
+
+
+@settings
+class GatedTraining(ABC):
+    """Train weights and gates together on the ``train`` split, then keep what the gates say and train that.
+
+    ``strength``: of the penalty on open gates. ``rate``: learning rate of the logits over that of the weights.
+    ``params_kept`` or ``macs_kept``, of the whole model: a budget, met from below; None: as the penalty leaves it.
+    ``refine``: the last part of the epochs, which trains what was kept, without gates. U and Vh have no weight decay:
+    that of S is that of the weight while they are orthonormal. ``state``: a file from which an interrupted training
+    goes on; None: it begins anew.
+    """
+
+    recipe: Recipe = field(default_factory=lambda: Recipe(epochs=8, lr=0.05))
+    strength: float = 1.0
+    rate: float = 30.0
+    params_kept: float | None = None
+    macs_kept: float | None = None
+    refine: float = 0.2
+    seed: int = 0
+    state: str | None = None
+
+    def __post_init__(self) -> None:
+        budgets = [share for share in (self.params_kept, self.macs_kept) if share is not None]
+        if len(budgets) > 1 or not all(0 < share < 1 for share in budgets):
+            raise UserError(f"give at most one of params_kept and macs_kept, in (0, 1); got {budgets}")
+        if not (0 <= self.strength < math.inf and 0 < self.rate < math.inf):
+            raise UserError(f"strength is at least 0, rate above 0, both finite; got {self.strength} and {self.rate}")
+        if not 0 <= self.refine < 1:
+            raise UserError(f"refine, a part of the epochs, lies in [0, 1), got {self.refine}")
+
+    @property
+    def gated_epochs(self) -> int:
+        """Epochs with gates, one at least."""
+        return max(1, self.recipe.epochs - round(self.refine * self.recipe.epochs))
+
+    @abstractmethod
+    def gate(self, spectrum: MatrixSpectrum, weight: int) -> Gate:
+        """The gates of one layer, whose dense weight has so many parameters."""
+
+    @abstractmethod
+    def penalty(self, layers: Mapping[str, "Gated"], costs: Costs, share: float | None) -> Tensor:
+        """What open gates cost, a scalar; called once a step."""
+
+    @abstractmethod
+    def kept(self, layers: Mapping[str, "Gated"], costs: Costs, share: float | None) -> dict[str, Tensor]:
+        """By how much each component of each layer is multiplied in the end, 0 where it is dropped. Shape (R,)."""
+
+    def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
+        """Train and cut a copy of ``model``. The log has one entry an epoch: the mean of each term of the loss, and how
+        many components of each layer have open gates.
+
+        Raises ``UserError`` for another decomposer than ``SVD``, without a ``train`` split, for a budget out of reach,
+        and where the loss stops being finite; ``state`` then holds the last good epoch.
+        """
+        decomposer = plain_svd(decomposer, type(self).__name__)
+        objective.given("train")  # refused now rather than after the decomposition
+        bench = Workbench(model, decomposer, objective)
+        net = copy.deepcopy(model)
+        course = _Course(self, net, bench)
+        identity = {key: value for key, value in asdict(self).items() if key not in ("recipe", "seed", "state")}
+        curve = train(
+            net,
+            objective,
+            self.recipe,
+            seed=self.seed,
+            state=self.state,
+            penalties=course.penalties,
+            undecayed=course.undecayed(),
+            identity=identity | {"method": type(self).__name__, "view": decomposer.view},
+            after_epoch=course.after_epoch,
+        )
+        return finished(model, net, course.worthwhile(), curve, decomposer, objective)
+
+
+class Gated:
+    """One layer that is trained so."""
+
+    def __init__(self, layer: nn.Module, rate: float) -> None:
+        self.layer = layer
+        parametrizations = cast(nn.ModuleDict, layer.parametrizations)
+        self.weight = cast(GatedWeight, parametrizations["weight"][0])  # type: ignore[index]
+        self.parameter = cast(nn.Parameter, parametrizations["weight"].original3)
+        self.parameter.register_hook(lambda gradient: rate * gradient)  # as a learning rate of its own would
+
+    @property
+    def logits(self) -> Tensor:
+        """As far as they learn in this step."""
+        return self.weight.learnt(self.parameter)
+
+    @torch.no_grad()
+    def open(self) -> Tensor:
+        """The gates as they would be kept. Shape (R,)."""
+        mode = self.weight.gate.training
+        gates = self.weight.gate.eval()(self.parameter)
+        self.weight.gate.train(mode)
+        return gates
+
+    @property
+    def learning(self) -> Learning:
+        return Learning(int(self.weight.learning))
+
+    @learning.setter
+    def learning(self, value: Learning) -> None:
+        self.weight.learning.fill_(int(value))
+
+    @torch.no_grad()
+    def settle(self, gates: Tensor, optimizer: torch.optim.SGD) -> None:
+        """Multiply the gates into S and cut what they close, in place."""
+        svd_layers.factors_of(self.layer).S_R.mul_(gates)
+        self.learning = Learning.SETTLED
+        svd_layers.orthogonalise(self.layer, optimizer)  # what is closed comes last
+        svd_layers.cut(self.layer, int(gates.count_nonzero()), optimizer)
+
+
+class _Course:
+    """What happens to gates and factors while they train."""
+
+    def __init__(self, chosen: GatedTraining, net: nn.Module, bench: Workbench) -> None:
+        self.chosen, self.net = chosen, net
+        self.costs = costs_of(bench, "params" if chosen.macs_kept is None else "macs")
+        self.share = chosen.params_kept if chosen.macs_kept is None else chosen.macs_kept
+        self.layers: dict[str, Gated] = {}
+        for name, spectrum in bench.spectra.items():
+            layer = cast(nn.Linear | nn.Conv2d, net.get_submodule(name))
+            gate = chosen.gate(cast(MatrixSpectrum, spectrum), layer.weight.numel())
+            svd_layers.train_as(layer, GatedWeight(cast(MatrixSpectrum, spectrum), gate))
+            svd_layers.bound_steps(layer)
+            self.layers[name] = Gated(layer, chosen.rate)
+        if self.share is not None:
+            chosen.kept(self.layers, self.costs, self.share)  # a budget out of reach is refused before the training
+
+    @property
+    def settled(self) -> bool:
+        return next(iter(self.layers.values())).learning is Learning.SETTLED
+
+    def ranks(self) -> dict[str, int]:
+        return {name: svd_layers.factors_of(gated.layer).S_R.shape[-1] for name, gated in self.layers.items()}
+
+    def undecayed(self) -> list[str]:
+        """Names of the parameters without weight decay."""
+        factors = {name: svd_layers.factors_of(gated.layer) for name, gated in self.layers.items()}
+        spared = [(own.U_OR, own.Vh_RI, self.layers[name].parameter) for name, own in factors.items()]
+        chosen = {id(part) for parts in spared for part in parts}
+        return [name for name, parameter in self.net.named_parameters() if id(parameter) in chosen]
+
+    def worthwhile(self) -> dict[str, int]:
+        """The ranks, full where factors of that rank would cost no less than the dense layer, which then stays."""
+        return {
+            name: rank if self.costs.curves[name][rank] < self.costs.dense[name] else len(self.costs.curves[name]) - 1
+            for name, rank in self.ranks().items()
+        }
+
+    def penalties(self, epoch: int) -> dict[str, Tensor]:
+        if self.settled:
+            return {}
+        return {"penalty": self.chosen.strength * self.chosen.penalty(self.layers, self.costs, self.share)}
+
+    def after_epoch(self, epoch: int, net: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Any]:
+        if epoch + 1 == self.chosen.gated_epochs:
+            for name, gates in self.chosen.kept(self.layers, self.costs, self.share).items():
+                self.layers[name].settle(gates, optimizer)
+        open_gates = {name: int(gated.open().count_nonzero()) for name, gated in self.layers.items()}
+        ranks = self.ranks() if self.settled else open_gates
+        return {"rank": sum(ranks.values()), "ranks": ranks}

@@ -1,0 +1,104 @@
+"""Rank selection as a differentiable architecture search (HALOC, Xiao et al., AAAI 2023)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spectrim.algorithms.budget import Costs
+from spectrim.algorithms.related.gated_training import Gate, Gated, GatedTraining, Learning
+from spectrim.decomposers.matrix import MatrixSpectrum
+from spectrim.errors import UserError
+from spectrim.settings import settings
+
+
+@settings
+class HALOC(GatedTraining):
+    """Each layer has candidate ranks with selection probabilities, which are learnt; the most probable one is kept.
+
+    Xiao et al., AAAI 2023, arXiv 2301.09422: the forward pass mixes the candidates by their probabilities, weights and
+    probabilities are updated in turn, and the loss has the expected cost on the hardware. That is the paper's.
+
+    Ours: the candidates of a layer are truncations of one SVD, which share its factors, so that their mixture is a gate
+    on each component, the probability that the rank reaches it; the probabilities are drawn by Gumbel-softmax at
+    ``temperature``, or the factors would grow to make up for small ones. Steps on successive batches of the train split
+    take turns; what belongs to no candidate, biases and norms, learns in all. Candidate ranks are those with ``ratios``
+    of the layer's parameters, and the dense layer. The cost is that of the whole model over the dense one's: MACs, or
+    parameters where ``params_kept`` is a budget; ``strength`` times what is expected above the budget (0 without one)
+    is added to the loss. With a budget, each layer keeps the largest candidate that its rank reaches with a probability
+    common to all layers, in place of the most probable one. Left out: Tucker-2, latency predicted or measured on a
+    device, and the paper's regularisation against interference of candidates.
+    """
+
+    strength: float = 0.3
+    temperature: float = 1.0
+    ratios: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature must be finite and above 0, got {self.temperature}")
+        if not self.ratios or not all(0 < ratio < 1 for ratio in self.ratios):
+            raise UserError(f"ratios must lie in (0, 1), got {list(self.ratios)}")
+
+    def gate(self, spectrum: MatrixSpectrum, weight: int) -> Gate:
+        ranks = {max(1, spectrum.rank_within(ratio * weight)) for ratio in self.ratios}
+        smaller = sorted(rank for rank in ranks if rank <= spectrum.break_even)
+        return _Candidates([*smaller, spectrum.max_rank], self.temperature)
+
+    def penalty(self, layers: Mapping[str, Gated], costs: Costs, share: float | None) -> Tensor:
+        saved = torch.stack([_expected_saving(gated, name, costs) for name, gated in layers.items()]).sum()
+        turn = Learning.GATES if next(iter(layers.values())).learning is not Learning.GATES else Learning.WEIGHTS
+        for gated in layers.values():  # the next step's
+            gated.learning = turn
+        return (1 - saved - (share or 0.0)).clamp_min(0)
+
+    def kept(self, layers: Mapping[str, Gated], costs: Costs, share: float | None) -> dict[str, Tensor]:
+        gates = {name: _candidates(gated) for name, gated in layers.items()}
+        chances = {name: gated.parameter.detach().softmax(0).double().cpu() for name, gated in layers.items()}
+        if share is None:
+            return {name: gates[name].reached[int(own.argmax())] for name, own in chances.items()}
+        at_least = {name: own.flip(0).cumsum(0).flip(0) for name, own in chances.items()}
+
+        def ranks_at(doubt: float) -> dict[str, int]:
+            return {name: gates[name].ranks[max(0, int(own.ge(1 - doubt).sum()) - 1)] for name, own in at_least.items()}
+
+        ranks = costs.meet(share, ranks_at, low=0.0, high=1.0)
+        return {name: gate.reached[gate.ranks.index(ranks[name])] for name, gate in gates.items()}
+
+
+class _Candidates(Gate):
+    """``reached`` (J, R): 1 where candidate j, of rank ``ranks[j]``, has component i."""
+
+    def __init__(self, ranks: Sequence[int], temperature: float) -> None:
+        super().__init__()
+        self.ranks, self.temperature = tuple(ranks), temperature
+        self.reached: Tensor
+        reached = torch.arange(self.ranks[-1]) < torch.tensor(self.ranks).unsqueeze(1)
+        self.register_buffer("reached", reached.float(), persistent=False)
+
+    def start(self) -> Tensor:
+        return torch.zeros(len(self.ranks))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        if not self.training:
+            return self.reached[int(logits.argmax())]
+        return F.gumbel_softmax(logits, tau=self.temperature, dim=0) @ self.reached
+
+
+def _candidates(gated: Gated) -> _Candidates:
+    return cast(_Candidates, gated.weight.gate)
+
+
+def _costs(name: str, gate: _Candidates, costs: Costs) -> Tensor:
+    """Of layer ``name`` with each of its candidates. Shape (J,)."""
+    return torch.tensor([costs.layer(name, rank) for rank in gate.ranks], dtype=torch.float64)
+
+
+def _expected_saving(gated: Gated, name: str, costs: Costs) -> Tensor:
+    """What layer ``name`` is expected to save, as a part of the cost of the whole model. A scalar."""
+    saved = (costs.dense[name] - _costs(name, _candidates(gated), costs)) / costs.total
+    return gated.logits.softmax(0) @ saved.to(gated.logits)

@@ -1,0 +1,85 @@
+"""Probabilistic l0 gates on singular components, learnt beside the weights (Cao et al., IJCAI 2024)."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from spectrim.algorithms.budget import Costs
+from spectrim.algorithms.related.gated_training import Gate, Gated, GatedTraining
+from spectrim.decomposers.matrix import MatrixSpectrum
+from spectrim.errors import UserError
+from spectrim.settings import settings
+
+OFFSET = 1.2  # the gate of mu = 0 is open, and nearly always so at the paper's noise
+
+
+@settings
+class L0Gates(GatedTraining):
+    """Each component has a gate ``z = clamp(mu + sigma * eps + 1.2, 0, 1)`` with normal eps, and mu is learnt.
+
+    Cao et al., IJCAI 2024, pp. 3780-3788: the penalty is ``strength`` times the mean probability that a gate is open,
+    ``Phi((mu + 1.2) / sigma)``, a smooth stand-in for the l0 norm of the slices of a tensor decomposition; what is kept
+    are the components whose gate without noise is above 0. That is the paper's.
+
+    Ours: the slices are singular components, those of all groups of a grouped convolution under one gate; the mean is
+    over all gates of the net; ``sigma`` is fixed, mu begins at 0, and a layer keeps the component of largest mu at
+    least. With a budget the penalty rests while the open gates meet it, and in the end the components of smallest mu
+    are dropped until they do; a closed gate is not opened again. Left out: other tensor formats, and embeddings.
+    """
+
+    rate: float = 100.0
+    sigma: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.sigma < math.inf:
+            raise UserError(f"sigma, the spread of the gates, must be finite and above 0, got {self.sigma}")
+
+    def gate(self, spectrum: MatrixSpectrum, weight: int) -> Gate:
+        return _ClampedNormal(spectrum.max_rank, self.sigma)
+
+    def penalty(self, layers: Mapping[str, Gated], costs: Costs, share: float | None) -> Tensor:
+        if share is not None:
+            ranks = {name: max(1, int(gated.open().count_nonzero())) for name, gated in layers.items()}
+            if costs.share(ranks) <= share:
+                return torch.zeros((), device=next(iter(layers.values())).logits.device)
+        logits = torch.cat([gated.logits for gated in layers.values()])
+        return torch.special.ndtr((logits + OFFSET) / self.sigma).mean()
+
+    def kept(self, layers: Mapping[str, Gated], costs: Costs, share: float | None) -> dict[str, Tensor]:
+        mu = {name: gated.parameter.detach() for name, gated in layers.items()}
+        gates = {name: _one_at_least(gated.open(), mu[name]) for name, gated in layers.items()}
+        if share is None:
+            return gates
+
+        def ranks_at(depth: float) -> dict[str, int]:
+            """Of the gates with mu of at least ``-depth``."""
+            return {name: max(1, int((gates[name].gt(0) & own.ge(-depth)).sum().item())) for name, own in mu.items()}
+
+        extremes = [float(value) for own in mu.values() for value in own.aminmax()]
+        ranks = costs.meet(share, ranks_at, low=-max(extremes) - 1, high=-min(extremes))
+        return {name: gate * _leading(mu[name], ranks[name]) for name, gate in gates.items()}
+
+
+class _ClampedNormal(Gate):
+    def __init__(self, count: int, sigma: float) -> None:
+        super().__init__()
+        self.count, self.sigma = count, sigma
+
+    def start(self) -> Tensor:
+        return torch.zeros(self.count)
+
+    def forward(self, mu: Tensor) -> Tensor:
+        noise = self.sigma * torch.randn_like(mu) if self.training else 0.0
+        return (mu + noise + OFFSET).clamp(0, 1)
+
+
+def _one_at_least(gates: Tensor, mu: Tensor) -> Tensor:
+    return gates if gates.any() else _leading(mu, 1)
+
+
+def _leading(mu: Tensor, rank: int) -> Tensor:
+    """1 for the ``rank`` largest entries, 0 for the others."""
+    return torch.zeros_like(mu).scatter(0, mu.topk(rank).indices, 1.0)
