@@ -64,9 +64,10 @@ def _draw(rows: pd.DataFrame, panel: Panel, name: str, options: Options, origin:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.set_title(title, fontsize=8)
             axis.set_xlabel("epoch")
-            axis.legend(fontsize=6, ncols=2)
         for axis in axes[len(names) :]:
             axis.set_visible(False)
+        if panel is _loss_panel:  # the same lines in every panel
+            figure.legend(canvas, axes)
         return figure.save(canvas, name, options.out, origin)
 
 
@@ -125,6 +126,7 @@ def _rank_panel(axis: Axes, rows: pd.DataFrame) -> None:
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.set_ylabel("rank")
+    axis.legend(fontsize=6, ncols=2)
 
 
 def _loss_panel(axis: Axes, rows: pd.DataFrame) -> None:

@@ -193,3 +193,23 @@ def test_what_it_cannot_start_from_is_one_line(net: nn.Module, objective: Object
         chosen().compress(net, SVD(), Objective(F.cross_entropy, {"calibration": batches}))
     with pytest.raises(UserError, match="subset=999 is more than the"):
         chosen(subset=999).compress(net, SVD(), objective)
+
+
+def test_a_price_spares_the_layers_whose_ranks_cost_little() -> None:
+    """A rank of the first layer costs 50 numbers, of the second 34."""
+    net, teacher = student(), Teacher()
+    with torch.no_grad():
+        for layer, S_R in ((net[0], torch.linspace(1, 0.01, 20)), (net[2], torch.tensor([1, 0.7, 0.45, 0.1]))):
+            U, _, Vh = torch.linalg.svd(layer.weight, full_matrices=False)  # type: ignore[arg-type]
+            layer.weight.copy_(U * S_R @ Vh)
+    tried: dict[bool, list[tuple]] = {}
+    for priced in (False, True):
+        quiet = Recipe(epochs=1, lr=1e-9, precision="float32")
+        log = chosen(recipe=quiet, priced=priced, regulariser="none", epsilon=1e9).compress(
+            net, SVD(), teacher.objective
+        )
+        tried[priced] = [(step["delta"], step["rank_kept"]) for step in log.log[0]["bisection"]]
+    at_half = {priced: dict(steps)[0.5] for priced, steps in tried.items()}
+    # Of 20 + 4 components: 0.5 keeps 10 + 2; with the price the second layer's threshold is 0.5 * sqrt(34 / 50).
+    assert at_half[False] == pytest.approx((10 + 2) / 24)
+    assert at_half[True] == pytest.approx((10 + 3) / 24)

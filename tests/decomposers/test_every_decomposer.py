@@ -78,7 +78,15 @@ def test_parameters_and_macs_are_those_of_the_factored_model(
 # They choose among singular components, of which a Tucker decomposition has none.
 REFUSED = {("tucker2", algorithm) for algorithm in ("global_threshold", "joint", "rank_selection")}
 # What is trained as U, S and V starts from a plain SVD.
-TRAINED = ("svd_training", "svd_training_nuclear", "svd_training_plain", "cuttlefish", "haloc", "l0_gates")
+TRAINED = (
+    "svd_training",
+    "svd_training_nuclear",
+    "svd_training_plain",
+    "svd_training_priced",
+    "cuttlefish",
+    "haloc",
+    "l0_gates",
+)
 REFUSED |= {(name, algorithm) for name in ("tucker2", "whitened_best_view") for algorithm in TRAINED}
 
 

@@ -42,6 +42,9 @@ class SVDTraining:
     ``bounded``: whether the gradients of the factors are divided by how much further than a step on the weight itself
     theirs would move it (``svd_layers.bound_steps``). The source does not; without, a learning rate that suits the
     dense net is too large for its factors.
+    ``priced``: whether the threshold of a layer is delta times the root of what one of its ranks costs, over that of
+    the layer whose ranks cost most parameters, so that energy is weighed against what it costs. As printed, all layers
+    share one threshold, and a layer that holds few parameters is cut as hard as one that holds many.
     ``state``: a file from which an interrupted training goes on; None: it begins anew.
     """
 
@@ -50,6 +53,7 @@ class SVDTraining:
     strength: float = 0.01
     orthogonality: float = 1.0
     bounded: bool = True
+    priced: bool = False
     epsilon: float = 0.005
     relative: bool = False
     delta_step: float = 1e-3
@@ -144,10 +148,11 @@ class _Course:
             svd_layers.orthogonalise(self.net.get_submodule(name), optimizer)
         full, loss = self.ranks(), self._loss()
         epsilon = self.settings.epsilon * (abs(loss) if self.settings.relative else 1.0)
+        weights = self._weights()
         losses, steps = {tuple(full.values()): loss}, [_step(0.0, loss, True, 1.0)]
 
         def at(delta: float) -> Ranks | None:
-            ranks = {name: rank_at(factors.S_R.amax(0), delta) for name, factors in self.factors().items()}
+            ranks = {name: rank_at(one.S_R.amax(0), delta * weights[name]) for name, one in self.factors().items()}
             key = tuple(ranks.values())
             if key not in losses:  # deltas between the same two singular values give one and the same model
                 with self._cut(ranks):
@@ -159,6 +164,12 @@ class _Course:
         for name, rank in (bisect(at, self.settings.delta_step) or full).items():
             svd_layers.cut(self.net.get_submodule(name), rank, optimizer)
         return steps
+
+    def _weights(self) -> dict[str, float]:
+        """What delta is multiplied by in each layer."""
+        prices = {name: one.U_OR[..., 0].numel() + one.Vh_RI[..., 0, :].numel() for name, one in self.factors().items()}
+        most = max(prices.values(), default=1)
+        return {name: math.sqrt(price / most) if self.settings.priced else 1.0 for name, price in prices.items()}
 
     def _loss(self) -> float:
         with parametrize.cached():
