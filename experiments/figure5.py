@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from spectrim.records import Record
-from spectrim.report import command, figure, frame, table
+from spectrim.report import command, figure, frame, table, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table
 
@@ -38,7 +38,7 @@ LOSS_NOTES = (
 
 def build(options: Options) -> list[Path]:
     """A panel for each way of training: a line for each layer, and in a second figure the losses; both as tables."""
-    found = [record for record in command.load(options) if _is_training(record)]
+    found = [record for record in command.load(options) if trainings.is_training(record)]
     if not found:
         raise command.lacking(options, "svd_training")
     about = [_about(record) for record in found]
@@ -75,17 +75,9 @@ def _one_line(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(panel=rows["panel"].str.replace("\n", ", "))
 
 
-def _is_training(record: Record) -> bool:
-    return str(record["config"]["algorithm"]["_target_"]).endswith(".SVDTraining")
-
-
 def _about(record: Record) -> dict[str, Any]:
-    settings = record["config"]["algorithm"]
-    start = "from scratch" if record["config"]["checkpoint"] is None else "from a trained net"
-    strength = "" if settings["regulariser"] == "none" else f" {settings['strength']:g}"
-    form = "" if settings["bounded"] else ", steps as printed"
-    net = f"{record['names']['model'].removesuffix('_untrained')}, {record['names']['data']}"
-    panel = f"{net}, {start}\n{settings['regulariser']}{strength}, ε {settings['epsilon']:g}{form}"
+    about = f"{trainings.net(record)}, {record['names']['data']}, {trainings.start(record)}"
+    panel = f"{about}\n{trainings.way(record)}"
     return {"panel": panel, "seed": record["seed"], "calibration_seed": record["calibration_seed"]}
 
 

@@ -10,12 +10,11 @@ import pandas as pd
 
 from spectrim.errors import UserError
 from spectrim.records import Record
-from spectrim.report import command, compare, frame
+from spectrim.report import command, compare, frame, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
 
 PUBLISHED = Path(__file__).with_name("published.csv")
-UNTRAINED = "_untrained"  # of the name of a net that a run trains from scratch
 KINDS = ("SVDTraining", "FineTuning", "RankSelection", "Truncation")
 VALUES = ("params_kept", "test_accuracy", "change_pp", "test_loss", "seconds")
 COLUMNS = (
@@ -36,6 +35,7 @@ NOTES = (
     "SVD training: U, S and V are trained, and after each epoch but the last few cut as far as the loss on the "
     "training images moves by less than ε. Rows of other methods were asked for a budget near what that left. Steps as "
     "printed: without the bound on how far a step on a factor moves its layer, at the learning rate that this needs. "
+    "Cuts: epochs at whose end ranks were selected. Priced: energy weighed against the parameters that it costs. "
     "Spatial: convolutions as two of kh x 1 and 1 x kw; otherwise as kh x kw and 1 x 1.",
     "Published rows: as printed in the source, with its own dense net; nothing of theirs was run here.",
 )
@@ -75,10 +75,10 @@ def build(options: Options) -> list[Path]:
 def _row(record: Record) -> dict[str, Any]:
     settings, dense, small = record["config"]["algorithm"], record["dense"], record["compressed"]
     scratch = record["config"]["checkpoint"] is None
-    order, method = _method(settings, scratch)
+    order, method = _method(record)
     method += ", spatial" if "spatial" in record["names"]["decomposer"] else ""
     return {
-        "model": record["names"]["model"].removesuffix(UNTRAINED),
+        "model": trainings.net(record),
         "data": record["names"]["data"],
         "seed": record["seed"],
         "calibration_seed": record["calibration_seed"],
@@ -95,16 +95,14 @@ def _row(record: Record) -> dict[str, Any]:
     }
 
 
-def _method(settings: dict[str, Any], scratch: bool) -> tuple[str, str]:
+def _method(record: Record) -> tuple[str, str]:
     """Its place in the table, as a text that sorts, and what a row is called."""
+    settings = record["config"]["algorithm"]
     kind = _kind(settings)
     if kind == "SVDTraining":
-        term = settings["regulariser"]
-        weight = "" if term == "none" else f" {settings['strength']:g}"
-        form = "" if settings["bounded"] else f", steps as printed, lr {settings['recipe']['lr']:g}"
-        start = "from scratch" if scratch else "from a trained net"
-        said = f"SVD training {start}, {term}{weight}, ε {settings['epsilon']:g}{form}"
-        return f"{3 if scratch else 4} {said}", said
+        start = trainings.start(record)
+        said = f"SVD training {start}, {trainings.way(record)}"
+        return f"{3 if start == 'from scratch' else 4} {said}", said
     if kind == "FineTuning":
         said = f"{_truncation(settings['selector'])}, then fine-tuned"
         return f"2 {said}", said

@@ -1,0 +1,33 @@
+"""What a run of SVD training is called in tables and figures."""
+
+from spectrim.records import Record
+
+UNTRAINED = "_untrained"  # of the name of a net that a run trains from scratch
+
+
+def is_training(record: Record) -> bool:
+    """Whether the run is one of SVD training."""
+    return str(record["config"]["algorithm"]["_target_"]).endswith(".SVDTraining")
+
+
+def net(record: Record) -> str:
+    """The net, whether a run starts from a trained one or from scratch."""
+    return str(record["names"]["model"]).removesuffix(UNTRAINED)
+
+
+def start(record: Record) -> str:
+    """What the run starts from."""
+    return "from scratch" if record["config"]["checkpoint"] is None else "from a trained net"
+
+
+def way(record: Record) -> str:
+    """The regulariser and its weight, epsilon, in how many epochs ranks were selected, and what is out of the usual."""
+    settings = record["config"]["algorithm"]
+    strength = "" if settings["regulariser"] == "none" else f" {settings['strength']:g}"
+    cuts = sum(bool(entry["bisection"]) for entry in record["log"])
+    parts = [f"{settings['regulariser']}{strength}", f"ε {settings['epsilon']:g}", f"{cuts} cut{'s' * (cuts != 1)}"]
+    if settings.get("priced"):
+        parts.append("priced")
+    if not settings["bounded"]:
+        parts.append(f"steps as printed, lr {settings['recipe']['lr']:g}")
+    return ", ".join(parts)
