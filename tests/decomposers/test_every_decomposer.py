@@ -77,9 +77,12 @@ def test_parameters_and_macs_are_those_of_the_factored_model(
 
 # They choose among singular components, of which a Tucker decomposition has none.
 REFUSED = {("tucker2", algorithm) for algorithm in ("global_threshold", "joint", "rank_selection")}
+# It splits the plain SVD.
+REFUSED |= {(name, "alds") for name in ("tucker2", "whitened_best_view")}
 # What is trained as U, S and V starts from a plain SVD.
 TRAINED = ("svd_training", "svd_training_nuclear", "svd_training_plain")
 REFUSED |= {(name, algorithm) for name in ("tucker2", "whitened_best_view") for algorithm in TRAINED}
+REFUSALS = "^layer 0: |^SVD training starts from the plain SVD|^ALDS splits the plain SVD"
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -91,7 +94,7 @@ def test_any_algorithm_takes_it_or_says_why_not(
     selector, decomposer = (config.build(config.plain(cfg[group])) for group in ("algorithm", "decomposer"))
     selector = brief(selector)
     if (name, algorithm) in REFUSED:
-        with pytest.raises(spectrim.UserError, match="^layer 0: |^SVD training starts from the plain SVD") as refusal:
+        with pytest.raises(spectrim.UserError, match=REFUSALS) as refusal:
             selector.compress(net, decomposer, objective)
         assert "\n" not in str(refusal.value)
         return
