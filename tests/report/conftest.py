@@ -20,7 +20,14 @@ TARGETS = {
     "rank_selection": "spectrim.algorithms.rank_selection.RankSelection",
     "svd_training": "spectrim.algorithms.svd_training.SVDTraining",
     "fine_tuning": "spectrim.algorithms.fine_tuning.FineTuning",
+    "joint": "spectrim.algorithms.joint.Joint",
+    "alds": "spectrim.algorithms.related.alds.ALDS",
+    "global_threshold": "spectrim.algorithms.related.global_threshold.GlobalThreshold",
+    "knapsack": "spectrim.algorithms.related.knapsack.Knapsack",
+    "sensitivity": "spectrim.algorithms.related.sensitivity.Sensitivity",
 }
+# Those that are given a budget, and how much more of the loss than joint they lose to it in what is made up.
+BUDGETED = {"joint": 1.0, "knapsack": 2.0, "sensitivity": 3.0, "alds": 5.0, "global_threshold": 6.0}
 
 
 def measured(params: int, macs: int, loss: float, accuracy: float | None) -> dict[str, Any]:
@@ -51,6 +58,7 @@ def make(
 ) -> Record:
     """One record. ``kept`` and ``change``: share of parameters and MACs kept, change of the test loss."""
     base = {"truncation": {"rank": None, "ratio": kept, "energy": None, "params_kept": None}, "probe": {}}
+    base |= {name: {"params_kept": kept, "macs_kept": None} for name in BUDGETED}
     chosen = base.get(algorithm, {"verified": False, "gamma": None, "norm": "entrywise"}) | (settings or {})
     checkpoint = checkpoint or f"checkpoint of {model} {seed}"
     config = {
@@ -243,6 +251,37 @@ def table5() -> list[Record]:
     return found
 
 
+def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record]:
+    """Every selector at four sizes on two nets, three trainings each: the less is kept, the higher the loss."""
+    found = []
+    for model in models:
+        for seed in (0, 1, 2):
+            for size in (0.826, 0.7, 0.5, 0.3):
+                change = 0.25 * (1 - size) ** 3 * (1 + 0.2 * seed)
+                cut = {"rank": None, "ratio": None}
+                settings = {
+                    "truncation": cut | {"energy": None, "params_kept": size},
+                    "energy": cut | {"energy": size + 0.1, "params_kept": None},
+                }
+                for name, worse in {**BUDGETED, "truncation": 15.0, "energy": 10.0}.items():
+                    one = make(
+                        model,
+                        "truncation" if name == "energy" else name,
+                        seed=seed,
+                        calibration_seed=seed,
+                        kept=size,
+                        change=worse * change,
+                        experiment="figure4",
+                        settings=settings.get(name),
+                        decomposer="svd_channel" if name == "alds" else "whitened_spatial",
+                    )
+                    one["compressed"]["macs"] = int(1_000_000 * (0.1 + 0.9 * size))
+                    for keeps in (True, False) if name == "alds" else (False,):
+                        config = one["config"] | ({} if keeps else {"batch_norm": "follow"})
+                        found.append(one | {"config": config, "signature": records.signature(config)})
+    return found
+
+
 def _of_lenet5(
     seed: int, algorithm: str, settings: dict, kept: float, change: float, *, scratch: bool = False, log: Any = None
 ) -> Record:
@@ -264,6 +303,7 @@ def everything() -> list[Record]:
         *table7(),
         *table8(),
         *table5(),
+        *figure4(),
         *figure("figure2", (0.4, 0.6, 0.8, 0.95), list(MODELS)),
         *figure("figure3", sweep, ["densenet22", "vgg19_half"]),
     ]
