@@ -19,13 +19,13 @@ ALDS = "ALDS, published"
 KEPT = ", BatchNorm kept"
 # Of each selector, by its class and for truncation its rule: what it is called, its colour and its marker.
 SELECTORS = {
-    "truncation": ("uniform truncation", "#999999", "s"),
+    "truncation": (frame.SELECTORS["truncation"], "#999999", "s"),
     "truncation, energy": ("energy truncation", "#E69F00", "D"),
-    "globalthreshold": ("global threshold", "#56B4E9", "^"),
-    "alds": ("ALDS", "#CC79A7", "v"),
-    "sensitivity": ("sensitivity (ASVD)", "#009E73", "P"),
-    "knapsack": ("knapsack (BALF)", "#0072B2", "o"),
-    "joint": ("joint, ours", "#D55E00", "X"),
+    "globalthreshold": (frame.SELECTORS["globalthreshold"], "#56B4E9", "^"),
+    "alds": (frame.SELECTORS["alds"], "#CC79A7", "v"),
+    "sensitivity": (frame.SELECTORS["sensitivity"], "#009E73", "P"),
+    "knapsack": (frame.SELECTORS["knapsack"], "#0072B2", "o"),
+    "joint": (frame.SELECTORS["joint"], "#D55E00", "X"),
 }
 TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
 SHARES = {"params_kept": "parameters kept (%)", "macs_kept": "MACs kept (%)"}

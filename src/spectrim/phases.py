@@ -8,17 +8,22 @@ from pathlib import Path
 
 
 class Phases(dict[str, dict[str, float]]):
-    """Phase name to ``{"seconds": …, "peak_mib": …}``; the peak is of the whole process's resident memory."""
+    """Phase name to ``{"seconds": …, "peak_mib": …, "added_mib": …}``.
+
+    The peak is of the whole process's resident memory; added is by how much it lies above what lay there before.
+    """
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Measure the block as phase ``name``."""
         _reset_peak()
-        started = time.perf_counter()
+        before, started = _mib("VmRSS"), time.perf_counter()
         try:
             yield
         finally:
-            self[name] = {"seconds": round(time.perf_counter() - started, 3), "peak_mib": round(_peak_mib(), 1)}
+            seconds, peak = time.perf_counter() - started, _mib("VmHWM")
+            added = max(0.0, peak - before)
+            self[name] = {"seconds": round(seconds, 3), "peak_mib": round(peak, 1), "added_mib": round(added, 1)}
 
 
 def _reset_peak() -> None:
@@ -29,9 +34,10 @@ def _reset_peak() -> None:
         return
 
 
-def _peak_mib() -> float:
+def _mib(which: str) -> float:
+    """Resident memory now (VmRSS) or at its peak (VmHWM); elsewhere than on Linux the peak for either."""
     try:
         status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+        return int(status.split(f"{which}:")[1].split()[0]) / 1024
     except (OSError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -282,6 +282,34 @@ def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record
     return found
 
 
+def table6() -> list[Record]:
+    """Selectors on a trained net, and on untrained ones of two depths, widths and calibration sizes."""
+    found = []
+    for seed in (0, 1):
+        for name in (*BUDGETED, "compact"):
+            found.append(_selected(name, seed, "resnet20", {"depth": 20, "width": 16}, 2000, "trained"))
+        for name in ("joint", "sensitivity"):
+            for depth, width, images in ((20, 16, 500), (56, 16, 500), (20, 32, 500), (20, 16, 4000)):
+                model = f"resnet{depth}_width{width}_untrained"
+                found.append(_selected(name, seed, model, {"depth": depth, "width": width}, images, None))
+    return found
+
+
+def _selected(name: str, seed: int, model: str, shape: dict, images: int, checkpoint: str | None) -> Record:
+    """A selection that takes a second a layer and a thousand images, and reads as often as sensitivity would."""
+    one = make(model, name, seed=seed, calibration_seed=seed, experiment="table6")
+    one["config"]["model"] |= shape
+    one["config"]["data"] |= {"calibration_size": images}
+    one["config"]["checkpoint"] = one["provenance"]["checkpoint_digest"] = checkpoint and f"{model} {seed}"
+    layers = shape["depth"] - 1
+    passes = {"sensitivity": 9 * layers + 2, "joint": 10}.get(name, 1)
+    one["layers"] = layers * one["layers"]
+    one["samples_read"] = {"calibration": passes * images}
+    seconds = passes * layers * images / 1000 * (shape["width"] / 16) ** 2 + 0.01 * seed
+    one["phases"]["select"] = {"seconds": seconds, "peak_mib": 400.0 + images / 10, "added_mib": images / 10}
+    return one | {"signature": records.signature(one["config"])}
+
+
 def _of_lenet5(
     seed: int, algorithm: str, settings: dict, kept: float, change: float, *, scratch: bool = False, log: Any = None
 ) -> Record:
@@ -303,6 +331,7 @@ def everything() -> list[Record]:
         *table7(),
         *table8(),
         *table5(),
+        *table6(),
         *figure4(),
         *figure("figure2", (0.4, 0.6, 0.8, 0.95), list(MODELS)),
         *figure("figure3", sweep, ["densenet22", "vgg19_half"]),
