@@ -16,9 +16,10 @@ from spectrim.report.table import Column, Table, number, save
 PUBLISHED = Path(__file__).with_name("published.csv")
 CHOOSING = ("lossless", "compact", "rankselection")  # their sizes themselves, by what happens to the loss
 SIZES = {"layers": "layers", "width": "width", "images": "calibration images"}
-VALUES = ("params_kept", "seconds", "read", "passes", "peak_mib", "added_mib")
+VALUES = ("params_kept", "seconds", "cpu_seconds", "read", "passes", "peak_mib", "added_mib")
 COSTS = (
     Column("seconds", "seconds", 1),
+    Column("cpu_seconds", "CPU seconds", 1),
     Column("read", "images read", 0),
     Column("passes", "passes over the calibration images", 1),
     Column("peak_mib", "peak MiB", 0),
@@ -38,7 +39,7 @@ GROWTH = (
     Column("along", "growing with"),
     Column("selector", "selector"),
     Column("sizes", "from, to"),
-    Column("first", "seconds at first", 1),
+    Column("first", "CPU seconds at first", 1),
     Column("last", "at last", 1),
     Column("times", "times", 1),
     Column("exponent", "exponent", 2),
@@ -48,11 +49,12 @@ GROWTH = (
 )
 NOTES = (
     "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds. Seconds and memory: "
-    "of the selection alone, decomposition and the cut included, without loading and evaluating, on the machine that "
-    "the provenance names. Params kept: of the whole model; lossless, compact and rank selection choose it themselves.",
-    "Images read: calibration, verification and training images that a model has seen, each as often as it was seen by "
-    "one, whether for a loss, a gradient or the inputs of its layers. The calibration images are read once for the "
-    "predicted change of the loss in every report; of lossless and compact the same pass is the selection.",
+    "of the selection alone, decomposition and cut included, without loading and evaluating, on the machine that the "
+    "provenance names. CPU seconds: of all threads, which least feel what else the machine does. Params kept: of the "
+    "whole model; lossless, compact and rank selection choose it themselves.",
+    "Images read: of calibration, verification and training, each as often as it was read: a pass for a loss, for "
+    "gradients, or for the inputs of the layers counts once. The calibration images are read once for the predicted "
+    "change of the loss in every report; of lossless and compact the same pass is the selection.",
     "Peak: resident memory of the whole process. Added: by how much the peak lies above what lay there when the "
     "selection began; memory that an earlier run of the same process gave back may be used again unseen.",
 )
@@ -106,6 +108,7 @@ def _row(record: Record, known: pd.DataFrame) -> dict[str, Any]:
         "calibration_seed": record["calibration_seed"],
         "params_kept": run["params_kept"],
         "seconds": phase["seconds"],
+        "cpu_seconds": phase.get("cpu_seconds", math.nan),
         "read": read,
         "passes": read / images,
         "peak_mib": phase["peak_mib"],
@@ -127,12 +130,12 @@ def _growth(rows: pd.DataFrame, along: str) -> list[dict[str, Any]]:
                 "along": SIZES[along],
                 "selector": selector,
                 "sizes": f"{first[along]:g}, {last[along]:g}",
-                "first": first["seconds"],
-                "first_std": first["seconds_std"],
-                "last": last["seconds"],
-                "last_std": last["seconds_std"],
-                "times": _times(first["seconds"], last["seconds"]),
-                "exponent": _exponent(own[along].tolist(), own["seconds"].tolist()),
+                "first": first["cpu_seconds"],
+                "first_std": first["cpu_seconds_std"],
+                "last": last["cpu_seconds"],
+                "last_std": last["cpu_seconds_std"],
+                "times": _times(first["cpu_seconds"], last["cpu_seconds"]),
+                "exponent": _exponent(own[along].tolist(), own["cpu_seconds"].tolist()),
                 "read_times": _times(first["read"], last["read"]),
                 "added_times": _times(first["added_mib"], last["added_mib"]),
                 "n": last["n"],
@@ -147,7 +150,7 @@ def _times(first: float, last: float) -> float:
 
 def _exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     """The slope of the least-squares line through log(seconds) over log(size)."""
-    if min(seconds) <= 0:
+    if not min(seconds) > 0:
         return math.nan
     x, y = ([math.log(value) for value in values] for values in (sizes, seconds))
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)

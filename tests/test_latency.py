@@ -40,7 +40,7 @@ def test_layers_are_timed_on_what_they_are_given_and_the_rest_is_outside(net: nn
     assert {shape for module, shape in clock.asked if module is net[3]} == {(16, 12, 8, 8)}
     assert {shape for module, shape in clock.asked if module is net} == {(16, 3, 8, 8)}
     assert times.outside == pytest.approx(5 + 1 + 16 * 256 * 24 / 1e6)  # the linear layer that is not asked for
-    assert times.total == pytest.approx(Clock()(net, latency.repeated(x, 16)))
+    assert times.total == pytest.approx(clock(net, latency.repeated(x, 16)))
     own = times.layers["0"]
     assert own.ranks == (1, 3, 4, 6, 8) and own.ranks[-1] == spectra_of(net, ["0"])["0"].break_even
     assert own.factored == pytest.approx([2 + 16 * 64 * rank * (27 + 12) / 1e6 for rank in own.ranks])

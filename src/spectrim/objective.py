@@ -33,8 +33,8 @@ class Objective:
     objective that holds ``calibration`` and, where they may use it, ``train``; never the test split. Raises
     ``UserError`` for a generator, which can be read only once, and for what cannot be iterated at all.
 
-    ``read``: the samples of each split that models have seen by its methods so far, one that was seen twice counted
-    twice: what a selector costs, whatever the machine.
+    ``read``: how many samples of each split its methods have passed through a model so far, each as often as it was
+    read: what a selector costs, whatever the machine.
     """
 
     def __init__(self, loss: Loss, splits: Mapping[str, Batches]) -> None:

@@ -8,22 +8,27 @@ from pathlib import Path
 
 
 class Phases(dict[str, dict[str, float]]):
-    """Phase name to ``{"seconds": …, "peak_mib": …, "added_mib": …}``.
+    """Phase name to ``{"seconds": …, "cpu_seconds": …, "peak_mib": …, "added_mib": …}``.
 
-    The peak is of the whole process's resident memory; added is by how much it lies above what lay there before.
+    Seconds are those on the wall; of the CPU, of all threads together. The peak is of the whole process's resident
+    memory; added is by how much it lies above what lay there before.
     """
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Measure the block as phase ``name``."""
         _reset_peak()
-        before, started = _mib("VmRSS"), time.perf_counter()
+        before, started, cpu = _mib("VmRSS"), time.perf_counter(), time.process_time()
         try:
             yield
         finally:
-            seconds, peak = time.perf_counter() - started, _mib("VmHWM")
-            added = max(0.0, peak - before)
-            self[name] = {"seconds": round(seconds, 3), "peak_mib": round(peak, 1), "added_mib": round(added, 1)}
+            peak = _mib("VmHWM")
+            self[name] = {
+                "seconds": round(time.perf_counter() - started, 3),
+                "cpu_seconds": round(time.process_time() - cpu, 3),
+                "peak_mib": round(peak, 1),
+                "added_mib": round(max(0.0, peak - before), 1),
+            }
 
 
 def _reset_peak() -> None:

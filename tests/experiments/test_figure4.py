@@ -22,12 +22,18 @@ CURVES = [
 ]
 
 
-@pytest.fixture
-def drawn(script: Script, factory: ModuleType, tmp_path: Path) -> pd.DataFrame:
+@pytest.fixture(scope="module")
+def folder(script: Script, factory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("figure4")
     for one in factory.figure4(("resnet20",)):
-        records.write(tmp_path / "records", one)
-    assert script("figure4").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 0
-    return pd.read_csv(tmp_path / "tables" / "figure4.csv")
+        records.write(folder / "records", one)
+    assert script("figure4").main(["--records", str(folder / "records"), "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def drawn(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "tables" / "figure4.csv")
 
 
 def test_rows_are_dense_then_every_curve_from_its_largest_size(drawn: pd.DataFrame) -> None:
@@ -39,10 +45,10 @@ def test_rows_are_dense_then_every_curve_from_its_largest_size(drawn: pd.DataFra
     assert set(drawn["n"].iloc[1:]) == {"3 pairs"}
 
 
-def test_numbers_are_the_means_of_the_records(drawn: pd.DataFrame, tmp_path: Path) -> None:
+def test_numbers_are_the_means_of_the_records(drawn: pd.DataFrame, folder: Path) -> None:
     found = [
         one["compressed"]["test"]["accuracy"]
-        for one in records.read_all(tmp_path / "records", "figure4")
+        for one in records.read_all(folder / "records", "figure4")
         if one["names"]["algorithm"] == "knapsack" and one["config"]["algorithm"]["params_kept"] == 0.5
     ]
     row = drawn[drawn["variant"] == "knapsack (BALF)"].iloc[2]
@@ -51,7 +57,7 @@ def test_numbers_are_the_means_of_the_records(drawn: pd.DataFrame, tmp_path: Pat
     assert row["macs_kept"] == pytest.approx(0.55)
 
 
-def test_published_numbers_stand_beside_their_size_and_judge_alds_alone(drawn: pd.DataFrame, tmp_path: Path) -> None:
+def test_published_numbers_stand_beside_their_size_and_judge_alds_alone(drawn: pd.DataFrame, folder: Path) -> None:
     own = drawn[drawn["variant"] == "joint, ours"]
     assert own["published"].iloc[:3].tolist() == pytest.approx([-0.40, -3.37, -25.22]) and own["verdict"].isna().all()
     assert own["published"].isna().iloc[3]
@@ -59,9 +65,9 @@ def test_published_numbers_stand_beside_their_size_and_judge_alds_alone(drawn: p
     assert set(judged["variant"]) == {"ALDS, BatchNorm kept"}
     words = judged["verdict"].str.partition(":")[0].tolist()
     assert words == ["holds", "does not hold", "does not hold"]
-    text = (tmp_path / "tables" / "figure4.md").read_text()
+    text = (folder / "tables" / "figure4.md").read_text()
     assert "joint against ALDS as published, top-1: −0.03 against −0.40 pp at 82.6 %; " in text
-    assert (tmp_path / "tables" / "figure4.tex").read_text().isascii()
+    assert (folder / "tables" / "figure4.tex").read_text().isascii()
 
 
 def test_two_settings_are_not_drawn_as_one_point(
