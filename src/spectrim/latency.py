@@ -1,8 +1,8 @@
 """What layers take here: milliseconds measured at a few ranks, and the curve over every rank through them."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,8 +17,8 @@ from spectrim.decomposers.spectrum import Spectrum
 Clock = Callable[[nn.Module, Inputs], float]  # milliseconds of one forward pass of the module on the inputs
 
 RANKS = 5  # at which the factors of a layer are measured
-ROUNDS = 3  # in which dense and factored layers take turns, so that what else the machine does meets them all
-SECONDS = 0.03  # of one measurement, at least
+ROUNDS = 5  # in which the model and all layers take turns: the fastest counts, for what else a machine does only adds
+SECONDS = 0.02  # of one measurement, at least
 LEAST_SLOPE = 0.1  # of a curve anywhere, as a part of its mean slope
 
 
@@ -60,16 +60,22 @@ def measured(
     clock = clock or milliseconds
     inputs = to_device(repeated(example, batch_size), device_of(model))
     given = _inputs_of(model, list(spectra), inputs)
-    known: dict[Any, LayerTimes] = {}
-    layers = {}
-    for name, spectrum in spectra.items():
-        layer, ranks = model.get_submodule(name), ranks_to_measure(spectrum.break_even)
-        kind = _kind(layer, spectrum, ranks, given[name])
-        if kind not in known:
-            known[kind] = _layer_times(layer, spectrum, ranks, given[name], clock)
-        layers[name] = known[kind]
-    whole = median(clock(model, inputs) for _ in range(ROUNDS))
-    return Times(layers, max(0.0, whole - sum(times.dense for times in layers.values())))
+    layers = {name: model.get_submodule(name) for name in spectra}
+    ranks = {name: ranks_to_measure(spectrum.break_even) for name, spectrum in spectra.items()}
+    kinds = {name: _kind(layers[name], spectra[name], ranks[name], given[name]) for name in spectra}
+    forms = {
+        name: [layers[name], *(_in_place_of(layers[name], spectra[name].factor(rank)) for rank in ranks[name])]
+        for name in dict(zip(kinds.values(), kinds, strict=True)).values()  # one layer of each kind
+    }
+    whole, fastest = math.inf, {name: [math.inf] * len(own) for name, own in forms.items()}
+    for _ in range(ROUNDS):
+        whole = min(whole, clock(model, inputs))
+        for name, own in forms.items():
+            times = [sum(clock(form, call) for call in given[name]) for form in own]
+            fastest[name] = [min(pair) for pair in zip(fastest[name], times, strict=True)]
+    of_kind = {kinds[name]: LayerTimes(times[0], ranks[name], tuple(times[1:])) for name, times in fastest.items()}
+    found = {name: of_kind[kind] for name, kind in kinds.items()}
+    return Times(found, max(0.0, whole - sum(times.dense for times in found.values())))
 
 
 def milliseconds(module: nn.Module, inputs: Inputs) -> float:
@@ -121,15 +127,6 @@ def _kind(layer: nn.Module, spectrum: Spectrum, ranks: Sequence[int], given: Seq
     inputs = tuple((x.shape, x.stride(), x.dtype) for call in given for x in call)
     weight: Any = layer.weight
     return repr(layer), spectrum.form, sizes, inputs, weight.stride(), weight.dtype
-
-
-def _layer_times(
-    layer: nn.Module, spectrum: Spectrum, ranks: tuple[int, ...], given: Sequence[tuple], clock: Clock
-) -> LayerTimes:
-    forms = [layer, *(_in_place_of(layer, spectrum.factor(rank)) for rank in ranks)]
-    rounds = [[sum(clock(form, call) for call in given) for form in forms] for _ in range(ROUNDS)]
-    dense, *factored = (median(times) for times in zip(*rounds, strict=True))
-    return LayerTimes(dense, ranks, tuple(factored))
 
 
 def _in_place_of(layer: nn.Module, factored: nn.Module) -> nn.Module:
