@@ -72,11 +72,22 @@ def brief() -> Callable[[Any], Any]:
     return of
 
 
+def _beside(weight: Tensor, blocks: int) -> Tensor:
+    """The weight of one group (outputs, inputs of a block, ...) with zeros where a block does not look."""
+    parts = weight.unflatten(0, (blocks, -1))
+    whole = torch.zeros(*parts.shape[:2], blocks, *parts.shape[2:], dtype=weight.dtype)
+    for block in range(blocks):
+        whole[block, :, block] = parts[block]
+    return whole.flatten(2, 3).flatten(0, 1)
+
+
 def _weight_of(layer: nn.Module, groups: int) -> Tensor:
     if isinstance(layer, FactoredLinear):
-        return layer.second.weight @ layer.first.weight
+        return layer.second.weight @ _beside(layer.first.weight, getattr(layer.first, "blocks", 1))
     second = layer.second.weight.unflatten(0, (groups, -1))
     first = layer.first.weight.unflatten(0, (groups, -1))
+    if not isinstance(layer, TuckerConv2d):
+        first = torch.stack([_beside(own, layer.first.groups // groups) for own in first])
     if isinstance(layer, TuckerConv2d):
         third = layer.third.weight.unflatten(0, (groups, -1))
         return torch.einsum("gopvx,gpqhw,gqivx->goihw", third, second, first).flatten(0, 1)

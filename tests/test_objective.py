@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.algorithms.lossless import Lossless
+from spectrim.algorithms.rank_selection import RankSelection
 from spectrim.batches import evaluating
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
@@ -228,3 +229,21 @@ def test_what_cannot_be_iterated_is_no_set(batches: Any) -> None:
 def test_batches_can_be_read_again(batches: Any) -> None:
     pairs = objective(batches).batches("calibration")
     assert len(list(pairs)) == len(list(pairs)) == len(batches)
+
+
+def test_what_models_have_seen_is_counted(net: nn.Sequential, objective: Objective) -> None:
+    objective.evaluate(net)
+    objective.evaluate(net, "verification")
+    assert objective.read == {"calibration": 39, "verification": 23}
+    for _ in range(2):  # the second time they are remembered
+        objective.gradients(net, ["0"])
+    assert objective.read["calibration"] == 2 * 39
+    assert len(list(objective.first("calibration", 20, "batches"))) == 2
+    assert objective.read["calibration"] == 2 * 39 + 32
+    assert objective.loss_within(net, "calibration", 1e-9, 39) is None  # known after the first batch
+    assert objective.read["calibration"] == 2 * 39 + 32 + 16
+
+
+def test_what_rank_selection_sees_of_a_part_is_counted(net: nn.Sequential, objective: Objective) -> None:
+    RankSelection(subset=20, delta_step=0.4).compress(net, SVD(), objective)
+    assert objective.read["calibration"] >= 39 + 2 * 20 and (objective.read["calibration"] - 39) % 20 == 0

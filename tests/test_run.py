@@ -41,7 +41,9 @@ class TestRecord:
             assert model["calibration"]["n"] == 200 and model["test"]["n"] == 359
             assert math.isfinite(model["test"]["loss"]) and 0 <= model["test"]["accuracy"] <= 1
         assert set(record["phases"]) == {"load", "select", "evaluate"}
-        assert all(phase["seconds"] >= 0 and phase["peak_mib"] > 0 for phase in record["phases"].values())
+        for phase in record["phases"].values():
+            assert phase["seconds"] >= 0 and phase["peak_mib"] > 0 and phase["added_mib"] >= 0
+        assert set(record["samples_read"]) <= {"calibration"}
 
     def test_its_costs_are_those_counted_by_hand(self, record: dict) -> None:
         weights = [(16, 64), (16, 16), (10, 16)]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spectrim.api import compress as compress
     from spectrim.api import load as load
     from spectrim.decomposers.best_view import BestView as BestView
+    from spectrim.decomposers.subspaces import SubspaceSVD as SubspaceSVD
     from spectrim.decomposers.svd import SVD as SVD
     from spectrim.decomposers.tucker2 import Tucker2 as Tucker2
     from spectrim.decomposers.whitened import WhitenedSVD as WhitenedSVD
@@ -35,6 +36,7 @@ _HOME = {
     "Recipe": "spectrim.training",
     "SVD": "spectrim.decomposers.svd",
     "SVDTraining": "spectrim.algorithms.svd_training",
+    "SubspaceSVD": "spectrim.decomposers.subspaces",
     "Truncation": "spectrim.algorithms.truncation",
     "Tucker2": "spectrim.decomposers.tucker2",
     "UserError": "spectrim.errors",

@@ -65,6 +65,11 @@ def first_samples(inputs: Inputs, count: int) -> Inputs:
     return _mapped(inputs, lambda tensor: tensor[:count])
 
 
+def repeated(inputs: Inputs, count: int) -> Inputs:
+    """The same structure with ``count`` samples of every tensor: again and again where there are fewer."""
+    return _mapped(inputs, lambda tensor: tensor[torch.arange(count, device=tensor.device) % len(tensor)])
+
+
 def _mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     if isinstance(inputs, Tensor):
         return change(inputs)

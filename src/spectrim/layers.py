@@ -8,20 +8,44 @@ from torch import Tensor, nn
 from spectrim.errors import UserError
 
 
-class FactoredLinear(nn.Module):
-    """``x -> (x A^T) B^T + b`` with A of shape (rank, in_features) and B of shape (out_features, rank)."""
+class BlockLinear(nn.Module):
+    """What a grouped convolution is to a convolution: features in ``blocks``, each mapped by a matrix of its own.
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True) -> None:
+    ``weight``: the matrices one above the other, shape (out_features, in_features / blocks). No bias.
+    """
+
+    def __init__(self, in_features: int, out_features: int, blocks: int) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // blocks))
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = input.unflatten(-1, (self.blocks, -1)), self.weight.unflatten(0, (self.blocks, -1))
+        return torch.einsum("...bi,bri->...br", x, weight).flatten(-2)
+
+
+class FactoredLinear(nn.Module):
+    """``x -> (x A^T) B^T + b`` with A of shape (rank, in_features) and B of shape (out_features, rank).
+
+    With several ``subspaces`` each part of the input features has an A of its own, and ``rank`` outputs of it.
+    """
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True, subspaces: int = 1) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.first = nn.Linear(in_features, rank, bias=False)
-        self.second = nn.Linear(rank, out_features, bias=bias)
+        middle = rank * subspaces
+        self.first: nn.Linear | BlockLinear = (
+            nn.Linear(in_features, middle, bias=False)
+            if subspaces == 1
+            else BlockLinear(in_features, middle, subspaces)
+        )
+        self.second = nn.Linear(middle, out_features, bias=bias)
 
     @classmethod
-    def shaped_like(cls, dense: nn.Linear, rank: int) -> "FactoredLinear":
+    def shaped_like(cls, dense: nn.Linear, rank: int, subspaces: int = 1) -> "FactoredLinear":
         """An uninitialised factored layer for ``dense``, on its device and in its precision."""
         with torch.device("meta"):  # no random numbers are drawn for weights that will be overwritten
-            layer = cls(dense.in_features, dense.out_features, rank, dense.bias is not None)
+            layer = cls(dense.in_features, dense.out_features, rank, dense.bias is not None, subspaces)
         return layer.to(dense.weight.dtype).to_empty(device=dense.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:  # named as in the layer that this one replaces
@@ -29,11 +53,12 @@ class FactoredLinear(nn.Module):
 
 
 class FactoredConv2d(nn.Module):
-    """A convolution as two. ``rank`` counts the channels between them, in each group.
+    """A convolution as two. ``rank`` counts the channels between them, in each group and subspace.
 
     ``view="channel"``: a kh x kw convolution into ``groups * rank`` channels, then 1x1. ``view="spatial"``: a 1 x kw
     convolution, then kh x 1, each with its own half of stride, padding and dilation (Jaderberg et al., arXiv 1405.3866,
-    scheme 2). The bias belongs to the second.
+    scheme 2). The bias belongs to the second. ``subspaces`` are groups of the first alone (Liebenwein et al., arXiv
+    2107.11442): each part of the input channels of a group has ``rank`` channels of its own, and the second sees all.
     """
 
     def __init__(self, first: nn.Conv2d, second: nn.Conv2d, view: str) -> None:
@@ -42,15 +67,16 @@ class FactoredConv2d(nn.Module):
         self.rank = first.out_channels // first.groups
 
     @classmethod
-    def shaped_like(cls, dense: nn.Conv2d, rank: int, view: str) -> "FactoredConv2d":
+    def shaped_like(cls, dense: nn.Conv2d, rank: int, view: str, subspaces: int = 1) -> "FactoredConv2d":
         """An uninitialised factored layer for ``dense``, on its device and in its precision."""
-        middle, bias = rank * dense.groups, dense.bias is not None
+        blocks, bias = dense.groups * subspaces, dense.bias is not None
+        middle = rank * blocks
         with torch.device("meta"):
             if view == "channel":
-                first = _conv(dense, dense.in_channels, middle, dims=(0, 1))
+                first = _conv(dense, dense.in_channels, middle, dims=(0, 1), groups=blocks)
                 second = nn.Conv2d(middle, dense.out_channels, 1, groups=dense.groups, bias=bias)
             else:
-                first = _conv(dense, dense.in_channels, middle, dims=(1,))
+                first = _conv(dense, dense.in_channels, middle, dims=(1,), groups=blocks)
                 second = _conv(dense, middle, dense.out_channels, dims=(0,), bias=bias)
         return cls(first, second, view).to(dense.weight.dtype).to_empty(device=dense.weight.device)
 
@@ -90,24 +116,43 @@ def tucker_form(outputs: int, inputs: int) -> str:
     return f"tucker {outputs}x{inputs}"
 
 
+def subspace_form(form: str, subspaces: int) -> str:
+    """The name of ``form`` (linear, channel, spatial) with the inputs, in each group, in so many subspaces."""
+    return form if subspaces == 1 else f"{form} in {subspaces}"
+
+
 def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored:
     """The uninitialised factored layer of ``form`` that replaces ``dense``.
 
-    ``linear``; for a convolution ``channel``, ``spatial`` or, with both of its ranks in the name, ``tucker 12x7``.
+    ``linear``; for a convolution ``channel``, ``spatial`` or, with both of its ranks in the name, ``tucker 12x7``. With
+    the inputs in four subspaces: ``linear in 4``, ``channel in 4``, ``spatial in 4``.
     """
-    if isinstance(dense, nn.Linear) and form == "linear":
-        return FactoredLinear.shaped_like(dense, rank)
-    if isinstance(dense, nn.Conv2d) and form in ("channel", "spatial"):
-        return FactoredConv2d.shaped_like(dense, rank, form)
+    base, _, parts = form.partition(" in ")
+    subspaces = int(parts) if re.fullmatch(r"[2-9]|[1-9]\d+", parts) else 1
+    known = form == subspace_form(base, subspaces)
+    if known and isinstance(dense, nn.Linear | nn.Conv2d) and dense.weight.shape[1] % subspaces:
+        raise UserError(f"the {dense.weight.shape[1]} inputs of a {type(dense).__name__} are not {subspaces} subspaces")
+    if known and isinstance(dense, nn.Linear) and base == "linear":
+        return FactoredLinear.shaped_like(dense, rank, subspaces)
+    if known and isinstance(dense, nn.Conv2d) and base in ("channel", "spatial"):
+        return FactoredConv2d.shaped_like(dense, rank, base, subspaces)
     if isinstance(dense, nn.Conv2d) and (ranks := re.fullmatch(r"tucker ([1-9]\d*)x([1-9]\d*)", form)):
         return TuckerConv2d.shaped_like(dense, int(ranks[1]), int(ranks[2]))
     raise UserError(f"a {type(dense).__name__} has no factored form called {form!r}")
 
 
 def _conv(
-    dense: nn.Conv2d, in_channels: int, out_channels: int, dims: tuple[int, ...], bias: bool = False
+    dense: nn.Conv2d,
+    in_channels: int,
+    out_channels: int,
+    dims: tuple[int, ...],
+    bias: bool = False,
+    groups: int | None = None,
 ) -> nn.Conv2d:
-    """A convolution with the kernel of ``dense`` along ``dims`` (0 vertical, 1 horizontal) and 1 along the others."""
+    """A convolution with the kernel of ``dense`` along ``dims`` (0 vertical, 1 horizontal) and 1 along the others.
+
+    And with its ``groups``, if no others are given.
+    """
 
     def along(values: tuple[int, ...], otherwise: int) -> tuple[int, int]:
         return tuple(values[d] if d in dims else otherwise for d in (0, 1))  # type: ignore[return-value]
@@ -120,7 +165,7 @@ def _conv(
         along(dense.stride, 1),
         padding,
         along(dense.dilation, 1),
-        groups=dense.groups,
+        groups=groups or dense.groups,
         bias=bias,
         padding_mode=dense.padding_mode,
     )

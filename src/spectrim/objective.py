@@ -1,5 +1,6 @@
 """The loss on named splits: its value and its gradient."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,10 +32,13 @@ class Objective:
     A split is anything that can be iterated again and again as batches (inputs, targets). Selectors are handed an
     objective that holds ``calibration`` and, where they may use it, ``train``; never the test split. Raises
     ``UserError`` for a generator, which can be read only once, and for what cannot be iterated at all.
+
+    ``read``: how many samples of each split its methods have passed through a model so far, each as often as it was
+    read: what a selector costs, whatever the machine.
     """
 
     def __init__(self, loss: Loss, splits: Mapping[str, Batches]) -> None:
-        self.loss, self.splits = loss, dict(splits)
+        self.loss, self.splits, self.read = loss, dict(splits), Counter[str]()
         for name, batches in self.splits.items():
             if not isinstance(batches, Iterable):
                 raise UserError(f"the {name} set is a {type(batches).__name__}; give a list of batches or a DataLoader")
@@ -58,6 +62,7 @@ class Objective:
                 count = sample_count(targets)
                 total += self.finite_loss(outputs, targets, split).item() * count
                 seen += count
+                self.read[split] += count
                 if are_scores(outputs, targets):
                     correct += int((outputs.argmax(1) == targets).sum())
                 else:
@@ -76,6 +81,7 @@ class Objective:
                 targets = to_device(targets, device)
                 loss = _loss(self.loss, forward(model, to_device(inputs, device)), targets)
                 total += loss.item() * sample_count(targets)
+                self.read[split] += sample_count(targets)
                 if limit >= 0 and not total <= limit * n:  # also where the loss is not a number
                     return None
         return total / n if total <= limit * n else None
@@ -108,6 +114,7 @@ class Objective:
                     for name, gradient in _by_weight(loss, weights).items():
                         sums[name].add_(gradient, alpha=count)
                     seen += count
+                    self.read[split] += count
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)
@@ -133,6 +140,7 @@ class Objective:
             for inputs, targets in self.batches(split):
                 yield inputs, targets
                 seen += sample_count(targets)
+                self.read[split] += sample_count(targets)
                 bar.update(sample_count(targets))
                 if seen >= samples:
                     break

@@ -8,17 +8,27 @@ from pathlib import Path
 
 
 class Phases(dict[str, dict[str, float]]):
-    """Phase name to ``{"seconds": …, "peak_mib": …}``; the peak is of the whole process's resident memory."""
+    """Phase name to ``{"seconds": …, "cpu_seconds": …, "peak_mib": …, "added_mib": …}``.
+
+    Seconds are those on the wall; of the CPU, of all threads together. The peak is of the whole process's resident
+    memory; added is by how much it lies above what lay there before.
+    """
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Measure the block as phase ``name``."""
         _reset_peak()
-        started = time.perf_counter()
+        before, started, cpu = _mib("VmRSS"), time.perf_counter(), time.process_time()
         try:
             yield
         finally:
-            self[name] = {"seconds": round(time.perf_counter() - started, 3), "peak_mib": round(_peak_mib(), 1)}
+            peak = _mib("VmHWM")
+            self[name] = {
+                "seconds": round(time.perf_counter() - started, 3),
+                "cpu_seconds": round(time.process_time() - cpu, 3),
+                "peak_mib": round(peak, 1),
+                "added_mib": round(max(0.0, peak - before), 1),
+            }
 
 
 def _reset_peak() -> None:
@@ -29,9 +39,10 @@ def _reset_peak() -> None:
         return
 
 
-def _peak_mib() -> float:
+def _mib(which: str) -> float:
+    """Resident memory now (VmRSS) or at its peak (VmHWM); elsewhere than on Linux the peak for either."""
     try:
         status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+        return int(status.split(f"{which}:")[1].split()[0]) / 1024
     except (OSError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -61,9 +62,11 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
     with phases.measure("load"):
         weights = None if checkpoint is None else (checkpoint, settings["checkpoint"])
         subject = _subject(json.dumps(settings["model"]), cfg.seed, weights, json.dumps(settings["data"]))
+    before = Counter(subject.objective.read)
     with phases.measure("select"):
         compressed = algorithm.compress(subject.model, decomposer, subject.objective)
         compressed.settle(cfg.batch_norm, subject.objective)
+    read = subject.objective.read - before
     with phases.measure("evaluate"):
         outcome = subject.outcome(compressed)
     return {
@@ -76,6 +79,7 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
         "calibration_seed": settings["data"].get("calibration_seed", 0),
         **outcome,
         "phases": dict(phases),
+        "samples_read": dict(read),
         "provenance": provenance(config.invocation("spectrim"), subject.data_digest, checkpoint),
     }
 

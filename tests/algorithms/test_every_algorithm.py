@@ -19,7 +19,8 @@ from spectrim.algorithms.lossless import Lossless
 from spectrim.algorithms.truncation import Truncation
 from spectrim.batches import evaluating
 from spectrim.batchnorm import SAMPLES, reestimate
-from spectrim.decomposers.spectrum import spectrum_of
+from spectrim.decomposers.spectrum import Decomposer, spectrum_of
+from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.objective import Objective
@@ -49,6 +50,12 @@ def trains(algorithm: Algorithm) -> bool:
 
 def untimed(log: list[dict]) -> list[dict]:
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in log]
+
+
+def of_form(form: str, view: Any) -> Decomposer:
+    """The decomposer whose spectra have this form."""
+    subspaces = form.partition(" in ")[2]
+    return SubspaceSVD(int(subspaces), view) if subspaces else SVD(view)
 
 
 def compressed_by(algorithm: Algorithm, net: nn.Sequential, objective: Objective, view: Any = "channel") -> Compressed:
@@ -104,7 +111,9 @@ def test_equal_settings_and_equal_plans_give_equal_models(
     second = compressed_by(algorithm, copy.deepcopy(net), objective, view)
     assert first.plan == second.plan and untimed(first.log) == untimed(second.log) and first.notes == second.notes
     pd.testing.assert_frame_equal(first.report, second.report)
-    spectra = {name: spectrum_of(net.get_submodule(name), SVD(view)) for name in first.plan}
+    spectra = {
+        name: spectrum_of(net.get_submodule(name), of_form(kept.form, view)) for name, kept in first.plan.items()
+    }
     replayed = surgery.apply(net, first.plan, spectra)
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name])

@@ -77,6 +77,8 @@ def test_parameters_and_macs_are_those_of_the_factored_model(
 
 # They choose among singular components, of which a Tucker decomposition has none.
 REFUSED = {("tucker2", algorithm) for algorithm in ("global_threshold", "joint", "rank_selection")}
+# It splits the plain SVD.
+REFUSED |= {(name, "alds") for name in ("tucker2", "whitened_best_view")}
 # What is trained as U, S and V starts from a plain SVD.
 TRAINED = (
     "svd_training",
@@ -88,6 +90,7 @@ TRAINED = (
     "l0_gates",
 )
 REFUSED |= {(name, algorithm) for name in ("tucker2", "whitened_best_view") for algorithm in TRAINED}
+REFUSALS = "^layer 0: |starts from the plain SVD, not from|^ALDS splits the plain SVD"
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -99,7 +102,7 @@ def test_any_algorithm_takes_it_or_says_why_not(
     selector, decomposer = (config.build(config.plain(cfg[group])) for group in ("algorithm", "decomposer"))
     selector = brief(selector)
     if (name, algorithm) in REFUSED:
-        with pytest.raises(spectrim.UserError, match="^layer 0: |starts from the plain SVD, not from") as refusal:
+        with pytest.raises(spectrim.UserError, match=REFUSALS) as refusal:
             selector.compress(net, decomposer, objective)
         assert "\n" not in str(refusal.value)
         return

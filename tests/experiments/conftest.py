@@ -27,7 +27,7 @@ def factory() -> ModuleType:
     return module(ROOT / "tests" / "report" / "conftest.py")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def script() -> Callable[[str], ModuleType]:
     """A script by its name."""
     return lambda name: module(ROOT / "experiments" / f"{name}.py")

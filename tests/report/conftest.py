@@ -20,7 +20,14 @@ TARGETS = {
     "rank_selection": "spectrim.algorithms.rank_selection.RankSelection",
     "svd_training": "spectrim.algorithms.svd_training.SVDTraining",
     "fine_tuning": "spectrim.algorithms.fine_tuning.FineTuning",
+    "joint": "spectrim.algorithms.joint.Joint",
+    "alds": "spectrim.algorithms.related.alds.ALDS",
+    "global_threshold": "spectrim.algorithms.related.global_threshold.GlobalThreshold",
+    "knapsack": "spectrim.algorithms.related.knapsack.Knapsack",
+    "sensitivity": "spectrim.algorithms.related.sensitivity.Sensitivity",
 }
+# Those that are given a budget, and how much more of the loss than joint they lose to it in what is made up.
+BUDGETED = {"joint": 1.0, "knapsack": 2.0, "sensitivity": 3.0, "alds": 5.0, "global_threshold": 6.0}
 
 
 def measured(params: int, macs: int, loss: float, accuracy: float | None) -> dict[str, Any]:
@@ -51,6 +58,7 @@ def make(
 ) -> Record:
     """One record. ``kept`` and ``change``: share of parameters and MACs kept, change of the test loss."""
     base = {"truncation": {"rank": None, "ratio": kept, "energy": None, "params_kept": None}, "probe": {}}
+    base |= {name: {"params_kept": kept, "macs_kept": None} for name in BUDGETED}
     chosen = base.get(algorithm, {"verified": False, "gamma": None, "norm": "entrywise"}) | (settings or {})
     checkpoint = checkpoint or f"checkpoint of {model} {seed}"
     config = {
@@ -251,6 +259,66 @@ def _epoch(epoch: int, ranks: dict[str, int]) -> dict[str, Any]:
     return {"epoch": epoch, **losses, "ranks": ranks, "bisection": steps if epoch < 2 else []}
 
 
+def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record]:
+    """Every selector at four sizes on two nets, three trainings each: the less is kept, the higher the loss."""
+    found = []
+    for model in models:
+        for seed in (0, 1, 2):
+            for size in (0.826, 0.7, 0.5, 0.3):
+                change = 0.25 * (1 - size) ** 3 * (1 + 0.2 * seed)
+                cut = {"rank": None, "ratio": None}
+                settings = {
+                    "truncation": cut | {"energy": None, "params_kept": size},
+                    "energy": cut | {"energy": size + 0.1, "params_kept": None},
+                }
+                for name, worse in {**BUDGETED, "truncation": 15.0, "energy": 10.0}.items():
+                    one = make(
+                        model,
+                        "truncation" if name == "energy" else name,
+                        seed=seed,
+                        calibration_seed=seed,
+                        kept=size,
+                        change=worse * change,
+                        experiment="figure4",
+                        settings=settings.get(name),
+                        decomposer="svd_channel" if name == "alds" else "whitened_spatial",
+                    )
+                    one["compressed"]["macs"] = int(1_000_000 * (0.1 + 0.9 * size))
+                    for keeps in (True, False) if name == "alds" else (False,):
+                        config = one["config"] | ({} if keeps else {"batch_norm": "follow"})
+                        found.append(one | {"config": config, "signature": records.signature(config)})
+    return found
+
+
+def table6() -> list[Record]:
+    """Selectors on a trained net, and on untrained ones of two depths, widths and calibration sizes."""
+    found = []
+    for seed in (0, 1):
+        for name in (*BUDGETED, "compact"):
+            found.append(_selected(name, seed, "resnet20", {"depth": 20, "width": 16}, 2000, "trained"))
+        for name in ("joint", "sensitivity"):
+            for depth, width, images in ((20, 16, 500), (56, 16, 500), (20, 32, 500), (20, 16, 4000)):
+                model = f"resnet{depth}_width{width}_untrained"
+                found.append(_selected(name, seed, model, {"depth": depth, "width": width}, images, None))
+    return found
+
+
+def _selected(name: str, seed: int, model: str, shape: dict, images: int, checkpoint: str | None) -> Record:
+    """A selection that takes a second a layer and a thousand images, and reads as often as sensitivity would."""
+    one = make(model, name, seed=seed, calibration_seed=seed, experiment="table6")
+    one["config"]["model"] |= shape
+    one["config"]["data"] |= {"calibration_size": images}
+    one["config"]["checkpoint"] = one["provenance"]["checkpoint_digest"] = checkpoint and f"{model} {seed}"
+    layers = shape["depth"] - 1
+    passes = {"sensitivity": 9 * layers + 2, "joint": 10}.get(name, 1)
+    one["layers"] = layers * one["layers"]
+    one["samples_read"] = {"calibration": passes * images}
+    seconds = passes * layers * images / 1000 * (shape["width"] / 16) ** 2 + 0.01 * seed
+    memory = {"peak_mib": 400.0 + images / 10, "added_mib": images / 10}
+    one["phases"]["select"] = {"seconds": 2 * seconds, "cpu_seconds": seconds, **memory}
+    return one | {"signature": records.signature(one["config"])}
+
+
 def _of_lenet5(
     seed: int, algorithm: str, settings: dict, kept: float, change: float, *, scratch: bool = False, log: Any = None
 ) -> Record:
@@ -272,6 +340,8 @@ def everything() -> list[Record]:
         *table7(),
         *table8(),
         *table5(),
+        *table6(),
+        *figure4(("resnet20",)),
         *figure("figure2", (0.4, 0.6, 0.8, 0.95), list(MODELS)),
         *figure("figure3", sweep, ["densenet22", "vgg19_half"]),
     ]

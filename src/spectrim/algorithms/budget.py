@@ -8,21 +8,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from spectrim import surgery
+from spectrim import latency, surgery
 from spectrim.algorithms.base import Workbench
 from spectrim.cost import layer_macs, parameters
+from spectrim.decomposers.spectrum import Spectrum
 from spectrim.errors import UserError
 from spectrim.plan import RankPlan
 from spectrim.settings import settings
 
-Measure = Literal["params", "macs"]
+Measure = Literal["params", "macs", "milliseconds"]
+BUDGETS = ("params_kept", "macs_kept", "milliseconds")
 BISECTIONS = 60
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters, or MACs of one input. ``dense``: of each layer as it is; ``curves``: of its factors at every rank
-    from 0; ``total``: of the whole dense model."""
+    """Parameters, MACs of one input, or milliseconds of one batch. ``dense``: of each layer as it is; ``curves``: of
+    its factors at every rank from 0; ``total``: of the whole dense model."""
 
     measure: Measure
     dense: dict[str, float]
@@ -44,24 +46,45 @@ class Costs:
     def require(self, share: float) -> None:
         """Raise ``UserError`` where no plan gets down to ``share``."""
         if share < self.least():
-            least = f"{self.least():.4f}"
-            raise UserError(f"{self.measure}_kept={share} is out of reach: at rank 1 {least} of them remain")
+            raise UserError(f"{self._asked(share)} is out of reach: at rank 1 {self._left(self.least())} remain")
+
+    def pays(self, name: str, rank: int) -> bool:
+        """Whether the factors of layer ``name`` cost less than the dense layer."""
+        return float(self.curves[name][rank]) < self.dense[name]
+
+    def full(self, name: str) -> int:
+        """The rank of layer ``name`` at which nothing is dropped, so that it stays dense."""
+        return len(self.curves[name]) - 1
+
+    def _paying(self, ranks: Mapping[str, int]) -> dict[str, int]:
+        return {name: rank if self.pays(name, rank) else self.full(name) for name, rank in ranks.items()}
+
+    def _asked(self, share: float) -> str:
+        if self.measure == "milliseconds":
+            return f"milliseconds={share * self.total:.4g}"
+        return f"{self.measure}_kept={share}"
+
+    def _left(self, share: float) -> str:
+        return f"{share * self.total:.4g} ms" if self.measure == "milliseconds" else f"{share:.4f} of them"
 
     def meet(
         self, share: float, ranks_at: Callable[[float], Mapping[str, int]], low: float, high: float
     ) -> dict[str, int]:
-        """The ranks at the largest setting between ``low`` and ``high`` that meets ``share`` from below, by bisection.
+        """The ranks at the largest setting between ``low`` and ``high`` that meets ``share`` from below, by bisection;
+        full ones for layers that cost no less at them than dense, and for all where the dense model meets it.
 
         ``ranks_at`` must give a model at ``low`` that costs no more than at ``high``. Raises ``UserError`` where even
         that at ``low`` costs more than ``share``.
         """
+        if share > 1:  # milliseconds beyond those of the dense model
+            return {name: self.full(name) for name in self.curves}
         self.require(share)
         best, most = dict(ranks_at(low)), dict(ranks_at(high))
         if self.share(most) <= share:
-            return most
+            return self._paying(most)
         if self.share(best) > share:
-            least = f"{self.share(best):.4f}"
-            raise UserError(f"{self.measure}_kept={share} is out of reach of this rule: {least} remain at the least")
+            least = self._left(self.share(best))
+            raise UserError(f"{self._asked(share)} is out of reach of this rule: {least} remain at the least")
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             ranks = dict(ranks_at(middle))
@@ -69,11 +92,17 @@ class Costs:
                 low, best = middle, ranks
             else:
                 high = middle
-        return best
+        return self._paying(best)
 
 
-def costs_of(bench: Workbench, measure: Measure) -> Costs:
-    """Count them; MACs by running the model's first calibration sample, dense and with one component a layer."""
+def costs_of(bench: Workbench, measure: Measure, batch_size: int = 1) -> Costs:
+    """Count them; MACs by running the model's first calibration sample, dense and with one component a layer.
+
+    Milliseconds are measured, of batches of ``batch_size`` of them (``latency.measured``); a note of the workbench
+    says how many.
+    """
+    if measure == "milliseconds":
+        return _timed(bench, batch_size)
     if measure == "params":
         dense = {name: float(bench.model.get_submodule(name).weight.numel()) for name in bench.spectra}  # type: ignore[operator]
         each = {name: [1.0] * len(spectrum.sizes(1)) for name, spectrum in bench.spectra.items()}
@@ -84,10 +113,31 @@ def costs_of(bench: Workbench, measure: Measure) -> Costs:
     curves = {}
     for name, spectrum in bench.spectra.items():
         ranks = [spectrum.sizes(rank) for rank in range(spectrum.max_rank + 1)]
-        curves[name] = torch.tensor([sum(map(mul, each[name], sizes)) for sizes in ranks])
-        above = curves[name][spectrum.break_even + 1 :]
-        above.clamp_(min=dense[name])  # fewer MACs or not, more parameters than the dense layer are never kept
+        curve = torch.tensor([sum(map(mul, each[name], sizes)) for sizes in ranks])
+        curves[name] = _to_break_even(curve, spectrum, dense[name])
     return Costs(measure, dense, curves, total)
+
+
+def _timed(bench: Workbench, batch_size: int) -> Costs:
+    times = latency.measured(bench.model, bench.spectra, bench.example, batch_size)
+    dense = {name: own.dense for name, own in times.layers.items()}
+    curves = {
+        name: _to_break_even(times.layers[name].curve(spectrum.max_rank), spectrum, dense[name])
+        for name, spectrum in bench.spectra.items()
+    }
+    slow = [name for name, curve in curves.items() if float(curve[1]) >= dense[name]]
+    bench.notes.append(
+        f"measured at batch size {batch_size}: {times.total:.4g} ms dense, {times.outside:.4g} of them outside of the "
+        f"layers; no rank is faster than dense in {len(slow)} of {len(dense)} layers{': ' if slow else ''}"
+        + ", ".join(slow)
+    )
+    return Costs("milliseconds", dense, curves, times.total)
+
+
+def _to_break_even(curve: Tensor, spectrum: Spectrum, dense: float) -> Tensor:
+    """``curve``, above break-even no less than ``dense``: more parameters than the dense layer's are never kept."""
+    curve[spectrum.break_even + 1 :].clamp_(min=dense)
+    return curve
 
 
 def _macs_of_a_parameter(bench: Workbench) -> dict[str, list[float]]:
@@ -104,30 +154,33 @@ def _macs_of_a_parameter(bench: Workbench) -> dict[str, list[float]]:
 
 @settings
 class Budgeted:
-    """``params_kept``, ``macs_kept``: of the whole model, in (0, 1); exactly one of them."""
+    """A budget of the whole model: exactly one of
+
+    ``params_kept``, ``macs_kept``: shares of the dense model's, in (0, 1);
+    ``milliseconds``, above 0: of one forward pass of ``batch_size`` samples, by the layers' times as they are measured
+    on this machine first. A layer that is no faster at a rank than dense is never cut to it; a budget that the dense
+    model meets leaves it as it is.
+    """
 
     params_kept: float | None = 0.5
     macs_kept: float | None = None
+    milliseconds: float | None = None
+    batch_size: int = 1
 
     def __post_init__(self) -> None:
-        given = {name: value for name in ("params_kept", "macs_kept") if (value := getattr(self, name)) is not None}
+        given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
         if len(given) != 1:
-            raise UserError(f"set exactly one of params_kept and macs_kept; got {given or 'none'}")
-        ((name, value),) = given.items()
-        if not 0 < value < 1:
-            raise UserError(f"{name} must lie in (0, 1), got {value}")
+            raise UserError(f"set exactly one of {', '.join(BUDGETS)}; got {given or 'none'}")
+        check_budget(given, self.batch_size)
 
     def budget(self, bench: Workbench) -> tuple[Costs, float]:
         """What the layers cost in the measure of the budget, and the share of it to be met."""
-        if self.params_kept is not None:
-            return costs_of(bench, "params"), self.params_kept
-        assert self.macs_kept is not None
-        return costs_of(bench, "macs"), self.macs_kept
+        return budget_of(bench, self.params_kept, self.macs_kept, self.milliseconds, self.batch_size)
 
 
 @settings
 class MaybeBudgeted(Budgeted):
-    """A budget as above, or none of the two: then the rule ends by a criterion of its own."""
+    """A budget as above, or none: then the rule ends by a criterion of its own."""
 
     params_kept: float | None = None
 
@@ -137,9 +190,33 @@ class MaybeBudgeted(Budgeted):
 
     @property
     def has_budget(self) -> bool:
-        return self.params_kept is not None or self.macs_kept is not None
+        return any(getattr(self, name) is not None for name in BUDGETS)
 
     def require_one(self, criterion: str) -> None:
         """Raise ``UserError`` unless either a budget or the setting called ``criterion`` is given."""
         if self.has_budget == (getattr(self, criterion) is not None):
-            raise UserError(f"set exactly one of params_kept, macs_kept and {criterion}")
+            raise UserError(f"set exactly one of {', '.join(BUDGETS)} and {criterion}")
+
+
+def check_budget(given: Mapping[str, float], batch_size: int) -> None:
+    """Raise ``UserError`` for a budget, by its name, that is out of range."""
+    for name, value in given.items():
+        if name == "milliseconds" and not value > 0:
+            raise UserError(f"milliseconds must be above 0, got {value}")
+        if name != "milliseconds" and not 0 < value < 1:
+            raise UserError(f"{name} must lie in (0, 1), got {value}")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def budget_of(
+    bench: Workbench, params_kept: float | None, macs_kept: float | None, milliseconds: float | None, batch_size: int
+) -> tuple[Costs, float]:
+    """The costs in the measure of the one budget that is given, and the share of them to be met."""
+    if params_kept is not None:
+        return costs_of(bench, "params"), params_kept
+    if macs_kept is not None:
+        return costs_of(bench, "macs"), macs_kept
+    assert milliseconds is not None
+    costs = costs_of(bench, "milliseconds", batch_size)
+    return costs, milliseconds / costs.total

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from spectrim import surgery
 from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import costs_of
+from spectrim.algorithms.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
 from spectrim.algorithms.removal import Gated, remove
 from spectrim.batchnorm import copy_statistics, reestimate
 from spectrim.decomposers.spectrum import Decomposer
@@ -31,6 +31,8 @@ class Joint:
     samples at the partly compressed model after each ``step``, a part of the dense cost. The target is exactly one of
 
     ``params_kept``, ``macs_kept``: of the whole model, in (0, 1), met from below;
+    ``milliseconds``, above 0: of one forward pass of ``batch_size`` samples, as predicted by the times of all layers
+    measured on this machine first; no layer is left in a form that was not faster than dense;
     ``max_loss_increase``, at least 0: as few parameters as possible with the loss on the ``verification`` split, which
     no gradient comes from, at most this much above the dense model's.
 
@@ -40,21 +42,20 @@ class Joint:
 
     params_kept: float | None = None
     macs_kept: float | None = None
+    milliseconds: float | None = None
     max_loss_increase: float | None = None
     step: float = 0.1
+    batch_size: int = 1
     samples: int = 2000
     trust: float | None = None
     batch_norm: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
-        targets = {"params_kept": self.params_kept, "macs_kept": self.macs_kept}
-        given = {name: value for name, value in targets.items() if value is not None}
+        given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
         if len(given) + (self.max_loss_increase is not None) != 1:
-            raise UserError("joint takes exactly one of params_kept, macs_kept, max_loss_increase")
-        for name, value in given.items():
-            if not 0 < value < 1:
-                raise UserError(f"{name} must lie in (0, 1), got {value}")
+            raise UserError(f"joint takes exactly one of {', '.join(BUDGETS)}, max_loss_increase")
+        check_budget(given, self.batch_size)
         if self.max_loss_increase is not None and not self.max_loss_increase >= 0:
             raise UserError(f"max_loss_increase must be at least 0, got {self.max_loss_increase}")
         if not 0 < self.step < 1:
@@ -66,13 +67,14 @@ class Joint:
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Select components and cut. Raises ``UserError`` for a budget out of reach or no verification split."""
-        search = _Search(self, Workbench(model, decomposer, objective))
-        if self.max_loss_increase is None:
-            target = self.params_kept if self.params_kept is not None else self.macs_kept
-            assert target is not None
-            search.to_budget(target)
-        else:
+        bench = Workbench(model, decomposer, objective)
+        if self.max_loss_increase is not None:
+            search = _Search(self, bench, costs_of(bench, "params"))
             search.to_tolerance(self.max_loss_increase)
+            return search.finish()
+        costs, share = budget_of(bench, self.params_kept, self.macs_kept, self.milliseconds, self.batch_size)
+        search = _Search(self, bench, costs)
+        search.to_budget(share)
         return search.finish()
 
 
@@ -86,9 +88,8 @@ class _Point:
 
 
 class _Search:
-    def __init__(self, chosen: Joint, bench: Workbench) -> None:
-        self.settings, self.bench = chosen, bench
-        self.costs = costs_of(bench, "macs" if chosen.macs_kept is not None else "params")
+    def __init__(self, chosen: Joint, bench: Workbench, costs: Costs) -> None:
+        self.settings, self.bench, self.costs = chosen, bench, costs
         everything = {name: torch.arange(spectrum.max_rank) for name, spectrum in bench.spectra.items()}
         self.point = _Point(everything, bench.model)
         self.log: list[dict] = []
@@ -96,7 +97,7 @@ class _Search:
     def to_budget(self, target: float) -> None:
         self.costs.require(target)
         reached = 1.0
-        with tqdm(desc="joint", total=round(100 * (1 - target)), unit="%", leave=False, disable=None) as bar:
+        with tqdm(desc="joint", total=max(0, round(100 * (1 - target))), unit="%", leave=False, disable=None) as bar:
             while reached > target:
                 reached = max(target, reached - self.settings.step)
                 self.point = self._advance(self.point, reached)
@@ -150,7 +151,7 @@ class _Search:
 
     def _plan(self, point: _Point) -> RankPlan:
         """What pays: a layer whose components cost no less than the dense layer stays dense."""
-        pays = {n: kept for n, kept in point.kept.items() if self.costs.layer(n, len(kept)) < self.costs.dense[n]}
+        pays = {name: kept for name, kept in point.kept.items() if self.costs.pays(name, len(kept))}
         return RankPlan.of({n: Kept(tuple(kept.tolist()), self.bench.spectra[n].form) for n, kept in pays.items()})
 
     def _cut(self, point: _Point) -> nn.Module:

@@ -149,7 +149,9 @@ def on_subset(objective: Objective, split: str, subset: int | None) -> Objective
         taken.append((first_samples(inputs, count), first_samples(targets, count)))
         left -= count
         if not left:
-            return Objective(objective.loss, {split: taken})
+            part = Objective(objective.loss, {split: taken})
+            part.read = objective.read
+            return part
     raise UserError(f"subset={subset} is more than the {subset - left} samples of the {split} split")
 
 

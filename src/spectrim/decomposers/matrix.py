@@ -8,18 +8,21 @@ from torch import Tensor, nn
 from spectrim import linalg
 from spectrim.decomposers.spectrum import Keep, Spectrum
 from spectrim.errors import UserError
-from spectrim.layers import Factored, shaped_like
+from spectrim.layers import Factored, shaped_like, subspace_form
 
 View = Literal["channel", "spatial"]
 
 
 class MatrixSpectrum(Spectrum):
-    """The spectrum of a weight seen as one matrix a group. ``factors``: U (g, O, R), S (g, R), Vh (g, R, I)."""
+    """The spectrum of a weight seen as one matrix a group, or as ``subspaces`` matrices a group side by side.
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, view: View, factors: linalg.SVD) -> None:
+    ``factors``: U (g, O, R), S (g, R), Vh (g, R, I), where g counts all the matrices.
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, view: View, factors: linalg.SVD, subspaces: int = 1) -> None:
         # Only the shape of the layer is kept: holding the layer itself would keep every decomposed model alive.
         self.template = without_weights(layer)
-        self.view, self.factors = view, factors
+        self.view, self.factors, self.subspaces = view, factors, subspaces
         self.bias = None if layer.bias is None else layer.bias.detach().clone()
         self.device = layer.weight.device
         self._largest: Tensor | None = None
@@ -35,7 +38,7 @@ class MatrixSpectrum(Spectrum):
 
     @property
     def form(self) -> str:
-        return form_of(self.template, self.view)
+        return subspace_form(form_of(self.template, self.view), self.subspaces)
 
     @property
     def break_even(self) -> int:
@@ -51,7 +54,7 @@ class MatrixSpectrum(Spectrum):
         return self._largest
 
     def first_order(self, gradient: Tensor) -> Tensor:
-        G = to_matrix(gradient, self.template, self.view).to(self.factors.S_R)
+        G = to_matrix(gradient, self.template, self.view, self.subspaces).to(self.factors.S_R)
         return linalg.first_order_change(self.factors, G).double().sum(0).cpu()
 
     def sizes(self, rank: int) -> tuple[int, ...]:
@@ -77,15 +80,17 @@ def form_of(layer: nn.Module, view: View) -> str:
     return "linear" if isinstance(layer, nn.Linear) else view
 
 
-def to_matrix(weight: Tensor, layer: nn.Linear | nn.Conv2d, view: View) -> Tensor:
-    """A weight (or its gradient) as matrices (g, O, I): Linear has g = 1; the views of a convolution as in ``SVD``."""
-    if isinstance(layer, nn.Linear):
-        return weight.unsqueeze(0)
-    outputs, inputs, kh, kw = weight.shape
-    grouped = weight.reshape(layer.groups, outputs // layer.groups, inputs, kh, kw)
-    if view == "channel":
-        return grouped.reshape(layer.groups, outputs // layer.groups, -1)
-    return grouped.permute(0, 1, 3, 2, 4).reshape(layer.groups, outputs // layer.groups * kh, inputs * kw)
+def to_matrix(weight: Tensor, layer: nn.Linear | nn.Conv2d, view: View, subspaces: int = 1) -> Tensor:
+    """A weight (or its gradient) as matrices (g, O, I): Linear has g = 1; the views of a convolution as in ``SVD``.
+
+    With ``subspaces`` g counts each of them: the matrix of a group, cut into that many along its input channels.
+    """
+    groups, (outputs, inputs, *kernel) = getattr(layer, "groups", 1), weight.shape
+    split = weight.reshape(groups, outputs // groups, subspaces, inputs // subspaces, *kernel)
+    blocks = split.transpose(1, 2).flatten(0, 1)
+    if isinstance(layer, nn.Linear) or view == "channel":
+        return blocks.flatten(2)
+    return blocks.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
 
 
 def from_matrix(W_OI: Tensor, layer: nn.Linear | nn.Conv2d, view: View) -> Tensor:
@@ -104,11 +109,11 @@ def first_weight(A: Tensor, first: nn.Module) -> Tensor:
 
 
 def second_weight(B: Tensor, second: nn.Module, dense: nn.Linear | nn.Conv2d) -> Tensor:
-    """Columns of B (g, O, rank) as the weight of the second layer."""
-    groups, rows, rank = B.shape
+    """Columns of B (g, O, rank) as the weight of the second layer: those of a group's subspaces side by side."""
+    groups = getattr(dense, "groups", 1)
+    B = B.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
     if isinstance(second, nn.Conv2d) and second.kernel_size[0] > 1:
-        kh = second.kernel_size[0]
-        B = B.reshape(groups, rows // kh, kh, rank).transpose(2, 3)
+        B = B.unflatten(1, (-1, second.kernel_size[0])).transpose(2, 3)
     return B.reshape(cast(Tensor, second.weight).shape)
 
 

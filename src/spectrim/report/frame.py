@@ -17,6 +17,15 @@ from spectrim.records import Record
 
 FAMILIES = ("resnet", "resnext", "densenet", "vgg")
 METHODS = ("dense", "truncation", "lossless", "compact")
+# What the selectors with a budget are called, by their class.
+SELECTORS = {
+    "truncation": "uniform truncation",
+    "globalthreshold": "global threshold",
+    "alds": "ALDS",
+    "sensitivity": "sensitivity (ASVD)",
+    "knapsack": "knapsack (BALF)",
+    "joint": "joint, ours",
+}
 # What tells seeds of one setting apart; all else in a configuration makes another setting.
 SEEDS = ("seed", "checkpoint", "data.calibration_seed")
 

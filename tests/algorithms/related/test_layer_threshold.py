@@ -85,8 +85,8 @@ def test_a_budget_is_met_by_the_least_tolerance_without_measuring_twice(
 
 def test_what_it_refuses_is_one_line(net: nn.Sequential, objective: Objective) -> None:
     for bad, said in (
-        ({"tolerance": 0.1}, "exactly one of params_kept, macs_kept and tolerance"),
-        ({"params_kept": None}, "exactly one of params_kept, macs_kept and tolerance"),
+        ({"tolerance": 0.1}, "exactly one of params_kept, macs_kept, milliseconds and tolerance"),
+        ({"params_kept": None}, "exactly one of params_kept, macs_kept, milliseconds and tolerance"),
         ({"params_kept": None, "tolerance": -0.1}, "tolerance must be at least 0"),
         ({"energies": (0.5, 1.0)}, "energies must lie in"),
         ({"energies": ()}, "energies must lie in"),

@@ -166,7 +166,7 @@ def test_what_they_refuse_is_one_line(net: nn.Sequential, objective: Objective) 
             kind().compress(net, SVD(), squared)
         assert kind(judged_by="loss", evaluations=2).compress(net, SVD(), squared).params_kept <= 0.5
     for bad in ({"penalty": 1.0}, {"params_kept": None}):
-        with pytest.raises(UserError, match="exactly one of params_kept, macs_kept and penalty"):
+        with pytest.raises(UserError, match="exactly one of params_kept, macs_kept, milliseconds and penalty"):
             Bayesian(**bad)
     with pytest.raises(UserError, match="penalty must be at least 0"):
         Bayesian(params_kept=None, penalty=-1.0)

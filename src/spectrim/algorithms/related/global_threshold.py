@@ -18,8 +18,8 @@ class GlobalThreshold(Budgeted):
 
     ``norm``: that size is the ``spectral`` norm, so that the largest relative spectral error of any layer is as small
     as the budget allows, which is the allocation of ALDS (Liebenwein et al., arXiv 2107.11442, section 3.3) with one
-    subspace a layer; or the ``frobenius`` norm, the magnitude pruning of singular values. ALDS also splits the input
-    channels of a layer into subspaces of their own; that is left out.
+    subspace a layer; or the ``frobenius`` norm, the magnitude pruning of singular values. With several subspaces it is
+    ``ALDS``.
     """
 
     norm: Literal["spectral", "frobenius"] = "spectral"

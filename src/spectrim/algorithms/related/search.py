@@ -57,7 +57,10 @@ class Space:
             pairs = zip(self.tops.items(), ratios, strict=True)
             return {name: min(top, max(1, round(factor * ratio * top))) for (name, top), ratio in pairs}
 
-        return scaled(1.0) if self.share is None else self.costs.meet(self.share, scaled, 0.0, 1 / SMALLEST)
+        if self.share is None:
+            return scaled(1.0)
+        met = self.costs.meet(self.share, scaled, 0.0, 1 / SMALLEST)
+        return {name: min(top, met[name]) for name, top in self.tops.items()}
 
     def alike(self, ratios: tuple[float, ...], ranks: Mapping[str, int]) -> list[tuple[float, ...]]:
         """Vectors that share one score: the one tried and, where a budget moved it, the one of its ``ranks``.

@@ -1,0 +1,212 @@
+"""Figure 4, the frontier: accuracy and loss against parameters and MACs kept, a curve a selector, no fine-tuning."""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from spectrim.errors import UserError
+from spectrim.report import claims, command, compare, figure, frame, table
+from spectrim.report.command import Options
+from spectrim.report.table import Column, Table, number
+
+PUBLISHED = Path(__file__).with_name("published.csv")
+ALDS = "ALDS, published"
+KEPT = ", BatchNorm kept"
+# Of each selector, by its class and for truncation its rule: what it is called, its colour and its marker.
+SELECTORS = {
+    "truncation": (frame.SELECTORS["truncation"], "#999999", "s"),
+    "truncation, energy": ("energy truncation", "#E69F00", "D"),
+    "globalthreshold": (frame.SELECTORS["globalthreshold"], "#56B4E9", "^"),
+    "alds": (frame.SELECTORS["alds"], "#CC79A7", "v"),
+    "sensitivity": (frame.SELECTORS["sensitivity"], "#009E73", "P"),
+    "knapsack": (frame.SELECTORS["knapsack"], "#0072B2", "o"),
+    "joint": (frame.SELECTORS["joint"], "#D55E00", "X"),
+}
+TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
+SHARES = {"params_kept": "parameters kept (%)", "macs_kept": "MACs kept (%)"}
+DEEPEST = 0.2  # below the dense accuracy: where the panels end; the table has it all
+NEAR = 0.005  # of the parameters: how near a published size is the same size
+ABOUT = ("decomposer", "asked")
+VALUES = ("params_kept", "macs_kept", "test_accuracy", "change_test_accuracy_pp", "test_loss", "change_test_loss")
+COLUMNS = (
+    Column("model", "model"),
+    Column("variant", "selector"),
+    Column("decomposer", "decomposition"),
+    Column("asked", "asked for"),
+    Column("params_kept", "params kept %", 1, scale=100),
+    Column("macs_kept", "MACs kept %", 1, scale=100),
+    Column("test_accuracy", "top-1 %", 2, scale=100),
+    Column("change_test_accuracy_pp", "Δ top-1 pp", 2, signed=True),
+    Column("test_loss", "test loss", 4),
+    Column("change_test_loss", "Δ test loss", 4, signed=True),
+    Column("published", "published Δ top-1 pp (ALDS)", 2, signed=True),
+    Column("verdict", "as published"),
+    Column("n", "n"),
+)
+NOTES = (
+    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (pairs: each training "
+    "seed with a calibration draw of its own). Δ = compressed − dense. Shares: of the whole model. No fine-tuning; no "
+    "selector sees the test split. BatchNorm statistics follow the compression, without labels, where not said to be "
+    f"kept. The panels of top-1 end {100 * DEEPEST:.0f} pp below the dense net.",
+    "Published: ALDS without retraining, a ResNet-20 of another training, 91.39 % dense. The change of its top-1 is "
+    f"beside the rows within {100 * NEAR:g} % of its size, and judged where the selector is ALDS with BatchNorm kept.",
+    "ALDS: Liebenwein et al., arXiv 2107.11442, its numbers as digitised in BALF, arXiv 2509.25136, whose allocation "
+    "is the knapsack. ASVD: arXiv 2312.05821.",
+)
+
+
+def build(options: Options) -> list[Path]:
+    """Accuracy and loss of every selector at every size, a row of panels a model, and the table of what is drawn."""
+    found = command.load(options)
+    runs = _curves(command.runs(options, found, [name for name in SELECTORS if "," not in name]))
+    published = _published()
+    rows = frame.with_dense(runs, VALUES).merge(runs.drop_duplicates("method")[["method", *ABOUT]], "left", "method")
+    rows = pd.concat([_judged(own, published) for _, own in rows.groupby("model", sort=False)])
+    origin = command.origin(options, found, [PUBLISHED])
+    models = list(dict.fromkeys(rows["model"]))
+    with figure.panels(len(models), 4, 2.8, 2.7) as (canvas, axes):
+        for index, model in enumerate(models):
+            own = rows[rows["model"] == model]
+            for axis, share in zip(axes[4 * index :], SHARES, strict=False):
+                _panel(axis, own, share, "test_accuracy", 100)
+                if share == "params_kept":
+                    _draw_published(axis, _of(published, own))
+                dense = 100 * float(own["test_accuracy"].iloc[0])
+                axis.set(ylabel="top-1 (%)", ylim=(max(axis.get_ylim()[0], dense - 100 * DEEPEST), None))
+            for axis, share in zip(axes[4 * index + 2 :], SHARES, strict=False):
+                _panel(axis, own, share, "test_loss", 1)
+                figure.losses(axis)
+        figure.legend(canvas, axes)
+        pictures = figure.save(canvas, options.name, options.out, origin)
+    caption = f"What Figure 4 shows: accuracy and loss without fine-tuning on {', '.join(dict.fromkeys(rows['data']))}"
+    notes = [*NOTES, *(_note(rows[rows["model"] == model]) for model in models)]
+    shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], group="model")
+    return pictures + table.save([shown], options.out, origin)
+
+
+def _curves(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs with ``variant`` the curve, ``asked`` the point on it and ``method`` both, in the order of the legend.
+
+    Raises ``UserError`` where one curve would be drawn through runs of different settings.
+    """
+    names = list(SELECTORS)
+    keys = ["truncation, energy" if "energy" in name else name.partition(",")[0] for name in runs["variant"]]
+    asked = [_asked(settings) for settings in runs["settings"]]
+    runs = runs.assign(
+        variant=[SELECTORS[key][0] + _kept(settings) for key, settings in zip(keys, runs["settings"], strict=True)],
+        asked=[said for said, _ in asked],
+        place=[names.index(key) for key in keys],
+        size=[-value for _, value in asked],
+    )
+    for (model, data, name, said), own in runs.groupby(["model", "data", "variant", "asked"]):
+        if own["group"].nunique() > 1:
+            several = f"{own['group'].nunique()} settings of {name} at {said} on {model}, {data}"
+            raise UserError(f"the records hold {several}: Figure 4 has one point for them; delete the older records")
+    runs["method"] = runs["variant"] + ", " + runs["asked"]
+    return runs.sort_values(["model", "place", "variant", "size", "signature"], kind="stable")
+
+
+def _kept(settings: dict[str, Any]) -> str:
+    """What a curve is called further where BatchNorm statistics did not follow; joint selection has its own setting."""
+    follows = settings["batch_norm"] == "follow" or settings.get("algorithm.batch_norm", False)
+    return "" if follows else KEPT
+
+
+def _asked(settings: dict[str, Any]) -> tuple[str, float]:
+    """What a run was to meet, in words and as a number."""
+    given = {key: settings.get(f"algorithm.{key}") for key in TARGETS}
+    name, value = next((name, value) for name, value in given.items() if value is not None)
+    return f"{name.replace('_', ' ')} {value:g}", float(value)
+
+
+def _published() -> pd.DataFrame:
+    """One row a published point: model and data as ours are named, its share of parameters, top-1 and change in pp."""
+    known = [one for one in claims.claims(compare.read_published(PUBLISHED)) if one.name.startswith("untuned-")]
+    return pd.DataFrame(
+        {
+            "model": one.model.lower().replace("-", ""),
+            "data": one.data.lower().replace("-", ""),
+            "kept": 1 - one.drop,
+            "top1": one.values["original_top1_percent"] + one.values["change_top1_pp"],
+            "change": one.values["change_top1_pp"],
+            "tolerance": one.tolerances["change_top1_pp"],
+        }
+        for one in known
+    )
+
+
+def _of(published: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
+    """The published points of the net and the data of the rows ``own``."""
+    model, data = own["model"].iloc[0].partition(" on ")[0], own["data"].iloc[0]
+    return published[(published["model"] == model) & (published["data"] == data)]
+
+
+def _judged(own: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
+    """The rows of one model with the published change at their size, and for ALDS as published whether it is met."""
+    points = _of(published, own)
+    changes: list[Any] = []
+    verdicts: list[Any] = []
+    for _, row in own.iterrows():
+        near = points[(points["kept"] - row["params_kept"]).abs() <= NEAR].to_dict(orient="records")
+        point: Any = near[0] if near and row["method"] != "dense" else {"change": math.nan}
+        changes.append(point["change"])
+        same = len(point) > 1 and row["variant"] == SELECTORS["alds"][0] + KEPT
+        obtained = row["change_test_accuracy_pp"]
+        verdicts.append(str(compare.verdict(point["change"], obtained, point["tolerance"])) if same else None)
+    return own.assign(published=changes, verdict=verdicts)
+
+
+def _panel(axis: Axes, rows: pd.DataFrame, share: str, value: str, scale: float) -> None:
+    dense = float(rows[value].iloc[0])
+    axis.axhline(scale * dense, color="#000000", linewidth=1, label="dense")
+    for name, colour, marker in SELECTORS.values():
+        for label, line in ((name, "-"), (name + KEPT, ":")):
+            own = rows[rows["variant"] == label].sort_values(share)
+            if own.empty:
+                continue
+            axis.errorbar(
+                100 * own[share],
+                scale * own[value],
+                xerr=100 * own[f"{share}_std"].fillna(0.0),
+                yerr=scale * own[f"{value}_std"].fillna(0.0),
+                color=colour,
+                marker=marker,
+                linestyle=line,
+                linewidth=1.2,
+                markersize=4.5,
+                capsize=2,
+                label=label,
+            )
+    axis.set(title=rows["model"].iloc[0], xlabel=SHARES[share])
+
+
+def _draw_published(axis: Axes, points: pd.DataFrame) -> None:
+    if len(points):
+        axis.plot(100 * points["kept"], points["top1"], "k*:", linewidth=0.8, markersize=7, mfc="none", label=ALDS)
+
+
+def _note(rows: pd.DataFrame) -> str:
+    """How joint selection fares, of one model, against what was published for ALDS at the same sizes."""
+    ours = rows[(rows["variant"] == SELECTORS["joint"][0]) & rows["published"].notna()]
+    if ours.empty:
+        return ""
+    said = [
+        f"{number(row['change_test_accuracy_pp'], 2, True)} against {number(row['published'], 2, True)} pp at "
+        f"{100 * row['params_kept']:.1f} %"
+        for _, row in ours.iterrows()
+    ]
+    return f"{ours['model'].iloc[0]}, joint against ALDS as published, top-1: {'; '.join(said)}."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    return command.run(build, "figure4", "figure4", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

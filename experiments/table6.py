@@ -1,0 +1,196 @@
+"""Table 6: what a selection costs, in seconds, samples read and memory, and how that grows."""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spectrim.records import Record
+from spectrim.report import claims, command, compare, frame
+from spectrim.report.command import Options
+from spectrim.report.table import Column, Table, number, save
+
+PUBLISHED = Path(__file__).with_name("published.csv")
+CHOOSING = ("lossless", "compact", "rankselection")  # their sizes themselves, by what happens to the loss
+SIZES = {"layers": "layers", "width": "width", "images": "calibration images"}
+VALUES = ("params_kept", "seconds", "cpu_seconds", "read", "passes", "peak_mib", "added_mib")
+COSTS = (
+    Column("seconds", "seconds", 1),
+    Column("cpu_seconds", "CPU seconds", 1),
+    Column("read", "images read", 0),
+    Column("passes", "passes over the calibration images", 1),
+    Column("peak_mib", "peak MiB", 0),
+    Column("added_mib", "added MiB", 0),
+)
+COLUMNS = (
+    Column("model", "model"),
+    Column("layers", "layers", 0),
+    Column("images", "calibration images", 0),
+    Column("selector", "selector"),
+    Column("decomposer", "decomposition"),
+    Column("params_kept", "params kept %", 1, scale=100),
+    *COSTS,
+    Column("n", "n"),
+)
+GROWTH = (
+    Column("along", "growing with"),
+    Column("selector", "selector"),
+    Column("sizes", "from, to"),
+    Column("first", "CPU seconds at first", 1),
+    Column("last", "at last", 1),
+    Column("times", "times", 1),
+    Column("exponent", "exponent", 2),
+    Column("read_times", "images read, times", 1),
+    Column("added_times", "added MiB, times", 1),
+    Column("n", "n"),
+)
+NOTES = (
+    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds. Seconds and memory: "
+    "of the selection alone, decomposition and cut included, without loading and evaluating, on the machine that the "
+    "provenance names. CPU seconds: of all threads, which least feel what else the machine does. Params kept: of the "
+    "whole model; lossless, compact and rank selection choose it themselves.",
+    "Images read: of calibration, verification and training, each as often as it was read: a pass for a loss, for "
+    "gradients, or for the inputs of the layers counts once. The calibration images are read once for the predicted "
+    "change of the loss in every report; of lossless and compact the same pass is the selection.",
+    "Peak: resident memory of the whole process. Added: by how much the peak lies above what lay there when the "
+    "selection began; memory that an earlier run of the same process gave back may be used again unseen.",
+)
+GROWTH_NOTES = (
+    "Untrained nets, every selector on one decomposition. Layers: those that can be factored. Exponent: slope of a "
+    "line through the logarithms of seconds and size; 1 is proportional. Joint selection reads as many calibration "
+    "images as it is told to, here all of them.",
+    "Of a layer of width W the MACs grow as the square, the decomposition as the cube.",
+)
+
+
+def build(options: Options) -> list[Path]:
+    """What each selector costs on one net, and how that grows with layers, width and calibration images."""
+    found = command.load(options)
+    known = command.runs(options, found, [*frame.SELECTORS, *CHOOSING]).set_index("signature")
+    runs = pd.DataFrame([_row(record, known) for record in found if record["signature"] in known.index])
+    if runs["read"].isna().all():
+        raise command.lacking(options, "a selector that tells how many samples it read")
+    runs = runs.sort_values(["untrained", "model", "images", "place", "selector"], kind="stable")
+    by = ("model", "data", "images", "selector", "decomposer", "layers", "width", "untrained", "place")
+    rows = frame.over_seeds(runs, by, VALUES)
+    published = claims.claims(compare.read_published(PUBLISHED), ["Table 6"])
+    data = ", ".join(dict.fromkeys(rows["data"]))
+    notes = [*NOTES, *_searched(rows), *(_claim(one, rows) for one in published)]
+    caption = f"What a selection costs, on {data}"
+    tables = [Table(options.name, rows, COLUMNS, caption, notes, group="model")]
+    growth = pd.DataFrame([row for along in SIZES for row in _growth(rows[rows["untrained"]], along)])
+    if len(growth):
+        caption = f"How the cost of a selection grows, on {data}"
+        tables.append(Table(f"{options.name}_growth", growth, GROWTH, caption, GROWTH_NOTES, group="along"))
+    return save(tables, options.out, command.origin(options, found, [PUBLISHED]))
+
+
+def _row(record: Record, known: pd.DataFrame) -> dict[str, Any]:
+    run: Any = known.loc[record["signature"]]
+    phase = record["phases"]["select"]
+    images = record["config"]["data"]["calibration_size"]
+    read = sum(record["samples_read"].values()) if "samples_read" in record else math.nan
+    order = [*frame.SELECTORS, *CHOOSING]
+    return {
+        "model": run["model"],
+        "data": run["data"],
+        "untrained": record["config"]["checkpoint"] is None,
+        "layers": len(record["layers"]),
+        "width": record["config"]["model"].get("width", math.nan),
+        "images": images,
+        "place": order.index(run["algorithm"]),
+        "selector": frame.SELECTORS.get(run["algorithm"], run["variant"]),
+        "decomposer": run["decomposer"],
+        "seed": record["seed"],
+        "calibration_seed": record["calibration_seed"],
+        "params_kept": run["params_kept"],
+        "seconds": phase["seconds"],
+        "cpu_seconds": phase.get("cpu_seconds", math.nan),
+        "read": read,
+        "passes": read / images,
+        "peak_mib": phase["peak_mib"],
+        "added_mib": phase.get("added_mib", math.nan),
+    }
+
+
+def _growth(rows: pd.DataFrame, along: str) -> list[dict[str, Any]]:
+    """Of each selector, from the smallest to the largest size ``along`` one axis, all other sizes the same."""
+    others = [size for size in SIZES if size != along]
+    found = []
+    for (selector, *_), own in rows.groupby(["selector", "decomposer", "data", *others], sort=False, dropna=False):
+        own = own.dropna(subset=along).sort_values(along).drop_duplicates(along)
+        if len(own) < 2:
+            continue
+        first, last = own.iloc[0], own.iloc[-1]
+        found.append(
+            {
+                "along": SIZES[along],
+                "selector": selector,
+                "sizes": f"{first[along]:g}, {last[along]:g}",
+                "first": first["cpu_seconds"],
+                "first_std": first["cpu_seconds_std"],
+                "last": last["cpu_seconds"],
+                "last_std": last["cpu_seconds_std"],
+                "times": _times(first["cpu_seconds"], last["cpu_seconds"]),
+                "exponent": _exponent(own[along].tolist(), own["cpu_seconds"].tolist()),
+                "read_times": _times(first["read"], last["read"]),
+                "added_times": _times(first["added_mib"], last["added_mib"]),
+                "n": last["n"],
+            }
+        )
+    return found
+
+
+def _times(first: float, last: float) -> float:
+    return last / first if first > 0 else math.nan
+
+
+def _exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
+    """The slope of the least-squares line through log(seconds) over log(size)."""
+    if not min(seconds) > 0:
+        return math.nan
+    x, y = ([math.log(value) for value in values] for values in (sizes, seconds))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    over = sum((one - mean_x) * (other - mean_y) for one, other in zip(x, y, strict=True))
+    return over / sum((one - mean_x) ** 2 for one in x)
+
+
+def _searched(rows: pd.DataFrame) -> list[str]:
+    """What a search by measurement costs beside joint selection, on each net that is trained."""
+    said = []
+    for model, own in rows[~rows["untrained"]].groupby("model", sort=False):
+        times = _seconds(own, frame.SELECTORS["sensitivity"]) / _seconds(own, frame.SELECTORS["joint"])
+        if not math.isnan(times):
+            said.append(f"{model}: sensitivity takes {number(times, 1)} times the seconds of joint selection.")
+    return said
+
+
+def _claim(claim: claims.Claim, rows: pd.DataFrame) -> str:
+    """S1b's own cost against that of a search, beside the same of its compact form here."""
+    minutes, search = claim.values["selection_minutes"], claim.values["svd_search_minutes"]
+    trained = rows[~rows["untrained"]]
+    times = _seconds(trained, frame.SELECTORS["sensitivity"]) / _seconds(trained, "compact, one-shot")
+    here = "no run of ours" if math.isnan(times) else f"{number(times, 1)} times compact, one-shot"
+    return (
+        f"{claim.source}: {minutes:g} min against {search:g} min of a search over SVD ranks, "
+        f"{number(search / minutes, 1)} times: not comparable: its model is not named. Here sensitivity, a search at "
+        f"nine ratios a layer: {here}."
+    )
+
+
+def _seconds(rows: pd.DataFrame, selector: str) -> float:
+    """Of the first of the rows of a selector; NaN where there is none."""
+    own = rows.loc[rows["selector"] == selector, "seconds"]
+    return float(own.iloc[0]) if len(own) and own.iloc[0] > 0 else math.nan
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    return command.run(build, "table6", "table6", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
