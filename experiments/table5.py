@@ -1,6 +1,7 @@
 """Table 5: SVD training with rank selection (S2) against training first and truncating after, at what was published."""
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -117,7 +118,8 @@ def _kind(settings: dict[str, Any]) -> str:
 
 def _truncation(settings: dict[str, Any]) -> str:
     asked = {key: settings[key] for key in ("rank", "ratio", "energy", "params_kept") if settings.get(key) is not None}
-    return "truncation, " + ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in asked.items())
+    name = re.sub("(?<=[a-z])(?=[A-Z])", " ", _kind(settings)).lower()
+    return f"{name}, " + ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in asked.items())
 
 
 def _dense_of(runs: pd.DataFrame) -> pd.Series:
