@@ -5,7 +5,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import nn
 
-from spectrim import surgery
+from spectrim import checkpoint, surgery
 from spectrim.algorithms.base import Algorithm, Compressed
 from spectrim.algorithms.lossless import Lossless
 from spectrim.batchnorm import BatchNorm, require
@@ -52,6 +52,7 @@ def compress(
 def load(path: str | Path, *, into: nn.Module) -> nn.Module:
     """The model saved at ``path``: ``into``, built dense as before compression, factored by the plan and filled.
 
+    ``path``: a file that ``Compressed.save`` wrote, or a folder that ``compress_checkpoint`` did.
     Raises ``UserError`` where the file is missing, cut short, altered, or of another architecture.
     """
-    return surgery.load(path, into)
+    return checkpoint.load(path, into) if Path(path).is_dir() else surgery.load(path, into)
