@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -185,6 +186,13 @@ def test_another_setting_or_another_checkpoint_is_refused(folder: Path, tmp_path
     assert contents(out) == before and not (tmp_path / "again").exists()
     (out / "spectrim.json").write_text("{")
     refuses("spectrim.json cannot be read", folder, out, ratio=0.4)
+
+
+def test_two_processes_do_not_write_to_one_folder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        refuses("another process is writing to .*out", folder, tmp_path / "out", ratio=0.5)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def refuses(message: str, folder: Path, out: Path, **settings: Any) -> None:

@@ -40,7 +40,7 @@ def compress_checkpoint(
     A layer whose rank would not make it smaller stays dense, and with ``ratio`` also one whose name matches a pattern
     of ``dense``. Everything else is copied byte by byte.
 
-    Memory: at most three times the largest layer in float32, and some megabytes (``linalg.truncated``). Each shard is
+    Memory: at most three times the largest layer in float32, and some tens of MB (``linalg.truncated``). Each shard is
     written whole or not at all and recorded in ``out/spectrim.json`` with its digest. The same call after a kill goes
     on where it stopped; the index comes last. ``spectrim.load(out, into=model)`` reads the result.
 
