@@ -71,40 +71,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (25, 25)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_truncation_by_the_gram_matrix_is_that_by_the_svd(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    torch.manual_seed(1)
-    U, _, Vh = linalg.svd(torch.randn(shape, dtype=torch.float64))
-    W = ((U * torch.logspace(0, -9, min(shape), dtype=torch.float64)) @ Vh).to(dtype)  # ten orders of magnitude
-    svd = linalg.svd(W.double())
-    rounding = {torch.float32: 3e-7, torch.float64: 1e-8}[dtype]  # of the factors; of the Gram matrix
-    for rank in (1, 5, 11):
-        B, A = linalg.truncated(lambda: W.clone(), rank)
-        error = (B.double() @ A.double() - W.double()).norm()
-        assert error <= linalg.truncation_error(svd.S_R)[rank] * (1 + 1e-6) + rounding
-        assert B.dtype == A.dtype == dtype and B.is_contiguous() and A.is_contiguous()
-        torch.testing.assert_close(B.norm(dim=0), A.norm(dim=1))
-        assert (B.norm(dim=0).diff() <= 0).all()
-
-
-@pytest.mark.parametrize("W", [torch.zeros(9, 6), torch.eye(8), torch.ones(6, 9)])
-def test_matrices_without_a_gap_or_a_full_rank(W: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = linalg.truncation_error(linalg.svd(W).S_R)[2]
-    for fails in (False, True):
-        eigh: Any = linalg.scipy.linalg.eigh
-
-        def one(*args: Any, eigh: Any = eigh, fails: bool = fails, **kwargs: Any) -> Any:
-            if fails and kwargs["driver"] == "evr":
-                args[0][:] = 0.0  # it has begun to overwrite
-                raise linalg.scipy.linalg.LinAlgError
-            return eigh(*args, **kwargs)
-
-        monkeypatch.setattr(linalg.scipy.linalg, "eigh", one)
-        B, A = linalg.truncated(W.clone, 2)
-        torch.testing.assert_close((B @ A - W).norm(), expected, atol=1e-6, rtol=1e-5)
-
-
 @pytest.mark.parametrize("count", [1, 3])
 def test_compressed_saved_and_loaded_is_the_model_cut_in_memory(model: Net, tmp_path: Path, count: int) -> None:
     dense, out = tmp_path / "dense", tmp_path / "out"
