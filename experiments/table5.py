@@ -16,7 +16,7 @@ from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
 
 PUBLISHED = Path(__file__).with_name("published.csv")
-KINDS = ("SVDTraining", "FineTuning", "RankSelection", "Truncation")
+KINDS = ("SVDTraining", "FineTuning", "RankSelection", "GlobalThreshold", "Truncation")
 VALUES = ("params_kept", "test_accuracy", "change_pp", "test_loss", "seconds")
 COLUMNS = (
     Column("net", "net, data"),
