@@ -1,11 +1,32 @@
 """Factored layers: drop-in replacements that compute a linear map as the product of two smaller ones."""
 
 import re
+import sys
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.errors import UserError
+
+
+def transposed() -> tuple[type[nn.Module], ...]:
+    """The classes of Linear layers whose weight is stored as (inputs, outputs): transformers' Conv1D, which GPT-2 uses.
+
+    None where transformers was not imported: then no model can hold one.
+    """
+    module = sys.modules.get("transformers.pytorch_utils")
+    return () if module is None else (module.Conv1D,)
+
+
+def dense_kinds() -> tuple[type[nn.Module], ...]:
+    """The classes of layers that can be factored."""
+    return nn.Linear, nn.Conv2d, *transposed()
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether ``layer`` multiplies by one matrix, in whichever way it stores that."""
+    return isinstance(layer, (nn.Linear, *transposed()))
 
 
 class FactoredLinear(nn.Module):
@@ -20,8 +41,9 @@ class FactoredLinear(nn.Module):
     @classmethod
     def shaped_like(cls, dense: nn.Linear, rank: int) -> "FactoredLinear":
         """An uninitialised factored layer for ``dense``, on its device and in its precision."""
+        outputs, inputs = reversed(dense.weight.shape) if isinstance(dense, transposed()) else dense.weight.shape
         with torch.device("meta"):  # no random numbers are drawn for weights that will be overwritten
-            layer = cls(dense.in_features, dense.out_features, rank, dense.bias is not None)
+            layer = cls(inputs, outputs, rank, dense.bias is not None)
         return layer.to(dense.weight.dtype).to_empty(device=dense.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:  # named as in the layer that this one replaces
@@ -95,8 +117,8 @@ def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored:
 
     ``linear``; for a convolution ``channel``, ``spatial`` or, with both of its ranks in the name, ``tucker 12x7``.
     """
-    if isinstance(dense, nn.Linear) and form == "linear":
-        return FactoredLinear.shaped_like(dense, rank)
+    if is_linear(dense) and form == "linear":
+        return FactoredLinear.shaped_like(cast(nn.Linear, dense), rank)
     if isinstance(dense, nn.Conv2d) and form in ("channel", "spatial"):
         return FactoredConv2d.shaped_like(dense, rank, form)
     if isinstance(dense, nn.Conv2d) and (ranks := re.fullmatch(r"tucker ([1-9]\d*)x([1-9]\d*)", form)):

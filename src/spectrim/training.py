@@ -15,7 +15,9 @@ from tqdm import tqdm
 from spectrim import training_state
 from spectrim.batches import Inputs, device_of, forward, sample_count, to_device
 from spectrim.data.images import ImageSplit
+from spectrim.data.text import TextSplit
 from spectrim.errors import UserError
+from spectrim.losses import logits_of
 from spectrim.objective import Batches, Loss, are_scores, pairs
 from spectrim.settings import settings
 
@@ -125,9 +127,9 @@ def fit(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = _optimizer(model, recipe, undecayed)
     if loss is F.cross_entropy:
-        loss = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+        loss = partial(_smoothed, label_smoothing=recipe.label_smoothing)
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-    data = train.digest() if isinstance(train, ImageSplit) and state else None
+    data = train.digest() if isinstance(train, ImageSplit | TextSplit) and state else None
     run = training_state.fingerprint(recipe, seed, {**(identity or {}), "shapes": shapes, "data": data})
     curve = training_state.resume(state, model, optimizer, run) if state else []
     left = range(len(curve), recipe.epochs)
@@ -148,6 +150,10 @@ def fit(
             if state:
                 training_state.save(state, model, optimizer, curve, run)
     return curve
+
+
+def _smoothed(outputs: Any, targets: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(logits_of(outputs).float(), targets, label_smoothing=label_smoothing)
 
 
 def _optimizer(model: nn.Module, recipe: Recipe, undecayed: Collection[str]) -> torch.optim.SGD:
@@ -214,7 +220,7 @@ def _epoch(
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term.item() * count
         scored = scored and are_scores(outputs, targets)
-        correct += (outputs.argmax(1) == targets).sum().item() if scored else 0
+        correct += (logits_of(outputs).argmax(1) == targets).sum().item() if scored else 0
         seen += count
     if not seen:
         raise UserError("the train set is empty; give at least one batch of (inputs, targets)")

@@ -26,6 +26,7 @@ from spectrim.decomposers.spectrum import (
     value_at,
 )
 from spectrim.errors import UserError
+from spectrim.layers import dense_kinds
 from spectrim.moments import input_moments
 from spectrim.objective import Objective
 from spectrim.plan import RankPlan
@@ -126,7 +127,7 @@ class Workbench:
     def first_order(self, split: str = "calibration", model: nn.Module | None = None) -> dict[str, Tensor]:
         """``<G, delta_k>`` of every layer at every rank. With ``model`` (partly factored), of its dense layers."""
         model = model or self.model
-        dense = [name for name in self.spectra if isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d)]
+        dense = [name for name in self.spectra if isinstance(model.get_submodule(name), dense_kinds())]
         gradients = self.objective.gradients(model, dense, split)
         return {name: self.spectra[name].first_order(gradient) for name, gradient in gradients.items()}
 

@@ -1,6 +1,6 @@
 """A Linear or Conv2d weight as matrices, and the spectrum of such a weight."""
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spectrim import linalg
 from spectrim.decomposers.spectrum import Keep, Spectrum
 from spectrim.errors import UserError
-from spectrim.layers import Factored, shaped_like
+from spectrim.layers import Factored, dense_kinds, is_linear, shaped_like, transposed
 
 View = Literal["channel", "spatial"]
 
@@ -74,11 +74,13 @@ class MatrixSpectrum(Spectrum):
 
 def form_of(layer: nn.Module, view: View) -> str:
     """The form of the factors of ``layer``: a Linear has only one, a convolution that of the view."""
-    return "linear" if isinstance(layer, nn.Linear) else view
+    return "linear" if is_linear(layer) else view
 
 
 def to_matrix(weight: Tensor, layer: nn.Linear | nn.Conv2d, view: View) -> Tensor:
     """A weight (or its gradient) as matrices (g, O, I): Linear has g = 1; the views of a convolution as in ``SVD``."""
+    if isinstance(layer, transposed()):
+        return weight.t().unsqueeze(0)
     if isinstance(layer, nn.Linear):
         return weight.unsqueeze(0)
     outputs, inputs, kh, kw = weight.shape
@@ -90,6 +92,8 @@ def to_matrix(weight: Tensor, layer: nn.Linear | nn.Conv2d, view: View) -> Tenso
 
 def from_matrix(W_OI: Tensor, layer: nn.Linear | nn.Conv2d, view: View) -> Tensor:
     """The inverse of ``to_matrix``: matrices (g, O, I) as a weight of ``layer``."""
+    if isinstance(layer, transposed()):
+        return W_OI.squeeze(0).t()
     if isinstance(layer, nn.Linear):
         return W_OI.squeeze(0)
     shape = outputs, inputs, kh, kw = layer.weight.shape
@@ -121,13 +125,17 @@ def _components(keep: Keep, max_rank: int) -> list[int]:
 
 def checked(layer: nn.Module) -> nn.Linear | nn.Conv2d:
     """``layer`` itself. Raises ``UserError`` for a kind of layer that is not seen as a matrix."""
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
+    if not isinstance(layer, dense_kinds()):
         raise UserError(f"a decomposition factors nn.Linear and nn.Conv2d, not {type(layer).__name__}")
-    return layer
+    return cast(nn.Linear | nn.Conv2d, layer)
 
 
 def without_weights(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
     """A layer of the same settings on the meta device."""
+    if isinstance(layer, transposed()):
+        inputs, outputs = layer.weight.shape
+        with torch.device("meta"):
+            return cast(Any, type(layer))(outputs, inputs).to(layer.weight.dtype)
     if isinstance(layer, nn.Linear):
         bias, dtype = layer.bias is not None, layer.weight.dtype
         return nn.Linear(layer.in_features, layer.out_features, bias, device="meta", dtype=dtype)
