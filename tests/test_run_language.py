@@ -7,6 +7,7 @@ import pytest
 
 from spectrim.data import imdb
 from spectrim.run import run
+from spectrim.train import train
 
 SIZES = {"context": 8, "held_out": 12, "calibration_size": 2, "verification_size": 2, "test_size": 3}
 
@@ -32,3 +33,10 @@ def test_a_language_model_is_run_and_recorded(compose: Any, given: list[str], al
 def test_a_classifier_is_run_and_recorded(compose: Any, given: list[str]) -> None:
     record = run(compose("model=minilm", "data=imdb", "checkpoint=null", *given, "algorithm=lossless_verified"))
     assert record["dense"]["test"]["n"] == 3 and record["dense"]["test"]["accuracy"] is not None
+
+
+def test_a_classifier_is_trained(compose: Any, given: list[str], tmp_path: Path) -> None:
+    given = [one for one in given if not one.startswith("records=")]
+    kept = [f"checkpoint={tmp_path / 'x.safetensors'}", f"unfinished={tmp_path}"]
+    settings = ["recipe.epochs=2", "recipe.batch_size=4", *kept]
+    assert train(compose("model=minilm", "data=imdb", *given, *settings, name="train")).is_file()

@@ -112,8 +112,9 @@ def fit(
 ) -> list[dict]:
     """Train ``model`` in place and return its curve: one dict an epoch (epoch, loss, accuracy, lr, seconds, …).
 
-    ``train``: images held in memory, shuffled and augmented as ``recipe`` says; or any batches (inputs, targets) that
-    have a length, taken as they come. ``penalties`` are added to the loss; the curve holds the mean of each.
+    ``train``: images held in memory, shuffled and augmented as ``recipe`` says; texts, shuffled; or any batches
+    (inputs, targets) that have a length, taken as they come. ``penalties`` are added to the loss; the curve holds the
+    mean of each.
     ``undecayed``: names of parameters without weight decay. What ``after_epoch`` returns is added to the curve.
 
     With ``state``, a safetensors file, everything needed to go on is written there after each epoch, whole or not at
@@ -171,13 +172,15 @@ def _optimizer(model: nn.Module, recipe: Recipe, undecayed: Collection[str]) -> 
 
 def _batches(train: Batches, recipe: Recipe, epoch: int, seed: int) -> tuple[int, Iterable[tuple[Inputs, Any]]]:
     """How many batches an epoch has, and the batches."""
-    if not isinstance(train, ImageSplit):
+    if not isinstance(train, ImageSplit | TextSplit):
         if not isinstance(train, Sized):
             raise UserError("the train set has no length, which the learning rate needs; give a list or a DataLoader")
         return len(train), pairs(train, "train")
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(len(train.labels), generator=generator)
     steps = max(1, len(order) // recipe.batch_size)
+    if isinstance(train, TextSplit):
+        return steps, map(train.at, order.split(recipe.batch_size)[:steps])
     side = recipe.image_size(epoch, train.images.shape[-1])
 
     def drawn(chosen: Tensor) -> tuple[Tensor, Tensor]:

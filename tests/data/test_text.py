@@ -122,6 +122,12 @@ def test_documents_of_a_corpus_are_in_one_split_only(folder: str) -> None:
     assert torch.equal(other.test.tokens.ids, splits.test.tokens.ids)
 
 
+@pytest.mark.parametrize("kind", [IMDB, IMDBCorpus])
+def test_without_verification_there_is_no_batch_of_it(folder: str, kind: Any) -> None:
+    splits = kind(tokenizer=folder, **(FEW | {"verification_size": 0})).load()
+    assert len(splits.verification) == 0 and not list(splits.verification)
+
+
 def test_more_blocks_than_there_are_is_said_in_one_line(folder: str) -> None:
     with pytest.raises(UserError, match="imdb_corpus, verification: 9 blocks of 8 tokens were asked for") as refusal:
         IMDBCorpus(

@@ -51,8 +51,13 @@ class TextSplit:
         return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for ids, mask, labels in zip(*(part.split(self.batch_size) for part in self.tokens), strict=True):
-            yield {"input_ids": ids, "attention_mask": mask}, labels
+        for start in range(0, len(self.labels), self.batch_size):
+            yield self.at(slice(start, start + self.batch_size))
+
+    def at(self, chosen: slice | Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The texts at these places as one batch."""
+        ids, mask, labels = (part[chosen] for part in self.tokens)
+        return {"input_ids": ids, "attention_mask": mask}, labels
 
     def digest(self) -> str:
         """sha256 of what the tokens are made of."""
@@ -96,6 +101,9 @@ def _rules(tokenizer: Any) -> str:
 
 def classified(tokenizer: Any, texts: Sequence[str], labels: Sequence[int], context: int) -> Tokens:
     """Each text by itself, its end cut off beyond ``context`` tokens and padded up to that."""
+    if not texts:
+        nothing = torch.zeros(0, context, dtype=torch.int64)
+        return Tokens(nothing, nothing, torch.zeros(0, dtype=torch.int64))
     encoded = tokenizer(
         list(texts),
         truncation=True,

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from spectrim import pretrained
+from spectrim.errors import UserError
 
 
 def causal_lm(name: str = "smollm2") -> nn.Module:
@@ -30,4 +31,4 @@ def classifier(name: str = "minilm", num_classes: int = 2) -> nn.Module:
     try:
         return pretrained.opened("AutoModelForSequenceClassification", name, **settings).eval()
     except RuntimeError as error:  # of shapes that differ
-        raise pretrained.UserError(f"{name} has a head of other than {num_classes} classes") from error
+        raise UserError(f"{name} has a head of other than {num_classes} classes") from error
