@@ -34,7 +34,7 @@ GRIDS_figure3 := figure3 $(GRIDS_table2)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install reproduce train train-svd smoke test lint format readme bench notebook lock clean
+.PHONY: help install install-language reproduce train train-svd smoke test lint format readme bench notebook lock clean
 .PHONY: $(RESULTS:%=reproduce-%) $(RESULTS:%=table-%)
 
 help:  ## this list
@@ -61,6 +61,9 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
 	@rm -f $(UNFINISHED)
 	@touch $@
+
+install-language: $(STAMP)  ## what language models need, besides: transformers and what that needs
+	@$(PIP) install -q -r requirements-language.lock
 
 reproduce-NAME:  ## run the grids of a table or figure, write results/, compare with the committed records
 	@echo "NAME is one of: $(RESULTS)"
@@ -124,12 +127,15 @@ notebook: $(STAMP)  ## run the notebooks
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
 # torch and torchvision are the pair to pin, without the local name (+cpu) of the build that happens to be here.
-lock:  ## requirements.lock anew: the newest of everything, in a fresh environment
+FREEZE := build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/^\(torch[a-z]*==[0-9.]*\)+.*/\1/'
+lock:  ## both lock files anew: the newest of everything that pyproject.toml admits, in a fresh environment
 	$(firstword $(PYTHON3)) -m venv --clear build/lock
 	build/lock/bin/python -m pip install -q torch==2.13.0 torchvision==0.28.0 -e '.[dev]'
-	@{ sed -n '/^#/p' requirements.lock; build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable \
-	    | sed 's/^\(torch[a-z]*==[0-9.]*\)+.*/\1/'; } > build/requirements.lock
+	@{ sed -n '/^#/p' requirements.lock; $(FREEZE); } > build/requirements.lock
+	build/lock/bin/python -m pip install -q -c build/requirements.lock -e '.[language]'
+	@{ sed -n '/^#/p' requirements-language.lock; $(FREEZE) | grep -vxF -f build/requirements.lock; } > build/language.lock
 	mv build/requirements.lock requirements.lock
+	mv build/language.lock requirements-language.lock
 	rm -rf build/lock
 
 clean:  ## remove build/ (fresh records, unfinished trainings) and caches; .venv and results/ stay

@@ -13,14 +13,16 @@ from hydra.initialize import initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from spectrim import config
+from spectrim import config, pretrained
 from spectrim.layers import FactoredLinear, TuckerConv2d
+from spectrim.losses import IGNORED
 from spectrim.objective import Objective
 from spectrim.training import Recipe
 
 torch.set_num_threads(1)
 
 Batches = list[tuple[Tensor, Tensor]]
+VOCABULARY = 61
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +101,56 @@ def _weight_of(layer: nn.Module, groups: int) -> Tensor:
 def weight_of() -> Callable[[nn.Module, int], Tensor]:
     """``weight_of(layer, groups)``: the dense weight that a factored layer stands for."""
     return _weight_of
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Any]:
+    """``tiny("gpt2")``, ``tiny("llama")``, ``tiny("bert")``: untrained, two layers of width 24."""
+    pytest.importorskip("transformers")
+    transformers = pretrained.library()
+
+    def made(kind: str, **changes: Any) -> nn.Module:
+        sizes = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes |= {"max_position_embeddings": 32, "initializer_range": 0.2}  # wide enough for a loss that is not flat
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        if kind == "gpt2":
+            return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **special, **changes)).eval()
+        sizes["intermediate_size"] = 40
+        if kind == "llama":
+            more = {"num_key_value_heads": 1, "tie_word_embeddings": True} | changes
+            return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **special, **more)).eval()
+        config = transformers.BertConfig(**sizes, **special, num_labels=3, **changes)
+        return transformers.BertForSequenceClassification(config).eval()
+
+    return made
+
+
+@pytest.fixture
+def word_folder(tiny: Any, tmp_path: Path) -> Path:
+    """A folder with a tiny GPT-2 and a tokenizer that takes "w0" to "w49" and a few words more for one token each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "review", "is", *(f"w{n}" for n in range(50))]
+    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = pretrained.library().PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_object=backend, unk_token="[UNK]", pad_token="[PAD]", eos_token="[EOS]")
+    folder = tmp_path / "words"
+    tokenizer.save_pretrained(folder)
+    tiny("gpt2").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def token_batches() -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Two batches for a language model, the second of which has two sequences that are padded on the right."""
+    batches = []
+    for lengths in ([12, 12, 12], [12, 5, 8]):
+        ids = torch.randint(3, VOCABULARY, (3, 12))
+        mask = (torch.arange(12) < torch.tensor(lengths).unsqueeze(1)).long()
+        inputs = {"input_ids": ids * mask, "attention_mask": mask}
+        batches.append((inputs, torch.where(mask.bool(), ids, IGNORED)))
+    return batches
 
 
 Compose = Callable[..., DictConfig]

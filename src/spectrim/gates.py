@@ -5,6 +5,7 @@ Its derivative is the inner product of what flows through the component with the
 lie between the two factors: one backward pass gives all gates of all layers.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, sample_count, to_device
 from spectrim.errors import UserError
 from spectrim.layers import FactoredConv2d, FactoredLinear
+from spectrim.losses import TokenLoss, logits_of
 from spectrim.objective import Objective, are_scores
 
 
@@ -22,7 +24,9 @@ class GateGradients(NamedTuple):
 
     ``given``: of the loss for the given targets, whose mean is the first order. ``drawn``: for targets drawn from the
     model's own prediction, J with ``F = J^T J / N`` the Fisher information (Amari 1998; Kunstner et al., arXiv
-    1905.12558, on why not the given ones); the given ones serve where the outputs are not class scores.
+    1905.12558, on why not the given ones); the given ones serve where the outputs are not class scores. Of a language
+    model a row adds up over the tokens of its sequence, each drawn by itself: what two of them have in common is zero
+    in expectation, so the rows are scaled for ``F`` to be that of the mean over tokens.
     """
 
     given: Tensor
@@ -56,9 +60,10 @@ def gate_gradients(
             _each_once(between, layers)
             given = _rows(objective.finite_loss(outputs, targets, split) * count, between, blocks, count, keep=True)
             drawn = given
-            if are_scores(outputs, targets):
-                sampled = _draw(outputs, generator)
-                drawn = _rows(objective.finite_loss(outputs, sampled, split) * count, between, blocks, count)
+            if isinstance(objective.loss, TokenLoss) or are_scores(outputs, targets):
+                sampled, each = _draw(objective, outputs, targets, generator)
+                loss = objective.finite_loss(outputs, sampled, split) * count * math.sqrt(each)
+                drawn = _rows(loss, between, blocks, count)
             for name in layers:
                 rank = modules[name].rank
                 parts[name].append(GateGradients(*(_of_gates(part[name], rank) for part in (given, drawn))))
@@ -92,10 +97,12 @@ def _each_once(between: dict[str, Tensor], layers: Sequence[str]) -> None:
             raise UserError(f"the model does not call layer {name} on every batch; its gradient cannot be taken")
 
 
-def _draw(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """One class a sample, from the softmax of its scores."""
-    probabilities = outputs.detach().float().softmax(1).cpu()
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(outputs.device)
+def _draw(objective: Objective, outputs: Any, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+    """Targets from the softmax of the model's scores, and how many predictions a sample holds."""
+    if isinstance(objective.loss, TokenLoss):
+        return objective.loss.draw(outputs, targets, generator), objective.loss.count(targets) / len(targets)
+    probabilities = logits_of(outputs).detach().float().softmax(1).cpu()
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(targets.device), 1.0
 
 
 def _rows(

@@ -1,11 +1,38 @@
 """Factored layers: drop-in replacements that compute a linear map as the product of two smaller ones."""
 
 import re
+import sys
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.errors import UserError
+
+
+def transposed() -> tuple[type[nn.Module], ...]:
+    """The classes of Linear layers whose weight is stored as (inputs, outputs): transformers' Conv1D, which GPT-2 uses.
+
+    None where transformers was not imported: then no model can hold one.
+    """
+    module = sys.modules.get("transformers.pytorch_utils")
+    return () if module is None else (module.Conv1D,)
+
+
+def dense_kinds() -> tuple[type[nn.Module], ...]:
+    """The classes of layers that can be factored."""
+    return nn.Linear, nn.Conv2d, *transposed()
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether ``layer`` multiplies by one matrix, in whichever way it stores that."""
+    return isinstance(layer, (nn.Linear, *transposed()))
+
+
+def inputs_of(layer: nn.Module) -> int:
+    """How many inputs, of each group, a layer that can be factored has."""
+    weight = cast(Tensor, layer.weight)
+    return weight.shape[0] if isinstance(layer, transposed()) else weight.shape[1]
 
 
 class BlockLinear(nn.Module):
@@ -44,8 +71,9 @@ class FactoredLinear(nn.Module):
     @classmethod
     def shaped_like(cls, dense: nn.Linear, rank: int, subspaces: int = 1) -> "FactoredLinear":
         """An uninitialised factored layer for ``dense``, on its device and in its precision."""
+        outputs, inputs = reversed(dense.weight.shape) if isinstance(dense, transposed()) else dense.weight.shape
         with torch.device("meta"):  # no random numbers are drawn for weights that will be overwritten
-            layer = cls(dense.in_features, dense.out_features, rank, dense.bias is not None, subspaces)
+            layer = cls(inputs, outputs, rank, dense.bias is not None, subspaces)
         return layer.to(dense.weight.dtype).to_empty(device=dense.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:  # named as in the layer that this one replaces
@@ -130,10 +158,10 @@ def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored:
     base, _, parts = form.partition(" in ")
     subspaces = int(parts) if re.fullmatch(r"[2-9]|[1-9]\d+", parts) else 1
     known = form == subspace_form(base, subspaces)
-    if known and isinstance(dense, nn.Linear | nn.Conv2d) and dense.weight.shape[1] % subspaces:
-        raise UserError(f"the {dense.weight.shape[1]} inputs of a {type(dense).__name__} are not {subspaces} subspaces")
-    if known and isinstance(dense, nn.Linear) and base == "linear":
-        return FactoredLinear.shaped_like(dense, rank, subspaces)
+    if known and isinstance(dense, dense_kinds()) and inputs_of(dense) % subspaces:
+        raise UserError(f"the {inputs_of(dense)} inputs of a {type(dense).__name__} are not {subspaces} subspaces")
+    if known and is_linear(dense) and base == "linear":
+        return FactoredLinear.shaped_like(cast(nn.Linear, dense), rank, subspaces)
     if known and isinstance(dense, nn.Conv2d) and base in ("channel", "spatial"):
         return FactoredConv2d.shaped_like(dense, rank, base, subspaces)
     if isinstance(dense, nn.Conv2d) and (ranks := re.fullmatch(r"tucker ([1-9]\d*)x([1-9]\d*)", form)):

@@ -22,15 +22,21 @@ def input_moments(
 
     float64, on the layer's device. ``forms``: layer to the forms of its factors, which say what one input is: a vector
     of a Linear, a patch of I/g * kh * kw numbers in the channel form of a convolution, a row of I/g * kw in the spatial
-    one. Taken over whole batches until ``samples`` are reached. Raises ``UserError`` for an empty split.
+    one. Taken over whole batches until ``samples`` are reached; positions that ``attention_mask`` among the inputs
+    calls padding are left out. Raises ``UserError`` for an empty split.
     """
     layers = {name: model.get_submodule(name) for name in forms}
     gathered = {name: {form: _Gathered(layers[name], form) for form in own} for name, own in forms.items()}
+    hooks = [one for own in gathered.values() for one in own.values()]
     handles = [layers[name].register_forward_pre_hook(one) for name, own in gathered.items() for one in own.values()]
     device = device_of(model)
     with hooked(handles), evaluating(model), torch.inference_mode():
         for inputs, _ in objective.first(split, samples, "moments"):
-            forward(model, to_device(inputs, device))
+            inputs = to_device(inputs, device)
+            mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+            for one in hooks:
+                one.mask = mask
+            forward(model, inputs)
     return {name: {form: one.mean() for form, one in own.items()} for name, own in gathered.items()}
 
 
@@ -39,6 +45,7 @@ class _Gathered:
 
     def __init__(self, layer: nn.Module, form: str) -> None:
         self.count, self.sum, self.patches = 0, torch.zeros(0), None
+        self.mask: Tensor | None = None
         self.groups = getattr(layer, "groups", 1)
         if isinstance(layer, nn.Conv2d):
             size = layer.weight[0].numel() // (layer.kernel_size[0] if form == "spatial" else 1)
@@ -50,6 +57,8 @@ class _Gathered:
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         x = inputs[0]
         if self.patches is None:
+            if self.mask is not None and self.mask.shape == x.shape[:-1]:
+                x = x[self.mask.bool()]
             x = x.reshape(1, -1, x.shape[-1])
         else:
             x = self.patches(x)

@@ -7,19 +7,24 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, sample_count, to_device
 from spectrim.decomposers.spectrum import content
 from spectrim.errors import UserError, first_line
+from spectrim.losses import TokenLoss, logits_of
 
 Loss = Callable[[Any, Any], Tensor]
 Batches = Iterable[tuple[Inputs, Any]]
 
 
 class Evaluation(NamedTuple):
-    """Mean loss a sample, accuracy in [0, 1] (None where the outputs are not class scores), number of samples."""
+    """Mean loss a sample, accuracy in [0, 1] (None where the outputs are not class scores), number of samples.
+
+    For ``TokenLoss`` the mean is over the tokens to be predicted, and ``n`` is their number: perplexity is exp(loss).
+    """
 
     loss: float
     accuracy: float | None
@@ -28,6 +33,8 @@ class Evaluation(NamedTuple):
 
 class Objective:
     """A loss, ``loss(model_output, targets)`` with the mean over its batch, on named splits.
+
+    ``F.cross_entropy`` is given the logits of an output that holds them by name, as those of transformers do.
 
     A split is anything that can be iterated again and again as batches (inputs, targets). Selectors are handed an
     objective that holds ``calibration`` and, where they may use it, ``train``; never the test split.
@@ -66,19 +73,19 @@ class Objective:
         with evaluating(model), torch.inference_mode():
             for inputs, targets in self.batches(split):
                 outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
-                count = sample_count(targets)
+                count = self.weight(targets)
                 total += self.finite_loss(outputs, targets, split).item() * count
                 seen += count
-                self.read[split] += count
+                self.read[split] += sample_count(targets)
                 if are_scores(outputs, targets):
-                    correct += int((outputs.argmax(1) == targets).sum())
+                    correct += int((logits_of(outputs).argmax(1) == targets).sum())
                 else:
                     scored = False
         self.require(seen, split)
         return Evaluation(total / seen, correct / seen if scored else None, seen)
 
     def loss_within(self, model: nn.Module, split: str, limit: float, n: int) -> float | None:
-        """The mean loss over the ``n`` samples of ``split``, or None as soon as it is certain to exceed ``limit``.
+        """The mean loss over ``split``, of ``n`` as ``evaluate`` counts, or None once certain to exceed ``limit``.
 
         A partial sum above ``limit * n`` decides where losses are not negative; with a negative limit all are summed.
         """
@@ -87,7 +94,7 @@ class Objective:
             for inputs, targets in self.batches(split):
                 targets = to_device(targets, device)
                 loss = _loss(self.loss, forward(model, to_device(inputs, device)), targets)
-                total += loss.item() * sample_count(targets)
+                total += loss.item() * self.weight(targets)
                 self.read[split] += sample_count(targets)
                 if limit >= 0 and not total <= limit * n:  # also where the loss is not a number
                     return None
@@ -136,16 +143,20 @@ class Objective:
                 for inputs, targets in self.batches(split):
                     targets = to_device(targets, device)
                     loss = self.finite_loss(forward(model, to_device(inputs, device)), targets, split)
-                    count = sample_count(targets)
+                    count = self.weight(targets)
                     for name, gradient in _by_weight(loss, weights).items():
                         sums[name].add_(gradient, alpha=count)
                     seen += count
-                    self.read[split] += count
+                    self.read[split] += sample_count(targets)
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)
         self.require(seen, split)
         return {name: total.div_(seen) for name, total in sums.items()}
+
+    def weight(self, targets: Any) -> int:
+        """What the mean loss of a batch counts for in that of a split: its samples, or its tokens to be predicted."""
+        return self.loss.count(targets) if isinstance(self.loss, TokenLoss) else sample_count(targets)
 
     def finite_loss(self, outputs: Any, targets: Any, split: str) -> Tensor:
         """The mean loss of one batch. Raises ``UserError`` where it fails on these targets or is not finite."""
@@ -206,11 +217,12 @@ def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
 
 
 def are_scores(outputs: Any, targets: Any) -> bool:
-    """Whether the outputs are one row of class scores a target."""
+    """Whether the outputs are, or hold, one row of class scores a target."""
+    scores = logits_of(outputs)
     return (
-        isinstance(outputs, Tensor)
+        isinstance(scores, Tensor)
         and isinstance(targets, Tensor)
-        and outputs.ndim == 2
+        and scores.ndim == 2
         and targets.ndim == 1
         and not targets.is_floating_point()
     )
@@ -218,14 +230,15 @@ def are_scores(outputs: Any, targets: Any) -> bool:
 
 def _loss(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     """The loss, or one line on why these targets do not fit these outputs."""
-    if are_scores(outputs, targets):
-        classes = outputs.shape[1]
-        if len(outputs) != len(targets):
-            raise UserError(f"the model gave {len(outputs)} rows of logits for {len(targets)} targets")
+    scores = logits_of(outputs)
+    if are_scores(scores, targets):
+        rows, classes = scores.shape
+        if rows != len(targets):
+            raise UserError(f"the model gave {rows} rows of logits for {len(targets)} targets")
         if targets.numel() and int(targets.max()) >= classes:
             raise UserError(f"target {int(targets.max())} does not fit a model with {classes} classes")
     try:
-        value = loss(outputs, targets)
+        value = loss(scores if loss is F.cross_entropy else outputs, targets)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise UserError(f"the loss failed on these outputs and targets: {first_line(error)}") from error
     if not isinstance(value, Tensor) or value.ndim:

@@ -22,6 +22,7 @@ PACKAGES = (
     "hydra-core",
     "omegaconf",
     "safetensors",
+    "transformers",
     "pandas",
     "matplotlib",
 )

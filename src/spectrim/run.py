@@ -14,7 +14,6 @@ from typing import Any
 import hydra
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from torch import nn
@@ -109,6 +108,7 @@ class Subject:
     objective: Objective
     test: Objective
     data_digest: str
+    description: str
     dense: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def outcome(self, compressed: Compressed) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class Subject:
             "plan": compressed.plan.as_dict(),
             "layers": json.loads(compressed.report.to_json(orient="records", double_precision=15)),
             "log": compressed.log,
-            "notes": compressed.notes,
+            "notes": [self.description, *compressed.notes] if self.description else compressed.notes,
         }
 
 
@@ -146,12 +146,12 @@ def _same(first: nn.Module, second: nn.Module) -> bool:
 def _subject(model_json: str, seed: int, weights: Weights, data_json: str) -> Subject:
     splits = config.build(json.loads(data_json), "load").load()
     model, dense_on_test = _model(model_json, seed, weights)
-    seen = Objective(F.cross_entropy, {name: getattr(splits, name) for name in SEEN})
-    test = Objective(F.cross_entropy, {"test": splits.test})
+    seen = Objective(splits.loss, {name: getattr(splits, name) for name in SEEN})
+    test = Objective(splits.loss, {"test": splits.test})
     key = splits.test.digest()
     if key not in dense_on_test:
         dense_on_test[key] = test.evaluate(model, "test")._asdict()
-    return Subject(model, seen, test, splits.digest, {"test": dense_on_test[key]})
+    return Subject(model, seen, test, splits.digest, splits.description, {"test": dense_on_test[key]})
 
 
 @lru_cache(maxsize=1)

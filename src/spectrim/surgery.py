@@ -19,32 +19,33 @@ from torch.overrides import TorchFunctionMode
 from spectrim.batches import Inputs, device_of, evaluating, first_sample, forward, to_device
 from spectrim.decomposers.spectrum import Spectrum
 from spectrim.errors import UserError
-from spectrim.layers import shaped_like
+from spectrim.layers import dense_kinds, shaped_like
 from spectrim.plan import RankPlan
 
 FORMAT = "spectrim-1"
 
 
 def factorable(model: nn.Module, example: Inputs) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The Linear and Conv2d layers that can be replaced, in the model's order, and why each other one stays dense.
+    """The layers (``layers.dense_kinds``) that can be replaced, in the model's order, and why each other one is not.
 
     A layer stays dense where it or its weight is shared, where its class has a ``forward`` of its own, where the model
     does not call it on ``example`` (one batch of inputs), or where the model reads its weight without calling it, as
     attention does with its output projection. Raises ``UserError`` where the whole model is one such layer: it has no
     parent in which it could be replaced.
     """
-    if isinstance(model, nn.Linear | nn.Conv2d):
+    kinds = dense_kinds()
+    if isinstance(model, kinds):
         raise UserError(f"the model is a single {type(model).__name__}; pass torch.nn.Sequential(model) instead")
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     layers: dict[str, nn.Module] = {}
     left: dict[str, str] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Conv2d):
+        if not isinstance(module, kinds):
             continue
         if places[module] > 1 or owners[id(module.weight)] > 1:
             left[name] = "its weight is shared with another layer"
-        elif type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+        elif type(module).forward not in [kind.forward for kind in kinds]:
             left[name] = f"{type(module).__name__} has a forward of its own"
         elif torch.nn.utils.parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
             left[name] = "its weight is computed from other parameters"
@@ -88,18 +89,18 @@ class _Watch(TorchFunctionMode):
         with ExitStack() as stack:
             stack.callback(setattr, nn.Module, "__getattr__", look_up)
             nn.Module.__getattr__ = looked_up  # type: ignore[method-assign]
-            for kind in (nn.Linear, nn.Conv2d):
+            for kind in dense_kinds():
                 stack.callback(setattr, kind, "forward", kind.forward)
-                kind.forward = self._noting_calls(kind.forward)  # type: ignore[method-assign,assignment]
+                kind.forward = self._noting_calls(kind.forward)
             yield
 
-    def _noting_calls(self, forward_of: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-        def called(module: Any, input: Tensor) -> Tensor:  # torch's own name for it: a caller may use the keyword
+    def _noting_calls(self, forward_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def called(module: Any, *given: Tensor, **named: Tensor) -> Tensor:
             name = self.name_of.get(id(module))
             self.called |= {name} if name else set()
             self.running.append(name)
             try:
-                return forward_of(module, input)
+                return forward_of(module, *given, **named)
             finally:
                 self.running.pop()
 

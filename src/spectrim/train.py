@@ -6,12 +6,12 @@ from typing import Any
 
 import hydra
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import nn
 
 from spectrim import config, records, surgery
 from spectrim.data.images import ImageSplit, Splits
+from spectrim.data.text import TextSplit, TextSplits
 from spectrim.errors import UserError
 from spectrim.objective import Objective
 from spectrim.plan import RankPlan
@@ -35,8 +35,8 @@ def train(cfg: DictConfig) -> Path:
     if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
         raise UserError(f"threads={cfg.threads!r} is not a whole number of at least 1, or null")
     recipe: Recipe = config.build(settings["recipe"], "learning_rate")
-    splits: Splits = config.build(settings["data"], "load").load()
-    if not isinstance(splits.train, ImageSplit):
+    splits: Splits | TextSplits = config.build(settings["data"], "load").load()
+    if not isinstance(splits.train, ImageSplit | TextSplit):
         raise UserError(f"training needs images held in memory; {cfg.names.data} is read from a folder")
     torch.manual_seed(cfg.seed)
     model = config.build(settings["model"], "forward")
@@ -44,7 +44,7 @@ def train(cfg: DictConfig) -> Path:
         torch.set_num_threads(cfg.threads)
     state = unfinished / f"{path.stem}.state.safetensors"
     try:
-        curve = fit(model, splits.train, recipe, seed=cfg.seed, state=state)
+        curve = fit(model, splits.train, recipe, seed=cfg.seed, loss=splits.loss, state=state)
     except FloatingPointError as error:
         raise UserError(f"{error}; the last good state is {state}") from error
     record = _record(cfg, settings, model, splits, curve)
@@ -52,15 +52,17 @@ def train(cfg: DictConfig) -> Path:
     records.write_whole({path.with_suffix(".json"): (json.dumps(record, indent=1) + "\n").encode()})
     surgery.save(path, model, RankPlan(), {"model": cfg.names.model, "data": cfg.names.data}, dtype)
     state.unlink(missing_ok=True)
-    print(f"{path}: test top-1 {100 * record['test']['accuracy']:.2f} %, loss {record['test']['loss']:.4f}")
+    accuracy = record["test"]["accuracy"]
+    print(f"{path}: test top-1 {100 * accuracy:.2f} %, " if accuracy is not None else f"{path}: test ", end="")
+    print(f"loss {record['test']['loss']:.4f}")
     return path
 
 
 def _record(
-    cfg: DictConfig, settings: dict[str, Any], model: nn.Module, splits: Splits, curve: list[dict]
+    cfg: DictConfig, settings: dict[str, Any], model: nn.Module, splits: Splits | TextSplits, curve: list[dict]
 ) -> dict[str, Any]:
     """What lies beside the checkpoint: how the net was trained, how that went, and what it reached."""
-    judge = Objective(F.cross_entropy, {"calibration": splits.calibration, "test": splits.test})
+    judge = Objective(splits.loss, {"calibration": splits.calibration, "test": splits.test})
     return {
         "config": {**settings, "seed": cfg.seed},
         "names": config.plain(cfg.names),

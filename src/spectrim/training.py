@@ -15,7 +15,9 @@ from tqdm import tqdm
 from spectrim import training_state
 from spectrim.batches import Inputs, device_of, forward, sample_count, to_device
 from spectrim.data.images import ImageSplit
+from spectrim.data.text import TextSplit
 from spectrim.errors import UserError
+from spectrim.losses import logits_of
 from spectrim.objective import Batches, Loss, are_scores, pairs
 from spectrim.settings import settings
 
@@ -110,8 +112,9 @@ def fit(
 ) -> list[dict]:
     """Train ``model`` in place and return its curve: one dict an epoch (epoch, loss, accuracy, lr, seconds, …).
 
-    ``train``: images held in memory, shuffled and augmented as ``recipe`` says; or any batches (inputs, targets) that
-    have a length, taken as they come. ``penalties`` are added to the loss; the curve holds the mean of each.
+    ``train``: images held in memory, shuffled and augmented as ``recipe`` says; texts, shuffled; or any batches
+    (inputs, targets) that have a length, taken as they come. ``penalties`` are added to the loss; the curve holds the
+    mean of each.
     ``undecayed``: names of parameters without weight decay. What ``after_epoch`` returns is added to the curve.
 
     With ``state``, a safetensors file, everything needed to go on is written there after each epoch, whole or not at
@@ -126,9 +129,9 @@ def fit(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = _optimizer(model, recipe, undecayed)
     if loss is F.cross_entropy:
-        loss = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+        loss = partial(_smoothed, label_smoothing=recipe.label_smoothing)
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-    data = train.digest() if isinstance(train, ImageSplit) and state else None
+    data = train.digest() if isinstance(train, ImageSplit | TextSplit) and state else None
     run = training_state.fingerprint(recipe, seed, {**(identity or {}), "shapes": shapes, "data": data})
     curve = training_state.resume(state, model, optimizer, run) if state else []
     left = range(len(curve), recipe.epochs)
@@ -157,6 +160,10 @@ def _seed_of(seed: int, epoch: int) -> int:
     return seed * 100_003 + epoch
 
 
+def _smoothed(outputs: Any, targets: Tensor, label_smoothing: float) -> Tensor:
+    return F.cross_entropy(logits_of(outputs).float(), targets, label_smoothing=label_smoothing)
+
+
 def _optimizer(model: nn.Module, recipe: Recipe, undecayed: Collection[str]) -> torch.optim.SGD:
     decayed = [parameter for name, parameter in model.named_parameters() if name not in undecayed]
     spared = [parameter for name, parameter in model.named_parameters() if name in undecayed]
@@ -172,13 +179,15 @@ def _optimizer(model: nn.Module, recipe: Recipe, undecayed: Collection[str]) -> 
 
 def _batches(train: Batches, recipe: Recipe, epoch: int, seed: int) -> tuple[int, Iterable[tuple[Inputs, Any]]]:
     """How many batches an epoch has, and the batches."""
-    if not isinstance(train, ImageSplit):
+    if not isinstance(train, ImageSplit | TextSplit):
         if not isinstance(train, Sized):
             raise UserError("the train set has no length, which the learning rate needs; give a list or a DataLoader")
         return len(train), pairs(train, "train")
     generator = torch.Generator().manual_seed(_seed_of(seed, epoch))
     order = torch.randperm(len(train.labels), generator=generator)
     steps = max(1, len(order) // recipe.batch_size)
+    if isinstance(train, TextSplit):
+        return steps, map(train.at, order.split(recipe.batch_size)[:steps])
     side = recipe.image_size(epoch, train.images.shape[-1])
 
     def drawn(chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,7 +230,7 @@ def _epoch(
         for name, term in terms.items():
             sums[name] = sums.get(name, 0.0) + term.item() * count
         scored = scored and are_scores(outputs, targets)
-        correct += (outputs.argmax(1) == targets).sum().item() if scored else 0
+        correct += (logits_of(outputs).argmax(1) == targets).sum().item() if scored else 0
         seen += count
     if not seen:
         raise UserError("the train set is empty; give at least one batch of (inputs, targets)")

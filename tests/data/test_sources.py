@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
+from spectrim import cache as cache_module
 from spectrim.data import sources
 from spectrim.data.sources import Arrays, Route, Source, load
 from spectrim.download import Package, Url
@@ -175,16 +177,16 @@ def test_two_at_once_fetch_once(source: Source, cache: Path, monkeypatch: pytest
 
 def test_a_lock_held_for_too_long(source: Source, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.mkdir()
-    monkeypatch.setattr(sources, "LOCK_SECONDS", 0.1)
-    with sources.FileLock(cache / ".tiny.lock"), pytest.raises(UserError, match="another process has been fetching"):
+    monkeypatch.setattr(cache_module, "LOCK_SECONDS", 0.1)
+    with FileLock(cache / ".tiny.lock"), pytest.raises(UserError, match="another process has been fetching"):
         load(source)
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECTRIM_DATA", "~/sets")
-    assert sources.cache_folder() == Path.home() / "sets"
+    assert cache_module.cache_folder() == Path.home() / "sets"
     monkeypatch.delenv("SPECTRIM_DATA")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/me")
-    assert sources.cache_folder() == Path("/var/cache/me/spectrim")
+    assert cache_module.cache_folder() == Path("/var/cache/me/spectrim")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert sources.cache_folder() == Path.home() / ".cache" / "spectrim"
+    assert cache_module.cache_folder() == Path.home() / ".cache" / "spectrim"

@@ -26,6 +26,7 @@ from spectrim.decomposers.spectrum import (
     value_at,
 )
 from spectrim.errors import UserError
+from spectrim.layers import dense_kinds
 from spectrim.moments import input_moments
 from spectrim.objective import Objective
 from spectrim.plan import RankPlan
@@ -130,7 +131,7 @@ class Workbench:
             if split not in self._curves:  # the gradients may come in blocks, which nobody remembers
                 self._curves[split] = self.first_order(split, self.model)
             return dict(self._curves[split])
-        dense = [name for name in self.spectra if isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d)]
+        dense = [name for name in self.spectra if isinstance(model.get_submodule(name), dense_kinds())]
         gradients = self.objective.each_gradient(model, dense, split)
         return {name: self.spectra[name].first_order(gradient) for name, gradient in gradients}
 

@@ -1,11 +1,12 @@
 """Image sets held in memory, and the splits of a data set."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from spectrim.errors import UserError
@@ -87,7 +88,8 @@ class ImageSplit:
 class Splits:
     """The four splits of one data set.
 
-    A selector never sees ``test``. ``verification`` may be empty. ``digest`` names the content of all four.
+    A selector never sees ``test``. ``verification`` may be empty. ``digest`` names the content of all four. ``loss`` is
+    what their labels are meant for, ``description`` what else there is to say of them.
     """
 
     name: str
@@ -99,3 +101,5 @@ class Splits:
     in_channels: int
     image_size: int
     digest: str = field(default="")
+    description: str = ""
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy

@@ -9,21 +9,19 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from spectrim.download import NO_ROOM, Package, Unavailable, Url, sha256_of
+from spectrim.cache import cache_folder, placed, writing
+from spectrim.download import Package, Unavailable, Url
 from spectrim.errors import UserError
 
 LOG = logging.getLogger(__name__)
-LOCK_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +67,6 @@ class Source:
     sha256: str
 
 
-def cache_folder() -> Path:
-    """``$SPECTRIM_DATA`` if set, else ``spectrim`` in the user's cache folder."""
-    own = os.environ.get("SPECTRIM_DATA")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spectrim"
-
-
 def load(source: Source) -> Arrays:
     """The arrays of ``source``: from the cache, or fetched into it, written whole or not at all.
 
@@ -86,7 +76,7 @@ def load(source: Source) -> Arrays:
     folder = cache_folder()
     kept = folder / f"{source.name}.safetensors"
     if not kept.exists():
-        with _disk(folder, source.name), _only_one(folder, source.name):
+        with writing(folder, source.name):
             if not kept.exists():  # another process may have fetched it while this one waited
                 _fetch_into(kept, source)
     return _read(kept, source)
@@ -126,7 +116,7 @@ def _first_that_works(source: Source, partial: Path, by_hand: Path) -> Arrays:
     failures = []
     for route in source.routes:
         try:
-            paths = [_placed(file, by_hand) or file.fetch(partial) for file in route.files]
+            paths = [placed(file, by_hand) or file.fetch(partial) for file in route.files]
         except Unavailable as failure:
             LOG.warning("%s: %s", source.name, failure)
             failures.append(str(failure))
@@ -137,35 +127,3 @@ def _first_that_works(source: Source, partial: Path, by_hand: Path) -> Arrays:
         f"{source.name} could not be fetched: {'; '.join(failures)}. "
         f"By hand: put into {by_hand} {choices}; then run again"
     )
-
-
-def _placed(file: Url | Package, by_hand: Path) -> Path | None:
-    """The file that a person has put into the folder ``by_hand``, if there is one."""
-    path = by_hand / file.file
-    if not path.exists():
-        return None
-    if sha256_of(path) != file.sha256:
-        raise Unavailable(f"{path} is truncated or another file than expected (its sha256 differs): replace it")
-    return path
-
-
-@contextmanager
-def _disk(folder: Path, name: str) -> Iterator[None]:
-    """Turn what the disk refuses into one clear line."""
-    try:
-        yield
-    except OSError as error:
-        reason = f"{name} cannot be kept in {folder} ({error.strerror or error}): make it writable"
-        if error.errno in NO_ROOM:
-            reason = f"no room on the disk for {name} in {folder}, so nothing was kept: free some"
-        raise UserError(f"{reason}, or set SPECTRIM_DATA to another folder") from None
-
-
-@contextmanager
-def _only_one(folder: Path, name: str) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / f".{name}.lock", timeout=LOCK_SECONDS):
-            yield
-    except Timeout:
-        raise UserError(f"another process has been fetching {name} into {folder} for an hour; end it first") from None

@@ -9,7 +9,7 @@ and the verification images are drawn from one pool without replacement, by a ge
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,8 +22,8 @@ POOLS = ("held_out", "train", "test")
 
 
 @dataclass(frozen=True)
-class ImageData(ABC):
-    """A labelled image set and the settings of its splits.
+class Pools:
+    """The settings of the splits of a data set.
 
     ``held_out``: number of training images that are kept from training. ``calibration_size``: number of images that a
     selector takes its gradients from; ``verification_size``: of others, that it measures losses on.
@@ -38,6 +38,8 @@ class ImageData(ABC):
     batch_size: int = 100
     calibration_from: str = "held_out"
 
+    noun: ClassVar[str] = "images"
+
     def check(self) -> None:
         """Raise ``UserError`` where a setting is out of range; each data set calls it when it is made."""
         if self.calibration_from not in POOLS:
@@ -50,6 +52,11 @@ class ImageData(ABC):
             raise UserError(f"calibration_seed must lie in 0..{2**32 - 1}, got {self.calibration_seed}")
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class ImageData(Pools, ABC):
+    """A labelled image set and the settings of its splits."""
 
     @abstractmethod
     def load(self) -> Splits:
@@ -66,11 +73,11 @@ class Drawn:
     drawn_from: Literal["training set", "test set"]
 
 
-def draw(data: ImageData, train_count: int, test_count: int) -> Drawn:
+def draw(data: Pools, train_count: int, test_count: int) -> Drawn:
     """The indices of the splits that are drawn. Raises ``UserError`` where a pool is too small."""
     if not 0 <= data.held_out < train_count:
         raise UserError(
-            f"held_out must lie in 0..{train_count - 1}: some training images must be left; got {data.held_out}"
+            f"held_out must lie in 0..{train_count - 1}: some training {data.noun} must be left; got {data.held_out}"
         )
     order = torch.randperm(train_count, generator=torch.Generator().manual_seed(0))
     held_out, train = order[: data.held_out].sort().values, order[data.held_out :].sort().values
@@ -79,7 +86,7 @@ def draw(data: ImageData, train_count: int, test_count: int) -> Drawn:
     if wanted > len(pool):
         extra = f" with verification_size {data.verification_size}" if data.verification_size else ""
         raise UserError(
-            f"calibration_size {data.calibration_size}{extra} is more than the {len(pool)} images of "
+            f"calibration_size {data.calibration_size}{extra} is more than the {len(pool)} {data.noun} of "
             f"{data.calibration_from}"
         )
     shuffled = torch.randperm(len(pool), generator=torch.Generator().manual_seed(data.calibration_seed))

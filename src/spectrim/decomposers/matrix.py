@@ -1,6 +1,6 @@
 """A Linear or Conv2d weight as matrices, and the spectrum of such a weight."""
 
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spectrim import linalg
 from spectrim.decomposers.spectrum import Keep, Spectrum
 from spectrim.errors import UserError
-from spectrim.layers import Factored, shaped_like, subspace_form
+from spectrim.layers import Factored, dense_kinds, is_linear, shaped_like, subspace_form, transposed
 
 View = Literal["channel", "spatial"]
 
@@ -77,7 +77,7 @@ class MatrixSpectrum(Spectrum):
 
 def form_of(layer: nn.Module, view: View) -> str:
     """The form of the factors of ``layer``: a Linear has only one, a convolution that of the view."""
-    return "linear" if isinstance(layer, nn.Linear) else view
+    return "linear" if is_linear(layer) else view
 
 
 def to_matrix(weight: Tensor, layer: nn.Linear | nn.Conv2d, view: View, subspaces: int = 1) -> Tensor:
@@ -85,16 +85,20 @@ def to_matrix(weight: Tensor, layer: nn.Linear | nn.Conv2d, view: View, subspace
 
     With ``subspaces`` g counts each of them: the matrix of a group, cut into that many along its input channels.
     """
+    if isinstance(layer, transposed()):
+        weight = weight.t()
     groups, (outputs, inputs, *kernel) = getattr(layer, "groups", 1), weight.shape
     split = weight.reshape(groups, outputs // groups, subspaces, inputs // subspaces, *kernel)
     blocks = split.transpose(1, 2).flatten(0, 1)
-    if isinstance(layer, nn.Linear) or view == "channel":
+    if is_linear(layer) or view == "channel":
         return blocks.flatten(2)
     return blocks.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
 
 
 def from_matrix(W_OI: Tensor, layer: nn.Linear | nn.Conv2d, view: View) -> Tensor:
     """The inverse of ``to_matrix``: matrices (g, O, I) as a weight of ``layer``."""
+    if isinstance(layer, transposed()):
+        return W_OI.squeeze(0).t()
     if isinstance(layer, nn.Linear):
         return W_OI.squeeze(0)
     shape = outputs, inputs, kh, kw = layer.weight.shape
@@ -126,13 +130,17 @@ def _components(keep: Keep, max_rank: int) -> list[int]:
 
 def checked(layer: nn.Module) -> nn.Linear | nn.Conv2d:
     """``layer`` itself. Raises ``UserError`` for a kind of layer that is not seen as a matrix."""
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
+    if not isinstance(layer, dense_kinds()):
         raise UserError(f"a decomposition factors nn.Linear and nn.Conv2d, not {type(layer).__name__}")
-    return layer
+    return cast(nn.Linear | nn.Conv2d, layer)
 
 
 def without_weights(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
     """A layer of the same settings on the meta device."""
+    if isinstance(layer, transposed()):
+        inputs, outputs = layer.weight.shape
+        with torch.device("meta"):
+            return cast(Any, type(layer))(outputs, inputs).to(layer.weight.dtype)
     if isinstance(layer, nn.Linear):
         bias, dtype = layer.bias is not None, layer.weight.dtype
         return nn.Linear(layer.in_features, layer.out_features, bias, device="meta", dtype=dtype)

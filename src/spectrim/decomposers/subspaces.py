@@ -10,6 +10,7 @@ from spectrim import linalg
 from spectrim.decomposers.matrix import MatrixSpectrum, View, checked, to_matrix
 from spectrim.decomposers.spectrum import NO_MOMENTS, Moments
 from spectrim.errors import UserError
+from spectrim.layers import inputs_of
 from spectrim.settings import settings
 
 
@@ -38,6 +39,6 @@ class SubspaceSVD:
     def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> MatrixSpectrum:
         """Decompose ``layer``; no moment is looked at. Raises ``UserError`` for a weight with NaN or infinity."""
         layer = checked(layer)
-        parts = gcd(self.subspaces, layer.weight.shape[1])
+        parts = gcd(self.subspaces, inputs_of(layer))
         matrices = to_matrix(layer.weight.detach(), layer, self.view, parts).to(getattr(torch, self.precision))
         return MatrixSpectrum(layer, self.view, linalg.svd(matrices), parts)

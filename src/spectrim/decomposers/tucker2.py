@@ -37,7 +37,7 @@ class Tucker2:
     def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> Spectrum:
         """Decompose ``layer``; no moment is looked at. Raises ``UserError`` for a weight with NaN or infinity."""
         layer = checked(layer)
-        if isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1):
+        if not isinstance(layer, nn.Conv2d) or layer.kernel_size == (1, 1):
             return SVD("channel", self.precision).spectrum(layer)
         weight = layer.weight.detach().to(getattr(torch, self.precision))
         linalg.require_finite(weight)

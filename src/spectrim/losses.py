@@ -1,0 +1,46 @@
+"""What a model's output says, and the loss of a language model: the one definition of perplexity is its exponential."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100  # the label of a token that is not to be predicted, as transformers and torch have it
+
+
+def logits_of(outputs: Any) -> Any:
+    """The logits of an output that holds them by name, as those of transformers do; any other output itself."""
+    return outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """Mean cross-entropy, in nats, of each token given those before it, over the tokens to be predicted.
+
+    ``targets``: the token ids themselves, int64 of shape (N, T), ``IGNORED`` where there is padding (on the right).
+    The shift by one position is made here, so that the first token of a sequence is never predicted. Outputs are logits
+    (N, T, V), or hold them. Perplexity is ``exp`` of this mean over all tokens of a split, which ``Objective`` takes by
+    weighing each batch by its ``count``, of whatever length its sequences are.
+    """
+
+    def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
+        logits = logits_of(outputs)[:, :-1].flatten(0, 1).float()
+        return F.cross_entropy(logits, targets[:, 1:].flatten(), ignore_index=IGNORED)
+
+    def count(self, targets: Tensor) -> int:
+        """Number of tokens to be predicted."""
+        return int((targets[:, 1:] != IGNORED).sum())
+
+    def draw(self, outputs: Any, targets: Tensor, generator: torch.Generator) -> Tensor:
+        """``targets`` with every token to be predicted drawn from the model's own prediction of it."""
+        probabilities = logits_of(outputs)[:, :-1].detach().float().softmax(-1).flatten(0, 1).cpu()
+        tokens = torch.multinomial(probabilities, 1, generator=generator).view_as(targets[:, 1:]).to(targets.device)
+        drawn = targets.clone()
+        drawn[:, 1:] = torch.where(targets[:, 1:] == IGNORED, IGNORED, tokens)
+        return drawn
+
+
+token_loss = TokenLoss()

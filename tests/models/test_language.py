@@ -1,0 +1,91 @@
+"""Models of transformers by name: a folder here, where a person with internet may give a name of the hub."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import spectrim
+from spectrim import language, pretrained, surgery
+from spectrim.errors import UserError
+from spectrim.losses import token_loss
+from spectrim.models.language import causal_lm, classifier
+from spectrim.objective import Objective
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_folder_is_opened(tiny: Any, tmp_path: Path, kind: str) -> None:
+    model = tiny(kind)
+    model.save_pretrained(tmp_path)
+    opened = causal_lm(str(tmp_path))
+    assert not opened.training
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in opened.state_dict().items())
+
+
+def test_a_classifier_gets_a_head_where_there_is_none(tiny: Any, tmp_path: Path, capsys: Any) -> None:
+    tiny("bert").bert.save_pretrained(tmp_path)
+    opened = classifier(str(tmp_path), num_classes=5)
+    assert opened(input_ids=torch.ones(2, 3, dtype=torch.long)).logits.shape == (2, 5)
+    captured = capsys.readouterr()
+    assert "newly initialized" not in captured.out + captured.err
+
+
+def test_a_head_of_other_classes_is_refused(tiny: Any, tmp_path: Path) -> None:
+    tiny("bert").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has a head of other than 5 classes"):
+        classifier(str(tmp_path), num_classes=5)
+
+
+def test_what_is_not_there_is_said_in_one_line(tiny: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be opened by transformers' AutoModelForCausalLM") as refusal:
+        causal_lm(str(tmp_path / "nothing"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_missing_extra_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"need the extra packages .*pip install 'spectrim\[language\]'") as refusal:
+        causal_lm("smollm2")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_compressed_model_is_saved_and_writes_the_same_text(
+    tiny: Any, token_batches: Any, word_folder: Any, tmp_path: Path, kind: str
+) -> None:
+    objective = Objective(token_loss, {"calibration": token_batches})
+    result = spectrim.Truncation(rank=4).compress(tiny(kind), spectrim.SVD(), objective)
+    tokenizer = pretrained.tokenizer(str(word_folder))
+    language.save(tmp_path / "small", result.model, result.plan, tokenizer)
+    assert not [path for path in (tmp_path / "small").iterdir() if path.suffix not in (".json", ".safetensors")]
+    loaded, its_tokenizer = language.load(tmp_path / "small")
+    prompt = its_tokenizer("w3 w4 w5", return_tensors="pt")
+    written = [model.generate(**prompt, max_new_tokens=8, do_sample=False) for model in (result.model, loaded)]
+    assert torch.equal(*written) and written[0].shape[1] > 3
+    assert its_tokenizer.decode(written[0][0]) == tokenizer.decode(written[1][0])
+    assert surgery.read_metadata(tmp_path / "small" / language.WEIGHTS)["plan"] == result.plan.to_json()
+    assert language.perplexity(loaded, token_batches) == language.perplexity(result.model, token_batches)
+
+
+def test_transformers_own_loader_does_not_take_the_folder_for_a_dense_model(
+    tiny: Any, token_batches: Any, tmp_path: Path
+) -> None:
+    objective = Objective(token_loss, {"calibration": token_batches})
+    result = spectrim.Truncation(rank=4).compress(tiny("gpt2"), spectrim.SVD(), objective)
+    language.save(tmp_path, result.model, result.plan)
+    with pytest.raises(UserError, match="cannot be opened"):
+        causal_lm(str(tmp_path))
+    assert language.load(tmp_path)[1] is None
+
+
+def test_a_folder_that_names_something_else_is_refused(tiny: Any, tmp_path: Path) -> None:
+    model = tiny("gpt2")
+    surgery.save(tmp_path / language.WEIGHTS, model, spectrim.RankPlan(), {"class": "AutoModel"})
+    with pytest.raises(UserError, match="names 'AutoModel', which is no model of transformers"):
+        language.load(tmp_path)
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        language.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="a Linear is no model of transformers"):
+        language.save(tmp_path, torch.nn.Linear(2, 2), spectrim.RankPlan())

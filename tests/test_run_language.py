@@ -1,0 +1,42 @@
+"""A language model through the command line's own path: on a corpus, and as a classifier."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectrim.data import imdb
+from spectrim.run import run
+from spectrim.train import train
+
+SIZES = {"context": 8, "held_out": 12, "calibration_size": 2, "verification_size": 2, "test_size": 3}
+
+
+@pytest.fixture
+def given(word_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides for a run of seconds on a tiny GPT-2 and forty reviews."""
+    reviews = imdb.divided({f"review w{n} is w{n % 7}": n % 2 for n in range(40)}, 15)
+    monkeypatch.setattr(imdb, "reviews", lambda: reviews)
+    sizes = [f"data.{key}={value}" for key, value in SIZES.items()]
+    return [f"model.name={word_folder}", f"records={tmp_path / 'records'}", *sizes]
+
+
+@pytest.mark.parametrize("algorithm", ["truncation algorithm.ratio=0.5", "lossless algorithm.gamma=null", "joint"])
+def test_a_language_model_is_run_and_recorded(compose: Any, given: list[str], algorithm: str) -> None:
+    record = run(compose("model=smollm2", "data=imdb_corpus", *given, *f"algorithm={algorithm}".split()))
+    assert record["dense"]["test"]["n"] == 3 * 7 and record["dense"]["test"]["accuracy"] is None
+    assert record["notes"][0].startswith("imdb_corpus in blocks of 8 tokens")
+    assert "lm_head: left dense: its weight is shared with another layer" in record["notes"]
+    assert record["compressed"]["params"] < record["dense"]["params"]
+
+
+def test_a_classifier_is_run_and_recorded(compose: Any, given: list[str]) -> None:
+    record = run(compose("model=minilm", "data=imdb", "checkpoint=null", *given, "algorithm=lossless_verified"))
+    assert record["dense"]["test"]["n"] == 3 and record["dense"]["test"]["accuracy"] is not None
+
+
+def test_a_classifier_is_trained(compose: Any, given: list[str], tmp_path: Path) -> None:
+    given = [one for one in given if not one.startswith("records=")]
+    kept = [f"checkpoint={tmp_path / 'x.safetensors'}", f"unfinished={tmp_path}"]
+    settings = ["recipe.epochs=2", "recipe.batch_size=4", *kept]
+    assert train(compose("model=minilm", "data=imdb", *given, *settings, name="train")).is_file()
