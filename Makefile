@@ -20,7 +20,7 @@ RESULTS := table2 table4 table5 table6 table7 table8 figure1 figure2 figure3 fig
 UNRECORDED := table4 table6 figure4
 GRIDS_table2 := $(foreach nets,table2 table2_resnet20,$(nets)_baseline $(nets) $(nets)_verified)
 GRIDS_table4 := table4 table4_truncation
-GRIDS_table5 := table5_baseline table5_selection table5_resnet20_baseline
+GRIDS_table5 := table5_baseline table5_baseline_global table5_selection table5_resnet20_baseline
 # Grids that train: hours. `reproduce-` takes the committed records for them, `make train-svd` runs them.
 TRAININGS_table5 := table5 table5_epsilon table5_tight table5_scratch table5_printed table5_fashion table5_fine_tuning table5_resnet20 table5_resnet20_fine_tuning
 GRIDS_table6 := table6 table6_plain table6_layers table6_width table6_calibration table6_calibration_joint

@@ -1,6 +1,7 @@
 """Table 5: SVD training with rank selection (S2) against training first and truncating after, at what was published."""
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
 
 PUBLISHED = Path(__file__).with_name("published.csv")
-KINDS = ("SVDTraining", "FineTuning", "RankSelection", "Truncation")
+KINDS = ("SVDTraining", "FineTuning", "RankSelection", "GlobalThreshold", "Truncation")
 VALUES = ("params_kept", "test_accuracy", "change_pp", "test_loss", "seconds")
 COLUMNS = (
     Column("net", "net, data"),
@@ -117,7 +118,8 @@ def _kind(settings: dict[str, Any]) -> str:
 
 def _truncation(settings: dict[str, Any]) -> str:
     asked = {key: settings[key] for key in ("rank", "ratio", "energy", "params_kept") if settings.get(key) is not None}
-    return "truncation, " + ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in asked.items())
+    name = re.sub("(?<=[a-z])(?=[A-Z])", " ", _kind(settings)).lower()
+    return f"{name}, " + ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in asked.items())
 
 
 def _dense_of(runs: pd.DataFrame) -> pd.Series:

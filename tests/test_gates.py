@@ -57,6 +57,23 @@ def test_rows_are_those_of_each_sample_alone() -> None:
         torch.testing.assert_close(together[name].given, apart[name].given, atol=1e-6, rtol=1e-4)
 
 
+def test_gates_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = factored(Net().eval())
+    splits, names, grad = {"calibration": batches()}, ["conv", "fc"], torch.autograd.grad
+    whole = gate_gradients(model, names, Objective(F.cross_entropy, splits), samples=6)
+    held = []
+
+    def watched(loss: Tensor, between: list[Tensor], **settings: Any) -> Any:
+        held.append(len(between))
+        return grad(loss, between, **settings)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    apart = gate_gradients(model, names, Objective(F.cross_entropy, splits, layers_at_once=1), samples=6)
+    assert held == [1] * (2 * 2 * 2)  # batches, given and drawn targets, layers
+    for name in names:
+        assert apart[name].given.equal(whole[name].given) and apart[name].drawn.equal(whole[name].drawn)
+
+
 def test_drawn_targets_have_the_model_s_distribution() -> None:
     """Under the model's own prediction the mean gradient is zero: what makes J^T J / N its Fisher information."""
     model, _ = factored(Net().eval())

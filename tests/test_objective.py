@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import spectrim
 from spectrim.algorithms.lossless import Lossless
 from spectrim.algorithms.rank_selection import RankSelection
 from spectrim.batches import evaluating
@@ -85,6 +86,45 @@ def test_the_gradient_pass_is_done_once_until_the_model_changes(net: nn.Sequenti
         assert not torch.equal(second["0"], first["0"])
         first = second
     assert len(passes) == 9
+
+
+@pytest.mark.parametrize(("size", "passes"), [(1, 3), (2, 2), (3, 1), (9, 1), (None, 1)])
+def test_gradients_in_blocks_are_the_same_and_no_more_of_them_are_held(
+    net: nn.Sequential, batches: Any, monkeypatch: pytest.MonkeyPatch, size: int | None, passes: int
+) -> None:
+    expected, grad = objective(batches).gradients(net, NAMES), torch.autograd.grad
+    held = []
+
+    def watched(loss: Tensor, weights: list[Tensor], **settings: Any) -> Any:
+        held.append(len(weights))
+        return grad(loss, weights, **settings)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    judge = Objective(F.cross_entropy, {"calibration": batches}, layers_at_once=size)
+    got = dict(judge.each_gradient(net, NAMES))
+    assert list(got) == list(NAMES) and all(torch.equal(got[name], expected[name]) for name in NAMES)
+    assert max(held) <= (size or 3) and len(held) == passes * len(batches)
+
+
+def test_an_algorithm_finds_the_same_with_gradients_in_blocks(net: nn.Sequential, batches: Any) -> None:
+    seen = []
+
+    def counted(logits: Tensor, targets: Tensor) -> Tensor:
+        seen.append(len(targets))
+        return F.cross_entropy(logits, targets)
+
+    whole, blocks = (
+        spectrim.compress(net, calibration=batches, loss=counted, algorithm=Lossless(gamma=None), layers_at_once=size)
+        for size in (None, 2)
+    )
+    assert whole.plan == blocks.plan and whole.report.equals(blocks.report)
+    assert len(seen) == (1 + 2) * len(batches)  # all four layers at once; two of them, twice
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True])
+def test_a_size_of_blocks_that_is_none_is_refused(batches: Any, size: Any) -> None:
+    with pytest.raises(UserError, match="layers_at_once must be a whole number of at least 1, or None; got"):
+        Objective(F.cross_entropy, {"calibration": batches}, layers_at_once=size)
 
 
 @pytest.mark.parametrize("as_mapping", [True, False])

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spectrim.decomposers.whitened import WhitenedSVD as WhitenedSVD
     from spectrim.errors import UserError as UserError
     from spectrim.plan import RankPlan as RankPlan
+    from spectrim.streamed import compress_checkpoint as compress_checkpoint
     from spectrim.training import Recipe as Recipe
 
 # Imported at first use, so that reports, which need no torch, do not pay for it.
@@ -42,6 +43,7 @@ _HOME = {
     "UserError": "spectrim.errors",
     "WhitenedSVD": "spectrim.decomposers.whitened",
     "compress": "spectrim.api",
+    "compress_checkpoint": "spectrim.streamed",
     "load": "spectrim.api",
 }
 __all__ = sorted(_HOME)

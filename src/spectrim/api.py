@@ -5,7 +5,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import nn
 
-from spectrim import surgery
+from spectrim import checkpoint, surgery
 from spectrim.algorithms.base import Algorithm, Compressed
 from spectrim.algorithms.lossless import Lossless
 from spectrim.batchnorm import BatchNorm, require
@@ -24,6 +24,7 @@ def compress(
     algorithm: Algorithm | None = None,
     decomposer: Decomposer | None = None,
     batch_norm: BatchNorm = "keep",
+    layers_at_once: int | None = None,
 ) -> Compressed:
     """Compress ``model``, without training it unless the algorithm is one that trains.
 
@@ -34,6 +35,8 @@ def compress(
     ``algorithm``: ``Lossless()`` if not given; ``decomposer``: ``SVD()``, the channel view, if not given.
     ``batch_norm="follow"``: once the algorithm is done, the statistics of every BatchNorm are shifted by what
     compression changed on calibration batches, without labels (``batchnorm.reestimate``); ``"keep"``: they stay.
+    ``layers_at_once``: hold the gradients of so many layers at a time, for more passes over the calibration batches
+    (``objective.Objective``); all of them if not given.
 
     ``model`` is left as it was, its mode and device too; the result holds the compressed copy on the same device.
     Raises ``UserError`` in one line for anything that cannot be compressed as asked.
@@ -41,7 +44,7 @@ def compress(
     require(batch_norm)
     further = {"verification": verification, "train": train}
     splits = {name: batches for name, batches in further.items() if batches is not None}
-    objective = Objective(loss, {"calibration": calibration, **splits})
+    objective = Objective(loss, {"calibration": calibration, **splits}, layers_at_once)
     compressed = (algorithm or Lossless()).compress(model, decomposer or SVD(), objective)
     return compressed.settle(batch_norm, objective)
 
@@ -49,6 +52,7 @@ def compress(
 def load(path: str | Path, *, into: nn.Module) -> nn.Module:
     """The model saved at ``path``: ``into``, built dense as before compression, factored by the plan and filled.
 
+    ``path``: a file that ``Compressed.save`` wrote, or a folder that ``compress_checkpoint`` did.
     Raises ``UserError`` where the file is missing, cut short, altered, or of another architecture.
     """
-    return surgery.load(path, into)
+    return checkpoint.load(path, into) if Path(path).is_dir() else surgery.load(path, into)

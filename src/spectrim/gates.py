@@ -5,7 +5,7 @@ Its derivative is the inner product of what flows through the component with the
 lie between the two factors: one backward pass gives all gates of all layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ def gate_gradients(
 ) -> dict[str, GateGradients]:
     """The gates of the factored ``layers`` of ``model``, over whole batches until ``samples`` are reached.
 
+    With ``objective.layers_at_once`` a backward pass is made for each block of layers, in the order given.
     Raises ``UserError`` for an empty split, a loss that is not finite, a layer that mixes the samples of a batch, or a
     layer whose form has no gates.
     """
@@ -46,17 +47,18 @@ def gate_gradients(
     between: dict[str, Tensor] = {}
     handles = [_first(name, module).register_forward_hook(_Keeping(between, name)) for name, module in modules.items()]
     device, generator = device_of(model), torch.Generator().manual_seed(seed)
+    blocks = objective.blocks(layers)
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
     with hooked(handles), evaluating(model), torch.enable_grad():
         for inputs, targets in objective.first(split, samples, "linearise"):
             count = sample_count(targets)
             outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
             _each_once(between, layers)
-            given = _rows(objective.finite_loss(outputs, targets, split) * count, between, count, keep=True)
+            given = _rows(objective.finite_loss(outputs, targets, split) * count, between, blocks, count, keep=True)
             drawn = given
             if are_scores(outputs, targets):
                 sampled = _draw(outputs, generator)
-                drawn = _rows(objective.finite_loss(outputs, sampled, split) * count, between, count)
+                drawn = _rows(objective.finite_loss(outputs, sampled, split) * count, between, blocks, count)
             for name in layers:
                 rank = modules[name].rank
                 parts[name].append(GateGradients(*(_of_gates(part[name], rank) for part in (given, drawn))))
@@ -96,20 +98,25 @@ def _draw(outputs: Tensor, generator: torch.Generator) -> Tensor:
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(outputs.device)
 
 
-def _rows(loss: Tensor, between: dict[str, Tensor], count: int, keep: bool = False) -> dict[str, Tensor]:
+def _rows(
+    loss: Tensor, between: Mapping[str, Tensor], blocks: Sequence[Sequence[str]], count: int, keep: bool = False
+) -> dict[str, Tensor]:
     """Of the summed loss, by a gate a sample on every channel between the factors: shape (count, channels)."""
-    gradients = torch.autograd.grad(loss, list(between.values()), retain_graph=keep)
-    rows = {}
-    for (name, value), gradient in zip(between.items(), gradients, strict=True):
-        product = (value.detach() * gradient).float()
-        if product.ndim == 4:
-            product = product.sum((2, 3))
-        if len(product) % count:
-            raise UserError(
-                f"layer {name} sees {len(product)} rows for {count} samples: it mixes the samples of a batch"
-            )
-        rows[name] = product.reshape(count, -1, product.shape[-1]).sum(1).cpu()
+    rows: dict[str, Tensor] = {}
+    for block in blocks:
+        again = keep or block is not blocks[-1]
+        gradients = torch.autograd.grad(loss, [between[name] for name in block], retain_graph=again)
+        rows |= {name: _row(name, between[name], own, count) for name, own in zip(block, gradients, strict=True)}
     return rows
+
+
+def _row(name: str, value: Tensor, gradient: Tensor, count: int) -> Tensor:
+    product = (value.detach() * gradient).float()
+    if product.ndim == 4:
+        product = product.sum((2, 3))
+    if len(product) % count:
+        raise UserError(f"layer {name} sees {len(product)} rows for {count} samples: it mixes the samples of a batch")
+    return product.reshape(count, -1, product.shape[-1]).sum(1).cpu()
 
 
 def _of_gates(rows: Tensor, rank: Any) -> Tensor:

@@ -30,15 +30,22 @@ class Objective:
     """A loss, ``loss(model_output, targets)`` with the mean over its batch, on named splits.
 
     A split is anything that can be iterated again and again as batches (inputs, targets). Selectors are handed an
-    objective that holds ``calibration`` and, where they may use it, ``train``; never the test split. Raises
-    ``UserError`` for a generator, which can be read only once, and for what cannot be iterated at all.
+    objective that holds ``calibration`` and, where they may use it, ``train``; never the test split.
 
+    ``layers_at_once``: of how many layers gradients are taken at a time, for a model whose gradients do not all fit
+    into memory; None: of all. The numbers are the same. The cost: of weights a forward and a backward pass over the
+    split for each such block of layers, of gates a backward pass for each.
     ``read``: how many samples of each split its methods have passed through a model so far, each as often as it was
     read: what a selector costs, whatever the machine.
+
+    Raises ``UserError`` for a generator, which can be read only once, and for what cannot be iterated at all.
     """
 
-    def __init__(self, loss: Loss, splits: Mapping[str, Batches]) -> None:
-        self.loss, self.splits, self.read = loss, dict(splits), Counter[str]()
+    def __init__(self, loss: Loss, splits: Mapping[str, Batches], layers_at_once: int | None = None) -> None:
+        self.loss, self.splits, self.layers_at_once = loss, dict(splits), layers_at_once
+        self.read = Counter[str]()
+        if layers_at_once is not None and (type(layers_at_once) is not int or layers_at_once < 1):
+            raise UserError(f"layers_at_once must be a whole number of at least 1, or None; got {layers_at_once!r}")
         for name, batches in self.splits.items():
             if not isinstance(batches, Iterable):
                 raise UserError(f"the {name} set is a {type(batches).__name__}; give a list of batches or a DataLoader")
@@ -99,6 +106,25 @@ class Objective:
             known[key] = self._gradient_pass(model, weights, split)  # type: ignore[arg-type]
         return known[key]
 
+    def each_gradient(
+        self, model: nn.Module, layers: Sequence[str], split: str = "calibration"
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The ``gradients`` layer by layer.
+
+        With ``layers_at_once`` none are remembered, and memory holds two blocks of them: the sum and that of a batch.
+        """
+        if self.layers_at_once is None:
+            yield from self.gradients(model, layers, split).items()
+            return
+        for block in self.blocks(layers):
+            weights = {name: model.get_submodule(name).weight for name in block}
+            yield from self._gradient_pass(model, weights, split).items()  # type: ignore[arg-type]
+
+    def blocks(self, layers: Sequence[str]) -> list[Sequence[str]]:
+        """``layers`` in blocks of ``layers_at_once``."""
+        size = self.layers_at_once or max(1, len(layers))
+        return [layers[start : start + size] for start in range(0, len(layers), size)]
+
     def _gradient_pass(self, model: nn.Module, weights: dict[str, Tensor], split: str) -> dict[str, Tensor]:
         device, seen = device_of(model), 0
         sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -119,7 +145,7 @@ class Objective:
             for weight in frozen:
                 weight.requires_grad_(False)
         self.require(seen, split)
-        return {name: total / seen for name, total in sums.items()}
+        return {name: total.div_(seen) for name, total in sums.items()}
 
     def finite_loss(self, outputs: Any, targets: Any, split: str) -> Tensor:
         """The mean loss of one batch. Raises ``UserError`` where it fails on these targets or is not finite."""

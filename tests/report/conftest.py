@@ -244,7 +244,8 @@ def table5() -> list[Record]:
     for seed in (0, 1):
         budget = {"rank": None, "ratio": None, "energy": None, "params_kept": 0.06}
         found.append(_of_lenet5(seed, "truncation", budget, 0.06, 0.5))
-        found.append(_of_lenet5(seed, "fine_tuning", {"selector": budget, "recipe": recipe}, 0.06, 0.05))
+        selector = budget | {"_target_": "spectrim.algorithms.truncation.Truncation"}
+        found.append(_of_lenet5(seed, "fine_tuning", {"selector": selector, "recipe": recipe}, 0.06, 0.05))
         for scratch in (True, False):
             log = [_epoch(epoch, {"conv1": 9 - epoch, "fc1": 30 - epoch + seed}) for epoch in range(3)]
             settings = {"regulariser": "hoyer", "strength": 0.01, "epsilon": 0.02, "bounded": True, "recipe": recipe}

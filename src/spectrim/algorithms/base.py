@@ -107,6 +107,7 @@ class Workbench:
         layers, left = surgery.factorable(model, self.example)
         self.notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
         self.spectra: dict[str, Spectrum] = {}
+        self._curves: dict[str, dict[str, Tensor]] = {}
         moments: Mapping[str, Moments] = {}
         if decomposer.samples:
             forms = {name: decomposer.forms(layer) for name, layer in layers.items()}
@@ -125,10 +126,13 @@ class Workbench:
 
     def first_order(self, split: str = "calibration", model: nn.Module | None = None) -> dict[str, Tensor]:
         """``<G, delta_k>`` of every layer at every rank. With ``model`` (partly factored), of its dense layers."""
-        model = model or self.model
+        if model is None:
+            if split not in self._curves:  # the gradients may come in blocks, which nobody remembers
+                self._curves[split] = self.first_order(split, self.model)
+            return dict(self._curves[split])
         dense = [name for name in self.spectra if isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d)]
-        gradients = self.objective.gradients(model, dense, split)
-        return {name: self.spectra[name].first_order(gradient) for name, gradient in gradients.items()}
+        gradients = self.objective.each_gradient(model, dense, split)
+        return {name: self.spectra[name].first_order(gradient) for name, gradient in gradients}
 
     def finish(self, keep: Mapping[str, Keep], log: list[dict] | None = None) -> Compressed:
         """The compressed model with what to keep of each layer, a rank or the indices of components.

@@ -1,0 +1,164 @@
+"""Safetensors files a tensor at a time: memory for one of them, whatever the size of the file.
+
+The safetensors library maps a file whole and writes one from tensors that all lie in memory. The format is the length
+of a header, the header in JSON, and the numbers (its documentation, "Format"): little enough to be read and written in
+pieces. What is written here is what that library reads.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from spectrim.errors import UserError
+
+BLOCK_BYTES = 1 << 22  # what is copied is held this much at a time
+HEADER_BYTES = 100_000_000  # the longest header that the format admits
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: its type by the format's name, its shape and its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, dtype: str, *shape: int) -> "Entry":
+        """An entry of one of the ``DTYPES``."""
+        return cls(dtype, shape, math.prod(shape) * DTYPES[dtype].itemsize)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file of which only the header is held. ``starts``: where in the file each tensor begins."""
+
+    path: Path
+    entries: dict[str, Entry]
+    starts: dict[str, int]
+    metadata: dict[str, str]
+
+    @classmethod
+    def at(cls, path: Path) -> "Shard":
+        """The file at ``path``. Raises ``UserError`` where it is missing, cut short or no safetensors file."""
+        try:
+            with path.open("rb") as file:
+                length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+                if not 0 < length <= min(HEADER_BYTES, size - 8):
+                    raise ValueError("its header does not fit into it")
+                header = json.loads(file.read(length))
+            metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+            placed = {name: _placed(fields) for name, fields in header.items()}
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{path} is cut short or not a safetensors file ({error}); fetch or make it again"
+            ) from None
+        spans = sorted((begin, begin + entry.nbytes) for begin, entry in placed.values())
+        if [begin for begin, _ in [*spans, (size - 8 - length, 0)]] != [0, *(end for _, end in spans)]:
+            raise UserError(
+                f"{path} is cut short or not a safetensors file (bytes are missing); fetch or make it again"
+            )
+        starts = {name: 8 + length + begin for name, (begin, _) in placed.items()}
+        return cls(path, {name: entry for name, (_, entry) in placed.items()}, starts, metadata)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor. Raises ``UserError`` for a type of number that is not among ``DTYPES``."""
+        entry = self.entries[name]
+        if entry.dtype not in DTYPES:
+            raise UserError(f"{self.path}: {name} is of type {entry.dtype}; known are {', '.join(DTYPES)}")
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        with self.path.open("rb") as file:
+            file.seek(self.starts[name])
+            if file.readinto(raw(tensor)) != entry.nbytes:
+                raise UserError(f"{self.path} became shorter while it was read")
+        return tensor
+
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """The bytes of one tensor, block after block."""
+        left = self.entries[name].nbytes
+        with self.path.open("rb") as file:
+            file.seek(self.starts[name])
+            while left:
+                block = file.read(min(left, BLOCK_BYTES))
+                if not block:
+                    raise UserError(f"{self.path} became shorter while it was read")
+                left -= len(block)
+                yield block
+
+
+def _placed(fields: Mapping[str, Any]) -> tuple[int, Entry]:
+    """Where the numbers of a tensor begin, and the tensor. Raises ``ValueError`` where shape and bytes disagree."""
+    begin, end = fields["data_offsets"]
+    dtype, shape, nbytes = fields["dtype"], tuple(fields["shape"]), end - begin
+    if not all(type(number) is int and number >= 0 for number in (begin, nbytes, *shape)):
+        raise ValueError("a shape or an offset is not a whole number")
+    if dtype in DTYPES and nbytes != Entry.of(dtype, *shape).nbytes:
+        raise ValueError("a shape does not fit its bytes")
+    return begin, Entry(dtype, shape, nbytes)
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor as bytes."""
+    return tensor.flatten().view(torch.uint8).numpy().data
+
+
+def write(
+    path: Path, entries: Mapping[str, Entry], contents: Iterable[bytes | memoryview], metadata: Mapping[str, str]
+) -> str:
+    """Write a file, whole or not at all, and return the sha256 of its bytes.
+
+    ``contents``: the numbers of ``entries`` one after the other, in pieces of any length; they may be made while the
+    file is written. Raises ``UserError`` where the disk is full or the folder cannot be written.
+    """
+    partial, sha = path.with_name(f".{path.name}.partial"), hashlib.sha256()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            for piece in chain([_header(entries, metadata)], contents):
+                sha.update(piece)
+                file.write(piece)
+                del piece  # the next one may be made in its memory
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        reason = error if error.filename else error.strerror  # it may be another file, one that is read
+        raise UserError(f"cannot write {path}: {reason}; free some space or choose a writable folder") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+    return sha.hexdigest()
+
+
+def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, entry in entries.items():
+        begin, end = end, end + entry.nbytes
+        fields[name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [begin, end]}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
