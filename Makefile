@@ -15,13 +15,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 LAUNCHER := $(if $(JOBS),hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS))
 
 # A table or figure is made by experiments/NAME.py of the records of its grids, conf/experiment/GRID.yaml.
-RESULTS := table2 table4 table5 table6 table7 table8 figure1 figure2 figure3 figure4 figure5
+RESULTS := table1 table2 table4 table5 table6 table7 table8 figure1 figure2 figure3 figure4 figure5 figure6
 # Of these no records are committed yet: they are run, and compared with nothing.
-UNRECORDED := table4 table6 figure4
+UNRECORDED := table1 table4 table6 figure4 figure6
+# A grid of Table 1 is two files: a net, and what runs on it.
+on_nets = $(foreach net,lenet5 resnet20 vgg19_half,$(foreach grid,$(1),[table1_$(net),$(grid)]))
+GRIDS_table1 := $(call on_nets,table1 table1_own)
+# Grids that search or train: hours. `reproduce-` takes the committed records for them, `make search-table1` and
+# `make train-svd` run them.
+TRAININGS_table1 := $(call on_nets,table1_threshold table1_search table1_fine_tuning table1_fine_tuning_search table1_training table1_svd_training) \
+    [table1_lenet5,table1_scratch] [table1_lenet5,table1_scratch_svd]
 GRIDS_table2 := $(foreach nets,table2 table2_resnet20,$(nets)_baseline $(nets) $(nets)_verified)
 GRIDS_table4 := table4 table4_truncation
 GRIDS_table5 := table5_baseline table5_baseline_global table5_selection table5_resnet20_baseline
-# Grids that train: hours. `reproduce-` takes the committed records for them, `make train-svd` runs them.
 TRAININGS_table5 := table5 table5_epsilon table5_tight table5_scratch table5_printed table5_fashion table5_fine_tuning table5_resnet20 table5_resnet20_fine_tuning
 GRIDS_table6 := table6 table6_plain table6_layers table6_width table6_calibration table6_calibration_joint
 GRIDS_table7 := table7 table7_leakage
@@ -30,16 +36,21 @@ GRIDS_figure1 := $(GRIDS_table2)
 GRIDS_figure4 := figure4 figure4_truncation figure4_energy figure4_alds
 GRIDS_figure5 := $(GRIDS_table5)
 TRAININGS_figure5 := $(TRAININGS_table5)
+GRIDS_figure6 := $(GRIDS_table1)
+TRAININGS_figure6 := $(TRAININGS_table1)
+# Where the records of the trainings lie: under the name of the table where nothing else is said.
+RECORDS_figure5 := table5
+RECORDS_figure6 := table1
 GRIDS_figure3 := figure3 $(GRIDS_table2)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-language reproduce train train-svd smoke test lint format readme bench notebook lock clean
+.PHONY: help install install-language reproduce train train-svd search-table1 smoke test lint format readme bench notebook lock clean
 .PHONY: $(RESULTS:%=reproduce-%) $(RESULTS:%=table-%)
 
 help:  ## this list
 	@echo "make TARGET"
-	@sed -n 's/^\([A-Za-z-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([A-Za-z0-9-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 	@echo "NAME is one of: $(RESULTS)"
 
 install: $(STAMP)  ## the environment in .venv (every other target makes it where it is missing)
@@ -68,12 +79,13 @@ install-language: $(STAMP)  ## what language models need, besides: transformers 
 reproduce-NAME:  ## run the grids of a table or figure, write results/, compare with the committed records
 	@echo "NAME is one of: $(RESULTS)"
 # A grid that was interrupted goes on where it stopped; `make clean` makes it start anew.
-run_grids = @set -e; for grid in $(1); do $(BIN)/spectrim -m experiment=$$grid records=build/records $(LAUNCHER); done
+# No file names are looked for (-f): a grid in brackets is not a pattern.
+run_grids = @set -ef; for grid in $(1); do $(BIN)/spectrim -m experiment=$$grid records=build/records $(LAUNCHER); done
 # The committed record of a training stands for it, unless its settings have changed since. Some `cp -n` call a file that
 # is there already a failure.
 $(RESULTS:%=reproduce-%): reproduce-%: $(STAMP)
 	$(call run_grids,$(or $(GRIDS_$*),$*))
-	$(if $(TRAININGS_$*),@mkdir -p build/records && cp -R -n results/records/table5 build/records/ || true)
+	$(if $(TRAININGS_$*),@mkdir -p build/records && cp -R -n results/records/$(or $(RECORDS_$*),$*) build/records/ || true)
 	$(call run_grids,$(TRAININGS_$*))
 	$(BIN)/python experiments/$*.py --records build/records --out results $(if $(filter $*,$(UNRECORDED)),,--against results/records)
 
@@ -97,6 +109,11 @@ train-svd: $(STAMP)  ## the trainings behind Table 5 and Figure 5 anew (hours on
 	$(call run_grids,$(GRIDS_table5) $(TRAININGS_table5))
 	$(BIN)/python experiments/table5.py --records build/records --out results --against results/records
 	$(BIN)/python experiments/figure5.py --records build/records --out results --against results/records
+
+search-table1: $(STAMP)  ## all of Table 1 and Figure 6 anew, searches and trainings too (days on one core)
+	$(call run_grids,$(GRIDS_table1) $(TRAININGS_table1))
+	$(BIN)/python experiments/table1.py --records build/records --out results
+	$(BIN)/python experiments/figure6.py --records build/records --out results
 
 smoke: $(STAMP)  ## two minutes on small digits, no network: train, every algorithm, a table in build/smoke
 	$(BIN)/spectrim-train model=mlp data=digits checkpoints=build/checkpoints

@@ -69,6 +69,25 @@ def test_every_experiment_composes(compose: Any, experiment: str) -> None:
         assert OmegaConf.select(cfg, f"{group}.{key}" if key else group) is not None or key
 
 
+GRIDS_OF_TABLE1 = [one for one in options("experiment") if one.startswith("table1")]
+NETS_OF_TABLE1 = ["table1_lenet5", "table1_resnet20", "table1_vgg19_half"]
+
+
+@pytest.mark.parametrize("grid", sorted(set(GRIDS_OF_TABLE1) - set(NETS_OF_TABLE1)))
+def test_a_grid_of_table1_runs_on_every_net(compose: Any, grid: str) -> None:
+    for net in NETS_OF_TABLE1:
+        both = f"experiment=[{net},{grid}]"
+        cfg = compose(both)
+        params = {key: str(values).split(",")[-1] for key, values in cfg.hydra.sweeper.params.items()}
+        last = compose(both, *(f"{key}={value}" for key, value in params.items()))
+        assert last.name == "table1" and last.data.calibration_seed == 2
+        assert last.names.model.removesuffix("_untrained") == net.removeprefix("table1_")
+        settings = config.plain(last.algorithm)
+        config.build(settings)
+        assert settings.get("seed", 2) == 2
+        assert last.batch_norm == ("keep" if "recipe" in settings else "follow")
+
+
 @pytest.mark.parametrize("option", [o for o in options("model") if o not in ("torchvision", "smollm2")])
 def test_every_model_has_a_recipe_of_its_name(compose: Any, option: str) -> None:
     cfg = compose(f"model={option}", name="train")

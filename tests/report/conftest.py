@@ -1,5 +1,6 @@
 """Made-up records of the schema that the runner writes, for every test that needs some."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -332,10 +333,20 @@ def _of_lenet5(
     return one | {"signature": records.signature(one["config"])}
 
 
+def table1(**given: Any) -> list[Record]:
+    """What the file beside this one makes up."""
+    spec = importlib.util.spec_from_file_location("table1_records", Path(__file__).with_name("table1_records.py"))
+    assert spec is not None and spec.loader is not None
+    beside = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(beside)
+    return beside.table1(make, **given)
+
+
 def everything() -> list[Record]:
     """Records of all experiments."""
     sweep = tuple(round(0.1 * step, 1) for step in range(1, 10))
     return [
+        *table1(nets=("resnet20",)),
         *table2(),
         *table4(),
         *table7(),

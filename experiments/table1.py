@@ -1,0 +1,154 @@
+"""Table 1: the eight rank selectors of the second source with its three labels, measured at equal sizes."""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spectrim.report import command, selectors
+from spectrim.report.command import Options
+from spectrim.report.selectors import BUDGETS, NEAR
+from spectrim.report.table import Column, Table, number, save
+
+LISTED = Path(__file__).with_name("selectors.csv")
+# Whether a row of ``selectors.rows`` is of a model as it was cut, or after a training.
+STAGES = {"cut": "", "trained": ", trained"}
+COLUMNS = (
+    Column("block", "net, data"),
+    Column("approach", "selector"),
+    Column("layers", "layers' ranks"),
+    Column("strategy", "strategy"),
+    Column("timing", "timing"),
+    *(
+        Column(f"{stage}_{100 * size:.0f}", f"{100 * size:.0f} % kept{said}: top-1 %", 2, scale=100)
+        for stage, said in STAGES.items()
+        for size in BUDGETS
+    ),
+    Column("cut_cpu_seconds", "CPU seconds", 1),
+    Column("cut_read", "images read", 0),
+    Column("trained_cpu_seconds", "CPU seconds, trained", 0),
+    Column("trained_read", "images read, trained", 0),
+    Column("n", "n"),
+)
+SIZES = (
+    Column("block", "net, data"),
+    Column("approach", "selector"),
+    Column("asked", "asked for"),
+    Column("epochs", "epochs", 0),
+    Column("params_kept", "params kept %", 1, scale=100),
+    Column("test_accuracy", "top-1 %", 2, scale=100),
+    Column("test_loss", "test loss", 4),
+    Column("seconds", "seconds", 1),
+    Column("cpu_seconds", "CPU seconds", 1),
+    Column("read", "images read", 0),
+    Column("passes", "passes over the calibration images", 1),
+    Column("n", "n"),
+)
+NOTES = (
+    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (pairs: each training "
+    "seed with a calibration draw of its own). Params kept: of the whole model; a budget is met from below. A dash: no "
+    "run. All decompose alike, by a plain SVD, which those that train need; joint selection and knapsack are meant for "
+    "a whitened one.",
+    "Labels: as the source prints them, none for what it does not list. Layers' ranks: whether each depends on the "
+    "others.",
+    "Cut alone: BatchNorm statistics follow the cut without labels, for every selector, since PARS does so. Trained: "
+    "{epochs}. Those that train while they select start from the same trained net and get as many epochs as the others "
+    "get after the cut, so that the epochs are equal in all.",
+    "CPU seconds and images read: of the selection with decomposition and cut, trained: of selection and training "
+    "together; the mean over all sizes. Images: of calibration, verification and training, each as often as it was "
+    "read.",
+)
+SIZES_NOTES = (
+    "As Table 1, each size by itself. Epochs: of training after the cut or while selecting, 0: cut alone; in all where "
+    "from scratch. Costs: of selection and training together.",
+)
+
+
+def build(options: Options) -> list[Path]:
+    """The selectors in the source's order with its labels and what they reach, and below them further ones."""
+    found = command.load(options)
+    listed = selectors.listed(LISTED)
+    rows = selectors.rows(options, found, listed)
+    numbered = {note: str(place + 1) for place, note in enumerate(dict.fromkeys(filter(None, listed["note"])))}
+    blocks = [
+        row
+        for (model, data), own in rows.groupby(["model", "data"], sort=False)
+        for row in _block(own, listed.assign(mark=listed["note"].map(numbered).fillna("")), f"{model}, {data}")
+    ]
+    footnotes = [f"({mark}) {note}" for note, mark in numbered.items()]
+    caption = "The rank selectors that S2 lists, with its labels, at equal sizes"
+    notes = [*(note.format(epochs=_epochs(rows)) for note in NOTES), *_own_sizes(rows), *footnotes]
+    rows["block"] = rows["model"] + ", " + rows["data"]
+    tables = [
+        Table(options.name, pd.DataFrame(blocks), COLUMNS, caption, notes, group="block"),
+        Table(f"{options.name}_sizes", rows, SIZES, f"{caption}: every size", SIZES_NOTES, group="block"),
+    ]
+    return save(tables, options.out, command.origin(options, found, [LISTED]))
+
+
+def _block(own: pd.DataFrame, listed: pd.DataFrame, net: str) -> list[dict[str, Any]]:
+    """A line for each selector that is listed, with runs or without, and one for each that trains from scratch."""
+    dense, spread = (float(own[key].iloc[0]) for key in ("dense_accuracy", "dense_accuracy_std"))
+    said = "" if math.isnan(dense) else f" (dense {number(100 * dense, 2)}"
+    said += ("" if math.isnan(spread) else f" ± {100 * spread:.2f}") + (" %)" if said else "")
+    lines = []
+    for selector in listed.to_dict(orient="records"):
+        runs = own[own["selector"] == selector["selector"]]
+        for scratch in sorted(set(runs["scratch"])) or [False]:
+            approach = selector["approach"] + (", from scratch" if scratch else "")
+            lines.append(
+                {
+                    "block": f"{net}{said}" if selector["layers"] else f"{net}: not in the source",
+                    "approach": approach + (f" ({selector['mark']})" if selector["mark"] else ""),
+                    **{label: selector[label] or None for label in ("layers", "strategy", "timing")},
+                    **_reached(runs[runs["scratch"] == scratch]),
+                }
+            )
+    return lines
+
+
+def _reached(runs: pd.DataFrame) -> dict[str, Any]:
+    """Top-1 at each budget and the cost, cut alone and trained; NaN without runs."""
+    line: dict[str, Any] = {}
+    for stage in STAGES:
+        own = runs[(runs["epochs"] > 0) == (stage == "trained")]
+        for size in BUDGETS:
+            there = own[own["at"] == size]
+            for spread in ("", "_std"):
+                value = float(there[f"test_accuracy{spread}"].iloc[0]) if len(there) else math.nan
+                line[f"{stage}_{100 * size:.0f}{spread}"] = value
+        for cost in ("cpu_seconds", "read"):
+            line[f"{stage}_{cost}"] = float(own[cost].mean())
+    return line | {"n": ", ".join(dict.fromkeys(runs["n"])) or None}
+
+
+def _epochs(rows: pd.DataFrame) -> str:
+    """For how long was trained, beyond the trained nets and from scratch."""
+    beyond, scratch = (sorted(set(own["epochs"]) - {0}) for own in (rows[~rows["scratch"]], rows[rows["scratch"]]))
+    said = [f"{' or '.join(map(str, beyond))} epochs beyond the trained net"] if beyond else []
+    said += [f"{' or '.join(map(str, scratch))} epochs from scratch"] if scratch else []
+    return ", ".join(said) or "no run yet"
+
+
+def _own_sizes(rows: pd.DataFrame) -> list[str]:
+    """The sizes that were not asked for, and where they are printed."""
+    own = rows[rows["budget"].isna()]
+    said = [
+        f"{row['model']}, {row['approach']}, {row['asked']}: {100 * row['params_kept']:.1f} %"
+        + (" (in no column)" if math.isnan(row["at"]) else f" (at {100 * row['at']:.0f} %)")
+        for _, row in own.iterrows()
+    ]
+    rule = f"in the column of the nearest budget within {100 * NEAR:g} % of the parameters, the nearest of several"
+    return [f"Sizes that a selector chose itself, {rule}: {'; '.join(said)}."] if said else []
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    return command.run(build, "table1", "table1", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Table 1 and Figure 6: the source's rows with its labels, numbers of the records, and dashes where there are none."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+import pytest
+
+from spectrim import records
+
+Script = Callable[[str], ModuleType]
+SOURCE = ["Cheng", "Kim", "Kim", "Ito", "Sobolev", "Xiao", "Wang", "Cao"]
+
+
+@pytest.fixture(scope="module")
+def folder(script: Script, factory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("table1")
+    for one in factory.table1():
+        records.write(folder / "records", one)
+    for name in ("table1", "figure6"):
+        assert script(name).main(["--records", str(folder / "records"), "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def rows(folder: Path) -> pd.DataFrame:
+    return pd.read_csv(folder / "tables" / "table1.csv")
+
+
+def of(rows: pd.DataFrame, net: str, approach: str) -> "pd.Series[float]":
+    own = rows[rows["block"].str.startswith(net) & rows["approach"].str.startswith(approach)]
+    return own.iloc[0]
+
+
+def test_rows_are_those_of_the_source_then_further_ones_below_a_rule(rows: pd.DataFrame, folder: Path) -> None:
+    own = rows[rows["block"].str.startswith("resnet20")]
+    assert own["approach"].str.partition(" et al.")[0].tolist()[:8] == SOURCE
+    assert own["approach"].iloc[8:10].str.startswith("S2: SVD training").all()
+    beside = own[own["block"] == "resnet20, cifar10: not in the source"]
+    assert beside["approach"].str.partition(" ")[0].tolist() == ["joint,", "S1:", "S1:", "knapsack"]
+    assert beside[["layers", "strategy", "timing"]].isna().all(axis=None)
+    assert own["block"].iloc[0] == "resnet20, cifar10 (dense 91.00 ± 0.00 %)"
+    text = (folder / "tables" / "table1.tex").read_text()
+    assert text.count("\\midrule") == 4 and text.isascii()
+
+
+def test_labels_are_the_sources_and_the_footnotes_say_where_they_do_not_fit(rows: pd.DataFrame, folder: Path) -> None:
+    cao = of(rows, "resnet20", "Cao")
+    assert cao[["layers", "strategy", "timing"]].tolist() == ["dependent", "heuristic", "post-training"]
+    wang = of(rows, "resnet20", "Wang")
+    assert wang[["layers", "strategy", "timing"]].tolist() == ["independent", "heuristic", "during training"]
+    text = (folder / "tables" / "table1.md").read_text()
+    for name in ("Cheng", "Kim", "Ito", "Xiao", "Cao"):
+        mark = str(of(rows, "resnet20", name)["approach"]).rpartition(" ")[2]
+        assert f"\n{mark} " in text
+
+
+def test_numbers_are_the_means_of_the_records(rows: pd.DataFrame) -> None:
+    accuracy = pd.Series([0.91 - 0.5**2 * (1 + 0.1 * draw) / 5 for draw in range(3)])
+    joint = of(rows, "resnet20", "joint")
+    assert joint["cut_50"] == pytest.approx(accuracy.mean()) and joint["cut_50_std"] == pytest.approx(accuracy.std())
+    assert joint["trained_50"] == pytest.approx(0.91 - (0.91 - accuracy.mean()) / 10)
+    assert (joint["cut_cpu_seconds"], joint["trained_cpu_seconds"]) == pytest.approx((10.3, 250.3))
+    assert (joint["cut_read"], joint["trained_read"], joint["n"]) == (20_000, 200_000, "3 pairs")
+    assert of(rows, "vgg19_half", "joint")["n"] == "1 × 3"
+
+
+def test_a_row_without_records_is_dashes_and_one_that_trains_has_nothing_before(rows: pd.DataFrame) -> None:
+    numbers = [name for name in rows.columns if name.startswith(("cut_", "trained_"))]
+    assert of(rows, "vgg19_half", "Sobolev")[numbers].isna().all()
+    assert of(rows, "resnet20", "knapsack")[numbers].isna().all()
+    xiao = of(rows, "resnet20", "Xiao")
+    assert xiao[["cut_70", "cut_50", "cut_30"]].isna().all() and xiao[["trained_70", "trained_30"]].notna().all()
+
+
+def test_a_size_of_its_own_stands_at_the_nearest_budget_once(rows: pd.DataFrame, folder: Path) -> None:
+    ours = of(rows, "resnet20", "S2: SVD training with rank selection")
+    assert ours["trained_50"] == pytest.approx(0.91 - 0.06 / 5)  # the one that kept 48 %, not 54 %
+    assert ours[["trained_70", "trained_30"]].isna().all()
+    assert of(rows, "resnet20", "S1: lossless")[["cut_70", "cut_50", "cut_30"]].isna().all()
+    text = (folder / "tables" / "table1.md").read_text()
+    assert "hoyer 0.005, ε 0.1, 2 cuts: 48.0 % (at 50 %)" in text and "verified: 92.0 % (in no column)" in text
+    assert "4 epochs beyond the trained net, 16 epochs from scratch" in text
+    scratch = of(rows, "resnet20", "S2: SVD training with rank selection, from scratch")
+    assert scratch["trained_30"] == pytest.approx(0.91 - 0.06 / 5)
+
+
+def test_every_size_has_a_row_of_its_own_in_the_second_table(folder: Path) -> None:
+    sizes = pd.read_csv(folder / "tables" / "table1_sizes.csv")
+    own = sizes[(sizes["model"] == "resnet20") & (sizes["selector"] == "layerthreshold")]
+    assert list(zip(own["epochs"], own["asked"], strict=True)) == [
+        (epochs, asked) for epochs in (0, 4) for asked in ("70 %", "50 %", "30 %")
+    ]
+    assert own["passes"].iloc[0] == 240 and own["params_kept"].tolist() == pytest.approx([0.7, 0.5, 0.3] * 2)
+    assert sizes[sizes["selector"] == "svdtraining"]["params_kept"].min() == pytest.approx(0.12)
+
+
+def test_the_figure_draws_what_stands_for_a_budget(folder: Path) -> None:
+    drawn = pd.read_csv(folder / "tables" / "figure6.csv")
+    panels = list(dict.fromkeys(drawn["panel"]))
+    assert panels[0] == "resnet20, cifar10, 70 %, cut alone" and len(panels) == 12
+    one = drawn[drawn["panel"] == "resnet20, cifar10, 50 %, trained"]
+    assert len(one) == 6 + 3 + 1 and one["cpu_seconds"].min() > 240
+    assert (folder / "figures" / "figure6.png").is_file()
+
+
+def test_two_settings_are_not_taken_for_one(
+    script: Script, factory: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for samples in (500, 2000):
+        settings = {"params_kept": 0.5, "samples": samples}
+        records.write(tmp_path / "records", factory.make(algorithm="joint", experiment="table1", settings=settings))
+    for name in ("table1", "figure6"):
+        assert script(name).main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 1
+        assert "2 settings of joint at 50 %, 0 epochs, on resnet20, cifar10" in capsys.readouterr().err
