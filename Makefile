@@ -28,7 +28,8 @@ TRAININGS_table1 := $(call on_nets,table1_threshold table1_search table1_fine_tu
 GRIDS_table2 := $(foreach nets,table2 table2_resnet20,$(nets)_baseline $(nets) $(nets)_verified)
 GRIDS_table4 := table4 table4_truncation
 GRIDS_table5 := table5_baseline table5_baseline_global table5_selection table5_resnet20_baseline
-TRAININGS_table5 := table5 table5_epsilon table5_tight table5_scratch table5_printed table5_fashion table5_fine_tuning table5_resnet20 table5_resnet20_fine_tuning
+TRAININGS_table5 := table5 table5_epsilon table5_tight table5_scratch table5_printed table5_fashion \
+    table5_fine_tuning table5_resnet20 table5_resnet20_more
 GRIDS_table6 := table6 table6_plain table6_layers table6_width table6_calibration table6_calibration_joint
 GRIDS_table7 := table7 table7_leakage
 GRIDS_table8 := table8 table8_untrained table8_selection
