@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -62,7 +63,7 @@ def _draw(rows: pd.DataFrame, panel: Panel, name: str, options: Options, origin:
         for title, axis in zip(names, axes, strict=False):
             panel(axis, rows[rows["panel"] == title])
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.set_title(title, fontsize=8)
+            axis.set_title("\n".join(fill(line, 44) for line in title.split("\n")), fontsize=8)
             axis.set_xlabel("epoch")
         for axis in axes[len(names) :]:
             axis.set_visible(False)
