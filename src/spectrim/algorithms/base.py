@@ -140,8 +140,8 @@ class Workbench:
 
         Layers absent, or with more components than break-even, stay dense.
         """
-        kept = {name: which for name, which in keep.items() if rank_of(which) <= self.spectra[name].break_even}
-        plan = RankPlan.of({name: self.spectra[name].kept(which) for name, which in kept.items()})
+        kept = self._below_break_even(keep)
+        plan = self._plan(kept)
         return Compressed(
             model=surgery.apply(self.model, plan, self.spectra),
             plan=plan,
@@ -151,6 +151,16 @@ class Workbench:
             log=log or [],
             notes=self.notes,
         )
+
+    def cut(self, keep: Mapping[str, Keep]) -> nn.Module:
+        """The model of ``finish``, without the report: to be measured and thrown away."""
+        return surgery.apply(self.model, self._plan(self._below_break_even(keep)), self.spectra)
+
+    def _below_break_even(self, keep: Mapping[str, Keep]) -> dict[str, Keep]:
+        return {name: which for name, which in keep.items() if rank_of(which) <= self.spectra[name].break_even}
+
+    def _plan(self, kept: Mapping[str, Keep]) -> RankPlan:
+        return RankPlan.of({name: self.spectra[name].kept(which) for name, which in kept.items()})
 
     def _report(self, kept: Mapping[str, Keep]) -> pd.DataFrame:
         predicted = self.first_order()

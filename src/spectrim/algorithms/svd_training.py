@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, field
+from dataclasses import field
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from spectrim import linalg, svd_layers
 from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.rank_selection import bisect, check_bisection, on_subset, rank_at
-from spectrim.algorithms.trained import finished, plain_svd, train
+from spectrim.algorithms.trained import finished, plain_svd, train_as
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.objective import Objective
@@ -98,16 +98,13 @@ class SVDTraining:
                 svd_layers.bound_steps(net.get_submodule(name))
         course = _Course(self, net, tuple(bench.spectra), on_subset(objective, self.split, self.subset))
         factors = {part for name in course.layers for part in svd_layers.factor_names(name)}
-        identity = {key: value for key, value in asdict(self).items() if key not in ("recipe", "seed", "state")}
-        curve = train(
+        curve = train_as(
+            self,
             net,
             objective,
-            self.recipe,
-            seed=self.seed,
-            state=self.state,
+            decomposer,
             penalties=course.penalties,
             undecayed=factors,
-            identity=identity | {"view": decomposer.view},
             after_epoch=course.after_epoch,
         )
         return finished(model, net, course.ranks(), curve, decomposer, objective)

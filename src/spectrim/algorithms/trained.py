@@ -1,7 +1,7 @@
 """Training inside an algorithm: what it may start from, a loss that breaks said in one line, and what it ends in."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,16 @@ def train(
     except FloatingPointError as error:
         kept = f"the last good epoch is in {path}" if path else "nothing is kept"
         raise UserError(f"{error}; {kept}") from error
+
+
+def train_as(chosen: Any, net: nn.Module, objective: Objective, decomposer: SVD, **more: Any) -> list[dict]:
+    """``train`` by the ``recipe``, ``seed`` and ``state`` of the algorithm ``chosen``, which has these three.
+
+    Its class and its other settings tell its state from that of another training.
+    """
+    own = {key: value for key, value in asdict(chosen).items() if key not in ("recipe", "seed", "state")}
+    identity = own | {"method": type(chosen).__name__, "view": decomposer.view}
+    return train(net, objective, chosen.recipe, seed=chosen.seed, state=chosen.state, identity=identity, **more)
 
 
 def plain_svd(decomposer: Decomposer, method: str) -> SVD:

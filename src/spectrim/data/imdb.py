@@ -8,11 +8,9 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-import torch
-
 from spectrim import pretrained
 from spectrim.cache import Bundle, extract, unpacked
-from spectrim.data.corpus import Corpus
+from spectrim.data.corpus import Corpus, shuffled
 from spectrim.data.splits import Pools, draw
 from spectrim.data.text import TextSplit, TextSplits, classified, identity_of
 from spectrim.download import Package
@@ -55,14 +53,9 @@ def reviews() -> tuple[Reviews, Reviews]:
 
 def divided(labels: dict[str, int], test_count: int) -> tuple[Reviews, Reviews]:
     """Texts with their labels, cut by a fixed seed into training set and a test set of ``test_count``."""
-    texts = list(labels)
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
-
-    def of(indices: list[int]) -> Reviews:
-        chosen = [texts[index] for index in indices]
-        return chosen, [labels[text] for text in chosen]
-
-    return of(order[test_count:]), of(order[:test_count])
+    texts = shuffled(list(labels), 0)
+    train, test = texts[test_count:], texts[:test_count]
+    return (train, [labels[text] for text in train]), (test, [labels[text] for text in test])
 
 
 @settings

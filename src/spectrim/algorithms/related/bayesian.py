@@ -54,7 +54,7 @@ class Bayesian(MaybeBudgeted):
         dense = badness(model, objective, self.judged_by)
 
         def score(ranks: Ranks) -> float:
-            drop = badness(space.cut(ranks), objective, self.judged_by) - dense
+            drop = badness(space.bench.cut(ranks), objective, self.judged_by) - dense
             return drop + (self.penalty or 0.0) * costs.share(ranks)
 
         search = Search(space, self.evaluations, self.seed, self.state, fingerprint(bench, decomposer, asdict(self)))

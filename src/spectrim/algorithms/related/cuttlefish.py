@@ -2,7 +2,7 @@
 
 import copy
 import math
-from dataclasses import asdict, field
+from dataclasses import field
 from typing import Any, Literal, cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectrim import linalg, svd_layers
 from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.budget import costs_of
-from spectrim.algorithms.trained import finished, plain_svd, train
+from spectrim.algorithms.trained import finished, plain_svd, train_as
 from spectrim.decomposers.matrix import MatrixSpectrum, View, from_matrix, to_matrix
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
@@ -77,16 +77,7 @@ class Cuttlefish:
         bench = Workbench(model, decomposer, objective)
         net = copy.deepcopy(model)
         course = _Course(self, net, bench)
-        identity = {key: value for key, value in asdict(self).items() if key not in ("recipe", "seed", "state")}
-        curve = train(
-            net,
-            objective,
-            self.recipe,
-            seed=self.seed,
-            state=self.state,
-            identity=identity | {"method": "Cuttlefish", "view": decomposer.view},
-            after_epoch=course.after_epoch,
-        )
+        curve = train_as(self, net, objective, decomposer, after_epoch=course.after_epoch)
         return finished(model, net, course.ranks(), curve, decomposer, objective)
 
 

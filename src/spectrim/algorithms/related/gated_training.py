@@ -4,7 +4,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, field
+from dataclasses import field
 from enum import IntEnum
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spectrim import svd_layers
 from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.budget import Costs, costs_of
-from spectrim.algorithms.trained import finished, plain_svd, train
+from spectrim.algorithms.trained import finished, plain_svd, train_as
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
@@ -131,16 +131,13 @@ class GatedTraining(ABC):
         bench = Workbench(model, decomposer, objective)
         net = copy.deepcopy(model)
         course = _Course(self, net, bench)
-        identity = {key: value for key, value in asdict(self).items() if key not in ("recipe", "seed", "state")}
-        curve = train(
+        curve = train_as(
+            self,
             net,
             objective,
-            self.recipe,
-            seed=self.seed,
-            state=self.state,
+            decomposer,
             penalties=course.penalties,
             undecayed=course.undecayed(),
-            identity=identity | {"method": type(self).__name__, "view": decomposer.view},
             after_epoch=course.after_epoch,
         )
         return finished(model, net, course.worthwhile(), curve, decomposer, objective)

@@ -62,7 +62,7 @@ class PARS(Budgeted):
 
     def proxy(self, space: Space, ranks: Ranks) -> float:
         """What a candidate is judged by: its errors, or its loss, on calibration after the statistics followed."""
-        cut, objective = space.cut(ranks), space.bench.objective
+        cut, objective = space.bench.cut(ranks), space.bench.objective
         if self.batch_norm:
             reestimate(cut, space.bench.model, objective, self.samples)
         return badness(cut, objective, self.judged_by)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim import surgery
 from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.budget import Costs, costs_of
 from spectrim.algorithms.measured import Measured
@@ -19,7 +18,6 @@ from spectrim.data.images import ImageSplit
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
 from spectrim.objective import Objective
-from spectrim.plan import RankPlan
 from spectrim.settings import settings
 
 Ranks = dict[str, int]
@@ -163,6 +161,5 @@ def states_of(bench: Workbench) -> Tensor:
 
 def _measure(bench: Workbench, objective: Objective, ranks: Mapping[str, int]) -> tuple[float, float]:
     """Loss and accuracy, NaN where there is none, of the model cut to ``ranks``."""
-    plan = {name: own.kept(ranks[name]) for name, own in bench.spectra.items() if ranks[name] <= own.break_even}
-    found = objective.evaluate(surgery.apply(bench.model, RankPlan.of(plan), bench.spectra))
+    found = objective.evaluate(bench.cut(ranks))
     return found.loss, math.nan if found.accuracy is None else found.accuracy

@@ -8,17 +8,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
-from torch import nn
 from tqdm import tqdm
 
-from spectrim import surgery
 from spectrim.algorithms.base import Workbench
 from spectrim.algorithms.budget import Costs
 from spectrim.algorithms.measured import Measured
 from spectrim.data.images import ImageSplit
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
-from spectrim.plan import RankPlan
 
 RANDOM = 10  # vectors before the Gaussian process is asked
 SMALLEST = 0.01  # ratio of a layer, so that a common factor can bring every layer back to dense
@@ -69,12 +66,6 @@ class Space:
         """
         moved = tuple(max(SMALLEST, ranks[name] / top) for name, top in self.tops.items())
         return [ratios] if self.share is None else [ratios, moved]
-
-    def cut(self, ranks: Mapping[str, int]) -> nn.Module:
-        """A copy of the model, its layers cut; those above break-even are left dense."""
-        spectra = self.bench.spectra
-        kept = {name: spectra[name].kept(rank) for name, rank in ranks.items() if rank <= spectra[name].break_even}
-        return surgery.apply(self.bench.model, RankPlan.of(kept), spectra)
 
 
 @dataclass(frozen=True)
