@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from spectrim import surgery
 from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, repeated, to_device
@@ -80,6 +79,9 @@ def measured(
 
 def milliseconds(module: nn.Module, inputs: Inputs) -> float:
     """Median of one forward pass in eval mode, with as many threads as torch uses now."""
+    # Here, not above: it imports torch's compiler of extensions, which takes its time and warns of a missing CUDA.
+    from torch.utils.benchmark import Timer
+
     names = {"forward": forward, "module": module, "inputs": inputs}
     with evaluating(module), torch.inference_mode():
         timer = Timer("forward(module, inputs)", globals=names, num_threads=torch.get_num_threads())

@@ -108,7 +108,7 @@ def test_theorem_1_as_printed(model: nn.Sequential, seed: int, data: st.DataObje
     stages = chain_of(model, SVD(), images(model, seed)).stages
     ranks = drawn_ranks(data, stages)
     x = images(model, seed)
-    bounds = torch.tensor([output_bound(stages, ranks, norm) for norm in x.norm(dim=1).tolist()])
+    bounds = torch.tensor([output_bound(stages, ranks, norm) for norm in x.norm(dim=1).tolist()], dtype=torch.float64)
     assert (moves(model, truncated(model, ranks), x) <= bounds * SLACK + 1e-9).all()
     product = math.prod(stage.rho * float(stage.S_R[0]) for stage in stages)
     dropped = sum(
@@ -125,7 +125,7 @@ def test_theorem_1_with_biases(model: nn.Sequential, seed: int, data: st.DataObj
     x = images(model, seed)
     stages = chain_of(model, SVD(), x).stages
     ranks = drawn_ranks(data, stages)
-    bounds = torch.tensor([output_bound(stages, ranks, norm) for norm in x.norm(dim=1).tolist()])
+    bounds = torch.tensor([output_bound(stages, ranks, norm) for norm in x.norm(dim=1).tolist()], dtype=torch.float64)
     assert (moves(model, truncated(model, ranks), x) <= bounds * SLACK + 1e-9).all()
 
 
@@ -135,7 +135,9 @@ def test_theorem_1_on_convolutions(model: nn.Sequential, view: Any, seed: int, d
     x = images(model, seed)
     stages = chain_of(model, SVD(view), x).stages
     ranks = drawn_ranks(data, stages)
-    bounds = torch.tensor([output_bound(stages, ranks, norm) for norm in x.flatten(1).norm(dim=1).tolist()])
+    bounds = torch.tensor(
+        [output_bound(stages, ranks, norm) for norm in x.flatten(1).norm(dim=1).tolist()], dtype=torch.float64
+    )
     assert (moves(model, truncated(model, ranks, view), x) <= bounds * SLACK + 1e-9).all()
 
 
