@@ -69,22 +69,29 @@ def test_gates_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
     apart = gate_gradients(model, names, Objective(F.cross_entropy, splits, layers_at_once=1), samples=6)
-    assert held == [1] * (2 * 2 * 2)  # batches, given and drawn targets, layers
+    assert held == [1] * (2 * 2 * 2)  # batches, given targets and drawn directions, layers
     for name in names:
         assert apart[name].given.equal(whole[name].given) and apart[name].drawn.equal(whole[name].drawn)
 
 
-def test_drawn_targets_have_the_model_s_distribution() -> None:
-    """Under the model's own prediction the mean gradient is zero: what makes J^T J / N its Fisher information."""
+def test_drawn_directions_give_the_fisher_information_and_are_seeded() -> None:
+    """Against the sum over all classes by their probability."""
     model, _ = factored(Net().eval())
-    x = torch.randn(1, 4, 5, 5).expand(4000, -1, -1, -1)
-    objective = Objective(F.cross_entropy, {"calibration": [(x, torch.zeros(4000).long())]})
-    rows = gate_gradients(model, ["fc"], objective, samples=4000, seed=1)["fc"]
-    spread = rows.drawn.std(0) / 4000**0.5
-    assert (rows.drawn.mean(0).abs() < 5 * spread + 1e-7).all()
-    assert (rows.given.mean(0).abs() > 5 * spread).any()
-    again = gate_gradients(model, ["fc"], objective, samples=4000, seed=1)["fc"]
-    assert again.drawn.equal(rows.drawn)
+    x = torch.randn(1, 4, 5, 5)
+    many = Objective(F.cross_entropy, {"calibration": [(x.expand(4000, -1, -1, -1), torch.zeros(4000).long())]})
+    rows = gate_gradients(model, ["conv", "fc"], many, samples=4000, seed=1)
+    p = model(x).detach().softmax(1)[0]
+    exact = 0
+    for label, weight in enumerate(p):
+        one = Objective(F.cross_entropy, {"calibration": [(x, torch.tensor([label]))]})
+        own = gate_gradients(model, ["conv", "fc"], one, samples=1)
+        J = torch.cat([own[name].given for name in ("conv", "fc")], 1)
+        exact = exact + weight * J.T @ J
+    J = torch.cat([rows[name].drawn for name in ("conv", "fc")], 1)
+    found = J.T @ J / 4000
+    assert float((found - exact).norm() / exact.norm()) < 0.1
+    again = gate_gradients(model, ["fc"], many, samples=4000, seed=1)["fc"]
+    assert again.drawn.equal(rows["fc"].drawn)
 
 
 def test_a_loss_without_classes_takes_the_given_targets() -> None:

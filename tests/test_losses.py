@@ -12,7 +12,7 @@ from spectrim import surgery
 from spectrim.decomposers.svd import SVD
 from spectrim.gates import gate_gradients
 from spectrim.language import perplexity
-from spectrim.losses import IGNORED, logits_of, token_loss
+from spectrim.losses import IGNORED, fisher_direction, logits_of, token_loss
 from spectrim.objective import Objective
 from spectrim.plan import Kept, RankPlan
 
@@ -77,11 +77,21 @@ def test_its_gradient_is_that_of_the_mean_over_all_tokens(batches: Any) -> None:
     torch.testing.assert_close(found, wanted)
 
 
-def test_drawn_tokens_leave_the_padding_and_the_first(batches: Any) -> None:
+def test_predictions_leave_out_the_padding_and_the_first(batches: Any) -> None:
     inputs, targets = batches[1]
-    drawn = token_loss.draw(Bigram()(**inputs), targets, torch.Generator().manual_seed(0))
-    assert torch.equal(drawn[:, 0], targets[:, 0])
-    assert torch.equal(drawn == IGNORED, targets == IGNORED)
+    outputs = Bigram()(**inputs)
+    found = token_loss.predictions(outputs, targets)
+    assert found.shape == (token_loss.count(targets), WORDS)
+    known = targets[:, 1:][targets[:, 1:] != IGNORED]
+    torch.testing.assert_close(F.cross_entropy(found, known), token_loss(outputs, targets))
+
+
+def test_fisher_directions_have_the_covariance_of_drawn_labels() -> None:
+    logits = torch.tensor([[2.0, 0.0, -1.0, 0.5]])
+    p = logits.softmax(1)[0]
+    v = fisher_direction(logits.expand(200_000, -1), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(v.T @ v / len(v), torch.diag(p) - torch.outer(p, p), atol=3e-3, rtol=0)
+    assert v.sum(1).abs().max() < 1e-5  # nothing along the shift that a softmax does not see
 
 
 def test_the_fisher_information_of_the_gates_is_that_of_the_mean_token(batches: Any) -> None:

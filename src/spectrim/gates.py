@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, sample_count, to_device
 from spectrim.errors import UserError
 from spectrim.layers import FactoredConv2d, FactoredLinear
-from spectrim.losses import TokenLoss, logits_of
+from spectrim.losses import TokenLoss, fisher_direction, logits_of
 from spectrim.objective import Objective, are_scores
 
 
 class GateGradients(NamedTuple):
     """Of one layer, float32 on the CPU: rows are samples, columns its components. Shape (N, R) each.
 
-    ``given``: of the loss for the given targets, whose mean is the first order. ``drawn``: for targets drawn from the
-    model's own prediction, J with ``F = J^T J / N`` the Fisher information (Amari 1998; Kunstner et al., arXiv
-    1905.12558, on why not the given ones); the given ones serve where the outputs are not class scores. Of a language
-    model a row adds up over the tokens of its sequence, each drawn by itself: what two of them have in common is zero
-    in expectation, so the rows are scaled for ``F`` to be that of the mean over tokens.
+    ``given``: of the loss for the given targets, whose mean is the first order. ``drawn``: of a random direction in the
+    space of the scores (``losses.fisher_direction``), J with ``F = J^T J / N`` the Fisher information of cross-entropy
+    (Amari 1998; Kunstner et al., arXiv 1905.12558, on why not the given targets); the given ones serve where the
+    outputs are not class scores. Of a language model a row adds up over the tokens of its sequence, each with a
+    direction of its own: what two of them have in common is zero in expectation, so the rows are scaled for ``F`` to be
+    that of the mean over tokens.
     """
 
     given: Tensor
@@ -59,11 +60,10 @@ def gate_gradients(
             outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
             _each_once(between, layers)
             given = _rows(objective.finite_loss(outputs, targets, split) * count, between, blocks, count, keep=True)
-            drawn = given
-            if isinstance(objective.loss, TokenLoss) or are_scores(outputs, targets):
-                sampled, each = _draw(objective, outputs, targets, generator)
-                loss = objective.finite_loss(outputs, sampled, split) * count * math.sqrt(each)
-                drawn = _rows(loss, between, blocks, count)
+            drawn, scores = given, _scores(objective, outputs, targets)
+            if scores is not None:
+                along = (scores * fisher_direction(scores, generator)).sum() * math.sqrt(count / len(scores))
+                drawn = _rows(along, between, blocks, count)
             for name in layers:
                 rank = modules[name].rank
                 parts[name].append(GateGradients(*(_of_gates(part[name], rank) for part in (given, drawn))))
@@ -97,12 +97,11 @@ def _each_once(between: dict[str, Tensor], layers: Sequence[str]) -> None:
             raise UserError(f"the model does not call layer {name} on every batch; its gradient cannot be taken")
 
 
-def _draw(objective: Objective, outputs: Any, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Targets from the softmax of the model's scores, and how many predictions a sample holds."""
+def _scores(objective: Objective, outputs: Any, targets: Any) -> Tensor | None:
+    """One row of scores a prediction, with at least one a sample; None where the outputs are no scores."""
     if isinstance(objective.loss, TokenLoss):
-        return objective.loss.draw(outputs, targets, generator), objective.loss.count(targets) / len(targets)
-    probabilities = logits_of(outputs).detach().float().softmax(1).cpu()
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(targets.device), 1.0
+        return objective.loss.predictions(outputs, targets)
+    return logits_of(outputs).float() if are_scores(outputs, targets) else None
 
 
 def _rows(

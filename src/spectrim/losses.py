@@ -34,13 +34,21 @@ class TokenLoss:
         """Number of tokens to be predicted."""
         return int((targets[:, 1:] != IGNORED).sum())
 
-    def draw(self, outputs: Any, targets: Tensor, generator: torch.Generator) -> Tensor:
-        """``targets`` with every token to be predicted drawn from the model's own prediction of it."""
-        probabilities = logits_of(outputs)[:, :-1].detach().float().softmax(-1).flatten(0, 1).cpu()
-        tokens = torch.multinomial(probabilities, 1, generator=generator).view_as(targets[:, 1:]).to(targets.device)
-        drawn = targets.clone()
-        drawn[:, 1:] = torch.where(targets[:, 1:] == IGNORED, IGNORED, tokens)
-        return drawn
+    def predictions(self, outputs: Any, targets: Tensor) -> Tensor:
+        """The logits of every token to be predicted, float32 of shape (tokens, V)."""
+        return logits_of(outputs)[:, :-1][targets[:, 1:] != IGNORED].float()
+
+
+def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """A random v for every row z of ``logits``, with ``E[v v^T] = diag(p) - p p^T`` where p = softmax(z). Shape (N, V).
+
+    The gradient of ``v^T z`` has the Fisher information of cross-entropy as its second moment, as the gradient of the
+    loss at a label drawn from p has. Of a confident row such a label is almost always the same one and its gradient
+    next to nothing; a Gaussian v says as much of every row, so that far fewer rows do.
+    """
+    p = logits.detach().float().softmax(-1)
+    v = p.sqrt() * torch.randn(p.shape, generator=generator).to(p)
+    return v - p * v.sum(-1, keepdim=True)
 
 
 token_loss = TokenLoss()
