@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -137,6 +138,27 @@ class TuckerConv2d(nn.Module):
 
 
 Factored = FactoredLinear | FactoredConv2d | TuckerConv2d
+
+
+def factors_of(layer: Factored) -> list[nn.Module]:
+    """The layers of which ``layer`` is the product, in the order in which they are applied."""
+    return [layer.first, layer.second, *([layer.third] if isinstance(layer, TuckerConv2d) else [])]
+
+
+def composed(layer: Factored, weights: Sequence[Tensor]) -> Tensor:
+    """The one matrix a group, in the channel view, that factors with these ``weights`` amount to: shape (g, O, I).
+
+    Differentiable in the weights, which come in the order of ``factors_of``.
+    """
+    if isinstance(layer, TuckerConv2d):
+        (A, C, B), groups = weights, layer.first.groups
+        A, C, B = (factor.unflatten(0, (groups, -1)) for factor in (A, C, B))
+        return torch.einsum("gopyx,gpqhw,gqizv->goihw", B, C, A).flatten(2)
+    groups, rank = getattr(layer.second, "groups", 1), layer.rank
+    kernels = [weight.shape[2:] or (1, 1) for weight in weights]
+    A = weights[0].reshape(groups, -1, rank, weights[0].shape[1], *kernels[0])
+    B = weights[1].reshape(groups, -1, A.shape[1], rank, *kernels[1])
+    return torch.einsum("gosrab,gsricd->gosiacbd", B, A).flatten(2)
 
 
 def tucker_form(outputs: int, inputs: int) -> str:

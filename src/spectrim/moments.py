@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import device_of, evaluating, forward, hooked, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, to_device
 from spectrim.decomposers.matrix import first_weight, without_weights
 from spectrim.layers import shaped_like
 from spectrim.objective import Objective
@@ -33,20 +33,20 @@ def input_moments(
     with hooked(handles), evaluating(model), torch.inference_mode():
         for inputs, _ in objective.first(split, samples, "moments"):
             inputs = to_device(inputs, device)
-            mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
             for one in hooks:
-                one.mask = mask
+                one.mask = mask_of(inputs)
             forward(model, inputs)
     return {name: {form: one.mean() for form, one in own.items()} for name, own in gathered.items()}
 
 
-class _Gathered:
-    """A hook that sums x x^T. The x of a convolution are what the first factor sees: its kernel set to the identity."""
+class Rows:
+    """Inputs and outputs of a layer as rows of numbers, shape (g, rows, I) and (g, rows, O), one row a position.
+
+    The x of a convolution are what the first factor of the given form sees: its kernel set to the identity.
+    """
 
     def __init__(self, layer: nn.Module, form: str) -> None:
-        self.count, self.sum, self.patches = 0, torch.zeros(0), None
-        self.mask: Tensor | None = None
-        self.groups = getattr(layer, "groups", 1)
+        self.patches, self.groups = None, getattr(layer, "groups", 1)
         if isinstance(layer, nn.Conv2d):
             size = layer.weight[0].numel() // (layer.kernel_size[0] if form == "spatial" else 1)
             first = shaped_like(without_weights(layer), size, form).first.to_empty(device=layer.weight.device)
@@ -54,15 +54,33 @@ class _Gathered:
             first.weight = nn.Parameter(first_weight(eye, first).to(layer.weight), requires_grad=False)
             self.patches = first
 
+    def inputs(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The rows of inputs ``x``; of a Linear without the positions that ``mask`` calls padding."""
+        return self.outputs(x if self.patches is None else self.patches(x), mask)
+
+    def outputs(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The rows of outputs ``y``, likewise."""
+        if self.patches is not None:
+            return y.transpose(0, 1).reshape(self.groups, y.shape[1] // self.groups, -1).transpose(1, 2)
+        if mask is not None and mask.shape == y.shape[:-1]:
+            y = y[mask.bool()]
+        return y.reshape(1, -1, y.shape[-1])
+
+
+def mask_of(inputs: Inputs) -> Tensor | None:
+    """Where ``attention_mask`` among the inputs says which positions are no padding."""
+    return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+
+
+class _Gathered:
+    """A hook that sums x x^T."""
+
+    def __init__(self, layer: nn.Module, form: str) -> None:
+        self.count, self.sum, self.rows = 0, torch.zeros(0), Rows(layer, form)
+        self.mask: Tensor | None = None
+
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        if self.patches is None:
-            if self.mask is not None and self.mask.shape == x.shape[:-1]:
-                x = x[self.mask.bool()]
-            x = x.reshape(1, -1, x.shape[-1])
-        else:
-            x = self.patches(x)
-            x = x.transpose(0, 1).reshape(self.groups, x.shape[1] // self.groups, -1).transpose(1, 2)
+        x = self.rows.inputs(inputs[0], self.mask)
         added = (x.transpose(1, 2) @ x).double()
         self.sum = added if not self.count else self.sum + added
         self.count += x.shape[1]

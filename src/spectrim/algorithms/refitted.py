@@ -1,0 +1,31 @@
+"""Any selector, and after it the fit of the factors to the outputs of the dense layers."""
+
+from torch import nn
+
+from spectrim.algorithms.base import Algorithm, Compressed
+from spectrim.decomposers.spectrum import Decomposer
+from spectrim.errors import UserError
+from spectrim.objective import Objective
+from spectrim.refit import refit
+from spectrim.settings import settings
+
+
+@settings
+class Refitted:
+    """Compress by ``selector``, then fit what is left by ``samples`` calibration samples (``refit.refit``).
+
+    What joint selection does at its end, for the others: without labels and without training.
+    """
+
+    selector: Algorithm
+    samples: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"samples must be at least 1, got {self.samples}")
+
+    def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
+        """Compress and fit. Raises ``UserError`` for an empty calibration set."""
+        compressed = self.selector.compress(model, decomposer, objective)
+        refit(compressed.model, model, objective, self.samples)
+        return compressed

@@ -1,0 +1,156 @@
+"""A refit fits the factors to the dense outputs, as far as their rank lets them, and touches nothing else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim import surgery
+from spectrim.decomposers.subspaces import SubspaceSVD
+from spectrim.decomposers.svd import SVD
+from spectrim.decomposers.tucker2 import Tucker2
+from spectrim.errors import UserError
+from spectrim.layers import composed, factors_of
+from spectrim.linalg import svd
+from spectrim.objective import Objective
+from spectrim.plan import RankPlan
+from spectrim.refit import refit
+
+Make = Callable[[nn.Module], Any]
+FORMS: dict[str, Make] = {
+    "channel": SVD("channel").spectrum,
+    "spatial": SVD("spatial").spectrum,
+    "tucker": Tucker2().spectrum,
+}
+
+
+class Net(nn.Module):
+    """A convolution that a BatchNorm follows, one without offset at all, and a Linear with a bias."""
+
+    def __init__(self, groups: int = 2) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=groups, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.bare = nn.Conv2d(8, 8, (3, 1), padding="same", groups=groups, bias=False)
+        self.fc = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.relu(self.bare(F.relu(self.norm(self.conv(x))))).mean((2, 3)))
+
+
+@pytest.fixture
+def dense() -> Net:
+    net = Net().eval()
+    net.norm.running_mean.normal_()  # type: ignore[union-attr]
+    return net
+
+
+def objective(count: int = 3) -> Objective:
+    mixing = torch.randn(4, 4)
+    batches = []
+    for _ in range(count):
+        x = torch.einsum("ij,njhw->nihw", mixing, torch.randn(40, 4, 7, 6)) + 0.5
+        batches.append((x, torch.zeros(40).long()))
+    return Objective(F.cross_entropy, {"calibration": batches})
+
+
+def cut(net: nn.Module, make: Make, rank: int | None = None) -> nn.Module:
+    spectra = {n: make(m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    kept = {n: spectrum.kept(min(rank or spectrum.max_rank, spectrum.max_rank)) for n, spectrum in spectra.items()}
+    return surgery.apply(net, RankPlan.of(kept), spectra)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
+def test_composed_is_the_dense_weight_at_full_rank(make: Make, groups: int) -> None:
+    net = Net(groups)
+    model = cut(net, make)
+    for name in ("conv", "bare", "fc"):
+        layer: Any = model.get_submodule(name)
+        matrix = composed(layer, [factor.weight for factor in factors_of(layer)])  # type: ignore[misc]
+        weight = net.get_submodule(name).weight
+        torch.testing.assert_close(matrix.reshape(weight.shape), weight, atol=1e-5, rtol=1e-5)  # type: ignore
+
+
+@pytest.mark.parametrize("view", ["channel", "spatial"])
+def test_composed_of_subspaces_is_the_dense_weight_at_full_rank(view: Any) -> None:
+    for layer in (nn.Conv2d(8, 6, 3, groups=2), nn.Linear(8, 6)):
+        spectrum = SubspaceSVD(2, view).spectrum(layer)
+        factored: Any = spectrum.factor(spectrum.max_rank)
+        matrix = composed(factored, [factor.weight for factor in factors_of(factored)])  # type: ignore[misc]
+        torch.testing.assert_close(matrix.reshape(layer.weight.shape), layer.weight, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
+def test_a_model_that_lost_nothing_stays_as_it_is(dense: Net, make: Make) -> None:
+    data, model = objective(), cut(dense, make)
+    x = torch.randn(5, 4, 7, 6)
+    refit(model, dense, data, samples=120)
+    torch.testing.assert_close(model(x), dense(x), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
+def test_outputs_come_nearer_to_the_dense_ones(dense: Net, make: Make) -> None:
+    data, model = objective(), cut(dense, make, rank=2)
+    state = {name: value.clone() for name, value in dense.state_dict().items()}
+    x = torch.cat([x for x, _ in data.splits["calibration"]])
+    before = (model(x) - dense(x)).square().mean()
+    refit(model, dense, data, samples=120)
+    assert (model(x) - dense(x)).square().mean() < 0.8 * before
+    assert all(value.equal(state[name]) for name, value in dense.state_dict().items())
+    hooks = [module for module in (*model.modules(), *dense.modules()) if module._forward_hooks]
+    assert not hooks and not model.training and data.read["calibration"] == 3 * 120
+
+
+def test_a_linear_reaches_the_best_of_its_rank() -> None:
+    """Reduced-rank regression has a closed form: the SVD of the least-squares fit, in the metric of the inputs."""
+    dense = nn.Sequential(nn.Linear(7, 5)).eval()
+    x = torch.randn(500, 7) @ torch.randn(7, 7)
+    data = Objective(F.mse_loss, {"calibration": [(x, torch.zeros(500, 5))]})
+    model = cut(dense, SVD().spectrum, rank=2)
+    refit(model, dense, data, samples=500)
+    centred = x - x.mean(0)
+    values = svd((centred @ dense[0].weight.T).detach().double()).S_R  # type: ignore[operator]
+    best = float(values[2:].square().sum())
+    reached = float((model(x) - dense(x)).detach().double().square().sum())
+    assert best - 1e-3 < reached < 1.01 * best
+
+
+def test_means_are_kept_by_the_bias_or_by_the_batch_norm_that_follows(dense: Net) -> None:
+    data, model = objective(), cut(dense, FORMS["spatial"], rank=1)
+    x = torch.cat([x for x, _ in data.splits["calibration"]])
+    refit(model, dense, data, samples=120)
+    after = [net.norm(net.conv(x)).mean((0, 2, 3)) for net in (model, dense)]  # type: ignore[operator]
+    torch.testing.assert_close(*after, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(model(x).mean(0), dense(x).mean(0), atol=1e-4, rtol=1e-3)
+
+
+def test_padding_counts_for_nothing() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return (self.layer(x) * attention_mask.unsqueeze(-1)).sum(1)
+
+    dense, x, mask = Tokens().eval(), torch.randn(30, 6, 4), torch.ones(30, 6)
+    mask[:, 4:] = 0
+    fitted = []
+    for padding in (0.0, 100.0):
+        filled = torch.where(mask.unsqueeze(-1) > 0, x, padding * torch.randn(30, 6, 4))
+        batch = ({"x": filled, "attention_mask": mask}, torch.zeros(30).long())
+        model = cut(dense, SVD().spectrum, rank=2)
+        refit(model, dense, Objective(F.cross_entropy, {"calibration": [batch]}), samples=30)
+        fitted.append(model.layer.second.weight @ model.layer.first.weight)  # type: ignore[union-attr,operator]
+    torch.testing.assert_close(*fitted)
+
+
+def test_an_empty_split_is_one_line(dense: Net) -> None:
+    whole = objective()
+    empty = Objective(F.cross_entropy, {"calibration": whole.splits["calibration"], "other": []})
+    with pytest.raises(UserError, match="the other set is empty"):
+        refit(cut(dense, FORMS["channel"], rank=1), dense, empty, samples=10, split="other")
