@@ -25,8 +25,10 @@ SELECTORS = {
     "alds": (frame.SELECTORS["alds"], "#CC79A7", "v"),
     "sensitivity": (frame.SELECTORS["sensitivity"], "#009E73", "P"),
     "knapsack": (frame.SELECTORS["knapsack"], "#0072B2", "o"),
+    "knapsack, refitted": ("knapsack (BALF), refitted as ours", "#0072B2", "x"),
     "joint": (frame.SELECTORS["joint"], "#D55E00", "X"),
 }
+REFITTED = ("joint", "knapsack, refitted")
 TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
 SHARES = {"params_kept": "parameters kept (%)", "macs_kept": "MACs kept (%)"}
 DEEPEST = 0.2  # below the dense accuracy: where the panels end; the table has it all
@@ -52,7 +54,8 @@ NOTES = (
     "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (pairs: each training "
     "seed with a calibration draw of its own). Δ = compressed − dense. Shares: of the whole model. No fine-tuning; no "
     "selector sees the test split. BatchNorm statistics follow the compression, without labels, where not said to be "
-    f"kept. The panels of top-1 end {100 * DEEPEST:.0f} pp below the dense net.",
+    "kept; a refit fits the factors to the outputs of the dense layers, without labels, and moves the BatchNorm means "
+    f"along. The panels of top-1 end {100 * DEEPEST:.0f} pp below the dense net.",
     "Published: ALDS without retraining, a ResNet-20 of another training, 91.39 % dense. The change of its top-1 is "
     f"beside the rows within {100 * NEAR:g} % of its size, and judged where the selector is ALDS with BatchNorm kept.",
     "ALDS: Liebenwein et al., arXiv 2107.11442, its numbers as digitised in BALF, arXiv 2509.25136, whose allocation "
@@ -63,7 +66,7 @@ NOTES = (
 def build(options: Options) -> list[Path]:
     """Accuracy and loss of every selector at every size, a row of panels a model, and the table of what is drawn."""
     found = command.load(options)
-    runs = _curves(command.runs(options, found, [name for name in SELECTORS if "," not in name]))
+    runs = _curves(command.runs(options, found, [*(name for name in SELECTORS if "," not in name), "refitted"]))
     published = _published()
     rows = frame.with_dense(runs, VALUES).merge(runs.drop_duplicates("method")[["method", *ABOUT]], "left", "method")
     rows = pd.concat([_judged(own, published) for _, own in rows.groupby("model", sort=False)])
@@ -95,10 +98,13 @@ def _curves(runs: pd.DataFrame) -> pd.DataFrame:
     Raises ``UserError`` where one curve would be drawn through runs of different settings.
     """
     names = list(SELECTORS)
-    keys = ["truncation, energy" if "energy" in name else name.partition(",")[0] for name in runs["variant"]]
+    keys = ["truncation, energy" if "energy" in name else _selector(name) for name in runs["variant"]]
     asked = [_asked(settings) for settings in runs["settings"]]
     runs = runs.assign(
-        variant=[SELECTORS[key][0] + _kept(settings) for key, settings in zip(keys, runs["settings"], strict=True)],
+        variant=[
+            SELECTORS[key][0] + _kept(settings, key in REFITTED)
+            for key, settings in zip(keys, runs["settings"], strict=True)
+        ],
         asked=[said for said, _ in asked],
         place=[names.index(key) for key in keys],
         size=[-value for _, value in asked],
@@ -111,15 +117,18 @@ def _curves(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.sort_values(["model", "place", "variant", "size", "signature"], kind="stable")
 
 
-def _kept(settings: dict[str, Any]) -> str:
-    """What a curve is called further where BatchNorm statistics did not follow; joint selection has its own setting."""
-    follows = settings["batch_norm"] == "follow" or settings.get("algorithm.batch_norm", False)
-    return "" if follows else KEPT
+def _selector(variant: str) -> str:
+    return variant if variant in SELECTORS else variant.partition(",")[0]
+
+
+def _kept(settings: dict[str, Any], refitted: bool) -> str:
+    """What a curve is called further where BatchNorm statistics did not follow, as the means do in a refit."""
+    return "" if refitted or settings["batch_norm"] == "follow" else KEPT
 
 
 def _asked(settings: dict[str, Any]) -> tuple[str, float]:
     """What a run was to meet, in words and as a number."""
-    given = {key: settings.get(f"algorithm.{key}") for key in TARGETS}
+    given = {key: settings.get(f"algorithm.{key}", settings.get(f"algorithm.selector.{key}")) for key in TARGETS}
     name, value = next((name, value) for name, value in given.items() if value is not None)
     return f"{name.replace('_', ' ')} {value:g}", float(value)
 

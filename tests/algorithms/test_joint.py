@@ -1,5 +1,6 @@
 """Joint meets what it is asked for, never sees what it must not, and beats one ratio for every layer."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,12 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spectrim.algorithms.joint import Joint, evidence
+from spectrim.algorithms.joint import Joint, significant
 from spectrim.algorithms.truncation import Truncation
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
-from spectrim.gates import GateGradients
 from spectrim.objective import Objective
 
 
@@ -87,14 +87,24 @@ def test_only_calibration_is_linearised_on_and_only_verification_is_measured_on(
     assert first == Joint(params_kept=0.5, samples=200).compress(net, SVD(), Objective(F.cross_entropy, without)).plan
 
 
-def test_trust_by_evidence_is_high_where_the_halves_agree_and_zero_where_they_do_not() -> None:
-    noise, signal = torch.randn(400, 50), torch.randn(50)
-    rows = {name: GateGradients(given, given) for name, given in (("same", noise / 10 + signal), ("noise", noise))}
-    assert evidence({"same": rows["same"]}) > 0.99
-    assert evidence({"noise": rows["noise"]}) < 0.5
-    alternating = torch.tensor([1.0, -1.0]).repeat(200).unsqueeze(1) * signal
-    assert evidence({"against": GateGradients(alternating, alternating)}) == 0
-    assert evidence({"nothing": GateGradients(torch.zeros(4, 2), torch.zeros(4, 2))}) == 0
+def test_a_slope_counts_as_far_as_it_is_certain() -> None:
+    noise, signal = torch.randn(400, 2000), torch.tensor([1.0, -2.0, 0.5]).repeat(667)[:2000]
+    chance = math.sqrt(2 * math.log(2000))
+    assert significant(noise, chance).count_nonzero() < 20
+    assert significant(noise, 0.0).equal(noise.double().mean(0))
+    torch.testing.assert_close(significant(noise / 100 + signal, chance), signal.double(), atol=1e-2, rtol=1e-2)
+    assert (significant(noise + signal, chance) * signal >= 0).all()
+    assert significant(torch.zeros(4, 2), chance).tolist() == [0, 0]
+
+
+def test_refit_lowers_the_loss_and_changes_no_choice(trained: Any) -> None:
+    net, objective = trained
+    cut, fitted = (
+        Joint(params_kept=0.3, samples=400, refit=refit).compress(net, WhitenedSVD(), objective) for refit in (0, 400)
+    )
+    assert fitted.plan == cut.plan
+    losses = [objective.evaluate(one.model, "unseen").loss for one in (fitted, cut)]
+    assert losses[0] < losses[1]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +116,8 @@ def test_trust_by_evidence_is_high_where_the_halves_agree_and_zero_where_they_do
         ({"macs_kept": 0.0}, r"macs_kept must lie in \(0, 1\)"),
         ({"max_loss_increase": -0.1}, "max_loss_increase must be at least 0"),
         ({"params_kept": 0.5, "step": 0.0}, r"step must lie in \(0, 1\)"),
-        ({"params_kept": 0.5, "trust": 2.0}, r"trust must lie in \[0, 1\]"),
+        ({"params_kept": 0.5, "significance": -1.0}, "significance must be at least 0"),
+        ({"params_kept": 0.5, "refit": -1}, "refit must be at least 0 samples"),
         ({"params_kept": 0.5, "samples": 1}, "samples must be at least 2"),
     ],
 )

@@ -25,6 +25,7 @@ TARGETS = {
     "alds": "spectrim.algorithms.related.alds.ALDS",
     "global_threshold": "spectrim.algorithms.related.global_threshold.GlobalThreshold",
     "knapsack": "spectrim.algorithms.related.knapsack.Knapsack",
+    "refitted": "spectrim.algorithms.refitted.Refitted",
     "sensitivity": "spectrim.algorithms.related.sensitivity.Sensitivity",
 }
 # Those that are given a budget, and how much more of the loss than joint they lose to it in what is made up.
@@ -272,8 +273,9 @@ def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record
                 settings = {
                     "truncation": cut | {"energy": None, "params_kept": size},
                     "energy": cut | {"energy": size + 0.1, "params_kept": None},
+                    "refitted": {"selector": {"_target_": TARGETS["knapsack"], "params_kept": size}, "samples": 1000},
                 }
-                for name, worse in {**BUDGETED, "truncation": 15.0, "energy": 10.0}.items():
+                for name, worse in {**BUDGETED, "truncation": 15.0, "energy": 10.0, "refitted": 1.5}.items():
                     one = make(
                         model,
                         "truncation" if name == "energy" else name,
@@ -287,7 +289,8 @@ def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record
                     )
                     one["compressed"]["macs"] = int(1_000_000 * (0.1 + 0.9 * size))
                     for keeps in (True, False) if name == "alds" else (False,):
-                        config = one["config"] | ({} if keeps else {"batch_norm": "follow"})
+                        fitted = name in ("joint", "refitted")
+                        config = one["config"] | ({} if keeps or fitted else {"batch_norm": "follow"})
                         found.append(one | {"config": config, "signature": records.signature(config)})
     return found
 

@@ -1,7 +1,6 @@
 """Joint: which singular components to remove, over all layers together, to second order."""
 
-from collections.abc import Mapping
-from copy import deepcopy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +11,12 @@ from spectrim import surgery
 from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
 from spectrim.algorithms.removal import Gated, remove
-from spectrim.batchnorm import copy_statistics, reestimate
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
-from spectrim.gates import GateGradients, gate_gradients
+from spectrim.gates import gate_gradients
 from spectrim.objective import Objective
 from spectrim.plan import Kept, RankPlan
+from spectrim.refit import refit
 from spectrim.settings import settings
 
 SMALLEST_STEP = 1 / 64  # of the dense cost: where a search by tolerance ends
@@ -36,8 +35,10 @@ class Joint:
     ``max_loss_increase``, at least 0: as few parameters as possible with the loss on the ``verification`` split, which
     no gradient comes from, at most this much above the dense model's.
 
-    ``trust``: the part of the first order that is believed, in [0, 1]; null: as much as one half of the calibration
-    samples says of the other. ``batch_norm``: whether BatchNorm statistics follow the compression (no labels used).
+    Of the first order only what is certain is believed: each slope is shrunk by its standard error over the samples
+    (``significant``). ``significance``: how many standard errors count as chance; null: as many as the largest of so
+    many gates reaches by chance alone; 0: every slope is believed as it is. ``refit``: the calibration samples by which
+    the factors that are left are fitted to the outputs of the dense layers (``refit.refit``); 0: they stay as cut.
     """
 
     params_kept: float | None = None
@@ -47,8 +48,8 @@ class Joint:
     step: float = 0.1
     batch_size: int = 1
     samples: int = 2000
-    trust: float | None = None
-    batch_norm: bool = True
+    significance: float | None = None
+    refit: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,8 +61,10 @@ class Joint:
             raise UserError(f"max_loss_increase must be at least 0, got {self.max_loss_increase}")
         if not 0 < self.step < 1:
             raise UserError(f"step must lie in (0, 1), got {self.step}")
-        if self.trust is not None and not 0 <= self.trust <= 1:
-            raise UserError(f"trust must lie in [0, 1], got {self.trust}")
+        if self.significance is not None and not self.significance >= 0:
+            raise UserError(f"significance must be at least 0, got {self.significance}")
+        if self.refit < 0:
+            raise UserError(f"refit must be at least 0 samples, got {self.refit}")
         if self.samples < 2:
             raise UserError(f"samples must be at least 2, got {self.samples}")
 
@@ -80,18 +83,16 @@ class Joint:
 
 @dataclass
 class _Point:
-    """Where a search stands: the components still there of every layer, and the BatchNorm statistics that fit."""
+    """Where a search stands: the components still there of every layer."""
 
     kept: dict[str, Tensor]
-    base: nn.Module
     predicted: float = 0.0
 
 
 class _Search:
     def __init__(self, chosen: Joint, bench: Workbench, costs: Costs) -> None:
         self.settings, self.bench, self.costs = chosen, bench, costs
-        everything = {name: torch.arange(spectrum.max_rank) for name, spectrum in bench.spectra.items()}
-        self.point = _Point(everything, bench.model)
+        self.point = _Point({name: torch.arange(spectrum.max_rank) for name, spectrum in bench.spectra.items()})
         self.log: list[dict] = []
 
     def to_budget(self, target: float) -> None:
@@ -125,50 +126,52 @@ class _Search:
         """Linearise at ``point`` and remove until ``share`` of the dense cost is left."""
         spectra, names = self.bench.spectra, list(point.kept)
         everything = RankPlan.of({n: Kept(tuple(point.kept[n].tolist()), spectra[n].form) for n in names})
-        factored = surgery.apply(point.base, everything, spectra)
+        factored = surgery.apply(self.bench.model, everything, spectra)
         rows = gate_gradients(factored, names, self.bench.objective, self.settings.samples, seed=self.settings.seed)
-        trust = evidence(rows) if self.settings.trust is None else self.settings.trust
+        errors = self._errors(sum(len(kept) for kept in point.kept.values()))
         layers = {}
         for name, row in rows.items():
             curve = self.costs.curves[name][: len(point.kept[name]) + 1]
-            layers[name] = Gated(row.drawn, trust * row.given.mean(0), curve, self.costs.dense[name])
+            layers[name] = Gated(row.drawn, significant(row.given, errors), curve, self.costs.dense[name])
         elsewhere = self.costs.total - sum(self.costs.dense.values())
         removal = remove(layers, share * self.costs.total - elsewhere)
-        after = _Point(
-            {n: point.kept[n][removal.kept[n]] for n in names}, point.base, point.predicted + removal.predicted
-        )
-        self.log.append({"share": self._share(after), "trust": trust, "predicted": removal.predicted})
-        if self.settings.batch_norm:
-            self._follow(after)
+        after = _Point({n: point.kept[n][removal.kept[n]] for n in names}, point.predicted + removal.predicted)
+        self.log.append({"share": self._share(after), "predicted": removal.predicted, "standard_errors": errors})
         return after
 
-    def _follow(self, point: _Point) -> None:
-        """Give ``point`` the BatchNorm statistics of what it is cut to."""
-        cut = surgery.apply(self.bench.model, self._plan(point), self.bench.spectra)
-        reestimate(cut, self.bench.model, self.bench.objective, self.settings.samples)
-        point.base = deepcopy(self.bench.model)
-        copy_statistics(cut, point.base)
+    def _errors(self, gates: int) -> float:
+        """How many standard errors of a slope count as chance: the universal threshold of Donoho and Johnstone."""
+        chosen = self.settings.significance
+        return math.sqrt(2 * math.log(gates)) if chosen is None else chosen
 
-    def _plan(self, point: _Point) -> RankPlan:
+    def _keep(self, point: _Point) -> dict[str, tuple[int, ...]]:
         """What pays: a layer whose components cost no less than the dense layer stays dense."""
-        pays = {name: kept for name, kept in point.kept.items() if self.costs.pays(name, len(kept))}
-        return RankPlan.of({n: Kept(tuple(kept.tolist()), self.bench.spectra[n].form) for n, kept in pays.items()})
+        return {name: tuple(kept.tolist()) for name, kept in point.kept.items() if self.costs.pays(name, len(kept))}
+
+    def _refit(self, model: nn.Module) -> nn.Module:
+        if self.settings.refit:
+            refit(model, self.bench.model, self.bench.objective, self.settings.refit)
+        return model
 
     def _cut(self, point: _Point) -> nn.Module:
-        return surgery.apply(point.base, self._plan(point), self.bench.spectra)
+        return self._refit(self.bench.cut(self._keep(point)))
 
     def _share(self, point: _Point) -> float:
         return self.costs.share({name: len(kept) for name, kept in point.kept.items()})
 
     def finish(self) -> Compressed:
-        compressed = self.bench.finish({name: kept.keep for name, kept in self._plan(self.point).items()}, self.log)
-        copy_statistics(self.point.base, compressed.model)
+        compressed = self.bench.finish(self._keep(self.point), self.log)
+        self._refit(compressed.model)
         return compressed
 
 
-def evidence(rows: Mapping[str, GateGradients]) -> float:
-    """How much of the first order one half of the samples predicts of the other: a regression slope, in [0, 1]."""
-    slopes = torch.cat([row.given.double() for row in rows.values()], 1)
-    first, second = slopes[::2].mean(0), slopes[1::2].mean(0)
-    size = (first.square().sum() + second.square().sum()) / 2
-    return float((first @ second / size).clamp(0, 1)) if size > 0 else 0.0
+def significant(given_NR: Tensor, errors: float) -> Tensor:
+    """The mean slope of every gate, shrunk towards zero by its standard error (positive-part James-Stein). Shape (R,).
+
+    The greedy removal looks for the lowest of thousands of slopes, and would find those that chance made low: a slope
+    of fewer than ``errors`` standard errors counts as zero, one of many counts in full.
+    """
+    given_NR = given_NR.double()
+    slope, error = given_NR.mean(0), given_NR.std(0) / math.sqrt(len(given_NR))
+    tiny = torch.finfo(slope.dtype).tiny
+    return slope * (1 - (errors * error / slope.abs().clamp_min(tiny)).square()).clamp_min(0)

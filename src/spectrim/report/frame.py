@@ -107,6 +107,9 @@ def _variant(algorithm: str, settings: Mapping[str, Any]) -> str:
             key: settings[key] for key in ("rank", "ratio", "energy", "params_kept") if settings.get(key) is not None
         }
         return ", ".join([algorithm, *(f"{key.replace('_', ' ')} {value:g}" for key, value in given.items())])
+    if algorithm == "refitted":
+        selector = settings["selector"]
+        return f"{_variant(str(selector['_target_']).rpartition('.')[2].lower(), selector)}, {algorithm}"
     if "verified" in settings:
         return f"{algorithm}, {'verified' if settings['verified'] else 'one-shot'}"
     return algorithm
