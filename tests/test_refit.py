@@ -94,7 +94,7 @@ def test_a_model_that_lost_nothing_stays_as_it_is(dense: Net, make: Make) -> Non
 
 @pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
 def test_outputs_come_nearer_to_the_dense_ones(dense: Net, make: Make) -> None:
-    data, model = objective(), cut(dense, make, rank=2)
+    data, model = objective(), cut(dense, make, rank=2).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     state = {name: value.clone() for name, value in dense.state_dict().items()}
     x = torch.cat([x for x, _ in data.splits["calibration"]])
     before = (model(x) - dense(x)).square().mean()

@@ -122,7 +122,10 @@ def _moments(
 def _fit(layer: Factored, moments: _Moments) -> Tensor:
     """Give the factors the weights that fit best near those that they have; the matrix they amount to, (g, O, I)."""
     factors = factors_of(layer)
-    weights = [cast(Tensor, factor.weight).detach().double().clone().requires_grad_(True) for factor in factors]
+    kept = [cast(Tensor, factor.weight).detach() for factor in factors]
+    weights = [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
+    for weight in weights:  # LBFGS takes no other layout
+        weight.requires_grad_(True)
     with torch.enable_grad():
         held = RIDGE * moments.xx_gII.diagonal(dim1=1, dim2=2).mean()
         xx = moments.xx_gII + held * torch.eye(moments.xx_gII.shape[-1]).to(moments.xx_gII)
