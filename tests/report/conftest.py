@@ -295,6 +295,31 @@ def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record
     return found
 
 
+def table9() -> list[Record]:
+    """Joint selection, whole and with less: each part that is left out costs some of the loss."""
+    variants = [
+        ({}, "whitened_spatial", 0.0),
+        ({"refit": 0}, "whitened_spatial", 0.02),
+        ({"significance": 0}, "whitened_spatial", 0.01),
+        ({"refit": 0, "significance": 0}, "whitened_spatial", 0.03),
+        ({}, "svd_spatial", 0.005),
+    ]
+    whole = {"refit": 1000, "significance": None, "step": 0.1, "samples": 2000}
+    return [
+        make(
+            algorithm="joint",
+            seed=seed,
+            calibration_seed=seed,
+            change=0.01 + worse + 0.001 * seed,
+            experiment="table9",
+            settings={**whole, **less},
+            decomposer=decomposer,
+        )
+        for seed in (0, 1)
+        for less, decomposer, worse in variants
+    ]
+
+
 def table6() -> list[Record]:
     """Selectors on a trained net, and on untrained ones of two depths, widths and calibration sizes."""
     found = []
@@ -356,6 +381,7 @@ def everything() -> list[Record]:
         *table8(),
         *table5(),
         *table6(),
+        *table9(),
         *figure4(("resnet20",)),
         *figure("figure2", (0.4, 0.6, 0.8, 0.95), list(MODELS)),
         *figure("figure3", sweep, ["densenet22", "vgg19_half"]),

@@ -1,0 +1,93 @@
+"""Table 9, the ablation: what joint selection loses where one of its parts is left out or set otherwise."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spectrim.report import command, frame
+from spectrim.report.command import Options
+from spectrim.report.table import Column, Table, save
+
+WHOLE = "joint selection, whole"
+# What is said of a setting where it differs from that of the whole; the first of each is the whole's.
+PARTS: dict[str, dict[Any, str]] = {
+    "algorithm.refit": {1000: "", 0: "no refit"},
+    "algorithm.significance": {None: "", 0: "the first order believed as it is", 1000: "no first order"},
+    "algorithm.step": {0.1: "", 0.5: "one linearisation"},
+    "algorithm.samples": {2000: "", 500: "500 samples"},
+    "decomposer": {
+        "whitened_spatial": "",
+        "svd_spatial": "plain SVD, spatial view",
+        "whitened_channel": "whitened SVD, channel view",
+    },
+    "batch_norm": {"keep": "", "follow": "BatchNorm re-estimated"},
+}
+VALUES = (
+    "params_kept",
+    "test_accuracy",
+    "change_test_accuracy_pp",
+    "test_loss",
+    "change_test_loss",
+    "to_whole",
+    "seconds",
+)
+COLUMNS = (
+    Column("model", "model"),
+    Column("method", "what is left out"),
+    Column("params_kept", "params kept %", 1, scale=100),
+    Column("test_accuracy", "top-1 %", 2, scale=100),
+    Column("change_test_accuracy_pp", "Δ top-1 to dense pp", 2, signed=True),
+    Column("test_loss", "test loss", 4),
+    Column("change_test_loss", "Δ test loss to dense", 4, signed=True),
+    Column("to_whole", "Δ test loss to the whole", 4, signed=True),
+    Column("seconds", "seconds", 0),
+    Column("n", "n"),
+)
+NOTES = (
+    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (pairs: each training "
+    "seed with a calibration draw of its own). No fine-tuning; the test split is looked at once, after the selection. "
+    "Δ to the whole: to the run of the same seed with every part as it is by default, so that its deviation says how "
+    "far a difference is one. Seconds: of the whole run, measured beside other runs on the same machine.",
+    "The first order believed as it is: slopes are not held against their standard errors. No refit: factors stay as "
+    "cut. One linearisation: all is removed at once.",
+)
+
+
+def build(options: Options) -> list[Path]:
+    """Table 9, from the records of its grids."""
+    found = command.load(options)
+    runs = command.runs(options, found, ["joint"])
+    runs["method"] = [_differs({**row["settings"], "decomposer": row["decomposer"]}) for _, row in runs.iterrows()]
+    whole = runs[runs["method"] == WHOLE]
+    if whole.empty:
+        raise command.lacking(options, "joint selection with every part as it is by default")
+    losses = whole.set_index(["model", "seed", "calibration_seed"])["test_loss"]
+    keys = zip(runs["model"], runs["seed"], runs["calibration_seed"], strict=True)
+    runs["to_whole"] = runs["test_loss"] - [float(losses.get(key, float("nan"))) for key in keys]
+    runs["parts"] = [0 if method == WHOLE else 1 + method.count(";") for method in runs["method"]]
+    rows = frame.with_dense(runs.sort_values(["model", "parts", "method", "signature"], kind="stable"), VALUES)
+    rows.loc[rows["method"].isin(["dense", WHOLE]), ["to_whole", "to_whole_std"]] = float("nan")
+    rows.loc[rows["method"] == "dense", ["seconds", "seconds_std"]] = float("nan")
+    caption = f"What each part of joint selection is worth, at one budget, on {', '.join(dict.fromkeys(rows['data']))}"
+    return save(
+        [Table(options.name, rows, COLUMNS, caption, NOTES, group="model")], options.out, command.origin(options, found)
+    )
+
+
+def _differs(settings: Mapping[str, Any]) -> str:
+    """In words, what of a run is not as in the whole."""
+    said = []
+    for name, words in PARTS.items():
+        value = settings.get(name, next(iter(words)))
+        said.append(words.get(value, f"{name.rpartition('.')[2].replace('_', ' ')} {value}"))
+    return "; ".join(filter(None, said)) or WHOLE
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    return command.run(build, "table9", "table9", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
