@@ -86,6 +86,17 @@ def test_sensitivity_takes_the_smallest_rank_within_one_tolerance(net: nn.Sequen
         assert next_smaller is None or max(worst.get(name, -1e9), next_smaller["change"]) > tolerance
 
 
+def test_sensitivity_measures_once_for_all_budgets(net: nn.Sequential, objective: Objective) -> None:
+    first = Sensitivity(params_kept=0.6).compress(net, SVD(), objective)
+    read = objective.read["calibration"]
+    second = Sensitivity(params_kept=0.4).compress(net, SVD(), objective)
+    assert second.log == first.log and objective.read["calibration"] - read < read / 5
+    assert second.params_kept <= 0.4
+    with torch.no_grad():
+        net[0].weight.mul_(2)  # type: ignore[operator,union-attr]
+    assert Sensitivity(params_kept=0.6).compress(net, SVD(), objective).log != first.log
+
+
 def test_global_threshold_has_the_least_largest_relative_error(net: nn.Sequential, objective: Objective) -> None:
     """Of all allocations of the budget none has a smaller largest sigma_(k+1) / sigma_1 (ALDS, section 3.3)."""
     result = GlobalThreshold(params_kept=0.5).compress(net, SVD(), objective)

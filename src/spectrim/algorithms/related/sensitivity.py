@@ -2,6 +2,8 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from tqdm import tqdm
@@ -9,11 +11,13 @@ from tqdm import tqdm
 from spectrim import surgery
 from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.budget import Budgeted
-from spectrim.decomposers.spectrum import Decomposer
+from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
 from spectrim.objective import Objective
 from spectrim.plan import RankPlan
 from spectrim.settings import settings
+
+_measured: "WeakKeyDictionary[Objective, dict[Any, list[dict]]]" = WeakKeyDictionary()
 
 
 @settings
@@ -24,7 +28,7 @@ class Sensitivity(Budgeted):
     layer at one of ``ratios`` of its parameters and all others dense; a binary search finds the tolerance that meets
     the budget. That is the paper's; ours are layers of convolutions, and the running maximum, towards smaller ratios,
     of a measured rise that is not monotone. The paper's scaling by absolute activations is left out: whitening, which
-    replaced it in later work, is a decomposer here.
+    replaced it in later work, is a decomposer here. The measurements are remembered, for a sweep over budgets.
     """
 
     ratios: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -41,7 +45,12 @@ class Sensitivity(Budgeted):
         """
         bench = Workbench(model, decomposer, objective)
         costs, share = self.budget(bench)
-        log = self._measure(bench)
+        measured = _measured.setdefault(objective, {})
+        key = decomposer, tuple(self.ratios), content(model.state_dict().values())
+        if key not in measured:
+            measured.clear()
+            measured[key] = self._measure(bench)
+        log = measured[key]
         risen: dict[str, list[tuple[float, int]]] = {}
         for entry in log:  # of a layer, from its largest rank to its smallest
             known = risen.setdefault(entry["layer"], [])
@@ -56,7 +65,7 @@ class Sensitivity(Budgeted):
             }
             return {layer: risen[layer][count - 1][1] for layer, count in within.items() if count}
 
-        return bench.finish(costs.meet(share, ranks_at, low=0.0, high=1.0), log)
+        return bench.finish(costs.meet(share, ranks_at, low=0.0, high=1.0), [*log])
 
     def _measure(self, bench: Workbench) -> list[dict]:
         working = surgery.apply(bench.model, RankPlan(), {})
