@@ -4,6 +4,7 @@
 #                                         one may hold the CUDA build of several GB; the CPU build lies on PyTorch's own
 #   make test PYTHON3=python3.12          make the environment with this Python (3.11 to 3.13)
 VENV ?= .venv
+RIVALS ?= .venv-rivals
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 UNFINISHED := $(VENV)/.unfinished
@@ -36,6 +37,8 @@ GRIDS_table8 := table8 table8_untrained table8_selection
 GRIDS_table9 := table9 table9_once table9_decomposers
 GRIDS_figure1 := $(GRIDS_table2)
 GRIDS_figure4 := figure4 figure4_refitted figure4_rivals figure4_sensitivity figure4_truncation figure4_energy figure4_alds
+# In an environment of its own (`make rivals`): the committed records stand for it, as for the trainings.
+TRAININGS_figure4 := figure4_aimet
 GRIDS_figure5 := $(GRIDS_table5)
 TRAININGS_figure5 := $(TRAININGS_table5)
 GRIDS_figure6 := $(GRIDS_table1)
@@ -47,7 +50,7 @@ GRIDS_figure3 := figure3 $(GRIDS_table2)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-language reproduce train train-svd search-table1 smoke test lint format readme bench notebook lock clean
+.PHONY: help install install-language rivals reproduce train train-svd search-table1 smoke test lint format readme bench notebook lock clean
 .PHONY: $(RESULTS:%=reproduce-%) $(RESULTS:%=table-%)
 
 help:  ## this list
@@ -77,6 +80,12 @@ $(STAMP): requirements.lock pyproject.toml
 
 install-language: $(STAMP)  ## what language models need, besides: transformers and what that needs
 	@$(PIP) install -q -r requirements-language.lock
+
+rivals: $(STAMP)  ## .venv-rivals: AIMET from its wheel, whose dependencies stay out of .venv, with spectrim beside it
+	$(BIN)/python -m venv $(RIVALS)
+	@$(RIVALS)/bin/python -m pip --disable-pip-version-check install -q -r requirements.lock -r requirements-rivals.lock \
+	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(RIVALS)/bin/python -m pip --disable-pip-version-check install -q --no-deps --no-build-isolation -e .
 
 reproduce-NAME:  ## run the grids of a table or figure, write results/, compare with the committed records
 	@echo "NAME is one of: $(RESULTS)"

@@ -23,6 +23,7 @@ SELECTORS = {
     "truncation, energy": ("energy truncation", "#E69F00", "D"),
     "globalthreshold": (frame.SELECTORS["globalthreshold"], "#56B4E9", "^"),
     "alds": (frame.SELECTORS["alds"], "#CC79A7", "v"),
+    "aimet": (frame.SELECTORS["aimet"], "#8C564B", "d"),
     "sensitivity": (frame.SELECTORS["sensitivity"], "#009E73", "P"),
     "knapsack": (frame.SELECTORS["knapsack"], "#0072B2", "o"),
     "knapsack, refitted": ("knapsack (BALF), refitted as ours", "#0072B2", "x"),

@@ -29,6 +29,12 @@ NOTE = (
     "[results/tables/table2.md](results/tables/table2.md)."
 )
 
+SIZES, AT_MOST_OFF = (0.826, 0.7, 0.5, 0.4, 0.3), 0.02  # parts of the parameters, and how near a row must be to one
+FRONTIER = (
+    "ResNet-20, CIFAR-10, no fine-tuning, three trainings; the columns are the parts of the parameters kept. With "
+    "losses, MACs and the exact sizes: [results/tables/figure4.md](results/tables/figure4.md)."
+)
+
 
 def table2(results: Path) -> str:
     """The README's cut of Table 2, as markdown."""
@@ -40,6 +46,22 @@ def table2(results: Path) -> str:
 def claims(results: Path) -> str:
     """The verdict on every claim, as markdown."""
     return (results / "tables/table2_claims.md").read_text(encoding="utf-8")
+
+
+def frontier(results: Path) -> str:
+    """Figure 4 of ResNet-20 in numbers, as markdown: a row a selector, a column a size."""
+    rows = pd.read_csv(results / "tables/figure4.csv", dtype={"n": str})
+    rows = rows[(rows["model"] == "resnet20") & (rows["method"] != "dense")]
+    change = Column("change_test_accuracy_pp", "", 2, signed=True)
+    table: dict[str, dict[str, str]] = {}
+    for row in rows.to_dict(orient="records"):
+        near = [size for size in SIZES if abs(row["params_kept"] - size) <= AT_MOST_OFF]
+        if near:
+            table.setdefault(row["variant"], {})[f"{100 * near[0]:g} %"] = change.cell(
+                {str(key): value for key, value in row.items()}
+            )
+    found = pd.DataFrame.from_dict(table, orient="index").rename_axis("Δ top-1 (pp) at").reset_index()
+    return found.fillna("–").to_markdown(index=False, disable_numparse=True) + f"\n\n{FRONTIER}\n"
 
 
 def checkpoints(results: Path) -> str:
@@ -62,7 +84,8 @@ def checkpoints(results: Path) -> str:
 
 def filled(readme: str, results: Path) -> str:
     """``readme`` with the text between each pair of markers made anew. Raises ``UserError`` where one is missing."""
-    for name, make in (("table2", table2), ("claims", claims), ("checkpoints", checkpoints)):
+    blocks = {"table2": table2, "claims": claims, "frontier": frontier, "checkpoints": checkpoints}
+    for name, make in blocks.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, found, rest = readme.partition(start)
         _, closed, after = rest.partition(end)

@@ -20,6 +20,7 @@ PARTS: dict[str, dict[Any, str]] = {
         "whitened_spatial": "",
         "svd_spatial": "plain SVD, spatial view",
         "whitened_channel": "whitened SVD, channel view",
+        "whitened_best_view": "whitened SVD, better view of each layer",
     },
     "batch_norm": {"keep": "", "follow": "BatchNorm re-estimated"},
 }

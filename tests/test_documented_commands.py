@@ -61,4 +61,5 @@ def test_it_composes(compose: Any, file: str, command: str) -> None:
 def test_the_smoke_grid_holds_every_algorithm(compose: Any) -> None:
     params = compose("experiment=smoke").hydra.sweeper.params
     there = {path.stem for path in (Path(config.CONF) / "algorithm").glob("*.yaml")}
-    assert {name.strip() for name in params.algorithm.split(",")} == there
+    elsewhere = {"aimet"}  # runs in an environment of its own
+    assert {name.strip() for name in params.algorithm.split(",")} == there - elsewhere

@@ -86,8 +86,9 @@ class FactoredConv2d(nn.Module):
 
     ``view="channel"``: a kh x kw convolution into ``groups * rank`` channels, then 1x1. ``view="spatial"``: a 1 x kw
     convolution, then kh x 1, each with its own half of stride, padding and dilation (Jaderberg et al., arXiv 1405.3866,
-    scheme 2). The bias belongs to the second. ``subspaces`` are groups of the first alone (Liebenwein et al., arXiv
-    2107.11442): each part of the input channels of a group has ``rank`` channels of its own, and the second sees all.
+    scheme 2); ``view="vertical"``: the two in the other order. The bias belongs to the second. ``subspaces`` are groups
+    of the first alone (Liebenwein et al., arXiv 2107.11442): each part of the input channels of a group has ``rank``
+    channels of its own, and the second sees all.
     """
 
     def __init__(self, first: nn.Conv2d, second: nn.Conv2d, view: str) -> None:
@@ -105,8 +106,9 @@ class FactoredConv2d(nn.Module):
                 first = _conv(dense, dense.in_channels, middle, dims=(0, 1), groups=blocks)
                 second = nn.Conv2d(middle, dense.out_channels, 1, groups=dense.groups, bias=bias)
             else:
-                first = _conv(dense, dense.in_channels, middle, dims=(1,), groups=blocks)
-                second = _conv(dense, middle, dense.out_channels, dims=(0,), bias=bias)
+                along, across = (0, 1) if view == "vertical" else (1, 0)
+                first = _conv(dense, dense.in_channels, middle, dims=(along,), groups=blocks)
+                second = _conv(dense, middle, dense.out_channels, dims=(across,), bias=bias)
         return cls(first, second, view).to(dense.weight.dtype).to_empty(device=dense.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:  # named as in the layer that this one replaces
@@ -174,8 +176,8 @@ def subspace_form(form: str, subspaces: int) -> str:
 def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored:
     """The uninitialised factored layer of ``form`` that replaces ``dense``.
 
-    ``linear``; for a convolution ``channel``, ``spatial`` or, with both of its ranks in the name, ``tucker 12x7``. With
-    the inputs in four subspaces: ``linear in 4``, ``channel in 4``, ``spatial in 4``.
+    ``linear``; for a convolution ``channel``, ``spatial``, ``vertical`` or, with both of its ranks in the name,
+    ``tucker 12x7``. With the inputs in four subspaces: ``linear in 4``, ``channel in 4``, ``spatial in 4``.
     """
     base, _, parts = form.partition(" in ")
     subspaces = int(parts) if re.fullmatch(r"[2-9]|[1-9]\d+", parts) else 1
@@ -184,7 +186,7 @@ def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored:
         raise UserError(f"the {inputs_of(dense)} inputs of a {type(dense).__name__} are not {subspaces} subspaces")
     if known and is_linear(dense) and base == "linear":
         return FactoredLinear.shaped_like(cast(nn.Linear, dense), rank, subspaces)
-    if known and isinstance(dense, nn.Conv2d) and base in ("channel", "spatial"):
+    if known and isinstance(dense, nn.Conv2d) and base in ("channel", "spatial", "vertical"):
         return FactoredConv2d.shaped_like(dense, rank, base, subspaces)
     if isinstance(dense, nn.Conv2d) and (ranks := re.fullmatch(r"tucker ([1-9]\d*)x([1-9]\d*)", form)):
         return TuckerConv2d.shaped_like(dense, int(ranks[1]), int(ranks[2]))

@@ -90,7 +90,9 @@ TRAINED = (
     "l0_gates",
 )
 REFUSED |= {(name, algorithm) for name in ("tucker2", "whitened_best_view") for algorithm in TRAINED}
-REFUSALS = "^layer 0: |starts from the plain SVD, not from|^ALDS splits the plain SVD"
+# It brings a decomposition of its own.
+REFUSED |= {(name, "aimet") for name in ("tucker2", "whitened_best_view")}
+REFUSALS = "^layer 0: |starts from the plain SVD, not from|^ALDS splits the plain SVD|^AIMET decomposes by a plain SVD"
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -22,6 +22,7 @@ SELECTORS = {
     "truncation": "uniform truncation",
     "globalthreshold": "global threshold",
     "alds": "ALDS",
+    "aimet": "AIMET, greedy",
     "sensitivity": "sensitivity (ASVD)",
     "knapsack": "knapsack (BALF)",
     "joint": "joint, ours",

@@ -1,0 +1,192 @@
+"""AIMET's own spatial SVD with its greedy choice of ratios, run from its wheel and measured like any other selector."""
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spectrim import linalg, surgery
+from spectrim.algorithms.base import Compressed
+from spectrim.cost import parameters
+from spectrim.decomposers.spectrum import Decomposer
+from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
+from spectrim.layers import FactoredConv2d, composed, factors_of, shaped_like
+from spectrim.objective import Objective
+from spectrim.plan import Kept, RankPlan
+from spectrim.settings import settings
+
+MISSING = "AIMET is not installed here: run `make rivals`, then .venv-rivals/bin/spectrim algorithm=aimet"
+
+
+@settings
+class AIMET:
+    """``ModelCompressor`` of aimet_torch, spatial SVD in its automatic mode, nothing of it written anew.
+
+    Its selection: every convolution by itself at each ratio ``i / candidates`` is scored by the calibration accuracy,
+    and a bisection on a common score finds the ratios that meet the target. The decomposition is its own (kh x 1, then
+    1 x kw, plain SVD), so that of the given decomposer only the plain SVD is taken, and not used. Ours are the target,
+    corrected for what AIMET does not count (BatchNorm, biases), and that the factors are then put into our layers.
+    ``params_kept`` or ``macs_kept``: of the whole model.
+    """
+
+    params_kept: float | None = 0.5
+    macs_kept: float | None = None
+    candidates: int = 10
+
+    def __post_init__(self) -> None:
+        given = [share for share in (self.params_kept, self.macs_kept) if share is not None]
+        if len(given) != 1 or not 0 < given[0] < 1:
+            raise UserError("aimet takes exactly one of params_kept and macs_kept, in (0, 1)")
+        if self.candidates < 2:
+            raise UserError(f"candidates must be at least 2, got {self.candidates}")
+
+    def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
+        """Let AIMET select and cut. The log holds the evaluations that it asked for.
+
+        Raises ``UserError`` without AIMET, without class scores, or where AIMET fails.
+        """
+        if not isinstance(decomposer, SVD):
+            raise UserError(f"AIMET decomposes by a plain SVD of its own, not by a {type(decomposer).__name__}")
+        if objective.evaluate(model).accuracy is None:
+            raise UserError("AIMET searches by accuracy: the model must give class scores")
+        example = objective.example()
+        if not isinstance(example, Tensor):
+            raise UserError("AIMET takes a model of one tensor")
+        layers, left = surgery.factorable(model, example)
+        log: list[dict] = []
+        theirs = self._run(model, layers, tuple(example.shape[1:]), objective, log)
+        compressed, kept = _in_our_layers(model, theirs, layers)
+        return Compressed(
+            model=compressed,
+            plan=RankPlan.of(kept),
+            report=_report(model, compressed, layers, objective),
+            dense=model,
+            example=example,
+            log=log,
+            notes=[f"{name}: left dense: {reason}" for name, reason in left.items()],
+        )
+
+    def _run(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        shape: tuple[int, ...],
+        objective: Objective,
+        log: list[dict],
+    ) -> nn.Module:
+        """AIMET's compressed model."""
+        try:
+            from aimet_torch.common.defs import CompressionScheme, CostMetric, GreedySelectionParameters
+            from aimet_torch.compress import ModelCompressor
+            from aimet_torch.defs import SpatialSvdParameters
+        except ImportError:
+            raise UserError(MISSING) from None
+        subject = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        ignored = [subject.get_submodule(n) for n, m in model.named_modules() if _is_conv(m) and n not in layers]
+        greedy = GreedySelectionParameters(self._target(model), num_comp_ratio_candidates=self.candidates)
+        chosen = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=ignored)
+        with tqdm(desc="aimet", unit="evaluation", leave=False, disable=None) as bar, _elsewhere():
+
+            def score(candidate: nn.Module, *_: Any) -> float:
+                found = objective.evaluate(candidate)
+                log.append({"evaluation": len(log), "accuracy": found.accuracy, "loss": found.loss})
+                bar.update()
+                return cast(float, found.accuracy)
+
+            try:
+                compressed, _ = ModelCompressor.compress_model(
+                    subject,
+                    eval_callback=score,
+                    eval_iterations=None,
+                    input_shape=(1, *shape),
+                    compress_scheme=CompressionScheme.spatial_svd,
+                    cost_metric=CostMetric.mac if self.macs_kept else CostMetric.memory,
+                    parameters=SpatialSvdParameters(SpatialSvdParameters.Mode.auto, chosen),
+                )
+            except UserError:
+                raise
+            except Exception as error:
+                raise UserError(f"AIMET failed: {type(error).__name__}: {error}") from error
+        return compressed
+
+    def _target(self, model: nn.Module) -> float:
+        """The share of the weights of convolutions and Linear layers, which are all that AIMET counts."""
+        if self.macs_kept is not None:
+            return self.macs_kept
+        assert self.params_kept is not None
+        counted = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+        total = parameters(model)
+        target = (self.params_kept * total - (total - counted)) / counted
+        if target <= 0:
+            raise UserError(f"params_kept={self.params_kept} is out of reach: what AIMET cannot cut is more than that")
+        return target
+
+
+@contextlib.contextmanager
+def _elsewhere() -> Iterator[None]:
+    """In a folder that is thrown away: AIMET leaves a file of its scores in the one that it is called from."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        yield
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d)
+
+
+def _in_our_layers(
+    model: nn.Module, theirs: nn.Module, layers: Mapping[str, nn.Module]
+) -> tuple[nn.Module, dict[str, Kept]]:
+    """A copy of ``model`` with the pairs of convolutions that AIMET made, and the ranks of these."""
+    compressed, kept = copy.deepcopy(model), {}
+    for name, dense in layers.items():
+        pair = theirs.get_submodule(name)
+        if not isinstance(pair, nn.Sequential):
+            continue
+        first, second = cast(nn.Conv2d, pair[0]), cast(nn.Conv2d, pair[1])
+        layer = cast(FactoredConv2d, shaped_like(dense, first.out_channels, "vertical"))
+        with torch.no_grad():
+            layer.first.weight.copy_(first.weight)
+            layer.second.weight.copy_(second.weight)
+            if second.bias is not None:
+                cast(Tensor, layer.second.bias).copy_(second.bias)
+        surgery.replace(compressed, name, layer)
+        kept[name] = Kept(first.out_channels, "vertical")
+    return compressed, kept
+
+
+def _report(
+    model: nn.Module, compressed: nn.Module, layers: Mapping[str, nn.Module], objective: Objective
+) -> pd.DataFrame:
+    """One row a layer, as ``Workbench.finish`` has it."""
+    gradients = objective.gradients(model, list(layers))
+    rows = []
+    for name, dense in layers.items():
+        weight, ours = cast(Tensor, dense.weight).detach(), compressed.get_submodule(name)
+        change, rank, after = torch.zeros_like(weight), None, weight.numel()
+        if isinstance(ours, FactoredConv2d):
+            weights = [cast(Tensor, factor.weight).detach() for factor in factors_of(ours)]
+            change = composed(ours, weights).reshape(weight.shape) - weight
+            rank, after = ours.rank, sum(factor.numel() for factor in weights)
+        kh, kw = weight.shape[2:] or (1, 1)
+        sides = weight.shape[0] * kw, weight.shape[1] * kh
+        rows.append(
+            {
+                "layer": name,
+                "shape": tuple(weight.shape),
+                "full_rank": min(sides),
+                "break_even": linalg.break_even_rank(*sides),
+                "rank": rank,
+                "params_before": weight.numel(),
+                "params_after": after,
+                "predicted_change": float((gradients[name] * change).sum()),
+                "relative_error": float(change.norm() / weight.norm().clamp_min(1e-30)),
+            }
+        )
+    return pd.DataFrame(rows).astype({"rank": "Int64"})
