@@ -2,8 +2,6 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from tqdm import tqdm
@@ -16,8 +14,6 @@ from spectrim.errors import UserError
 from spectrim.objective import Objective
 from spectrim.plan import RankPlan
 from spectrim.settings import settings
-
-_measured: "WeakKeyDictionary[Objective, dict[Any, list[dict]]]" = WeakKeyDictionary()
 
 
 @settings
@@ -45,12 +41,12 @@ class Sensitivity(Budgeted):
         """
         bench = Workbench(model, decomposer, objective)
         costs, share = self.budget(bench)
-        measured = _measured.setdefault(objective, {})
-        key = decomposer, tuple(self.ratios), content(model.state_dict().values())
-        if key not in measured:
-            measured.clear()
-            measured[key] = self._measure(bench)
-        log = measured[key]
+        log = objective.memory.get(
+            model,
+            "sensitivity",
+            lambda: (decomposer, tuple(self.ratios), content(model.state_dict().values())),
+            lambda: self._measure(bench),
+        )
         risen: dict[str, list[tuple[float, int]]] = {}
         for entry in log:  # of a layer, from its largest rank to its smallest
             known = risen.setdefault(entry["layer"], [])
