@@ -50,7 +50,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     def compress_model(model: nn.Module, eval_callback: Any, **rest: Any) -> tuple[nn.Module, None]:
         if seen.get("fails"):
             raise RuntimeError("no such ratio")
-        seen.update(rest, scores=[eval_callback(model, None, False) for _ in range(2)])
+        seen.update(rest, scores=[eval_callback(model, None, use_cuda=False) for _ in range(2)])
         model[0] = split(model[0], 3)  # type: ignore[index,operator]
         return model, None
 
@@ -65,6 +65,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             "CostMetric": SimpleNamespace(mac="mac", memory="memory"),
             "GreedySelectionParameters": greedy,
         },
+        "aimet_torch.common.utils": {"AimetLogger": SimpleNamespace(set_level_for_all_areas=lambda level: None)},
         "aimet_torch.compress": {"ModelCompressor": SimpleNamespace(compress_model=compress_model)},
         "aimet_torch.defs": {"SpatialSvdParameters": Parameters},
     }

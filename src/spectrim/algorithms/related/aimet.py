@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim import linalg, surgery
+from spectrim import linalg, surgery, torchvision_shim
 from spectrim.algorithms.base import Compressed
 from spectrim.cost import parameters
 from spectrim.decomposers.spectrum import Decomposer
@@ -82,19 +83,22 @@ class AIMET:
         log: list[dict],
     ) -> nn.Module:
         """AIMET's compressed model."""
+        torchvision_shim.prepare()  # aimet_torch imports torchvision
         try:
             from aimet_torch.common.defs import CompressionScheme, CostMetric, GreedySelectionParameters
+            from aimet_torch.common.utils import AimetLogger
             from aimet_torch.compress import ModelCompressor
             from aimet_torch.defs import SpatialSvdParameters
         except ImportError:
             raise UserError(MISSING) from None
+        AimetLogger.set_level_for_all_areas(logging.WARNING)  # a line for every ratio of every layer otherwise
         subject = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         ignored = [subject.get_submodule(n) for n, m in model.named_modules() if _is_conv(m) and n not in layers]
         greedy = GreedySelectionParameters(self._target(model), num_comp_ratio_candidates=self.candidates)
         chosen = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=ignored)
         with tqdm(desc="aimet", unit="evaluation", leave=False, disable=None) as bar, _elsewhere():
 
-            def score(candidate: nn.Module, *_: Any) -> float:
+            def score(candidate: nn.Module, *_: Any, **__: Any) -> float:
                 found = objective.evaluate(candidate)
                 log.append({"evaluation": len(log), "accuracy": found.accuracy, "loss": found.loss})
                 bar.update()
