@@ -18,7 +18,7 @@ LAUNCHER := $(if $(JOBS),hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS))
 # A table or figure is made by experiments/NAME.py of the records of its grids, conf/experiment/GRID.yaml.
 RESULTS := table1 table2 table4 table5 table6 table7 table8 table9 figure1 figure2 figure3 figure4 figure5 figure6
 # Of these no records are committed yet: they are run, and compared with nothing.
-UNRECORDED := table1 table4 table6 figure4 figure6
+UNRECORDED := table1 table4 table6 figure6
 # A grid of Table 1 is two files: a net, and what runs on it.
 on_nets = $(foreach net,lenet5 resnet20 vgg19_half,$(foreach grid,$(1),[table1_$(net),$(grid)]))
 GRIDS_table1 := $(call on_nets,table1 table1_own)
@@ -36,7 +36,7 @@ GRIDS_table7 := table7 table7_leakage
 GRIDS_table8 := table8 table8_untrained table8_selection
 GRIDS_table9 := table9 table9_once table9_decomposers
 GRIDS_figure1 := $(GRIDS_table2)
-GRIDS_figure4 := figure4 figure4_refitted figure4_rivals figure4_sensitivity figure4_truncation figure4_energy figure4_alds
+GRIDS_figure4 := figure4 figure4_refitted figure4_rivals figure4_truncation figure4_energy figure4_alds
 # In an environment of its own (`make rivals`): the committed records stand for it, as for the trainings.
 TRAININGS_figure4 := figure4_aimet
 GRIDS_figure5 := $(GRIDS_table5)
@@ -156,14 +156,18 @@ notebook: $(STAMP)  ## run the notebooks
 
 # torch and torchvision are the pair to pin, without the local name (+cpu) of the build that happens to be here.
 FREEZE := build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/^\(torch[a-z]*==[0-9.]*\)+.*/\1/'
-lock:  ## both lock files anew: the newest of everything that pyproject.toml admits, in a fresh environment
+lock:  ## the lock files anew: the newest of everything that pyproject.toml admits, in a fresh environment
 	$(firstword $(PYTHON3)) -m venv --clear build/lock
 	build/lock/bin/python -m pip install -q torch==2.13.0 torchvision==0.28.0 -e '.[dev]'
 	@{ sed -n '/^#/p' requirements.lock; $(FREEZE); } > build/requirements.lock
 	build/lock/bin/python -m pip install -q -c build/requirements.lock -e '.[language]'
 	@{ sed -n '/^#/p' requirements-language.lock; $(FREEZE) | grep -vxF -f build/requirements.lock; } > build/language.lock
+	build/lock/bin/python -m pip install -q -c build/requirements.lock -c build/language.lock -e '.[rivals]'
+	@{ sed -n '/^#/p' requirements-rivals.lock; $(FREEZE) | grep -vxF -f build/requirements.lock -f build/language.lock; } \
+	    > build/rivals.lock
 	mv build/requirements.lock requirements.lock
 	mv build/language.lock requirements-language.lock
+	mv build/rivals.lock requirements-rivals.lock
 	rm -rf build/lock
 
 clean:  ## remove build/ (fresh records, unfinished trainings) and caches; .venv and results/ stay
