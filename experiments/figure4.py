@@ -26,7 +26,7 @@ SELECTORS = {
     "aimet": (frame.SELECTORS["aimet"], "#8C564B", "d"),
     "sensitivity": (frame.SELECTORS["sensitivity"], "#009E73", "P"),
     "knapsack": (frame.SELECTORS["knapsack"], "#0072B2", "o"),
-    "knapsack, refitted": ("knapsack (BALF), refitted as ours", "#0072B2", "x"),
+    "knapsack, refitted": ("knapsack (BALF), refitted as ours", "#332288", "x"),
     "joint": (frame.SELECTORS["joint"], "#D55E00", "X"),
 }
 REFITTED = ("joint", "knapsack, refitted")
@@ -65,7 +65,7 @@ NOTES = (
 
 
 def build(options: Options) -> list[Path]:
-    """Accuracy and loss of every selector at every size, a row of panels a model, and the table of what is drawn."""
+    """Accuracy and loss of every selector at every size, four panels a model, and the table of what is drawn."""
     found = command.load(options)
     runs = _curves(command.runs(options, found, [*(name for name in SELECTORS if "," not in name), "refitted"]))
     published = _published()
@@ -73,7 +73,7 @@ def build(options: Options) -> list[Path]:
     rows = pd.concat([_judged(own, published) for _, own in rows.groupby("model", sort=False)])
     origin = command.origin(options, found, [PUBLISHED])
     models = list(dict.fromkeys(rows["model"]))
-    with figure.panels(len(models), 4, 2.8, 2.7) as (canvas, axes):
+    with figure.panels(2 * len(models), 2, 4.2, 3.0) as (canvas, axes):
         for index, model in enumerate(models):
             own = rows[rows["model"] == model]
             for axis, share in zip(axes[4 * index :], SHARES, strict=False):
