@@ -1,33 +1,23 @@
 """The command line: compose a configuration, build, compress, measure, record. One run is one record."""
 
-import json
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import hydra
 import pandas as pd
-import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from torch import nn
 
-from spectrim import batchnorm, config, records, surgery
-from spectrim.algorithms.base import Compressed
+from spectrim import batchnorm, config, records, subject
 from spectrim.errors import UserError
-from spectrim.objective import Objective
 from spectrim.phases import Phases
 from spectrim.provenance import file_digest, provenance
 
-# A checkpoint and the digest of its content: another file in its place is another net, not the remembered one.
-Weights = tuple[Path, str] | None
-SEEN = ("calibration", "verification", "train")  # the splits that a selector may use
 SCIENTIFIC = ("model", "data", "shape", "decomposer", "algorithm", "seed")
 
 
@@ -60,14 +50,14 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
     phases = Phases()
     with phases.measure("load"):
         weights = None if checkpoint is None else (checkpoint, settings["checkpoint"])
-        subject = _subject(json.dumps(settings["model"]), cfg.seed, weights, json.dumps(settings["data"]))
-    before = Counter(subject.objective.read)
+        judged = subject.of(settings["model"], cfg.seed, weights, settings["data"], settings.get("also", {}))
+    before = Counter(judged.objective.read)
     with phases.measure("select"):
-        compressed = algorithm.compress(subject.model, decomposer, subject.objective)
-        compressed.settle(cfg.batch_norm, subject.objective)
-    read = subject.objective.read - before
+        compressed = algorithm.compress(judged.model, decomposer, judged.objective)
+        compressed.settle(cfg.batch_norm, judged.objective)
+    read = judged.objective.read - before
     with phases.measure("evaluate"):
-        outcome = subject.outcome(compressed)
+        outcome = judged.outcome(compressed)
     return {
         "schema": records.SCHEMA,
         "signature": signature,
@@ -79,7 +69,7 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
         **outcome,
         "phases": dict(phases),
         "samples_read": dict(read),
-        "provenance": provenance(config.invocation("spectrim"), subject.data_digest, checkpoint),
+        "provenance": provenance(config.invocation("spectrim"), judged.data_digest, checkpoint),
     }
 
 
@@ -97,71 +87,18 @@ def scientific(cfg: DictConfig) -> dict[str, Any]:
     batchnorm.require(cfg.batch_norm)
     if cfg.batch_norm != "keep":  # younger than many a record: where it is not mentioned, it is this
         settings["batch_norm"] = cfg.batch_norm
+    if cfg.also:  # younger too
+        settings["also"] = _also(cfg.also)
     return settings
 
 
-@dataclass(eq=False)
-class Subject:
-    """A trained model and the splits it is judged on: what many runs of a grid share. Nothing is computed twice."""
-
-    model: nn.Module
-    objective: Objective
-    test: Objective
-    data_digest: str
-    description: str
-    dense: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def outcome(self, compressed: Compressed) -> dict[str, Any]:
-        """Everything measured about a compressed model, beside the same of the dense one."""
-        for split, objective in (("calibration", self.objective), ("test", self.test)):
-            if split not in self.dense:
-                self.dense[split] = objective.evaluate(self.model, split)._asdict()
-        dense = {**compressed.dense_cost._asdict(), **self.dense}
-        small = dense
-        if not _same(compressed.model, self.model):
-            small = {
-                **compressed.cost._asdict(),
-                "calibration": self.objective.evaluate(compressed.model)._asdict(),
-                "test": self.test.evaluate(compressed.model, "test")._asdict(),
-            }
-        return {
-            "dense": dense,
-            "compressed": small,
-            "predicted_change": compressed.predicted_change,
-            "plan": compressed.plan.as_dict(),
-            "layers": json.loads(compressed.report.to_json(orient="records", double_precision=15)),
-            "log": compressed.log,
-            "notes": [self.description, *compressed.notes] if self.description else compressed.notes,
-        }
-
-
-def _same(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two models have the same layers with the same parameters and buffers, to the last bit."""
-    ours, theirs = ([(name, type(module)) for name, module in model.named_modules()] for model in (first, second))
-    mine, other = first.state_dict(), second.state_dict()
-    return ours == theirs and mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
-
-
-@lru_cache(maxsize=1)
-def _subject(model_json: str, seed: int, weights: Weights, data_json: str) -> Subject:
-    splits = config.build(json.loads(data_json), "load").load()
-    model, dense_on_test = _model(model_json, seed, weights)
-    seen = Objective(splits.loss, {name: getattr(splits, name) for name in SEEN})
-    test = Objective(splits.loss, {"test": splits.test})
-    key = splits.test.digest()
-    if key not in dense_on_test:
-        dense_on_test[key] = test.evaluate(model, "test")._asdict()
-    return Subject(model, seen, test, splits.digest, splits.description, {"test": dense_on_test[key]})
-
-
-@lru_cache(maxsize=1)
-def _model(model_json: str, seed: int, weights: Weights) -> tuple[nn.Module, dict[str, dict[str, Any]]]:
-    """The dense model, and its evaluation on each test split it has met: neither depends on the calibration set."""
-    torch.manual_seed(seed)
-    model = config.build(json.loads(model_json), "forward")
-    if weights is not None:
-        surgery.load(weights[0], model)
-    return model.eval().to(memory_format=torch.channels_last), {}
+def _also(nodes: Any) -> dict[str, Any]:
+    """The settings of each data set whose test split is measured too, by its name."""
+    given = config.plain(nodes) if isinstance(nodes, DictConfig) else {"": None}
+    for name, node in given.items():
+        if not isinstance(node, dict) or not isinstance(node.get("data"), dict):
+            raise UserError(f"also.{name} is no data set; name one as +data@also.NAME=sotu")
+    return {name: node["data"] for name, node in given.items()}
 
 
 def _checkpoint(cfg: DictConfig) -> Path | None:

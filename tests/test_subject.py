@@ -1,0 +1,31 @@
+"""Other data whose test split is measured beside: in the record, and in nothing that a selector sees."""
+
+from typing import Any
+
+import pytest
+
+from spectrim import run
+from spectrim.errors import UserError
+
+TRUNCATION = "algorithm=truncation"
+
+
+def test_the_test_split_of_other_data_is_measured_too(compose: Any, digits: list[str]) -> None:
+    alone = run.run(compose(*digits, TRUNCATION))
+    both = run.run(compose(*digits, TRUNCATION, "+data@also.again=digits", "+data@also.more=digits"))
+    for net in ("dense", "compressed"):
+        assert both[net]["also"] == {name: alone[net]["test"] for name in ("again", "more")}
+        assert both[net] | {"also": None} == alone[net] | {"also": None}
+    assert "also" not in alone["config"] and "also" not in alone["dense"]
+    assert both["config"]["also"]["more"]["_target_"] == "spectrim.data.digits.Digits"
+    assert both["signature"] != alone["signature"]
+    assert both["plan"] == alone["plan"] and both["samples_read"] == alone["samples_read"]
+    assert both["provenance"]["data_digest"] != alone["provenance"]["data_digest"]
+    assert "also measured: again; also measured: more" in both["notes"][0]
+
+
+@pytest.mark.parametrize("given", ["also=3", "+also.x=3", "+also.x.y=3"])
+def test_what_is_no_data_set_is_said_in_one_line(compose: Any, digits: list[str], given: str) -> None:
+    with pytest.raises(UserError, match="is no data set; name one as") as refusal:
+        run.run(compose(*digits, TRUNCATION, given))
+    assert "\n" not in str(refusal.value)
