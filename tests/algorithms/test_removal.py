@@ -85,3 +85,32 @@ def test_prices_count_what_is_saved() -> None:
     removal = remove(layers, budget=21)
     assert len(removal.kept["large"]) == 1
     assert len(removal.kept["small"]) == 2
+
+
+@pytest.mark.parametrize("budget", [60.0, 31.0, 6.0])
+def test_several_at_once_are_predicted_as_exactly_and_meet_the_budget_as_closely(budget: float) -> None:
+    layers = {n: gated(torch.randn(30, 12), 0.1 * torch.randn(12), dense=d) for n, d in (("a", 99.0), ("b", 30.0))}
+    removal = remove(layers, budget, at_once=5)
+    assert removal.predicted == pytest.approx(change(layers, removal.kept))
+    left = sum(min(3.0 * len(kept), layers[name].dense) for name, kept in removal.kept.items())
+    assert budget - 3 < left <= budget or left < budget == 31  # the block of b saves more than one component
+
+
+def test_several_at_once_are_those_that_go_one_by_one_where_they_do_not_meet() -> None:
+    """Components whose effects are orthogonal do not change one another's price."""
+    J = torch.eye(20) * torch.rand(20).sqrt()
+    one, several = (
+        remove({"a": gated(J[:, :10], dense=99.0), "b": gated(J[:, 10:], dense=99.0)}, 24.0, at_once=count).kept
+        for count in (1, 4)
+    )
+    assert all(torch.equal(one[name], several[name]) for name in one)
+
+
+def test_without_interaction_every_component_has_its_own_price_alone() -> None:
+    """More components than samples: what they seem to do together is chance, and is not looked at."""
+    J = torch.randn(3, 40) * torch.linspace(2, 0.1, 40)
+    for at_once in (1, 7):
+        removal = remove({"a": gated(J, dense=200.0)}, budget=30.0, at_once=at_once, interaction=0.0)
+        alone = J.double().square().mean(0) / 2
+        assert removal.kept["a"].tolist() == alone.topk(10).indices.sort().values.tolist()
+        assert removal.predicted == pytest.approx(float(alone.sum() - alone.topk(10).values.sum()))

@@ -5,12 +5,15 @@ Fisher information ``F = J^T J / N``, which is never formed over layers: what it
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# One component at a time up to twice as many gates, as small networks have; of a language model a dozen.
+GATES_A_LOOK = 8192
 
 
 @dataclass
@@ -66,22 +69,28 @@ class Removal(NamedTuple):
     predicted: float
 
 
-def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50) -> Removal:
+def remove(
+    layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_once: int = 0, interaction: float = 1.0
+) -> Removal:
     """Remove components, the cheapest first, until the layers together cost no more than ``budget``.
 
     A factored layer gives up one component at a time. A dense layer gets nothing cheaper until enough of its components
     are gone: its move is the block of them with the lowest price, so that staying dense is weighed like anything else.
     Every layer keeps at least one component. ``refresh``: moves between two looks at the blocks of all dense layers;
-    the one that is about to be made is always looked at anew.
+    the one that is about to be made is always looked at anew. ``at_once``: components of factored layers, the cheapest,
+    that go between two looks at what the others cost; 0: one in each ``GATES_A_LOOK`` gates, at least one.
+    ``interaction``: the factor of the entries of F off its diagonal, what components do to one another.
     """
-    state, moves = _State(layers), 0
+    state, moves = _State(layers, interaction), 0
+    at_once = at_once or max(1, sum(layer.rank for layer in layers.values()) // GATES_A_LOOK)
     blocks: dict[str, Move] = {}
     while state.cost() > budget:
         if moves % refresh == 0:
             blocks = state.blocks()
         name, move = state.best_single()
         block = min(blocks, key=lambda dense: blocks[dense].price, default="")
-        if block and blocks[block].price < move.price:
+        single = not block or blocks[block].price >= move.price
+        if not single:
             price, name, move = blocks[block].price, block, state.block(block)
             if move.price > price:  # other layers have moved since; it may no longer be the cheapest
                 blocks[block] = move
@@ -89,7 +98,10 @@ def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50) -> Rem
             del blocks[block]
         if not move.components:
             break
-        state.make(name, move)
+        if single and at_once > 1:
+            state.make_all(state.singles(at_once, state.cost() - budget))
+        else:
+            state.make(name, move)
         moves += 1
     return Removal({name: layer.there.nonzero().flatten() for name, layer in layers.items()}, state.predicted)
 
@@ -97,8 +109,8 @@ def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50) -> Rem
 class _State:
     """The layers, and ``J d`` of all that was removed so far."""
 
-    def __init__(self, layers: Mapping[str, Gated]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Mapping[str, Gated], interaction: float) -> None:
+        self.layers, self.interaction = layers, interaction
         self.count = len(next(iter(layers.values())).J_NR)
         self.Jd_N = torch.zeros(self.count, dtype=torch.float64)
         self.predicted = 0.0
@@ -108,7 +120,8 @@ class _State:
 
     def changes(self, layer: Gated) -> Tensor:
         """Predicted change by removing each component next; infinite for those already gone. Shape (R,)."""
-        change = -layer.slope_R - layer.J_NR.T @ self.Jd_N / self.count + layer.F_RR.diagonal() / 2
+        together = self.interaction * (layer.J_NR.T @ self.Jd_N / self.count)
+        change = -layer.slope_R - together + layer.F_RR.diagonal() / 2
         return torch.where(layer.there, change, math.inf)
 
     def best_single(self) -> tuple[str, Move]:
@@ -125,6 +138,24 @@ class _State:
                 best_name, best = name, Move([i], float(change[i]), price)
         return best_name, best
 
+    def singles(self, count: int, excess: float) -> list[tuple[str, Move]]:
+        """The ``count`` cheapest components of all factored layers, or as few as save ``excess``; by price."""
+        found = []
+        for name, layer in self.layers.items():
+            if layer.factored and layer.rank > 1:
+                k = layer.rank
+                change, index = self.changes(layer).topk(min(count, k - 1), largest=False)
+                saved = (layer.costs[k - len(index) + 1 : k + 1] - layer.costs[k - len(index) : k]).flip(0)
+                prices = zip(change.tolist(), (change / saved).tolist(), saved.tolist(), index.tolist(), strict=True)
+                found += [(price, name, each, own, i) for each, price, own, i in prices]
+        chosen = []
+        for price, name, each, saved, i in sorted(found)[:count]:
+            if excess <= 0:
+                break
+            chosen.append((name, Move([i], each, price)))
+            excess -= saved
+        return chosen
+
     def blocks(self) -> dict[str, Move]:
         """Of every dense layer that can become cheaper."""
         found = {name: self.block(name) for name, layer in self.layers.items() if not layer.factored}
@@ -139,7 +170,7 @@ class _State:
             i = int(change.argmin())
             total += float(change[i])
             order.append(i)
-            change += layer.F_RR[:, i]  # d_i = -1 turns -F d up by F_i
+            change += self.interaction * layer.F_RR[:, i]  # d_i = -1 turns -F d up by F_i
             change[i] = math.inf
             saved = layer.dense - float(layer.costs[k])
             if saved > 0 and total / saved < best.price:
@@ -151,3 +182,12 @@ class _State:
         layer.there[move.components] = False
         self.Jd_N -= layer.J_NR[:, move.components].sum(1)
         self.predicted += move.change
+
+    def make_all(self, moves: Sequence[tuple[str, Move]]) -> None:
+        """Several of which each was looked at as if it were the only one: what two of them do together comes on top."""
+        before, alone = self.Jd_N.clone(), 0.0
+        for name, move in moves:
+            alone += float(self.layers[name].J_NR[:, move.components].sum(1).square().sum())
+            self.make(name, move)
+        together = float((self.Jd_N - before).square().sum()) - alone
+        self.predicted += self.interaction * together / (2 * self.count)
