@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from spectrim.batches import Inputs, device_of, evaluating, forward, sample_coun
 from spectrim.decomposers.spectrum import content
 from spectrim.errors import UserError, first_line
 from spectrim.losses import TokenLoss, logits_of
+from spectrim.memory import Memory
 
 Loss = Callable[[Any, Any], Tensor]
 Batches = Iterable[tuple[Inputs, Any]]
@@ -44,12 +44,21 @@ class Objective:
     split for each such block of layers, of gates a backward pass for each.
     ``read``: how many samples of each split its methods have passed through a model so far, each as often as it was
     read: what a selector costs, whatever the machine.
+    ``memory``: what is kept from one selection to the next. Where none is given the gradients alone; whitened spectra
+    and the steps of a search (kinds ``whitened`` and ``steps``) are of use to several selections only, and take room.
 
     Raises ``UserError`` for a generator, which can be read only once, and for what cannot be iterated at all.
     """
 
-    def __init__(self, loss: Loss, splits: Mapping[str, Batches], layers_at_once: int | None = None) -> None:
+    def __init__(
+        self,
+        loss: Loss,
+        splits: Mapping[str, Batches],
+        layers_at_once: int | None = None,
+        memory: Memory | None = None,
+    ) -> None:
         self.loss, self.splits, self.layers_at_once = loss, dict(splits), layers_at_once
+        self.memory = memory or Memory(whitened=0, steps=0)
         self.read = Counter[str]()
         if layers_at_once is not None and (type(layers_at_once) is not int or layers_at_once < 1):
             raise UserError(f"layers_at_once must be a whole number of at least 1, or None; got {layers_at_once!r}")
@@ -58,7 +67,6 @@ class Objective:
                 raise UserError(f"the {name} set is a {type(batches).__name__}; give a list of batches or a DataLoader")
             if isinstance(batches, Iterator):
                 raise UserError(f"the {name} set can be read only once; give a list or a DataLoader, not a generator")
-        self._gradients: WeakKeyDictionary[nn.Module, dict[tuple, dict[str, Tensor]]] = WeakKeyDictionary()
 
     def example(self) -> Inputs:
         """The inputs of the first calibration batch."""
@@ -106,12 +114,12 @@ class Objective:
         Remembered for as long as no parameter or buffer of the model changes, so that a sweep takes one pass.
         """
         weights = {name: model.get_submodule(name).weight for name in layers}
-        key = (split, tuple(layers), content(model.state_dict().values()))
-        known = self._gradients.setdefault(model, {})
-        if key not in known:
-            known.clear()
-            known[key] = self._gradient_pass(model, weights, split)  # type: ignore[arg-type]
-        return known[key]
+        return self.memory.get(
+            model,
+            "gradients",
+            lambda: (split, tuple(layers), content(model.state_dict().values())),
+            lambda: self._gradient_pass(model, weights, split),  # type: ignore[arg-type]
+        )
 
     def each_gradient(
         self, model: nn.Module, layers: Sequence[str], split: str = "calibration"

@@ -13,6 +13,7 @@ from torch import nn
 
 from spectrim import config, surgery
 from spectrim.algorithms.base import Compressed
+from spectrim.memory import Memory
 from spectrim.objective import Objective
 
 # A checkpoint and the digest of its content: another file in its place is another net, not the remembered one.
@@ -86,7 +87,8 @@ def _remembered(model_json: str, seed: int, weights: Weights, data_json: str, al
             dense_on_test[key] = _on_test(objective, model)
         return dense_on_test[key]
 
-    seen = Objective(splits.loss, {name: getattr(splits, name) for name in SEEN})
+    memory = Memory(whitened=1, steps=16)  # the budgets of a grid share the steps of joint selection
+    seen = Objective(splits.loss, {name: getattr(splits, name) for name in SEEN}, memory=memory)
     test = Objective(splits.loss, {"test": splits.test})
     also = {name: Objective(other.loss, {"test": other.test}) for name, other in others.items()}
     found: dict[str, Measured] = {"test": dense(splits, test)}

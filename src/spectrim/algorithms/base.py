@@ -21,6 +21,7 @@ from spectrim.decomposers.spectrum import (
     Keep,
     Moments,
     Spectrum,
+    content,
     rank_of,
     spectrum_of,
     value_at,
@@ -105,25 +106,35 @@ class Workbench:
 
     def __init__(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> None:
         self.model, self.objective, self.example = model, objective, objective.example()
+        self.decomposer = decomposer
         layers, left = surgery.factorable(model, self.example)
         self.notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
         self.spectra: dict[str, Spectrum] = {}
         self._curves: dict[str, dict[str, Tensor]] = {}
-        moments: Mapping[str, Moments] = {}
-        if decomposer.samples:
-            forms = {name: decomposer.forms(layer) for name, layer in layers.items()}
-            moments = input_moments(model, forms, objective, decomposer.samples)
-        for name, layer in tqdm(layers.items(), "decompose", unit="layer", leave=False, disable=None):
-            try:
-                spectrum = spectrum_of(layer, decomposer, moments.get(name, NO_MOMENTS))
-            except UserError as error:
-                raise UserError(f"layer {name}: {error}") from None
+        for name, spectrum in self._decomposed(layers).items():
             if spectrum.break_even:
                 self.spectra[name] = spectrum
             else:
                 self.notes.append(f"{name}: left dense: no rank is below break-even")
         if not self.spectra:
             raise UserError("this model has nothing to factor: no Linear or Conv2d layer gets smaller at any rank")
+
+    def _decomposed(self, layers: Mapping[str, nn.Module]) -> dict[str, Spectrum]:
+        """The spectrum of every layer. Plain ones are remembered layer by layer; whitened ones, as the objective says,
+        all together, for it takes a pass through the model to know that the moments are the same."""
+        decomposer = self.decomposer
+        if not decomposer.samples:
+            return _spectra(layers, decomposer, {})
+
+        def whitened() -> dict[str, Spectrum]:
+            forms = {name: decomposer.forms(layer) for name, layer in layers.items()}
+            moments = input_moments(self.model, forms, self.objective, decomposer.samples)
+            return _spectra(layers, decomposer, moments)
+
+        state = self.model.state_dict()
+        return self.objective.memory.get(
+            self.model, "whitened", lambda: (decomposer, tuple(layers), content(state.values())), whitened
+        )
 
     def first_order(self, split: str = "calibration", model: nn.Module | None = None) -> dict[str, Tensor]:
         """``<G, delta_k>`` of every layer at every rank. With ``model`` (partly factored), of its dense layers."""
@@ -183,3 +194,15 @@ class Workbench:
                 }
             )
         return pd.DataFrame(rows).astype({"rank": "Int64"})
+
+
+def _spectra(
+    layers: Mapping[str, nn.Module], decomposer: Decomposer, moments: Mapping[str, Moments]
+) -> dict[str, Spectrum]:
+    found = {}
+    for name, layer in tqdm(layers.items(), "decompose", unit="layer", leave=False, disable=None):
+        try:
+            found[name] = spectrum_of(layer, decomposer, moments.get(name, NO_MOMENTS))
+        except UserError as error:
+            raise UserError(f"layer {name}: {error}") from None
+    return found
