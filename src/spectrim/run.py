@@ -94,11 +94,12 @@ def scientific(cfg: DictConfig) -> dict[str, Any]:
 
 def _also(nodes: Any) -> dict[str, Any]:
     """The settings of each data set whose test split is measured too, by its name."""
-    given = config.plain(nodes) if isinstance(nodes, DictConfig) else {"": None}
-    for name, node in given.items():
+    found = {}
+    for name, node in (config.plain(nodes) if isinstance(nodes, DictConfig) else {"": None}).items():
         if not isinstance(node, dict) or not isinstance(node.get("data"), dict):
             raise UserError(f"also.{name} is no data set; name one as +data@also.NAME=sotu")
-    return {name: node["data"] for name, node in given.items()}
+        found[name] = node["data"]
+    return found
 
 
 def _checkpoint(cfg: DictConfig) -> Path | None:
