@@ -363,11 +363,20 @@ def _of_lenet5(
 
 def table1(**given: Any) -> list[Record]:
     """What the file beside this one makes up."""
-    spec = importlib.util.spec_from_file_location("table1_records", Path(__file__).with_name("table1_records.py"))
+    return _beside("table1_records").table1(make, **given)
+
+
+def table3() -> list[Record]:
+    """What the file beside this one makes up."""
+    return _beside("table3_records").table3(make)
+
+
+def _beside(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     beside = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(beside)
-    return beside.table1(make, **given)
+    return beside
 
 
 def everything() -> list[Record]:
@@ -376,6 +385,7 @@ def everything() -> list[Record]:
     return [
         *table1(nets=("resnet20",)),
         *table2(),
+        *table3(),
         *table4(),
         *table7(),
         *table8(),

@@ -1,0 +1,88 @@
+"""Table 3 and Figure 7: perplexities on both corpora, what was published, and whether the aims are met."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pandas as pd
+import pytest
+
+from spectrim import records
+
+Script = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def tables(script: Script, recorded: Path, tmp_path: Path) -> Path:
+    for name in ("table3", "figure7"):
+        assert script(name).main(["--records", str(recorded), "--out", str(tmp_path)]) == 0
+    return tmp_path / "tables"
+
+
+def test_rows_are_dense_then_each_method_by_size_then_what_was_published(tables: Path) -> None:
+    rows = pd.read_csv(tables / "table3.csv")
+    own = rows[rows["net"] == "smollm2, imdb_corpus"]
+    sizes = ["90 % of the parameters", "80 % of the parameters"]
+    assert own["method"].tolist() == [
+        "dense",
+        *(f"truncation, uniform ratio, {size}" for size in sizes),
+        *(f"whitened SVD, uniform ratio, {size}" for size in sizes),
+        "lossless, one-shot, gamma 0.008",
+        "lossless, one-shot, gamma 0.3",
+        "compact, one-shot, gamma 0.008",
+        "compact, one-shot, gamma 0.3",
+        "rank selection, ε 0.1",
+        *(f"joint, ours, {size}" for size in sizes),
+    ]
+    assert own["n"].tolist() == ["1", "1 × 1", "1 × 1", *9 * ["1 × 3"]]
+    published = rows[rows["net"].str.contains("published")]
+    assert published["method"].str.partition(",")[0].tolist() == 2 * ["original", "lossless (S1b)", "plain SVD"]
+    assert published["test_accuracy"].tolist() == pytest.approx([0.8049, 0.8042, 0.7904, 0.8277, 0.8278, 0.8169])
+    assert published["change_test_loss"].tolist()[1] == pytest.approx(-0.0001)
+
+
+def test_perplexities_are_of_both_corpora_and_rise_by_what_the_loss_does(tables: Path) -> None:
+    rows = pd.read_csv(tables / "table3.csv")
+    of = rows[rows["net"] == "smollm2, imdb_corpus"].set_index("method")
+    assert of["perplexity"]["dense"] == pytest.approx(math.exp(4)) and math.isnan(of["rise"]["dense"])
+    assert of["perplexity_sotu"]["dense"] == pytest.approx(math.exp(3.5))
+    row = of.loc["joint, ours, 80 % of the parameters"]
+    assert row["rise"] == pytest.approx(sum(100 * math.expm1(0.02 + 0.001 * draw) for draw in range(3)) / 3)
+    assert row["rise_sotu"] == pytest.approx(sum(100 * math.expm1(0.04 + 0.002 * draw) for draw in range(3)) / 3)
+    encoder = rows[rows["net"] == "minilm, imdb"]
+    assert encoder["perplexity"].isna().all() and encoder["test_accuracy"].notna().all()
+
+
+def test_claims_and_aims_are_judged(tables: Path) -> None:
+    text = (tables / "table3.md").read_text()
+    assert "Data: imdb_corpus in blocks of 8 tokens (smollm2); predicted: test 24." in text
+    assert "smollm2, imdb_corpus: S1b Table 5 (loss not above the original's at a drop of 20 %) holds:" in text
+    assert "of whitened SVD at a uniform ratio, is met: 0.20, 0.19 on sotu." in text
+    assert "minilm, imdb: the aim, within 0.2 pp of dense at 80 %, is met: −0.12 pp." in text
+    rows = pd.read_csv(tables / "table3.csv")
+    verdicts = rows[rows["net"] == "smollm2, imdb_corpus"].set_index("method")["verdict"]
+    assert verdicts["lossless, one-shot, gamma 0.008"] == "not comparable: nothing was factored"
+    assert verdicts["lossless, one-shot, gamma 0.3"] == "holds"
+    assert verdicts["compact, one-shot, gamma 0.3"] == "does not hold"
+
+
+def test_the_figure_follows_every_kind_of_layer_over_the_blocks(tables: Path) -> None:
+    rows = pd.read_csv(tables / "figure7.csv")
+    joint = rows[rows["panel"] == "smollm2, joint, ours, 80 %"]
+    assert joint[["kind", "block"]].to_numpy().tolist() == [["q", 0], ["q", 1], ["down", 0], ["down", 1]]
+    assert joint["kept"].tolist() == pytest.approx([0.8] * 4) and set(joint["n"]) == {"1 × 3"}
+    assert not rows["panel"].str.contains("90 %").any()
+    dense = rows[rows["panel"] == "smollm2, lossless, gamma 0.008"]
+    assert set(dense["rank"]) == {64} and set(dense["kept"]) == {1}
+    assert set(rows[rows["panel"] == "minilm, joint, ours, 80 %"]["kind"]) == {"k", "down"}
+
+
+def test_two_settings_are_not_averaged(
+    script: Script, factory: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epsilon in (0.1, 0.1000001):
+        one = factory.make("smollm2", "rank_selection", experiment="table3", settings={"epsilon": epsilon})
+        records.write(tmp_path / "records", one)
+    assert script("table3").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 1
+    assert "2 settings of rank selection, ε 0.1 of smollm2 on cifar10" in capsys.readouterr().err
