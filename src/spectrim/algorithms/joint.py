@@ -20,6 +20,7 @@ from spectrim.refit import refit
 from spectrim.settings import settings
 
 SMALLEST_STEP = 1 / 64  # of the dense cost: where a search by tolerance ends
+ROUNDING = 1e-9  # of a step: what it leaves of the way to the budget needs no step of its own
 
 
 @settings
@@ -47,11 +48,11 @@ class Joint:
     macs_kept: float | None = None
     milliseconds: float | None = None
     max_loss_increase: float | None = None
-    step: float = 0.1
+    step: float = 0.5
     batch_size: int = 1
-    samples: int = 2000
+    samples: int = 500
     significance: float | None = None
-    refit: int = 1000
+    refit: int = 250
     seed: int = 0
     interaction: float = 1.0
 
@@ -102,10 +103,10 @@ class _Search:
 
     def to_budget(self, target: float) -> None:
         self.costs.require(target)
-        reached = 1.0
+        steps = math.ceil((1 - target) / self.settings.step - ROUNDING)
         with tqdm(desc="joint", total=max(0, round(100 * (1 - target))), unit="%", leave=False, disable=None) as bar:
-            while reached > target:
-                reached = max(target, reached - self.settings.step)
+            for done in range(1, steps + 1):
+                reached = max(target, 1 - done * self.settings.step)
                 self.point = self._advance(self.point, reached)
                 bar.update(round(100 * (1 - reached)) - bar.n)
 
