@@ -1,5 +1,6 @@
 """A language model through the command line's own path: on a corpus, and as a classifier."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,21 @@ def test_a_language_model_is_run_and_recorded(compose: Any, given: list[str], al
 def test_a_classifier_is_run_and_recorded(compose: Any, given: list[str]) -> None:
     record = run(compose("model=minilm", "data=imdb", "checkpoint=null", *given, "algorithm=lossless_verified"))
     assert record["dense"]["test"]["n"] == 3 and record["dense"]["test"]["accuracy"] is not None
+
+
+def test_a_folder_like_those_of_the_hub_is_run_and_recorded(
+    compose: Any, given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "task").mkdir()
+    for part, count in (("train", 20), ("validation", 5)):
+        rows = [json.dumps({"sentence": f"review w{n}", "label": n % 2}) + "\n" for n in range(count)]
+        (tmp_path / "task" / f"{part}.jsonl").write_text("".join(rows))
+    folder = [f"data.dataset={tmp_path / 'task'}", "data.subset="]
+    record = run(compose("model=minilm", "data=glue", "checkpoint=null", *given, *folder, "algorithm=truncation"))
+    assert record["dense"]["test"]["n"] == 3 and record["names"]["data"] == "glue"
+    assert record["notes"][0].startswith(f"{tmp_path / 'task'}, texts cut off after 8 tokens")
 
 
 def test_a_classifier_is_trained(compose: Any, given: list[str], tmp_path: Path) -> None:

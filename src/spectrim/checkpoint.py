@@ -19,6 +19,9 @@ from spectrim.surgery import replace
 
 FORMAT = "spectrim-shards-1"
 MANIFEST = "spectrim.json"
+# The folder with what lies beside the weights of a model of transformers: were its configuration beside the factors,
+# from_pretrained would take them for a dense model and draw the layers that it misses at random.
+BESIDE = "pretrained"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")

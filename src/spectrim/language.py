@@ -2,11 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 
-from spectrim import pretrained, surgery
+from spectrim import checkpoint, pretrained, surgery
 from spectrim.errors import UserError
 from spectrim.losses import token_loss
 from spectrim.objective import Batches, Objective
@@ -35,23 +36,65 @@ def save(folder: str | Path, model: nn.Module, plan: RankPlan, tokenizer: Any = 
 
 
 def load(folder: str | Path) -> tuple[nn.Module, Any]:
-    """The model that ``save`` wrote, in eval mode, and its tokenizer (None where none was given).
+    """The model that ``save`` or ``compress_checkpoint`` wrote, in eval mode, and its tokenizer (None without one).
 
     The dense model is built from the configuration, factored as the plan says and filled. Raises ``UserError`` where
     the folder does not hold such a model, or a file of it is cut short or altered.
     """
     folder = Path(folder)
-    name = surgery.read_metadata(folder / WEIGHTS).get("class", "")
+    streamed = (folder / checkpoint.MANIFEST).is_file()
+    beside = folder / checkpoint.BESIDE if streamed else folder
+    model = checkpoint.load(folder, _dense(beside)) if streamed else surgery.load(folder / WEIGHTS, _saved(folder))
+    has_tokenizer = (beside / "tokenizer_config.json").is_file()
+    return model.eval(), pretrained.tokenizer(str(beside)) if has_tokenizer else None
+
+
+def _saved(folder: Path) -> nn.Module:
+    """The dense model whose class ``save`` noted, untrained."""
+    kind = _kind(surgery.read_metadata(folder / WEIGHTS).get("class", ""), folder / WEIGHTS)
+    return kind(pretrained.opened("AutoConfig", str(folder)))
+
+
+def _dense(folder: Path) -> nn.Module:
+    """The model whose configuration lies in ``folder``, untrained: of the class that it names, or else a decoder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} holds no {path.name}; build the model yourself: spectrim.load(…, into=model)")
+    config = pretrained.opened("AutoConfig", str(folder))
+    for name in getattr(config, "architectures", None) or []:
+        return _kind(name, path)(config)
+    try:  # a configuration that was saved without its model, as that of smollm2, names none
+        return pretrained.library().AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except ValueError:
+        raise UserError(
+            f"{path} names no class of transformers under architectures, nor is it that of a decoder"
+        ) from None
+
+
+def _kind(name: str, source: Path) -> Any:
+    """The class of transformers of this name, which ``source`` gives."""
     transformers = pretrained.library()
     kind = getattr(transformers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
-        raise UserError(
-            f"{folder / WEIGHTS} names {name!r}, which is no model of transformers {transformers.__version__}"
-        )
-    config = pretrained.opened("AutoConfig", str(folder))
-    model = surgery.load(folder / WEIGHTS, kind(config)).eval()
-    has_tokenizer = (folder / "tokenizer_config.json").is_file()
-    return model, pretrained.tokenizer(str(folder)) if has_tokenizer else None
+        raise UserError(f"{source} names {name!r}, which is no model of transformers {transformers.__version__}")
+    return kind
+
+
+def generate(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> str:
+    """``tokens`` tokens that a decoder writes after ``prompt``, each the likeliest, end of text or not."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    if not length:
+        raise UserError("the prompt holds no token; give some text")
+    written = cast(Any, model).generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(written[0, length:])
 
 
 def perplexity(model: nn.Module, batches: Batches) -> float:

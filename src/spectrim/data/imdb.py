@@ -8,11 +8,9 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-from spectrim import pretrained
 from spectrim.cache import Bundle, extract, unpacked
+from spectrim.data.classes import Classes, Labelled
 from spectrim.data.corpus import Corpus, shuffled
-from spectrim.data.splits import Pools, draw
-from spectrim.data.text import TextSplit, TextSplits, classified, identity_of
 from spectrim.download import Package
 from spectrim.errors import UserError
 from spectrim.settings import settings
@@ -38,11 +36,9 @@ REVIEWS = Bundle(
     sha256={FILE: "325ab424eb6899870dd9294c6fe5be9265f66f8a2f63bcd941c6277cc1c17ea8"},
 )
 
-Reviews = tuple[list[str], list[int]]
-
 
 @lru_cache(maxsize=1)
-def reviews() -> tuple[Reviews, Reviews]:
+def reviews() -> tuple[Labelled, Labelled]:
     """Texts and labels (1: positive) of the training and of the test set, each text once.
 
     Raises ``UserError`` where they cannot be had.
@@ -51,7 +47,7 @@ def reviews() -> tuple[Reviews, Reviews]:
     return divided({row["t"]: int(row["s"]) for row in rows}, TEST)
 
 
-def divided(labels: dict[str, int], test_count: int) -> tuple[Reviews, Reviews]:
+def divided(labels: dict[str, int], test_count: int) -> tuple[Labelled, Labelled]:
     """Texts with their labels, cut by a fixed seed into training set and a test set of ``test_count``."""
     texts = shuffled(list(labels), 0)
     train, test = texts[test_count:], texts[:test_count]
@@ -59,53 +55,19 @@ def divided(labels: dict[str, int], test_count: int) -> tuple[Reviews, Reviews]:
 
 
 @settings
-class IMDB(Pools):
-    """The reviews as two classes, each cut off after ``context`` tokens of the ``tokenizer`` of the model of that name.
-
-    ``test_size``: how many of the 25,000 test reviews are used, always the same.
-    """
-
-    tokenizer: str = "minilm"
-    context: int = 128
-    calibration_size: int = 1000
-    verification_size: int = 1000
-    test_size: int = 5000
-    batch_size: int = 50
+class IMDB(Classes):
+    """The reviews as two classes. ``test_size``: of the 25,000 test reviews."""
 
     noun = "reviews"
+    name = "imdb"
 
     def __post_init__(self) -> None:
         self.check()
         if not 1 <= self.test_size <= TEST:
             raise UserError(f"test_size must lie in 1..{TEST}, got {self.test_size}")
 
-    def load(self) -> TextSplits:
-        """Raises ``UserError`` where the reviews or the tokenizer cannot be had, or the settings do not fit them."""
-        pretrained.require_context(self.tokenizer, self.context)
-        tokenizer = pretrained.tokenizer(self.tokenizer)
-        pretrained.require_padding(tokenizer, self.tokenizer)
-        train, test = reviews()
-        drawn = draw(self, len(train[0]), len(test[0]))
-        source = test if drawn.drawn_from == "test set" else train
-
-        def split(given: Reviews, indices: list[int], part: str) -> TextSplit:
-            texts, labels = [given[0][index] for index in indices], [given[1][index] for index in indices]
-            identity = identity_of(tokenizer, self.context, texts, labels)
-            make = lambda: classified(tokenizer, texts, labels, self.context)  # noqa: E731
-            return TextSplit(make, identity, self.batch_size, f"imdb {part}")
-
-        return TextSplits(
-            name="imdb",
-            train=split(train, drawn.train.tolist(), "train"),
-            calibration=split(source, drawn.calibration.tolist(), "calibration"),
-            verification=split(source, drawn.verification.tolist(), "verification"),
-            test=split(test, list(range(self.test_size)), "test"),
-            description=(
-                f"imdb, reviews cut off after {self.context} tokens ({self.tokenizer}): "
-                f"train {len(drawn.train):,}, calibration {self.calibration_size:,}, "
-                f"verification {self.verification_size:,}, test {self.test_size:,}"
-            ),
-        )
+    def texts(self) -> tuple[Labelled, Labelled]:
+        return reviews()
 
 
 @settings

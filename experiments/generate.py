@@ -1,0 +1,72 @@
+"""Text of a compressed language model: ``python experiments/generate.py FOLDER "Once upon a time" --dense smollm2``.
+
+FOLDER is what ``spectrim.language.save`` or ``spectrim.compress_checkpoint`` wrote. With ``--dense`` the dense model
+writes too, the two take turns, and their decoding speed at batch size 1 is said, also as a ratio.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from statistics import median
+
+from torch import nn
+
+from spectrim import language, pretrained
+from spectrim.errors import UserError
+from spectrim.models.language import causal_lm
+
+PROMPT = "The best film that I have seen this year is"
+
+
+def speeds(models: Sequence[nn.Module], tokenizer: object, prompt: str, tokens: int, rounds: int) -> list[list[float]]:
+    """Tokens a second of each model in each round, the prompt's own pass included. They take turns."""
+    found: list[list[float]] = [[] for _ in models]
+    for _ in range(rounds):
+        for model, own in zip(models, found, strict=True):
+            started = time.perf_counter()
+            language.generate(model, tokenizer, prompt, tokens)
+            own.append(tokens / (time.perf_counter() - started))
+    return found
+
+
+def say(options: argparse.Namespace) -> None:
+    """Print the text, and with a dense model its text and the two speeds."""
+    small, tokenizer = language.load(options.folder)
+    if tokenizer is None and options.dense is None:
+        raise UserError(f"{options.folder} holds no tokenizer; name a model that has it by --dense")
+    tokenizer = tokenizer or pretrained.tokenizer(options.dense)
+    models = {"compressed": small} | ({} if options.dense is None else {"dense": causal_lm(options.dense)})
+    for name, model in models.items():
+        text = language.generate(model, tokenizer, options.prompt, options.tokens)
+        params = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{name}, {params:,} parameters: {options.prompt}{text}")
+    measured = speeds(list(models.values()), tokenizer, options.prompt, options.tokens, options.rounds)
+    for name, own in zip(models, measured, strict=True):
+        print(f"{name}: {median(own):.2f} tokens a second at batch size 1 (median of {options.rounds})")
+    if len(measured) == 2:
+        ratio = median(ours / theirs for ours, theirs in zip(*measured, strict=True))
+        print(f"compressed over dense: {ratio:.2f} times as fast")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    parser = argparse.ArgumentParser(description="Text of a compressed language model, and how fast it is written.")
+    parser.add_argument("folder", help="of the compressed model")
+    parser.add_argument("prompt", nargs="?", default=PROMPT)
+    parser.add_argument("--dense", help="the dense model: smollm2, a folder, or a name of the hub")
+    parser.add_argument("--tokens", type=int, default=32, help="to be written (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of the measurement (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        if options.tokens < 1 or options.rounds < 1:
+            raise UserError("tokens and rounds must be at least 1")
+        say(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Texts with a class each."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from spectrim import pretrained
+from spectrim.data.splits import Pools, draw
+from spectrim.data.text import TextSplit, TextSplits, classified, identity_of
+from spectrim.errors import UserError
+
+Labelled = tuple[list[str], list[int]]
+
+
+@dataclass(frozen=True)
+class Classes(Pools, ABC):
+    """Labelled texts, each cut off after ``context`` tokens of the ``tokenizer`` of the model of that name.
+
+    ``test_size``: how many of the test texts are used, always the same.
+    """
+
+    tokenizer: str = "minilm"
+    context: int = 128
+    calibration_size: int = 1000
+    verification_size: int = 1000
+    test_size: int = 5000
+    batch_size: int = 50
+
+    noun: ClassVar[str] = "texts"
+    name: ClassVar[str]
+
+    @abstractmethod
+    def texts(self) -> tuple[Labelled, Labelled]:
+        """Texts and labels of the training and of the test set, each in an order of its own that is always the same."""
+
+    @property
+    def title(self) -> str:
+        """What the set is called where it is described."""
+        return self.name
+
+    def load(self) -> TextSplits:
+        """Raises ``UserError`` where the texts or the tokenizer cannot be had, or the settings do not fit them."""
+        pretrained.require_context(self.tokenizer, self.context)
+        tokenizer = pretrained.tokenizer(self.tokenizer)
+        pretrained.require_padding(tokenizer, self.tokenizer)
+        train, test = self.texts()
+        drawn = draw(self, len(train[0]), len(test[0]))
+        if not 1 <= self.test_size <= len(test[0]):
+            raise UserError(f"test_size must lie in 1..{len(test[0])}, got {self.test_size}")
+        source = test if drawn.drawn_from == "test set" else train
+
+        def split(given: Labelled, indices: list[int], part: str) -> TextSplit:
+            texts, labels = [given[0][index] for index in indices], [given[1][index] for index in indices]
+            identity = identity_of(tokenizer, self.context, texts, labels)
+            make = lambda: classified(tokenizer, texts, labels, self.context)  # noqa: E731
+            return TextSplit(make, identity, self.batch_size, f"{self.title} {part}")
+
+        return TextSplits(
+            name=self.title,
+            train=split(train, drawn.train.tolist(), "train"),
+            calibration=split(source, drawn.calibration.tolist(), "calibration"),
+            verification=split(source, drawn.verification.tolist(), "verification"),
+            test=split(test, list(range(self.test_size)), "test"),
+            description=(
+                f"{self.title}, {self.noun} cut off after {self.context} tokens ({self.tokenizer}): "
+                f"train {len(drawn.train):,}, calibration {self.calibration_size:,}, "
+                f"verification {self.verification_size:,}, test {self.test_size:,}"
+            ),
+        )
