@@ -1,6 +1,8 @@
 """Factors fitted once more, by least squares, to what the dense layers put out. No labels are used."""
 
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -10,7 +12,9 @@ from tqdm import tqdm
 
 from spectrim.batches import Inputs, device_of, evaluating, first_sample, forward, hooked, to_device
 from spectrim.batchnorm import norms_of
+from spectrim.errors import UserError
 from spectrim.layers import Factored, FactoredConv2d, FactoredLinear, TuckerConv2d, composed, factors_of
+from spectrim.lockstep import Lockstep
 from spectrim.moments import Rows, mask_of
 from spectrim.objective import Objective
 
@@ -32,19 +36,30 @@ def refit(
     Raises ``UserError`` for an empty split.
     """
     layers, followers = _laid_out(compressed, objective.example())
-    for name in tqdm(layers, "refit", unit="layer", leave=False, disable=None):
-        layer = cast(Factored, compressed.get_submodule(name))
-        moments = _moments((compressed, dense), name, objective, samples, split)
-        bias, follower = factors_of(layer)[-1].bias, followers.get(name)
-        free = bias is not None or follower is not None
-        W_gOI = _fit(layer, moments.centred() if free else moments)
-        offset = (moments.y_gO - torch.einsum("goi,gi->go", W_gOI, moments.x_gI)).flatten()
-        with torch.no_grad():
-            if bias is not None:
-                cast(Tensor, bias).copy_(offset)
-            elif follower is not None:
-                ours, theirs = (cast(Tensor, norms_of(model)[follower].running_mean) for model in (compressed, dense))
-                ours.copy_(theirs - offset)
+    device = device_of(compressed)
+    batches = [to_device(inputs, device) for inputs, _ in objective.first(split, samples, "read")]
+    with tqdm(desc="refit", total=len(layers), unit="layer", leave=False, disable=None) as bar:
+
+        def met(name: str, flows: "_Flows") -> None:
+            _fit_layer((compressed, dense), name, followers.get(name), flows)
+            bar.update()
+
+        with evaluating(compressed), evaluating(dense):
+            _in_step((compressed, dense), layers, batches, met)
+
+
+def _fit_layer(models: tuple[nn.Module, nn.Module], name: str, follower: str | None, flows: "_Flows") -> None:
+    layer = cast(Factored, models[0].get_submodule(name))
+    moments = _moments(cast(nn.Linear | nn.Conv2d, models[1].get_submodule(name)), flows)
+    bias = factors_of(layer)[-1].bias
+    W_gOI = _fit(layer, moments if bias is None and follower is None else moments.centred())
+    offset = (moments.y_gO - torch.einsum("goi,gi->go", W_gOI, moments.x_gI)).flatten()
+    with torch.no_grad():
+        if bias is not None:
+            cast(Tensor, bias).copy_(offset)
+        elif follower is not None:
+            ours, theirs = (cast(Tensor, norms_of(model)[follower].running_mean) for model in models)
+            ours.copy_(theirs - offset)
 
 
 class _Moments(NamedTuple):
@@ -63,8 +78,14 @@ class _Moments(NamedTuple):
         )
 
 
-class _Reached(Exception):
-    """What is wanted of a forward pass is known: the rest of it is not needed."""
+@dataclass
+class _Flows:
+    """Of every batch what flows into a layer of the compressed model, what flows out of it in the dense one, and where
+    the batch is no padding (None: nowhere is any)."""
+
+    x: list[Tensor]
+    y: list[Tensor]
+    masks: list[Tensor | None]
 
 
 def _laid_out(model: nn.Module, example: Inputs) -> tuple[list[str], dict[str, str]]:
@@ -87,35 +108,57 @@ def _laid_out(model: nn.Module, example: Inputs) -> tuple[list[str], dict[str, s
     return list(outputs), followers
 
 
-def _moments(
-    models: tuple[nn.Module, nn.Module], name: str, objective: Objective, samples: int, split: str
-) -> _Moments:
-    """Of what flows into layer ``name`` of the first model and of what the layer puts out in the second."""
-    dense = cast(nn.Linear | nn.Conv2d, models[1].get_submodule(name))
+def _in_step(
+    models: tuple[nn.Module, nn.Module],
+    layers: Sequence[str],
+    batches: Sequence[Inputs],
+    met: Callable[[str, _Flows], None],
+) -> None:
+    """Pass the batches through both models and call ``met`` at each layer, before any of the passes goes on.
+
+    So one pass serves all layers, and each sees what those before it have become. Memory: what flows at a layer, of all
+    batches. Raises ``UserError`` where a batch does not come by all layers in their order.
+    """
+    nothing = [torch.empty(0)] * len(batches)
+    flows = _Flows(list(nothing), list(nothing), [mask_of(inputs) for inputs in batches])
+    passes = Lockstep(lambda station: met(layers[station], flows))
+    own = threading.local()  # of a pass: where its values go, and how many layers it has come by
+
+    def arrived(name: str, value: Tensor) -> None:
+        if own.done < len(layers) and name == layers[own.done]:
+            own.values[own.index] = value
+            own.done += 1
+            passes.station()
+
+    def through(model: nn.Module, values: list[Tensor], index: int) -> None:
+        own.values, own.index, own.done = values, index, 0
+        with torch.no_grad():
+            forward(model, batches[index])
+        if own.done < len(layers):
+            raise UserError(f"the model does not call layer {layers[own.done]} on every batch, in the same order")
+
+    into = [
+        models[0].get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: arrived(name, inputs[0]))
+        for name in layers
+    ]
+    out_of = [
+        models[1].get_submodule(name).register_forward_hook(lambda _, __, output, name=name: arrived(name, output))
+        for name in layers
+    ]
+    sides = zip(models, (flows.x, flows.y), strict=True)
+    with hooked(into + out_of):
+        passes.run([partial(through, *side, index) for side in sides for index in range(len(batches))])
+
+
+def _moments(dense: nn.Linear | nn.Conv2d, flows: _Flows) -> _Moments:
     rows = Rows(dense, "channel" if isinstance(dense, nn.Conv2d) else "linear")
-    seen: list[list[Tensor]] = [[], []]
-
-    def into(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen[0].append(inputs[0])
-        raise _Reached
-
-    def out_of(_: nn.Module, __: tuple, output: Tensor) -> None:
-        seen[1].append(output)
-        raise _Reached
-
-    handles = [models[0].get_submodule(name).register_forward_pre_hook(into), dense.register_forward_hook(out_of)]
     sums: list[Tensor] = []
-    count, device = 0, device_of(models[0])
-    with hooked(handles), evaluating(models[0]), evaluating(models[1]), torch.no_grad():
-        for inputs, _ in objective.first(split, samples, "refit"):
-            inputs, mask = to_device(inputs, device), mask_of(inputs)
-            for model in models:
-                with suppress(_Reached):
-                    forward(model, inputs)
-            x, y = rows.inputs(seen[0].pop(), mask), rows.outputs(seen[1].pop(), mask)
-            parts = [part.double() for part in (x.mT @ x, y.mT @ x, x.sum(1), y.sum(1))]
-            sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
-            count += x.shape[1]
+    count = 0
+    for x, y, mask in zip(flows.x, flows.y, flows.masks, strict=True):
+        x, y = rows.inputs(x, mask), rows.outputs(y, mask)
+        parts = [part.double() for part in (x.mT @ x, y.mT @ x, x.sum(1), y.sum(1))]
+        sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
+        count += x.shape[1]
     return _Moments(*(total / max(count, 1) for total in sums))
 
 

@@ -1,0 +1,64 @@
+"""Functions that run in step: nobody goes on before all are there, and none is left behind."""
+
+import threading
+
+import pytest
+
+from spectrim.lockstep import Lockstep
+
+
+def test_nobody_goes_on_before_all_are_there() -> None:
+    said: list[str] = []
+    steps = Lockstep(lambda station: said.append(f"all at {station}"))
+
+    def walk(name: str) -> None:
+        for part in ("a", "b", "c"):
+            said.append(part)
+            if part != "c":
+                steps.station()
+
+    steps.run([lambda name=name: walk(name) for name in "xyz"])  # type: ignore[misc]
+    assert said == [*"aaa", "all at 0", *"bbb", "all at 1", *"ccc"]
+
+
+def test_only_one_runs_at_a_time() -> None:
+    running, most = 0, 0
+    steps = Lockstep(lambda station: None)
+
+    def work() -> None:
+        nonlocal running, most
+        for _ in range(3):
+            running += 1
+            most = max(most, running)
+            sum(range(20_000))
+            running -= 1
+            steps.station()
+
+    steps.run([work] * 5)
+    assert most == 1
+
+
+@pytest.mark.parametrize("where", ["a function", "the meeting", "one that ends early and says so"])
+def test_the_first_error_ends_all(where: str) -> None:
+    before = threading.active_count()
+    after: list[int] = []
+
+    def met(station: int) -> None:
+        if where == "the meeting":
+            raise ValueError(where)
+
+    steps = Lockstep(met)
+
+    def work(index: int) -> None:
+        if index == 1 and where != "the meeting":
+            raise ValueError(where)
+        steps.station()
+        after.append(index)
+
+    with pytest.raises(ValueError, match=where):
+        steps.run([lambda index=index: work(index) for index in range(4)])  # type: ignore[misc]
+    assert not after and threading.active_count() == before
+
+
+def test_of_nothing_nothing_is_run() -> None:
+    Lockstep(lambda station: pytest.fail()).run([])
