@@ -131,3 +131,15 @@ def test_a_folder_that_names_something_else_is_refused(tiny: Any, tmp_path: Path
         language.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="a Linear is no model of transformers"):
         language.save(tmp_path, torch.nn.Linear(2, 2), spectrim.RankPlan())
+
+
+def test_a_prompt_that_nothing_can_follow_is_said_in_one_line(tiny: Any, word_folder: Any) -> None:
+    tokenizer = pretrained.tokenizer(str(word_folder))
+    assert language.generate(tiny("gpt2"), tokenizer, " ".join(30 * ["w1"]), 2)
+    for prompt, message in [
+        ("", "the prompt holds no token"),
+        (" ".join(31 * ["w1"]), "31 tokens of prompt and 2 more exceed the 32 positions of the model"),
+    ]:
+        with pytest.raises(UserError, match=message) as refusal:
+            language.generate(tiny("gpt2"), tokenizer, prompt, 2)
+        assert "\n" not in str(refusal.value)
