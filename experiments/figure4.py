@@ -27,9 +27,11 @@ SELECTORS = {
     "sensitivity": (frame.SELECTORS["sensitivity"], "#009E73", "P"),
     "knapsack": (frame.SELECTORS["knapsack"], "#0072B2", "o"),
     "knapsack, refitted": ("knapsack (BALF), refitted as ours", "#332288", "x"),
+    "joint, thorough": ("joint, ours, thorough", "#F0A070", "*"),
     "joint": (frame.SELECTORS["joint"], "#D55E00", "X"),
 }
-REFITTED = ("joint", "knapsack, refitted")
+THOROUGH = {"algorithm.step": 0.1, "algorithm.samples": 2000, "algorithm.refit": 1000}
+REFITTED = ("joint", "joint, thorough", "knapsack, refitted")
 TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
 SHARES = {"params_kept": "parameters kept (%)", "macs_kept": "MACs kept (%)"}
 DEEPEST = 0.2  # below the dense accuracy: where the panels end; the table has it all
@@ -99,7 +101,7 @@ def _curves(runs: pd.DataFrame) -> pd.DataFrame:
     Raises ``UserError`` where one curve would be drawn through runs of different settings.
     """
     names = list(SELECTORS)
-    keys = ["truncation, energy" if "energy" in name else _selector(name) for name in runs["variant"]]
+    keys = [_selector(*run) for run in zip(runs["variant"], runs["settings"], strict=True)]
     asked = [_asked(settings) for settings in runs["settings"]]
     runs = runs.assign(
         variant=[
@@ -118,7 +120,12 @@ def _curves(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.sort_values(["model", "place", "variant", "size", "signature"], kind="stable")
 
 
-def _selector(variant: str) -> str:
+def _selector(variant: str, settings: dict[str, Any]) -> str:
+    """The key in ``SELECTORS``."""
+    if "energy" in variant:
+        return "truncation, energy"
+    if variant == "joint" and all(settings.get(key) == value for key, value in THOROUGH.items()):
+        return "joint, thorough"
     return variant if variant in SELECTORS else variant.partition(",")[0]
 
 

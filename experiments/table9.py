@@ -12,17 +12,17 @@ from spectrim.report.table import Column, Table, save
 WHOLE = "joint selection, whole"
 # What is said of a setting where it differs from that of the whole; the first of each is the whole's.
 PARTS: dict[str, dict[Any, str]] = {
-    "algorithm.refit": {1000: "", 0: "no refit"},
+    "algorithm.refit": {250: "", 0: "no refit", 1000: "refit by 1000 samples"},
     "algorithm.significance": {None: "", 0: "the first order believed as it is", 1000: "no first order"},
-    "algorithm.step": {0.1: "", 0.5: "one linearisation"},
-    "algorithm.samples": {2000: "", 500: "500 samples"},
+    "algorithm.step": {0.5: "", 0.1: "five linearisations"},
+    "algorithm.samples": {500: "", 2000: "2000 samples"},
     "decomposer": {
         "whitened_spatial": "",
         "svd_spatial": "plain SVD, spatial view",
         "whitened_channel": "whitened SVD, channel view",
         "whitened_best_view": "whitened SVD, better view of each layer",
     },
-    "batch_norm": {"keep": "", "follow": "BatchNorm re-estimated"},
+    "algorithm.interaction": {1.0: "", 0.0: "no interaction of components"},
 }
 VALUES = (
     "params_kept",
@@ -51,7 +51,7 @@ NOTES = (
     "Δ to the whole: to the run of the same seed with every part as it is by default, so that its deviation says how "
     "far a difference is one. Seconds: of the whole run, measured beside other runs on the same machine.",
     "The first order believed as it is: slopes are not held against their standard errors. No refit: factors stay as "
-    "cut. One linearisation: all is removed at once.",
+    "cut. Five linearisations: after each tenth of the parameters anew, where otherwise all is removed at once.",
 )
 
 

@@ -38,12 +38,12 @@ def test_nothing_is_kept_where_none_is_asked_for() -> None:
 
 
 @pytest.mark.parametrize("decomposer", [spectrim.WhitenedSVD(view="channel"), spectrim.SVD()])
-def test_the_budgets_of_a_grid_share_moments_and_steps(net: nn.Sequential, batches: Any, decomposer: Any) -> None:
+def test_the_budgets_of_a_grid_share_moments_and_gates(net: nn.Sequential, batches: Any, decomposer: Any) -> None:
     def joint(kept: float) -> spectrim.Joint:
-        return spectrim.Joint(params_kept=kept, refit=0)
+        return spectrim.Joint(params_kept=kept, refit=0, step=0.1)
 
     splits = {"calibration": batches}
-    shared = Objective(F.cross_entropy, splits, memory=Memory(whitened=1, steps=16))
+    shared = Objective(F.cross_entropy, splits, memory=Memory(whitened=1, gates=16))
     first = joint(0.8).compress(net, decomposer, shared)
     before = shared.read["calibration"]
     second = joint(0.6).compress(net, decomposer, shared)
@@ -51,13 +51,13 @@ def test_the_budgets_of_a_grid_share_moments_and_steps(net: nn.Sequential, batch
     expected = joint(0.6).compress(net, decomposer, alone)
     assert second.plan == expected.plan and second.log == expected.log
     assert first.plan != second.plan and first.log == second.log[:2]
-    # The moments, two of its steps and the gradients that every report asks for.
+    # The moments, its first two linearisations and the gradients that every report asks for.
     spared = (2 + 1 + bool(decomposer.samples)) * sum(len(labels) for _, labels in batches)
     assert alone.read["calibration"] - (shared.read["calibration"] - before) == spared
 
 
 def test_a_changed_model_is_searched_anew(net: nn.Sequential, batches: Any) -> None:
-    objective = Objective(F.cross_entropy, {"calibration": batches}, memory=Memory(whitened=1, steps=16))
+    objective = Objective(F.cross_entropy, {"calibration": batches}, memory=Memory(whitened=1, gates=16))
     joint, decomposer = spectrim.Joint(params_kept=0.8, refit=0), spectrim.WhitenedSVD(view="channel")
     joint.compress(net, decomposer, objective)
     with torch.no_grad():

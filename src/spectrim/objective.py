@@ -45,7 +45,8 @@ class Objective:
     ``read``: how many samples of each split its methods have passed through a model so far, each as often as it was
     read: what a selector costs, whatever the machine.
     ``memory``: what is kept from one selection to the next. Where none is given the gradients alone; whitened spectra
-    and the steps of a search (kinds ``whitened`` and ``steps``) are of use to several selections only, and take room.
+    and the gates of joint selection (kinds ``whitened`` and ``gates``) are of use to several selections only, and take
+    room.
 
     Raises ``UserError`` for a generator, which can be read only once, and for what cannot be iterated at all.
     """
@@ -58,7 +59,7 @@ class Objective:
         memory: Memory | None = None,
     ) -> None:
         self.loss, self.splits, self.layers_at_once = loss, dict(splits), layers_at_once
-        self.memory = memory or Memory(whitened=0, steps=0)
+        self.memory = memory or Memory(whitened=0, gates=0)
         self.read = Counter[str]()
         if layers_at_once is not None and (type(layers_at_once) is not int or layers_at_once < 1):
             raise UserError(f"layers_at_once must be a whole number of at least 1, or None; got {layers_at_once!r}")

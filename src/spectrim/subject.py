@@ -87,7 +87,7 @@ def _remembered(model_json: str, seed: int, weights: Weights, data_json: str, al
             dense_on_test[key] = _on_test(objective, model)
         return dense_on_test[key]
 
-    memory = Memory(whitened=1, steps=16)  # the budgets of a grid share the steps of joint selection
+    memory = Memory(whitened=1, gates=8)  # the budgets of a grid share the linearisations of joint selection
     seen = Objective(splits.loss, {name: getattr(splits, name) for name in SEEN}, memory=memory)
     test = Objective(splits.loss, {"test": splits.test})
     also = {name: Objective(other.loss, {"test": other.test}) for name, other in others.items()}

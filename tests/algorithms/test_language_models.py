@@ -25,8 +25,8 @@ ALGORITHMS: dict[str, Any] = {
     "lossless verified": spectrim.Lossless(gamma=None, verified=True, budget=0.05, tries=2),
     "compact": spectrim.Compact(gamma=None),
     "rank selection": spectrim.RankSelection(epsilon=0.1, delta_step=0.1),
-    "joint by MACs": spectrim.Joint(macs_kept=0.9, batch_norm=False),
-    "joint": spectrim.Joint(params_kept=0.8, batch_norm=False),
+    "joint by MACs": spectrim.Joint(macs_kept=0.9),
+    "joint": spectrim.Joint(params_kept=0.8),
 }
 
 

@@ -13,13 +13,14 @@ from spectrim.algorithms.budget import BUDGETS, Costs, budget_of, check_budget, 
 from spectrim.algorithms.removal import Gated, remove
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
-from spectrim.gates import gate_gradients
+from spectrim.gates import GateGradients, gate_gradients
 from spectrim.objective import Objective
 from spectrim.plan import Kept, RankPlan
 from spectrim.refit import refit
 from spectrim.settings import settings
 
 SMALLEST_STEP = 1 / 64  # of the dense cost: where a search by tolerance ends
+ROUNDING = 1e-9  # of a step: what it leaves of the way to the budget needs no step of its own
 
 
 @settings
@@ -47,11 +48,11 @@ class Joint:
     macs_kept: float | None = None
     milliseconds: float | None = None
     max_loss_increase: float | None = None
-    step: float = 0.1
+    step: float = 0.5
     batch_size: int = 1
-    samples: int = 2000
+    samples: int = 500
     significance: float | None = None
-    refit: int = 1000
+    refit: int = 250
     seed: int = 0
     interaction: float = 1.0
 
@@ -102,10 +103,10 @@ class _Search:
 
     def to_budget(self, target: float) -> None:
         self.costs.require(target)
-        reached = 1.0
+        steps = math.ceil((1 - target) / self.settings.step - ROUNDING)
         with tqdm(desc="joint", total=max(0, round(100 * (1 - target))), unit="%", leave=False, disable=None) as bar:
-            while reached > target:
-                reached = max(target, reached - self.settings.step)
+            for done in range(1, steps + 1):
+                reached = max(target, 1 - done * self.settings.step)
                 self.point = self._advance(self.point, reached)
                 bar.update(round(100 * (1 - reached)) - bar.n)
 
@@ -128,31 +129,8 @@ class _Search:
                 step /= 2
 
     def _advance(self, point: _Point, share: float) -> _Point:
-        """The point from which ``share`` of the dense cost is left; the search for another budget may have been there.
-
-        A point is the same for whoever comes to it with the same settings, but for times, which are measured anew.
-        """
-        chosen, bench = self.settings, self.bench
-        if self.costs.measure == "milliseconds":
-            after, entry = self._removed(point, share)
-        else:
-            same = (chosen.samples, chosen.significance, chosen.interaction, chosen.seed)
-            here = [*point.kept.values(), *bench.model.state_dict().values()]
-            after, entry = bench.objective.memory.get(
-                bench.model,
-                "steps",
-                lambda: (*same, self.costs.measure, bench.decomposer, share, content(here)),
-                lambda: self._removed(point, share),
-            )
-        self.log.append(dict(entry))
-        return _Point(after.kept, point.predicted + entry["predicted"])
-
-    def _removed(self, point: _Point, share: float) -> tuple[_Point, dict[str, float]]:
-        """Linearise at ``point`` and remove until ``share`` of the dense cost is left; what the log says of it."""
-        spectra, names = self.bench.spectra, list(point.kept)
-        everything = RankPlan.of({n: Kept(tuple(point.kept[n].tolist()), spectra[n].form) for n in names})
-        factored = surgery.apply(self.bench.model, everything, spectra)
-        rows = gate_gradients(factored, names, self.bench.objective, self.settings.samples, seed=self.settings.seed)
+        """Linearise at ``point`` and remove until ``share`` of the dense cost is left."""
+        rows = self._linearised(point)
         errors = self._errors(sum(len(kept) for kept in point.kept.values()))
         layers = {}
         for name, row in rows.items():
@@ -161,8 +139,25 @@ class _Search:
         elsewhere = self.costs.total - sum(self.costs.dense.values())
         budget = share * self.costs.total - elsewhere
         removal = remove(layers, budget, interaction=self.settings.interaction)
-        after = _Point({n: point.kept[n][removal.kept[n]] for n in names})
-        return after, {"share": self._share(after), "predicted": removal.predicted, "standard_errors": errors}
+        after = {name: point.kept[name][kept] for name, kept in removal.kept.items()}
+        found = _Point(after, point.predicted + removal.predicted)
+        self.log.append({"share": self._share(found), "predicted": removal.predicted, "standard_errors": errors})
+        return found
+
+    def _linearised(self, point: _Point) -> dict[str, GateGradients]:
+        """The gates at ``point``: the same whatever the budget, so that the search for another may have been there."""
+        chosen, bench = self.settings, self.bench
+        everything = RankPlan.of(
+            {n: Kept(tuple(kept.tolist()), bench.spectra[n].form) for n, kept in point.kept.items()}
+        )
+
+        def gates() -> dict[str, GateGradients]:
+            factored = surgery.apply(bench.model, everything, bench.spectra)
+            return gate_gradients(factored, list(point.kept), bench.objective, chosen.samples, seed=chosen.seed)
+
+        here = [*point.kept.values(), *bench.model.state_dict().values()]
+        key = (chosen.samples, chosen.seed, bench.decomposer)
+        return bench.objective.memory.get(bench.model, "gates", lambda: (*key, content(here)), gates)
 
     def _errors(self, gates: int) -> float:
         """How many standard errors of a slope count as chance: the universal threshold of Donoho and Johnstone."""
