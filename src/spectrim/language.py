@@ -81,11 +81,17 @@ def _kind(name: str, source: Path) -> Any:
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """``tokens`` tokens that a decoder writes after ``prompt``, each the likeliest, end of text or not."""
+    """``tokens`` tokens that a decoder writes after ``prompt``, each the likeliest, end of text or not.
+
+    Raises ``UserError`` for a prompt without a token, and for one after which the model has too few positions.
+    """
     inputs = tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
+    longest = getattr(model.config, "max_position_embeddings", math.inf)
     if not length:
         raise UserError("the prompt holds no token; give some text")
+    if length + tokens > longest:
+        raise UserError(f"{length} tokens of prompt and {tokens} more exceed the {longest} positions of the model")
     written = cast(Any, model).generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],

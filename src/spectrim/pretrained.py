@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from spectrim import torchvision_shim
@@ -48,6 +49,8 @@ def opened(kind: str, name: str, **settings: Any) -> Any:
     try:
         with quiet():
             return auto.from_pretrained(path, **settings)
+    except SafetensorError as error:  # an interrupted download, put in place by hand
+        raise UserError(f"a file of {name} is cut short or no safetensors file ({error}); fetch it again") from error
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name} cannot be opened by transformers' {kind}: {first_line(error)}") from error
 

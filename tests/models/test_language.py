@@ -1,6 +1,8 @@
 """Models of transformers by name: a folder here, where a person with internet may give a name of the hub."""
 
+import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,46 @@ def test_a_head_of_other_classes_is_refused(tiny: Any, tmp_path: Path) -> None:
 def test_what_is_not_there_is_said_in_one_line(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be opened by transformers' AutoModelForCausalLM") as refusal:
         causal_lm(str(tmp_path / "nothing"))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("length", [0, 20, -100])
+def test_an_interrupted_download_is_said_in_one_line(tiny: Any, tmp_path: Path, length: int) -> None:
+    tiny("gpt2").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:length])
+    with pytest.raises(
+        UserError, match="a file of .* is cut short or no safetensors file .*; fetch it again"
+    ) as refusal:
+        causal_lm(str(tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("kind", "opened"), [("llama", causal_lm), ("bert", partial(classifier, num_classes=3))])
+def test_a_missing_shard_is_said_in_one_line_and_nothing_drawn_at_random(
+    tiny: Any, tmp_path: Path, kind: str, opened: Any
+) -> None:
+    tiny(kind).save_pretrained(tmp_path, max_shard_size="10KB")
+    index = tmp_path / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    second = sorted(set(whole["weight_map"].values()))[1]
+    places = {tensor: file for tensor, file in whole["weight_map"].items() if file != second}
+    index.write_text(json.dumps(whole | {"weight_map": places}))
+    with pytest.raises(UserError, match="lacks .* parameters of its model, .* fetch both again") as refusal:
+        opened(str(tmp_path))
+    assert "\n" not in str(refusal.value)
+    index.write_text(json.dumps(whole))
+    (tmp_path / second).unlink()
+    with pytest.raises(UserError, match=f"cannot be opened by .*{second}") as refusal:
+        opened(str(tmp_path))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "vit"])
+def test_an_architecture_that_is_no_decoder_is_said_in_one_line(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UserError, match="cannot be opened by transformers' AutoModelForCausalLM") as refusal:
+        causal_lm(str(tmp_path))
     assert "\n" not in str(refusal.value)
 
 
@@ -89,3 +131,15 @@ def test_a_folder_that_names_something_else_is_refused(tiny: Any, tmp_path: Path
         language.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="a Linear is no model of transformers"):
         language.save(tmp_path, torch.nn.Linear(2, 2), spectrim.RankPlan())
+
+
+def test_a_prompt_that_nothing_can_follow_is_said_in_one_line(tiny: Any, word_folder: Any) -> None:
+    tokenizer = pretrained.tokenizer(str(word_folder))
+    assert language.generate(tiny("gpt2"), tokenizer, " ".join(30 * ["w1"]), 2)
+    for prompt, message in [
+        ("", "the prompt holds no token"),
+        (" ".join(31 * ["w1"]), "31 tokens of prompt and 2 more exceed the 32 positions of the model"),
+    ]:
+        with pytest.raises(UserError, match=message) as refusal:
+            language.generate(tiny("gpt2"), tokenizer, prompt, 2)
+        assert "\n" not in str(refusal.value)
