@@ -35,6 +35,7 @@ REFITTED = ("joint", "joint, thorough", "knapsack, refitted")
 TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
 SHARES = {"params_kept": "parameters kept (%)", "macs_kept": "MACs kept (%)"}
 DEEPEST = 0.2  # below the dense accuracy: where the panels end; the table has it all
+LEAST = 0.05  # of the accuracy, nats of the loss: what a panel spans at the least, for what is nothing to look like it
 NEAR = 0.005  # of the parameters: how near a published size is the same size
 ABOUT = ("decomposer", "asked")
 VALUES = ("params_kept", "macs_kept", "test_accuracy", "change_test_accuracy_pp", "test_loss", "change_test_loss")
@@ -75,18 +76,21 @@ def build(options: Options) -> list[Path]:
     rows = pd.concat([_judged(own, published) for _, own in rows.groupby("model", sort=False)])
     origin = command.origin(options, found, [PUBLISHED])
     models = list(dict.fromkeys(rows["model"]))
-    with figure.panels(2 * len(models), 2, 4.2, 3.0) as (canvas, axes):
+    with figure.panels(len(models), 4, 3.6, 2.9) as (canvas, axes):
         for index, model in enumerate(models):
             own = rows[rows["model"] == model]
+            dense, loss = (float(own[value].iloc[0]) for value in ("test_accuracy", "test_loss"))
             for axis, share in zip(axes[4 * index :], SHARES, strict=False):
                 _panel(axis, own, share, "test_accuracy", 100)
                 if share == "params_kept":
                     _draw_published(axis, _of(published, own))
-                dense = 100 * float(own["test_accuracy"].iloc[0])
-                axis.set(ylabel="top-1 (%)", ylim=(max(axis.get_ylim()[0], dense - 100 * DEEPEST), None))
+                low, high = axis.get_ylim()
+                low = min(max(low, 100 * (dense - DEEPEST)), 100 * (dense - LEAST))
+                axis.set(ylabel="top-1 (%)", ylim=(low, max(high, 100 * dense + LEAST)))
             for axis, share in zip(axes[4 * index + 2 :], SHARES, strict=False):
                 _panel(axis, own, share, "test_loss", 1)
                 figure.losses(axis)
+                axis.set_ylim(top=max(axis.get_ylim()[1], loss + LEAST))
         figure.legend(canvas, axes)
         pictures = figure.save(canvas, options.name, options.out, origin)
     caption = f"What Figure 4 shows: accuracy and loss without fine-tuning on {', '.join(dict.fromkeys(rows['data']))}"
