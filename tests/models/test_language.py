@@ -80,6 +80,7 @@ def test_a_missing_shard_is_said_in_one_line_and_nothing_drawn_at_random(
 
 @pytest.mark.parametrize("kind", ["nothing", "vit"])
 def test_an_architecture_that_is_no_decoder_is_said_in_one_line(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("transformers")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(UserError, match="cannot be opened by transformers' AutoModelForCausalLM") as refusal:
         causal_lm(str(tmp_path))
