@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from spectrim.errors import UserError
 from spectrim.report import claims, command, compare, figure, frame, table
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, number
@@ -119,10 +118,8 @@ def _curves(runs: pd.DataFrame) -> pd.DataFrame:
         place=[names.index(key) for key in keys],
         size=[-value for _, value in asked],
     )
-    for (model, data, name, said), own in runs.groupby(["model", "data", "variant", "asked"]):
-        if own["group"].nunique() > 1:
-            several = f"{own['group'].nunique()} settings of {name} at {said} on {model}, {data}"
-            raise UserError(f"the records hold {several}: Figure 4 has one point for them; delete the older records")
+    point = ["model", "data", "variant", "asked"]
+    frame.require_one_setting(runs, point, "{variant} at {asked} on {model}, {data}", "Figure 4 has one point")
     runs["method"] = runs["variant"] + ", " + runs["asked"]
     return runs.sort_values(["model", "place", "variant", "size", "signature"], kind="stable")
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.errors import UserError
 from spectrim.records import Record
 from spectrim.report import claims, command, compare, frame
 from spectrim.report.command import Options
@@ -53,7 +52,8 @@ def build(options: Options) -> list[Path]:
     found = command.load(options)
     runs = command.runs(options, found, ALGORITHMS)
     runs["method"] = [_method(row) for _, row in runs.iterrows()]
-    _one_setting_a_row(runs)
+    row = ["model", "data", "method"]
+    frame.require_one_setting(runs, row, "{method} of {model} on {data}", "Table 3 has one row")
     others = _add_perplexities(runs, found)
     runs["place"] = [_place(row) for _, row in runs.iterrows()]
     runs = runs.sort_values(["model", "data", "place", "signature"], kind="stable")
@@ -102,14 +102,6 @@ def _place(row: "pd.Series[Any]") -> tuple[int, float, str]:
     whitened = row["algorithm"] == "truncation" and str(row["decomposer"]).startswith("whitened")
     kept = row["settings"].get("algorithm.params_kept")
     return ALGORITHMS.index(row["algorithm"]) * 2 + whitened, -(kept or 0.0), row["method"]
-
-
-def _one_setting_a_row(runs: pd.DataFrame) -> None:
-    """Raise ``UserError`` where a row would be the mean over runs of different settings."""
-    for (model, data, method), own in runs.groupby(["model", "data", "method"]):
-        if own["group"].nunique() > 1:
-            several = f"{own['group'].nunique()} settings of {method} of {model} on {data}"
-            raise UserError(f"the records hold {several}: Table 3 has one row for them; delete the older records")
 
 
 def _add_perplexities(runs: pd.DataFrame, found: Sequence[Record]) -> list[str]:

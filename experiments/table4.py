@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.errors import UserError
 from spectrim.report import command, frame
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
@@ -64,7 +63,8 @@ def build(options: Options) -> list[Path]:
     """Table 4, from the records of its grids."""
     found = command.load(options)
     runs = command.runs(options, found, SELECTORS)
-    _one_setting_a_row(runs)
+    row = ["model", "variant", "decomposer"]
+    frame.require_one_setting(runs, row, "{variant} with {decomposer} on {model}", "Table 4 has one row")
     order = list(DECOMPOSITIONS)
     place = runs["decomposer"].map(lambda name: order.index(name) if name in order else len(order))
     runs = runs.assign(method=runs["decomposer"].map(lambda name: DECOMPOSITIONS.get(name, name)), place=place)
@@ -74,14 +74,6 @@ def build(options: Options) -> list[Path]:
     caption = f"One selector over several decompositions, without fine-tuning, on {data}"
     table = Table(options.name, rows, COLUMNS, caption, [*NOTES, *_summary(rows)], group="model")
     return save([table], options.out, command.origin(options, found))
-
-
-def _one_setting_a_row(runs: pd.DataFrame) -> None:
-    """Raise ``UserError`` where a row would be the mean over runs of different settings."""
-    for (model, variant, decomposer), own in runs.groupby(["model", "variant", "decomposer"]):
-        if own["group"].nunique() > 1:
-            several = f"{own['group'].nunique()} settings of {variant} with {decomposer} on {model}"
-            raise UserError(f"the records hold {several}: Table 4 has one row for them; delete the older records")
 
 
 def _verdict(row: "pd.Series[Any]") -> str | None:

@@ -147,12 +147,10 @@ class _Search:
     def _linearised(self, point: _Point) -> dict[str, GateGradients]:
         """The gates at ``point``: the same whatever the budget, so that the search for another may have been there."""
         chosen, bench = self.settings, self.bench
-        everything = RankPlan.of(
-            {n: Kept(tuple(kept.tolist()), bench.spectra[n].form) for n, kept in point.kept.items()}
-        )
 
         def gates() -> dict[str, GateGradients]:
-            factored = surgery.apply(bench.model, everything, bench.spectra)
+            left = {name: Kept(tuple(kept.tolist()), bench.spectra[name].form) for name, kept in point.kept.items()}
+            factored = surgery.apply(bench.model, RankPlan.of(left), bench.spectra)
             return gate_gradients(factored, list(point.kept), bench.objective, chosen.samples, seed=chosen.seed)
 
         here = [*point.kept.values(), *bench.model.state_dict().values()]

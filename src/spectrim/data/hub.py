@@ -34,8 +34,19 @@ def column(table: Any, name: str, kind: type) -> list[Any]:
     return values
 
 
+class _OnHub:
+    """What is called by its name on the hub."""
+
+    dataset: str
+    subset: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.dataset} {self.subset}".strip()
+
+
 @settings
-class HubClasses(Classes):
+class HubClasses(_OnHub, Classes):
     """Labelled texts: the column ``text``, or two texts in one, separated as the tokenizer has it, and their ``label``.
 
     ``dataset``: a name of the hub or a folder; ``subset``: where it has several. ``train`` is cut as every training set
@@ -55,10 +66,6 @@ class HubClasses(Classes):
     def __post_init__(self) -> None:
         self.check()
 
-    @property
-    def title(self) -> str:
-        return f"{self.dataset} {self.subset}".strip()
-
     def texts(self) -> tuple[Labelled, Labelled]:
         return self._part("train"), self._part(self.test_part)
 
@@ -76,7 +83,7 @@ class HubClasses(Classes):
 
 
 @settings
-class HubCorpus(Corpus):
+class HubCorpus(_OnHub, Corpus):
     """A corpus: the column ``text``, each document once, and none of the test documents among the others.
 
     ``begins``: a pattern of the rows that begin a document, such as the title of an article; empty: each row is one.
@@ -98,10 +105,6 @@ class HubCorpus(Corpus):
             re.compile(self.begins)
         except re.error as error:
             raise UserError(f"begins is not a pattern ({error}): {self.begins!r}") from None
-
-    @property
-    def title(self) -> str:
-        return f"{self.dataset} {self.subset}".strip()
 
     def documents(self) -> tuple[list[str], list[str]]:
         train, test = (self._documents(part) for part in ("train", self.test_part))

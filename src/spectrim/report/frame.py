@@ -159,6 +159,18 @@ def _said(setting: str, value: Any) -> str:
     return f"no {name}" if value is None else f"{name} {value}"
 
 
+def require_one_setting(runs: pd.DataFrame, by: Sequence[str], named: str, place: str) -> None:
+    """Raise ``UserError`` where runs of different settings would be taken together.
+
+    ``named``: what the runs with equal columns ``by`` are called, a format of columns; ``place``: what holds one of it.
+    """
+    for _, own in runs.groupby(list(by)):
+        count = own["group"].nunique()
+        if count > 1:
+            said = f"{count} settings of {named.format_map(own.iloc[0].to_dict())}"
+            raise UserError(f"the records hold {said}: {place} for them; delete the older records")
+
+
 def family(model: str) -> str:
     """The leading letters of a model's name: resnet20 and ResNet-50 → resnet."""
     found = re.match("[a-z]+", model.lower())
