@@ -1,6 +1,9 @@
 """Functions that run in step: nobody goes on before all are there, and none is left behind."""
 
+import _thread
 import threading
+import time
+from functools import partial
 
 import pytest
 
@@ -62,3 +65,19 @@ def test_the_first_error_ends_all(where: str) -> None:
 
 def test_of_nothing_nothing_is_run() -> None:
     Lockstep(lambda station: pytest.fail()).run([])
+
+
+def test_after_an_interruption_no_thread_is_left() -> None:
+    before = threading.active_count()
+    steps = Lockstep(lambda station: None)
+
+    def work(first: bool) -> None:
+        if first:
+            _thread.interrupt_main()
+        for _ in range(1000):
+            time.sleep(0.01)
+            steps.station()
+
+    with pytest.raises(KeyboardInterrupt):
+        steps.run([partial(work, index == 0) for index in range(3)])
+    assert threading.active_count() == before

@@ -26,9 +26,11 @@ class Lockstep:
                 thread.start()
             for thread in threads:
                 thread.join()
-        except BaseException:  # Ctrl-C, or no more threads: those that wait are let go
+        finally:  # after Ctrl-C, or where there are no more threads, those that wait are let go
             self._barrier.abort()
-            raise
+            for thread in threads:
+                if thread.ident is not None:  # a process that ends while one runs is aborted
+                    thread.join()
         if self._errors:
             raise self._errors[0]
 
@@ -52,6 +54,8 @@ class Lockstep:
 
     def _one(self, function: Callable[[], None]) -> None:
         with self._turn:
+            if self._barrier.broken:
+                return
             try:
                 function()
             except _LetGo:
