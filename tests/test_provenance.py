@@ -20,7 +20,7 @@ def git(folder: Path, *arguments: str) -> None:
 def test_provenance_is_complete_and_json() -> None:
     found = provenance("spectrim model=mlp", "abc", None)
     digests = {"data_digest", "checkpoint_digest", "lock_digest"}
-    assert set(found) == digests | {"command", "commit", "dirty", "time_utc", "versions", "machine"}
+    assert set(found) == digests | {"command", "commit", "dirty", "time_utc", "versions", "machine", "device"}
     assert found["checkpoint_digest"] is None
     assert json.loads(json.dumps(found)) == found
 

@@ -29,8 +29,8 @@ PACKAGES = (
 UNKNOWN = "unknown"
 
 
-def provenance(command: str, data_digest: str, checkpoint: Path | None) -> dict[str, Any]:
-    """The provenance of one run, made now. ``checkpoint`` None: the weights came from no file."""
+def provenance(command: str, data_digest: str, checkpoint: Path | None, device: str = "cpu") -> dict[str, Any]:
+    """The provenance of one run, made now. ``checkpoint`` None: the weights came from no file. ``device``: in use."""
     commit, dirty = git_state()
     return {
         "command": command,
@@ -42,6 +42,7 @@ def provenance(command: str, data_digest: str, checkpoint: Path | None) -> dict[
         "lock_digest": lock_digest(),
         "versions": versions(),
         "machine": machine(),
+        "device": device,
     }
 
 

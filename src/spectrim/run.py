@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from spectrim import batchnorm, config, records, subject
+from spectrim.device import device_called
 from spectrim.errors import UserError
 from spectrim.phases import Phases
 from spectrim.provenance import file_digest, provenance
@@ -47,10 +48,10 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
     """Build, compress and measure: the record of the run. ``state``: where it may keep what it needs to go on."""
     algorithm = config.build(_resumable(settings["algorithm"], state), "compress")
     decomposer = config.build(settings["decomposer"], "spectrum")
-    phases = Phases()
+    phases, device = Phases(), device_called(cfg.device)
     with phases.measure("load"):
         weights = None if checkpoint is None else (checkpoint, settings["checkpoint"])
-        judged = subject.of(settings["model"], cfg.seed, weights, settings["data"], settings.get("also", {}))
+        judged = subject.of(settings["model"], cfg.seed, weights, settings["data"], settings.get("also", {}), device)
     before = Counter(judged.objective.read)
     with phases.measure("select"):
         compressed = algorithm.compress(judged.model, decomposer, judged.objective)
@@ -69,7 +70,7 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
         **outcome,
         "phases": dict(phases),
         "samples_read": dict(read),
-        "provenance": provenance(config.invocation("spectrim"), judged.data_digest, checkpoint),
+        "provenance": provenance(config.invocation("spectrim"), judged.data_digest, checkpoint, str(device)),
     }
 
 

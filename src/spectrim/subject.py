@@ -70,16 +70,20 @@ def _same(first: nn.Module, second: nn.Module) -> bool:
     return ours == theirs and mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
 
 
-def of(model: Measured, seed: int, weights: Weights, data: Measured, also: Mapping[str, Measured]) -> Subject:
-    """The model and the splits that these settings describe: those of the run before, where they are the same."""
-    return _remembered(json.dumps(model), seed, weights, json.dumps(data), json.dumps(also))
+def of(
+    model: Measured, seed: int, weights: Weights, data: Measured, also: Mapping[str, Measured], device: torch.device
+) -> Subject:
+    """The model, on ``device``, and the splits of these settings: those of the run before, where they are the same."""
+    return _remembered(json.dumps(model), seed, weights, json.dumps(data), json.dumps(also), device)
 
 
 @lru_cache(maxsize=1)
-def _remembered(model_json: str, seed: int, weights: Weights, data_json: str, also_json: str) -> Subject:
+def _remembered(
+    model_json: str, seed: int, weights: Weights, data_json: str, also_json: str, device: torch.device
+) -> Subject:
     splits = config.build(json.loads(data_json), "load").load()
     others = {name: config.build(node, "load").load() for name, node in json.loads(also_json).items()}
-    model, dense_on_test = _model(model_json, seed, weights)
+    model, dense_on_test = _model(model_json, seed, weights, device)
 
     def dense(splits: Any, objective: Objective) -> Measured:
         key = splits.test.digest()
@@ -103,10 +107,10 @@ def _remembered(model_json: str, seed: int, weights: Weights, data_json: str, al
 
 
 @lru_cache(maxsize=1)
-def _model(model_json: str, seed: int, weights: Weights) -> tuple[nn.Module, dict[str, Measured]]:
+def _model(model_json: str, seed: int, weights: Weights, device: torch.device) -> tuple[nn.Module, dict[str, Measured]]:
     """The dense model, and its evaluation on each test split it has met: neither depends on the calibration set."""
     torch.manual_seed(seed)
     model = config.build(json.loads(model_json), "forward")
     if weights is not None:
         surgery.load(weights[0], model)
-    return model.eval().to(memory_format=torch.channels_last), {}
+    return model.eval().to(device, memory_format=torch.channels_last), {}

@@ -12,6 +12,7 @@ from torch import nn
 from spectrim import config, records, surgery
 from spectrim.data.images import ImageSplit, Splits
 from spectrim.data.text import TextSplit, TextSplits
+from spectrim.device import device_called
 from spectrim.errors import UserError
 from spectrim.objective import Objective
 from spectrim.plan import RankPlan
@@ -31,7 +32,7 @@ def train(cfg: DictConfig) -> Path:
     settings = {key: config.plain(cfg[key]) for key in ("model", "data", "shape", "recipe")}
     config.check_targets(settings)
     config.check_seed(cfg)
-    dtype = _dtype(cfg.stored_as)  # refused now rather than after the training
+    dtype, device = _dtype(cfg.stored_as), device_called(cfg.device)  # refused now rather than after the training
     if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
         raise UserError(f"threads={cfg.threads!r} is not a whole number of at least 1, or null")
     recipe: Recipe = config.build(settings["recipe"], "learning_rate")
@@ -39,7 +40,7 @@ def train(cfg: DictConfig) -> Path:
     if not isinstance(splits.train, ImageSplit | TextSplit):
         raise UserError(f"training needs images held in memory; {cfg.names.data} is read from a folder")
     torch.manual_seed(cfg.seed)
-    model = config.build(settings["model"], "forward")
+    model = config.build(settings["model"], "forward").to(device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     state = unfinished / f"{path.stem}.state.safetensors"
@@ -72,7 +73,7 @@ def _record(
         "seconds": round(sum(point["seconds"] for point in curve), 1),
         "stored_as": cfg.stored_as,
         "curve": curve,
-        "provenance": provenance(config.invocation("spectrim-train"), splits.digest, None),
+        "provenance": provenance(config.invocation("spectrim-train"), splits.digest, None, cfg.device),
     }
 
 
