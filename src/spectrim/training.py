@@ -19,6 +19,7 @@ from spectrim.data.text import TextSplit
 from spectrim.errors import UserError
 from spectrim.losses import logits_of
 from spectrim.objective import Batches, Loss, are_scores, pairs
+from spectrim.replay import Replayed, own_stream
 from spectrim.settings import settings
 
 # Called after each epoch with its number, the model and the optimizer, both of which it may change.
@@ -136,7 +137,7 @@ def fit(
     curve = training_state.resume(state, model, optimizer, run) if state else []
     left = range(len(curve), recipe.epochs)
     bar = tqdm(left, "train", initial=len(curve), total=recipe.epochs, unit="epoch", disable=None)
-    with bar, torch.random.fork_rng():
+    with bar, torch.random.fork_rng(), own_stream(device_of(model)):
         for epoch in bar:
             started = time.perf_counter()
             torch.manual_seed(_seed_of(seed, epoch))
@@ -210,29 +211,47 @@ def _epoch(
 ) -> dict[str, Any]:
     model.train()
     device, steps = device_of(model), batches[0]
+    step_of = Replayed(partial(_step, model, recipe, optimizer, lambda: penalties(epoch), loss))
     sums: dict[str, float] = {}
-    correct, seen, scored = 0.0, 0, True
+    correct, seen, scored = torch.zeros((), device=device), 0, True
     for step, (inputs, targets) in enumerate(batches[1]):
         inputs, targets = to_device(inputs, device), to_device(targets, device)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate((epoch + step / steps) / recipe.epochs)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            outputs = forward(model, inputs)
-        outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
-        terms = {"loss": loss(outputs, targets), **penalties(epoch)}
-        total = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(total):
-            raise FloatingPointError(f"the training loss became {total.item()} in epoch {epoch}, step {step}; lower lr")
-        optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        names, values, outputs = step_of(inputs, targets)
+        terms = values.tolist()
+        if not all(map(math.isfinite, terms)):
+            raise FloatingPointError(f"the training loss became {sum(terms)} in epoch {epoch}, step {step}; lower lr")
         optimizer.step()
         count = sample_count(targets)
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + term.item() * count
+        for name, term in zip(names, terms, strict=True):
+            sums[name] = sums.get(name, 0.0) + term * count
         scored = scored and are_scores(outputs, targets)
-        correct += (logits_of(outputs).argmax(1) == targets).sum().item() if scored else 0
+        if scored:
+            correct += (logits_of(outputs).argmax(1) == targets).sum()
         seen += count
     if not seen:
         raise UserError("the train set is empty; give at least one batch of (inputs, targets)")
     means = {name: value / seen for name, value in sums.items()}
-    return {**means, "accuracy": correct / seen if scored else None, "lr": optimizer.param_groups[0]["lr"]}
+    return {**means, "accuracy": correct.item() / seen if scored else None, "lr": optimizer.param_groups[0]["lr"]}
+
+
+def _step(
+    model: nn.Module,
+    recipe: Recipe,
+    optimizer: torch.optim.SGD,
+    penalties: Callable[[], dict[str, Tensor]],
+    loss: Loss,
+    inputs: Inputs,
+    targets: Any,
+) -> tuple[list[str], Tensor, Any]:
+    """The gradient of a batch; the terms of the loss by name and value, and the outputs."""
+    optimizer.zero_grad(set_to_none=True)
+    # Weights in half precision are made anew at each use, as a recording needs it: each is used once.
+    with torch.autocast(device_of(model).type, torch.bfloat16, recipe.precision == "bfloat16", cache_enabled=False):
+        outputs = forward(model, inputs)
+    outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
+    terms = {"loss": loss(outputs, targets), **penalties()}
+    values = torch.stack(list(terms.values()))
+    values.sum().backward()
+    return list(terms), values.detach(), outputs

@@ -46,7 +46,8 @@ def test_a_training_from_scratch_is_held_against_the_trained_net_of_its_seed(tab
 def test_the_figure_follows_every_layer_over_the_epochs(tables: Path) -> None:
     drawn = pd.read_csv(tables / "figure5.csv")
     assert sorted(set(drawn["panel"])) == [
-        f"lenet5, mnist, {start}, hoyer 0.01, ε 0.02, 2 cuts" for start in ("from a trained net", "from scratch")
+        f"lenet5, mnist, {start}, hoyer 0.01, ε 0.02, 2 cuts, 3 epochs"
+        for start in ("from a trained net", "from scratch")
     ]
     one = drawn[drawn["panel"].str.contains("scratch")]
     assert one[one["layer"] == "conv1"]["rank"].tolist() == [9, 8, 7]
