@@ -32,11 +32,12 @@ MINILM := $(wildcard results/checkpoints/minilm-imdb-seed0.safetensors)
 GRIDS_table3 := $(foreach grid,table3 table3_plain table3_selection table3_truncation,[table3_smollm2,$(grid)]) \
     $(if $(MINILM),$(foreach grid,table3 table3_plain table3_selection_minilm table3_truncation,[table3_minilm,$(grid)]))
 GRIDS_table4 := table4 table4_truncation
-GRIDS_table5 := table5_baseline table5_baseline_global table5_selection table5_resnet20_baseline
+GRIDS_table5 := table5_baseline table5_baseline_global table5_selection table5_resnet20_baseline table5_resnet20_selection \
+    table5_vgg19_half_baseline
 TRAININGS_table5 := table5 table5_epsilon table5_tight table5_scratch table5_printed table5_fashion \
     table5_fine_tuning table5_tight_long \
     table5_resnet20 $(addprefix table5_resnet20_,more long regularisers fine_tuning uncut scratch) \
-    table5_vgg19_half table5_vgg19_half_fine_tuning
+    $(addprefix table5_vgg19_half,_fine_tuning _scratch) table5_vgg19_half
 GRIDS_table6 := table6 table6_plain table6_layers table6_width table6_calibration table6_calibration_joint
 GRIDS_table7 := table7 table7_leakage
 GRIDS_table8 := table8 table8_untrained table8_selection

@@ -108,8 +108,6 @@ def _method(record: Record) -> tuple[str, str]:
         said = f"SVD training {start}, {trainings.way(record)}"
         return f"{3 if start == 'from scratch' else 4} {said}", said
     if kind == "FineTuning":
-        if not record["plan"]:
-            return "2", "dense, trained on"
         said = f"{_truncation(settings['selector'])}, then fine-tuned"
         return f"2 {said}", said
     if kind == "RankSelection":
