@@ -65,6 +65,11 @@ def first_samples(inputs: Inputs, count: int) -> Inputs:
     return _mapped(inputs, lambda tensor: tensor[:count])
 
 
+def one_sample(inputs: Inputs, index: int) -> Inputs:
+    """The same structure with one sample of every tensor, as a batch of one."""
+    return _mapped(inputs, lambda tensor: tensor[index : index + 1])
+
+
 def repeated(inputs: Inputs, count: int) -> Inputs:
     """The same structure with ``count`` samples of every tensor: again and again where there are fewer."""
     return _mapped(inputs, lambda tensor: tensor[torch.arange(count, device=tensor.device) % len(tensor)])

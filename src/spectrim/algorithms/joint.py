@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim import surgery
+from spectrim import paired, surgery
 from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
 from spectrim.algorithms.removal import Gated, remove
@@ -20,6 +20,7 @@ from spectrim.refit import refit
 from spectrim.settings import settings
 
 SMALLEST_STEP = 1 / 64  # of the dense cost: where a search by tolerance ends
+CAUTION = 2.0  # standard errors: of some ten models that a search tries it takes the smallest, not the luckiest
 ROUNDING = 1e-9  # of a step: what it leaves of the way to the budget needs no step of its own
 
 
@@ -34,7 +35,8 @@ class Joint:
     ``milliseconds``, above 0: of one forward pass of ``batch_size`` samples, as predicted by the times of all layers
     measured on this machine first; no layer is left in a form that was not faster than dense;
     ``max_loss_increase``, at least 0: as few parameters as possible with the loss on the ``verification`` split, which
-    no gradient comes from, at most this much above the dense model's.
+    no gradient comes from, at most this much above the dense model's, and that with certainty: the mean change over
+    the samples and two standard errors of it. The more samples are there, the more can be taken away.
 
     Of the first order only what is certain is believed: each slope is shrunk by its standard error over the samples
     (``significant``). ``significance``: how many standard errors count as chance; null: as many as the largest of so
@@ -113,16 +115,17 @@ class _Search:
     def to_tolerance(self, increase: float) -> None:
         """Step down until the verified loss is too high, then again from the last good point with half the step."""
         objective, step = self.bench.objective, self.settings.step
-        dense = objective.evaluate(self.bench.model, "verification").loss
+        dense = paired.losses(objective, self.bench.model, "verification")
         reached = 1.0
         while step >= SMALLEST_STEP:
             wanted = reached - step
             candidate = self._advance(self.point, wanted) if wanted > 0 else None
-            loss = None if candidate is None else objective.evaluate(self._cut(candidate), "verification").loss
-            passed = loss is not None and loss <= dense + increase
-            self.log.append(
-                {"share": wanted, "verified_change": None if loss is None else loss - dense, "passed": passed}
-            )
+            change = None
+            if candidate is not None:
+                change = paired.change(dense, paired.losses(objective, self._cut(candidate), "verification"))
+            passed = change is not None and change.mean + CAUTION * change.error <= increase
+            said = {} if change is None else {"verified_change": change.mean, "standard_error": change.error}
+            self.log.append({"share": wanted, **said, "passed": passed})
             if candidate is not None and passed:
                 self.point, reached = candidate, self._share(candidate)
             else:
