@@ -63,7 +63,7 @@ def measured(
     ranks = {name: ranks_to_measure(spectrum.break_even) for name, spectrum in spectra.items()}
     kinds = {name: _kind(layers[name], spectra[name], ranks[name], given[name]) for name in spectra}
     forms = {
-        name: [layers[name], *(_in_place_of(layers[name], spectra[name].factor(rank)) for rank in ranks[name])]
+        name: [layers[name], *(surgery.in_place_of(layers[name], spectra[name].factor(rank)) for rank in ranks[name])]
         for name in dict(zip(kinds.values(), kinds, strict=True)).values()  # one layer of each kind
     }
     whole, fastest = math.inf, {name: [math.inf] * len(own) for name, own in forms.items()}
@@ -129,10 +129,3 @@ def _kind(layer: nn.Module, spectrum: Spectrum, ranks: Sequence[int], given: Seq
     inputs = tuple((x.shape, x.stride(), x.dtype) for call in given for x in call)
     weight: Any = layer.weight
     return repr(layer), spectrum.form, sizes, inputs, weight.stride(), weight.dtype
-
-
-def _in_place_of(layer: nn.Module, factored: nn.Module) -> nn.Module:
-    """``factored`` as a model would hold it, in the memory format of ``layer``."""
-    holder = nn.Sequential(layer)
-    surgery.replace(holder, "0", factored)
-    return holder[0]

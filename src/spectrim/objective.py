@@ -39,9 +39,10 @@ class Objective:
     A split is anything that can be iterated again and again as batches (inputs, targets). Selectors are handed an
     objective that holds ``calibration`` and, where they may use it, ``train``; never the test split.
 
-    ``layers_at_once``: of how many layers gradients are taken at a time, for a model whose gradients do not all fit
-    into memory; None: of all. The numbers are the same. The cost: of weights a forward and a backward pass over the
-    split for each such block of layers, of gates a backward pass for each.
+    ``layers_at_once``: of how many layers gradients, and second moments of inputs, are taken at a time, for a model
+    where those of all do not fit into memory beside it; their decompositions are laid aside on the disk. None: of all,
+    in memory. The numbers are the same. The cost: of weights a forward and a backward pass over the split for each such
+    block of layers, of inputs a forward pass, of gates a backward pass.
     ``read``: how many samples of each split its methods have passed through a model so far, each as often as it was
     read: what a selector costs, whatever the machine.
     ``memory``: what is kept from one selection to the next. Where none is given the gradients alone; whitened spectra

@@ -31,6 +31,7 @@ from spectrim.layers import dense_kinds
 from spectrim.moments import input_moments
 from spectrim.objective import Objective
 from spectrim.plan import RankPlan
+from spectrim.shelf import Shelf
 
 
 @runtime_checkable
@@ -124,17 +125,32 @@ class Workbench:
         all together, for it takes a pass through the model to know that the moments are the same."""
         decomposer = self.decomposer
         if not decomposer.samples:
-            return _spectra(layers, decomposer, {})
-
-        def whitened() -> dict[str, Spectrum]:
-            forms = {name: decomposer.forms(layer) for name, layer in layers.items()}
-            moments = input_moments(self.model, forms, self.objective, decomposer.samples)
-            return _spectra(layers, decomposer, moments)
-
+            return self._spectra(layers)
         state = self.model.state_dict()
         return self.objective.memory.get(
-            self.model, "whitened", lambda: (decomposer, tuple(layers), content(state.values())), whitened
+            self.model,
+            "whitened",
+            lambda: (decomposer, tuple(layers), content(state.values())),
+            lambda: self._spectra(layers),
         )
+
+    def _spectra(self, layers: Mapping[str, nn.Module]) -> dict[str, Spectrum]:
+        """Those of a block of layers at a time where the objective says so; they are then laid aside on the disk."""
+        objective, decomposer = self.objective, self.decomposer
+        shelf = None if objective.layers_at_once is None else Shelf()
+        found: dict[str, Spectrum] = {}
+        with tqdm(desc="decompose", total=len(layers), unit="layer", leave=False, disable=None) as bar:
+            for block in objective.blocks(list(layers)):
+                forms = {name: decomposer.forms(layers[name]) for name in block}
+                moments: Mapping[str, Moments] = {}
+                if decomposer.samples:
+                    moments = input_moments(self.model, forms, objective, decomposer.samples)
+                for name in block:
+                    found[name] = _spectrum(name, layers[name], decomposer, moments.get(name, NO_MOMENTS))
+                    if shelf:
+                        found[name].lay_aside(shelf)
+                    bar.update()
+        return found
 
     def first_order(self, split: str = "calibration", model: nn.Module | None = None) -> dict[str, Tensor]:
         """``<G, delta_k>`` of every layer at every rank. With ``model`` (partly factored), of its dense layers."""
@@ -196,13 +212,8 @@ class Workbench:
         return pd.DataFrame(rows).astype({"rank": "Int64"})
 
 
-def _spectra(
-    layers: Mapping[str, nn.Module], decomposer: Decomposer, moments: Mapping[str, Moments]
-) -> dict[str, Spectrum]:
-    found = {}
-    for name, layer in tqdm(layers.items(), "decompose", unit="layer", leave=False, disable=None):
-        try:
-            found[name] = spectrum_of(layer, decomposer, moments.get(name, NO_MOMENTS))
-        except UserError as error:
-            raise UserError(f"layer {name}: {error}") from None
-    return found
+def _spectrum(name: str, layer: nn.Module, decomposer: Decomposer, moments: Moments) -> Spectrum:
+    try:
+        return spectrum_of(layer, decomposer, moments)
+    except UserError as error:
+        raise UserError(f"layer {name}: {error}") from None

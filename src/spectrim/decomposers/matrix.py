@@ -9,6 +9,7 @@ from spectrim import linalg
 from spectrim.decomposers.spectrum import Keep, Spectrum
 from spectrim.errors import UserError
 from spectrim.layers import Factored, dense_kinds, is_linear, shaped_like, subspace_form, transposed
+from spectrim.shelf import Laid, Shelf
 
 View = Literal["channel", "spatial"]
 
@@ -16,25 +17,39 @@ View = Literal["channel", "spatial"]
 class MatrixSpectrum(Spectrum):
     """The spectrum of a weight seen as one matrix a group, or as ``subspaces`` matrices a group side by side.
 
-    ``factors``: U (g, O, R), S (g, R), Vh (g, R, I), where g counts all the matrices.
+    ``factors``: U (g, O, R), S (g, R), Vh (g, R, I), where g counts all the matrices. U and Vh may lie on a shelf.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, view: View, factors: linalg.SVD, subspaces: int = 1) -> None:
         # Only the shape of the layer is kept: holding the layer itself would keep every decomposed model alive.
         self.template = without_weights(layer)
-        self.view, self.factors, self.subspaces = view, factors, subspaces
+        self.view, self.subspaces, self.S_R = view, subspaces, factors.S_R
+        self.shape = (*factors.U_OR.shape[:2], factors.Vh_RI.shape[-1])  # matrices, outputs and inputs of each
+        self._vectors: tuple[Tensor, Tensor] | Laid = (factors.U_OR, factors.Vh_RI)
         self.bias = None if layer.bias is None else layer.bias.detach().clone()
         self.device = layer.weight.device
         self._largest: Tensor | None = None
 
     @property
+    def factors(self) -> linalg.SVD:
+        """From memory, or read from the shelf at each call."""
+        if not isinstance(self._vectors, Laid):
+            return linalg.SVD(self._vectors[0], self.S_R, self._vectors[1])
+        read = self._vectors.read()
+        return linalg.SVD(read["U"].to(self.device), self.S_R, read["Vh"].to(self.device))
+
+    def lay_aside(self, shelf: Shelf) -> None:
+        if not isinstance(self._vectors, Laid):
+            self._vectors = shelf.lay(dict(zip(("U", "Vh"), self._vectors, strict=True)))
+
+    @property
     def importance(self) -> Tensor:
         """What the components are ordered by, falling. Shape (g, R)."""
-        return self.factors.S_R
+        return self.S_R
 
     @property
     def max_rank(self) -> int:
-        return self.factors.S_R.shape[-1]
+        return self.S_R.shape[-1]
 
     @property
     def form(self) -> str:
@@ -42,10 +57,10 @@ class MatrixSpectrum(Spectrum):
 
     @property
     def break_even(self) -> int:
-        return linalg.break_even_rank(self.factors.U_OR.shape[-2], self.factors.Vh_RI.shape[-1])
+        return linalg.break_even_rank(*self.shape[1:])
 
     def error(self) -> Tensor:
-        energy = linalg.tail_sums(self.factors.S_R.double().square()).sum(0)
+        energy = linalg.tail_sums(self.S_R.double().square()).sum(0)
         return energy.sqrt().cpu()
 
     def largest_entry(self) -> Tensor:
@@ -54,12 +69,12 @@ class MatrixSpectrum(Spectrum):
         return self._largest
 
     def first_order(self, gradient: Tensor) -> Tensor:
-        G = to_matrix(gradient, self.template, self.view, self.subspaces).to(self.factors.S_R)
+        G = to_matrix(gradient, self.template, self.view, self.subspaces).to(self.S_R)
         return linalg.first_order_change(self.factors, G).double().sum(0).cpu()
 
     def sizes(self, rank: int) -> tuple[int, ...]:
-        groups, outputs, _ = self.factors.U_OR.shape
-        return rank * groups * self.factors.Vh_RI.shape[-1], rank * groups * outputs
+        groups, outputs, inputs = self.shape
+        return rank * groups * inputs, rank * groups * outputs
 
     def factor(self, keep: Keep) -> Factored:
         chosen = _components(keep, self.max_rank)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.plan import Kept
+from spectrim.shelf import Shelf
 
 Keep = int | tuple[int, ...]
 # The second moment E[x x^T] of a layer's inputs, shape (g, I, I), by the form that says what one input x is.
@@ -71,6 +72,9 @@ class Spectrum(ABC):
     @abstractmethod
     def factor(self, keep: Keep) -> nn.Module:
         """A drop-in layer with the components in ``keep``: a rank (the leading ones) or a set of indices."""
+
+    def lay_aside(self, shelf: Shelf) -> None:  # noqa: B027 (not every spectrum has to)
+        """Keep what takes room on ``shelf`` instead of in memory; here nothing, of a decomposition of small layers."""
 
     def cost(self, rank: int) -> int:
         """Parameters of all factors at ``rank``, without the bias."""

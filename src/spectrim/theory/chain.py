@@ -95,7 +95,7 @@ def _stage(name: str, layer: Any, decomposer: SVD, output: Tensor) -> Stage:
         positions = output.numel() // layer.bias.numel()  # the bias is added at each of them
         bias = math.sqrt(positions) * float(layer.bias.detach().double().norm())
     # Groups are the blocks of one matrix: its norm, and that of what a common rank drops, is that of the worst block.
-    return Stage(name, gain * spectrum.factors.S_R.amax(0).double().cpu(), 1.0, bias)
+    return Stage(name, gain * spectrum.S_R.amax(0).double().cpu(), 1.0, bias)
 
 
 def _steps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -107,7 +107,7 @@ class _DenseThenFactors(nn.Module):
         self.switched: Tensor
         self.register_buffer("switched", torch.tensor(False))
         self.register_buffer("history", torch.full((epochs + 1,), math.nan))
-        self.history[0] = scaled_stable_rank(spectrum.factors.S_R, initial)
+        self.history[0] = scaled_stable_rank(spectrum.S_R, initial)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         W_OI = to_matrix(weight, self.template[0], self.view)

@@ -67,7 +67,7 @@ def analytic_rank(name: str, spectrum: Spectrum) -> int:
     """The analytic rank of layer ``name``, 0 where all is noise. Raises ``UserError`` without singular values."""
     singular_values(name, spectrum)  # refuses, in one line, what is no matrix
     assert isinstance(spectrum, MatrixSpectrum)
-    outputs, inputs = spectrum.factors.U_OR.shape[-2], spectrum.factors.Vh_RI.shape[-1]
+    _, outputs, inputs = spectrum.shape
     return max(evb_rank(group.numpy(), outputs, inputs) for group in spectrum.importance.double().cpu())
 
 

@@ -1,0 +1,86 @@
+"""Decompositions on the disk give what those in memory give, and leave nothing behind."""
+
+import copy
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from spectrim import config, shelf
+from spectrim.algorithms.base import Workbench
+from spectrim.decomposers.matrix import MatrixSpectrum
+from spectrim.decomposers.svd import SVD
+from spectrim.decomposers.whitened import WhitenedSVD
+from spectrim.errors import UserError
+from spectrim.objective import Objective
+from spectrim.shelf import Laid, Shelf
+
+NAMES = sorted(path.stem for path in (Path(config.CONF) / "decomposer").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def _in_blocks(objective: Objective, size: int) -> Objective:
+    return Objective(objective.loss, objective.splits, layers_at_once=size)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_curves_and_the_model_are_the_same(
+    compose: Any, net: nn.Module, objective: Objective, name: str, size: int
+) -> None:
+    decomposer = config.build(config.plain(compose(f"decomposer={name}").decomposer))
+    usual = Workbench(net, decomposer, objective)
+    spared = Workbench(copy.deepcopy(net), decomposer, _in_blocks(objective, size))
+    for one, other in zip(usual.spectra.values(), spared.spectra.values(), strict=True):
+        assert isinstance(other, MatrixSpectrum) == isinstance(getattr(other, "_vectors", None), Laid)
+        for curve in ("error", "weighted_error", "largest_entry"):
+            torch.testing.assert_close(getattr(other, curve)(), getattr(one, curve)())
+        assert (one.break_even, one.form, one.sizes(2)) == (other.break_even, other.form, other.sizes(2))
+    first, second = (bench.finish(dict.fromkeys(bench.spectra, 2)) for bench in (usual, spared))
+    assert first.plan == second.plan
+    for key, value in first.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[key], value, msg=key)
+
+
+def test_a_layer_is_decomposed_once_all_the_same(net: nn.Module, objective: Objective) -> None:
+    first = Workbench(net, SVD(), _in_blocks(objective, 2))
+    assert Workbench(net, SVD(), _in_blocks(objective, 2)).spectra.items() == first.spectra.items()
+    assert Workbench(net, SVD(), objective).spectra.items() == first.spectra.items()
+
+
+def test_nothing_is_left_once_nobody_needs_it(net: nn.Module, objective: Objective, temporary: Path) -> None:
+    bench = Workbench(copy.deepcopy(net), WhitenedSVD(), _in_blocks(objective, 2))
+    files = list(temporary.rglob("*.safetensors"))
+    assert len(files) == len(bench.spectra) == 4
+    kept = bench.spectra.pop("3")
+    del bench
+    gc.collect()
+    assert isinstance(kept, MatrixSpectrum) and kept.factors.U_OR.isfinite().all()  # one that is left holds its shelf
+    del kept
+    gc.collect()
+    assert not list(temporary.glob("spectrim-*"))
+
+
+def test_a_full_disk_ends_in_one_line(
+    net: nn.Module, objective: Objective, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shelf, "save_file", full)
+    with pytest.raises(UserError, match="^decompositions [^\n]*No space left[^\n]*set TMPDIR[^\n]*$"):
+        Workbench(net, SVD(), _in_blocks(objective, 1))
+
+
+def test_tensors_come_back_as_they_were() -> None:
+    laid = Shelf().lay({"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(1, dtype=torch.float64)})
+    read = laid.read()
+    assert read["a"].equal(torch.arange(6.0).reshape(2, 3).T) and read["b"].dtype == torch.float64
