@@ -1,4 +1,4 @@
-"""Run the benchmarks, all or those named: ``python benchmarks/run.py [curves selection sweep latency] [--quick]``.
+"""Run the benchmarks, all or some: ``python benchmarks/run.py [curves selection sweep latency memory] [--quick]``.
 
 Each writes NAME.csv, NAME.md and NAME.provenance.json and prints its table and its targets. Only ratios within one run
 mean anything on another machine. A missed target is printed as missed; only a crash gives an exit status other than 0.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import curves
 import latency
+import memory
 import selection
 import sweep
 import torch
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "selection": selection.benchmark,
     "sweep": sweep.benchmark,
     "latency": latency.benchmark,
+    "memory": memory.benchmark,
 }
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -119,3 +119,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def alone_trainable(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
+    """Let ``weights`` and no other parameter of ``model`` require a gradient inside the block.
+
+    What a backward pass to the others would need is then not kept of a forward pass.
+    """
+    wanted = {id(weight) for weight in weights}
+    changed = [parameter for parameter in model.parameters() if parameter.requires_grad != (id(parameter) in wanted)]
+    for parameter in changed:
+        parameter.requires_grad_(not parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(not parameter.requires_grad)

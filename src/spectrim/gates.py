@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, sample_count, to_device
+from spectrim.batches import Inputs, alone_trainable, device_of, evaluating, forward, hooked, sample_count, to_device
 from spectrim.errors import UserError
 from spectrim.layers import FactoredConv2d, FactoredLinear
 from spectrim.losses import TokenLoss, fisher_direction, logits_of
@@ -54,7 +54,7 @@ def gate_gradients(
     device, generator = device_of(model), torch.Generator().manual_seed(seed)
     blocks = objective.blocks(layers)
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
-    with hooked(handles), evaluating(model), torch.enable_grad():
+    with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first(split, samples, "linearise"):
             count = sample_count(targets)
             outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, sample_count, to_device
+from spectrim.batches import Inputs, alone_trainable, device_of, evaluating, forward, sample_count, to_device
 from spectrim.decomposers.spectrum import content
 from spectrim.errors import UserError, first_line
 from spectrim.losses import TokenLoss, logits_of
@@ -145,22 +145,15 @@ class Objective:
     def _gradient_pass(self, model: nn.Module, weights: dict[str, Tensor], split: str) -> dict[str, Tensor]:
         device, seen = device_of(model), 0
         sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        frozen = [weight for weight in weights.values() if not weight.requires_grad]
-        for weight in frozen:
-            weight.requires_grad_(True)
-        try:
-            with evaluating(model), torch.enable_grad():
-                for inputs, targets in self.batches(split):
-                    targets = to_device(targets, device)
-                    loss = self.finite_loss(forward(model, to_device(inputs, device)), targets, split)
-                    count = self.weight(targets)
-                    for name, gradient in _by_weight(loss, weights).items():
-                        sums[name].add_(gradient, alpha=count)
-                    seen += count
-                    self.read[split] += sample_count(targets)
-        finally:
-            for weight in frozen:
-                weight.requires_grad_(False)
+        with evaluating(model), torch.enable_grad(), alone_trainable(model, weights.values()):
+            for inputs, targets in self.batches(split):
+                targets = to_device(targets, device)
+                loss = self.finite_loss(forward(model, to_device(inputs, device)), targets, split)
+                count = self.weight(targets)
+                for name, gradient in _by_weight(loss, weights).items():
+                    sums[name].add_(gradient, alpha=count)
+                seen += count
+                self.read[split] += sample_count(targets)
         self.require(seen, split)
         return {name: total.div_(seen) for name, total in sums.items()}
 

@@ -168,11 +168,11 @@ class Workbench:
         Layers absent, or with more components than break-even, stay dense.
         """
         kept = self._below_break_even(keep)
-        plan = self._plan(kept)
+        plan, report = self._plan(kept), self._report(kept)  # its gradients before the copy: both take room
         return Compressed(
             model=surgery.apply(self.model, plan, self.spectra),
             plan=plan,
-            report=self._report(kept),
+            report=report,
             dense=self.model,
             example=self.example,
             log=log or [],

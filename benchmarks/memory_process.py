@@ -1,0 +1,98 @@
+"""One compression in a process of its own, for ``memory.py``: its peak of memory as JSON. Linux."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spectrim
+from spectrim.algorithms.base import Algorithm
+from spectrim.algorithms.joint import Joint
+from spectrim.algorithms.lossless import Lossless
+from spectrim.algorithms.truncation import Truncation
+from spectrim.decomposers.spectrum import Decomposer
+from spectrim.decomposers.svd import SVD
+from spectrim.decomposers.whitened import WhitenedSVD
+from spectrim.losses import token_loss
+
+WHITENED = WhitenedSVD(view="channel", samples=8)
+METHODS: dict[str, tuple[Algorithm, Decomposer]] = {
+    "truncation": (Truncation(params_kept=0.8), SVD()),
+    "truncation, whitened": (Truncation(params_kept=0.8), WHITENED),
+    "lossless": (Lossless(gamma=0.3), SVD()),
+    "joint": (Joint(params_kept=0.8, samples=8, refit=0, interaction=0.0), WHITENED),
+}
+
+
+class Block(nn.Module):
+    """A block of a decoder: attention with a third as many heads for keys and values, and a gated layer."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.q, self.o = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(width, width // 3, bias=False) for _ in range(2))
+        self.gate, self.up = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (3, -1)).transpose(1, 2) for part in (self.q(x), *self._repeated(x)))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        y = F.rms_norm(x, x.shape[-1:])
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+    def _repeated(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k(x).repeat(1, 1, 3), self.v(x).repeat(1, 1, 3)
+
+
+class Decoder(nn.Module):
+    """Token ids (N, T) to logits (N, T, V); the head is the embedding."""
+
+    def __init__(self, depth: int, width: int, inner: int, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.blocks = nn.Sequential(*(Block(width, inner) for _ in range(depth)))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.blocks(self.embedding(ids))
+        return F.linear(F.rms_norm(x, x.shape[-1:]), self.embedding.weight)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def main() -> None:
+    """Entry of the process."""
+    method, (at_once, *shapes) = sys.argv[1], json.loads(sys.argv[2])
+    torch.manual_seed(0)
+    before = _status("VmRSS")
+    model = Decoder(*shapes)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    ids = torch.randint(shapes[-1], (8, 128))
+    loaded = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
+    started, (algorithm, decomposer) = time.perf_counter(), METHODS[method]
+    result = spectrim.compress(
+        model,
+        calibration=[(one, one) for one in ids.split(1)],
+        loss=token_loss,
+        algorithm=algorithm,
+        decomposer=decomposer,
+        layers_at_once=at_once,
+    )
+    found = {
+        "loaded": (loaded - before) / size,
+        "peak": (_status("VmHWM") - before) / size,
+        "params_kept": result.params_kept,
+        "seconds": time.perf_counter() - started,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
