@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim import api, run
-from spectrim.batches import forward
+from spectrim.batches import alone_trainable, forward
 from spectrim.cost import model_cost
 from spectrim.errors import UserError
 from spectrim.objective import Objective
@@ -71,3 +71,13 @@ def test_a_run_on_data_of_other_channels_is_one_line(compose: Any, digits: list[
     with pytest.raises(UserError, match="at layer .*channels, but got 1 channels instead") as refusal:
         run.run(compose(*asked, "model=resnet20", "shape.in_channels=3", "algorithm=truncation"))
     assert "\n" not in str(refusal.value)
+
+
+def test_only_what_is_named_is_trainable_and_all_is_as_before_afterwards() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].bias.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in net.parameters()]
+    with pytest.raises(RuntimeError, match="stop"), alone_trainable(net, [net[0].bias, net[1].bias]):
+        assert [parameter.requires_grad for parameter in net.parameters()] == [False, True, False, True]
+        raise RuntimeError("stop")
+    assert [parameter.requires_grad for parameter in net.parameters()] == before
