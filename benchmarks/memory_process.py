@@ -2,8 +2,6 @@
 
 import json
 import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +16,7 @@ from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.losses import token_loss
+from spectrim.phases import Phases
 
 WHITENED = WhitenedSVD(view="channel", samples=8)
 METHODS: dict[str, tuple[Algorithm, Decomposer]] = {
@@ -61,35 +60,31 @@ class Decoder(nn.Module):
         return F.linear(F.rms_norm(x, x.shape[-1:]), self.embedding.weight)
 
 
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
-
-
 def main() -> None:
     """Entry of the process."""
     method, (at_once, *shapes) = sys.argv[1], json.loads(sys.argv[2])
     torch.manual_seed(0)
-    before = _status("VmRSS")
-    model = Decoder(*shapes)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    ids = torch.randint(shapes[-1], (8, 128))
-    loaded = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest mark begins anew
-    started, (algorithm, decomposer) = time.perf_counter(), METHODS[method]
-    result = spectrim.compress(
-        model,
-        calibration=[(one, one) for one in ids.split(1)],
-        loss=token_loss,
-        algorithm=algorithm,
-        decomposer=decomposer,
-        layers_at_once=at_once,
-    )
+    phases = Phases()
+    with phases.measure("load"):
+        model, ids = Decoder(*shapes), torch.randint(shapes[-1], (8, 128))
+    algorithm, decomposer = METHODS[method]
+    with phases.measure("compress"):
+        result = spectrim.compress(
+            model,
+            calibration=[(one, one) for one in ids.split(1)],
+            loss=token_loss,
+            algorithm=algorithm,
+            decomposer=decomposer,
+            layers_at_once=at_once,
+        )
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 2**20
+    load, own = phases["load"], phases["compress"]
+    imports = load["peak_mib"] - load["added_mib"]
     found = {
-        "loaded": (loaded - before) / size,
-        "peak": (_status("VmHWM") - before) / size,
+        "loaded": (own["peak_mib"] - own["added_mib"] - imports) / size,
+        "peak": (own["peak_mib"] - imports) / size,
         "params_kept": result.params_kept,
-        "seconds": time.perf_counter() - started,
+        "seconds": own["seconds"],
     }
     print(json.dumps(found))
 

@@ -4,11 +4,11 @@ import torch
 
 from spectrim.errors import UserError
 
-KINDS = ("cpu", "cuda", "mps")
+KINDS = ("cpu", "cuda")  # decompositions are in float64, which mps has not
 
 
 def device_called(name: object) -> torch.device:
-    """The device of that name: ``cpu``, ``cuda``, ``cuda:1`` (the second GPU) or ``mps``.
+    """The device of that name: ``cpu``, ``cuda`` or ``cuda:1`` (the second GPU).
 
     On a GPU float32 is then computed as float32: by default its convolutions drop 13 of 23 bits of the inputs, which
     moves a loss by more than a cautious selection does. They are also made to give the same twice, as far as they can.
@@ -22,7 +22,7 @@ def device_called(name: object) -> torch.device:
     if device is None or device.type not in KINDS or type(name) is not str:
         raise UserError(f"device={name!r} is none; give one of {', '.join(KINDS)}, or cuda:1 for the second GPU")
     if device.type != "cpu":
-        there = torch.cuda.device_count() if device.type == "cuda" else int(torch.backends.mps.is_available())
+        there = torch.cuda.device_count()
         if (device.index or 0) >= there:
             raise UserError(f"device={name}: torch finds {there or 'no'} such device here; use device=cpu")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
