@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from spectrim import replay
+from spectrim.algorithms.related.cuttlefish import Cuttlefish
+from spectrim.algorithms.related.haloc import HALOC
+from spectrim.algorithms.related.l0_gates import L0Gates
 from spectrim.algorithms.svd_training import SVDTraining
 from spectrim.data.images import ImageSplit
 from spectrim.decomposers.svd import SVD
@@ -111,3 +114,47 @@ def test_svd_training_is_the_same_replayed(net: nn.Module, images: ImageSplit, m
     monkeypatch.setattr(replay, "WARM", 10**9)
     for one, other in zip(recorded, trained(), strict=True):
         assert one["ranks"] == other["ranks"] and one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+
+
+@on_gpu
+@pytest.mark.parametrize("method", [L0Gates, HALOC, Cuttlefish])
+def test_what_selects_while_it_trains_is_recorded_in_every_kind_of_step(
+    method: Any, net: nn.Module, images: ImageSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[Any] = []
+    record = Replayed._record
+
+    def watched(self: Replayed, *given: Any) -> None:
+        record(self, *given)
+        recorded.append(self.recordable)
+
+    device_called("cuda")
+    monkeypatch.setattr(Replayed, "_record", watched)
+    recipe = Recipe(epochs=4, lr=0.02, batch_size=32, crop_padding=1, precision="float32")
+    objective = Objective(cross_entropy, {"calibration": images, "train": images})
+    log = method(recipe=recipe, params_kept=0.5).compress(net.to("cuda"), SVD("spatial"), objective).log
+    assert all(recorded) and len(recorded) == (4 + 3 if method is HALOC else 4)
+    monkeypatch.setattr(replay, "WARM", 10**9)
+    plain = method(recipe=recipe, params_kept=0.5).compress(net.to("cuda"), SVD("spatial"), objective).log
+    for one, other in zip(log, plain, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.02)
+
+
+@on_gpu
+def test_steps_of_two_kinds_leave_the_gradients_of_their_own_parameters() -> None:
+    first, second = (nn.Parameter(torch.zeros(2, device="cuda")) for _ in range(2))
+    kinds: list[int] = []
+
+    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+        first.grad = second.grad = None
+        chosen = (first, second)[kinds[-1]]
+        (chosen * inputs).sum().backward()
+        return inputs + targets
+
+    replayed = Replayed(step, [first, second])
+    with own_stream(torch.device("cuda")):
+        for i in range(4 * WARM):
+            kinds.append(i % 2)
+            replayed(torch.full((2,), float(i), device="cuda"), torch.ones(2, device="cuda"), kinds[-1])
+            own, other = (first, second) if i % 2 == 0 else (second, first)
+            assert other.grad is None and own.grad is not None and own.grad.tolist() == [float(i)] * 2

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from spectrim.settings import settings
 AfterEpoch = Callable[[int, nn.Module, torch.optim.SGD], dict[str, Any]]
 # Further terms of the loss in an epoch by name, each with its weight in it.
 Penalties = Callable[[int], dict[str, Tensor]]
+BeforeStep = Callable[[], Hashable]
 
 
 @settings
@@ -106,6 +107,7 @@ def fit(
     seed: int,
     loss: Loss = F.cross_entropy,
     penalties: Penalties = lambda epoch: {},
+    before_step: BeforeStep = lambda: None,
     undecayed: Collection[str] = (),
     state: Path | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -115,7 +117,8 @@ def fit(
 
     ``train``: images held in memory, shuffled and augmented as ``recipe`` says; texts, shuffled; or any batches
     (inputs, targets) that have a length, taken as they come. ``penalties`` are added to the loss; the curve holds the
-    mean of each.
+    mean of each. A step need not be like the one before it: ``before_step`` may change what the next one does, and says
+    which of several kinds that is. Nothing else may: on a GPU a step is recorded.
     ``undecayed``: names of parameters without weight decay. What ``after_epoch`` returns is added to the curve.
 
     With ``state``, a safetensors file, everything needed to go on is written there after each epoch, whole or not at
@@ -141,7 +144,8 @@ def fit(
         for epoch in bar:
             started = time.perf_counter()
             torch.manual_seed(_seed_of(seed, epoch))
-            means = _epoch(model, _batches(train, recipe, epoch, seed), recipe, optimizer, epoch, loss, penalties)
+            batches = _batches(train, recipe, epoch, seed)
+            means = _epoch(model, batches, recipe, optimizer, epoch, loss, penalties, before_step)
             point = {"epoch": epoch, **means, "seconds": round(time.perf_counter() - started, 2)}
             if isinstance(train, ImageSplit):
                 point["side"] = recipe.image_size(epoch, train.images.shape[-1])
@@ -208,17 +212,18 @@ def _epoch(
     epoch: int,
     loss: Loss,
     penalties: Penalties,
+    before_step: BeforeStep,
 ) -> dict[str, Any]:
     model.train()
     device, steps = device_of(model), batches[0]
-    step_of = Replayed(partial(_step, model, recipe, optimizer, lambda: penalties(epoch), loss))
+    step_of = Replayed(partial(_step, model, recipe, optimizer, lambda: penalties(epoch), loss), model.parameters())
     sums: dict[str, float] = {}
     correct, seen, scored = torch.zeros((), device=device), 0, True
     for step, (inputs, targets) in enumerate(batches[1]):
         inputs, targets = to_device(inputs, device), to_device(targets, device)
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate((epoch + step / steps) / recipe.epochs)
-        names, values, outputs = step_of(inputs, targets)
+        names, values, outputs = step_of(inputs, targets, before_step())
         terms = values.tolist()
         if not all(map(math.isfinite, terms)):
             raise FloatingPointError(f"the training loss became {sum(terms)} in epoch {epoch}, step {step}; lower lr")

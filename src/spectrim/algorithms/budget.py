@@ -39,6 +39,10 @@ class Costs:
         """Cost of the whole model over that of the dense one; layers that are not in ``ranks`` are dense."""
         return 1 - sum(self.dense[name] - self.layer(name, rank) for name, rank in ranks.items()) / self.total
 
+    def saved(self, name: str) -> Tensor:
+        """What layer ``name`` saves at each rank from 0, as a part of the cost of the whole model. Shape (R + 1,)."""
+        return (self.dense[name] - self.curves[name].double()).clamp_min(0) / self.total
+
     def least(self) -> float:
         """The share that is left with one component in every layer."""
         return self.share(dict.fromkeys(self.dense, 1))

@@ -36,8 +36,14 @@ class Learning(IntEnum):
 class Gate(nn.Module, ABC):
     """A gate in [0, 1] on each of the R components of a layer, of the ``logits`` that are learnt.
 
-    ``forward(logits)``, shape (R,): random while training, what will be kept in eval mode.
+    ``forward(logits)``, shape (R,): random while training, what will be kept in eval mode. ``saved``: what the layer
+    saves at each rank from 0, as a part of the cost of the whole model.
     """
+
+    saved: Tensor
+
+    def price(self, saved: Tensor) -> None:
+        self.register_buffer("saved", saved, persistent=False)
 
     @abstractmethod
     def start(self) -> Tensor:
@@ -47,14 +53,20 @@ class Gate(nn.Module, ABC):
 class GatedWeight(nn.Module):
     """The weight of a Linear or Conv2d as ``U diag(S * gate) Vh``; the parameters are U, S, Vh and the logits.
 
-    What it learns is a buffer, so that the state of a training tells it.
+    What it learns is part of its state, so that the state of a training tells it.
     """
 
     def __init__(self, spectrum: MatrixSpectrum, gate: Gate) -> None:
         super().__init__()
-        self.product, self.gate = SVDWeight(spectrum), gate
-        self.learning: Tensor
-        self.register_buffer("learning", torch.tensor(int(Learning.ALL)))
+        self.product = SVDWeight(spectrum)
+        self.gate: Gate = gate
+        self.learning = Learning.ALL
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(int(self.learning))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.learning = Learning(int(state))
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         return *self.product.right_inverse(weight), self.gate.start().to(weight)
@@ -112,8 +124,12 @@ class GatedTraining(ABC):
         """The gates of one layer, whose dense weight has so many parameters."""
 
     @abstractmethod
-    def penalty(self, layers: Mapping[str, "Gated"], costs: Costs, share: float | None) -> Tensor:
-        """What open gates cost, a scalar; called once a step."""
+    def penalty(self, layers: Mapping[str, "Gated"], share: float | None) -> Tensor:
+        """What open gates cost, a scalar. It may look at no value, and change none: it is recorded with the step."""
+
+    def next_turn(self, learning: Learning) -> Learning:
+        """What the next step trains, after one that trained ``learning``."""
+        return learning
 
     @abstractmethod
     def kept(self, layers: Mapping[str, "Gated"], costs: Costs, share: float | None) -> dict[str, Tensor]:
@@ -137,6 +153,7 @@ class GatedTraining(ABC):
             objective,
             decomposer,
             penalties=course.penalties,
+            before_step=course.before_step,
             undecayed=course.undecayed(),
             after_epoch=course.after_epoch,
         )
@@ -154,6 +171,10 @@ class Gated:
         self.parameter.register_hook(lambda gradient: rate * gradient)  # as a learning rate of its own would
 
     @property
+    def gate(self) -> Gate:
+        return self.weight.gate
+
+    @property
     def logits(self) -> Tensor:
         """As far as they learn in this step."""
         return self.weight.learnt(self.parameter)
@@ -168,11 +189,11 @@ class Gated:
 
     @property
     def learning(self) -> Learning:
-        return Learning(int(self.weight.learning))
+        return self.weight.learning
 
     @learning.setter
     def learning(self, value: Learning) -> None:
-        self.weight.learning.fill_(int(value))
+        self.weight.learning = value
 
     @torch.no_grad()
     def settle(self, gates: Tensor, optimizer: torch.optim.SGD) -> None:
@@ -194,6 +215,7 @@ class _Course:
         for name, spectrum in bench.spectra.items():
             layer = cast(nn.Linear | nn.Conv2d, net.get_submodule(name))
             gate = chosen.gate(cast(MatrixSpectrum, spectrum), layer.weight.numel())
+            gate.price(self.costs.saved(name))
             svd_layers.train_as(layer, GatedWeight(cast(MatrixSpectrum, spectrum), gate))
             svd_layers.bound_steps(layer)
             self.layers[name] = Gated(layer, chosen.rate)
@@ -224,7 +246,13 @@ class _Course:
     def penalties(self, epoch: int) -> dict[str, Tensor]:
         if self.settled:
             return {}
-        return {"penalty": self.chosen.strength * self.chosen.penalty(self.layers, self.costs, self.share)}
+        return {"penalty": self.chosen.strength * self.chosen.penalty(self.layers, self.share)}
+
+    def before_step(self) -> Learning:
+        for gated in self.layers.values():
+            if gated.learning is not Learning.SETTLED:
+                gated.learning = self.chosen.next_turn(gated.learning)
+        return next(iter(self.layers.values())).learning
 
     def after_epoch(self, epoch: int, net: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Any]:
         if epoch + 1 == self.chosen.gated_epochs:

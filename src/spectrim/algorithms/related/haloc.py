@@ -49,12 +49,12 @@ class HALOC(GatedTraining):
         smaller = sorted(rank for rank in ranks if rank <= spectrum.break_even)
         return _Candidates([*smaller, spectrum.max_rank], self.temperature)
 
-    def penalty(self, layers: Mapping[str, Gated], costs: Costs, share: float | None) -> Tensor:
-        saved = torch.stack([_expected_saving(gated, name, costs) for name, gated in layers.items()]).sum()
-        turn = Learning.GATES if next(iter(layers.values())).learning is not Learning.GATES else Learning.WEIGHTS
-        for gated in layers.values():  # the next step's
-            gated.learning = turn
-        return (1 - saved - (share or 0.0)).clamp_min(0)
+    def penalty(self, layers: Mapping[str, Gated], share: float | None) -> Tensor:
+        expected = [gated.logits.softmax(0) @ gated.gate.saved.to(gated.logits) for gated in layers.values()]
+        return (1 - torch.stack(expected).sum() - (share or 0.0)).clamp_min(0)
+
+    def next_turn(self, learning: Learning) -> Learning:
+        return Learning.WEIGHTS if learning is Learning.GATES else Learning.GATES
 
     def kept(self, layers: Mapping[str, Gated], costs: Costs, share: float | None) -> dict[str, Tensor]:
         gates = {name: _candidates(gated) for name, gated in layers.items()}
@@ -71,7 +71,7 @@ class HALOC(GatedTraining):
 
 
 class _Candidates(Gate):
-    """``reached`` (J, R): 1 where candidate j, of rank ``ranks[j]``, has component i."""
+    """``reached`` (J, R): 1 where candidate j, of rank ``ranks[j]``, has component i. ``saved`` (J,): of each."""
 
     def __init__(self, ranks: Sequence[int], temperature: float) -> None:
         super().__init__()
@@ -79,6 +79,9 @@ class _Candidates(Gate):
         self.reached: Tensor
         reached = torch.arange(self.ranks[-1]) < torch.tensor(self.ranks).unsqueeze(1)
         self.register_buffer("reached", reached.float(), persistent=False)
+
+    def price(self, saved: Tensor) -> None:
+        super().price(saved[list(self.ranks)])
 
     def start(self) -> Tensor:
         return torch.zeros(len(self.ranks))
@@ -90,15 +93,4 @@ class _Candidates(Gate):
 
 
 def _candidates(gated: Gated) -> _Candidates:
-    return cast(_Candidates, gated.weight.gate)
-
-
-def _costs(name: str, gate: _Candidates, costs: Costs) -> Tensor:
-    """Of layer ``name`` with each of its candidates. Shape (J,)."""
-    return torch.tensor([costs.layer(name, rank) for rank in gate.ranks], dtype=torch.float64)
-
-
-def _expected_saving(gated: Gated, name: str, costs: Costs) -> Tensor:
-    """What layer ``name`` is expected to save, as a part of the cost of the whole model. A scalar."""
-    saved = (costs.dense[name] - _costs(name, _candidates(gated), costs)) / costs.total
-    return gated.logits.softmax(0) @ saved.to(gated.logits)
+    return cast(_Candidates, gated.gate)

@@ -40,13 +40,16 @@ class L0Gates(GatedTraining):
     def gate(self, spectrum: MatrixSpectrum, weight: int) -> Gate:
         return _ClampedNormal(spectrum.max_rank, self.sigma)
 
-    def penalty(self, layers: Mapping[str, Gated], costs: Costs, share: float | None) -> Tensor:
-        if share is not None:
-            ranks = {name: max(1, int(gated.open().count_nonzero())) for name, gated in layers.items()}
-            if costs.share(ranks) <= share:
-                return torch.zeros((), device=next(iter(layers.values())).logits.device)
+    def penalty(self, layers: Mapping[str, Gated], share: float | None) -> Tensor:
         logits = torch.cat([gated.logits for gated in layers.values()])
-        return torch.special.ndtr((logits + OFFSET) / self.sigma).mean()
+        penalty = torch.special.ndtr((logits + OFFSET) / self.sigma).mean()
+        if share is None:
+            return penalty
+        saved = [
+            gated.gate.saved.index_select(0, gated.open().count_nonzero().clamp_min(1).reshape(1))
+            for gated in layers.values()
+        ]
+        return penalty * (1 - torch.cat(saved).sum() > share)
 
     def kept(self, layers: Mapping[str, Gated], costs: Costs, share: float | None) -> dict[str, Tensor]:
         mu = {name: gated.parameter.detach() for name, gated in layers.items()}
