@@ -77,7 +77,6 @@ def build(options: Options) -> list[Path]:
 def _row(record: Record) -> dict[str, Any]:
     settings, dense, small = record["config"]["algorithm"], record["dense"], record["compressed"]
     scratch = record["config"]["checkpoint"] is None
-    on_gpu = record["provenance"].get("device", "cpu") != "cpu"
     order, method = _method(record)
     method += ", spatial" if "spatial" in record["names"]["decomposer"] else ""
     return {
@@ -94,8 +93,7 @@ def _row(record: Record) -> dict[str, Any]:
         # Before a training from scratch the dense net knows nothing.
         "dense_accuracy": math.nan if scratch else dense["test"]["accuracy"],
         "dense_loss": math.nan if scratch else dense["test"]["loss"],
-        # On a GPU several ran at a time: no measure of one.
-        "seconds": math.nan if on_gpu else record["phases"]["select"]["seconds"],
+        "seconds": trainings.seconds(record),
     }
 
 

@@ -71,7 +71,7 @@ def _name(record: Record) -> str:
 
 def _run(record: Record, run: Any) -> dict[str, Any]:
     chosen = record["config"]["algorithm"]
-    selector, phase = chosen.get("selector", chosen), record["phases"]["select"]
+    selector = chosen.get("selector", chosen)
     scratch = record["config"]["checkpoint"] is None
     budget = selector.get("params_kept")
     read = sum(record["samples_read"].values()) if "samples_read" in record else math.nan
@@ -91,8 +91,8 @@ def _run(record: Record, run: Any) -> dict[str, Any]:
         "test_loss": run["test_loss"],
         # Before a training from scratch the dense net knows nothing.
         "dense_accuracy": math.nan if scratch else run["dense_test_accuracy"],
-        "seconds": phase["seconds"],
-        "cpu_seconds": phase.get("cpu_seconds", math.nan),
+        "seconds": trainings.seconds(record),
+        "cpu_seconds": trainings.seconds(record, "cpu_seconds"),
         "read": read,
         "passes": read / record["config"]["data"]["calibration_size"],
     }

@@ -1,4 +1,6 @@
-"""What a run of SVD training is called in tables and figures."""
+"""What a run of SVD training is called in tables and figures, and how long a run that may train took."""
+
+import math
 
 from spectrim.records import Record
 
@@ -8,6 +10,15 @@ UNTRAINED = "_untrained"  # of the name of a net that a run trains from scratch
 def is_training(record: Record) -> bool:
     """Whether the run is one of SVD training."""
     return str(record["config"]["algorithm"]["_target_"]).endswith(".SVDTraining")
+
+
+def seconds(record: Record, clock: str = "seconds") -> float:
+    """Of compression, training included, by the clock of the wall or that of the processor (``cpu_seconds``).
+
+    NaN where a GPU computed: several runs share one, which measures none of them.
+    """
+    on_gpu = record["provenance"].get("device", "cpu") != "cpu"
+    return math.nan if on_gpu else record["phases"]["select"].get(clock, math.nan)
 
 
 def net(record: Record) -> str:
