@@ -157,7 +157,7 @@ format: $(STAMP)  ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-readme: $(STAMP)  ## the tables that the README shows, copied into it from results/tables
+readme: $(STAMP)  ## the tables that README and docs show, copied into them from results/tables
 	$(BIN)/python experiments/readme.py
 
 bench: $(STAMP)  ## the benchmarks, into results/benchmarks

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from spectrim.report import command, figure, selectors, table
 from spectrim.report.command import Options
@@ -21,7 +22,7 @@ DEEPEST = 0.2  # below the dense accuracy: where the panels end
 # Of each stage its cost, and what the axis is called.
 STAGES = {
     "cut alone": ("cpu_seconds", "CPU seconds (log scale)"),
-    "trained": ("read", "images read (log scale)"),
+    "trained": ("read", "images read to select (log scale)"),
 }
 COLUMNS = (
     Column("panel", "panel"),
@@ -36,8 +37,8 @@ COLUMNS = (
 )
 NOTES = (
     "Mean ± standard deviation (ddof = 1) over the runs; n as in Table 1, whose notes hold here too. Cut alone: "
-    "against the CPU seconds of decomposition, selection and cut. Trained: against the images that selection and "
-    "training read. A size that a selector chose itself stands for the nearest budget, as there.",
+    "against the CPU seconds of decomposition, selection and cut. Trained: against the images read to select, "
+    "beyond those of the training steps. A size that a selector chose itself stands for the nearest budget, as there.",
     f"The panels end {100 * DEEPEST:.0f} pp below the dense net: a hollow mark on that edge lies below it. A black "
     "edge: trained from scratch.",
 )
@@ -110,6 +111,7 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str, dense: float, styles: dic
             **styles[row["approach"]] | ({"markerfacecolor": "none"} if below else {}),
         )
     axis.set(xscale="log", ylabel="top-1 (%)")
+    axis.xaxis.set_minor_formatter(NullFormatter())  # they overlap where an axis spans less than two decades
     axis.set_ylim(bottom=max(axis.get_ylim()[0], 100 * lowest))
     axis.set_title(title, fontsize=7)
 

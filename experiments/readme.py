@@ -1,8 +1,9 @@
-"""Copy the tables that the README shows into it, between their markers: ``python experiments/readme.py [--check]``."""
+"""Copy the tables that README and docs show into them, between markers: ``python experiments/readme.py [--check]``."""
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -36,6 +37,23 @@ FRONTIER = (
 )
 
 
+SELECTED = (
+    Column("approach", "selector"),
+    *(
+        Column(f"{stage}_{size}", f"{size} % kept{said}", 2, scale=100)
+        for stage, said in {"cut": "", "trained": ", trained"}.items()
+        for size in (50, 30)
+    ),
+    Column("cut_cpu_seconds", "CPU seconds to select", 1),
+    Column("cut_read", "images read to select", 0),
+)
+SELECTORS = (
+    "Test top-1 in per cent. At 70 % too, with the source's labels and the notes that belong to the numbers: "
+    "[Table 1](../results/tables/table1.md); every size by itself: "
+    "[all sizes](../results/tables/table1_sizes.md)."
+)
+
+
 def table2(results: Path) -> str:
     """The README's cut of Table 2, as markdown."""
     rows = pd.read_csv(results / "tables/table2.csv", dtype={"n": str})
@@ -64,6 +82,18 @@ def frontier(results: Path) -> str:
     return found.fillna("–").to_markdown(index=False, disable_numparse=True) + f"\n\n{FRONTIER}\n"
 
 
+def selectors(results: Path) -> str:
+    """Table 1 at a half and at 30 % of the parameters, a table a net, as markdown."""
+    rows = pd.read_csv(results / "tables/table1.csv", dtype={"n": str})
+    rows["net"] = rows["block"].str.partition(",")[0]
+    rows["approach"] = rows["approach"].str.replace(r" \(\d+\)$", "", regex=True)  # its footnotes stay there
+    parts = []
+    for _, own in rows.groupby("net", sort=False):
+        table = Table("selectors", own, SELECTED, f"{own['block'].iloc[0]}", [])
+        parts.append(table.markdown())
+    return "\n".join(parts) + f"\n{SELECTORS}\n"
+
+
 def checkpoints(results: Path) -> str:
     """What each committed checkpoint reached, from the record of its training, as markdown."""
     rows = []
@@ -82,34 +112,38 @@ def checkpoints(results: Path) -> str:
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True) + "\n"
 
 
-def filled(readme: str, results: Path) -> str:
-    """``readme`` with the text between each pair of markers made anew. Raises ``UserError`` where one is missing."""
-    blocks = {"table2": table2, "claims": claims, "frontier": frontier, "checkpoints": checkpoints}
-    for name, make in blocks.items():
+# What is shown on which page, between markers of these names.
+PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"table2": table2, "claims": claims, "frontier": frontier, "checkpoints": checkpoints},
+    "docs/selectors.md": {"selectors": selectors},
+}
+
+
+def filled(page: str, text: str, results: Path) -> str:
+    """``text`` with what is between each pair of markers made anew. Raises ``UserError`` where one is missing."""
+    for name, make in PAGES[page].items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, found, rest = readme.partition(start)
+        before, found, rest = text.partition(start)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise UserError(f"README.md lacks the markers {start} and {end}: put them around where {name} is shown")
-        readme = f"{before}{start}\n{make(results)}{end}{after}"
-    return readme
+            raise UserError(f"{page} lacks the markers {start} and {end}: put them around where {name} is shown")
+        text = f"{before}{start}\n{make(results)}{end}{after}"
+    return text
 
 
 def main() -> int:
-    """Entry of the script; with ``--check`` nothing is written and the status says whether the README is up to date."""
+    """Entry of the script; with ``--check`` nothing is written and the status says whether all is up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 where the README is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is out of date")
     options = parser.parse_args()
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
     try:
-        after = filled(before, ROOT / "results")
+        before = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+        after = {page: filled(page, text, ROOT / "results") for page, text in before.items()}
         if not options.check:
-            write_whole({path: after.encode()})
-        elif before != after:
-            raise UserError("README.md is out of date: run `make readme`")
+            write_whole({ROOT / page: text.encode() for page, text in after.items()})
+        for page in PAGES:
+            if options.check and before[page] != after[page]:
+                raise UserError(f"{page} is out of date: run `make readme`")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

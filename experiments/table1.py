@@ -56,13 +56,14 @@ NOTES = (
     "Cut alone: BatchNorm statistics follow the cut without labels, for every selector, since PARS does so. Trained: "
     "{epochs}. Those that train while they select start from the same trained net and get as many epochs as the others "
     "get after the cut, so that the epochs are equal in all.",
-    "CPU seconds and images read: of the selection with decomposition and cut, trained: of selection and training "
-    "together; the mean over all sizes. Images: of calibration, verification and training, each as often as it was "
-    "read. No seconds where a GPU computed: several runs shared it.",
+    "CPU seconds and images read: of the selection with decomposition and cut, the mean over all sizes; no seconds "
+    "where a GPU computed, for several runs shared it. Images: of calibration and verification, and those that were "
+    "read to select while training, each as often as it was read; not those of the training steps, of which every row "
+    "has the same epochs.",
 )
 SIZES_NOTES = (
     "As Table 1, each size by itself. Epochs: of training after the cut or while selecting, 0: cut alone; in all where "
-    "from scratch. Costs: of selection and training together; no seconds where several runs shared a GPU.",
+    "from scratch. Seconds: of selection and training together; none where several runs shared a GPU.",
 )
 
 

@@ -120,6 +120,16 @@ def test_a_plan_is_applied_to_a_copy(net: nn.Sequential, view: str) -> None:
     assert not {p.data_ptr() for p in net.parameters()} & {p.data_ptr() for p in compressed.parameters()}
 
 
+def test_a_copy_that_only_looks_shares_what_it_does_not_replace(net: nn.Sequential) -> None:
+    spectra, plan = spectra_of(net), RankPlan.of({"0": Kept(3, "channel")})
+    apart, shared = (surgery.apply(net, plan, spectra, shared=own) for own in (False, True))
+    own = {id(parameter) for parameter in net.parameters()}
+    left = [p for name, p in shared.named_parameters() if not name.startswith("0.")]
+    assert left and {id(p) for p in left} <= own and not {id(p) for p in apart.parameters()} & own
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(logits(shared, x), logits(apart, x)) and isinstance(net[0], nn.Conv2d)
+
+
 def test_equal_plans_give_equal_models(net: nn.Sequential) -> None:
     (one, plan), (other, _) = small(net), small(copy.deepcopy(net))
     again = surgery.apply(net, RankPlan.from_json(plan.to_json()), spectra_of(net))

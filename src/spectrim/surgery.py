@@ -134,12 +134,13 @@ def in_place_of(before: nn.Module, layer: nn.Module) -> nn.Module:
     return layer
 
 
-def apply(model: nn.Module, plan: RankPlan, spectra: Mapping[str, Spectrum]) -> nn.Module:
+def apply(model: nn.Module, plan: RankPlan, spectra: Mapping[str, Spectrum], *, shared: bool = False) -> nn.Module:
     """A copy of ``model`` with the layers of ``plan`` factored. Raises ``UserError`` for a layer not in ``spectra``.
 
-    What is replaced is not copied first: memory holds the model and the copy, which may be half its size.
+    What is replaced is not copied first: memory holds the model and the copy, which may be half its size. ``shared``:
+    its other parameters are those of ``model`` themselves, for a copy that only looks.
     """
-    copies: dict[int, Any] = {}
+    copies: dict[int, Any] = {id(own): own for own in model.parameters()} if shared else {}
     for name, kept in plan.items():
         if name not in spectra:
             raise UserError(f"the plan names {name!r}, which is not a layer of this model that can be factored")

@@ -1,5 +1,6 @@
 """Joint meets what it is asked for, never sees what it must not, and beats one ratio for every layer."""
 
+import copy
 import math
 from typing import Any
 
@@ -131,3 +132,16 @@ def test_a_budget_out_of_reach_is_refused(trained: Any) -> None:
     net, objective = trained
     with pytest.raises(UserError, match=r"params_kept=0.01 is out of reach: at rank 1 0\.\d+ of them remain"):
         Joint(params_kept=0.01).compress(net, SVD(), objective)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_few_layers_at_a_time_are_selected_as_all_at_once(net: nn.Module, objective: Objective, size: int) -> None:
+    """Over two steps, so that the second is taken from a model that is cut already."""
+    chosen = Joint(params_kept=0.4, step=0.35)
+    usual = chosen.compress(net, WhitenedSVD("spatial"), objective)
+    spared = chosen.compress(
+        copy.deepcopy(net), WhitenedSVD("spatial"), Objective(objective.loss, objective.splits, layers_at_once=size)
+    )
+    assert usual.plan == spared.plan and usual.log[-1]["predicted"] == pytest.approx(spared.log[-1]["predicted"], 1e-3)
+    for key, value in usual.model.state_dict().items():
+        torch.testing.assert_close(spared.model.state_dict()[key], value, rtol=1e-3, atol=1e-4, msg=key)

@@ -1,4 +1,4 @@
-"""The tables in the README are those of results/."""
+"""The tables in the README and in docs are those of results/."""
 
 import importlib.util
 from pathlib import Path
@@ -20,9 +20,11 @@ def readme() -> ModuleType:
     return readme
 
 
-def test_the_readme_shows_what_results_hold(readme: ModuleType) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.filled(text, ROOT / "results") == text
+@pytest.mark.parametrize("page", ["README.md", "docs/selectors.md"])
+def test_a_page_shows_what_results_hold(readme: ModuleType, page: str) -> None:
+    assert set(readme.PAGES) == {"README.md", "docs/selectors.md"}
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert readme.filled(page, text, ROOT / "results") == text
     assert "±" in text
 
 
@@ -30,4 +32,4 @@ def test_the_readme_shows_what_results_hold(readme: ModuleType) -> None:
 def test_a_marker_that_is_missing_is_named(readme: ModuleType, marker: str) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="lacks the markers <!-- claims --> and <!-- /claims -->"):
-        readme.filled(text.replace(marker, ""), ROOT / "results")
+        readme.filled("README.md", text.replace(marker, ""), ROOT / "results")

@@ -1,6 +1,7 @@
 """Joint: which singular components to remove, over all layers together, to second order."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,13 +149,22 @@ class _Search:
         return found
 
     def _linearised(self, point: _Point) -> dict[str, GateGradients]:
-        """The gates at ``point``: the same whatever the budget, so that the search for another may have been there."""
+        """The gates at ``point``: the same whatever the budget, so that the search for another may have been there.
+
+        With ``layers_at_once`` so many layers at a time are factored at full rank, which takes more than dense ones.
+        """
         chosen, bench = self.settings, self.bench
+        left = {name: Kept(tuple(kept.tolist()), bench.spectra[name].form) for name, kept in point.kept.items()}
+        cut = {name for name, kept in point.kept.items() if len(kept) < bench.spectra[name].max_rank}
+
+        def gates_of(block: Sequence[str]) -> dict[str, GateGradients]:
+            plan = RankPlan.of({name: own for name, own in left.items() if name in cut or name in block})
+            factored = surgery.apply(bench.model, plan, bench.spectra, shared=True)
+            return gate_gradients(factored, block, bench.objective, chosen.samples, seed=chosen.seed)
 
         def gates() -> dict[str, GateGradients]:
-            left = {name: Kept(tuple(kept.tolist()), bench.spectra[name].form) for name, kept in point.kept.items()}
-            factored = surgery.apply(bench.model, RankPlan.of(left), bench.spectra)
-            return gate_gradients(factored, list(point.kept), bench.objective, chosen.samples, seed=chosen.seed)
+            blocks = bench.objective.blocks(list(left))
+            return {name: own for block in blocks for name, own in gates_of(block).items()}
 
         here = [*point.kept.values(), *bench.model.state_dict().values()]
         key = (chosen.samples, chosen.seed, bench.decomposer)
