@@ -25,7 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from spectrim import torchvision_shim
+from spectrim import heap, torchvision_shim
 from spectrim.errors import UserError
 
 PACKAGES = ("spectrim.", "torch.", "torchvision.")
@@ -136,6 +136,7 @@ def cell(program: str) -> Iterator[None]:
     """Around one run. Of a grid it lets the others go on: ``command_line`` names at the end each one that failed."""
     if parent_process() is not None:
         _obey(os.getppid())
+    heap.keep()
     try:
         yield
     except Exception as error:

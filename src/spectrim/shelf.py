@@ -1,6 +1,5 @@
 """Tensors laid aside on the disk, for a model whose decompositions do not all fit into memory."""
 
-import ctypes
 import shutil
 import weakref
 from collections.abc import Mapping
@@ -11,14 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spectrim import heap
 from spectrim.errors import UserError
-
-
-def _give_back() -> None:
-    """Let the C library return to the system what was freed: glibc keeps it, up to the size of the model again."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:  # elsewhere than with glibc there is none
-        trim(0)
 
 
 class Shelf:
@@ -39,7 +32,7 @@ class Shelf:
                 f"decompositions could not be laid aside in {path.parent.parent} ({error}): free some room there, set "
                 "TMPDIR to another folder, or leave layers_at_once out"
             ) from None
-        _give_back()
+        heap.give_back()
         return Laid(self, path)
 
 
@@ -51,5 +44,5 @@ class Laid:
 
     def read(self) -> dict[str, Tensor]:
         """The tensors, read anew at each call."""
-        _give_back()
+        heap.give_back()
         return load_file(self._path)

@@ -1,0 +1,42 @@
+"""Freed memory is kept for the next use where that is asked for, and given back where that is."""
+
+import subprocess
+import sys
+
+import pytest
+
+from spectrim import heap
+
+SCRIPT = """
+import resource, torch
+from spectrim import heap
+torch.set_num_threads(1)
+if {kept}:
+    heap.keep()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        several = [torch.ones(6 * 2**20) for _ in range(4)]  # of 24 MiB
+        del several
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+heap.give_back()
+"""
+on_glibc = pytest.mark.skipif(heap._glibc("mallopt") is None, reason="another C library")
+
+
+def faults(kept: bool) -> int:
+    done = subprocess.run([sys.executable, "-c", SCRIPT.format(kept=kept)], capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@on_glibc
+def test_large_tensors_are_not_mapped_anew_each_time() -> None:
+    assert faults(kept=True) < 2000 < faults(kept=False)
+
+
+def test_both_can_be_asked_for_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heap, "_glibc", lambda function: None)
+    heap.keep()
+    heap.give_back()
