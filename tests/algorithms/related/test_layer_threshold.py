@@ -1,5 +1,6 @@
 """Each layer takes the smallest rank within one tolerance, alone; a budget finds the tolerance."""
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -98,3 +99,15 @@ def test_what_it_refuses_is_one_line(net: nn.Sequential, objective: Objective) -
     squared = Objective(nn.functional.mse_loss, {"calibration": [(torch.randn(4, 3, 8, 8), torch.randn(4, 5))]})
     with pytest.raises(UserError, match="no class scores"):
         LayerThreshold().compress(net, SVD(), squared)
+
+
+def test_another_budget_takes_no_measurement_again(net: nn.Module, objective: Objective) -> None:
+    first = LayerThreshold(params_kept=0.6).compress(net, SVD(), objective)
+    before = sum(objective.read.values())
+    again = LayerThreshold(params_kept=0.4).compress(net, SVD(), objective)
+    read = sum(objective.read.values()) - before
+    assert len(again.log) == len(first.log) > 10 and again.params_kept < first.params_kept
+    apart = Objective(objective.loss, objective.splits)
+    fresh = LayerThreshold(params_kept=0.4).compress(copy.deepcopy(net), SVD(), apart)
+    assert fresh.plan == again.plan and fresh.log == again.log
+    assert read < sum(apart.read.values()) / 3

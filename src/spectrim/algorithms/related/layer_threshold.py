@@ -11,7 +11,7 @@ from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.budget import MaybeBudgeted, costs_of
 from spectrim.algorithms.related.judged import JudgedBy, badness
 from spectrim.algorithms.truncation import rank_of_energy
-from spectrim.decomposers.spectrum import Decomposer, Spectrum
+from spectrim.decomposers.spectrum import Decomposer, Spectrum, content
 from spectrim.errors import UserError
 from spectrim.objective import Objective
 from spectrim.plan import RankPlan
@@ -46,7 +46,8 @@ class LayerThreshold(MaybeBudgeted):
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Measure and cut. The log holds every measurement: step, layer, rank, score (the drop of accuracy or the rise
-        of the loss) and params_kept, with that layer alone cut.
+        of the loss) and params_kept, with that layer alone cut. They are the same whatever the budget, and are not
+        taken again for another one.
 
         Raises ``UserError`` for a budget out of reach of the energies and without class scores.
         """
@@ -64,11 +65,11 @@ class LayerThreshold(MaybeBudgeted):
             else:
                 assert share is not None
                 chosen = costs.meet(share, ranks_at, low=0.0, high=1.0)
-        return bench.finish(chosen, layers.log)
+        return bench.finish(chosen, [*layers.known.values()])
 
 
 class _Layers:
-    """The layers and what was measured of each; no rank of a layer is measured twice."""
+    """The layers and what was measured of each; no rank of a layer is measured twice, in no run on this objective."""
 
     def __init__(self, chosen: LayerThreshold, bench: Workbench) -> None:
         self.judged_by, self.bench = chosen.judged_by, bench
@@ -77,8 +78,17 @@ class _Layers:
         self.dense = badness(self.working, bench.objective, self.judged_by)
         self.options = {name: self._options(spectrum, chosen.energies) for name, spectrum in bench.spectra.items()}
         self.count = sum(map(len, self.options.values()))
-        self.known: dict[tuple[str, int], float] = {}
-        self.log: list[dict] = []
+        self.known: dict[tuple[str, int], dict] = bench.objective.memory.get(
+            bench.model,
+            "thresholds",
+            lambda: (
+                bench.decomposer,
+                tuple(chosen.energies),
+                chosen.judged_by,
+                content(bench.model.state_dict().values()),
+            ),
+            dict,
+        )
         self.bar: tqdm
 
     @staticmethod
@@ -104,8 +114,8 @@ class _Layers:
             surgery.replace(self.working, name, self.bench.spectra[name].factor(rank))
             score = badness(self.working, self.bench.objective, self.judged_by) - self.dense
             surgery.replace(self.working, name, layer)
-            self.known[name, rank] = score
             kept = self.costs.share({name: rank})
-            self.log.append({"step": len(self.log), "layer": name, "rank": rank, "score": score, "params_kept": kept})
+            entry = {"step": len(self.known), "layer": name, "rank": rank, "score": score, "params_kept": kept}
+            self.known[name, rank] = entry
             self.bar.update()
-        return self.known[name, rank]
+        return float(self.known[name, rank]["score"])
