@@ -12,7 +12,7 @@ from spectrim import surgery
 from spectrim.decomposers.svd import SVD
 from spectrim.gates import gate_gradients
 from spectrim.language import perplexity
-from spectrim.losses import IGNORED, fisher_direction, logits_of, token_loss
+from spectrim.losses import IGNORED, fisher_direction, logits_of, span_loss, token_loss
 from spectrim.objective import Objective
 from spectrim.plan import Kept, RankPlan
 
@@ -127,3 +127,48 @@ def test_cross_entropy_takes_outputs_that_hold_logits() -> None:
     found = Objective(F.cross_entropy, {"calibration": [(x, y)]}).evaluate(model)
     assert found.loss == pytest.approx(F.cross_entropy(logits_of(model(x)), y).item())
     assert found.accuracy is not None
+
+
+class Finder(nn.Module):
+    """Scores of every place as a beginning and as an end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        begin, end = self.head(self.body(x).tanh()).unbind(-1)
+        return {"start_logits": begin, "end_logits": end}
+
+
+def test_the_loss_of_an_answer_is_the_mean_over_its_two_ends() -> None:
+    outputs, targets = Finder()(torch.randn(5, 7, 6)), torch.randint(7, (5, 2))
+    ends = [F.cross_entropy(outputs[f"{end}_logits"], targets[:, i]) for i, end in enumerate(("start", "end"))]
+    assert span_loss(outputs, targets).item() == pytest.approx(sum(ends).item() / 2)
+    best = torch.stack([outputs["start_logits"].argmax(1), outputs["end_logits"].argmax(1)], 1)
+    assert span_loss.right(outputs, best) == 5
+    best[0, 1] = (best[0, 1] + 1) % 7
+    best[3, 0] = (best[3, 0] + 1) % 7
+    objective = Objective(span_loss, {"calibration": [(torch.randn(1, 7, 6), targets[:1])]})
+    assert span_loss.right(outputs, best) == 3 and objective.evaluate(Finder()).accuracy in (0.0, 1.0)
+
+
+def test_the_fisher_information_of_answers_is_that_of_the_mean_over_both_ends() -> None:
+    """Against the sum over all places by their probability."""
+    net, x = Finder().eval(), torch.randn(1, 4, 6)
+    spectrum = SVD().spectrum(net.body)
+    model = surgery.apply(net, RankPlan.of({"body": Kept(6, spectrum.form)}), {"body": spectrum})
+    many = Objective(span_loss, {"calibration": [(x.expand(6000, -1, -1), torch.zeros(6000, 2, dtype=torch.long))]})
+    rows = gate_gradients(model, ["body"], many, samples=6000, seed=1)["body"].drawn
+    exact = torch.zeros(6, 6)
+    for end in ("start_logits", "end_logits"):
+        p = model(x)[end].detach().softmax(1)[0]
+        for place, chance in enumerate(p):
+            targets = torch.tensor([[place, place]])
+            one = Objective(
+                lambda outputs, t, e=end: F.cross_entropy(outputs[e], t[:, 0]), {"calibration": [(x, targets)]}
+            )
+            row = gate_gradients(model, ["body"], one, samples=1)["body"].given[0]
+            exact += chance * torch.outer(row, row) / 2
+    found = rows.T @ rows / len(rows)
+    torch.testing.assert_close(found, exact, rtol=0.15, atol=0.05 * float(exact.diagonal().max()))

@@ -51,6 +51,39 @@ def test_a_folder_like_those_of_the_hub_is_run_and_recorded(
     assert record["notes"][0].startswith(f"{tmp_path / 'task'}, texts cut off after 8 tokens")
 
 
+@pytest.fixture
+def squad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Overrides for a folder of the form that SQuAD has."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "task").mkdir()
+    for part, count in (("train", 20), ("validation", 5)):
+        rows = [
+            {"question": f"is w{n}", "context": f"w{n} is", "answers": {"text": [f"w{n}"], "answer_start": [0]}}
+            for n in range(count)
+        ]
+        (tmp_path / "task" / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"data.dataset={tmp_path / 'task'}", "data=squad", "model=minilm_answers"]
+
+
+@pytest.mark.parametrize("algorithm", ["truncation", "lossless_verified", "joint"])
+def test_answers_are_found_measured_and_recorded(
+    compose: Any, given: list[str], squad: list[str], algorithm: str
+) -> None:
+    record = run(compose(*given, *squad, "checkpoint=null", f"algorithm={algorithm}"))
+    assert record["dense"]["test"]["n"] == 3 and 0 <= record["dense"]["test"]["accuracy"] <= 1
+    assert record["notes"][0].endswith("verification 2, test 3") and "questions cut off" in record["notes"][0]
+
+
+def test_what_finds_answers_is_trained(compose: Any, given: list[str], squad: list[str], tmp_path: Path) -> None:
+    given = [one for one in given if not one.startswith("records=")]
+    kept = [f"checkpoint={tmp_path / 'x.safetensors'}", f"unfinished={tmp_path}"]
+    settings = ["recipe.epochs=20", "recipe.lr=0.1", "recipe.batch_size=4", *kept]
+    path = train(compose(*given, *squad, *settings, name="train"))
+    curve = json.loads(path.with_suffix(".json").read_text())["curve"]
+    assert curve[-1]["loss"] < curve[0]["loss"] / 2
+
+
 def test_a_classifier_is_trained(compose: Any, given: list[str], tmp_path: Path) -> None:
     given = [one for one in given if not one.startswith("records=")]
     kept = [f"checkpoint={tmp_path / 'x.safetensors'}", f"unfinished={tmp_path}"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spectrim.batches import Inputs, alone_trainable, device_of, evaluating, forward, hooked, sample_count, to_device
 from spectrim.errors import UserError
 from spectrim.layers import FactoredConv2d, FactoredLinear
-from spectrim.losses import TokenLoss, fisher_direction, logits_of
+from spectrim.losses import SpanLoss, TokenLoss, fisher_direction, logits_of
 from spectrim.objective import Objective, are_scores
 
 
@@ -99,7 +99,7 @@ def _each_once(between: dict[str, Tensor], layers: Sequence[str]) -> None:
 
 def _scores(objective: Objective, outputs: Any, targets: Any) -> Tensor | None:
     """One row of scores a prediction, with at least one a sample; None where the outputs are no scores."""
-    if isinstance(objective.loss, TokenLoss):
+    if isinstance(objective.loss, TokenLoss | SpanLoss):
         return objective.loss.predictions(outputs, targets)
     return logits_of(outputs).float() if are_scores(outputs, targets) else None
 

@@ -39,6 +39,27 @@ class TokenLoss:
         return logits_of(outputs)[:, :-1][targets[:, 1:] != IGNORED].float()
 
 
+@dataclass(frozen=True)
+class SpanLoss:
+    """Mean cross-entropy, in nats, of where in a text an answer begins and of where it ends.
+
+    ``targets``: the places of its first and its last token, int64 of shape (N, 2). Outputs hold ``start_logits`` and
+    ``end_logits``, (N, T) each, as those of transformers' models for question answering do.
+    """
+
+    def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.predictions(outputs, targets), targets.T.flatten())
+
+    def predictions(self, outputs: Any, targets: Tensor) -> Tensor:
+        """The scores of every place as a beginning, then those as an end, float32 of shape (2 N, T)."""
+        return torch.cat([outputs["start_logits"], outputs["end_logits"]]).float()
+
+    def right(self, outputs: Any, targets: Tensor) -> int:
+        """Of how many samples both places are right."""
+        places = self.predictions(outputs, targets).argmax(1).view(2, -1).T
+        return int((places == targets).all(1).sum())
+
+
 def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:
     """A random v for every row z of ``logits``, with ``E[v v^T] = diag(p) - p p^T`` where p = softmax(z). Shape (N, V).
 
@@ -51,4 +72,4 @@ def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:
     return v - p * v.sum(-1, keepdim=True)
 
 
-token_loss = TokenLoss()
+token_loss, span_loss = TokenLoss(), SpanLoss()

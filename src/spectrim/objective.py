@@ -13,7 +13,7 @@ from tqdm import tqdm
 from spectrim.batches import Inputs, alone_trainable, device_of, evaluating, forward, sample_count, to_device
 from spectrim.decomposers.spectrum import content
 from spectrim.errors import UserError, first_line
-from spectrim.losses import TokenLoss, logits_of
+from spectrim.losses import SpanLoss, TokenLoss, logits_of
 from spectrim.memory import Memory
 
 Loss = Callable[[Any, Any], Tensor]
@@ -87,12 +87,17 @@ class Objective:
                 total += self.finite_loss(outputs, targets, split).item() * count
                 seen += count
                 self.read[split] += sample_count(targets)
-                if are_scores(outputs, targets):
-                    correct += int((logits_of(outputs).argmax(1) == targets).sum())
-                else:
-                    scored = False
+                right = self._right(outputs, targets)
+                scored = scored and right is not None
+                correct += right or 0
         self.require(seen, split)
         return Evaluation(total / seen, correct / seen if scored else None, seen)
+
+    def _right(self, outputs: Any, targets: Any) -> int | None:
+        """How many samples of a batch are answered rightly; None where the outputs are no scores."""
+        if isinstance(self.loss, SpanLoss):
+            return self.loss.right(outputs, targets)
+        return int((logits_of(outputs).argmax(1) == targets).sum()) if are_scores(outputs, targets) else None
 
     def loss_within(self, model: nn.Module, split: str, limit: float, n: int) -> float | None:
         """The mean loss over ``split``, of ``n`` as ``evaluate`` counts, or None once certain to exceed ``limit``.

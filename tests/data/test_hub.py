@@ -12,8 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from spectrim import pretrained
-from spectrim.data.hub import HubClasses, HubCorpus
+from spectrim.data.hub import HubAnswers, HubClasses, HubCorpus
 from spectrim.errors import UserError
+from spectrim.losses import span_loss
 
 datasets = pytest.importorskip("datasets")
 CONF = Path(__file__).parents[2] / "conf" / "data"
@@ -102,6 +103,59 @@ def test_without_titles_each_row_is_a_document_taken_once(tmp_path: Path, word_f
     assert sorted(train) == [f"w{n}" for n in range(9)] and test == ["w9"]
 
 
+def question(number: int, answer: str, **others: Any) -> dict[str, Any]:
+    text = f"w1 is w{number} review w7"
+    start = text.index(answer) if answer else 0
+    answers = {"text": [answer] if answer else [], "answer_start": [start] if answer else []}
+    return {"question": f"is w{number}", "context": text, "answers": answers} | others
+
+
+@pytest.fixture
+def squad(tmp_path: Path) -> str:
+    """Fourteen questions whose answer is one word or two of their text, and one without."""
+    rows = [question(n, f"w{n} review" if n % 2 else f"w{n}") for n in range(10, 24)]
+    return made(tmp_path / "squad", train=rows[:11], validation=[*rows[11:], question(30, "")])
+
+
+def answers(folder: str, tokenizer: Path, **others: Any) -> HubAnswers:
+    return HubAnswers(dataset=folder, tokenizer=str(tokenizer), **(SIZES | {"test_size": 4} | others))
+
+
+def test_answers_are_the_tokens_of_their_characters(squad: str, word_folder: Path) -> None:
+    splits, tokenizer = answers(squad, word_folder).load(), pretrained.tokenizer(str(word_folder))
+    found = {}
+    for split in (splits.train, splits.calibration, splits.verification, splits.test):
+        for inputs, labels in split:
+            assert set(inputs) == {"input_ids", "attention_mask"}
+            for ids, (first, last) in zip(inputs["input_ids"], labels.tolist(), strict=True):
+                words = tokenizer.convert_ids_to_tokens(ids)
+                found[words[1]] = words[first : last + 1] if last else []
+    meant = {f"w{n}": [f"w{n}", "review"] if n % 2 else [f"w{n}"] for n in range(10, 24)} | {"w30": []}
+    assert found.items() <= meant.items() and len(found) == 5 + 2 + 2 + 4
+    assert splits.loss is span_loss and splits.digest == answers(squad, word_folder).load().digest
+
+
+def test_a_tokenizer_that_tells_question_and_text_apart_is_listened_to(squad: str, word_folder: Path) -> None:
+    path = word_folder / "tokenizer_config.json"
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": names}))
+    inputs, _ = next(iter(answers(squad, word_folder).load().test))
+    assert inputs["token_type_ids"][:, :7].tolist() == [[0, 0, 1, 1, 1, 1, 1]] * 4
+
+
+def test_an_answer_that_is_cut_off_counts_as_none(squad: str, word_folder: Path) -> None:
+    whole, short = (answers(squad, word_folder, context=size).load().test.labels for size in (8, 5))
+    assert (whole[:, 1] == 6 - 1).any() and short[whole[:, 1] >= 5].eq(0).all()
+    assert short[whole[:, 1] < 5].equal(whole[whole[:, 1] < 5])
+
+
+@pytest.mark.parametrize("broken", ["w10", {"text": ["w10"]}, {"text": ["w10"], "answer_start": []}])
+def test_answers_of_another_form_are_refused(tmp_path: Path, word_folder: Path, broken: Any) -> None:
+    rows = [question(n, "", answers=broken) for n in range(10, 20)]
+    with pytest.raises(UserError, match="is not of type dict|answers of row 0 are no lists of text and answer_start"):
+        answers(made(tmp_path / "broken", train=rows, validation=rows), word_folder).load()
+
+
 def test_what_is_not_there_is_said_in_one_line(
     glue: str, wikitext: str, word_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,9 +197,11 @@ def test_the_missing_library_is_said_in_one_line(word_folder: Path, monkeypatch:
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(("file", "kind"), [("glue", HubClasses), ("wikitext", HubCorpus), ("squad", HubCorpus)])
+@pytest.mark.parametrize(
+    ("file", "kind"), [("glue", HubClasses), ("wikitext", HubCorpus), ("squad", HubAnswers), ("squad_text", HubCorpus)]
+)
 def test_the_yaml_states_every_setting(file: str, kind: Any) -> None:
     node = OmegaConf.merge({"model": {"name": kind().tokenizer}}, OmegaConf.load(CONF / f"{file}.yaml"))
     data = instantiate(node.data)
     assert type(data) is kind and set(node.data) - {"_target_"} == set(inspect.signature(kind).parameters)
-    assert data == kind() or file == "squad"
+    assert data == kind() or file == "squad_text"

@@ -1,15 +1,19 @@
-"""Texts with a class each."""
+"""Texts with a class each, or another label that a row of tokens has."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
 
 from spectrim import pretrained
 from spectrim.data.splits import Pools, draw
-from spectrim.data.text import TextSplit, TextSplits, classified, identity_of
+from spectrim.data.text import TextSplit, TextSplits, Tokens, classified, identity_of
 from spectrim.errors import UserError
 
-Labelled = tuple[list[str], list[int]]
+Labelled = tuple[list[Any], list[Any]]  # texts and their labels
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,15 @@ class Classes(Pools, ABC):
 
     noun: ClassVar[str] = "texts"
     name: ClassVar[str]
+
+    @property
+    def loss(self) -> Callable[[Any, Any], Tensor]:
+        """What the labels are meant for."""
+        return F.cross_entropy
+
+    def encoded(self, tokenizer: Any, texts: list[Any], labels: list[Any]) -> Tokens:
+        """Texts and labels as rows of ``context`` tokens."""
+        return classified(tokenizer, texts, labels, self.context)
 
     @abstractmethod
     def texts(self) -> tuple[Labelled, Labelled]:
@@ -52,7 +65,7 @@ class Classes(Pools, ABC):
         def split(given: Labelled, indices: list[int], part: str) -> TextSplit:
             texts, labels = [given[0][index] for index in indices], [given[1][index] for index in indices]
             identity = identity_of(tokenizer, self.context, texts, labels)
-            make = lambda: classified(tokenizer, texts, labels, self.context)  # noqa: E731
+            make = lambda: self.encoded(tokenizer, texts, labels)  # noqa: E731
             return TextSplit(make, identity, self.batch_size, f"{self.title} {part}")
 
         return TextSplits(
@@ -66,4 +79,5 @@ class Classes(Pools, ABC):
                 f"train {len(drawn.train):,}, calibration {self.calibration_size:,}, "
                 f"verification {self.verification_size:,}, test {self.test_size:,}"
             ),
+            loss=self.loss,
         )

@@ -1,4 +1,4 @@
-"""Text sets by their name on the Hugging Face hub, GLUE, WikiText and the paragraphs of SQuAD, or a folder like them.
+"""Text sets by their name on the Hugging Face hub, GLUE, SQuAD and WikiText, or a folder like them.
 
 They are read by the library ``datasets``, which keeps what it fetched in a cache of its own and runs no code of a set.
 """
@@ -9,7 +9,9 @@ from typing import Any
 from spectrim import pretrained
 from spectrim.data.classes import Classes, Labelled
 from spectrim.data.corpus import Corpus, shuffled
+from spectrim.data.text import Tokens, answered
 from spectrim.errors import UserError, first_line
+from spectrim.losses import SpanLoss, span_loss
 from spectrim.settings import settings
 
 
@@ -80,6 +82,61 @@ class HubClasses(_OnHub, Classes):
             raise UserError(f"part {part} of {self.title} has texts without a label; name another test_part")
         order = shuffled(range(len(texts)), 0)
         return [texts[index] for index in order], [labels[index] for index in order]
+
+
+@settings
+class HubAnswers(_OnHub, Classes):
+    """Questions about a text each, whose answer is a part of it (SQuAD, Rajpurkar et al., arXiv 1606.05250).
+
+    ``answers``: the column of the answers' ``text`` and ``answer_start``; of several the first counts, none is what
+    SQuAD 2.0 calls impossible. What is beyond ``context`` tokens is cut off, an answer there counts as none.
+    Accuracy is that of both ends, an exact match with that answer. ``dataset``, ``subset``: as in ``HubClasses``.
+    """
+
+    dataset: str = "rajpurkar/squad"
+    subset: str = ""
+    question: str = "question"
+    text: str = "context"
+    answers: str = "answers"
+    test_part: str = "validation"
+    context: int = 384
+    batch_size: int = 16
+
+    noun = "questions"
+    name = "hub"
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def loss(self) -> SpanLoss:
+        return span_loss
+
+    def encoded(self, tokenizer: Any, texts: list[Any], labels: list[Any]) -> Tokens:
+        if not getattr(tokenizer, "is_fast", False):
+            raise UserError(f"the tokenizer of {self.tokenizer} does not tell where its tokens are; take a fast one")
+        return answered(tokenizer, texts, labels, self.context)
+
+    def texts(self) -> tuple[Labelled, Labelled]:
+        return self._part("train"), self._part(self.test_part)
+
+    def _part(self, part: str) -> Labelled:
+        """In an order drawn once: they are sorted by the articles that they are about."""
+        table = rows(self.dataset, self.subset, part)
+        questions, texts = (column(table, name, str) for name in (self.question, self.text))
+        spans = [_span(answers, number) for number, answers in enumerate(column(table, self.answers, dict))]
+        order = shuffled(range(len(texts)), 0)
+        return [(questions[index], texts[index]) for index in order], [spans[index] for index in order]
+
+
+def _span(answers: dict[str, Any], number: int) -> tuple[int, int]:
+    """The characters of the first answer, (0, 0) where there is none."""
+    try:
+        found = [(int(start), len(text)) for start, text in zip(answers["answer_start"], answers["text"], strict=True)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the answers of row {number} are no lists of text and answer_start: {answers!r}") from error
+    start, length = found[0] if found else (0, 0)
+    return start, start + length
 
 
 @settings

@@ -17,11 +17,13 @@ BETWEEN = "\n\n"  # documents that share a block
 
 
 class Tokens(NamedTuple):
-    """``ids`` and ``mask`` (1: a token, 0: padding), int64 of shape (N, T). ``labels``: int64, shape (N,) or (N, T)."""
+    """``ids`` and ``mask`` (1: a token, 0: padding), int64 of shape (N, T). ``labels``: int64, shape (N,), (N, 2) or
+    (N, T). ``types``: where a row is of two texts and the tokenizer tells them apart, which each token is of."""
 
     ids: Tensor
     mask: Tensor
     labels: Tensor
+    types: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,8 @@ class TextSplit:
 
     @property
     def labels(self) -> Tensor:
-        """Classes, shape (N,), or for a language model the tokens themselves (``losses.TokenLoss``), shape (N, T)."""
+        """Classes, shape (N,); answers (``losses.SpanLoss``), shape (N, 2); or for a language model the tokens
+        themselves (``losses.TokenLoss``), shape (N, T)."""
         return self.tokens.labels
 
     def __len__(self) -> int:
@@ -56,8 +59,9 @@ class TextSplit:
 
     def at(self, chosen: slice | Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """The texts at these places as one batch."""
-        ids, mask, labels = (part[chosen] for part in self.tokens)
-        return {"input_ids": ids, "attention_mask": mask}, labels
+        tokens = self.tokens
+        given = {"input_ids": tokens.ids, "attention_mask": tokens.mask, "token_type_ids": tokens.types}
+        return {name: part[chosen] for name, part in given.items() if part is not None}, tokens.labels[chosen]
 
     def digest(self) -> str:
         """sha256 of what the tokens are made of."""
@@ -86,11 +90,11 @@ class TextSplits:
         return hashlib.sha256("".join(split.digest() for split in splits).encode()).hexdigest()
 
 
-def identity_of(tokenizer: Any, context: int, texts: Sequence[str], labels: Sequence[int] = ()) -> str:
+def identity_of(tokenizer: Any, context: int, texts: Sequence[Any], labels: Sequence[Any] = ()) -> str:
     """What names the tokens of these texts: the texts, the tokenizer's vocabulary and rules, the context length."""
     sha = hashlib.sha256(f"{context}\0{list(labels)}\0{_rules(tokenizer)}".encode())
     for text in texts:
-        sha.update(text.encode() + b"\0")
+        sha.update(str(text).encode() + b"\0")
     return sha.hexdigest()
 
 
@@ -113,6 +117,34 @@ def classified(tokenizer: Any, texts: Sequence[str], labels: Sequence[int], cont
         return_tensors="pt",
     )
     return Tokens(encoded["input_ids"], encoded["attention_mask"], torch.tensor(labels, dtype=torch.int64))
+
+
+def answered(
+    tokenizer: Any, texts: Sequence[tuple[str, str]], spans: Sequence[tuple[int, int]], context: int
+) -> Tokens:
+    """Each question and its text as one row, the end of the text cut off beyond ``context`` tokens.
+
+    ``spans``: the characters of the text that the answer begins at and ends before. The labels are its first and its
+    last token; where there is no answer, or it is cut off, both are the first of the row, as is usual (Devlin et al.,
+    arXiv 1810.04805).
+    """
+    if not texts:
+        nothing = torch.zeros(0, context, dtype=torch.int64)
+        return Tokens(nothing, nothing, torch.zeros(0, 2, dtype=torch.int64))
+    encoded = tokenizer(
+        *(list(part) for part in zip(*texts, strict=True)),
+        truncation="only_second",
+        max_length=context,
+        padding="max_length",
+        padding_side="right",
+        return_tensors="pt",
+    )
+    labels = []
+    for row, (begin, end) in enumerate(spans):
+        ends = [encoded.char_to_token(row, place, 1) for place in (begin, end - 1)] if end > begin else [None]
+        labels.append([0, 0] if None in ends else ends)
+    types = encoded.get("token_type_ids")
+    return Tokens(encoded["input_ids"], encoded["attention_mask"], torch.tensor(labels, dtype=torch.int64), types)
 
 
 def blocks(tokenizer: Any, documents: Sequence[str], context: int, count: int | None = None) -> tuple[Tokens, int]:

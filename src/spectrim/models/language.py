@@ -41,6 +41,18 @@ def classifier(name: str = "minilm", num_classes: int = 2) -> nn.Module:
     return model
 
 
+def answerer(name: str = "minilm") -> nn.Module:
+    """The encoder (or decoder) ``name`` that finds answers in texts, float32; its output holds ``start_logits`` and
+    ``end_logits`` of shape (N, T) each.
+
+    Where the weights of ``name`` have no head for that, it is drawn at random: to be trained. Raises ``UserError`` as
+    ``classifier`` does.
+    """
+    model, missing = _opened("AutoModelForQuestionAnswering", name)
+    _require_none([key for key in missing if not key.startswith("qa_outputs.")], name)
+    return model
+
+
 def _opened(kind: str, name: str, **settings: Any) -> tuple[Any, list[str]]:
     """The model in eval mode, and which of its parameters were not there and are drawn at random."""
     settings |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
