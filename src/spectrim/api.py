@@ -8,10 +8,12 @@ from torch import nn
 from spectrim import checkpoint, surgery
 from spectrim.algorithms.base import Algorithm, Compressed
 from spectrim.algorithms.lossless import Lossless
+from spectrim.batches import Batches
 from spectrim.batchnorm import BatchNorm, require
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
-from spectrim.objective import Batches, Loss, Objective
+from spectrim.losses import Loss
+from spectrim.objective import Objective
 
 
 def compress(

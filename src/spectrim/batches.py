@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from traceback import walk_tb
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from spectrim.errors import UserError, first_line
 
 Inputs = Any  # a tensor, a tuple of positional or a mapping of keyword arguments
+Batches = Iterable[tuple[Inputs, Any]]
 
 
 def forward(model: nn.Module, inputs: Inputs) -> Any:
@@ -83,6 +85,28 @@ def _mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     if isinstance(inputs, tuple | list):
         return type(inputs)(_mapped(value, change) for value in inputs)
     return inputs
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """The batches of a split, again and again, each of them looked at."""
+
+    split: str
+    batches: Batches
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
+        return pairs(self.batches, self.split)
+
+
+def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
+    """The batches, each of them looked at. Raises ``UserError`` for one that is no pair."""
+    for batch in batches:
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise UserError(
+                f"a batch of the {split} set is a {type(batch).__name__}, not a pair: give (inputs, targets), "
+                "several inputs as a tuple or a mapping of their own"
+            )
+        yield batch
 
 
 def sample_count(targets: Any) -> int:

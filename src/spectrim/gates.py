@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from spectrim.batches import Inputs, alone_trainable, device_of, evaluating, forward, hooked, sample_count, to_device
 from spectrim.errors import UserError
 from spectrim.layers import FactoredConv2d, FactoredLinear
-from spectrim.losses import SpanLoss, TokenLoss, fisher_direction, logits_of
-from spectrim.objective import Objective, are_scores
+from spectrim.losses import SpanLoss, TokenLoss, are_scores, fisher_direction, logits_of
+from spectrim.objective import Objective
 
 
 class GateGradients(NamedTuple):

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from spectrim import checkpoint, pretrained, surgery
+from spectrim.batches import Batches
 from spectrim.errors import UserError
 from spectrim.losses import token_loss
-from spectrim.objective import Batches, Objective
+from spectrim.objective import Objective
 from spectrim.plan import RankPlan
 
 # Not transformers' own model.safetensors: its from_pretrained would drop the factors and give layers drawn at random.

@@ -1,6 +1,6 @@
-"""What a model's output says, and the loss of a language model: the one definition of perplexity is its exponential."""
+"""What a model's output says: its loss, whether it is right, and of language models the loss that perplexity is of."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spectrim.errors import UserError, first_line
+
+Loss = Callable[[Any, Any], Tensor]  # of the model's output and the targets: the mean over the batch, a scalar
 IGNORED = -100  # the label of a token that is not to be predicted, as transformers and torch have it
 
 
@@ -58,6 +61,43 @@ class SpanLoss:
         """Of how many samples both places are right."""
         places = self.predictions(outputs, targets).argmax(1).view(2, -1).T
         return int((places == targets).all(1).sum())
+
+
+def are_scores(outputs: Any, targets: Any) -> bool:
+    """Whether the outputs are, or hold, one row of class scores a target."""
+    scores = logits_of(outputs)
+    return (
+        isinstance(scores, Tensor)
+        and isinstance(targets, Tensor)
+        and scores.ndim == 2
+        and targets.ndim == 1
+        and not targets.is_floating_point()
+    )
+
+
+def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
+    """The loss of a batch. Raises ``UserError`` with one line on why these targets do not fit these outputs."""
+    scores = logits_of(outputs)
+    if are_scores(scores, targets):
+        rows, classes = scores.shape
+        if rows != len(targets):
+            raise UserError(f"the model gave {rows} rows of logits for {len(targets)} targets")
+        if targets.numel() and int(targets.max()) >= classes:
+            raise UserError(f"target {int(targets.max())} does not fit a model with {classes} classes")
+    try:
+        value = loss(scores if loss is F.cross_entropy else outputs, targets)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise UserError(f"the loss failed on these outputs and targets: {first_line(error)}") from error
+    if not isinstance(value, Tensor) or value.ndim:
+        raise UserError("the loss must return a scalar tensor, the mean over the batch")
+    return value
+
+
+def answered_rightly(loss: Loss, outputs: Any, targets: Any) -> int | None:
+    """How many samples of a batch are classified, or answered, rightly; None where the outputs are no scores."""
+    if isinstance(loss, SpanLoss):
+        return loss.right(outputs, targets)
+    return int((logits_of(outputs).argmax(1) == targets).sum()) if are_scores(outputs, targets) else None
 
 
 def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,27 +1,32 @@
 """The loss on named splits: its value and its gradient."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.batches import Inputs, alone_trainable, device_of, evaluating, forward, sample_count, to_device
+from spectrim.batches import (
+    Batches,
+    Inputs,
+    Pairs,
+    alone_trainable,
+    device_of,
+    evaluating,
+    forward,
+    sample_count,
+    to_device,
+)
 from spectrim.decomposers.spectrum import content
-from spectrim.errors import UserError, first_line
-from spectrim.losses import SpanLoss, TokenLoss, logits_of
+from spectrim.errors import UserError
+from spectrim.losses import Loss, TokenLoss, answered_rightly, loss_of
 from spectrim.memory import Memory
-
-Loss = Callable[[Any, Any], Tensor]
-Batches = Iterable[tuple[Inputs, Any]]
 
 
 class Evaluation(NamedTuple):
-    """Mean loss a sample, accuracy in [0, 1] (None where the outputs are not class scores), number of samples.
+    """Mean loss a sample, accuracy in [0, 1] (None where the outputs are no scores), number of samples.
 
     For ``TokenLoss`` the mean is over the tokens to be predicted, and ``n`` is their number: perplexity is exp(loss).
     """
@@ -41,8 +46,8 @@ class Objective:
 
     ``layers_at_once``: of how many layers gradients, and second moments of inputs, are taken at a time, for a model
     where those of all do not fit into memory beside it; their decompositions are laid aside on the disk. None: of all,
-    in memory. The numbers are the same. The cost: of weights a forward and a backward pass over the split for each such
-    block of layers, of inputs a forward pass, of gates a backward pass.
+    in memory. The numbers are the same. The cost, over the split for each such block of layers: of weights and of
+    gates a forward and a backward pass, of inputs a forward pass.
     ``read``: how many samples of each split its methods have passed through a model so far, each as often as it was
     read: what a selector costs, whatever the machine.
     ``memory``: what is kept from one selection to the next. Where none is given the gradients alone; whitened spectra
@@ -87,17 +92,11 @@ class Objective:
                 total += self.finite_loss(outputs, targets, split).item() * count
                 seen += count
                 self.read[split] += sample_count(targets)
-                right = self._right(outputs, targets)
+                right = answered_rightly(self.loss, outputs, targets)
                 scored = scored and right is not None
                 correct += right or 0
         self.require(seen, split)
         return Evaluation(total / seen, correct / seen if scored else None, seen)
-
-    def _right(self, outputs: Any, targets: Any) -> int | None:
-        """How many samples of a batch are answered rightly; None where the outputs are no scores."""
-        if isinstance(self.loss, SpanLoss):
-            return self.loss.right(outputs, targets)
-        return int((logits_of(outputs).argmax(1) == targets).sum()) if are_scores(outputs, targets) else None
 
     def loss_within(self, model: nn.Module, split: str, limit: float, n: int) -> float | None:
         """The mean loss over ``split``, of ``n`` as ``evaluate`` counts, or None once certain to exceed ``limit``.
@@ -108,7 +107,7 @@ class Objective:
         with evaluating(model), torch.inference_mode():
             for inputs, targets in self.batches(split):
                 targets = to_device(targets, device)
-                loss = _loss(self.loss, forward(model, to_device(inputs, device)), targets)
+                loss = loss_of(self.loss, forward(model, to_device(inputs, device)), targets)
                 total += loss.item() * self.weight(targets)
                 self.read[split] += sample_count(targets)
                 if limit >= 0 and not total <= limit * n:  # also where the loss is not a number
@@ -168,7 +167,7 @@ class Objective:
 
     def finite_loss(self, outputs: Any, targets: Any, split: str) -> Tensor:
         """The mean loss of one batch. Raises ``UserError`` where it fails on these targets or is not finite."""
-        return _finite(_loss(self.loss, outputs, targets), split)
+        return _finite(loss_of(self.loss, outputs, targets), split)
 
     def require(self, seen: int, split: str) -> None:
         """Raise ``UserError`` where nothing was seen of ``split``."""
@@ -193,65 +192,13 @@ class Objective:
 
     def batches(self, split: str) -> Batches:
         """The batches of ``split``. Raises ``UserError`` where there is no such split or, once read, no pair."""
-        return _Pairs(split, self.given(split))
+        return Pairs(split, self.given(split))
 
     def given(self, split: str) -> Batches:
         """The split itself, for what does more than read its batches. Raises ``UserError`` where there is none."""
         if split not in self.splits:
             raise UserError(f"there is no split {split!r} here; known are {', '.join(sorted(self.splits))}")
         return self.splits[split]
-
-
-@dataclass(frozen=True, eq=False)
-class _Pairs:
-    """The batches of a split, again and again, each of them looked at."""
-
-    split: str
-    batches: Batches
-
-    def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
-        return pairs(self.batches, self.split)
-
-
-def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
-    """The batches, each of them looked at. Raises ``UserError`` for one that is no pair."""
-    for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise UserError(
-                f"a batch of the {split} set is a {type(batch).__name__}, not a pair: give (inputs, targets), "
-                "several inputs as a tuple or a mapping of their own"
-            )
-        yield batch
-
-
-def are_scores(outputs: Any, targets: Any) -> bool:
-    """Whether the outputs are, or hold, one row of class scores a target."""
-    scores = logits_of(outputs)
-    return (
-        isinstance(scores, Tensor)
-        and isinstance(targets, Tensor)
-        and scores.ndim == 2
-        and targets.ndim == 1
-        and not targets.is_floating_point()
-    )
-
-
-def _loss(loss: Loss, outputs: Any, targets: Any) -> Tensor:
-    """The loss, or one line on why these targets do not fit these outputs."""
-    scores = logits_of(outputs)
-    if are_scores(scores, targets):
-        rows, classes = scores.shape
-        if rows != len(targets):
-            raise UserError(f"the model gave {rows} rows of logits for {len(targets)} targets")
-        if targets.numel() and int(targets.max()) >= classes:
-            raise UserError(f"target {int(targets.max())} does not fit a model with {classes} classes")
-    try:
-        value = loss(scores if loss is F.cross_entropy else outputs, targets)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise UserError(f"the loss failed on these outputs and targets: {first_line(error)}") from error
-    if not isinstance(value, Tensor) or value.ndim:
-        raise UserError("the loss must return a scalar tensor, the mean over the batch")
-    return value
 
 
 def _by_weight(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spectrim import training_state
-from spectrim.batches import Inputs, device_of, forward, sample_count, to_device
+from spectrim.batches import Batches, Inputs, device_of, forward, pairs, sample_count, to_device
 from spectrim.data.images import ImageSplit
 from spectrim.data.text import TextSplit
 from spectrim.errors import UserError
-from spectrim.losses import logits_of
-from spectrim.objective import Batches, Loss, are_scores, pairs
+from spectrim.losses import Loss, are_scores, logits_of
 from spectrim.replay import Replayed, own_stream
 from spectrim.settings import settings
 

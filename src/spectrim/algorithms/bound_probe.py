@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from spectrim import surgery
 from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.batches import device_of, evaluating, forward, to_device
+from spectrim.batches import Batches, device_of, evaluating, forward, to_device
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
-from spectrim.objective import Batches, Objective
+from spectrim.objective import Objective
 from spectrim.settings import settings
 from spectrim.theory import bounds
 from spectrim.theory.chain import chain_of

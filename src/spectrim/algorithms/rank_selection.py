@@ -15,7 +15,8 @@ from spectrim.cost import parameters
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.errors import UserError
-from spectrim.objective import Loss, Objective
+from spectrim.losses import Loss
+from spectrim.objective import Objective
 from spectrim.plan import RankPlan
 from spectrim.settings import settings
 from spectrim.theory import bounds
