@@ -82,3 +82,20 @@ def test_a_dead_channel_divides_nothing_by_zero() -> None:
     reestimate(changed, dense, objective(), samples=40)
     outputs: Tensor = changed(torch.randn(4, 3, 8, 8))
     assert torch.isfinite(outputs).all()
+
+
+def test_the_dense_model_is_passed_through_once_for_many_compressed_ones() -> None:
+    dense, judge, calls = net(), objective(), []
+    dense[0].register_forward_hook(lambda *_: calls.append(1))
+    found = []
+    for scale in (0.5, 0.7, 0.5):
+        changed = copy_of(dense)
+        with torch.no_grad():
+            changed[0].weight.mul_(scale)  # type: ignore[operator,arg-type]
+        reestimate(changed, dense, judge, samples=40)
+        found.append(changed[1].running_mean)
+    assert len(calls) == 2 and torch.equal(found[0], found[2])  # type: ignore[arg-type]
+    with torch.no_grad():
+        dense[0].bias.add_(1.0)  # type: ignore[operator,arg-type]
+    reestimate(copy_of(dense), dense, judge, samples=40)
+    assert len(calls) == 4

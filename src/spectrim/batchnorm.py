@@ -6,7 +6,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import device_of, evaluating, forward, hooked, to_device
+from spectrim.batches import device_of, evaluating, forward, hooked, sample_count, to_device
+from spectrim.decomposers.spectrum import content
 from spectrim.errors import UserError
 from spectrim.objective import Objective
 
@@ -14,6 +15,7 @@ from spectrim.objective import Objective
 BatchNorm = Literal["keep", "follow"]
 SAMPLES = 2000  # calibration samples that they follow by
 
+Statistics = tuple[Tensor, Tensor]  # mean and variance of every channel
 EPSILON = 1e-6  # of a variance, so that a dead channel of the dense model divides nothing by zero
 
 
@@ -34,20 +36,21 @@ def reestimate(
     shared = {name: norm for name, norm in mine.items() if name in theirs}
     if not shared:
         return
-    seen_by_dense: dict[str, tuple[Tensor, Tensor]] = {}
-    corrections = {name: _Correction(theirs[name], seen_by_dense, name) for name in shared}
-
-    def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen_by_dense[name] = _statistics(inputs[0])
-
-    handles = [theirs[name].register_forward_pre_hook(partial(watch, name)) for name in shared]
-    handles += [norm.register_forward_pre_hook(corrections[name]) for name, norm in shared.items()]
-    device = device_of(compressed)
-    with hooked(handles), evaluating(dense), evaluating(compressed), torch.no_grad():
+    of_dense = objective.memory.get(  # a search asks for many models compressed from one
+        dense,
+        "norms",
+        lambda: (split, samples, content(dense.state_dict().values())),
+        lambda: _of_batches(dense, objective, samples, split),
+    )
+    corrections = {name: _Correction(theirs[name]) for name in shared}
+    handles = [norm.register_forward_pre_hook(corrections[name]) for name, norm in shared.items()]
+    device, batches = device_of(compressed), iter(of_dense)
+    with hooked(handles), evaluating(compressed), torch.no_grad():
         for inputs, _ in objective.first(split, samples, "batch norm"):
-            inputs = to_device(inputs, device)
-            forward(dense, inputs)
-            forward(compressed, inputs)
+            seen = next(batches)
+            for name in shared:
+                corrections[name].seen_by_dense = seen[name]
+            forward(compressed, to_device(inputs, device))
     for name, norm in shared.items():
         corrections[name].settle(norm)
 
@@ -75,7 +78,26 @@ def norms_of(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     }
 
 
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+def _of_batches(dense: nn.Module, objective: Objective, samples: int, split: str) -> list[dict[str, Statistics]]:
+    """Of every batch up to ``samples`` the statistics that each BatchNorm of ``dense`` sees."""
+    found: list[dict[str, Statistics]] = []
+    norms, device, seen = norms_of(dense), device_of(dense), 0
+
+    def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[-1][name] = _statistics(inputs[0])
+
+    handles = [norm.register_forward_pre_hook(partial(watch, name)) for name, norm in norms.items()]
+    with hooked(handles), evaluating(dense), torch.no_grad():
+        for inputs, targets in objective.batches(split):
+            found.append({})
+            forward(dense, to_device(inputs, device))
+            seen += sample_count(targets)
+            if seen >= samples:
+                break
+    return found
+
+
+def _statistics(x: Tensor) -> Statistics:
     """Mean and variance of every channel. Shape (N, C, ...) to twice (C,)."""
     channels = x.detach().transpose(0, 1).flatten(1)
     return channels.mean(1), channels.var(1, unbiased=False)
@@ -84,14 +106,15 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 class _Correction:
     """A hook that corrects one BatchNorm for the batch at hand, and averages the corrections over the batches."""
 
-    def __init__(self, dense: nn.modules.batchnorm._BatchNorm, seen_by_dense: dict, name: str) -> None:
+    seen_by_dense: Statistics  # of the batch at hand
+
+    def __init__(self, dense: nn.modules.batchnorm._BatchNorm) -> None:
         assert dense.running_mean is not None and dense.running_var is not None
         self.mean, self.var = dense.running_mean.clone(), dense.running_var.clone()
-        self.seen_by_dense, self.name = seen_by_dense, name
         self.mean_sum, self.var_sum, self.batches = torch.zeros_like(self.mean), torch.zeros_like(self.var), 0
 
     def __call__(self, norm: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...]) -> None:
-        (mean, var), (dense_mean, dense_var) = _statistics(inputs[0]), self.seen_by_dense[self.name]
+        (mean, var), (dense_mean, dense_var) = _statistics(inputs[0]), self.seen_by_dense
         ratio = (var + EPSILON) / (dense_var + EPSILON)
         corrected = mean + (self.mean - dense_mean) * ratio.sqrt(), self.var * ratio
         self._set(norm, *corrected)
