@@ -51,6 +51,8 @@ def build(options: Options) -> list[Path]:
     rows = selectors.rows(options, found, listed)
     rows["stage"] = rows["epochs"].gt(0).map({False: "cut alone", True: "trained"})
     rows["cost"] = [row[STAGES[row["stage"]][0]] for _, row in rows.iterrows()]
+    # The sizes of one draw share much of it: by itself a selection costs what the first one did.
+    rows["cost"] = rows.groupby(["model", "data", "approach", "stage"])["cost"].transform("max")
     rows = rows[rows["at"].notna() & (rows["cost"] > 0)]
     if rows.empty:
         raise command.lacking(options, "a selector that tells what it cost")

@@ -61,7 +61,7 @@ def test_numbers_are_the_means_of_the_records(rows: pd.DataFrame) -> None:
     joint = of(rows, "resnet20", "joint")
     assert joint["cut_50"] == pytest.approx(accuracy.mean()) and joint["cut_50_std"] == pytest.approx(accuracy.std())
     assert joint["trained_50"] == pytest.approx(0.91 - (0.91 - accuracy.mean()) / 10)
-    assert joint["cut_cpu_seconds"] == pytest.approx(10.3)
+    assert joint["cut_cpu_seconds"] == pytest.approx(10.3)  # at every size
     assert (joint["cut_read"], joint["trained_read"], joint["n"]) == (20_000, 200_000, "3 pairs")
     assert of(rows, "vgg19_half", "joint")["n"] == "1 × 3"
 
@@ -116,6 +116,23 @@ def test_two_settings_are_not_taken_for_one(
     for name in ("table1", "figure6"):
         assert script(name).main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 1
         assert "2 settings of joint at 50 %, 0 epochs, on resnet20, cifar10" in capsys.readouterr().err
+
+
+def test_a_selection_by_itself_costs_what_the_first_size_did(
+    script: Script, factory: ModuleType, tmp_path: Path
+) -> None:
+    for one in factory.table1():
+        chosen = one["config"]["algorithm"]
+        if chosen["_target_"].endswith("Joint") and chosen["params_kept"] < 0.7:
+            one["samples_read"]["calibration"], one["phases"]["select"]["cpu_seconds"] = 1000, 0.5
+        records.write(tmp_path / "records", one)
+    for name in ("table1", "figure6"):
+        assert script(name).main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 0
+    joint = of(pd.read_csv(tmp_path / "tables" / "table1.csv"), "resnet20", "joint")
+    assert joint["cut_read"] == 20_000 and joint["cut_cpu_seconds"] == pytest.approx(10.3)
+    drawn = pd.read_csv(tmp_path / "tables" / "figure6.csv")
+    alone = drawn[drawn["panel"].str.startswith("resnet20") & (drawn["approach"] == "joint, ours")]
+    assert alone[alone["stage"] == "cut alone"]["cost"].tolist() == pytest.approx([10.3] * 3)
 
 
 def test_runs_that_shared_a_gpu_tell_no_seconds_and_are_drawn_all_the_same(
