@@ -107,7 +107,9 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str, dense: float, styles: dic
         axis.errorbar(
             row["cost"],
             100 * max(row["test_accuracy"], lowest),
-            yerr=None if below or math.isnan(spread) else 100 * spread,
+            yerr=None
+            if below or math.isnan(spread)
+            else [[100 * min(spread, row["test_accuracy"] - lowest)], [100 * spread]],
             capsize=2,
             clip_on=False,
             **styles[row["approach"]] | ({"markerfacecolor": "none"} if below else {}),
