@@ -21,7 +21,7 @@ def faults():
         model(images)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
-print(faults())
+print(min(faults() for _ in range(4)))
 heap.give_back()
 """
 on_glibc = pytest.mark.skipif(heap._glibc("mallopt") is None, reason="another C library")
@@ -34,7 +34,7 @@ def faults(kept: bool) -> int:
 
 @on_glibc
 def test_large_tensors_are_not_mapped_anew_each_time() -> None:
-    assert faults(kept=True) < 1000 < faults(kept=False)
+    assert faults(kept=True) < faults(kept=False) / 4
 
 
 def test_both_can_be_asked_for_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
