@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from spectrim.batchnorm import reestimate
 from spectrim.errors import UserError
@@ -99,3 +100,13 @@ def test_the_dense_model_is_passed_through_once_for_many_compressed_ones() -> No
         dense[0].bias.add_(1.0)  # type: ignore[operator,arg-type]
     reestimate(copy_of(dense), dense, judge, samples=40)
     assert len(calls) == 4
+
+
+def test_a_loader_that_shuffles_shows_both_models_the_same_images() -> None:
+    images = TensorDataset(torch.randn(40, 3, 8, 8) * torch.rand(40, 1, 1, 1) * 5, torch.zeros(40).long())
+    judge, dense = Objective(F.cross_entropy, {"calibration": DataLoader(images, 10, shuffle=True)}), net()
+    for _ in range(3):
+        same = copy_of(dense)
+        reestimate(same, dense, judge, samples=40)
+        for key, value in dense.state_dict().items():
+            torch.testing.assert_close(same.state_dict()[key], value, atol=1e-6, rtol=1e-6)

@@ -109,6 +109,18 @@ def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
         yield batch
 
 
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    """Every tensor in it."""
+    found: list[Tensor] = []
+
+    def noted(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(inputs, noted)
+    return found
+
+
 def sample_count(targets: Any) -> int:
     """Number of samples of a batch, told by its targets: a tensor, a mapping of tensors, or anything with a length."""
     if isinstance(targets, Tensor):

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import device_of, evaluating, forward, hooked, sample_count, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, tensors_of, to_device
 from spectrim.decomposers.spectrum import content
 from spectrim.errors import UserError
 from spectrim.objective import Objective
@@ -36,21 +36,22 @@ def reestimate(
     shared = {name: norm for name, norm in mine.items() if name in theirs}
     if not shared:
         return
-    of_dense = objective.memory.get(  # a search asks for many models compressed from one
-        dense,
-        "norms",
-        lambda: (split, samples, content(dense.state_dict().values())),
-        lambda: _of_batches(dense, objective, samples, split),
+    known: dict[str, dict[str, Statistics]] = objective.memory.get(  # a search compresses one model many times
+        dense, "norms", lambda: content(dense.state_dict().values()), dict
     )
     corrections = {name: _Correction(theirs[name]) for name in shared}
     handles = [norm.register_forward_pre_hook(corrections[name]) for name, norm in shared.items()]
-    device, batches = device_of(compressed), iter(of_dense)
+    device, passed = device_of(compressed), dict[str, dict[str, Statistics]]()
     with hooked(handles), evaluating(compressed), torch.no_grad():
         for inputs, _ in objective.first(split, samples, "batch norm"):
-            seen = next(batches)
+            batch = content(tensors_of(inputs))  # a loader that shuffles gives others each time
+            inputs = to_device(inputs, device)
+            passed[batch] = known[batch] if batch in known else _seen(dense, inputs)
             for name in shared:
-                corrections[name].seen_by_dense = seen[name]
-            forward(compressed, to_device(inputs, device))
+                corrections[name].seen_by_dense = passed[batch][name]
+            forward(compressed, inputs)
+    known.clear()
+    known.update(passed)
     for name, norm in shared.items():
         corrections[name].settle(norm)
 
@@ -78,22 +79,16 @@ def norms_of(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     }
 
 
-def _of_batches(dense: nn.Module, objective: Objective, samples: int, split: str) -> list[dict[str, Statistics]]:
-    """Of every batch up to ``samples`` the statistics that each BatchNorm of ``dense`` sees."""
-    found: list[dict[str, Statistics]] = []
-    norms, device, seen = norms_of(dense), device_of(dense), 0
+def _seen(dense: nn.Module, inputs: Inputs) -> dict[str, Statistics]:
+    """The statistics that each BatchNorm of ``dense`` sees of these inputs."""
+    found: dict[str, Statistics] = {}
 
     def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found[-1][name] = _statistics(inputs[0])
+        found[name] = _statistics(inputs[0])
 
-    handles = [norm.register_forward_pre_hook(partial(watch, name)) for name, norm in norms.items()]
-    with hooked(handles), evaluating(dense), torch.no_grad():
-        for inputs, targets in objective.batches(split):
-            found.append({})
-            forward(dense, to_device(inputs, device))
-            seen += sample_count(targets)
-            if seen >= samples:
-                break
+    handles = [norm.register_forward_pre_hook(partial(watch, name)) for name, norm in norms_of(dense).items()]
+    with hooked(handles), evaluating(dense):
+        forward(dense, inputs)
     return found
 
 

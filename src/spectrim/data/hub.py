@@ -4,6 +4,7 @@ They are read by the library ``datasets``, which keeps what it fetched in a cach
 """
 
 import re
+from abc import abstractmethod
 from typing import Any
 
 from spectrim import pretrained
@@ -47,8 +48,30 @@ class _OnHub:
         return f"{self.dataset} {self.subset}".strip()
 
 
+class _Labelled(_OnHub, Classes):
+    """Texts with labels, one row each."""
+
+    test_part: str
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @abstractmethod
+    def part(self, table: Any, name: str) -> Labelled:
+        """Texts and labels of the rows of one part."""
+
+    def texts(self) -> tuple[Labelled, Labelled]:
+        return self._drawn("train"), self._drawn(self.test_part)
+
+    def _drawn(self, name: str) -> Labelled:
+        """In an order drawn once: some sets are sorted, by class or by what they are about."""
+        texts, labels = self.part(rows(self.dataset, self.subset, name), name)
+        order = shuffled(range(len(texts)), 0)
+        return [texts[index] for index in order], [labels[index] for index in order]
+
+
 @settings
-class HubClasses(_OnHub, Classes):
+class HubClasses(_Labelled):
     """Labelled texts: the column ``text``, or two texts in one, separated as the tokenizer has it, and their ``label``.
 
     ``dataset``: a name of the hub or a folder; ``subset``: where it has several. ``train`` is cut as every training set
@@ -65,27 +88,18 @@ class HubClasses(_OnHub, Classes):
 
     name = "hub"
 
-    def __post_init__(self) -> None:
-        self.check()
-
-    def texts(self) -> tuple[Labelled, Labelled]:
-        return self._part("train"), self._part(self.test_part)
-
-    def _part(self, part: str) -> Labelled:
-        """In an order drawn once: some sets are sorted by class."""
-        table = rows(self.dataset, self.subset, part)
+    def part(self, table: Any, name: str) -> Labelled:
         texts, labels = column(table, self.text, str), column(table, self.label, int)
         if self.second:
             between = pretrained.tokenizer(self.tokenizer).sep_token or "\n"
             texts = [f"{a} {between} {b}" for a, b in zip(texts, column(table, self.second, str), strict=True)]
         if min(labels, default=0) < 0:
-            raise UserError(f"part {part} of {self.title} has texts without a label; name another test_part")
-        order = shuffled(range(len(texts)), 0)
-        return [texts[index] for index in order], [labels[index] for index in order]
+            raise UserError(f"part {name} of {self.title} has texts without a label; name another test_part")
+        return texts, labels
 
 
 @settings
-class HubAnswers(_OnHub, Classes):
+class HubAnswers(_Labelled):
     """Questions about a text each, whose answer is a part of it (SQuAD, Rajpurkar et al., arXiv 1606.05250).
 
     ``answers``: the column of the answers' ``text`` and ``answer_start``; of several the first counts, none is what
@@ -105,9 +119,6 @@ class HubAnswers(_OnHub, Classes):
     noun = "questions"
     name = "hub"
 
-    def __post_init__(self) -> None:
-        self.check()
-
     @property
     def loss(self) -> SpanLoss:
         return span_loss
@@ -117,16 +128,10 @@ class HubAnswers(_OnHub, Classes):
             raise UserError(f"the tokenizer of {self.tokenizer} does not tell where its tokens are; take a fast one")
         return answered(tokenizer, texts, labels, self.context)
 
-    def texts(self) -> tuple[Labelled, Labelled]:
-        return self._part("train"), self._part(self.test_part)
-
-    def _part(self, part: str) -> Labelled:
-        """In an order drawn once: they are sorted by the articles that they are about."""
-        table = rows(self.dataset, self.subset, part)
-        questions, texts = (column(table, name, str) for name in (self.question, self.text))
+    def part(self, table: Any, name: str) -> Labelled:
+        questions, texts = (column(table, one, str) for one in (self.question, self.text))
         spans = [_span(answers, number) for number, answers in enumerate(column(table, self.answers, dict))]
-        order = shuffled(range(len(texts)), 0)
-        return [(questions[index], texts[index]) for index in order], [spans[index] for index in order]
+        return list(zip(questions, texts, strict=True)), spans
 
 
 def _span(answers: dict[str, Any], number: int) -> tuple[int, int]:
