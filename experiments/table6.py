@@ -48,15 +48,16 @@ GROWTH = (
     Column("n", "n"),
 )
 NOTES = (
-    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds. Seconds and memory: "
-    "of the selection alone, decomposition and cut included, without loading and evaluating, on the machine that the "
-    "provenance names. CPU seconds: of all threads, which least feel what else the machine does. Params kept: of the "
-    "whole model; lossless, compact and rank selection choose it themselves.",
+    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds. Seconds: of the "
+    "selection alone, decomposition and cut included, without loading, evaluating and the predicted change of the loss "
+    "in the report where nothing else reads its gradients; on the machine that the provenance names. CPU seconds: of "
+    "all threads, which least feel what else the machine does. Params kept: of the whole model; lossless, compact and "
+    "rank selection choose it themselves.",
     "Images read: of calibration, verification and training, each as often as it was read: a pass for a loss, for "
-    "gradients, or for the inputs of the layers counts once. The calibration images are read once for the predicted "
-    "change of the loss in every report; of lossless and compact the same pass is the selection.",
-    "Peak: resident memory of the whole process. Added: by how much the peak lies above what lay there when the "
-    "selection began; memory that an earlier run of the same process gave back may be used again unseen.",
+    "gradients, or for the inputs of the layers counts once. What only the report reads is left out; of lossless and "
+    "compact the same pass is the selection.",
+    "Peak: resident memory of the whole process, the report included. Added: by how much the peak lies above what lay "
+    "there when the selection began; memory that an earlier run of the process gave back may be used again unseen.",
 )
 GROWTH_NOTES = (
     "Untrained nets, every selector on one decomposition. Layers: those that can be factored. Exponent: slope of a "
@@ -92,7 +93,9 @@ def _row(record: Record, known: pd.DataFrame) -> dict[str, Any]:
     run: Any = known.loc[record["signature"]]
     phase = record["phases"]["select"]
     images = record["config"]["data"]["calibration_size"]
+    report = record.get("reporting") or {}  # no selector needs it
     read = sum(record["samples_read"].values()) if "samples_read" in record else math.nan
+    read -= sum(report.get("samples_read", {}).values())
     order = [*frame.SELECTORS, *CHOOSING]
     return {
         "model": run["model"],
@@ -107,8 +110,8 @@ def _row(record: Record, known: pd.DataFrame) -> dict[str, Any]:
         "seed": record["seed"],
         "calibration_seed": record["calibration_seed"],
         "params_kept": run["params_kept"],
-        "seconds": phase["seconds"],
-        "cpu_seconds": phase.get("cpu_seconds", math.nan),
+        "seconds": phase["seconds"] - report.get("seconds", 0),
+        "cpu_seconds": phase.get("cpu_seconds", math.nan) - report.get("cpu_seconds", 0),
         "read": read,
         "passes": read / images,
         "peak_mib": phase["peak_mib"],

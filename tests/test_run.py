@@ -44,6 +44,9 @@ class TestRecord:
         for phase in record["phases"].values():
             assert phase["seconds"] >= 0 and phase["peak_mib"] > 0 and phase["added_mib"] >= 0
         assert set(record["samples_read"]) <= {"calibration"}
+        report, whole = record["reporting"], record["phases"]["select"]
+        assert 0 <= report["cpu_seconds"] <= whole["cpu_seconds"] and report["seconds"] <= whole["seconds"]
+        assert all(count <= record["samples_read"][split] for split, count in report["samples_read"].items())
 
     def test_its_costs_are_those_counted_by_hand(self, record: dict) -> None:
         weights = [(16, 64), (16, 16), (10, 16)]

@@ -1,12 +1,14 @@
 """The second moment of what flows into each layer, from one forward pass."""
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, to_device
-from spectrim.decomposers.matrix import first_weight, without_weights
+from spectrim.decomposers.matrix import without_weights
 from spectrim.layers import shaped_like
 from spectrim.objective import Objective
 
@@ -42,21 +44,20 @@ def input_moments(
 class Rows:
     """Inputs and outputs of a layer as rows of numbers, shape (g, rows, I) and (g, rows, O), one row a position.
 
-    The x of a convolution are what the first factor of the given form sees: its kernel set to the identity.
+    The x of a convolution are what the first factor of the given form sees.
     """
 
     def __init__(self, layer: nn.Module, form: str) -> None:
         self.patches, self.groups = None, getattr(layer, "groups", 1)
         if isinstance(layer, nn.Conv2d):
             size = layer.weight[0].numel() // (layer.kernel_size[0] if form == "spatial" else 1)
-            first = shaped_like(without_weights(layer), size, form).first.to_empty(device=layer.weight.device)
-            eye = torch.eye(size, device=layer.weight.device).repeat(self.groups, 1, 1)
-            first.weight = nn.Parameter(first_weight(eye, first).to(layer.weight), requires_grad=False)
-            self.patches = first
+            self.patches = _Patches(cast(nn.Conv2d, shaped_like(without_weights(layer), size, form).first))
 
     def inputs(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The rows of inputs ``x``; of a Linear without the positions that ``mask`` calls padding."""
-        return self.outputs(x if self.patches is None else self.patches(x), mask)
+        if self.patches is None:
+            return self.outputs(x, mask)
+        return self.patches(x).unflatten(0, (self.groups, -1)).mT
 
     def outputs(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """The rows of outputs ``y``, likewise."""
@@ -65,6 +66,23 @@ class Rows:
         if mask is not None and mask.shape == y.shape[:-1]:
             y = y[mask.bool()]
         return y.reshape(1, -1, y.shape[-1])
+
+
+class _Patches:
+    """What the kernel of a convolution sees at each position: (N, C, H, W) to (C * kh * kw, N * positions)."""
+
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        self.layer = convolution
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        around = layer._reversed_padding_repeated_twice  # left, right, top, bottom, in whatever form it was given
+        if any(around):
+            x = F.pad(x, list(around), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+        for axis, size, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation, strict=True):
+            x = x.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+        N, C, H, W, kh, kw = x.shape
+        return x.permute(1, 4, 5, 0, 2, 3).reshape(C * kh * kw, N * H * W)  # one copy, in the order of the weight
 
 
 def mask_of(inputs: Inputs) -> Tensor | None:

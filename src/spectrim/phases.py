@@ -7,6 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+class Timed:
+    """``with Timed() as spent``: seconds of the block on the wall, and of the CPU, of all threads together."""
+
+    seconds = cpu_seconds = 0.0
+
+    def __enter__(self) -> "Timed":
+        self._began = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, cpu = self._began
+        self.seconds = round(time.perf_counter() - wall, 3)
+        self.cpu_seconds = round(time.process_time() - cpu, 3)
+
+
 class Phases(dict[str, dict[str, float]]):
     """Phase name to ``{"seconds": …, "cpu_seconds": …, "peak_mib": …, "added_mib": …}``.
 
@@ -18,14 +33,15 @@ class Phases(dict[str, dict[str, float]]):
     def measure(self, name: str) -> Iterator[None]:
         """Measure the block as phase ``name``."""
         _reset_peak()
-        before, started, cpu = _mib("VmRSS"), time.perf_counter(), time.process_time()
+        before, spent = _mib("VmRSS"), Timed()
         try:
-            yield
+            with spent:
+                yield
         finally:
             peak = _mib("VmHWM")
             self[name] = {
-                "seconds": round(time.perf_counter() - started, 3),
-                "cpu_seconds": round(time.process_time() - cpu, 3),
+                "seconds": spent.seconds,
+                "cpu_seconds": spent.cpu_seconds,
                 "peak_mib": round(peak, 1),
                 "added_mib": round(max(0.0, peak - before), 1),
             }

@@ -70,6 +70,7 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
         **outcome,
         "phases": dict(phases),
         "samples_read": dict(read),
+        "reporting": compressed.reporting,  # a part of the selection's phase and of what was read
         "provenance": provenance(config.invocation("spectrim"), judged.data_digest, checkpoint, str(device)),
     }
 

@@ -342,10 +342,11 @@ def _selected(name: str, seed: int, model: str, shape: dict, images: int, checkp
     layers = shape["depth"] - 1
     passes = {"sensitivity": 9 * layers + 2, "joint": 10}.get(name, 1)
     one["layers"] = layers * one["layers"]
-    one["samples_read"] = {"calibration": passes * images}
+    one["samples_read"] = {"calibration": (passes + 1) * images}
+    one["reporting"] = {"seconds": 3.0, "cpu_seconds": 2.5, "samples_read": {"calibration": images}}
     seconds = passes * layers * images / 1000 * (shape["width"] / 16) ** 2 + 0.01 * seed
     memory = {"peak_mib": 400.0 + images / 10, "added_mib": images / 10}
-    one["phases"]["select"] = {"seconds": 2 * seconds, "cpu_seconds": seconds, **memory}
+    one["phases"]["select"] = {"seconds": 3 + 2 * seconds, "cpu_seconds": 2.5 + seconds, **memory}
     return one | {"signature": records.signature(one["config"])}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spectrim import linalg, surgery, torchvision_shim
-from spectrim.algorithms.base import Compressed
+from spectrim.algorithms.base import Compressed, reported
 from spectrim.cost import parameters
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
@@ -64,14 +64,16 @@ class AIMET:
         log: list[dict] = []
         theirs = self._run(model, layers, tuple(example.shape[1:]), objective, log)
         compressed, kept = _in_our_layers(model, theirs, layers)
+        report, spent = reported(lambda: _report(model, compressed, layers, objective), objective)
         return Compressed(
             model=compressed,
             plan=RankPlan.of(kept),
-            report=_report(model, compressed, layers, objective),
+            report=report,
             dense=model,
             example=example,
             log=log,
             notes=[f"{name}: left dense: {reason}" for name, reason in left.items()],
+            reporting=spent,
         )
 
     def _run(
