@@ -77,6 +77,13 @@ def measured(
     return Times(found, max(0.0, whole - sum(times.dense for times in found.values())))
 
 
+def in_turns(models: Sequence[nn.Module], example: Inputs, batch_size: int) -> list[float]:
+    """Milliseconds of one forward pass of each model on ``batch_size`` samples, the fastest of ``ROUNDS`` in turns."""
+    inputs = to_device(repeated(example, batch_size), device_of(models[0]))
+    rounds = [[milliseconds(one, inputs) for one in models] for _ in range(ROUNDS)]
+    return [min(times) for times in zip(*rounds, strict=True)]
+
+
 def milliseconds(module: nn.Module, inputs: Inputs) -> float:
     """Median of one forward pass in eval mode, with as many threads as torch uses now."""
     # Here, not above: it imports torch's compiler of extensions, which takes its time and warns of a missing CUDA.

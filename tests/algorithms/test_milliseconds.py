@@ -17,6 +17,7 @@ from spectrim.algorithms.related.sensitivity import Sensitivity
 from spectrim.cost import model_cost
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
+from spectrim.layers import FactoredConv2d, FactoredLinear
 from spectrim.objective import Objective
 
 CALL = 3.0  # of each Linear or Conv2d, whatever its size
@@ -67,6 +68,22 @@ def test_a_budget_that_the_dense_model_meets_leaves_it_dense(
 ) -> None:
     result = compress(selector, 1e9)
     assert not result.plan and result.params_kept == 1
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_a_model_that_is_no_faster_as_a_whole_is_left_dense(
+    selector: Any, compress: Callable[..., Compressed], net: nn.Sequential, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def between_layers(module: nn.Module, inputs: Any) -> float:
+        factored = [one for one in module.modules() if isinstance(one, FactoredLinear | FactoredConv2d)]
+        return counted(module, inputs) + 1e6 * (isinstance(module, nn.Sequential) and len(factored))
+
+    monkeypatch.setattr(latency, "milliseconds", between_layers)
+    result = compress(selector, 0.8 * counted(net, torch.randn(4, 3, 8, 8)), batch_size=4)
+    assert not result.plan and result.params_kept == 1 and result.report["rank"].isna().all()
+    assert any("no faster as a whole" in note for note in result.notes)
+    x = torch.randn(2, 3, 8, 8)
+    assert result.model(x).equal(net(x))
 
 
 @pytest.mark.parametrize("selector", SELECTORS)

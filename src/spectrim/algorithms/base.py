@@ -12,7 +12,7 @@ import pandas as pd
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim import surgery
+from spectrim import latency, surgery
 from spectrim.batches import Inputs
 from spectrim.batchnorm import SAMPLES, BatchNorm, reestimate
 from spectrim.cost import Cost, model_cost
@@ -116,6 +116,7 @@ class Workbench:
         layers, left = surgery.factorable(model, self.example)
         self.notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
         self.spectra: dict[str, Spectrum] = {}
+        self.timed_at: int | None = None  # batch size, where a budget is one of time: then no slower model is returned
         self._curves: dict[str, dict[str, Tensor]] = {}
         for name, spectrum in self._decomposed(layers).items():
             if spectrum.break_even:
@@ -170,9 +171,10 @@ class Workbench:
     def finish(self, keep: Mapping[str, Keep], log: list[dict] | None = None) -> Compressed:
         """The compressed model with what to keep of each layer, a rank or the indices of components.
 
-        Layers absent, or with more components than break-even, stay dense.
+        Layers absent, or with more components than break-even, stay dense; all do where a budget of time was set and
+        the whole is measured to be no faster so.
         """
-        kept = self._below_break_even(keep)
+        kept = self._faster(self._below_break_even(keep))
         plan = self._plan(kept)
         report, spent = reported(lambda: self._report(kept), self.objective)  # before the copy: gradients take room too
         return Compressed(
@@ -192,6 +194,18 @@ class Workbench:
 
     def _below_break_even(self, keep: Mapping[str, Keep]) -> dict[str, Keep]:
         return {name: which for name, which in keep.items() if rank_of(which) <= self.spectra[name].break_even}
+
+    def _faster(self, kept: dict[str, Keep]) -> dict[str, Keep]:
+        """``kept`` itself; nothing, where the clock says that it gains nothing."""
+        if self.timed_at is None or not kept:
+            return kept
+        small = surgery.apply(self.model, self._plan(kept), self.spectra)
+        dense, ours = latency.in_turns([self.model, small], self.example, self.timed_at)
+        self.notes.append(f"as a whole, measured in turns: {ours:.4g} ms against {dense:.4g} ms dense")
+        if ours < dense:
+            return kept
+        self.notes.append("left dense: factored, the model is no faster as a whole, whatever its layers are")
+        return {}
 
     def _plan(self, kept: Mapping[str, Keep]) -> RankPlan:
         return RankPlan.of({name: self.spectra[name].kept(which) for name, which in kept.items()})

@@ -124,6 +124,7 @@ def costs_of(bench: Workbench, measure: Measure, batch_size: int = 1) -> Costs:
 
 def _timed(bench: Workbench, batch_size: int) -> Costs:
     times = latency.measured(bench.model, bench.spectra, bench.example, batch_size)
+    bench.timed_at = batch_size
     dense = {name: own.dense for name, own in times.layers.items()}
     curves = {
         name: _to_break_even(times.layers[name].curve(spectrum.max_rank), spectrum, dense[name])
@@ -163,7 +164,7 @@ class Budgeted:
     ``params_kept``, ``macs_kept``: shares of the dense model's, in (0, 1);
     ``milliseconds``, above 0: of one forward pass of ``batch_size`` samples, by the layers' times as they are measured
     on this machine first. A layer that is no faster at a rank than dense is never cut to it; a budget that the dense
-    model meets leaves it as it is.
+    model meets leaves it as it is, and so does a plan by which the whole, measured beside it, is no faster.
     """
 
     params_kept: float | None = 0.5

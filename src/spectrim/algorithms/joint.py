@@ -34,7 +34,7 @@ class Joint:
 
     ``params_kept``, ``macs_kept``: of the whole model, in (0, 1), met from below;
     ``milliseconds``, above 0: of one forward pass of ``batch_size`` samples, as predicted by the times of all layers
-    measured on this machine first; no layer is left in a form that was not faster than dense;
+    measured on this machine first; no layer is left in a form that was not faster than dense, nor is the whole model;
     ``max_loss_increase``, at least 0: as few parameters as possible with the loss on the ``verification`` split, which
     no gradient comes from, at most this much above the dense model's, and that with certainty: the mean change over
     the samples and two standard errors of it. The more samples are there, the more can be taken away.
