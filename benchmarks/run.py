@@ -1,4 +1,4 @@
-"""Run the benchmarks, all or some: ``python benchmarks/run.py [curves selection sweep latency memory] [--quick]``.
+"""Run the benchmarks, all or some of them: ``python benchmarks/run.py [curves speed …] [--quick]``.
 
 Each writes NAME.csv, NAME.md and NAME.provenance.json and prints its table and its targets. Only ratios within one run
 mean anything on another machine. A missed target is printed as missed; only a crash gives an exit status other than 0.
@@ -15,6 +15,7 @@ import curves
 import latency
 import memory
 import selection
+import speed
 import sweep
 import torch
 from measure import Outcome
@@ -29,6 +30,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "selection": selection.benchmark,
     "sweep": sweep.benchmark,
     "latency": latency.benchmark,
+    "speed": speed.benchmark,
     "memory": memory.benchmark,
 }
 ROOT = Path(__file__).resolve().parents[1]

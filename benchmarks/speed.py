@@ -1,0 +1,118 @@
+"""Whole networks cut to a budget of milliseconds: predicted against measured, eager and compiled, beside dense."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra import compose, initialize_config_dir
+from measure import Outcome, Target
+from torch import nn
+from tqdm import tqdm
+
+from spectrim import config, latency, subject
+from spectrim.algorithms.base import Compressed
+from spectrim.algorithms.joint import Joint
+from spectrim.decomposers.whitened import WhitenedSVD
+from spectrim.errors import UserError
+from spectrim.provenance import file_digest
+from spectrim.report.table import Column, Table
+from spectrim.subject import Subject
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ("resnet20", "vgg19_half")
+BATCHES = (1, 128)
+SHARES = (0.9, 0.75, 0.6)
+COLUMNS = (
+    Column("model", "model"),
+    Column("batch", "batch", 0),
+    Column("dense_ms", "dense ms", 2),
+    Column("asked", "asked for, % of dense ms", 0, scale=100),
+    Column("predicted", "predicted %", 1, scale=100),
+    Column("eager", "measured %", 1, scale=100),
+    Column("compiled", "compiled, % of dense compiled", 1, scale=100),
+    Column("dense_compiled", "dense compiled, % of dense ms", 1, scale=100),
+    Column("params_kept", "params kept %", 1, scale=100),
+    Column("macs_kept", "MACs kept %", 1, scale=100),
+    Column("accuracy_change", "Δ top-1 pp", 2, scale=100, signed=True),
+    Column("verdict", "verdict"),
+)
+
+
+def benchmark(quick: bool) -> Outcome:
+    """Joint selection by time, at batch 1 and 128, of trained networks of CIFAR-10."""
+    models, batches, shares = (("resnet20",), (2,), (0.9,)) if quick else (MODELS, BATCHES, SHARES)
+    rows: list[dict[str, Any]] = []
+    digests = []
+    with tqdm(desc="speed", total=len(models) * len(batches) * len(shares), leave=False, disable=None) as bar:
+        for model in models:
+            judged = _trained(model, "digits" if quick else "cifar10")
+            digests.append(judged.data_digest)
+            for batch in batches:
+                dense = _compiled(judged.model, quick)
+                for share in shares:
+                    rows.append({"model": model, "batch": batch, **_cut(judged, dense, batch, share, quick)})
+                    bar.update()
+    data = pd.DataFrame(rows)
+    targets = [_slowest(data, "eager", "eager"), _slowest(data, "compiled", "compiled")]
+    notes = [
+        *(target.line() for target in targets),
+        "Joint selection with milliseconds=, whitened SVD in the spatial view, by a table of what this machine takes "
+        "for each layer, eager. Measured: the fastest of five rounds in which the models take turns, each the median of "
+        "enough passes; predicted: the sum of the layers. Δ top-1: on the test split, no fine-tuning. Out of reach: at "
+        "rank 1 in every layer where that gains more would remain. float32, channels last.",
+    ]
+    settings = {"quick": quick, "models": list(models), "batches": list(batches), "shares": list(shares)}
+    table = Table("speed", data, COLUMNS, "Networks cut to a budget of milliseconds", notes, group="model")
+    return Outcome(table, targets, settings, ", ".join(dict.fromkeys(digests)))
+
+
+def _trained(model: str, data: str) -> Subject:
+    """The network of a committed checkpoint, with its splits, as a run has it."""
+    with initialize_config_dir(config.CONF, version_base="1.3"):
+        cfg = compose("config", [f"model={model}", f"data={data}"])
+    path = ROOT / f"results/checkpoints/{model}-{data}-seed0.safetensors"
+    weights = path, file_digest(path)
+    return subject.of(config.plain(cfg.model), 0, weights, config.plain(cfg.data), {}, torch.device("cpu"))
+
+
+def _compiled(model: nn.Module, quick: bool) -> Any:
+    return model if quick else torch.compile(model)
+
+
+def _cut(judged: Subject, dense: Any, batch: int, share: float, quick: bool) -> dict[str, Any]:
+    """One row. ``dense``: the dense model compiled."""
+    example = judged.objective.example()
+    (whole,) = latency.in_turns([judged.model], example, batch)
+    row: dict[str, Any] = {"dense_ms": whole, "asked": share}
+    try:
+        chosen = Joint(milliseconds=share * whole, batch_size=batch)
+        compressed = chosen.compress(judged.model, WhitenedSVD("spatial"), judged.objective)
+    except UserError as error:
+        return row | {"verdict": str(error)}
+    small = _compiled(compressed.model, quick)
+    times = latency.in_turns([judged.model, compressed.model, dense, small], example, batch)
+    return row | _beside(judged, compressed, times)
+
+
+def _beside(judged: Subject, compressed: Compressed, times: Sequence[float]) -> dict[str, Any]:
+    dense_ms, eager_ms, dense_compiled_ms, compiled_ms = times
+    outcome = judged.outcome(compressed)
+    change = outcome["compressed"]["test"]["accuracy"] - outcome["dense"]["test"]["accuracy"]
+    return {
+        "dense_ms": dense_ms,
+        "predicted": compressed.log[-1]["share"] if compressed.plan else 1.0,
+        "eager": eager_ms / dense_ms if compressed.plan else 1.0,
+        "compiled": compiled_ms / dense_compiled_ms if compressed.plan else 1.0,
+        "dense_compiled": dense_compiled_ms / dense_ms,
+        "params_kept": compressed.params_kept,
+        "macs_kept": compressed.macs_kept,
+        "accuracy_change": change,
+        "verdict": "faster" if compressed.plan else "left dense: no faster as a whole",
+    }
+
+
+def _slowest(data: pd.DataFrame, column: str, called: str) -> Target:
+    slowest = float(data[column].max()) if column in data else 1.0
+    return Target(f"the slowest network returned over the dense one, {called}", slowest, 1, at_least=False)
