@@ -59,9 +59,9 @@ def benchmark(quick: bool) -> Outcome:
     notes = [
         *(target.line() for target in targets),
         "Joint selection with milliseconds=, whitened SVD in the spatial view, by a table of what this machine takes "
-        "for each layer, eager. Measured: the fastest of five rounds in which the models take turns, each the median of "
-        "enough passes; predicted: the sum of the layers. Δ top-1: on the test split, no fine-tuning. Out of reach: at "
-        "rank 1 in every layer where that gains more would remain. float32, channels last.",
+        "for each layer, eager. Measured: the fastest of five rounds in which the models take turns, each the median "
+        "of enough passes; predicted: the sum of the layers. Δ top-1: on the test split, no fine-tuning. Out of reach: "
+        "at rank 1 in every layer where that gains more would remain. float32, channels last.",
     ]
     settings = {"quick": quick, "models": list(models), "batches": list(batches), "shares": list(shares)}
     table = Table("speed", data, COLUMNS, "Networks cut to a budget of milliseconds", notes, group="model")
