@@ -190,6 +190,21 @@ class Objective:
                     break
         self.require(seen, split)
 
+    def held(self, split: str, samples: int) -> "Objective":
+        """The same loss on the first batches of ``split``, held in memory until ``samples`` are reached.
+
+        For what goes through them several times and must see the same ones: a loader may shuffle.
+        """
+        kept, seen = [], 0
+        for inputs, targets in self.batches(split):
+            kept.append((inputs, targets))
+            seen += sample_count(targets)
+            if seen >= samples:
+                break
+        same = Objective(self.loss, {split: kept}, self.layers_at_once, self.memory)
+        same.read = self.read
+        return same
+
     def batches(self, split: str) -> Batches:
         """The batches of ``split``. Raises ``UserError`` where there is no such split or, once read, no pair."""
         return Pairs(split, self.given(split))

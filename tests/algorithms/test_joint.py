@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from spectrim.algorithms.joint import Joint, significant
 from spectrim.algorithms.truncation import Truncation
@@ -145,3 +146,18 @@ def test_a_few_layers_at_a_time_are_selected_as_all_at_once(net: nn.Module, obje
     assert usual.plan == spared.plan and usual.log[-1]["predicted"] == pytest.approx(spared.log[-1]["predicted"], 1e-3)
     for key, value in usual.model.state_dict().items():
         torch.testing.assert_close(spared.model.state_dict()[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_blocks_of_layers_see_the_same_samples_of_a_loader_that_shuffles(net: nn.Sequential) -> None:
+    generator = torch.Generator()
+    samples = TensorDataset(torch.randn(200, 3, 8, 8), torch.randint(5, (200,)))
+    loader = DataLoader(samples, batch_size=10, shuffle=True, generator=generator)
+
+    def compressed(size: int | None) -> Any:
+        generator.manual_seed(3)
+        objective = Objective(F.cross_entropy, {"calibration": loader}, layers_at_once=size)
+        return Joint(params_kept=0.5, samples=40, refit=0).compress(net, SVD(), objective)
+
+    usual, spared = compressed(None), compressed(1)
+    assert usual.plan == spared.plan
+    assert usual.log[-1]["predicted"] == pytest.approx(spared.log[-1]["predicted"], rel=1e-4)

@@ -157,14 +157,16 @@ class _Search:
         left = {name: Kept(tuple(kept.tolist()), bench.spectra[name].form) for name, kept in point.kept.items()}
         cut = {name for name, kept in point.kept.items() if len(kept) < bench.spectra[name].max_rank}
 
-        def gates_of(block: Sequence[str]) -> dict[str, GateGradients]:
+        def gates_of(block: Sequence[str], seen: Objective) -> dict[str, GateGradients]:
             plan = RankPlan.of({name: own for name, own in left.items() if name in cut or name in block})
             factored = surgery.apply(bench.model, plan, bench.spectra, shared=True)
-            return gate_gradients(factored, block, bench.objective, chosen.samples, seed=chosen.seed)
+            return gate_gradients(factored, block, seen, chosen.samples, seed=chosen.seed)
 
         def gates() -> dict[str, GateGradients]:
-            blocks = bench.objective.blocks(list(left))
-            return {name: own for block in blocks for name, own in gates_of(block).items()}
+            blocks, seen = bench.objective.blocks(list(left)), bench.objective
+            if len(blocks) > 1:  # rows of two layers are held against one another: they must be of the same samples
+                seen = seen.held("calibration", chosen.samples)
+            return {name: own for block in blocks for name, own in gates_of(block, seen).items()}
 
         here = [*point.kept.values(), *bench.model.state_dict().values()]
         key = (chosen.samples, chosen.seed, bench.decomposer)
