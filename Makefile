@@ -41,6 +41,9 @@ TRAININGS_table5 := table5 table5_epsilon table5_tight table5_scratch table5_pri
     table5_resnet20 $(addprefix table5_resnet20_,more long regularisers fine_tuning uncut scratch) \
     $(addprefix table5_vgg19_half,_fine_tuning _scratch) table5_vgg19_half
 GRIDS_table6 := table6 table6_plain table6_layers table6_width table6_calibration table6_calibration_joint
+# Searches of many minutes, run once, for Figure 4.
+TRAININGS_table6 := figure4_aimet figure4_sensitivity
+RECORDS_table6 := figure4
 GRIDS_table7 := table7 table7_leakage
 GRIDS_table8 := table8 table8_untrained table8_selection
 GRIDS_table9 := table9 table9_effort table9_refit table9_interaction table9_decomposers

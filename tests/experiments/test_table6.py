@@ -62,3 +62,19 @@ def test_records_that_do_not_tell_what_they_read_are_a_clear_error(
     records.write(tmp_path / "records", factory.make(algorithm="joint", experiment="table6"))
     assert script("table6").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 1
     assert "hold no run of a selector that tells how many samples it read" in capsys.readouterr().err
+
+
+def test_a_search_for_figure_4_counts_once_a_seed_with_the_run_that_made_it(
+    script: Script, factory: ModuleType, tmp_path: Path
+) -> None:
+    for one in factory.table6():
+        records.write(tmp_path / "records", one)
+    for share, seconds in ((0.8, 700.0), (0.5, 1.0)):
+        settings = {"params_kept": share}
+        one = factory.make("resnet56", "sensitivity", experiment="figure4", settings=settings)
+        one["phases"]["select"] |= {"seconds": seconds, "cpu_seconds": seconds - 0.5}
+        records.write(tmp_path / "records", one)
+    assert script("table6").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 0
+    rows = pd.read_csv(tmp_path / "tables/table6.csv")
+    (row,) = rows[rows["model"] == "resnet56"].to_dict("records")
+    assert (row["seconds"], row["cpu_seconds"], str(row["n"])) == (700, 699.5, "1 × 1")
