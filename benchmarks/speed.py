@@ -59,15 +59,15 @@ def benchmark(quick: bool) -> Outcome:
                         row = _cut(judged, dense, batch, share * times.total, quick)
                         rows.append({"model": model, "batch": batch, "dense_ms": times.total, "asked": share, **row})
                         bar.update()
-    data = pd.DataFrame(rows)
+    data = pd.DataFrame(rows, columns=[column.key for column in COLUMNS])
     targets = [_slowest(data, "eager", "eager"), _slowest(data, "compiled", "compiled")]
     notes = [
         *(target.line() for target in targets),
         "Joint selection with milliseconds=, whitened SVD in the spatial view, by a table of what this machine takes "
         "for each layer, eager, made once a network and batch; dense ms: of that table. Measured: the fastest of five "
         "rounds in which the models take turns, each the median of enough passes; predicted: the sum of the layers. "
-        "Δ top-1: on the test split, no fine-tuning. Out of reach: at rank 1 in every layer where that gains more would "
-        "remain. float32, channels last.",
+        "Δ top-1: on the test split, no fine-tuning. Out of reach: with rank 1 in every layer where that gains, more "
+        "would remain. float32, channels last.",
     ]
     settings = {"quick": quick, "models": list(models), "batches": list(batches), "shares": list(shares)}
     table = Table("speed", data, COLUMNS, "Networks cut to a budget of milliseconds", notes, group="model")
@@ -120,5 +120,5 @@ def _beside(judged: Subject, compressed: Compressed, times: Sequence[float]) -> 
 
 
 def _slowest(data: pd.DataFrame, column: str, called: str) -> Target:
-    slowest = float(data[column].max()) if column in data else 1.0
+    slowest = float(data[column].astype(float).fillna(1.0).max())
     return Target(f"the slowest network returned over the dense one, {called}", slowest, 1, at_least=False)
