@@ -76,7 +76,7 @@ def build(options: Options) -> list[Path]:
 def _points(record: Record) -> list[dict[str, Any]]:
     settings = record["config"]["algorithm"]
     kind = str(settings["_target_"]).rpartition(".")[2]
-    if kind not in ALGORITHMS:
+    if kind not in ALGORITHMS or settings.get("refit"):  # which changes no rank: those of the same cut are drawn
         return []
     known = ALGORITHMS[kind]
     asked = settings.get("params_kept")

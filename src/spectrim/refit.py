@@ -165,6 +165,8 @@ def _moments(dense: nn.Linear | nn.Conv2d, flows: _Flows) -> _Moments:
 def _fit(layer: Factored, moments: _Moments) -> Tensor:
     """Give the factors the weights that fit best near those that they have; the matrix they amount to, (g, O, I)."""
     factors = factors_of(layer)
+    if isinstance(layer, FactoredLinear) and isinstance(layer.first, nn.Linear):
+        return _fit_linear(layer, moments)
     kept = [cast(Tensor, factor.weight).detach() for factor in factors]
     weights = [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
     for weight in weights:  # LBFGS takes no other layout
@@ -196,3 +198,18 @@ def _fit(layer: Factored, moments: _Moments) -> Tensor:
         for factor, weight in zip(factors, weights, strict=True):
             cast(Tensor, factor.weight).copy_(weight)
     return composed(layer, weights).detach()
+
+
+def _fit_linear(layer: FactoredLinear, moments: _Moments) -> Tensor:
+    """The best of its rank, in closed form: the least-squares fit, projected on its leading outputs (Izenman 1975)."""
+    held = RIDGE * moments.xx_gII.diagonal(dim1=1, dim2=2).mean()
+    now = composed(layer, [factor.weight.detach().double() for factor in (layer.first, layer.second)])
+    if not held:  # nothing flows in
+        return now
+    xx = moments.xx_gII[0] + held * torch.eye(layer.in_features).to(moments.xx_gII)
+    W = torch.linalg.solve(xx, (moments.yx_gOI[0] + held * now[0]).mT).mT
+    U = torch.linalg.eigh(W @ xx @ W.mT).eigenvectors[:, -layer.rank :]
+    with torch.no_grad():
+        layer.first.weight.copy_(U.mT @ W)
+        layer.second.weight.copy_(U)
+    return (U @ U.mT @ W).unsqueeze(0)

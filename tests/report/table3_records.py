@@ -27,6 +27,8 @@ def table3(make: Callable[..., Record]) -> list[Record]:
             for net, change in (("smollm2", 0.02), ("minilm", 0.005)):
                 given = {"params_kept": kept, "refit": 0}
                 found.append(_run(make, "joint", change * harm, draw, given, kept, "whitened_channel", net))
+            given = {"params_kept": kept, "refit": 1000}
+            found.append(_run(make, "joint", 0.004 * harm, draw, given, kept, "whitened_channel", "minilm"))
     for draw in (0, 1, 2):
         found.append(_run(make, "rank_selection", 0.05, draw, {"epsilon": 0.1}, 0.95))
         for algorithm, change in (("lossless", -0.01), ("compact", 0.03)):
