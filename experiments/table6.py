@@ -17,6 +17,8 @@ from spectrim.report.table import Column, Table, number, save
 PUBLISHED = Path(__file__).with_name("published.csv")
 SEARCHES = ("aimet", "sensitivity")
 CHOOSING = ("lossless", "compact", "rankselection")  # their sizes themselves, by what happens to the loss
+# Joint selection: times the CPU seconds of each of these it wants to take at most.
+AIMS = {"aimet": 0.1, "sensitivity": None, "knapsack": 2.0}
 SIZES = {"layers": "layers", "width": "width", "images": "calibration images"}
 VALUES = ("params_kept", "seconds", "cpu_seconds", "read", "passes", "peak_mib", "added_mib")
 COSTS = (
@@ -41,8 +43,8 @@ GROWTH = (
     Column("along", "growing with"),
     Column("selector", "selector"),
     Column("sizes", "from, to"),
-    Column("first", "CPU seconds at first", 1),
-    Column("last", "at last", 1),
+    Column("first", "CPU seconds at first", 2),
+    Column("last", "at last", 2),
     Column("times", "times", 1),
     Column("exponent", "exponent", 2),
     Column("read_times", "images read, times", 1),
@@ -67,7 +69,8 @@ GROWTH_NOTES = (
     "Untrained nets, every selector on one decomposition. Layers: those that can be factored. Exponent: slope of a "
     "line through the logarithms of seconds and size; 1 is proportional. Joint selection reads as many calibration "
     "images as it is told to, here all of them.",
-    "Of a layer of width W the MACs grow as the square, the decomposition as the cube.",
+    "Who reads no images does not grow with them. Of a layer of width W the MACs grow as the square, the decomposition "
+    "as the cube.",
 )
 
 
@@ -141,7 +144,7 @@ def _growth(rows: pd.DataFrame, along: str) -> list[dict[str, Any]]:
     found = []
     for (selector, *_), own in rows.groupby(["selector", "decomposer", "data", *others], sort=False, dropna=False):
         own = own.dropna(subset=along).sort_values(along).drop_duplicates(along)
-        if len(own) < 2:
+        if len(own) < 2 or (along == "images" and not own["read"].any()):  # who reads none does not grow with them
             continue
         first, last = own.iloc[0], own.iloc[-1]
         found.append(
@@ -178,12 +181,15 @@ def _exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def _searched(rows: pd.DataFrame) -> list[str]:
-    """What a search by measurement costs beside joint selection, on each net that is trained."""
+    """What joint selection costs beside its rivals, on each net that is trained, and whether that is its aim."""
     said = []
     for model, own in rows[~rows["untrained"]].groupby("model", sort=False):
-        times = _seconds(own, frame.SELECTORS["sensitivity"]) / _seconds(own, frame.SELECTORS["joint"])
-        if not math.isnan(times):
-            said.append(f"{model}: sensitivity takes {number(times, 1)} times the seconds of joint selection.")
+        for rival, aim in AIMS.items():
+            times = _seconds(own, frame.SELECTORS["joint"]) / _seconds(own, frame.SELECTORS[rival])
+            if not math.isnan(times):
+                word = "" if aim is None else f" (aim: at most {aim:g}, {'met' if times <= aim else 'not met'})"
+                name = frame.SELECTORS[rival]
+                said.append(f"{model}: joint selection takes {number(times, 3)} times the CPU seconds of {name}{word}.")
     return said
 
 
@@ -201,8 +207,8 @@ def _claim(claim: claims.Claim, rows: pd.DataFrame) -> str:
 
 
 def _seconds(rows: pd.DataFrame, selector: str) -> float:
-    """Of the first of the rows of a selector; NaN where there is none."""
-    own = rows.loc[rows["selector"] == selector, "seconds"]
+    """CPU seconds, of the first of the rows of a selector; NaN where there is none."""
+    own = rows.loc[rows["selector"] == selector, "cpu_seconds"]
     return float(own.iloc[0]) if len(own) and own.iloc[0] > 0 else math.nan
 
 
