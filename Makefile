@@ -52,7 +52,7 @@ GRIDS_figure4 := figure4 figure4_thorough figure4_refitted figure4_rivals figure
     figure4_nets figure4_nets_rivals figure4_lossless
 # In an environment of its own (`make rivals`), or of many minutes a run: the committed records stand for them, as for
 # the trainings.
-TRAININGS_figure4 := figure4_aimet figure4_sensitivity figure4_lossless_nets
+TRAININGS_figure4 := figure4_aimet figure4_sensitivity
 GRIDS_figure5 := $(GRIDS_table5)
 TRAININGS_figure5 := $(TRAININGS_table5)
 GRIDS_figure6 := $(GRIDS_table1)
