@@ -325,20 +325,21 @@ def table6() -> list[Record]:
     found = []
     for seed in (0, 1):
         for name in (*BUDGETED, "compact"):
-            found.append(_selected(name, seed, "resnet20", {"depth": 20, "width": 16}, 2000, "trained"))
+            found.append(_selected(name, seed, "resnet20", {"depth": 20, "width": 16}, 2000, trained=True))
         for name in ("joint", "sensitivity"):
             for depth, width, images in ((20, 16, 500), (56, 16, 500), (20, 32, 500), (20, 16, 4000)):
                 model = f"resnet{depth}_width{width}_untrained"
-                found.append(_selected(name, seed, model, {"depth": depth, "width": width}, images, None))
+                found.append(_selected(name, seed, model, {"depth": depth, "width": width}, images, trained=False))
     return found
 
 
-def _selected(name: str, seed: int, model: str, shape: dict, images: int, checkpoint: str | None) -> Record:
+def _selected(name: str, seed: int, model: str, shape: dict, images: int, trained: bool) -> Record:
     """A selection that takes a second a layer and a thousand images, and reads as often as sensitivity would."""
     one = make(model, name, seed=seed, calibration_seed=seed, experiment="table6")
     one["config"]["model"] |= shape
     one["config"]["data"] |= {"calibration_size": images}
-    one["config"]["checkpoint"] = one["provenance"]["checkpoint_digest"] = checkpoint and f"{model} {seed}"
+    if not trained:
+        one["config"]["checkpoint"] = one["provenance"]["checkpoint_digest"] = None
     layers = shape["depth"] - 1
     passes = {"sensitivity": 9 * layers + 2, "joint": 10}.get(name, 1)
     one["layers"] = layers * one["layers"]
