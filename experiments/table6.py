@@ -61,7 +61,7 @@ NOTES = (
     "gradients, or for the inputs of the layers counts once. What only the report reads is left out; of lossless and "
     "compact the same pass is the selection.",
     "AIMET and sensitivity: their runs for Figure 4. A search by measurement is the same whatever size is asked for: "
-    "of a seed the run counts that made it.",
+    "of a seed the run counts that made it. They ran beside other work, with pauses: read their CPU seconds.",
     "Peak: resident memory of the whole process, the report included. Added: by how much the peak lies above what lay "
     "there when the selection began; memory that an earlier run of the process gave back may be used again unseen.",
 )
