@@ -112,7 +112,7 @@ def _row(record: Record, known: pd.DataFrame) -> dict[str, Any]:
     run: Any = known.loc[record["signature"]]
     phase = record["phases"]["select"]
     images = record["config"]["data"]["calibration_size"]
-    report = record.get("reporting") or {}  # no selector needs it
+    report = record.get("reporting", {})  # no selector needs it
     read = sum(record["samples_read"].values()) if "samples_read" in record else math.nan
     read -= sum(report.get("samples_read", {}).values())
     order = [*frame.SELECTORS, *CHOOSING]

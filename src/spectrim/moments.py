@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, to_device
 from spectrim.decomposers.matrix import without_weights
@@ -48,41 +48,35 @@ class Rows:
     """
 
     def __init__(self, layer: nn.Module, form: str) -> None:
-        self.patches, self.groups = None, getattr(layer, "groups", 1)
+        self.first, self.groups = None, getattr(layer, "groups", 1)
         if isinstance(layer, nn.Conv2d):
             size = layer.weight[0].numel() // (layer.kernel_size[0] if form == "spatial" else 1)
-            self.patches = _Patches(cast(nn.Conv2d, shaped_like(without_weights(layer), size, form).first))
+            self.first = cast(nn.Conv2d, shaped_like(without_weights(layer), size, form).first)
 
     def inputs(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The rows of inputs ``x``; of a Linear without the positions that ``mask`` calls padding."""
-        if self.patches is None:
+        if self.first is None:
             return self.outputs(x, mask)
-        return self.patches(x).unflatten(0, (self.groups, -1)).mT
+        return _patches(self.first, x).unflatten(0, (self.groups, -1)).mT
 
     def outputs(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
         """The rows of outputs ``y``, likewise."""
-        if self.patches is not None:
+        if self.first is not None:
             return y.transpose(0, 1).reshape(self.groups, y.shape[1] // self.groups, -1).transpose(1, 2)
         if mask is not None and mask.shape == y.shape[:-1]:
             y = y[mask.bool()]
         return y.reshape(1, -1, y.shape[-1])
 
 
-class _Patches:
-    """What the kernel of a convolution sees at each position: (N, C, H, W) to (C * kh * kw, N * positions)."""
-
-    def __init__(self, convolution: nn.Conv2d) -> None:
-        self.layer = convolution
-
-    def __call__(self, x: Tensor) -> Tensor:
-        layer = self.layer
-        around = layer._reversed_padding_repeated_twice  # left, right, top, bottom, in whatever form it was given
-        if any(around):
-            x = F.pad(x, list(around), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-        for axis, size, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation, strict=True):
-            x = x.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
-        N, C, H, W, kh, kw = x.shape
-        return x.permute(1, 4, 5, 0, 2, 3).reshape(C * kh * kw, N * H * W)  # one copy, in the order of the weight
+def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What the kernel of ``layer`` sees at each position: (N, C, H, W) to (C * kh * kw, N * positions)."""
+    around = layer._reversed_padding_repeated_twice  # left, right, top, bottom, in whatever form it was given
+    if any(around):
+        x = F.pad(x, list(around), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    for axis, size, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation, strict=True):
+        x = x.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    N, C, H, W, kh, kw = x.shape
+    return x.permute(1, 4, 5, 0, 2, 3).reshape(C * kh * kw, N * H * W)  # one copy, in the order of the weight
 
 
 def mask_of(inputs: Inputs) -> Tensor | None:

@@ -179,31 +179,30 @@ class Objective:
 
         Raises ``UserError`` for an empty split.
         """
-        seen = 0
         with tqdm(desc=label, unit="sample", total=samples, leave=False, disable=None) as bar:
-            for inputs, targets in self.batches(split):
+            for inputs, targets in self._until(split, samples):
                 yield inputs, targets
-                seen += sample_count(targets)
                 self.read[split] += sample_count(targets)
                 bar.update(sample_count(targets))
-                if seen >= samples:
-                    break
-        self.require(seen, split)
 
     def held(self, split: str, samples: int) -> "Objective":
         """The same loss on the first batches of ``split``, held in memory until ``samples`` are reached.
 
         For what goes through them several times and must see the same ones: a loader may shuffle.
         """
-        kept, seen = [], 0
-        for inputs, targets in self.batches(split):
-            kept.append((inputs, targets))
-            seen += sample_count(targets)
-            if seen >= samples:
-                break
+        kept = list(self._until(split, samples))
         same = Objective(self.loss, {split: kept}, self.layers_at_once, self.memory)
         same.read = self.read
         return same
+
+    def _until(self, split: str, samples: int) -> Iterator[tuple[Inputs, Any]]:
+        seen = 0
+        for inputs, targets in self.batches(split):
+            yield inputs, targets
+            seen += sample_count(targets)
+            if seen >= samples:
+                break
+        self.require(seen, split)
 
     def batches(self, split: str) -> Batches:
         """The batches of ``split``. Raises ``UserError`` where there is no such split or, once read, no pair."""

@@ -165,16 +165,19 @@ def _moments(dense: nn.Linear | nn.Conv2d, flows: _Flows) -> _Moments:
 def _fit(layer: Factored, moments: _Moments) -> Tensor:
     """Give the factors the weights that fit best near those that they have; the matrix they amount to, (g, O, I)."""
     factors = factors_of(layer)
-    if isinstance(layer, FactoredLinear) and isinstance(layer.first, nn.Linear):
-        return _fit_linear(layer, moments)
     kept = [cast(Tensor, factor.weight).detach() for factor in factors]
     weights = [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
+    now = composed(layer, weights)
+    held = RIDGE * moments.xx_gII.diagonal(dim1=1, dim2=2).mean()
+    if not held:  # nothing flows in
+        return now
+    xx = moments.xx_gII + held * torch.eye(moments.xx_gII.shape[-1]).to(moments.xx_gII)
+    yx = moments.yx_gOI + held * now
+    if isinstance(layer, FactoredLinear) and isinstance(layer.first, nn.Linear):
+        return _fit_linear(layer, xx[0], yx[0])
     for weight in weights:  # LBFGS takes no other layout
         weight.requires_grad_(True)
     with torch.enable_grad():
-        held = RIDGE * moments.xx_gII.diagonal(dim1=1, dim2=2).mean()
-        xx = moments.xx_gII + held * torch.eye(moments.xx_gII.shape[-1]).to(moments.xx_gII)
-        yx = moments.yx_gOI + held * composed(layer, weights).detach()
         scale = 1 / yx.square().sum().clamp_min(torch.finfo(yx.dtype).tiny).sqrt()
         optimizer = torch.optim.LBFGS(
             weights,
@@ -200,15 +203,10 @@ def _fit(layer: Factored, moments: _Moments) -> Tensor:
     return composed(layer, weights).detach()
 
 
-def _fit_linear(layer: FactoredLinear, moments: _Moments) -> Tensor:
+def _fit_linear(layer: FactoredLinear, xx_II: Tensor, yx_OI: Tensor) -> Tensor:
     """The best of its rank, in closed form: the least-squares fit, projected on its leading outputs (Izenman 1975)."""
-    held = RIDGE * moments.xx_gII.diagonal(dim1=1, dim2=2).mean()
-    now = composed(layer, [factor.weight.detach().double() for factor in (layer.first, layer.second)])
-    if not held:  # nothing flows in
-        return now
-    xx = moments.xx_gII[0] + held * torch.eye(layer.in_features).to(moments.xx_gII)
-    W = torch.linalg.solve(xx, (moments.yx_gOI[0] + held * now[0]).mT).mT
-    U = torch.linalg.eigh(W @ xx @ W.mT).eigenvectors[:, -layer.rank :]
+    W = torch.linalg.solve(xx_II, yx_OI.mT).mT
+    U = torch.linalg.eigh(W @ xx_II @ W.mT).eigenvectors[:, -layer.rank :]
     with torch.no_grad():
         layer.first.weight.copy_(U.mT @ W)
         layer.second.weight.copy_(U)

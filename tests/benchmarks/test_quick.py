@@ -44,7 +44,8 @@ def test_leaves_table_and_provenance(folder: Path, name: str) -> None:
     for target in origin["targets"]:
         kept = target["measured"] >= target["bound"] if target["at_least"] else target["measured"] <= target["bound"]
         assert target["met"] == kept
-        assert f"Target {'met' if kept else 'MISSED'}: {target['what']}: " in text
+        assert text.count(f"Target {'met' if kept else 'MISSED'}: {target['what']}: ") == 1
+    assert text.count("Target ") == len(origin["targets"])
 
 
 def test_every_way_gives_the_same_curves(folder: Path) -> None:
