@@ -26,7 +26,7 @@ on_nets = $(foreach net,lenet5 resnet20 vgg19_half,$(foreach grid,$(1),[table1_$
 GRIDS_table1 := $(call on_nets,table1 table1_own)
 # Grids that search or train: hours. `reproduce-` takes the committed records for them, `make search-table1` and
 # `make train-svd` run them.
-TRAININGS_table1 := $(call on_nets,table1_threshold table1_search table1_fine_tuning table1_fine_tuning_search table1_training table1_svd_training) \
+TRAININGS_table1 := $(call on_nets,table1_threshold table1_search table1_fine_tuning table1_fine_tuning_joint table1_fine_tuning_search table1_training table1_svd_training) \
     [table1_lenet5,table1_scratch] [table1_lenet5,table1_scratch_svd]
 GRIDS_table2 := $(foreach nets,table2 table2_resnet20,$(nets)_baseline $(nets) $(nets)_verified)
 # As those of Table 1: what is quick is run, and the committed records stand for the rest, hours on a processor.
@@ -46,10 +46,10 @@ TRAININGS_table6 := figure4_aimet figure4_sensitivity
 RECORDS_table6 := figure4
 GRIDS_table7 := table7 table7_leakage
 GRIDS_table8 := table8 table8_untrained table8_selection
-GRIDS_table9 := table9 table9_effort table9_refit table9_interaction table9_decomposers
+GRIDS_table9 := table9 table9_expansion table9_effort table9_decomposers
 GRIDS_figure1 := $(GRIDS_table2)
-GRIDS_figure4 := figure4 figure4_thorough figure4_refitted figure4_rivals figure4_truncation figure4_energy figure4_alds \
-    figure4_nets figure4_nets_rivals figure4_lossless
+GRIDS_figure4 := figure4 figure4_refitted figure4_rivals figure4_truncation figure4_energy figure4_alds \
+    figure4_nets figure4_nets_rivals figure4_lossless figure4_lossless_nets
 # In an environment of its own (`make rivals`), or of many minutes a run: the committed records stand for them, as for
 # the trainings.
 TRAININGS_figure4 := figure4_aimet figure4_sensitivity

@@ -26,12 +26,10 @@ SELECTORS = {
     "sensitivity": (frame.SELECTORS["sensitivity"], "#009E73", "P"),
     "knapsack": (frame.SELECTORS["knapsack"], "#0072B2", "o"),
     "knapsack, refitted": ("knapsack (BALF), refitted as ours", "#332288", "x"),
-    "joint, thorough": ("joint, ours, thorough", "#F0A070", "*"),
     "joint, verified": ("joint, ours, loss verified", "#D55E00", "p"),
     "joint": (frame.SELECTORS["joint"], "#D55E00", "X"),
 }
-THOROUGH = {"algorithm.step": 0.1, "algorithm.samples": 2000, "algorithm.refit": 1000}
-REFITTED = ("joint", "joint, thorough", "joint, verified", "knapsack, refitted")
+REFITTED = ("joint", "joint, verified", "knapsack, refitted")
 TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
 SHARES = {"params_kept": "parameters kept (%)", "macs_kept": "MACs kept (%)"}
 DEEPEST = 0.2  # below the dense accuracy: where the panels end; the table has it all
@@ -130,8 +128,6 @@ def _selector(variant: str, settings: dict[str, Any]) -> str:
         return "truncation, energy"
     if variant == "joint" and settings.get("algorithm.max_loss_increase") is not None:
         return "joint, verified"
-    if variant == "joint" and all(settings.get(key) == value for key, value in THOROUGH.items()):
-        return "joint, thorough"
     return variant if variant in SELECTORS else variant.partition(",")[0]
 
 

@@ -22,12 +22,12 @@ from spectrim.objective import Objective
 class GateGradients(NamedTuple):
     """Of one layer, float32 on the CPU: rows are samples, columns its components. Shape (N, R) each.
 
-    ``given``: of the loss for the given targets, whose mean is the first order. ``drawn``: of a random direction in the
-    space of the scores (``losses.fisher_direction``), J with ``F = J^T J / N`` the Fisher information of cross-entropy
-    (Amari 1998; Kunstner et al., arXiv 1905.12558, on why not the given targets); the given ones serve where the
-    outputs are not class scores. Of a language model a row adds up over the tokens of its sequence, each with a
-    direction of its own: what two of them have in common is zero in expectation, so the rows are scaled for ``F`` to be
-    that of the mean over tokens.
+    ``given``: of the loss for the given targets, whose mean is the first order; no rows where that is not asked for.
+    ``drawn``: of a random direction in the space of the scores (``losses.fisher_direction``), J with ``F = J^T J / N``
+    the Fisher information of cross-entropy (Amari 1998; Kunstner et al., arXiv 1905.12558, on why not the given
+    targets); the given ones serve where the outputs are not class scores. Of a language model a row adds up over the
+    tokens of its sequence, each with a direction of its own: what two of them have in common is zero in expectation, so
+    the rows are scaled for ``F`` to be that of the mean over tokens.
     """
 
     given: Tensor
@@ -41,6 +41,7 @@ def gate_gradients(
     samples: int,
     split: str = "calibration",
     seed: int = 0,
+    first_order: bool = True,
 ) -> dict[str, GateGradients]:
     """The gates of the factored ``layers`` of ``model``, over whole batches until ``samples`` are reached.
 
@@ -59,14 +60,15 @@ def gate_gradients(
             count = sample_count(targets)
             outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
             _each_once(between, layers)
-            given = _rows(objective.finite_loss(outputs, targets, split) * count, between, blocks, count, keep=True)
-            drawn, scores = given, _scores(objective, outputs, targets)
+            loss, scores = objective.finite_loss(outputs, targets, split) * count, _scores(objective, outputs, targets)
+            given = drawn = _rows(loss, between, blocks, count, keep=True) if first_order or scores is None else {}
             if scores is not None:
                 along = (scores * fisher_direction(scores, generator)).sum() * math.sqrt(count / len(scores))
                 drawn = _rows(along, between, blocks, count)
             for name in layers:
-                rank = modules[name].rank
-                parts[name].append(GateGradients(*(_of_gates(part[name], rank) for part in (given, drawn))))
+                own = _of_gates(drawn[name], modules[name].rank)
+                first = _of_gates(given[name], modules[name].rank) if first_order else own[:0]
+                parts[name].append(GateGradients(first, own))
             between.clear()
     return {name: GateGradients(*(torch.cat(rows) for rows in zip(*own, strict=True))) for name, own in parts.items()}
 

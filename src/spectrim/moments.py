@@ -41,10 +41,13 @@ def input_moments(
     return {name: {form: one.mean() for form, one in own.items()} for name, own in gathered.items()}
 
 
+Positions = tuple[Tensor, ...]  # of what a convolution puts out: indices of sample, row and column
+
+
 class Rows:
     """Inputs and outputs of a layer as rows of numbers, shape (g, rows, I) and (g, rows, O), one row a position.
 
-    The x of a convolution are what the first factor of the given form sees.
+    The x of a convolution are what the first factor of the given form sees; ``at``: of some positions alone.
     """
 
     def __init__(self, layer: nn.Module, form: str) -> None:
@@ -53,30 +56,38 @@ class Rows:
             size = layer.weight[0].numel() // (layer.kernel_size[0] if form == "spatial" else 1)
             self.first = cast(nn.Conv2d, shaped_like(without_weights(layer), size, form).first)
 
-    def inputs(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def inputs(self, x: Tensor, mask: Tensor | None = None, at: Positions | None = None) -> Tensor:
         """The rows of inputs ``x``; of a Linear without the positions that ``mask`` calls padding."""
         if self.first is None:
             return self.outputs(x, mask)
-        return _patches(self.first, x).unflatten(0, (self.groups, -1)).mT
+        patches = _patches(self.first, x)
+        if at is not None:
+            return self._grouped(patches.permute(0, 2, 3, 1, 4, 5)[at])
+        rows = patches.permute(1, 4, 5, 0, 2, 3).reshape(patches[0, :, 0, 0].numel(), -1)  # in the order of the weight
+        return rows.unflatten(0, (self.groups, -1)).mT
 
-    def outputs(self, y: Tensor, mask: Tensor | None = None) -> Tensor:
+    def outputs(self, y: Tensor, mask: Tensor | None = None, at: Positions | None = None) -> Tensor:
         """The rows of outputs ``y``, likewise."""
+        if at is not None:
+            return self._grouped(y.permute(0, 2, 3, 1)[at])
         if self.first is not None:
             return y.transpose(0, 1).reshape(self.groups, y.shape[1] // self.groups, -1).transpose(1, 2)
         if mask is not None and mask.shape == y.shape[:-1]:
             y = y[mask.bool()]
         return y.reshape(1, -1, y.shape[-1])
 
+    def _grouped(self, rows: Tensor) -> Tensor:
+        return rows.reshape(len(rows), self.groups, -1).transpose(0, 1)
+
 
 def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """What the kernel of ``layer`` sees at each position: (N, C, H, W) to (C * kh * kw, N * positions)."""
+    """What the kernel of ``layer`` sees at each position, a view: (N, C, rows, columns, kh, kw)."""
     around = layer._reversed_padding_repeated_twice  # left, right, top, bottom, in whatever form it was given
     if any(around):
         x = F.pad(x, list(around), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     for axis, size, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation, strict=True):
         x = x.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
-    N, C, H, W, kh, kw = x.shape
-    return x.permute(1, 4, 5, 0, 2, 3).reshape(C * kh * kw, N * H * W)  # one copy, in the order of the weight
+    return x
 
 
 def mask_of(inputs: Inputs) -> Tensor | None:

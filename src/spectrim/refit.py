@@ -1,5 +1,6 @@
 """Factors fitted once more, by least squares, to what the dense layers put out. No labels are used."""
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from spectrim.batchnorm import norms_of
 from spectrim.errors import UserError
 from spectrim.layers import Factored, FactoredConv2d, FactoredLinear, TuckerConv2d, composed, factors_of
 from spectrim.lockstep import Lockstep
-from spectrim.moments import Rows, mask_of
+from spectrim.moments import Positions, Rows, mask_of
 from spectrim.objective import Objective
 
 RIDGE = 1e-3  # of the mean second moment of an input: how much a change of the weight itself is held against a fit
 ITERATIONS = 60
+POSITIONS = 32768  # of a convolution, drawn from those of all samples: what lies beside one another is much the same
 
 
 def refit(
@@ -154,12 +156,26 @@ def _moments(dense: nn.Linear | nn.Conv2d, flows: _Flows) -> _Moments:
     rows = Rows(dense, "channel" if isinstance(dense, nn.Conv2d) else "linear")
     sums: list[Tensor] = []
     count = 0
-    for x, y, mask in zip(flows.x, flows.y, flows.masks, strict=True):
-        x, y = rows.inputs(x, mask), rows.outputs(y, mask)
+    drawn = _positions(flows.y) if isinstance(dense, nn.Conv2d) else [None] * len(flows.y)
+    for x, y, mask, at in zip(flows.x, flows.y, flows.masks, drawn, strict=True):
+        x, y = rows.inputs(x, mask, at), rows.outputs(y, mask, at)
         parts = [part.double() for part in (x.mT @ x, y.mT @ x, x.sum(1), y.sum(1))]
         sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
         count += x.shape[1]
     return _Moments(*(total / max(count, 1) for total in sums))
+
+
+def _positions(outputs: Sequence[Tensor]) -> list[Positions | None]:
+    """Of each batch the positions to be fitted, ``POSITIONS`` in all and as many a sample; None: every one."""
+    part = POSITIONS / sum(y[:, 0].numel() for y in outputs)
+    if part >= 1:
+        return [None] * len(outputs)
+    generator, drawn = torch.Generator().manual_seed(0), list[Positions | None]()
+    for y in outputs:
+        size = y[:, 0].shape
+        chosen = torch.randperm(size.numel(), generator=generator)[: math.ceil(part * size.numel())]
+        drawn.append(torch.unravel_index(chosen.to(y.device), size))
+    return drawn
 
 
 def _fit(layer: Factored, moments: _Moments) -> Tensor:
@@ -189,12 +205,12 @@ def _fit(layer: Factored, moments: _Moments) -> Tensor:
         )
 
         def error() -> Tensor:
-            """``E ||y - W x||^2`` and the ridge, but for what no weight changes."""
+            """``E ||y - W x||^2`` and the ridge, but for what no weight changes; one product gives the gradient too."""
             optimizer.zero_grad()
             W = composed(layer, weights)
-            value = scale * ((W @ xx - 2 * yx) * W).sum()
-            value.backward()
-            return value
+            Wxx = W.detach() @ xx
+            W.backward(2 * scale * (Wxx - yx))
+            return scale * ((Wxx - 2 * yx) * W.detach()).sum()
 
         optimizer.step(error)
     with torch.no_grad():

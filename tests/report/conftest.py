@@ -304,7 +304,7 @@ def table9() -> list[Record]:
         ({"refit": 0, "significance": 0}, "whitened_spatial", 0.03),
         ({}, "svd_spatial", 0.005),
     ]
-    whole = {"refit": 250, "significance": None, "step": 0.5, "samples": 500}
+    whole = {"refit": 500, "significance": None, "interaction": 0, "step": 0.5, "samples": 250}
     return [
         make(
             algorithm="joint",

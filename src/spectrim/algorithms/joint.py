@@ -39,12 +39,13 @@ class Joint:
     no gradient comes from, at most this much above the dense model's, and that with certainty: the mean change over
     the samples and two standard errors of it. The more samples are there, the more can be taken away.
 
-    Of the first order only what is certain is believed: each slope is shrunk by its standard error over the samples
-    (``significant``). ``significance``: how many standard errors count as chance; null: as many as the largest of so
-    many gates reaches by chance alone; 0: every slope is believed as it is. ``refit``: the calibration samples by which
-    the factors that are left are fitted to the outputs of the dense layers (``refit.refit``); 0: they stay as cut.
-    ``interaction``, in [0, 1]: the part of what removed components do to one another that is believed. It is measured
-    as well as there are samples for each component; of a language model, with a thousandth of that, take 0.
+    ``refit``: the calibration samples by which the factors that are left are fitted to the outputs of the dense layers
+    (``refit.refit``); 0: they stay as cut.
+
+    Two parts of the expansion are left out unless asked for, as measuring them takes more than some hundred samples
+    (Table 9). ``significance``: take the first order too, each slope shrunk by so many standard errors over the samples
+    (``significant``), 0: as it is. ``interaction``, in [0, 1]: the part of what removed components do to one another,
+    the entries of the Fisher information off its diagonal, that is believed.
     """
 
     params_kept: float | None = None
@@ -53,11 +54,11 @@ class Joint:
     max_loss_increase: float | None = None
     step: float = 0.5
     batch_size: int = 1
-    samples: int = 500
+    samples: int = 250
     significance: float | None = None
-    refit: int = 250
+    refit: int = 500
     seed: int = 0
-    interaction: float = 1.0
+    interaction: float = 0.0
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
@@ -134,18 +135,17 @@ class _Search:
 
     def _advance(self, point: _Point, share: float) -> _Point:
         """Linearise at ``point`` and remove until ``share`` of the dense cost is left."""
-        rows = self._linearised(point)
-        errors = self._errors(sum(len(kept) for kept in point.kept.values()))
-        layers = {}
-        for name, row in rows.items():
+        errors, layers = self.settings.significance, {}
+        for name, row in self._linearised(point).items():
             curve = self.costs.curves[name][: len(point.kept[name]) + 1]
-            layers[name] = Gated(row.drawn, significant(row.given, errors), curve, self.costs.dense[name])
+            slope = None if errors is None else significant(row.given, errors)
+            layers[name] = Gated(row.drawn, curve, self.costs.dense[name], slope)
         elsewhere = self.costs.total - sum(self.costs.dense.values())
         budget = share * self.costs.total - elsewhere
         removal = remove(layers, budget, interaction=self.settings.interaction)
         after = {name: point.kept[name][kept] for name, kept in removal.kept.items()}
         found = _Point(after, point.predicted + removal.predicted)
-        self.log.append({"share": self._share(found), "predicted": removal.predicted, "standard_errors": errors})
+        self.log.append({"share": self._share(found), "predicted": removal.predicted})
         return found
 
     def _linearised(self, point: _Point) -> dict[str, GateGradients]:
@@ -154,13 +154,14 @@ class _Search:
         With ``layers_at_once`` so many layers at a time are factored at full rank, which takes more than dense ones.
         """
         chosen, bench = self.settings, self.bench
+        first_order = chosen.significance is not None
         left = {name: Kept(tuple(kept.tolist()), bench.spectra[name].form) for name, kept in point.kept.items()}
         cut = {name for name, kept in point.kept.items() if len(kept) < bench.spectra[name].max_rank}
 
         def gates_of(block: Sequence[str], seen: Objective) -> dict[str, GateGradients]:
             plan = RankPlan.of({name: own for name, own in left.items() if name in cut or name in block})
             factored = surgery.apply(bench.model, plan, bench.spectra, shared=True)
-            return gate_gradients(factored, block, seen, chosen.samples, seed=chosen.seed)
+            return gate_gradients(factored, block, seen, chosen.samples, seed=chosen.seed, first_order=first_order)
 
         def gates() -> dict[str, GateGradients]:
             blocks, seen = bench.objective.blocks(list(left)), bench.objective
@@ -169,13 +170,8 @@ class _Search:
             return {name: own for block in blocks for name, own in gates_of(block, seen).items()}
 
         here = [*point.kept.values(), *bench.model.state_dict().values()]
-        key = (chosen.samples, chosen.seed, bench.decomposer)
+        key = (chosen.samples, chosen.seed, bench.decomposer, first_order)
         return bench.objective.memory.get(bench.model, "gates", lambda: (*key, content(here)), gates)
-
-    def _errors(self, gates: int) -> float:
-        """How many standard errors of a slope count as chance: the universal threshold of Donoho and Johnstone."""
-        chosen = self.settings.significance
-        return math.sqrt(2 * math.log(gates)) if chosen is None else chosen
 
     def _keep(self, point: _Point) -> dict[str, tuple[int, ...]]:
         """What pays: a layer whose components cost no less than the dense layer stays dense."""

@@ -20,22 +20,23 @@ GATES_A_LOOK = 8192
 class Gated:
     """One layer and its components still there, R of them.
 
-    ``J_NR``: per-sample gate gradients. ``slope_R``: first-order derivatives of the loss by the gates, as far as they
-    are trusted. ``costs``: what the layer costs with k components, k = 0..R, rising; ``dense``: what it costs dense,
-    which is what it is left as while its factors cost no less.
+    ``J_NR``: per-sample gate gradients. ``costs``: what the layer costs with k components, k = 0..R, rising; ``dense``:
+    what it costs dense, which is what it is left as while its factors cost no less. ``slope_R``: first-order
+    derivatives of the loss by the gates, as far as they are trusted; None: not at all.
     """
 
     J_NR: Tensor
-    slope_R: Tensor
     costs: Tensor
     dense: float
-    F_RR: Tensor = field(init=False)
+    slope_R: Tensor | None = None
+    alone_R: Tensor = field(init=False)
     there: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.J_NR = self.J_NR.double()
-        self.F_RR = self.J_NR.T @ self.J_NR / len(self.J_NR)
-        self.slope_R = self.slope_R.double()
+        self.alone_R = self.J_NR.square().mean(0) / 2
+        if self.slope_R is not None:
+            self.alone_R -= self.slope_R
         self.there = torch.ones(self.J_NR.shape[1], dtype=torch.bool)
 
     @property
@@ -70,7 +71,7 @@ class Removal(NamedTuple):
 
 
 def remove(
-    layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_once: int = 0, interaction: float = 1.0
+    layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_once: int = 0, interaction: float = 0.0
 ) -> Removal:
     """Remove components, the cheapest first, until the layers together cost no more than ``budget``.
 
@@ -120,8 +121,9 @@ class _State:
 
     def changes(self, layer: Gated) -> Tensor:
         """Predicted change by removing each component next; infinite for those already gone. Shape (R,)."""
-        together = self.interaction * (layer.J_NR.T @ self.Jd_N / self.count)
-        change = -layer.slope_R - together + layer.F_RR.diagonal() / 2
+        change = layer.alone_R
+        if self.interaction:
+            change = change - self.interaction * (layer.J_NR.T @ self.Jd_N / self.count)
         return torch.where(layer.there, change, math.inf)
 
     def best_single(self) -> tuple[str, Move]:
@@ -165,12 +167,14 @@ class _State:
         """The removal of the lowest price that makes a dense layer cheaper."""
         layer = self.layers[name]
         change, total, best = self.changes(layer), 0.0, NOTHING
+        F_RR = layer.J_NR.T @ layer.J_NR / self.count if self.interaction else None
         order: list[int] = []
         for k in range(layer.rank - 1, 0, -1):
             i = int(change.argmin())
             total += float(change[i])
             order.append(i)
-            change += self.interaction * layer.F_RR[:, i]  # d_i = -1 turns -F d up by F_i
+            if F_RR is not None:
+                change += self.interaction * F_RR[:, i]  # d_i = -1 turns -F d up by F_i
             change[i] = math.inf
             saved = layer.dense - float(layer.costs[k])
             if saved > 0 and total / saved < best.price:
