@@ -94,11 +94,27 @@ def test_drawn_directions_give_the_fisher_information_and_are_seeded() -> None:
     assert again.drawn.equal(rows["fc"].drawn)
 
 
+def test_without_the_first_order_one_backward_pass_less_gives_the_same_directions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, _ = factored(Net().eval())
+    passes, grad, data = [], torch.autograd.grad, Objective(F.cross_entropy, {"calibration": batches()})
+    monkeypatch.setattr(torch.autograd, "grad", lambda *given, **how: passes.append(1) or grad(*given, **how))
+    both = gate_gradients(model, ["conv", "fc"], data, samples=6)
+    assert len(passes) == 2 * 2
+    alone = gate_gradients(model, ["conv", "fc"], data, samples=6, first_order=False)
+    assert len(passes) == 2 * 2 + 2
+    for name, own in alone.items():
+        assert own.drawn.equal(both[name].drawn) and own.given.shape == (0, own.drawn.shape[1])
+
+
 def test_a_loss_without_classes_takes_the_given_targets() -> None:
     model, _ = factored(Net().eval())
     data = [(x, torch.randn(3, 3)) for x, _ in batches()]
     rows = gate_gradients(model, ["fc"], Objective(F.mse_loss, {"calibration": data}), samples=6)["fc"]
     assert rows.drawn.equal(rows.given)
+    alone = gate_gradients(model, ["fc"], Objective(F.mse_loss, {"calibration": data}), samples=6, first_order=False)
+    assert alone["fc"].drawn.equal(rows.drawn) and not len(alone["fc"].given)
 
 
 def test_frozen_models_positions_and_the_number_of_samples() -> None:

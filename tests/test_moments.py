@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spectrim.decomposers.matrix import to_matrix
 from spectrim.errors import UserError
-from spectrim.moments import input_moments
+from spectrim.moments import Rows, input_moments
 from spectrim.objective import Objective
 
 CONVOLUTIONS = [
@@ -61,6 +61,17 @@ def test_of_rows_in_the_spatial_form() -> None:
     moment = moment_of(Probe(layer), "spatial", objective(x), samples=2)
     rows = F.unfold(x, (1, 3), padding=(0, 1)).transpose(1, 2).reshape(-1, 12).double()
     torch.testing.assert_close(moment, (rows.T @ rows / len(rows)).unsqueeze(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layer", CONVOLUTIONS, ids=str)
+def test_rows_of_some_positions_are_those_of_all_at_them(layer: Any) -> None:
+    x = torch.randn(5, 4, 6, 6, dtype=torch.float64)
+    y = layer.double()(x).detach()
+    rows, size = Rows(layer, "channel"), y[:, 0].shape
+    chosen = torch.randperm(size.numel())[:40]
+    at = torch.unravel_index(chosen, size)
+    assert rows.inputs(x, at=at).equal(rows.inputs(x)[:, chosen])
+    assert rows.outputs(y, at=at).equal(rows.outputs(y)[:, chosen])
 
 
 def test_several_forms_of_a_layer_are_gathered_in_one_pass() -> None:

@@ -106,6 +106,22 @@ def test_outputs_come_nearer_to_the_dense_ones(dense: Net, make: Make) -> None:
     assert not hooks and not model.training and data.read["calibration"] == 120
 
 
+@pytest.mark.parametrize("positions", [1000, 500])
+def test_a_part_of_the_positions_of_a_convolution_serves(
+    dense: Net, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 1,440 that 120 images have."""
+    data = objective()
+    x = torch.cat([x for x, _ in data.splits["calibration"]])
+    whole, some = (cut(dense, FORMS["spatial"], rank=2) for _ in range(2))
+    before = (whole(x) - dense(x)).square().mean()
+    refit(whole, dense, data, samples=120)
+    monkeypatch.setattr("spectrim.refit.POSITIONS", positions)
+    refit(some, dense, data, samples=120)
+    assert not torch.equal(some(x), whole(x))
+    assert (some(x) - dense(x)).square().mean() < 0.8 * before
+
+
 def test_a_linear_reaches_the_best_of_its_rank() -> None:
     """Reduced-rank regression has a closed form: the SVD of the least-squares fit, in the metric of the inputs."""
     dense = nn.Sequential(nn.Linear(7, 5)).eval()

@@ -100,6 +100,16 @@ def test_a_slope_counts_as_far_as_it_is_certain() -> None:
     assert significant(torch.zeros(4, 2), chance).tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("more", [{"significance": 0.0}, {"interaction": 1.0}, {"significance": 4.0}])
+def test_the_rest_of_the_expansion_is_taken_where_asked_for(trained: Any, more: dict) -> None:
+    net, objective = trained
+    usual, other = (
+        Joint(params_kept=0.5, samples=200, refit=0, **own).compress(net, SVD(), objective) for own in ({}, more)
+    )
+    assert (other.log[0]["predicted"] != usual.log[0]["predicted"]) == (more != {"significance": 4.0})
+    assert usual.log[0]["predicted"] > 0
+
+
 def test_refit_lowers_the_loss_and_changes_no_choice(trained: Any) -> None:
     net, objective = trained
     cut, fitted = (

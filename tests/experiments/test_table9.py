@@ -20,8 +20,8 @@ def test_rows_are_the_whole_then_what_is_left_out(script: Script, recorded: Path
         "joint selection, whole",
         "no refit",
         "plain SVD, spatial view",
-        "the first order believed as it is",
-        "no refit; the first order believed as it is",
+        "the first order as it is",
+        "no refit; the first order as it is",
     ]
     assert rows["to_whole"].iloc[2:].tolist() == pytest.approx([0.02, 0.005, 0.01, 0.03])
     assert rows["to_whole_std"].iloc[2:].tolist() == pytest.approx([0, 0, 0, 0], abs=1e-9)

@@ -296,7 +296,7 @@ def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record
 
 
 def table9() -> list[Record]:
-    """Joint selection, whole and with less: each part that is left out costs some of the loss."""
+    """Joint selection, whole and otherwise: each other setting costs some of the loss."""
     variants = [
         ({}, "whitened_spatial", 0.0),
         ({"refit": 0}, "whitened_spatial", 0.02),
