@@ -26,7 +26,7 @@ on_nets = $(foreach net,lenet5 resnet20 vgg19_half,$(foreach grid,$(1),[table1_$
 GRIDS_table1 := $(call on_nets,table1 table1_own)
 # Grids that search or train: hours. `reproduce-` takes the committed records for them, `make search-table1` and
 # `make train-svd` run them.
-TRAININGS_table1 := $(call on_nets,table1_threshold table1_search table1_fine_tuning table1_fine_tuning_joint table1_fine_tuning_search table1_training table1_svd_training) \
+TRAININGS_table1 := $(call on_nets,table1_threshold table1_search table1_fine_tuning table1_fine_tuning_search table1_training table1_svd_training) \
     [table1_lenet5,table1_scratch] [table1_lenet5,table1_scratch_svd]
 GRIDS_table2 := $(foreach nets,table2 table2_resnet20,$(nets)_baseline $(nets) $(nets)_verified)
 # As those of Table 1: what is quick is run, and the committed records stand for the rest, hours on a processor.
