@@ -100,6 +100,18 @@ def test_a_slope_counts_as_far_as_it_is_certain() -> None:
     assert significant(torch.zeros(4, 2), chance).tolist() == [0, 0]
 
 
+def test_labels_change_nothing(trained: Any) -> None:
+    net, objective = trained
+    others = [(x, (y + 1 + torch.randint(4, y.shape)) % 5) for x, y in objective.splits["calibration"]]
+    right, wrong = (
+        Joint(params_kept=0.4, samples=200, refit=100).compress(net, WhitenedSVD(), Objective(F.cross_entropy, splits))
+        for splits in (objective.splits, {"calibration": others})
+    )
+    assert right.plan == wrong.plan
+    x = others[0][0]
+    assert right.model(x).equal(wrong.model(x))
+
+
 @pytest.mark.parametrize("more", [{"significance": 0.0}, {"interaction": 1.0}, {"significance": 4.0}])
 def test_the_rest_of_the_expansion_is_taken_where_asked_for(trained: Any, more: dict) -> None:
     net, objective = trained
