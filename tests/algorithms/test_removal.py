@@ -9,17 +9,17 @@ from torch import Tensor
 from spectrim.algorithms.removal import Gated, remove
 
 
-def gated(J: Tensor, slope: Tensor | None = None, unit: float = 3.0, dense: float | None = None) -> Gated:
-    """A layer whose components cost ``unit`` each."""
-    rank = J.shape[1]
-    costs = unit * torch.arange(rank + 1)
-    return Gated(J, costs, unit * rank if dense is None else dense, slope)
+def gated(J: Tensor, slope: Tensor | float = 0.0, unit: float = 3.0, dense: float | None = None) -> Gated:
+    """A layer whose components cost ``unit`` each and do to one another what J says."""
+    rank, J = J.shape[1], J.double()
+    alone = J.square().mean(0) / 2 - slope
+    return Gated(alone, unit * torch.arange(rank + 1), unit * rank if dense is None else dense, J)
 
 
 def change(layers: dict[str, Gated], kept: dict[str, Tensor]) -> float:
     """c^T d + |J d|^2 / 2N of the components that are gone, from the definition."""
     J = torch.cat([layer.J_NR for layer in layers.values()], 1)
-    slope = torch.cat([layer.slope_R for layer in layers.values()]).double()
+    slope = J.square().mean(0) / 2 - torch.cat([layer.alone_R for layer in layers.values()])
     parts = []
     for name, layer in layers.items():
         d = -torch.ones(layer.J_NR.shape[1], dtype=torch.float64)
@@ -33,7 +33,7 @@ def test_predicted_change_is_that_of_the_quadratic_for_all_layers_together() -> 
     layers = {
         n: gated(torch.randn(20, r), 0.1 * torch.randn(r), dense=dense) for n, r, dense in (("a", 9, 20), ("b", 6, 99))
     }
-    removal = remove(layers, budget=12, interaction=1.0)
+    removal = remove(layers, budget=12)
     assert removal.predicted == pytest.approx(change(layers, removal.kept))
 
 
@@ -44,7 +44,7 @@ def test_one_removal_at_a_time_is_the_best_of_all() -> None:
         candidates = []
         for name, i in itertools.product(layers, range(4)):
             candidates.append(change(layers, everything | {name: torch.tensor([k for k in range(4) if k != i])}))
-        assert remove(layers, budget=21, interaction=1.0).predicted == pytest.approx(min(candidates))
+        assert remove(layers, budget=21).predicted == pytest.approx(min(candidates))
 
 
 def test_components_that_undo_each_other_go_together() -> None:
@@ -54,7 +54,7 @@ def test_components_that_undo_each_other_go_together() -> None:
     b = gated(torch.cat([-effect, 0.9 * torch.randn(30, 1)], 1), dense=7.0)
     a.alone_R *= 0  # decide by the interaction alone
     b.alone_R *= 0
-    removal = remove({"a": a, "b": b}, budget=6, interaction=1.0)
+    removal = remove({"a": a, "b": b}, budget=6)
     assert [kept.tolist() for kept in removal.kept.values()] == [[1], [1]]
 
 
@@ -90,7 +90,7 @@ def test_prices_count_what_is_saved() -> None:
 @pytest.mark.parametrize("budget", [60.0, 31.0, 6.0])
 def test_several_at_once_are_predicted_as_exactly_and_meet_the_budget_as_closely(budget: float) -> None:
     layers = {n: gated(torch.randn(30, 12), 0.1 * torch.randn(12), dense=d) for n, d in (("a", 99.0), ("b", 30.0))}
-    removal = remove(layers, budget, at_once=5, interaction=1.0)
+    removal = remove(layers, budget, at_once=5)
     assert removal.predicted == pytest.approx(change(layers, removal.kept))
     left = sum(min(3.0 * len(kept), layers[name].dense) for name, kept in removal.kept.items())
     assert budget - 3 < left <= budget or left < budget == 31  # the block of b saves more than one component
@@ -100,7 +100,7 @@ def test_several_at_once_are_those_that_go_one_by_one_where_they_do_not_meet() -
     """Components whose effects are orthogonal do not change one another's price."""
     J = torch.eye(20) * torch.rand(20).sqrt()
     one, several = (
-        remove({"a": gated(J[:, :10], dense=99.0), "b": gated(J[:, 10:], dense=99.0)}, 24.0, 50, count, 1.0).kept
+        remove({"a": gated(J[:, :10], dense=99.0), "b": gated(J[:, 10:], dense=99.0)}, 24.0, at_once=count).kept
         for count in (1, 4)
     )
     assert all(torch.equal(one[name], several[name]) for name in one)
@@ -110,7 +110,9 @@ def test_without_interaction_every_component_has_its_own_price_alone() -> None:
     """More components than samples: what they seem to do together is chance, and is not looked at."""
     J = torch.randn(3, 40) * torch.linspace(2, 0.1, 40)
     for at_once in (1, 7):
-        removal = remove({"a": gated(J, dense=200.0)}, budget=30.0, at_once=at_once)
+        layer = gated(J, dense=200.0)
+        layer.J_NR = None
+        removal = remove({"a": layer}, budget=30.0, at_once=at_once)
         alone = J.double().square().mean(0) / 2
         assert removal.kept["a"].tolist() == alone.topk(10).indices.sort().values.tolist()
         assert removal.predicted == pytest.approx(float(alone.sum() - alone.topk(10).values.sum()))

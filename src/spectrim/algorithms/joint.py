@@ -138,11 +138,15 @@ class _Search:
         errors, layers = self.settings.significance, {}
         for name, row in self._linearised(point).items():
             curve = self.costs.curves[name][: len(point.kept[name]) + 1]
-            slope = None if errors is None else significant(row.given, errors)
-            layers[name] = Gated(row.drawn, curve, self.costs.dense[name], slope)
+            J_NR = row.drawn.double()
+            alone = J_NR.square().mean(0) / 2
+            if errors is not None:
+                alone -= significant(row.given, errors)
+            together = self.settings.interaction**0.5 * J_NR if self.settings.interaction else None
+            layers[name] = Gated(alone, curve, self.costs.dense[name], together)
         elsewhere = self.costs.total - sum(self.costs.dense.values())
         budget = share * self.costs.total - elsewhere
-        removal = remove(layers, budget, interaction=self.settings.interaction)
+        removal = remove(layers, budget)
         after = {name: point.kept[name][kept] for name, kept in removal.kept.items()}
         found = _Point(after, point.predicted + removal.predicted)
         self.log.append({"share": self._share(found), "predicted": removal.predicted})

@@ -1,7 +1,8 @@
 """Greedy removal of components over all layers together, by predicted change of the loss per saved cost.
 
 The prediction for a set of removed components d (entries 0 or -1) is ``c^T d + d^T F d / 2`` with the slope c and the
-Fisher information ``F = J^T J / N``, which is never formed over layers: what it does to d is ``J^T (J d) / N``.
+Fisher information ``F = J^T J / N``, which is never formed over layers: what it does to d is ``J^T (J d) / N``. Without
+what components do to one another, that is of F the diagonal alone, each has a price of its own.
 """
 
 import math
@@ -20,24 +21,19 @@ GATES_A_LOOK = 8192
 class Gated:
     """One layer and its components still there, R of them.
 
-    ``J_NR``: per-sample gate gradients. ``costs``: what the layer costs with k components, k = 0..R, rising; ``dense``:
-    what it costs dense, which is what it is left as while its factors cost no less. ``slope_R``: first-order
-    derivatives of the loss by the gates, as far as they are trusted; None: not at all.
+    ``alone_R``: the predicted change by removing each alone. ``costs``: what the layer costs with k components, k =
+    0..R, rising; ``dense``: what it costs dense, which is what it is left as while its factors cost no less. ``J_NR``:
+    per-sample gate gradients, by which the removed change what the others do; None: they do not, in any layer.
     """
 
-    J_NR: Tensor
+    alone_R: Tensor
     costs: Tensor
     dense: float
-    slope_R: Tensor | None = None
-    alone_R: Tensor = field(init=False)
+    J_NR: Tensor | None = None
     there: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.J_NR = self.J_NR.double()
-        self.alone_R = self.J_NR.square().mean(0) / 2
-        if self.slope_R is not None:
-            self.alone_R -= self.slope_R
-        self.there = torch.ones(self.J_NR.shape[1], dtype=torch.bool)
+        self.there = torch.ones(len(self.alone_R), dtype=torch.bool)
 
     @property
     def rank(self) -> int:
@@ -70,9 +66,7 @@ class Removal(NamedTuple):
     predicted: float
 
 
-def remove(
-    layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_once: int = 0, interaction: float = 0.0
-) -> Removal:
+def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_once: int = 0) -> Removal:
     """Remove components, the cheapest first, until the layers together cost no more than ``budget``.
 
     A factored layer gives up one component at a time. A dense layer gets nothing cheaper until enough of its components
@@ -80,9 +74,8 @@ def remove(
     Every layer keeps at least one component. ``refresh``: moves between two looks at the blocks of all dense layers;
     the one that is about to be made is always looked at anew. ``at_once``: components of factored layers, the cheapest,
     that go between two looks at what the others cost; 0: one in each ``GATES_A_LOOK`` gates, at least one.
-    ``interaction``: the factor of the entries of F off its diagonal, what components do to one another.
     """
-    state, moves = _State(layers, interaction), 0
+    state, moves = _State(layers), 0
     at_once = at_once or max(1, sum(layer.rank for layer in layers.values()) // GATES_A_LOOK)
     blocks: dict[str, Move] = {}
     while state.cost() > budget:
@@ -110,11 +103,10 @@ def remove(
 class _State:
     """The layers, and ``J d`` of all that was removed so far."""
 
-    def __init__(self, layers: Mapping[str, Gated], interaction: float) -> None:
-        self.layers, self.interaction = layers, interaction
-        self.count = len(next(iter(layers.values())).J_NR)
-        self.Jd_N = torch.zeros(self.count, dtype=torch.float64)
-        self.predicted = 0.0
+    def __init__(self, layers: Mapping[str, Gated]) -> None:
+        self.layers, self.predicted = layers, 0.0
+        J_NR = next(iter(layers.values())).J_NR
+        self.Jd_N = torch.zeros(0 if J_NR is None else len(J_NR), dtype=torch.float64)
 
     def cost(self) -> float:
         return sum(layer.cost for layer in self.layers.values())
@@ -122,8 +114,8 @@ class _State:
     def changes(self, layer: Gated) -> Tensor:
         """Predicted change by removing each component next; infinite for those already gone. Shape (R,)."""
         change = layer.alone_R
-        if self.interaction:
-            change = change - self.interaction * (layer.J_NR.T @ self.Jd_N / self.count)
+        if layer.J_NR is not None:
+            change = change - layer.J_NR.T @ self.Jd_N / len(self.Jd_N)
         return torch.where(layer.there, change, math.inf)
 
     def best_single(self) -> tuple[str, Move]:
@@ -167,14 +159,14 @@ class _State:
         """The removal of the lowest price that makes a dense layer cheaper."""
         layer = self.layers[name]
         change, total, best = self.changes(layer), 0.0, NOTHING
-        F_RR = layer.J_NR.T @ layer.J_NR / self.count if self.interaction else None
+        F_RR = None if layer.J_NR is None else layer.J_NR.T @ layer.J_NR / len(layer.J_NR)
         order: list[int] = []
         for k in range(layer.rank - 1, 0, -1):
             i = int(change.argmin())
             total += float(change[i])
             order.append(i)
             if F_RR is not None:
-                change += self.interaction * F_RR[:, i]  # d_i = -1 turns -F d up by F_i
+                change += F_RR[:, i]  # d_i = -1 turns -F d up by F_i
             change[i] = math.inf
             saved = layer.dense - float(layer.costs[k])
             if saved > 0 and total / saved < best.price:
@@ -182,16 +174,20 @@ class _State:
         return best
 
     def make(self, name: str, move: Move) -> None:
-        layer = self.layers[name]
-        layer.there[move.components] = False
-        self.Jd_N -= layer.J_NR[:, move.components].sum(1)
+        self.layers[name].there[move.components] = False
+        self.Jd_N -= self.effect(name, move)
         self.predicted += move.change
+
+    def effect(self, name: str, move: Move) -> Tensor:
+        """``-J d`` of what is to be removed, as long as ``Jd_N``: of no sample where components do nothing to one another."""
+        J_NR = self.layers[name].J_NR
+        return self.Jd_N if J_NR is None else J_NR[:, move.components].sum(1)
 
     def make_all(self, moves: Sequence[tuple[str, Move]]) -> None:
         """Several of which each was looked at as if it were the only one: what two of them do together comes on top."""
         before, alone = self.Jd_N.clone(), 0.0
         for name, move in moves:
-            alone += float(self.layers[name].J_NR[:, move.components].sum(1).square().sum())
+            alone += float(self.effect(name, move).square().sum())
             self.make(name, move)
         together = float((self.Jd_N - before).square().sum()) - alone
-        self.predicted += self.interaction * together / (2 * self.count)
+        self.predicted += together / (2 * max(1, len(self.Jd_N)))
