@@ -179,7 +179,7 @@ class _State:
         self.predicted += move.change
 
     def effect(self, name: str, move: Move) -> Tensor:
-        """``-J d`` of what is to be removed, as long as ``Jd_N``: of no sample where components do nothing to one another."""
+        """``-J d`` of what is to be removed; of no samples where components do nothing to one another."""
         J_NR = self.layers[name].J_NR
         return self.Jd_N if J_NR is None else J_NR[:, move.components].sum(1)
 
