@@ -1,4 +1,4 @@
-"""Table 9: the whole first, then what is left out, each held against the run of the same seed."""
+"""Table 9: the default first, then what is different, each held against the run of the same seed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,29 +12,29 @@ from spectrim import records
 Script = Callable[[str], ModuleType]
 
 
-def test_rows_are_the_whole_then_what_is_left_out(script: Script, recorded: Path, tmp_path: Path) -> None:
+def test_rows_are_the_default_then_what_is_different(script: Script, recorded: Path, tmp_path: Path) -> None:
     assert script("table9").main(["--records", str(recorded), "--out", str(tmp_path)]) == 0
     rows = pd.read_csv(tmp_path / "tables" / "table9.csv").set_index("method")
     assert rows.index.tolist() == [
         "dense",
-        "joint selection, whole",
+        "joint selection, default",
         "no refit",
         "plain SVD, spatial view",
         "the first order as it is",
         "no refit; the first order as it is",
     ]
-    assert rows["to_whole"].iloc[2:].tolist() == pytest.approx([0.02, 0.005, 0.01, 0.03])
-    assert rows["to_whole_std"].iloc[2:].tolist() == pytest.approx([0, 0, 0, 0], abs=1e-9)
-    assert rows["to_whole"].iloc[:2].isna().all()
+    assert rows["to_default"].iloc[2:].tolist() == pytest.approx([0.02, 0.005, 0.01, 0.03])
+    assert rows["to_default_std"].iloc[2:].tolist() == pytest.approx([0, 0, 0, 0], abs=1e-9)
+    assert rows["to_default"].iloc[:2].isna().all()
     assert rows["change_test_loss_std"].iloc[2] == pytest.approx(0.001 / 2**0.5)
     assert set(rows["n"].iloc[1:]) == {"2 pairs"}
 
 
-def test_without_the_whole_there_is_nothing_to_hold_against(
+def test_without_the_default_there_is_nothing_to_hold_against(
     script: Script, factory: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for one in factory.table9():
         if one["config"]["algorithm"]["refit"] == 0:
             records.write(tmp_path / "records", one)
     assert script("table9").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 1
-    assert "hold no run of joint selection with every part as it is by default" in capsys.readouterr().err
+    assert "hold no run of joint selection with its default settings" in capsys.readouterr().err
