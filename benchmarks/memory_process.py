@@ -23,7 +23,7 @@ METHODS: dict[str, tuple[Algorithm, Decomposer]] = {
     "truncation": (Truncation(params_kept=0.8), SVD()),
     "truncation, whitened": (Truncation(params_kept=0.8), WHITENED),
     "lossless": (Lossless(gamma=0.3), SVD()),
-    "joint": (Joint(params_kept=0.8, samples=8, refit=0, interaction=0.0), WHITENED),
+    "joint": (Joint(params_kept=0.8, samples=8, refit=0), WHITENED),
 }
 
 
