@@ -49,10 +49,10 @@ GRIDS_table8 := table8 table8_untrained table8_selection
 GRIDS_table9 := table9 table9_expansion table9_effort table9_decomposers
 GRIDS_figure1 := $(GRIDS_table2)
 GRIDS_figure4 := figure4 figure4_refitted figure4_rivals figure4_truncation figure4_energy figure4_alds \
-    figure4_nets figure4_nets_rivals figure4_lossless figure4_lossless_nets
+    figure4_nets figure4_nets_rivals figure4_lossless
 # In an environment of its own (`make rivals`), or of many minutes a run: the committed records stand for them, as for
 # the trainings.
-TRAININGS_figure4 := figure4_aimet figure4_sensitivity
+TRAININGS_figure4 := figure4_aimet figure4_sensitivity figure4_lossless_nets
 GRIDS_figure5 := $(GRIDS_table5)
 TRAININGS_figure5 := $(TRAININGS_table5)
 GRIDS_figure6 := $(GRIDS_table1)
