@@ -63,7 +63,7 @@ class Rows:
         patches = _patches(self.first, x)
         if at is not None:
             return self._grouped(patches.permute(0, 2, 3, 1, 4, 5)[at])
-        rows = patches.permute(1, 4, 5, 0, 2, 3).reshape(patches[0, :, 0, 0].numel(), -1)  # in the order of the weight
+        rows = patches.permute(1, 4, 5, 0, 2, 3).flatten(3).flatten(0, 2)  # one copy, in the order of the weight
         return rows.unflatten(0, (self.groups, -1)).mT
 
     def outputs(self, y: Tensor, mask: Tensor | None = None, at: Positions | None = None) -> Tensor:
