@@ -22,7 +22,7 @@ DEEPEST = 0.2  # below the dense accuracy: where the panels end
 # Of each stage its cost, and what the axis is called.
 STAGES = {
     "cut alone": ("cpu_seconds", "CPU seconds (log scale)"),
-    "trained": ("read", "images read to select (log scale)"),
+    "trained": ("read", "images read (log scale)"),
 }
 COLUMNS = (
     Column("panel", "panel"),
