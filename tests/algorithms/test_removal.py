@@ -116,3 +116,31 @@ def test_without_interaction_every_component_has_its_own_price_alone() -> None:
         alone = J.double().square().mean(0) / 2
         assert removal.kept["a"].tolist() == alone.topk(10).indices.sort().values.tolist()
         assert removal.predicted == pytest.approx(float(alone.sum() - alone.topk(10).values.sum()))
+
+
+def test_what_a_block_saves_beyond_the_budget_is_put_back_dearest_first() -> None:
+    """The block leaves room for two components: of all that are gone the dearest, and the next."""
+    few = gated(torch.zeros(1, 6), -torch.tensor([1.0, 2.0, 4.0, 5.0, 50.0, 60.0]), dense=99.0)
+    block = gated(torch.zeros(1, 6), -3.5, dense=15.5)
+    few.J_NR = block.J_NR = None
+    removal = remove({"few": few, "block": block}, budget=20.5)  # 1, 2, 4 and then the block, of 5, leave 12
+    assert removal.kept["few"].tolist() == [2, 3, 4, 5]
+    assert len(removal.kept["block"]) == 2
+    assert removal.predicted == pytest.approx(1 + 2 + 4 * 3.5)
+
+
+def test_after_putting_back_nothing_fits_that_would_lower_the_predicted_change() -> None:
+    cut = 0
+    for seed in range(30):
+        torch.manual_seed(seed)
+        layers = {n: gated(torch.randn(12, 8), 0.2 * torch.randn(8), dense=d) for n, d in (("a", 99.0), ("b", 16.0))}
+        removal = remove(layers, budget=25)
+        assert removal.predicted == pytest.approx(change(layers, removal.kept))
+        room = 25 - sum(min(3.0 * len(kept), layers[name].dense) for name, kept in removal.kept.items())
+        cut += len(removal.kept["b"]) < 5
+        for name, kept in removal.kept.items():
+            if room >= 3 and 3.0 * len(kept) + 3 < layers[name].dense:
+                gone = set(range(8)) - set(kept.tolist())
+                returned = [removal.kept | {name: torch.tensor([*kept.tolist(), i])} for i in gone]
+                assert all(change(layers, other) >= removal.predicted - 1e-9 for other in returned)
+    assert cut > 0

@@ -71,7 +71,8 @@ def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_onc
 
     A factored layer gives up one component at a time. A dense layer gets nothing cheaper until enough of its components
     are gone: its move is the block of them with the lowest price, so that staying dense is weighed like anything else.
-    Every layer keeps at least one component. ``refresh``: moves between two looks at the blocks of all dense layers;
+    Every layer keeps at least one component. A block may save more than was left to save: what was removed before and
+    fits again is put back, the dearest first. ``refresh``: moves between two looks at the blocks of all dense layers;
     the one that is about to be made is always looked at anew. ``at_once``: components of factored layers, the cheapest,
     that go between two looks at what the others cost; 0: one in each ``GATES_A_LOOK`` gates, at least one.
     """
@@ -97,6 +98,7 @@ def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_onc
         else:
             state.make(name, move)
         moves += 1
+    state.put_back(budget)
     return Removal({name: layer.there.nonzero().flatten() for name, layer in layers.items()}, state.predicted)
 
 
@@ -173,9 +175,40 @@ class _State:
                 best = Move(list(order), total, total / saved)
         return best
 
-    def make(self, name: str, move: Move) -> None:
-        self.layers[name].there[move.components] = False
-        self.Jd_N -= self.effect(name, move)
+    def put_back(self, budget: float) -> None:
+        """Give factored layers back what lowers the predicted change most per cost, as long as it fits."""
+        while True:
+            name, move = self.best_return(budget - self.cost())
+            if move.price >= 0:
+                return
+            self.make(name, move, back=True)
+
+    def best_return(self, room: float) -> tuple[str, Move]:
+        """The removed component of a factored layer whose return, of at most ``room``, has the lowest price."""
+        best_name, best = "", NOTHING
+        for name, layer in self.layers.items():
+            k = layer.rank
+            if not layer.factored or k == len(layer.costs) - 1 or not layer.costs[k + 1] < layer.dense:
+                continue
+            cost = float(layer.costs[k + 1] - layer.costs[k])
+            change = self.returns(layer)
+            i = int(change.argmin())
+            price = float(change[i]) / cost
+            if cost <= room and price < best.price:
+                best_name, best = name, Move([i], float(change[i]), price)
+        return best_name, best
+
+    def returns(self, layer: Gated) -> Tensor:
+        """Predicted change by the return of each removed component; infinite for those still there. Shape (R,)."""
+        change = -layer.alone_R
+        if layer.J_NR is not None:
+            change = change + (layer.J_NR.T @ self.Jd_N + layer.J_NR.square().sum(0)) / len(self.Jd_N)
+        return torch.where(layer.there, math.inf, change)
+
+    def make(self, name: str, move: Move, back: bool = False) -> None:
+        self.layers[name].there[move.components] = back
+        effect = self.effect(name, move)
+        self.Jd_N += effect if back else -effect
         self.predicted += move.change
 
     def effect(self, name: str, move: Move) -> Tensor:
