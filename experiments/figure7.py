@@ -76,7 +76,7 @@ def build(options: Options) -> list[Path]:
 def _points(record: Record) -> list[dict[str, Any]]:
     settings = record["config"]["algorithm"]
     kind = str(settings["_target_"]).rpartition(".")[2]
-    if kind not in ALGORITHMS or settings.get("refit"):  # which changes no rank: those of the same cut are drawn
+    if kind not in ALGORITHMS or _varied(settings):
         return []
     known = ALGORITHMS[kind]
     asked = settings.get("params_kept")
@@ -91,6 +91,11 @@ def _points(record: Record) -> list[dict[str, Any]]:
         "calibration_seed": record["calibration_seed"],
     }
     return [about | own for layer in record["layers"] for own in _layer(layer)]
+
+
+def _varied(settings: dict[str, Any]) -> bool:
+    """Joint selection with a refit, which changes no rank, or with another expansion than that of the other runs."""
+    return bool(settings.get("refit") or settings.get("interaction") or settings.get("significance", 0) is None)
 
 
 def _layer(layer: dict[str, Any]) -> list[dict[str, Any]]:

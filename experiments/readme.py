@@ -47,7 +47,7 @@ SPOKEN = (
     Column("n", "n"),
 )
 LANGUAGE = (
-    "No fine-tuning; calibrated on film reviews; n = training seeds × calibration draws, as far as they have been run. "
+    "No fine-tuning; calibrated on film reviews; n = training seeds × calibration draws. "
     "Other sizes, losses and what the papers print: [results/tables/table3.md](results/tables/table3.md)."
 )
 

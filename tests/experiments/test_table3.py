@@ -42,6 +42,12 @@ def test_rows_are_dense_then_each_method_by_size_then_what_was_published(tables:
     assert published["change_test_loss"].tolist()[1] == pytest.approx(-0.0001)
 
 
+def test_joint_selections_of_another_expansion_stand_apart(tables: Path) -> None:
+    rows = pd.read_csv(tables / "table3.csv")
+    own = rows.loc[rows["net"] == "minilm, imdb", "method"].str.extract(r"joint, ours(?:, (.*))?, (80 %)")[0]
+    assert own.dropna().tolist() == ["refitted", "no first order", "interaction"]
+
+
 def test_perplexities_are_of_both_corpora_and_rise_by_what_the_loss_does(tables: Path) -> None:
     rows = pd.read_csv(tables / "table3.csv")
     of = rows[rows["net"] == "smollm2, imdb_corpus"].set_index("method")

@@ -29,6 +29,9 @@ def table3(make: Callable[..., Record]) -> list[Record]:
                 found.append(_run(make, "joint", change * harm, draw, given, kept, "whitened_channel", net))
             given = {"params_kept": kept, "refit": 1000}
             found.append(_run(make, "joint", 0.004 * harm, draw, given, kept, "whitened_channel", "minilm"))
+            for other in ({"significance": None}, {"significance": 4, "interaction": 1.0}):
+                given = {"params_kept": kept, "refit": 0, **other}
+                found.append(_run(make, "joint", 0.006 * harm, draw, given, kept, "whitened_channel", "minilm"))
     for draw in (0, 1, 2):
         found.append(_run(make, "rank_selection", 0.05, draw, {"epsilon": 0.1}, 0.95))
         for algorithm, change in (("lossless", -0.01), ("compact", 0.03)):

@@ -42,10 +42,11 @@ class Joint:
     ``refit``: the calibration samples by which the factors that are left are fitted to the outputs of the dense layers
     (``refit.refit``); 0: they stay as cut. For a model of class scores neither part looks at a label.
 
-    Two parts of the expansion are left out unless asked for, as measuring them takes more than some hundred samples
+    Two parts of the expansion are left out unless asked for, as measuring them takes more than some hundred images
     (Table 9). ``significance``: take the first order too, each slope shrunk by so many standard errors over the samples
-    (``significant``), 0: as it is. ``interaction``, in [0, 1]: the part of what removed components do to one another,
-    the entries of the Fisher information off its diagonal, that is believed.
+    (``significant``), 0: as it is; a decoder is not at a minimum of its loss on other texts, and some slopes are beyond
+    chance (Table 3). ``interaction``, in [0, 1]: the part of what removed components do to one another, the entries of
+    the Fisher information off its diagonal, that is believed.
     """
 
     params_kept: float | None = None
