@@ -110,6 +110,23 @@ def test_the_budget_is_that_of_the_whole_model(
     assert called["greedy"][0] == 0.4 and called["cost_metric"] == "mac"
 
 
+def test_a_candidate_is_scored_once_whatever_the_target(
+    called: dict[str, Any], net: nn.Sequential, objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[nn.Module] = []
+    evaluate = objective.evaluate
+    monkeypatch.setattr(objective, "evaluate", lambda model, *rest: scored.append(model) or evaluate(model, *rest))
+    first = AIMET(params_kept=0.5).compress(net, SVD(), objective)
+    count = len(scored)
+    second = AIMET(params_kept=0.6).compress(net, SVD(), objective)
+    assert first.log == second.log and len(first.log) == 2
+    assert len(scored) == count + 1  # whether the model gives class scores at all
+    with torch.no_grad():
+        next(net.parameters()).mul_(1.1)
+    AIMET(params_kept=0.6).compress(net, SVD(), objective)
+    assert len(scored) > count + 2
+
+
 def test_what_cannot_be_is_one_line(called: dict[str, Any], net: nn.Sequential, objective: Objective) -> None:
     called["fails"] = True
     with pytest.raises(UserError, match="^AIMET failed: RuntimeError: no such ratio$"):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from spectrim import linalg, surgery, torchvision_shim
 from spectrim.algorithms.base import Compressed, reported
 from spectrim.cost import parameters
-from spectrim.decomposers.spectrum import Decomposer
+from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.layers import FactoredConv2d, composed, factors_of, shaped_like
@@ -31,7 +31,8 @@ class AIMET:
     """``ModelCompressor`` of aimet_torch, spatial SVD in its automatic mode, nothing of it written anew.
 
     Its selection: every convolution by itself at each ratio ``i / candidates`` is scored by the calibration accuracy,
-    and a bisection on a common score finds the ratios that meet the target. The decomposition is its own (kh x 1, then
+    and a bisection on a common score finds the ratios that meet the target. What was scored for one target is
+    remembered for the next. The decomposition is its own (kh x 1, then
     1 x kw, plain SVD), so that of the given decomposer only the plain SVD is taken, and not used. Ours are the target,
     corrected for what AIMET does not count (BatchNorm, biases), and that the factors are then put into our layers.
     ``params_kept`` or ``macs_kept``: of the whole model.
@@ -98,10 +99,12 @@ class AIMET:
         ignored = [subject.get_submodule(n) for n, m in model.named_modules() if _is_conv(m) and n not in layers]
         greedy = GreedySelectionParameters(self._target(model), num_comp_ratio_candidates=self.candidates)
         chosen = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=ignored)
+        known = objective.memory.get(model, "aimet", lambda: content(model.state_dict().values()), dict)
         with tqdm(desc="aimet", unit="evaluation", leave=False, disable=None) as bar, _elsewhere():
 
             def score(candidate: nn.Module, *_: Any, **__: Any) -> float:
-                found = objective.evaluate(candidate)
+                key = content(candidate.state_dict().values())
+                found = known[key] = known.get(key) or objective.evaluate(candidate)
                 log.append({"evaluation": len(log), "accuracy": found.accuracy, "loss": found.loss})
                 bar.update()
                 return cast(float, found.accuracy)
