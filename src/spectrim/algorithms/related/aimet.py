@@ -19,7 +19,7 @@ from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.layers import FactoredConv2d, composed, factors_of, shaped_like
-from spectrim.objective import Objective
+from spectrim.objective import Evaluation, Objective
 from spectrim.plan import Kept, RankPlan
 from spectrim.settings import settings
 
@@ -99,7 +99,9 @@ class AIMET:
         ignored = [subject.get_submodule(n) for n, m in model.named_modules() if _is_conv(m) and n not in layers]
         greedy = GreedySelectionParameters(self._target(model), num_comp_ratio_candidates=self.candidates)
         chosen = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=ignored)
-        known = objective.memory.get(model, "aimet", lambda: content(model.state_dict().values()), dict)
+        known: dict[str, Evaluation] = objective.memory.get(
+            model, "aimet", lambda: content(model.state_dict().values()), dict
+        )
         with tqdm(desc="aimet", unit="evaluation", leave=False, disable=None) as bar, _elsewhere():
 
             def score(candidate: nn.Module, *_: Any, **__: Any) -> float:
