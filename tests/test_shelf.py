@@ -2,6 +2,10 @@
 
 import copy
 import gc
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +88,24 @@ def test_tensors_come_back_as_they_were() -> None:
     laid = Shelf().lay({"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(1, dtype=torch.float64)})
     read = laid.read()
     assert read["a"].equal(torch.arange(6.0).reshape(2, 3).T) and read["b"].dtype == torch.float64
+
+
+def test_what_a_killed_process_left_goes_with_the_next_shelf_and_what_a_living_one_holds_stays(temporary: Path) -> None:
+    code = "import torch, spectrim.shelf as s; x = s.Shelf(); x.lay({'a': torch.ones(3)}); print(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"TMPDIR": str(temporary)},
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        own = Shelf()
+        (left,) = [folder for folder in temporary.glob("spectrim-shelf-*") if folder != own._folder]
+        for folder in (left, own._folder):
+            os.utime(folder, (0, 0))  # as if it had been there for long
+        second = Shelf()
+        assert sorted(path.name for path in left.iterdir()) == ["0.safetensors", "lock"]
+        other.send_signal(signal.SIGKILL)
+    third = Shelf()
+    assert not left.exists()
+    assert all(shelf._folder.exists() for shelf in (own, second, third))

@@ -1,11 +1,14 @@
 """Tensors laid aside on the disk, for a model whose decompositions do not all fit into memory."""
 
+import contextlib
 import shutil
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import mkdtemp
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -13,13 +16,24 @@ from torch import Tensor
 from spectrim import heap
 from spectrim.errors import UserError
 
+PREFIX, LOCK = "spectrim-shelf-", "lock"
+NEWBORN = 60.0  # seconds within which a folder may not have its lock yet
+
 
 class Shelf:
-    """A folder among the temporary files (``TMPDIR`` says where) that goes when nobody holds the shelf any more."""
+    """A folder among the temporary files (``TMPDIR`` says where) that goes when nobody holds the shelf any more.
+
+    A process that is killed leaves its own, gigabytes of a language model: the next shelf among the same temporary
+    files takes it away.
+    """
 
     def __init__(self) -> None:
-        self._folder, self._count = Path(mkdtemp(prefix="spectrim-")), 0
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._folder, self._count = Path(mkdtemp(prefix=PREFIX)), 0
+        lock = FileLock(self._folder / LOCK)
+        lock.acquire()  # the system lets go of it when the process ends, in whatever way
+        weakref.finalize(self, _away, self._folder, lock)
+        for other in self._folder.parent.glob(f"{PREFIX}*"):
+            _away_if_left(other)
 
     def lay(self, tensors: Mapping[str, Tensor]) -> "Laid":
         """Write them. Raises ``UserError`` where the disk is full."""
@@ -46,3 +60,17 @@ class Laid:
         """The tensors, read anew at each call."""
         heap.give_back()
         return load_file(self._path)
+
+
+def _away(folder: Path, lock: FileLock) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    lock.release()
+
+
+def _away_if_left(folder: Path) -> None:
+    """Remove the shelf of a process that is no more. What cannot be removed, of another user, stays."""
+    with contextlib.suppress(OSError, Timeout):
+        if time.time() - folder.stat().st_mtime > NEWBORN:
+            lock = FileLock(folder / LOCK, timeout=0)
+            lock.acquire()
+            _away(folder, lock)
