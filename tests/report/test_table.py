@@ -42,7 +42,13 @@ def test_cells_hold_mean_and_deviation_and_a_dash_for_nothing(table: Table) -> N
 
 @pytest.mark.parametrize(
     ("value", "signed", "text"),
-    [(-0.5, False, "−0.50"), (0.5, True, "+0.50"), (-0.001, True, "0.00"), (0.5, False, "0.50")],
+    [
+        (-0.5, False, "−0.50"),
+        (0.5, True, "+0.50"),
+        (-0.001, True, "0.00"),
+        (0.5, False, "0.50"),
+        (-8.6e7, True, "−8.6e+07"),
+    ],
 )
 def test_numbers_have_a_true_minus_and_no_negative_zero(value: float, signed: bool, text: str) -> None:
     assert number(value, 2, signed) == text

@@ -12,6 +12,7 @@ import pandas as pd
 from spectrim.records import write_whole
 
 ABSENT = "–"
+HUGE = 1e6  # what is as large and is no count has no decimals worth reading
 LATEX = {
     "\\": r"\textbackslash{}",
     "%": r"\%",
@@ -68,8 +69,9 @@ class Column:
 
 
 def number(value: float, digits: int, signed: bool = False) -> str:
-    """A number with a true minus sign; what rounds to nothing is printed without a sign."""
-    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    """A number with a true minus sign; what rounds to nothing is printed without a sign, what is huge by its power."""
+    form = ".1e" if digits and abs(value) >= HUGE else f".{digits}f"
+    text = f"{value:{'+' if signed else ''}{form}}"
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
