@@ -136,6 +136,7 @@ def cell(program: str) -> Iterator[None]:
     """Around one run. Of a grid it lets the others go on: ``command_line`` names at the end each one that failed."""
     if parent_process() is not None:
         _obey(os.getppid())
+    heap.give_back()  # of the run before: its pieces, which little of the next fits into, would add up run by run
     heap.keep()
     try:
         yield
