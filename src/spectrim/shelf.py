@@ -30,7 +30,8 @@ class Shelf:
     def __init__(self) -> None:
         self._folder, self._count = Path(mkdtemp(prefix=PREFIX)), 0
         lock = FileLock(self._folder / LOCK)
-        lock.acquire()  # the system lets go of it when the process ends, in whatever way
+        with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks: nobody takes it away
+            lock.acquire()  # the system lets go of it when the process ends, in whatever way
         weakref.finalize(self, _away, self._folder, lock)
         for other in self._folder.parent.glob(f"{PREFIX}*"):
             _away_if_left(other)
@@ -69,7 +70,7 @@ def _away(folder: Path, lock: FileLock) -> None:
 
 def _away_if_left(folder: Path) -> None:
     """Remove the shelf of a process that is no more. What cannot be removed, of another user, stays."""
-    with contextlib.suppress(OSError, Timeout):
+    with contextlib.suppress(OSError, NotImplementedError, Timeout):
         if time.time() - folder.stat().st_mtime > NEWBORN:
             lock = FileLock(folder / LOCK, timeout=0)
             lock.acquire()

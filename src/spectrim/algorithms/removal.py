@@ -190,10 +190,10 @@ class _State:
             k = layer.rank
             if not layer.factored or k == len(layer.costs) - 1 or not layer.costs[k + 1] < layer.dense:
                 continue
-            cost = float(layer.costs[k + 1] - layer.costs[k])
+            cost = layer.costs[k + 1] - layer.costs[k]
             change = self.returns(layer)
             i = int(change.argmin())
-            price = float(change[i]) / cost
+            price = float(change[i] / cost)
             if cost <= room and price < best.price:
                 best_name, best = name, Move([i], float(change[i]), price)
         return best_name, best
