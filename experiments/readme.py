@@ -33,8 +33,8 @@ NOTE = (
 SIZES, AT_MOST_OFF = (0.826, 0.7, 0.5, 0.4, 0.3), 0.02  # parts of the parameters, and how near a row must be to one
 FRONTIER = (
     "ResNet-20, CIFAR-10, no fine-tuning, three trainings; the columns are the parts of the parameters kept. A dash: "
-    f"nothing that this selector found is within {100 * AT_MOST_OFF:g} points of it. With losses, MACs and the exact sizes: "
-    "[results/tables/figure4.md](results/tables/figure4.md)."
+    f"nothing that this selector found is within {100 * AT_MOST_OFF:g} points of it. With losses, MACs and the exact "
+    "sizes: [results/tables/figure4.md](results/tables/figure4.md)."
 )
 
 SPOKEN = (
