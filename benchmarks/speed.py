@@ -64,8 +64,8 @@ def benchmark(quick: bool) -> Outcome:
     notes = [
         *(target.line() for target in targets),
         "Joint selection with milliseconds=, whitened SVD in the spatial view, by a table of what this machine takes "
-        "for each layer, eager, made once a network and batch; dense ms: of that table. Measured: the fastest of five "
-        "rounds in which the models take turns, each the median of enough passes; predicted: the sum of the layers. "
+        "for each layer, eager, made once a network and batch; dense ms: of that table. Measured: the median of "
+        f"{latency.TURNS} turns of the models, each the median of enough passes; predicted: the sum of the layers. "
         "Δ top-1: on the test split, no fine-tuning. Out of reach: with rank 1 in every layer where that gains, more "
         "would remain. float32, channels last.",
     ]

@@ -107,3 +107,11 @@ def test_the_true_clock_leaves_mode_and_threads_as_they_were(net: nn.Sequential,
     threads = torch.get_num_threads()
     assert latency.milliseconds(net, torch.randn(2, 3, 8, 8)) > 0
     assert net.training and torch.get_num_threads() == threads
+
+
+def test_one_lucky_pass_does_not_make_a_model_the_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower model is once by far the fastest, and a burst of other work meets a turn of both."""
+    slow, fast = nn.Linear(2, 2), nn.Linear(2, 2)
+    times = {id(slow): [1.0, 30.0, *[10.0] * 13], id(fast): [9.0, 27.0, *[9.0] * 13]}
+    monkeypatch.setattr(latency, "milliseconds", lambda model, _: times[id(model)].pop(0))
+    assert latency.in_turns([slow, fast], torch.ones(1, 2), 1) == [10.0, 9.0]

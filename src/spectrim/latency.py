@@ -1,6 +1,7 @@
 """What layers take here: milliseconds measured at a few ranks, and the curve over every rank through them."""
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ Clock = Callable[[nn.Module, Inputs], float]  # milliseconds of one forward pass
 
 RANKS = 5  # at which the factors of a layer are measured
 ROUNDS = 5  # in which the model and all layers take turns: the fastest counts, for what else a machine does only adds
+TURNS = 15  # of whole models that are compared: the median counts, for one lucky pass makes a model the fastest
 SECONDS = 0.02  # of one measurement, at least
 LEAST_SLOPE = 0.1  # of a curve anywhere, as a part of its mean slope
 
@@ -78,10 +80,13 @@ def measured(
 
 
 def in_turns(models: Sequence[nn.Module], example: Inputs, batch_size: int) -> list[float]:
-    """Milliseconds of one forward pass of each model on ``batch_size`` samples, the fastest of ``ROUNDS`` in turns."""
+    """Milliseconds of one forward pass of each model on ``batch_size`` samples, the median over ``TURNS`` of them.
+
+    In turns, so that whatever else the machine does meets all of them alike.
+    """
     inputs = to_device(repeated(example, batch_size), device_of(models[0]))
-    rounds = [[milliseconds(one, inputs) for one in models] for _ in range(ROUNDS)]
-    return [min(times) for times in zip(*rounds, strict=True)]
+    turns = [[milliseconds(one, inputs) for one in models] for _ in range(TURNS)]
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
 def milliseconds(module: nn.Module, inputs: Inputs) -> float:
