@@ -32,9 +32,9 @@ class AIMET:
 
     Its selection: every convolution by itself at each ratio ``i / candidates`` is scored by the calibration accuracy,
     and a bisection on a common score finds the ratios that meet the target. What was scored for one target is
-    remembered for the next. The decomposition is its own (kh x 1, then
-    1 x kw, plain SVD), so that of the given decomposer only the plain SVD is taken, and not used. Ours are the target,
-    corrected for what AIMET does not count (BatchNorm, biases), and that the factors are then put into our layers.
+    remembered for the next. The decomposition is its own (kh x 1, then 1 x kw, plain SVD), so that of the given
+    decomposer only the plain SVD is taken, and not used. Ours are the target, corrected for what AIMET does not count
+    (BatchNorm, biases), and that the factors are then put into our layers.
     ``params_kept`` or ``macs_kept``: of the whole model.
     """
 
