@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from measure import Outcome, Target, clocked, noise_images, seconds, untrained
 from torch import nn
 
-from spectrim import surgery
+from spectrim import replaceable, surgery
 from spectrim.algorithms.lossless import Lossless
 from spectrim.data.images import ImageSplit
 from spectrim.decomposers.svd import SVD
@@ -57,12 +57,12 @@ def _select(model: str, calibration: ImageSplit) -> float:
 def _once(model: str, calibration: ImageSplit) -> dict[str, float]:
     """Seconds of the gradient pass, of the whole selection, and of the selection's parts."""
     network, objective = _fresh(model, calibration)
-    layers = list(surgery.factorable(network, objective.example())[0])
+    layers = list(replaceable.factorable(network, objective.example())[0])
     alone = seconds(lambda: objective.gradients(network, layers))
     with (
         clocked(Objective, "gradients") as gradients,
         clocked(SVD, "spectrum") as decompositions,
-        clocked(surgery, "factorable") as finding,
+        clocked(replaceable, "factorable") as finding,
         clocked(surgery, "apply") as cutting,
     ):
         whole = _select(model, calibration)

@@ -76,7 +76,7 @@ def build(options: Options) -> list[Path]:
 def _points(record: Record) -> list[dict[str, Any]]:
     settings = record["config"]["algorithm"]
     kind = str(settings["_target_"]).rpartition(".")[2]
-    if kind not in ALGORITHMS or _varied(settings):
+    if kind not in ALGORITHMS or _varied(settings) or record["config"]["decomposer"].get("embeddings"):
         return []
     known = ALGORITHMS[kind]
     asked = settings.get("params_kept")

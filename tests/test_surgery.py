@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from spectrim import surgery
+from spectrim import replaceable, surgery
 from spectrim.batches import evaluating
 from spectrim.decomposers.spectrum import Spectrum, spectrum_of
 from spectrim.decomposers.svd import SVD
@@ -65,7 +65,7 @@ class Scaled(nn.Linear):
 
 
 def test_only_what_can_be_replaced_is_factorable() -> None:
-    layers, left = surgery.factorable(Peculiar(), torch.randn(2, 3, 16))
+    layers, left = replaceable.factorable(Peculiar(), torch.randn(2, 3, 16))
     assert list(layers) == ["plain"]
     assert left == {
         "read": "the model reads its weight",
@@ -86,7 +86,7 @@ def test_only_what_can_be_replaced_is_factorable() -> None:
 def test_a_transformer_still_runs_after_its_layers_are_factored(gradients: bool) -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)).eval()
     x = torch.randn(4, 3, 16)
-    layers, left = surgery.factorable(model, x)
+    layers, left = replaceable.factorable(model, x)
     plan = RankPlan.of({name: Kept(16, "linear") for name in layers})
     whole = surgery.apply(model, plan, {name: spectrum_of(layer, SVD()) for name, layer in layers.items()})
     assert "0" in plan and "1.self_attn.out_proj" in left
@@ -97,9 +97,9 @@ def test_a_transformer_still_runs_after_its_layers_are_factored(gradients: bool)
 def test_looking_at_a_model_leaves_no_trace(net: nn.Sequential) -> None:
     before, mode = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     patched = (nn.Module.__getattr__, nn.Linear.forward, nn.Conv2d.forward)
-    surgery.factorable(net, torch.randn(2, 3, 8, 8))
+    replaceable.factorable(net, torch.randn(2, 3, 8, 8))
     with pytest.raises(UserError, match="at layer 0: "):
-        surgery.factorable(net, torch.randn(2, 4, 8, 8))
+        replaceable.factorable(net, torch.randn(2, 4, 8, 8))
     assert (nn.Module.__getattr__, nn.Linear.forward, nn.Conv2d.forward) == patched
     assert [m.training for m in net.modules()] == mode
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -108,7 +108,7 @@ def test_looking_at_a_model_leaves_no_trace(net: nn.Sequential) -> None:
 @pytest.mark.parametrize("model", [nn.Linear(9, 9), nn.Conv2d(9, 9, 3)])
 def test_a_model_that_is_one_layer_is_refused_with_the_way_out(model: nn.Module) -> None:
     with pytest.raises(UserError, match=r"pass torch.nn.Sequential\(model\)"):
-        surgery.factorable(model, torch.randn(2, 9, 9, 9))
+        replaceable.factorable(model, torch.randn(2, 9, 9, 9))
 
 
 @pytest.mark.parametrize("view", ["channel", "spatial"])

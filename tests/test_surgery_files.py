@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spectrim import surgery
+from spectrim import replaceable, surgery
 from spectrim.batches import evaluating
 from spectrim.decomposers.spectrum import spectrum_of
 from spectrim.decomposers.svd import SVD
@@ -87,7 +87,7 @@ def test_channels_last_weights_are_saved_whole(net: nn.Sequential, tmp_path: Pat
 
 def test_tied_parameters_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     model, path = Tied(), tmp_path / "tied.safetensors"
-    layers, left = surgery.factorable(model, torch.zeros(1, 2, dtype=torch.long))
+    layers, left = replaceable.factorable(model, torch.zeros(1, 2, dtype=torch.long))
     assert "head" in left and "body" in layers
     plan = RankPlan.of({"body": Kept(2, "linear")})
     compressed = surgery.apply(model, plan, {"body": spectrum_of(model.body, SVD())})

@@ -36,7 +36,9 @@ def layer_macs(model: nn.Module, layers: Sequence[str], example: Inputs) -> tupl
     """MACs of one input in each of ``layers``, with all that is inside it, and in the whole model."""
     counter = _counted(model, example)
     root, counts = type(model).__name__, counter.get_flop_counts()
-    return {name: sum(counts[f"{root}.{name}"].values()) / 2 for name in layers}, counter.get_total_flops() / 2
+    # What multiplies nothing, as an embedding, is not counted.
+    own = {name: counts.get(f"{root}.{name}", {}) for name in layers}
+    return {name: sum(found.values()) / 2 for name, found in own.items()}, counter.get_total_flops() / 2
 
 
 def _counted(model: nn.Module, example: Inputs) -> FlopCounterMode:

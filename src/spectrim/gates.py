@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spectrim.batches import Inputs, alone_trainable, device_of, evaluating, forward, hooked, sample_count, to_device
 from spectrim.errors import UserError
-from spectrim.layers import FactoredConv2d, FactoredLinear
+from spectrim.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
 from spectrim.losses import SpanLoss, TokenLoss, are_scores, fisher_direction, logits_of
 from spectrim.objective import Objective
 
@@ -87,7 +87,7 @@ class _Keeping:
 
 
 def _first(name: str, module: nn.Module) -> nn.Module:
-    if not isinstance(module, FactoredLinear | FactoredConv2d):
+    if not isinstance(module, FactoredLinear | FactoredEmbedding | FactoredConv2d):
         kind, instead = type(module).__name__, "decompose by an SVD, or let an algorithm choose ranks"
         raise UserError(f"layer {name}: a {kind} is cut to a rank, its components have no gates; {instead}")
     return module.first

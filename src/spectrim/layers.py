@@ -21,8 +21,8 @@ def transposed() -> tuple[type[nn.Module], ...]:
 
 
 def dense_kinds() -> tuple[type[nn.Module], ...]:
-    """The classes of layers that can be factored."""
-    return nn.Linear, nn.Conv2d, *transposed()
+    """The classes of layers that can be factored; an embedding is where the decomposer says so."""
+    return nn.Linear, nn.Conv2d, nn.Embedding, *transposed()
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -30,10 +30,15 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, *transposed()))
 
 
+def is_stored_transposed(layer: nn.Module) -> bool:
+    """Whether the weight of ``layer`` has the shape (inputs, outputs); an embedding's inputs are the ids it knows."""
+    return isinstance(layer, (nn.Embedding, *transposed()))
+
+
 def inputs_of(layer: nn.Module) -> int:
     """How many inputs, of each group, a layer that can be factored has."""
     weight = cast(Tensor, layer.weight)
-    return weight.shape[0] if isinstance(layer, transposed()) else weight.shape[1]
+    return weight.shape[0] if is_stored_transposed(layer) else weight.shape[1]
 
 
 class BlockLinear(nn.Module):
@@ -75,6 +80,29 @@ class FactoredLinear(nn.Module):
         outputs, inputs = reversed(dense.weight.shape) if isinstance(dense, transposed()) else dense.weight.shape
         with torch.device("meta"):  # no random numbers are drawn for weights that will be overwritten
             layer = cls(inputs, outputs, rank, dense.bias is not None, subspaces)
+        return layer.to(dense.weight.dtype).to_empty(device=dense.weight.device)
+
+    def forward(self, input: Tensor) -> Tensor:  # named as in the layer that this one replaces
+        return self.second(self.first(input))
+
+
+class FactoredEmbedding(nn.Module):
+    """``i -> B A[i]``: a row of ``rank`` numbers looked up in A (num_embeddings, rank), then B (embedding_dim, rank).
+
+    As in ALBERT (Lan et al., arXiv 1909.11942, section 3.1).
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.rank = rank
+        self.first = nn.Embedding(num_embeddings, rank, padding_idx)
+        self.second = nn.Linear(rank, embedding_dim, bias=False)
+
+    @classmethod
+    def shaped_like(cls, dense: nn.Embedding, rank: int) -> "FactoredEmbedding":
+        """An uninitialised factored embedding for ``dense``, on its device and in its precision."""
+        with torch.device("meta"):
+            layer = cls(dense.num_embeddings, dense.embedding_dim, rank, dense.padding_idx)
         return layer.to(dense.weight.dtype).to_empty(device=dense.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:  # named as in the layer that this one replaces
@@ -139,7 +167,7 @@ class TuckerConv2d(nn.Module):
         return self.third(self.second(self.first(input)))
 
 
-Factored = FactoredLinear | FactoredConv2d | TuckerConv2d
+Factored = FactoredLinear | FactoredEmbedding | FactoredConv2d | TuckerConv2d
 
 
 def factors_of(layer: Factored) -> list[nn.Module]:
@@ -152,6 +180,8 @@ def composed(layer: Factored, weights: Sequence[Tensor]) -> Tensor:
 
     Differentiable in the weights, which come in the order of ``factors_of``.
     """
+    if isinstance(layer, FactoredEmbedding):
+        return (weights[1] @ weights[0].T).unsqueeze(0)
     if isinstance(layer, TuckerConv2d):
         (A, C, B), groups = weights, layer.first.groups
         A, C, B = (factor.unflatten(0, (groups, -1)) for factor in (A, C, B))
@@ -176,8 +206,8 @@ def subspace_form(form: str, subspaces: int) -> str:
 def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored:
     """The uninitialised factored layer of ``form`` that replaces ``dense``.
 
-    ``linear``; for a convolution ``channel``, ``spatial``, ``vertical`` or, with both of its ranks in the name,
-    ``tucker 12x7``. With the inputs in four subspaces: ``linear in 4``, ``channel in 4``, ``spatial in 4``.
+    ``linear``; ``embedding``; for a convolution ``channel``, ``spatial``, ``vertical`` or, with both of its ranks in
+    the name, ``tucker 12x7``. With the inputs in four subspaces: ``linear in 4``, ``channel in 4``, ``spatial in 4``.
     """
     base, _, parts = form.partition(" in ")
     subspaces = int(parts) if re.fullmatch(r"[2-9]|[1-9]\d+", parts) else 1
@@ -188,6 +218,8 @@ def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored:
         return FactoredLinear.shaped_like(cast(nn.Linear, dense), rank, subspaces)
     if known and isinstance(dense, nn.Conv2d) and base in ("channel", "spatial", "vertical"):
         return FactoredConv2d.shaped_like(dense, rank, base, subspaces)
+    if isinstance(dense, nn.Embedding) and form == "embedding":
+        return FactoredEmbedding.shaped_like(dense, rank)
     if isinstance(dense, nn.Conv2d) and (ranks := re.fullmatch(r"tucker ([1-9]\d*)x([1-9]\d*)", form)):
         return TuckerConv2d.shaped_like(dense, int(ranks[1]), int(ranks[2]))
     raise UserError(f"a {type(dense).__name__} has no factored form called {form!r}")

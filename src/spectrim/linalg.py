@@ -121,6 +121,16 @@ def _svd_by_qr_iteration(W_OI: Tensor) -> SVD:
     return SVD(U.reshape(*batch, *U.shape[-2:]), S.reshape(*batch, -1), Vh.reshape(*batch, *Vh.shape[-2:]))
 
 
+def whitened(W_OI: Tensor, C: Tensor, ridge: float) -> Tensor:
+    """``W C^(1/2)``, ``C`` a second moment of shape (..., I, I), or (..., I) its diagonal where it has nothing else.
+
+    Raises ``UserError`` as ``square_root`` does, which says what the ridge is.
+    """
+    if C.ndim == W_OI.ndim:
+        return W_OI @ square_root(C, ridge)
+    return W_OI * (C + _floor(C, ridge)).sqrt().unsqueeze(-2)
+
+
 def square_root(C_II: Tensor, ridge: float) -> Tensor:
     """The symmetric root of a second moment plus ``ridge`` times its mean eigenvalue. Shape (..., I, I).
 
@@ -131,9 +141,14 @@ def square_root(C_II: Tensor, ridge: float) -> Tensor:
             "the inputs of a layer hold NaN or infinity; check the model's weights and the calibration data"
         )
     values, vectors = torch.linalg.eigh(C_II)
+    root = (values.clamp_min(0) + _floor(values, ridge)).sqrt()
+    return (vectors * root.unsqueeze(-2)) @ vectors.transpose(-1, -2)
+
+
+def _floor(values: Tensor, ridge: float) -> Tensor:
+    """``ridge`` times the mean eigenvalue; inputs that are always zero weigh all directions alike."""
     mean = values.mean(-1, keepdim=True)
-    floor = ridge * torch.where(mean > 0, mean, 1.0)  # inputs that are always zero weigh all directions alike
-    return (vectors * (values.clamp_min(0) + floor).sqrt().unsqueeze(-2)) @ vectors.transpose(-1, -2)
+    return ridge * torch.where(mean > 0, mean, 1.0)
 
 
 def tail_sums(values_R: Tensor) -> Tensor:

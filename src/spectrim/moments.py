@@ -22,13 +22,14 @@ def input_moments(
 ) -> dict[str, dict[str, Tensor]]:
     """``E[x x^T]`` of every layer in each of its forms, over samples and positions: layer to form to (g, I, I).
 
-    float64, on the layer's device. ``forms``: layer to the forms of its factors, which say what one input is: a vector
-    of a Linear, a patch of I/g * kh * kw numbers in the channel form of a convolution, a row of I/g * kw in the spatial
-    one. Taken over whole batches until ``samples`` are reached; positions that ``attention_mask`` among the inputs
-    calls padding are left out. Raises ``UserError`` for an empty split.
+    Of an embedding the diagonal alone, (g, I): how often each id comes (``_Counted``). float64, on the layer's device.
+    ``forms``: layer to the forms of its factors, which say what one input is: a vector of a Linear, a patch of
+    I/g * kh * kw numbers in the channel form of a convolution, a row of I/g * kw in the spatial one. Taken over whole
+    batches until ``samples`` are reached; positions that ``attention_mask`` among the inputs calls padding are left
+    out. Raises ``UserError`` for an empty split.
     """
     layers = {name: model.get_submodule(name) for name in forms}
-    gathered = {name: {form: _Gathered(layers[name], form) for form in own} for name, own in forms.items()}
+    gathered = {name: {form: _gatherer(layers[name], form) for form in own} for name, own in forms.items()}
     hooks = [one for own in gathered.values() for one in own.values()]
     handles = [layers[name].register_forward_pre_hook(one) for name, own in gathered.items() for one in own.values()]
     device = device_of(model)
@@ -95,6 +96,10 @@ def mask_of(inputs: Inputs) -> Tensor | None:
     return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
 
 
+def _gatherer(layer: nn.Module, form: str) -> "_Gathered | _Counted":
+    return _Counted(layer.num_embeddings) if isinstance(layer, nn.Embedding) else _Gathered(layer, form)
+
+
 class _Gathered:
     """A hook that sums x x^T."""
 
@@ -110,3 +115,23 @@ class _Gathered:
 
     def mean(self) -> Tensor:
         return self.sum / max(self.count, 1)
+
+
+class _Counted:
+    """A hook that counts how often each of ``size`` ids is looked up."""
+
+    def __init__(self, size: int) -> None:
+        self.counts, self.mask = torch.zeros(size, dtype=torch.int64), cast(Tensor | None, None)
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        ids = inputs[0]
+        if self.mask is not None and self.mask.shape == ids.shape:
+            ids = ids[self.mask.bool()]
+        self.counts = self.counts.to(ids.device) + torch.bincount(ids.flatten(), minlength=len(self.counts))
+
+    def mean(self) -> Tensor:
+        """The frequencies, of ids that did not come too: together they have as much as those that came once (Good
+        1953), here spread over all ids alike, for nothing tells which of them will."""
+        total, size = max(int(self.counts.sum()), 1), len(self.counts)
+        new = int((self.counts == 1).sum()) / total
+        return ((1 - new) * self.counts.double() / total + new / size).unsqueeze(0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim
-from spectrim import surgery
+from spectrim import replaceable, surgery
 from spectrim.batches import evaluating, forward
 from spectrim.decomposers.spectrum import spectrum_of
 from spectrim.losses import logits_of, token_loss
@@ -68,7 +68,7 @@ def test_compresses_and_loads_back(case: Any, name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("decomposer", [spectrim.SVD(), spectrim.WhitenedSVD(view="channel", samples=6)])
 def test_at_full_rank_every_layer_is_what_it_was(case: Any, decomposer: Any) -> None:
     model, objective = case
-    layers, _ = surgery.factorable(model, objective.example())
+    layers, _ = replaceable.factorable(model, objective.example())
     moments = {}
     if decomposer.samples:
         forms = {name: decomposer.forms(layer) for name, layer in layers.items()}
@@ -82,7 +82,7 @@ def test_at_full_rank_every_layer_is_what_it_was(case: Any, decomposer: Any) -> 
 
 def test_the_curve_is_the_inner_product_with_the_gradient_at_every_rank(case: Any) -> None:
     model, objective = case
-    layers, _ = surgery.factorable(model, objective.example())
+    layers, _ = replaceable.factorable(model, objective.example())
     gradients = objective.gradients(model, list(layers))
     name = next(iter(layers))
     spectrum, weight = spectrum_of(layers[name], spectrim.SVD()), layers[name].weight.detach()

@@ -32,6 +32,9 @@ def table3(make: Callable[..., Record]) -> list[Record]:
             for other in ({"significance": None}, {"significance": 4, "interaction": 1.0}):
                 given = {"params_kept": kept, "refit": 0, **other}
                 found.append(_run(make, "joint", 0.006 * harm, draw, given, kept, "whitened_channel", "minilm"))
+            for algorithm, change in (("truncation", 0.08), ("joint", 0.001)):
+                given = only if algorithm == "truncation" else {"params_kept": kept, "refit": 0}
+                found.append(_run(make, algorithm, change * harm, draw, given, kept, "whitened_embeddings", "minilm"))
     for draw in (0, 1, 2):
         found.append(_run(make, "rank_selection", 0.05, draw, {"epsilon": 0.1}, 0.95))
         for algorithm, change in (("lossless", -0.01), ("compact", 0.03)):
@@ -54,6 +57,8 @@ def _run(
     given: dict[str, Any] = {"calibration_seed": draw, "settings": settings, "kept": kept, "decomposer": decomposer}
     one = make(net, algorithm, change=change + 0.001 * draw * (kept < 1), experiment="table3", **given)
     one["names"]["data"] = "imdb"
+    if decomposer == "whitened_embeddings":
+        one["config"]["decomposer"]["embeddings"] = True
     one["layers"] = [
         {**SIZES, "layer": name, "rank": None if kept == 1 else 10, "params_after": int(1000 * kept)}
         for name in LAYERS[net]

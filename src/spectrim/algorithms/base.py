@@ -12,7 +12,7 @@ import pandas as pd
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim import latency, surgery
+from spectrim import latency, replaceable, surgery
 from spectrim.batches import Inputs
 from spectrim.batchnorm import SAMPLES, BatchNorm, reestimate
 from spectrim.cost import Cost, model_cost
@@ -113,7 +113,7 @@ class Workbench:
     def __init__(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> None:
         self.model, self.objective, self.example = model, objective, objective.example()
         self.decomposer = decomposer
-        layers, left = surgery.factorable(model, self.example)
+        layers, left = replaceable.factorable(model, self.example, decomposer.embeddings)
         self.notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
         self.spectra: dict[str, Spectrum] = {}
         self.timed_at: int | None = None  # batch size, where a budget is one of time: then no slower model is returned

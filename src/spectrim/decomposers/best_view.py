@@ -29,6 +29,10 @@ class BestView:
     def samples(self) -> int:
         return self.base.samples
 
+    @property
+    def embeddings(self) -> bool:
+        return self.base.embeddings
+
     def forms(self, layer: nn.Module) -> tuple[str, ...]:
         return tuple(form for candidate in self._candidates(layer) for form in candidate.forms(layer))
 

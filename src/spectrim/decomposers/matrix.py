@@ -1,4 +1,4 @@
-"""A Linear or Conv2d weight as matrices, and the spectrum of such a weight."""
+"""A Linear, Embedding or Conv2d weight as matrices, and the spectrum of such a weight."""
 
 from typing import Any, Literal, cast
 
@@ -8,7 +8,15 @@ from torch import Tensor, nn
 from spectrim import linalg
 from spectrim.decomposers.spectrum import Keep, Spectrum
 from spectrim.errors import UserError
-from spectrim.layers import Factored, dense_kinds, is_linear, shaped_like, subspace_form, transposed
+from spectrim.layers import (
+    Factored,
+    dense_kinds,
+    is_linear,
+    is_stored_transposed,
+    shaped_like,
+    subspace_form,
+    transposed,
+)
 from spectrim.shelf import Laid, Shelf
 
 View = Literal["channel", "spatial"]
@@ -26,7 +34,8 @@ class MatrixSpectrum(Spectrum):
         self.view, self.subspaces, self.S_R = view, subspaces, factors.S_R
         self.shape = (*factors.U_OR.shape[:2], factors.Vh_RI.shape[-1])  # matrices, outputs and inputs of each
         self._vectors: tuple[Tensor, Tensor] | Laid = (factors.U_OR, factors.Vh_RI)
-        self.bias = None if layer.bias is None else layer.bias.detach().clone()
+        bias = getattr(layer, "bias", None)  # an embedding has none
+        self.bias = None if bias is None else bias.detach().clone()
         self.device = layer.weight.device
         self._largest: Tensor | None = None
 
@@ -91,28 +100,32 @@ class MatrixSpectrum(Spectrum):
 
 
 def form_of(layer: nn.Module, view: View) -> str:
-    """The form of the factors of ``layer``: a Linear has only one, a convolution that of the view."""
+    """The form of the factors of ``layer``: a Linear and an embedding have one each, a convolution that of the view."""
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
     return "linear" if is_linear(layer) else view
 
 
 def to_matrix(weight: Tensor, layer: nn.Linear | nn.Conv2d, view: View, subspaces: int = 1) -> Tensor:
-    """A weight (or its gradient) as matrices (g, O, I): Linear has g = 1; the views of a convolution as in ``SVD``.
+    """A weight (or its gradient) as matrices (g, O, I): the views of a convolution as in ``SVD``.
+
+    A Linear has g = 1, and an embedding too: its I inputs are the ids, one of which is 1 at a position, the others 0.
 
     With ``subspaces`` g counts each of them: the matrix of a group, cut into that many along its input channels.
     """
-    if isinstance(layer, transposed()):
+    if is_stored_transposed(layer):
         weight = weight.t()
     groups, (outputs, inputs, *kernel) = getattr(layer, "groups", 1), weight.shape
     split = weight.reshape(groups, outputs // groups, subspaces, inputs // subspaces, *kernel)
     blocks = split.transpose(1, 2).flatten(0, 1)
-    if is_linear(layer) or view == "channel":
+    if weight.ndim == 2 or view == "channel":
         return blocks.flatten(2)
     return blocks.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
 
 
 def from_matrix(W_OI: Tensor, layer: nn.Linear | nn.Conv2d, view: View) -> Tensor:
     """The inverse of ``to_matrix``: matrices (g, O, I) as a weight of ``layer``."""
-    if isinstance(layer, transposed()):
+    if is_stored_transposed(layer):
         return W_OI.squeeze(0).t()
     if isinstance(layer, nn.Linear):
         return W_OI.squeeze(0)
@@ -124,6 +137,8 @@ def from_matrix(W_OI: Tensor, layer: nn.Linear | nn.Conv2d, view: View) -> Tenso
 
 def first_weight(A: Tensor, first: nn.Module) -> Tensor:
     """Rows of A (g, rank, I) as the weight of the first layer."""
+    if isinstance(first, nn.Embedding):
+        return A.squeeze(0).t()
     return A.reshape(cast(Tensor, first.weight).shape)
 
 
@@ -146,7 +161,7 @@ def _components(keep: Keep, max_rank: int) -> list[int]:
 def checked(layer: nn.Module) -> nn.Linear | nn.Conv2d:
     """``layer`` itself. Raises ``UserError`` for a kind of layer that is not seen as a matrix."""
     if not isinstance(layer, dense_kinds()):
-        raise UserError(f"a decomposition factors nn.Linear and nn.Conv2d, not {type(layer).__name__}")
+        raise UserError(f"a decomposition factors nn.Linear, nn.Conv2d and nn.Embedding, not {type(layer).__name__}")
     return cast(nn.Linear | nn.Conv2d, layer)
 
 
@@ -156,6 +171,10 @@ def without_weights(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
         inputs, outputs = layer.weight.shape
         with torch.device("meta"):
             return cast(Any, type(layer))(outputs, inputs).to(layer.weight.dtype)
+    if isinstance(layer, nn.Embedding):
+        with torch.device("meta"):
+            rows, width = layer.weight.shape
+            return cast(Any, nn.Embedding(rows, width, layer.padding_idx, dtype=layer.weight.dtype))
     if isinstance(layer, nn.Linear):
         bias, dtype = layer.bias is not None, layer.weight.dtype
         return nn.Linear(layer.in_features, layer.out_features, bias, device="meta", dtype=dtype)

@@ -15,7 +15,8 @@ from spectrim.plan import Kept
 from spectrim.shelf import Shelf
 
 Keep = int | tuple[int, ...]
-# The second moment E[x x^T] of a layer's inputs, shape (g, I, I), by the form that says what one input x is.
+# The second moment E[x x^T] of a layer's inputs, shape (g, I, I), by the form that says what one input x is; of an
+# embedding, whose x has a single 1, the diagonal alone, shape (g, I).
 Moments = Mapping[str, Tensor]
 NO_MOMENTS: Moments = MappingProxyType({})
 
@@ -105,11 +106,15 @@ class Decomposer(Protocol):
     def samples(self) -> int:
         """Calibration samples from which the second moments of each layer's inputs are taken; 0: no layer needs any."""
 
+    @property
+    def embeddings(self) -> bool:
+        """Whether embeddings are factored too."""
+
     def forms(self, layer: nn.Module) -> tuple[str, ...]:
         """The forms of ``layer`` whose second moment ``spectrum`` is to be given; none where the weight is enough."""
 
     def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> Spectrum:
-        """Decompose ``layer`` (nn.Linear or nn.Conv2d)."""
+        """Decompose ``layer`` (nn.Linear, nn.Conv2d, or nn.Embedding where ``embeddings``)."""
 
 
 def content(tensors: Iterable[Tensor]) -> str:

@@ -28,6 +28,7 @@ class SubspaceSVD:
     precision: Literal["float32", "float64"] = "float64"
 
     samples: ClassVar[int] = 0
+    embeddings: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.subspaces < 1:

@@ -17,10 +17,12 @@ class SVD:
 
     ``view`` says how a convolution (O, I/g, kh, kw) becomes a matrix: ``channel``: O x (I/g*kh*kw); ``spatial``:
     (O*kh) x (I/g*kw). One matrix a group, the same rank in each. ``precision``: of the decomposition.
+    ``embeddings``: whether they are factored too.
     """
 
     view: View = "channel"
     precision: Literal["float32", "float64"] = "float64"
+    embeddings: bool = False
 
     samples: ClassVar[int] = 0
 

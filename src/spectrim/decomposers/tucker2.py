@@ -30,6 +30,7 @@ class Tucker2:
     precision: Literal["float32", "float64"] = "float64"
 
     samples: ClassVar[int] = 0
+    embeddings: ClassVar[bool] = False
 
     def forms(self, layer: nn.Module) -> tuple[str, ...]:
         return ()

@@ -21,11 +21,16 @@ class WhitenedSVD:
 
     ``ridge``: added to C as a part of its mean eigenvalue, so that at full rank W comes back whole. ``samples``:
     number of calibration samples that C is taken from.
+
+    ``embeddings``: whether they are factored too. An embedding is a Linear of inputs with a single 1, so C is the
+    diagonal of how often each id comes, and the rows of its weight count by that (GroupReduce, Chen et al., arXiv
+    1806.06950, which groups them by it besides).
     """
 
     view: View = "spatial"
     ridge: float = 1e-6
     samples: int = 500
+    embeddings: bool = False
 
     def __post_init__(self) -> None:
         if not self.ridge > 0:
@@ -43,7 +48,7 @@ class WhitenedSVD:
         moment = moments.get(form_of(layer, self.view))
         if moment is None:
             raise UserError("a whitened decomposition needs the second moment of the layer's inputs")
-        U_OR, S_R, _ = linalg.svd(W_OI @ linalg.square_root(moment.to(W_OI), self.ridge))
+        U_OR, S_R, _ = linalg.svd(linalg.whitened(W_OI, moment.to(W_OI), self.ridge))
         A_RI = U_OR.transpose(-1, -2) @ W_OI
         size_R = A_RI.norm(dim=-1)
         unit = A_RI / size_R.clamp_min(torch.finfo(size_R.dtype).tiny).unsqueeze(-1)

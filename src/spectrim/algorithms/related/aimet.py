@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim import linalg, surgery, torchvision_shim
+from spectrim import linalg, replaceable, surgery, torchvision_shim
 from spectrim.algorithms.base import Compressed, reported
 from spectrim.cost import parameters
 from spectrim.decomposers.spectrum import Decomposer, content
@@ -61,7 +61,7 @@ class AIMET:
         example = objective.example()
         if not isinstance(example, Tensor):
             raise UserError("AIMET takes a model of one tensor")
-        layers, left = surgery.factorable(model, example)
+        layers, left = replaceable.factorable(model, example)
         log: list[dict] = []
         theirs = self._run(model, layers, tuple(example.shape[1:]), objective, log)
         compressed, kept = _in_our_layers(model, theirs, layers)

@@ -43,6 +43,8 @@ class ALDS(Budgeted):
         """Find the error and cut. Raises ``UserError`` for another decomposer than ``SVD`` or a budget out of reach."""
         if not isinstance(decomposer, SVD):
             raise UserError(f"ALDS splits the plain SVD into subspaces, not a {type(decomposer).__name__}")
+        if decomposer.embeddings:
+            raise UserError("ALDS splits the inputs of a layer into subspaces, which the ids of an embedding have not")
         bench = Workbench(model, decomposer, objective)
         costs, share = self.budget(bench)
         splits = {count: SubspaceSVD(count, decomposer.view, decomposer.precision) for count in {1, *self.subspaces}}

@@ -1,0 +1,224 @@
+"""Embeddings, factored where the decomposer is asked to: a row looked up, then a matrix."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spectrim
+from spectrim import config, replaceable, surgery
+from spectrim.batches import evaluating
+from spectrim.gates import gate_gradients
+from spectrim.layers import FactoredEmbedding
+from spectrim.moments import input_moments
+from spectrim.objective import Objective
+from spectrim.plan import Kept, RankPlan
+from spectrim.refit import refit
+
+IDS, WIDTH, CLASSES = 40, 12, 3
+DECOMPOSERS = {
+    "plain": spectrim.SVD(embeddings=True),
+    "whitened": spectrim.WhitenedSVD(view="channel", samples=24, embeddings=True),
+}
+ALGORITHMS = sorted(path.stem for path in (Path(config.CONF) / "algorithm").glob("*.yaml"))
+# One knows images alone, the other splits the inputs of layers.
+REFUSED = ("aimet", "alds")
+# What is trained as U, S and V starts from a plain SVD.
+TRAINED = ("svd_training", "svd_training_nuclear", "svd_training_plain", "svd_training_priced", "cuttlefish", "haloc")
+TRAINED += ("l0_gates",)
+
+
+class Reader(nn.Module):
+    """Texts to classes; of its two embeddings only ``token`` can be factored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.place = nn.Embedding(IDS, WIDTH, padding_idx=0), nn.Embedding(10, WIDTH)
+        self.body, self.head = nn.Linear(WIDTH, 24), nn.Linear(24, CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.token(input_ids) + self.place(torch.arange(input_ids.shape[1]))
+        x = torch.relu(self.body(x)) * attention_mask.unsqueeze(-1)
+        return self.head(x.sum(1) / attention_mask.sum(1, keepdim=True))
+
+
+class Peculiar(Reader):
+    """Every way of using an embedding that forbids replacing it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cast, self.read = nn.Embedding(IDS, WIDTH), nn.Embedding(IDS, WIDTH)
+        self.bounded = nn.Embedding(IDS, WIDTH, max_norm=1.0)
+        self.tied, self.back = nn.Embedding(IDS, WIDTH), nn.Linear(WIDTH, IDS)
+        self.back.weight = self.tied.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = self.cast(input_ids.int()) + self.bounded(input_ids) + self.read(input_ids) + self.read.weight[0]
+        return super().forward(input_ids, attention_mask) + self.back(x + self.tied(input_ids)).mean()
+
+
+@pytest.fixture
+def model() -> Reader:
+    torch.manual_seed(0)
+    return Reader().eval()
+
+
+@pytest.fixture
+def objective() -> Objective:
+    """Low numbers often, high ones hardly ever, the ends of some texts padded."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(3):
+        ids = 1 + (torch.rand(8, 6, generator=generator).pow(3) * (IDS - 11)).long()  # the last ten never come
+        lengths = torch.randint(2, 7, (8, 1), generator=generator)
+        mask = (torch.arange(6) < lengths).long()
+        batches.append(
+            ({"input_ids": ids * mask, "attention_mask": mask}, torch.randint(CLASSES, (8,), generator=generator))
+        )
+    return Objective(F.cross_entropy, dict.fromkeys(("calibration", "verification", "train"), batches))
+
+
+def logits(model: nn.Module, objective: Objective) -> Tensor:
+    with evaluating(model), torch.no_grad():
+        return model(**objective.example())
+
+
+def table(layer: Any) -> Tensor:
+    """All rows of a factored embedding."""
+    return layer(torch.arange(IDS)).detach()
+
+
+def spectrum(model: Reader, objective: Objective, decomposer: Any) -> Any:
+    moments = {}
+    if decomposer.samples:
+        forms = {"token": decomposer.forms(model.token)}
+        moments = input_moments(model, forms, objective, decomposer.samples)["token"]
+    return decomposer.spectrum(model.token, moments)
+
+
+def test_one_is_factored_where_that_is_asked_for_and_nothing_forbids_it(model: Reader, objective: Objective) -> None:
+    layers, left = replaceable.factorable(Peculiar(), objective.example(), embeddings=True)
+    assert list(layers) == ["token", "body", "head"]
+    assert left == {
+        "place": "the numbers that it looks up are not among the inputs",
+        "cast": "the numbers that it looks up are not among the inputs",
+        "bounded": "it renormalises what it looks up, or has gradients of its own kind",
+        "read": "the model reads its weight",
+        "tied": "its weight is shared with another layer",
+        "back": "its weight is shared with another layer",
+    }
+    layers, left = replaceable.factorable(model, objective.example())
+    assert list(layers) == ["body", "head"] and not left
+
+
+@pytest.mark.parametrize("kind", DECOMPOSERS)
+def test_full_rank_gives_the_embedding_back(kind: str, model: Reader, objective: Objective) -> None:
+    own = spectrum(model, objective, DECOMPOSERS[kind])
+    plan = RankPlan.of({"token": own.kept(own.max_rank)})
+    whole = surgery.apply(model, plan, {"token": own})
+    assert isinstance(whole.token, FactoredEmbedding) and whole.token.first.padding_idx == 0
+    torch.testing.assert_close(table(whole.token), model.token.weight.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits(whole, objective), logits(model, objective), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", DECOMPOSERS)
+def test_curves_agree_with_the_factored_embedding(kind: str, model: Reader, objective: Objective) -> None:
+    own = spectrum(model, objective, DECOMPOSERS[kind])
+    gradient = objective.gradients(model, ["token"])["token"]
+    assert own.break_even == 9 and own.form == "embedding"
+    for rank in (1, 5, own.max_rank):
+        factored = own.factor(rank)
+        change = (table(factored) - model.token.weight).detach().double()
+        assert float(own.error()[rank]) == pytest.approx(float(change.norm()), rel=1e-4, abs=1e-5)
+        assert float(own.largest_entry()[rank]) == pytest.approx(float(change.abs().max()), rel=1e-4, abs=1e-5)
+        expected = float((gradient * change).sum())
+        assert float(own.first_order(gradient)[rank]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        assert own.cost(rank) == sum(parameter.numel() for parameter in factored.parameters())
+
+
+def test_the_moment_is_how_often_each_id_comes_and_what_never_came_may_come(
+    model: Reader, objective: Objective
+) -> None:
+    moment = input_moments(model, {"token": ("embedding",)}, objective, 24)["token"]["embedding"]
+    inputs = [inputs for inputs, _ in objective.batches("calibration")]
+    ids = torch.cat([one["input_ids"][one["attention_mask"].bool()] for one in inputs])
+    counts = torch.tensor([int((ids == i).sum()) for i in range(IDS)]).double()
+    once = float((counts == 1).sum() / counts.sum())
+    assert once > 0 and (counts == 0).any() and counts[0] == 0  # padding is no token
+    torch.testing.assert_close(moment, ((1 - once) * counts / counts.sum() + once / IDS).unsqueeze(0))
+    assert float(moment.sum()) == pytest.approx(1) and (moment > 0).all()
+
+
+def test_whitened_is_the_decomposition_of_a_linear_layer_of_one_hot_inputs(model: Reader, objective: Objective) -> None:
+    decomposer = DECOMPOSERS["whitened"]
+    own = spectrum(model, objective, decomposer)
+    linear = nn.Linear(IDS, WIDTH, bias=False)
+    linear.weight = nn.Parameter(model.token.weight.detach().T.clone())
+    frequency = input_moments(model, {"token": ("embedding",)}, objective, 24)["token"]["embedding"]
+    same = decomposer.spectrum(linear, {"linear": torch.diag_embed(frequency)})
+    torch.testing.assert_close(own.importance, same.importance)
+    torch.testing.assert_close(table(own.factor(4)), same.factor(4)(torch.eye(IDS)).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_often_used_rows_are_kept_better_than_by_plain_svd(model: Reader, objective: Objective) -> None:
+    frequency = input_moments(model, {"token": ("embedding",)}, objective, 24)["token"]["embedding"].squeeze(0)
+    errors = {}
+    for kind, decomposer in DECOMPOSERS.items():
+        change = table(spectrum(model, objective, decomposer).factor(4)) - model.token.weight.detach()
+        errors[kind] = float((frequency * change.square().sum(1)).sum())
+    assert errors["whitened"] < 0.9 * errors["plain"]
+
+
+def test_gates_are_the_first_order_change_of_dropping_a_component(model: Reader, objective: Objective) -> None:
+    own = spectrum(model, objective, DECOMPOSERS["plain"])
+    whole = surgery.apply(model, RankPlan.of({"token": own.kept(own.max_rank)}), {"token": own})
+    rows = gate_gradients(whole, ["token"], objective, samples=24)["token"]
+    assert rows.given.shape == (24, own.max_rank)
+    components = own.first_order(objective.gradients(model, ["token"])["token"]).diff()
+    torch.testing.assert_close(rows.given.mean(0).double(), components, atol=1e-6, rtol=1e-4)
+
+
+def test_a_refit_leaves_it_as_it_is(model: Reader, objective: Objective) -> None:
+    layers, _ = replaceable.factorable(model, objective.example(), embeddings=True)
+    spectra = {name: DECOMPOSERS["plain"].spectrum(layer) for name, layer in layers.items()}
+    plan = RankPlan.of({"token": Kept(3, "embedding"), "body": Kept(3, "linear")})
+    cut = surgery.apply(model, plan, spectra)
+    before = table(cut.token), cut.body.second.weight.clone()
+    refit(cut, model, objective, 24)
+    assert torch.equal(table(cut.token), before[0]) and not torch.equal(cut.body.second.weight, before[1])
+
+
+@pytest.mark.parametrize("kind", DECOMPOSERS)
+def test_joint_selection_weighs_it_against_the_layers_and_it_loads_back(
+    kind: str, model: Reader, objective: Objective, tmp_path: Path
+) -> None:
+    result = spectrim.Joint(params_kept=0.7, samples=24).compress(model, DECOMPOSERS[kind], objective)
+    assert result.params_kept <= 0.7 and result.plan["token"].form == "embedding"
+    assert any(note.startswith("place: left dense") for note in result.notes)
+    result.save(tmp_path / "x.safetensors")
+    loaded = spectrim.load(tmp_path / "x.safetensors", into=Reader())
+    assert torch.equal(logits(loaded, objective), logits(result.model, objective))
+
+
+def test_it_is_never_cut_to_save_multiplications(model: Reader, objective: Objective) -> None:
+    result = spectrim.Joint(macs_kept=0.7, samples=24).compress(model, DECOMPOSERS["whitened"], objective)
+    assert "token" not in result.plan and result.macs_kept <= 0.7
+
+
+@pytest.mark.parametrize("kind", DECOMPOSERS)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_any_algorithm_takes_it_or_says_why_not(
+    name: str, kind: str, compose: Any, brief: Any, model: Reader, objective: Objective
+) -> None:
+    selector = brief(config.build(config.plain(compose(f"algorithm={name}").algorithm)))
+    if name in REFUSED or (kind == "whitened" and name in TRAINED):
+        with pytest.raises(spectrim.UserError) as refusal:
+            selector.compress(model, DECOMPOSERS[kind], objective)
+        assert "\n" not in str(refusal.value)
+        return
+    result = selector.compress(model, DECOMPOSERS[kind], objective)
+    assert "token" in set(result.report["layer"]) and result.params_kept <= 1
+    assert torch.isfinite(logits(result.model, objective)).all()
