@@ -115,6 +115,20 @@ def test_a_tied_head_is_left_dense_and_stays_tied(case: Any) -> None:
     assert result.model.lm_head.weight is result.model.get_input_embeddings().weight
 
 
+def test_the_embedding_of_tokens_is_factored_where_it_is_no_head(case: Any, kind: str, tmp_path: Path) -> None:
+    model, objective = case
+    decomposer = spectrim.WhitenedSVD(view="channel", samples=6, embeddings=True)
+    result = spectrim.Truncation(rank=3).compress(model, decomposer, objective)
+    tokens = {"gpt2": "transformer.wte", "llama": "model.embed_tokens", "bert": "bert.embeddings.word_embeddings"}
+    assert (tokens[kind] in result.plan) is (kind == "bert")
+    places = {"gpt2": "transformer.wpe", "bert": "bert.embeddings.position_embeddings"}
+    if kind in places:
+        assert f"{places[kind]}: left dense: the numbers that it looks up are not among the inputs" in result.notes
+    result.save(tmp_path / "x.safetensors")
+    loaded = spectrim.load(tmp_path / "x.safetensors", into=type(model)(model.config))
+    assert torch.equal(logits(loaded, objective.example()), logits(result.model, objective.example()))
+
+
 def test_an_untied_head_is_a_layer_like_any_other(tiny: Any, token_batches: Any) -> None:
     model = tiny("llama", tie_word_embeddings=False)
     result = ALGORITHMS["truncation"].compress(

@@ -94,12 +94,16 @@ def test_a_missing_extra_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) ->
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+UNTIED = {"tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("gpt2", {}), ("llama", {}), ("llama", UNTIED)])
 def test_a_compressed_model_is_saved_and_writes_the_same_text(
-    tiny: Any, token_batches: Any, word_folder: Any, tmp_path: Path, kind: str
+    tiny: Any, token_batches: Any, word_folder: Any, tmp_path: Path, kind: str, changes: dict[str, Any]
 ) -> None:
-    objective = Objective(token_loss, {"calibration": token_batches})
-    result = spectrim.Truncation(rank=4).compress(tiny(kind), spectrim.SVD(), objective)
+    objective, model = Objective(token_loss, {"calibration": token_batches}), tiny(kind, **changes)
+    result = spectrim.Truncation(rank=4).compress(model, spectrim.SVD(embeddings=True), objective)
+    assert ("model.embed_tokens" in result.plan) is bool(changes)
     tokenizer = pretrained.tokenizer(str(word_folder))
     language.save(tmp_path / "small", result.model, result.plan, tokenizer)
     assert not [path for path in (tmp_path / "small").iterdir() if path.suffix not in (".json", ".safetensors")]
