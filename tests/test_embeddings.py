@@ -12,7 +12,7 @@ import spectrim
 from spectrim import config, replaceable, surgery
 from spectrim.batches import evaluating
 from spectrim.gates import gate_gradients
-from spectrim.layers import FactoredEmbedding
+from spectrim.layers import FactoredEmbedding, composed
 from spectrim.moments import input_moments
 from spectrim.objective import Objective
 from spectrim.plan import Kept, RankPlan
@@ -136,6 +136,8 @@ def test_curves_agree_with_the_factored_embedding(kind: str, model: Reader, obje
         assert float(own.largest_entry()[rank]) == pytest.approx(float(change.abs().max()), rel=1e-4, abs=1e-5)
         expected = float((gradient * change).sum())
         assert float(own.first_order(gradient)[rank]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        product = composed(factored, [factored.first.weight, factored.second.weight]).squeeze(0).T
+        torch.testing.assert_close(product.detach(), table(factored), atol=1e-6, rtol=1e-5)
         assert own.cost(rank) == sum(parameter.numel() for parameter in factored.parameters())
 
 

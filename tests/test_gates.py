@@ -47,6 +47,25 @@ def test_mean_is_the_first_order_change_of_dropping_one_component() -> None:
         torch.testing.assert_close(-rows[name].given.mean(0).double(), components, atol=1e-6, rtol=1e-4)
 
 
+def test_a_layer_that_is_called_again_and_again_has_one_gate_for_all_calls() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(3):
+                x = torch.tanh(self.step(x))
+            return self.head(x)
+
+    net, data = Recurrent(), Objective(F.cross_entropy, {"calibration": [(torch.randn(6, 4), torch.arange(6) % 3)]})
+    spectra: Any = {"step": SVD().spectrum(net.step)}
+    model = surgery.apply(net, RankPlan.of({"step": Kept(4, "linear")}), spectra)
+    given = gate_gradients(model, ["step"], data, samples=6)["step"].given
+    components = spectra["step"].first_order(data.gradients(net, ["step"])["step"]).diff()
+    torch.testing.assert_close(given.mean(0).double(), components, atol=1e-6, rtol=1e-4)
+
+
 def test_rows_are_those_of_each_sample_alone() -> None:
     model, _ = factored(Net().eval())
     data = batches()

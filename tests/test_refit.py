@@ -64,6 +64,22 @@ def cut(net: nn.Module, make: Make, rank: int | None = None) -> nn.Module:
     return surgery.apply(net, RankPlan.of(kept), spectra)
 
 
+def test_a_layer_that_is_called_again_and_again_is_left_as_it_was_cut() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step, self.head = nn.Linear(6, 6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.tanh(self.step(torch.tanh(self.step(x)))))
+
+    net = Recurrent()
+    model, data = cut(net, SVD().spectrum, 2), [(torch.randn(40, 6), torch.zeros(40).long())]
+    step, head = (model.get_submodule(f"{name}.first").weight.clone() for name in ("step", "head"))  # type: ignore
+    refit(model, net, Objective(F.cross_entropy, {"calibration": data}), 40)
+    assert torch.equal(model.step.first.weight, step) and not torch.equal(model.head.first.weight, head)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("make", FORMS.values(), ids=FORMS)
 def test_composed_is_the_dense_weight_at_full_rank(make: Make, groups: int) -> None:

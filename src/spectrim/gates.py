@@ -50,7 +50,7 @@ def gate_gradients(
     layer whose form has no gates.
     """
     modules = {name: model.get_submodule(name) for name in layers}
-    between: dict[str, Tensor] = {}
+    between: dict[str, list[Tensor]] = {}
     handles = [_first(name, module).register_forward_hook(_Keeping(between, name)) for name, module in modules.items()]
     device, generator = device_of(model), torch.Generator().manual_seed(seed)
     blocks = objective.blocks(layers)
@@ -59,7 +59,7 @@ def gate_gradients(
         for inputs, targets in objective.first(split, samples, "linearise"):
             count = sample_count(targets)
             outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
-            _each_once(between, layers)
+            _require_each(between, layers)
             loss, scores = objective.finite_loss(outputs, targets, split) * count, _scores(objective, outputs, targets)
             given = drawn = _rows(loss, between, blocks, count, keep=True) if first_order or scores is None else {}
             if scores is not None:
@@ -74,15 +74,15 @@ def gate_gradients(
 
 
 class _Keeping:
-    """A hook that keeps what lies between the two factors."""
+    """A hook that keeps what lies between the two factors, at each call of the layer."""
 
-    def __init__(self, between: dict[str, Tensor], name: str) -> None:
+    def __init__(self, between: dict[str, list[Tensor]], name: str) -> None:
         self.between, self.name = between, name
 
     def __call__(self, module: nn.Module, inputs: Inputs, output: Tensor) -> Tensor:
         if not output.requires_grad:  # every parameter before it is frozen
             output = output.detach().requires_grad_(True)
-        self.between[self.name] = output
+        self.between.setdefault(self.name, []).append(output)
         return output
 
 
@@ -93,7 +93,7 @@ def _first(name: str, module: nn.Module) -> nn.Module:
     return module.first
 
 
-def _each_once(between: dict[str, Tensor], layers: Sequence[str]) -> None:
+def _require_each(between: Mapping[str, list[Tensor]], layers: Sequence[str]) -> None:
     for name in layers:
         if name not in between:
             raise UserError(f"the model does not call layer {name} on every batch; its gradient cannot be taken")
@@ -107,14 +107,20 @@ def _scores(objective: Objective, outputs: Any, targets: Any) -> Tensor | None:
 
 
 def _rows(
-    loss: Tensor, between: Mapping[str, Tensor], blocks: Sequence[Sequence[str]], count: int, keep: bool = False
+    loss: Tensor, between: Mapping[str, list[Tensor]], blocks: Sequence[Sequence[str]], count: int, keep: bool = False
 ) -> dict[str, Tensor]:
-    """Of the summed loss, by a gate a sample on every channel between the factors: shape (count, channels)."""
+    """Of the summed loss, by a gate a sample on every channel between the factors: shape (count, channels).
+
+    A layer that the model calls several times has one gate for all of its calls.
+    """
     rows: dict[str, Tensor] = {}
     for block in blocks:
         again = keep or block is not blocks[-1]
-        gradients = torch.autograd.grad(loss, [between[name] for name in block], retain_graph=again)
-        rows |= {name: _row(name, between[name], own, count) for name, own in zip(block, gradients, strict=True)}
+        values = [(name, value) for name in block for value in between[name]]
+        gradients = torch.autograd.grad(loss, [value for _, value in values], retain_graph=again)
+        for (name, value), gradient in zip(values, gradients, strict=True):
+            row = _row(name, value, gradient, count)
+            rows[name] = rows[name] + row if name in rows else row
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +34,8 @@ def refit(
     and y what the dense layer puts out in the dense model, both for the same samples, the factors of ``W`` minimise
     ``E ||y - W x - b||^2``, the rank as it is, from those at hand. So a layer also makes up for what the layers before
     it lost. The offset b goes into the bias, or else into the running mean of the BatchNorm that the layer feeds;
-    without either there is none. Nothing else of either model changes.
+    without either there is none. Nothing else of either model changes: neither a layer that is called several times in
+    a pass, whose later inputs depend on the fit, nor an embedding, whose inputs are the same in both models.
 
     Raises ``UserError`` for an empty split.
     """
@@ -91,13 +93,15 @@ class _Flows:
 
 
 def _laid_out(model: nn.Module, example: Inputs) -> tuple[list[str], dict[str, str]]:
-    """The factored layers in the order of their first call, and the BatchNorm that takes the output of each, if any."""
+    """The factored layers that are called once, in their order, and the BatchNorm that each feeds, if any."""
     kinds = FactoredLinear, FactoredConv2d, TuckerConv2d
     outputs: dict[str, Tensor] = {}
     followers: dict[str, str] = {}
+    calls = Counter[str]()
 
     def called(name: str, _: nn.Module, __: tuple, output: Tensor) -> None:
         outputs.setdefault(name, output)
+        calls[name] += 1
 
     def fed(norm: str, _: nn.Module, inputs: tuple) -> None:
         followers.update({name: norm for name, output in outputs.items() if inputs[0] is output})
@@ -107,7 +111,7 @@ def _laid_out(model: nn.Module, example: Inputs) -> tuple[list[str], dict[str, s
     handles += [norm.register_forward_pre_hook(partial(fed, name)) for name, norm in norms_of(model).items()]
     with hooked(handles), evaluating(model), torch.no_grad():
         forward(model, to_device(first_sample(example), device_of(model)))
-    return list(outputs), followers
+    return [name for name in outputs if calls[name] == 1], followers
 
 
 def _in_step(
