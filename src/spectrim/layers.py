@@ -87,26 +87,37 @@ class FactoredLinear(nn.Module):
 
 
 class FactoredEmbedding(nn.Module):
-    """``i -> B A[i]``: a row of ``rank`` numbers looked up in A (num_embeddings, rank), then B (embedding_dim, rank).
+    """``i -> B A[i]``: a row of ``rank`` numbers looked up in A, then B (embedding_dim, rank).
 
-    As in ALBERT (Lan et al., arXiv 1909.11942, section 3.1).
+    As in ALBERT (Lan et al., arXiv 1909.11942, section 3.1). So many ids as ``kept`` says have rows of their own, which
+    are no product: those at the places below that in ``place`` (num_embeddings,). A has the rows of all others.
     """
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, padding_idx: int | None = None) -> None:
+    def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, kept: int = 0) -> None:
         super().__init__()
-        self.rank = rank
-        self.first = nn.Embedding(num_embeddings, rank, padding_idx)
+        self.rank, self.kept = rank, kept
+        self.first = nn.Embedding(num_embeddings - kept, rank)
         self.second = nn.Linear(rank, embedding_dim, bias=False)
+        if kept:
+            self.whole = nn.Embedding(kept, embedding_dim)
+            self.register_buffer("place", torch.empty(num_embeddings, dtype=torch.int32))
 
     @classmethod
-    def shaped_like(cls, dense: nn.Embedding, rank: int) -> "FactoredEmbedding":
+    def shaped_like(cls, dense: nn.Embedding, rank: int, kept: int = 0) -> "FactoredEmbedding":
         """An uninitialised factored embedding for ``dense``, on its device and in its precision."""
+        if kept >= dense.num_embeddings:
+            raise UserError(f"of {dense.num_embeddings} rows {kept} are to be kept, which leaves none to be factored")
         with torch.device("meta"):
-            layer = cls(dense.num_embeddings, dense.embedding_dim, rank, dense.padding_idx)
+            layer = cls(dense.num_embeddings, dense.embedding_dim, rank, kept)
         return layer.to(dense.weight.dtype).to_empty(device=dense.weight.device)
 
     def forward(self, input: Tensor) -> Tensor:  # named as in the layer that this one replaces
-        return self.second(self.first(input))
+        if not self.kept:
+            return self.second(self.first(input))
+        place = cast(Tensor, self.place)[input]
+        product = self.second(self.first((place - self.kept).clamp_min(0)))
+        own = self.whole(place.clamp_max(self.kept - 1))
+        return torch.where((place < self.kept).unsqueeze(-1), own, product)
 
 
 class FactoredConv2d(nn.Module):
@@ -167,7 +178,7 @@ class TuckerConv2d(nn.Module):
         return self.third(self.second(self.first(input)))
 
 
-Factored = FactoredLinear | FactoredEmbedding | FactoredConv2d | TuckerConv2d
+Factored = FactoredLinear | FactoredConv2d | TuckerConv2d  # of what flows in; an embedding is of ids
 
 
 def factors_of(layer: Factored) -> list[nn.Module]:
@@ -180,8 +191,6 @@ def composed(layer: Factored, weights: Sequence[Tensor]) -> Tensor:
 
     Differentiable in the weights, which come in the order of ``factors_of``.
     """
-    if isinstance(layer, FactoredEmbedding):
-        return (weights[1] @ weights[0].T).unsqueeze(0)
     if isinstance(layer, TuckerConv2d):
         (A, C, B), groups = weights, layer.first.groups
         A, C, B = (factor.unflatten(0, (groups, -1)) for factor in (A, C, B))
@@ -203,11 +212,17 @@ def subspace_form(form: str, subspaces: int) -> str:
     return form if subspaces == 1 else f"{form} in {subspaces}"
 
 
-def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored:
+def embedding_form(kept: int) -> str:
+    """The name of the form of an embedding that keeps so many of its rows as they are."""
+    return f"embedding but {kept}" if kept else "embedding"
+
+
+def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored | FactoredEmbedding:
     """The uninitialised factored layer of ``form`` that replaces ``dense``.
 
-    ``linear``; ``embedding``; for a convolution ``channel``, ``spatial``, ``vertical`` or, with both of its ranks in
-    the name, ``tucker 12x7``. With the inputs in four subspaces: ``linear in 4``, ``channel in 4``, ``spatial in 4``.
+    ``linear``; ``embedding``, ``embedding but 100``; for a convolution ``channel``, ``spatial``, ``vertical`` or, with
+    both of its ranks in the name, ``tucker 12x7``. With the inputs in four subspaces: ``linear in 4``, ``channel in
+    4``, ``spatial in 4``.
     """
     base, _, parts = form.partition(" in ")
     subspaces = int(parts) if re.fullmatch(r"[2-9]|[1-9]\d+", parts) else 1
@@ -218,8 +233,8 @@ def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored:
         return FactoredLinear.shaped_like(cast(nn.Linear, dense), rank, subspaces)
     if known and isinstance(dense, nn.Conv2d) and base in ("channel", "spatial", "vertical"):
         return FactoredConv2d.shaped_like(dense, rank, base, subspaces)
-    if isinstance(dense, nn.Embedding) and form == "embedding":
-        return FactoredEmbedding.shaped_like(dense, rank)
+    if isinstance(dense, nn.Embedding) and (number := re.fullmatch(r"embedding(?: but ([1-9]\d*))?", form)):
+        return FactoredEmbedding.shaped_like(dense, rank, int(number[1] or 0))
     if isinstance(dense, nn.Conv2d) and (ranks := re.fullmatch(r"tucker ([1-9]\d*)x([1-9]\d*)", form)):
         return TuckerConv2d.shaped_like(dense, int(ranks[1]), int(ranks[2]))
     raise UserError(f"a {type(dense).__name__} has no factored form called {form!r}")

@@ -9,7 +9,6 @@ from spectrim import linalg
 from spectrim.decomposers.spectrum import Keep, Spectrum
 from spectrim.errors import UserError
 from spectrim.layers import (
-    Factored,
     dense_kinds,
     is_linear,
     is_stored_transposed,
@@ -85,17 +84,17 @@ class MatrixSpectrum(Spectrum):
         groups, outputs, inputs = self.shape
         return rank * groups * inputs, rank * groups * outputs
 
-    def factor(self, keep: Keep) -> Factored:
+    def factor(self, keep: Keep) -> nn.Module:
         chosen = _components(keep, self.max_rank)
         U, S, Vh = self.factors
         root = S[:, chosen].sqrt()  # the two factors share the singular values: equal norms, no overflow in half
         B, A = U[:, :, chosen] * root[:, None, :], root[:, :, None] * Vh[:, chosen, :]
-        layer = shaped_like(self.template, len(chosen), self.form).to_empty(device=self.device)
+        layer: Any = shaped_like(self.template, len(chosen), self.form).to_empty(device=self.device)
         with torch.no_grad():
             layer.first.weight.copy_(first_weight(A, layer.first))
             layer.second.weight.copy_(second_weight(B, layer.second, self.template))
             if self.bias is not None:
-                cast(Tensor, layer.second.bias).copy_(self.bias)
+                layer.second.bias.copy_(self.bias)
         return layer
 
 
@@ -174,7 +173,7 @@ def without_weights(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
     if isinstance(layer, nn.Embedding):
         with torch.device("meta"):
             rows, width = layer.weight.shape
-            return cast(Any, nn.Embedding(rows, width, layer.padding_idx, dtype=layer.weight.dtype))
+            return cast(Any, nn.Embedding(rows, width, dtype=layer.weight.dtype))
     if isinstance(layer, nn.Linear):
         bias, dtype = layer.bias is not None, layer.weight.dtype
         return nn.Linear(layer.in_features, layer.out_features, bias, device="meta", dtype=dtype)
