@@ -89,8 +89,8 @@ class FactoredLinear(nn.Module):
 class FactoredEmbedding(nn.Module):
     """``i -> B A[i]``: a row of ``rank`` numbers looked up in A, then B (embedding_dim, rank).
 
-    As in ALBERT (Lan et al., arXiv 1909.11942, section 3.1). So many ids as ``kept`` says have rows of their own, which
-    are no product: those at the places below that in ``place`` (num_embeddings,). A has the rows of all others.
+    As in ALBERT (Lan et al., arXiv 1909.11942, section 3.1). As many ids as ``kept`` says have whole rows of their own
+    instead: those whose number in ``place`` (num_embeddings,), a buffer, is below it. A holds the rows of all others.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, kept: int = 0) -> None:

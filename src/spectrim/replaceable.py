@@ -23,8 +23,7 @@ def factorable(
     does not call it on ``example`` (one batch of inputs), or where the model reads its weight without calling it, as
     attention does with its output projection. So does an embedding that renormalises what it looks up, or whose ids are
     not among the inputs: positions, which calibration may not have reached. Without ``embeddings`` none is looked at.
-    Raises ``UserError`` where the whole model is one such layer: it has no
-    parent in which it could be replaced.
+    Raises ``UserError`` where the whole model is one such layer: it has no parent in which it could be replaced.
     """
     kinds = dense_kinds()
     if isinstance(model, kinds):
@@ -42,9 +41,7 @@ def factorable(
             left[name] = f"{type(module).__name__} has a forward of its own"
         elif torch.nn.utils.parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
             left[name] = "its weight is computed from other parameters"
-        elif isinstance(module, nn.Embedding) and (
-            module.max_norm is not None or module.scale_grad_by_freq or module.sparse
-        ):
+        elif isinstance(module, nn.Embedding) and not _is_plain(module):
             left[name] = "it renormalises what it looks up, or has gradients of its own kind"
         else:
             layers[name] = module
