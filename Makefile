@@ -29,7 +29,8 @@ TRAININGS_table1 := $(call on_nets,table1_threshold table1_search table1_fine_tu
 GRIDS_table2 := $(foreach nets,table2 table2_resnet20,$(nets)_baseline $(nets) $(nets)_verified)
 # As those of Table 1: what is quick is run, and the committed records stand for the rest, hours on a processor.
 GRIDS_table3 := [table3_minilm,table3_truncation]
-TRAININGS_table3 := $(foreach grid,table3 table3_embeddings table3_refit table3_expansion table3_interaction table3_plain table3_selection_minilm,[table3_minilm,$(grid)]) \
+TRAININGS_table3 := $(foreach grid,table3 table3_embeddings table3_embeddings_uniform table3_refit table3_expansion \
+        table3_interaction table3_plain table3_selection_minilm,[table3_minilm,$(grid)]) \
     $(foreach grid,table3 table3_expansion table3_plain table3_selection table3_truncation,[table3_smollm2,$(grid)])
 GRIDS_table4 := table4 table4_truncation
 GRIDS_table5 := table5_baseline table5_baseline_global table5_selection table5_resnet20_baseline table5_resnet20_selection \
