@@ -41,6 +41,7 @@ SPOKEN = (
     Column("net", "model, data"),
     Column("method", "method"),
     Column("params_kept", "params kept %", 1, scale=100),
+    Column("macs_kept", "MACs kept %", 1, scale=100),
     Column("perplexity", "perplexity, reviews", 1),
     Column("perplexity_sotu", "perplexity, speeches", 1),
     Column("test_accuracy", "top-1 %", 2, scale=100),

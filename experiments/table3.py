@@ -21,11 +21,13 @@ UPON = (WHITENED, WHITENED + WITH_EMBEDDING, JOINT + WITH_EMBEDDING, REFITTED, C
 ALGORITHMS = ("truncation", "lossless", "compact", "rankselection", "joint")
 OURS = ("lossless", "compact")  # those that promise the loss of the dense net
 AIMED, HALF, POINTS = 0.8, 0.5, 0.2  # parameters kept; part of the rise of whitened SVD; percentage points
-VALUES = ("params_kept", "test_loss", "change_test_loss", "test_accuracy", "change_test_accuracy_pp")
+KEPT = ("params_kept", "macs_kept")
+VALUES = (*KEPT, "test_loss", "change_test_loss", "test_accuracy", "change_test_accuracy_pp")
 COLUMNS = (
     Column("net", "model, data"),
     Column("method", "method"),
     Column("params_kept", "params kept %", 1, scale=100),
+    Column("macs_kept", "MACs kept %", 1, scale=100),
     Column("test_loss", "test loss", 4),
     Column("change_test_loss", "Δ test loss", 4, signed=True),
     Column("perplexity", "perplexity", 2),
@@ -41,7 +43,8 @@ NOTES = (
     "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds. Δ = compressed − "
     "dense; losses in nats, of a language model a token. Perplexity: exp of that loss; rise: over the dense model's. "
     "The first perplexity is of the corpus that calibration is drawn from (other documents), the next of another "
-    "corpus. Params kept: of the whole model, embeddings included. No fine-tuning; no selector sees a test split.",
+    "corpus. Params and MACs kept: of the whole model; embeddings are parameters, but multiply nothing. No "
+    "fine-tuning; no selector sees a test split.",
     "Uniform ratio: every layer keeps the same part of its parameters. Whitened: by the second moment of the layer's "
     "inputs on the calibration data, as in SVD-LLM (arXiv 2403.07378), without its update of the weights after. "
     "Refitted: layer by layer the factors are fitted, by least squares and without labels, to what the dense layers "
@@ -70,7 +73,7 @@ def build(options: Options) -> list[Path]:
     rows = frame.over_seeds(pd.concat([_dense(runs, values), runs]), ("model", "data", "method"), values)
     rows["order"] = (rows["model"] + rows["data"]).map({key: at for at, key in enumerate(runs["model"] + runs["data"])})
     rows = rows.sort_values("order", kind="stable").drop(columns="order")
-    rows.loc[rows["method"] == "dense", "params_kept_std"] = math.nan
+    rows.loc[rows["method"] == "dense", [f"{value}_std" for value in KEPT]] = math.nan
     rows["net"], rows["verdict"] = rows["model"] + ", " + rows["data"], [_verdict(row) for _, row in rows.iterrows()]
     published = compare.read_published(PUBLISHED)
     elsewhere = [
@@ -144,12 +147,12 @@ def _token_loss(net: dict[str, Any], other: str) -> float:
 
 def _dense(runs: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
     dense = runs.drop_duplicates(["model", "data", "seed"]).assign(
-        method="dense", calibration_seed=None, params_kept=1.0
+        method="dense", calibration_seed=None, params_kept=1.0, macs_kept=1.0
     )
     for value in values:
         if value.startswith(("test", "perplexity")):
             dense[value] = dense[f"dense_{value}"]
-        elif value != "params_kept":
+        elif value not in KEPT:
             dense[value] = math.nan
     return dense
 

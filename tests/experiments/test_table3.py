@@ -36,6 +36,7 @@ def test_rows_are_dense_then_each_method_by_size_then_what_was_published(tables:
         *(f"joint, ours, {size}" for size in sizes),
     ]
     assert own["n"].tolist() == ["1", "1 × 1", "1 × 1", *9 * ["1 × 3"]]
+    assert own["macs_kept"].iloc[0] == 1 and own["macs_kept"].iloc[1:].between(0, 1).all()
     published = rows[rows["net"].str.contains("published")]
     assert published["method"].str.partition(",")[0].tolist() == 2 * ["original", "lossless (S1b)", "plain SVD"]
     assert published["test_accuracy"].tolist() == pytest.approx([0.8049, 0.8042, 0.7904, 0.8277, 0.8278, 0.8169])
