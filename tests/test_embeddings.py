@@ -240,6 +240,14 @@ def test_joint_selection_weighs_it_against_the_layers_and_it_loads_back(
     assert torch.equal(logits(loaded, objective), logits(result.model, objective))
 
 
+def test_a_block_of_layers_at_a_time_selects_the_same(model: Reader, objective: Objective) -> None:
+    selector, decomposer = spectrim.Joint(params_kept=0.7, samples=24), DECOMPOSERS["but some"]
+    together = selector.compress(model, decomposer, objective)
+    apart = selector.compress(model, decomposer, Objective(objective.loss, objective.splits, layers_at_once=1))
+    assert apart.plan == together.plan
+    torch.testing.assert_close(logits(apart.model, objective), logits(together.model, objective), atol=1e-5, rtol=1e-5)
+
+
 def test_it_is_never_cut_to_save_multiplications(model: Reader, objective: Objective) -> None:
     result = spectrim.Joint(macs_kept=0.7, samples=24).compress(model, DECOMPOSERS["whitened"], objective)
     assert "token" not in result.plan and result.macs_kept <= 0.7
