@@ -121,7 +121,8 @@ class _Counted:
     """A hook that counts how often each of ``size`` ids is looked up."""
 
     def __init__(self, size: int) -> None:
-        self.counts, self.mask = torch.zeros(size, dtype=torch.int64), cast(Tensor | None, None)
+        self.counts = torch.zeros(size, dtype=torch.int64)
+        self.mask: Tensor | None = None
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         ids = inputs[0]
