@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spectrim import training
+from spectrim import training, training_state
 from spectrim.data.images import ImageSplit
 from spectrim.errors import UserError
 from spectrim.training import Recipe, augment, fit
@@ -62,6 +62,13 @@ def test_a_resumed_training_ends_in_the_weights_of_an_unbroken_one(tmp_path: Pat
     assert [point["loss"] for point in resumed_curve] == [point["loss"] for point in whole]
     assert [point["side"] for point in whole] == [4, 8, 8]
     assert list(tmp_path.iterdir()) == [state]
+
+
+def test_a_state_is_read_into_memory_of_its_own(tmp_path: Path) -> None:
+    """A tensor in a mapped file lies wherever the one before it ends, and kernels round otherwise on such memory."""
+    path = tmp_path / "state.safetensors"
+    training_state.write(path, {name: torch.ones(size) for name, size in (("a", 3), ("b", 5), ("c", 7))}, {"run": "r"})
+    assert all(value.data_ptr() % 64 == 0 for value in training_state.read(path, "r")[0].values())
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:

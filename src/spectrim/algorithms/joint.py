@@ -130,7 +130,9 @@ class _Search:
             said = {} if change is None else {"verified_change": change.mean, "standard_error": change.error}
             self.log.append({"share": wanted, **said, "passed": passed})
             if candidate is not None and passed:
-                self.point, reached = candidate, self._share(candidate)
+                before, self.point, reached = reached, candidate, self._share(candidate)
+                if not reached < before:  # every layer is down to one component: nothing is left to remove
+                    return
             else:
                 step /= 2
 
