@@ -66,7 +66,7 @@ GRIDS_figure3 := figure3 $(GRIDS_table2)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test lint format readme bench notebook lock clean
+.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records list-grids lint format readme bench notebook lock clean
 .PHONY: $(RESULTS:%=reproduce-%) $(RESULTS:%=table-%)
 
 help:  ## this list
@@ -124,6 +124,13 @@ table-NAME:  ## a table or figure from the committed records: no run, no torch
 	@echo "NAME is one of: $(RESULTS)"
 $(RESULTS:%=table-%): table-%: $(STAMP)
 	$(BIN)/python experiments/$*.py --records results/records --out results
+
+# The grids of every table and figure, a line each.
+list-grids:
+	@:$(foreach grid,$(sort $(foreach name,$(RESULTS),$(or $(GRIDS_$(name)),$(name)) $(TRAININGS_$(name)))),$(info $(grid)))
+
+check-records: $(STAMP)  ## each committed record is met by a cell of a grid, and each cell by a record
+	@$(MAKE) -s list-grids | $(BIN)/python experiments/check_records.py --records results/records
 
 train: $(STAMP)  ## the committed checkpoints that are missing (hours on two cores)
 	$(BIN)/spectrim-train -m model=resnet20 seed=0,1,2

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from spectrim.records import Record
+from spectrim.records import Record, class_of
 from spectrim.report import command, figure, frame, table
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table
@@ -75,7 +75,7 @@ def build(options: Options) -> list[Path]:
 
 def _points(record: Record) -> list[dict[str, Any]]:
     settings = record["config"]["algorithm"]
-    kind = str(settings["_target_"]).rpartition(".")[2]
+    kind = class_of(settings)
     if kind not in ALGORITHMS or _varied(settings) or record["config"]["decomposer"].get("embeddings"):
         return []
     known = ALGORITHMS[kind]

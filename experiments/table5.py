@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from spectrim.errors import UserError
-from spectrim.records import Record
+from spectrim.records import Record, class_of
 from spectrim.report import command, compare, frame, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
@@ -114,7 +114,7 @@ def _method(record: Record) -> tuple[str, str]:
 
 
 def _kind(settings: dict[str, Any]) -> str:
-    return str(settings["_target_"]).rpartition(".")[2]
+    return class_of(settings)
 
 
 def _truncation(settings: dict[str, Any]) -> str:

@@ -100,7 +100,7 @@ def _searches(options: Options) -> list[Record]:
     """Of the runs of Figure 4 that search for minutes, of each net and seed the one that did it for all sizes."""
     costliest: dict[tuple, Record] = {}
     for record in records.read_all(options.records, "figure4") if options.default else []:
-        name = record["config"]["algorithm"]["_target_"].rpartition(".")[2].lower()
+        name = records.class_of(record["config"]["algorithm"]).lower()
         key = name, record["names"]["model"], record["seed"], record["calibration_seed"]
         spent = record["phases"]["select"]["seconds"]
         if name in SEARCHES and (key not in costliest or spent > costliest[key]["phases"]["select"]["seconds"]):

@@ -77,7 +77,7 @@ def _probes(found: Sequence[Record]) -> pd.DataFrame:
     """Every (layer, rank) measured by a probe: one row a log entry, with its model."""
     rows: list[dict[str, Any]] = []
     for record in found:
-        if record["config"]["algorithm"]["_target_"].endswith(".Probe"):
+        if records.class_of(record["config"]["algorithm"]) == "Probe":
             rows += [{"model": record["names"]["model"], "seed": record["seed"], **entry} for entry in record["log"]]
     return pd.DataFrame(rows)
 

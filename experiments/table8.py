@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.records import Record
+from spectrim.records import Record, class_of
 from spectrim.report import command, frame
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
@@ -80,7 +80,7 @@ def _values(columns: Sequence[Column], rows: pd.DataFrame) -> list[str]:
 
 
 def _of(found: Sequence[Record], algorithm: str) -> list[Record]:
-    return [record for record in found if record["config"]["algorithm"]["_target_"].endswith(f".{algorithm}")]
+    return [record for record in found if class_of(record["config"]["algorithm"]) == algorithm]
 
 
 def _about(record: Record) -> dict[str, Any]:

@@ -16,9 +16,9 @@ from spectrim.errors import UserError
 
 
 def record(**changes: Any) -> dict[str, Any]:
-    config = {"model": {"_target_": "spectrim.models.resnet.ResNet", "depth": 20}, "seed": 0}
+    config = {"model": {"_class_": "ResNet", "depth": 20}, "seed": 0}
     return {
-        "schema": 1,
+        "schema": records.SCHEMA,
         "signature": records.signature(config),
         "experiment": "table2",
         "names": {"model": "resnet20"},
@@ -127,7 +127,7 @@ def test_a_truncated_record_is_named(tmp_path: Path, keep: int) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[]", "not a record"), ('{"schema": 1}', "not a record"), (json.dumps(record(schema=2)), "schema 2")],
+    [("[]", "not a record"), ('{"schema": 1}', "not a record"), (json.dumps(record(schema=3)), "schema 3")],
 )
 def test_what_is_not_a_record_is_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "one.json"
@@ -159,3 +159,36 @@ def test_a_nested_experiment_is_a_folder_of_its_own(tmp_path: Path) -> None:
 def test_records_and_provenance_need_no_torch() -> None:
     code = "import sys, spectrim.records, spectrim.provenance; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_class_is_signed_by_its_name_wherever_its_module_lies() -> None:
+    def settings(home: str) -> dict:
+        inner = {"_target_": f"{home}.Truncation", "ratio": 0.5}
+        return {"algorithm": {"_target_": f"{home}.Refitted", "selector": inner, "among": [inner]}, "seed": 0}
+
+    here, there = (records.identity(settings(home)) for home in ("spectrim.algorithms.refitted", "spectrim.elsewhere"))
+    assert here == there and records.class_of(here["algorithm"]["selector"]) == "Truncation"
+    assert records.class_of(here["algorithm"]["among"][0]) == "Truncation" and "_target_" not in json.dumps(here)
+
+
+def test_a_setting_that_came_late_is_signed_only_where_it_is_not_at_its_default() -> None:
+    old = {"seed": 0, "algorithm": {"_target_": "spectrim.any.Joint", "also": {}}}
+    assert records.identity(old | {"batch_norm": "keep", "also": {}}) == records.identity(old)
+    assert records.identity(old | {"batch_norm": "follow"}) != records.identity(old)
+    assert "also" in records.identity(old)["algorithm"]  # late for a run, not for every class
+
+
+def test_a_record_of_the_first_schema_is_read_and_found_by_both_signatures(tmp_path: Path) -> None:
+    settings = {"model": {"_target_": "spectrim.models.resnet.ResNet", "depth": 20}, "seed": 0}
+    old = record() | {"schema": 1, "config": settings, "signature": "a" * 16}
+    path = records.path_of(tmp_path, old["experiment"], old["signature"])
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(old))
+    read = records.read(path)
+    assert read["config"]["model"] == {"_class_": "ResNet", "depth": 20} and read["former_signature"] == "a" * 16
+    assert read["signature"] == records.signature(read["config"])
+    records.write(tmp_path, read)
+    path.unlink()
+    for wanted in (read["signature"], "a" * 16):
+        assert records.find(tmp_path, old["experiment"], wanted) == read
+    assert records.find(tmp_path, old["experiment"], "b" * 16) is None

@@ -144,7 +144,7 @@ def test_committed_records_are_those_of_todays_configuration(compose: Any, exper
     (first, *_) = sorted((Path(__file__).parents[1] / "results" / "records" / experiment).glob("*.json"))
     record = json.loads(first.read_text())
     cfg = compose(*shlex.split(record["provenance"]["command"])[1:])
-    settings = run.scientific(cfg) | {"checkpoint": record["config"]["checkpoint"]}
+    settings = records.identity(run.scientific(cfg) | {"checkpoint": record["config"]["checkpoint"]})
     assert settings == record["config"]
     assert records.signature(settings) == record["signature"] == first.stem
 

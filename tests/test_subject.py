@@ -18,7 +18,7 @@ def test_the_test_split_of_other_data_is_measured_too(compose: Any, digits: list
         assert both[net]["also"] == {name: alone[net]["test"] for name in ("again", "more")}
         assert both[net] | {"also": None} == alone[net] | {"also": None}
     assert "also" not in alone["config"] and "also" not in alone["dense"]
-    assert both["config"]["also"]["more"]["_target_"] == "spectrim.data.digits.Digits"
+    assert both["config"]["also"]["more"]["_class_"] == "Digits"
     assert both["signature"] != alone["signature"]
     assert both["plan"] == alone["plan"] and both["samples_read"] == alone["samples_read"]
     assert both["provenance"]["data_digest"] != alone["provenance"]["data_digest"]

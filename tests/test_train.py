@@ -51,7 +51,7 @@ def test_another_file_in_its_place_is_another_run(
 ) -> None:
     asked = (*folder, "algorithm=truncation", f"records={tmp_path}/records")
     first = run.run(compose(*asked))
-    model = config.build(first["config"]["model"])
+    model = config.build(config.plain(compose(*asked).model))
     surgery.save(trained, model, RankPlan())
     second = run.run(compose(*asked))
     assert first["signature"] != second["signature"]

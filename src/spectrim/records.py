@@ -15,8 +15,39 @@ from spectrim.errors import UserError
 
 Record = dict[str, Any]
 
-SCHEMA = 1
+SCHEMA = 2  # 1: classes by the path of their module, which could then never be moved
+CLASS = "_class_"
+# Settings that were added after records had been made: owner (``run``, or a class by its name) to setting to default. A
+# setting at its default is left out of what is signed, so that older records keep their signatures.
+LATE: Mapping[str, Mapping[str, Any]] = {"run": {"batch_norm": "keep", "also": {}}}
 REQUIRED = ("schema", "signature", "experiment", "names", "config", "seed", "dense", "compressed", "provenance")
+
+
+def identity(settings: Mapping[str, Any], owner: str = "run") -> dict[str, Any]:
+    """What a run is signed by: its settings, each class by its name alone, wherever its module lies.
+
+    ``settings``: a configuration with Hydra's ``_target_``; ``owner``: the class they belong to, for ``LATE``.
+    """
+    found: dict[str, Any] = {}
+    if "_target_" in settings:
+        owner = str(settings["_target_"]).rpartition(".")[2]
+        found[CLASS] = owner
+    late = LATE.get(owner, {})
+    for key, value in settings.items():
+        if key != "_target_" and not (key in late and value == late[key]):
+            found[key] = _identity_of(value)
+    return found
+
+
+def _identity_of(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return identity(value, "")
+    return [_identity_of(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def class_of(settings: Mapping[str, Any]) -> str:
+    """Name of the class whose settings in a record these are, such as ``Joint``."""
+    return str(settings[CLASS])
 
 
 def signature(config: Mapping[str, Any]) -> str:
@@ -131,15 +162,38 @@ def read(path: Path) -> Record:
         raise UserError(f"{path} is cut short or not JSON: delete it and run its experiment again") from error
     if not isinstance(record, dict) or any(key not in record for key in REQUIRED):
         raise UserError(f"{path} is not a record of a run: delete it and run its experiment again")
+    if record["schema"] == 1:
+        record = signed_anew(record)
     if record["schema"] != SCHEMA:
         raise UserError(f"{path} has schema {record['schema']}, this version reads {SCHEMA}: run its experiment again")
     return record
 
 
+def signed_anew(record: Record) -> Record:
+    """A record of schema 1 under the signature that its run has now; the old one stays as ``former_signature``."""
+    config = identity(record["config"])
+    names = {"schema": SCHEMA, "signature": signature(config), "former_signature": record["signature"]}
+    return {**names, **{key: value for key, value in record.items() if key not in names}, "config": config}
+
+
+def age(record: Record) -> str:
+    """What orders runs that nothing else tells apart: the first signature, so that signing anew reorders no table."""
+    return str(record.get("former_signature", record["signature"]))
+
+
+def find(folder: Path, experiment: str, wanted: str) -> Record | None:
+    """The record with the signature ``wanted``, today's or a former one; None where there is none."""
+    path = path_of(folder, experiment, wanted)
+    if path.exists():
+        return read(path)
+    former = (record for record in read_all(folder, experiment) if record.get("former_signature") == wanted)
+    return next(former, None)
+
+
 def read_all(folder: Path, experiment: str) -> list[Record]:
-    """The records of one experiment, sorted by signature; none where there is no such folder.
+    """The records of one experiment, sorted by ``age``; none where there is no such folder.
 
     Temporary files of a killed run end in ``.tmp`` and are not looked at.
     """
     place = path_of(folder, experiment, "any").parent
-    return [read(path) for path in sorted(place.glob("*.json"))]
+    return sorted(map(read, place.glob("*.json")), key=age)

@@ -28,7 +28,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     folder, name = Path(config.text(cfg, "records")), config.text(cfg, "name")
     checkpoint = _checkpoint(cfg)
     settings["checkpoint"] = None if checkpoint is None else file_digest(checkpoint)
-    signature = records.signature(settings)
+    signature = records.signature(records.identity(settings))
     tracker = config.build(config.plain(cfg.tracking), "run")
     path = records.path_of(folder, name, signature)
     if path.exists():
@@ -51,7 +51,7 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
     phases, device = Phases(), device_called(cfg.device)
     with phases.measure("load"):
         weights = None if checkpoint is None else (checkpoint, settings["checkpoint"])
-        judged = subject.of(settings["model"], cfg.seed, weights, settings["data"], settings.get("also", {}), device)
+        judged = subject.of(settings["model"], cfg.seed, weights, settings["data"], settings["also"], device)
     before = Counter(judged.objective.read)
     with phases.measure("select"):
         compressed = algorithm.compress(judged.model, decomposer, judged.objective)
@@ -64,7 +64,7 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
         "signature": signature,
         "experiment": cfg.name,
         "names": config.plain(cfg.names),
-        "config": settings,
+        "config": records.identity(settings),
         "seed": cfg.seed,
         "calibration_seed": settings["data"].get("calibration_seed", 0),
         **outcome,
@@ -87,11 +87,7 @@ def scientific(cfg: DictConfig) -> dict[str, Any]:
     config.check_targets(settings)
     config.check_seed(cfg)
     batchnorm.require(cfg.batch_norm)
-    if cfg.batch_norm != "keep":  # younger than many a record: where it is not mentioned, it is this
-        settings["batch_norm"] = cfg.batch_norm
-    if cfg.also:  # younger too
-        settings["also"] = _also(cfg.also)
-    return settings
+    return settings | {"batch_norm": cfg.batch_norm, "also": _also(cfg.also) if cfg.also else {}}
 
 
 def _also(nodes: Any) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def _record(
     """What lies beside the checkpoint: how the net was trained, how that went, and what it reached."""
     judge = Objective(splits.loss, {"calibration": splits.calibration, "test": splits.test})
     return {
-        "config": {**settings, "seed": cfg.seed},
+        "config": {**records.identity(settings), "seed": cfg.seed},
         "names": config.plain(cfg.names),
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "calibration": judge.evaluate(model, "calibration")._asdict(),

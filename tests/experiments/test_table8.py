@@ -89,5 +89,5 @@ def test_a_run_without_its_counterpart_is_left_out(made: Callable, factory: Modu
 
 
 def test_one_kind_of_record_makes_one_table(made: Callable, factory: ModuleType) -> None:
-    tables = made([one for one in factory.table8() if one["config"]["algorithm"]["_target_"].endswith(".BoundProbe")])
+    tables = made([one for one in factory.table8() if one["config"]["algorithm"]["_class_"] == "BoundProbe"])
     assert (tables / "table8.csv").is_file() and not (tables / "table8_selection.csv").exists()

@@ -13,20 +13,20 @@ from spectrim import records
 Record = dict[str, Any]
 MODELS = {"resnet20": 0.30, "resnext20": 0.33, "densenet22": 0.40, "vgg19_half": 0.35}
 TARGETS = {
-    "truncation": "spectrim.algorithms.truncation.Truncation",
-    "lossless": "spectrim.algorithms.lossless.Lossless",
-    "compact": "spectrim.algorithms.compact.Compact",
-    "probe": "spectrim.algorithms.probe.Probe",
-    "bound_probe": "spectrim.algorithms.bound_probe.BoundProbe",
-    "rank_selection": "spectrim.algorithms.rank_selection.RankSelection",
-    "svd_training": "spectrim.algorithms.svd_training.SVDTraining",
-    "fine_tuning": "spectrim.algorithms.fine_tuning.FineTuning",
-    "joint": "spectrim.algorithms.joint.Joint",
-    "alds": "spectrim.algorithms.related.alds.ALDS",
-    "global_threshold": "spectrim.algorithms.related.global_threshold.GlobalThreshold",
-    "knapsack": "spectrim.algorithms.related.knapsack.Knapsack",
-    "refitted": "spectrim.algorithms.refitted.Refitted",
-    "sensitivity": "spectrim.algorithms.related.sensitivity.Sensitivity",
+    "truncation": "Truncation",
+    "lossless": "Lossless",
+    "compact": "Compact",
+    "probe": "Probe",
+    "bound_probe": "BoundProbe",
+    "rank_selection": "RankSelection",
+    "svd_training": "SVDTraining",
+    "fine_tuning": "FineTuning",
+    "joint": "Joint",
+    "alds": "ALDS",
+    "global_threshold": "GlobalThreshold",
+    "knapsack": "Knapsack",
+    "refitted": "Refitted",
+    "sensitivity": "Sensitivity",
 }
 # Those that are given a budget, and how much more of the loss than joint they lose to it in what is made up.
 BUDGETED = {"joint": 1.0, "knapsack": 2.0, "sensitivity": 3.0, "alds": 5.0, "global_threshold": 6.0}
@@ -64,11 +64,11 @@ def make(
     chosen = base.get(algorithm, {"verified": False, "gamma": None, "norm": "entrywise"}) | (settings or {})
     checkpoint = checkpoint or f"checkpoint of {model} {seed}"
     config = {
-        "model": {"_target_": "spectrim.models.any.Net", "option": model},
+        "model": {"_class_": "Net", "option": model},
         "data": {"calibration_seed": calibration_seed, "calibration_from": calibration_from, "calibration_size": 2000},
         "shape": {"num_classes": 10},
-        "decomposer": {"_target_": "spectrim.decomposers.svd.SVD", "option": decomposer},
-        "algorithm": {"_target_": TARGETS[algorithm], **chosen},
+        "decomposer": {"_class_": "SVD", "option": decomposer},
+        "algorithm": {"_class_": TARGETS[algorithm], **chosen},
         "seed": seed,
         "checkpoint": checkpoint,
     }
@@ -85,7 +85,7 @@ def make(
         "relative_error": error,
     }
     return {
-        "schema": 1,
+        "schema": records.SCHEMA,
         "signature": records.signature(config),
         "experiment": experiment,
         "names": {"model": model, "data": "cifar10", "algorithm": algorithm, "decomposer": decomposer},
@@ -245,7 +245,7 @@ def table5() -> list[Record]:
     for seed in (0, 1):
         budget = {"rank": None, "ratio": None, "energy": None, "params_kept": 0.06}
         found.append(_of_lenet5(seed, "truncation", budget, 0.06, 0.5))
-        selector = budget | {"_target_": "spectrim.algorithms.truncation.Truncation"}
+        selector = budget | {"_class_": "Truncation"}
         found.append(_of_lenet5(seed, "fine_tuning", {"selector": selector, "recipe": recipe}, 0.06, 0.05))
         for scratch in (True, False):
             log = [_epoch(epoch, {"conv1": 9 - epoch, "fc1": 30 - epoch + seed}) for epoch in range(3)]
@@ -273,7 +273,7 @@ def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record
                 settings = {
                     "truncation": cut | {"energy": None, "params_kept": size},
                     "energy": cut | {"energy": size + 0.1, "params_kept": None},
-                    "refitted": {"selector": {"_target_": TARGETS["knapsack"], "params_kept": size}, "samples": 1000},
+                    "refitted": {"selector": {"_class_": TARGETS["knapsack"], "params_kept": size}, "samples": 1000},
                 }
                 for name, worse in {**BUDGETED, "truncation": 15.0, "energy": 10.0, "refitted": 1.5}.items():
                     one = make(

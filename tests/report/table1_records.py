@@ -7,23 +7,22 @@ from typing import Any
 from spectrim import records
 
 Record = dict[str, Any]
-RELATED = "spectrim.algorithms.related"
 # Of each selector: its class, passes over the calibration images, and how much of the loss it loses beside the others.
 CUTTING = {
-    "reinforced": (f"{RELATED}.reinforced.Reinforced", 42, 2.5),
-    "bayesian": (f"{RELATED}.bayesian.Bayesian", 41, 2.0),
-    "evbmf": (f"{RELATED}.evbmf.EVBMF", 0, 6.0),
-    "layer_threshold": (f"{RELATED}.layer_threshold.LayerThreshold", 240, 3.0),
-    "pars": (f"{RELATED}.pars.PARS", 82, 1.8),
-    "joint": ("spectrim.algorithms.joint.Joint", 10, 1.0),
+    "reinforced": ("Reinforced", 42, 2.5),
+    "bayesian": ("Bayesian", 41, 2.0),
+    "evbmf": ("EVBMF", 0, 6.0),
+    "layer_threshold": ("LayerThreshold", 240, 3.0),
+    "pars": ("PARS", 82, 1.8),
+    "joint": ("Joint", 10, 1.0),
 }
 TRAINING = {
-    "haloc": (f"{RELATED}.haloc.HALOC", 0, 0.6),
-    "l0_gates": (f"{RELATED}.l0_gates.L0Gates", 0, 0.5),
-    "cuttlefish": (f"{RELATED}.cuttlefish.Cuttlefish", 0, 0.4),
+    "haloc": ("HALOC", 0, 0.6),
+    "l0_gates": ("L0Gates", 0, 0.5),
+    "cuttlefish": ("Cuttlefish", 0, 0.4),
 }
 BUDGETS = (0.7, 0.5, 0.3)
-FINE_TUNING = "spectrim.algorithms.fine_tuning.FineTuning"
+FINE_TUNING = "FineTuning"
 RECIPE = {"recipe": {"epochs": 4}}
 
 
@@ -37,13 +36,13 @@ def table1(make: Callable[..., Record], nets: tuple[str, ...] = ("resnet20", "vg
             for size in BUDGETS:
                 budget = {"params_kept": size, "macs_kept": None}
                 for name, (target, passes, worse) in cutting.items():
-                    alone = {"_target_": target, **budget} | ({} if name == "evbmf" else {"seed": draw})
+                    alone = {"_class_": target, **budget} | ({} if name == "evbmf" else {"seed": draw})
                     change = worse * (1 - size) ** 2 * (1 + 0.1 * draw)
                     found.append(_of(make, net, seed, draw, alone, size, change, passes, 0))
-                    tuned = {"_target_": FINE_TUNING, "selector": alone, "seed": draw, **RECIPE}
+                    tuned = {"_class_": FINE_TUNING, "selector": alone, "seed": draw, **RECIPE}
                     found.append(_of(make, net, seed, draw, tuned, size, change / 10, passes, 4))
                 for target, passes, worse in TRAINING.values():
-                    settings = {"_target_": target, "seed": draw, **budget, **RECIPE}
+                    settings = {"_class_": target, "seed": draw, **budget, **RECIPE}
                     change = worse * (1 - size) ** 2 * (1 + 0.1 * draw) / 3
                     found.append(_of(make, net, seed, draw, settings, size, change, passes, 4))
             found += _own_sizes(make, net, seed, draw)
@@ -55,12 +54,12 @@ def _own_sizes(make: Callable[..., Record], net: str, seed: int, draw: int) -> l
     found = []
     for epsilon, kept, scratch in ((0.03, 0.54, False), (0.1, 0.48, False), (0.3, 0.12, False), (0.1, 0.31, True)):
         settings = {
-            "_target_": "spectrim.algorithms.svd_training.SVDTraining",
+            "_class_": "SVDTraining",
             "regulariser": "hoyer", "strength": 0.005, "epsilon": epsilon, "bounded": True, "seed": draw,
             "recipe": {"epochs": 16 if scratch else 4},
         }  # fmt: skip
         found.append(_of(make, net, seed, draw, settings, kept, 0.05 + epsilon / 10, 0, 4, scratch))
-    lossless = {"_target_": "spectrim.algorithms.lossless.Lossless", "verified": True}
+    lossless = {"_class_": "Lossless", "verified": True}
     return [*found, _of(make, net, seed, draw, lossless, 0.92, -0.001, 20, 0)]
 
 

@@ -76,9 +76,9 @@ def test_settings_of_one_variant_are_told_apart_by_what_differs(record: Make) ->
 
 def test_two_decomposers_go_by_their_classes(record: Make) -> None:
     other = record()
-    other["config"] = other["config"] | {"decomposer": {"_target_": "spectrim.decomposers.whitened.WhitenedSVD"}}
+    other["config"] = other["config"] | {"decomposer": {"_class_": "WhitenedSVD"}}
     usual = record()
-    usual["config"] = usual["config"] | {"decomposer": {"_target_": "spectrim.decomposers.svd.SVD"}}
+    usual["config"] = usual["config"] | {"decomposer": {"_class_": "SVD"}}
     assert set(frame.runs([usual, other])["method"]) == {"lossless, one-shot, SVD", "lossless, one-shot, WhitenedSVD"}
 
 
@@ -140,7 +140,7 @@ def test_the_dense_row_counts_training_seeds_not_calibration_draws(grid: Make) -
 def test_a_model_on_two_data_sets_is_told_apart(record: Make) -> None:
     other = record(change=0.5)
     other["names"] = other["names"] | {"data": "mnist"}
-    other["config"] = other["config"] | {"data": other["config"]["data"] | {"_target_": "MNIST"}}
+    other["config"] = other["config"] | {"data": other["config"]["data"] | {"_class_": "MNIST"}}
     rows = frame.with_dense(frame.runs([record(change=0.1), other]), ["change_test_loss"])
     compressed = rows[rows["method"] != "dense"].set_index("model")["change_test_loss"]
     assert compressed.to_dict() == pytest.approx({"resnet20 on cifar10": 0.1, "resnet20 on mnist": 0.5})

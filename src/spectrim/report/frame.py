@@ -43,16 +43,16 @@ def runs(found: Iterable[Record]) -> pd.DataFrame:
         return frame
     _one_checkpoint_a_seed(frame)
     frame["method"] = _methods(frame)
-    return frame.sort_values(by=["model", "variant", "method", "signature"], key=_order).reset_index(drop=True)
+    return frame.sort_values(by=["model", "variant", "method", "age"], key=_order).reset_index(drop=True)
 
 
 def _row(record: Record) -> dict[str, Any]:
     config, dense, compressed = record["config"], record["dense"], record["compressed"]
-    # A run that kept BatchNorm's statistics does not mention them.
-    settings = {"batch_norm": "keep"} | flat({key: value for key, value in config.items() if key != "shape"})
-    algorithm = str(config["algorithm"]["_target_"]).rpartition(".")[2].lower()
+    settings = flat(records.LATE["run"]) | flat({key: value for key, value in config.items() if key != "shape"})
+    algorithm = records.class_of(config["algorithm"]).lower()
     row: dict[str, Any] = {
         "signature": record["signature"],
+        "age": records.age(record),
         "experiment": record["experiment"],
         "model": _model(record),
         "data": record["names"]["data"],
@@ -110,7 +110,7 @@ def _variant(algorithm: str, settings: Mapping[str, Any]) -> str:
         return ", ".join([algorithm, *(f"{key.replace('_', ' ')} {value:g}" for key, value in given.items())])
     if algorithm == "refitted":
         selector = settings["selector"]
-        return f"{_variant(str(selector['_target_']).rpartition('.')[2].lower(), selector)}, {algorithm}"
+        return f"{_variant(records.class_of(selector).lower(), selector)}, {algorithm}"
     if "verified" in settings:
         return f"{algorithm}, {'verified' if settings['verified'] else 'one-shot'}"
     return algorithm
@@ -153,8 +153,8 @@ def _methods(frame: pd.DataFrame) -> list[str]:
 
 
 def _said(setting: str, value: Any) -> str:
-    if setting == "_target_":  # two classes, such as two decomposers
-        return str(value).rpartition(".")[2]
+    if setting == records.CLASS:  # two classes, such as two decomposers
+        return str(value)
     name = setting.replace("_", " ")
     return f"no {name}" if value is None else f"{name} {value}"
 

@@ -66,7 +66,7 @@ def rows(options: Options, found: Sequence[Record], selectors: pd.DataFrame) -> 
 def _name(record: Record) -> str:
     """The class of the selector, of fine-tuning that of what it trains after, in small letters."""
     chosen = record["config"]["algorithm"]
-    return str(chosen.get("selector", chosen)["_target_"]).rpartition(".")[2].lower()
+    return records.class_of(chosen.get("selector", chosen)).lower()
 
 
 def _run(record: Record, run: Any) -> dict[str, Any]:

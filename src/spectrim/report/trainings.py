@@ -2,14 +2,14 @@
 
 import math
 
-from spectrim.records import Record
+from spectrim.records import Record, class_of
 
 UNTRAINED = "_untrained"  # of the name of a net that a run trains from scratch
 
 
 def is_training(record: Record) -> bool:
     """Whether the run is one of SVD training."""
-    return str(record["config"]["algorithm"]["_target_"]).endswith(".SVDTraining")
+    return class_of(record["config"]["algorithm"]) == "SVDTraining"
 
 
 def seconds(record: Record, clock: str = "seconds") -> float:

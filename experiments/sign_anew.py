@@ -1,0 +1,59 @@
+"""Sign records of an older version anew: ``python experiments/sign_anew.py results/records results/checkpoints``.
+
+A record of schema 1 names classes by the path of their module. It is written again by today's schema, under today's
+signature; the old signature stays in ``former_signature``, and the mark ``.tracked`` goes with it. The record beside a
+checkpoint has no signature; its classes are renamed alike. What is signed already is left as it is.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from spectrim import records
+from spectrim.errors import UserError
+
+
+def sign(path: Path) -> bool:
+    """Sign the file at ``path`` anew; whether there was anything to do."""
+    old = json.loads(path.read_text(encoding="utf-8"))
+    if "signature" not in old:
+        return _rename_classes(path, old)
+    if old["schema"] != 1:
+        return False
+    new = records.read(path)
+    marks = path.with_suffix(".tracked"), path.with_name(f"{new['signature']}.tracked")
+    written = path.with_name(f"{new['signature']}.json")
+    if written.exists():
+        raise UserError(f"{path} and {written} are one and the same run: delete one of them")
+    records.write_whole({written: records.encode(new)})
+    if marks[0].exists():
+        marks[0].replace(marks[1])
+    path.unlink()
+    return True
+
+
+def _rename_classes(path: Path, record: dict) -> bool:
+    config = records.identity(record["config"])
+    if config != record["config"]:
+        records.write_whole({path: (json.dumps({**record, "config": config}, indent=1) + "\n").encode()})
+    return config != record["config"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the script; the exit status."""
+    parser = argparse.ArgumentParser(description="Sign records of an older version anew.")
+    parser.add_argument("folders", nargs="+", type=Path, help="of records, or of checkpoints and their records")
+    folders = parser.parse_args(arguments).folders
+    try:
+        signed = [sign(path) for folder in folders for path in sorted(folder.rglob("*.json"))]
+    except (UserError, OSError, ValueError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{sum(signed)} of {len(signed)} records signed anew")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
