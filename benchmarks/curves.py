@@ -9,8 +9,8 @@ import torch
 from measure import Outcome, Target, seconds
 from torch import Tensor, nn
 
-from spectrim import linalg
 from spectrim.decomposers.svd import SVD
+from spectrim.factored import linalg
 from spectrim.report.table import Column, Table
 
 COLUMNS = (

@@ -10,10 +10,10 @@ import torch
 from measure import Outcome, untrained
 from torch import Tensor, nn
 
-from spectrim import replaceable
-from spectrim.cost import latency, model_cost
 from spectrim.decomposers.svd import SVD, View
 from spectrim.report.table import Column, Table
+from spectrim.surgery import find_layers
+from spectrim.surgery.cost import latency, model_cost
 
 MODELS = ("resnet20", "vgg19_half", "resnext20", "densenet22")
 MACS_KEPT = 0.5
@@ -71,7 +71,7 @@ def _kinds(model: str, limit: int | None) -> Iterator[tuple[nn.Module, Tensor, d
     """One layer of each kind with an input of it, as a batch of one, and what tells the kind."""
     network = untrained(model)
     image = torch.randn(1, 3, 32, 32)
-    layers, _ = replaceable.factorable(network, image)
+    layers, _ = find_layers.factorable(network, image)
     seen: dict[tuple, tuple[nn.Module, Tensor, dict[str, Any]]] = {}
 
     def note(name: str, layer: nn.Module, inputs: tuple[Tensor]) -> None:

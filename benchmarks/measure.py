@@ -10,9 +10,9 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from spectrim import config
 from spectrim.data.images import ImageSplit
 from spectrim.report.table import Table
+from spectrim.runs import config
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spectrim
-from spectrim.algorithms.base import Algorithm
 from spectrim.algorithms.joint import Joint
 from spectrim.algorithms.lossless import Lossless
+from spectrim.algorithms.shared.workbench import Algorithm
 from spectrim.algorithms.truncation import Truncation
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.losses import token_loss
-from spectrim.phases import Phases
+from spectrim.tools.profiling import Phases
 
 WHITENED = WhitenedSVD(view="channel", samples=8)
 METHODS: dict[str, tuple[Algorithm, Decomposer]] = {

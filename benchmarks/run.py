@@ -21,8 +21,8 @@ import torch
 from measure import Outcome
 
 from spectrim.errors import UserError
-from spectrim.provenance import provenance
-from spectrim.records import write_whole
+from spectrim.records.provenance import provenance
+from spectrim.records.records import write_whole
 from spectrim.report.table import provenance_bytes
 
 BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {

@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from measure import Outcome, Target, clocked, noise_images, seconds, untrained
 from torch import nn
 
-from spectrim import replaceable, surgery
 from spectrim.algorithms.lossless import Lossless
 from spectrim.data.images import ImageSplit
 from spectrim.decomposers.svd import SVD
-from spectrim.objective import Objective
 from spectrim.report.table import Column, Table
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import find_layers, replacing
 
 COLUMNS = (
     Column("part", "part"),
@@ -57,13 +57,13 @@ def _select(model: str, calibration: ImageSplit) -> float:
 def _once(model: str, calibration: ImageSplit) -> dict[str, float]:
     """Seconds of the gradient pass, of the whole selection, and of the selection's parts."""
     network, objective = _fresh(model, calibration)
-    layers = list(replaceable.factorable(network, objective.example())[0])
+    layers = list(find_layers.factorable(network, objective.example())[0])
     alone = seconds(lambda: objective.gradients(network, layers))
     with (
         clocked(Objective, "gradients") as gradients,
         clocked(SVD, "spectrum") as decompositions,
-        clocked(replaceable, "factorable") as finding,
-        clocked(surgery, "apply") as cutting,
+        clocked(find_layers, "factorable") as finding,
+        clocked(replacing, "apply") as cutting,
     ):
         whole = _select(model, calibration)
     parts = {

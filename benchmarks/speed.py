@@ -12,14 +12,16 @@ from measure import Outcome, Target
 from torch import nn
 from tqdm import tqdm
 
-from spectrim import config, heap, latency, subject
-from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.joint import Joint
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
-from spectrim.provenance import file_digest
+from spectrim.records.provenance import file_digest
 from spectrim.report.table import Column, Table
-from spectrim.subject import Subject
+from spectrim.runs import config, task
+from spectrim.runs.task import Subject
+from spectrim.surgery import latency
+from spectrim.tools import malloc
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("resnet20", "vgg19_half")
@@ -47,7 +49,7 @@ def benchmark(quick: bool) -> Outcome:
     models, batches, shares = (("resnet20",), (2,), (0.9,)) if quick else (MODELS, BATCHES, SHARES)
     rows: list[dict[str, Any]] = []
     digests = []
-    heap.keep()  # as the command line does
+    malloc.keep()  # as the command line does
     with tqdm(desc="speed", total=len(models) * len(batches) * len(shares), leave=False, disable=None) as bar:
         for model in models:
             judged = _trained(model, "digits" if quick else "cifar10")
@@ -80,7 +82,7 @@ def _trained(model: str, data: str) -> Subject:
         cfg = compose("config", [f"model={model}", f"data={data}"])
     path = ROOT / f"results/checkpoints/{model}-{data}-seed0.safetensors"
     weights = path, file_digest(path)
-    return subject.of(config.plain(cfg.model), 0, weights, config.plain(cfg.data), {}, torch.device("cpu"))
+    return task.of(config.plain(cfg.model), 0, weights, config.plain(cfg.data), {}, torch.device("cpu"))
 
 
 def _compiled(model: nn.Module, quick: bool) -> Any:

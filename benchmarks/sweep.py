@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 from measure import Outcome, Target, clocked, seconds
 
-from spectrim import run
 from spectrim.algorithms import base
+from spectrim.cli import run
 from spectrim.decomposers.svd import SVD
-from spectrim.objective import Objective
 from spectrim.report.table import Column, Table
+from spectrim.statistics.objective import Objective
 
 COLUMNS = (
     Column("part", "part"),

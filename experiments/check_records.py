@@ -17,9 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.initialize import initialize_config_dir
 from tqdm import tqdm
 
-from spectrim import config, records
-from spectrim.provenance import file_digest
-from spectrim.run import scientific
+from spectrim.cli.run import scientific
+from spectrim.records import records
+from spectrim.records.provenance import file_digest
+from spectrim.runs import config
 
 digest = cache(file_digest)
 

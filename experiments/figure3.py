@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from spectrim import records
+from spectrim.records import records
 from spectrim.report import command, drawn, figure, frame, table
 from spectrim.report.command import Options
 from spectrim.report.table import number

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from spectrim.records import Record
+from spectrim.records.records import Record
 from spectrim.report import command, figure, frame, table, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table

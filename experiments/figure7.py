@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from spectrim.records import Record, class_of
+from spectrim.records.records import Record, class_of
 from spectrim.report import command, figure, frame, table
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table

@@ -12,8 +12,9 @@ from statistics import median
 
 from torch import nn
 
-from spectrim import language, pretrained
+from spectrim import language
 from spectrim.errors import UserError
+from spectrim.fetch import pretrained
 from spectrim.models.language import causal_lm
 
 PROMPT = "The best film that I have seen this year is"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from spectrim.errors import UserError
-from spectrim.records import write_whole
+from spectrim.records.records import write_whole
 from spectrim.report.table import Column, Table
 
 ROOT = Path(__file__).resolve().parents[1]

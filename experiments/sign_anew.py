@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spectrim import records
 from spectrim.errors import UserError
+from spectrim.records import records
 
 
 def sign(path: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.records import Record
+from spectrim.records.records import Record
 from spectrim.report import claims, command, compare, frame
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, number, save

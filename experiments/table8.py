@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.records import Record, class_of
+from spectrim.records.records import Record, class_of
 from spectrim.report import command, frame
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save

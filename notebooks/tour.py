@@ -28,7 +28,7 @@ import spectrim
 from spectrim.data.digits import Digits
 from spectrim.decomposers.spectrum import spectrum_of
 from spectrim.models.resnet import ResNet
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 root = next(folder for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "pyproject.toml").is_file())
 splits = Digits().load()

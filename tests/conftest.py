@@ -13,11 +13,12 @@ from hydra.initialize import initialize_config_dir
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from spectrim import config, pretrained
-from spectrim.layers import FactoredLinear, TuckerConv2d
+from spectrim.factored.layers import FactoredLinear, TuckerConv2d
+from spectrim.fetch import pretrained
 from spectrim.losses import IGNORED
-from spectrim.objective import Objective
-from spectrim.training import Recipe
+from spectrim.runs import config
+from spectrim.statistics.objective import Objective
+from spectrim.training.fit import Recipe
 
 torch.set_num_threads(1)
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim import api, run
+from spectrim import api
 from spectrim.batches import alone_trainable, forward
-from spectrim.cost import model_cost
+from spectrim.cli import run
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
+from spectrim.surgery.cost import model_cost
 
 
 class Deep(nn.Module):

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from spectrim.batchnorm import reestimate
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.batchnorm import reestimate
+from spectrim.statistics.objective import Objective
 
 
 def net() -> nn.Sequential:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from spectrim.cache import Bundle, extract, unpacked
-from spectrim.download import Package
 from spectrim.errors import UserError
+from spectrim.fetch.cache import Bundle, extract, unpacked
+from spectrim.fetch.download import Package
 
 CONTENT = b"what is inside"
 

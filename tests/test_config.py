@@ -12,8 +12,8 @@ import pytest
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
-from spectrim import config
 from spectrim.errors import UserError
+from spectrim.runs import config
 
 GROUPS = ("algorithm", "decomposer", "model", "data", "tracking", "recipe")
 
@@ -91,7 +91,7 @@ def test_a_grid_of_table1_runs_on_every_net(compose: Any, grid: str) -> None:
 @pytest.mark.parametrize("option", [o for o in options("model") if o not in ("torchvision", "smollm2")])
 def test_every_model_has_a_recipe_of_its_name(compose: Any, option: str) -> None:
     cfg = compose(f"model={option}", name="train")
-    assert cfg.recipe._target_ == "spectrim.training.Recipe"
+    assert cfg.recipe._target_ == "spectrim.training.fit.Recipe"
     assert cfg.checkpoint == f"results/checkpoints/{option}-cifar10-seed0.safetensors"
 
 
@@ -129,9 +129,9 @@ def test_what_would_unpickle_is_refused(target: str) -> None:
         "torch.utils.cpp_extension.load",
         "torch.ops.load_library",
         "torchvision.io.write_file",
-        "spectrim.provenance._output",
-        "spectrim.records.write_whole",
-        "spectrim.surgery.save",
+        "spectrim.records.provenance._output",
+        "spectrim.records.records.write_whole",
+        "spectrim.surgery.replacing.save",
         "spectrim.data.sources._fetch_into",
     ],
 )
@@ -172,7 +172,7 @@ def test_a_target_that_does_not_exist_is_named(target: str) -> None:
         ({"_target_": "spectrim.algorithms.truncation.Truncation", "rank": "abc"}, "^Truncation: rank='abc' is not of"),
         ({"_target_": "spectrim.models.resnet.ResNet", "depth": 21}, "depth of a CIFAR ResNet is 6n.2"),
         ({"_target_": "spectrim.models.resnet.ResNet", "deep": 20}, "unexpected keyword argument 'deep'"),
-        ({"_target_": "spectrim.training.Recipe", "epochs": 0}, "needs epochs >= 1"),
+        ({"_target_": "spectrim.training.fit.Recipe", "epochs": 0}, "needs epochs >= 1"),
     ],
 )
 def test_what_a_target_refuses_is_said_in_one_line(settings: dict, message: str) -> None:

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim.cost import Cost, latency, model_cost
-from spectrim.layers import FactoredConv2d, FactoredLinear
+from spectrim.factored.layers import FactoredConv2d, FactoredLinear
 from spectrim.models.small import LeNet5
+from spectrim.surgery.cost import Cost, latency, model_cost
 
 # 28x28 -> conv 5x5 -> 24x24 -> pool -> 12x12 -> conv 5x5 -> 8x8 -> pool -> 4x4 x 50 = 800 -> 500 -> 10
 LENET_PARAMS = (20 * 25 + 20) + (50 * 20 * 25 + 50) + (500 * 800 + 500) + (10 * 500 + 10)

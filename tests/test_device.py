@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim import config, run
 from spectrim.batches import device_of
-from spectrim.device import device_called
+from spectrim.cli import run
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.runs import config
+from spectrim.statistics.objective import Objective
+from spectrim.tools.device import device_called
 
 ELSEWHERE = {"aimet"}  # runs in an environment of its own
 LOOSE = {"bayesian", "pars", "reinforced", "haloc"}  # a last digit sends them another way

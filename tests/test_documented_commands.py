@@ -11,7 +11,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from spectrim import config
+from spectrim.runs import config
 
 ROOT = Path(__file__).resolve().parents[1]
 STATED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *sorted(Path(config.CONF).rglob("*.yaml"))]

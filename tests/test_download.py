@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from spectrim import download
-from spectrim.download import Package, Unavailable, Url
+from spectrim.fetch import download
+from spectrim.fetch.download import Package, Unavailable, Url
 
 CONTENT = b"forty-two bytes or so"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

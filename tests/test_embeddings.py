@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spectrim
-from spectrim import config, replaceable, surgery
 from spectrim.batches import evaluating
-from spectrim.gates import gate_gradients
-from spectrim.layers import FactoredEmbedding, shaped_like
-from spectrim.moments import input_moments
-from spectrim.objective import Objective
-from spectrim.plan import Kept, RankPlan
-from spectrim.refit import refit
+from spectrim.factored.layers import FactoredEmbedding, shaped_like
+from spectrim.factored.plan import Kept, RankPlan
+from spectrim.refit.factors import refit
+from spectrim.runs import config
+from spectrim.statistics.fisher import gate_gradients
+from spectrim.statistics.input_moments import input_moments
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import find_layers, replacing
 
 IDS, WIDTH, CLASSES = 40, 12, 3
 DECOMPOSERS = {
@@ -102,7 +103,7 @@ def spectrum(model: Reader, objective: Objective, decomposer: Any) -> Any:
 
 
 def test_one_is_factored_where_that_is_asked_for_and_nothing_forbids_it(model: Reader, objective: Objective) -> None:
-    layers, left = replaceable.factorable(Peculiar(), objective.example(), embeddings=True)
+    layers, left = find_layers.factorable(Peculiar(), objective.example(), embeddings=True)
     assert list(layers) == ["token", "body", "head"]
     assert left == {
         "place": "the numbers that it looks up are not among the inputs",
@@ -112,7 +113,7 @@ def test_one_is_factored_where_that_is_asked_for_and_nothing_forbids_it(model: R
         "tied": "its weight is shared with another layer",
         "back": "its weight is shared with another layer",
     }
-    layers, left = replaceable.factorable(model, objective.example())
+    layers, left = find_layers.factorable(model, objective.example())
     assert list(layers) == ["body", "head"] and not left
 
 
@@ -120,7 +121,7 @@ def test_one_is_factored_where_that_is_asked_for_and_nothing_forbids_it(model: R
 def test_full_rank_gives_the_embedding_back(kind: str, model: Reader, objective: Objective) -> None:
     own = spectrum(model, objective, DECOMPOSERS[kind])
     plan = RankPlan.of({"token": own.kept(own.max_rank)})
-    whole = surgery.apply(model, plan, {"token": own})
+    whole = replacing.apply(model, plan, {"token": own})
     assert isinstance(whole.token, FactoredEmbedding)
     torch.testing.assert_close(table(whole.token), model.token.weight.detach(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(logits(whole, objective), logits(model, objective), atol=1e-5, rtol=1e-5)
@@ -211,7 +212,7 @@ def test_gates_are_the_first_order_change_of_dropping_a_component(
     kind: str, model: Reader, objective: Objective
 ) -> None:
     own = spectrum(model, objective, DECOMPOSERS[kind])
-    whole = surgery.apply(model, RankPlan.of({"token": own.kept(own.max_rank)}), {"token": own})
+    whole = replacing.apply(model, RankPlan.of({"token": own.kept(own.max_rank)}), {"token": own})
     rows = gate_gradients(whole, ["token"], objective, samples=24)["token"]
     assert rows.given.shape == (24, own.max_rank)
     components = own.first_order(objective.gradients(model, ["token"])["token"]).diff()
@@ -219,10 +220,10 @@ def test_gates_are_the_first_order_change_of_dropping_a_component(
 
 
 def test_a_refit_leaves_it_as_it_is(model: Reader, objective: Objective) -> None:
-    layers, _ = replaceable.factorable(model, objective.example(), embeddings=True)
+    layers, _ = find_layers.factorable(model, objective.example(), embeddings=True)
     spectra = {name: DECOMPOSERS["plain"].spectrum(layer) for name, layer in layers.items()}
     plan = RankPlan.of({"token": Kept(3, "embedding"), "body": Kept(3, "linear")})
-    cut = surgery.apply(model, plan, spectra)
+    cut = replacing.apply(model, plan, spectra)
     before = table(cut.token), cut.body.second.weight.clone()
     refit(cut, model, objective, 24)
     assert torch.equal(table(cut.token), before[0]) and not torch.equal(cut.body.second.weight, before[1])

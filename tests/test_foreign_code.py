@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from spectrim import language, pretrained
+from spectrim import language
 from spectrim.errors import UserError
+from spectrim.fetch import pretrained
 from spectrim.models.language import answerer, causal_lm, classifier
 
 pytest.importorskip("transformers")

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from spectrim import config, records, run
+from spectrim.cli import run
+from spectrim.records import records
+from spectrim.runs import config
 
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
 SOURCE = str(Path(config.__file__).parents[1])
@@ -21,7 +23,7 @@ def started(arguments: list[str], folder: Path) -> subprocess.Popen:
     """The command as a process."""
     environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
     environment.pop("HYDRA_FULL_ERROR", None)
-    command = [sys.executable, "-m", "spectrim.run", *arguments]
+    command = [sys.executable, "-m", "spectrim.cli.run", *arguments]
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and inherited so, in a background job
     try:
         return subprocess.Popen(

@@ -5,15 +5,15 @@ import sys
 
 import pytest
 
-from spectrim import heap
+from spectrim.tools import malloc
 
 SCRIPT = """
 import resource, torch
-from spectrim import heap
+from spectrim.tools import malloc
 from spectrim.models.resnet import ResNet
 torch.set_num_threads(1)
 if {kept}:
-    heap.keep()
+    malloc.keep()
 model, images = ResNet(depth=20).eval(), torch.randn(100, 3, 32, 32)
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -22,9 +22,9 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
 print(min(faults() for _ in range(4)))
-heap.give_back()
+malloc.give_back()
 """
-on_glibc = pytest.mark.skipif(heap._glibc("mallopt") is None, reason="another C library")
+on_glibc = pytest.mark.skipif(malloc._glibc("mallopt") is None, reason="another C library")
 
 
 def faults(kept: bool) -> int:
@@ -38,6 +38,6 @@ def test_large_tensors_are_not_mapped_anew_each_time() -> None:
 
 
 def test_both_can_be_asked_for_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(heap, "_glibc", lambda function: None)
-    heap.keep()
-    heap.give_back()
+    monkeypatch.setattr(malloc, "_glibc", lambda function: None)
+    malloc.keep()
+    malloc.give_back()

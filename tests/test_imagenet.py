@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from spectrim.run import run
+from spectrim.cli.run import run
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim import latency
-from spectrim.cost import model_cost
 from spectrim.decomposers.spectrum import spectrum_of
 from spectrim.decomposers.svd import SVD
-from spectrim.layers import FactoredConv2d
+from spectrim.factored.layers import FactoredConv2d
 from spectrim.models.resnet import ResNet
+from spectrim.surgery import latency
+from spectrim.surgery.cost import model_cost
 
 
 class Clock:

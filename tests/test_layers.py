@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from spectrim.errors import UserError
-from spectrim.layers import FactoredConv2d, FactoredLinear, TuckerConv2d, shaped_like
+from spectrim.factored.layers import FactoredConv2d, FactoredLinear, TuckerConv2d, shaped_like
 
 
 def filled(layer: nn.Module) -> nn.Module:

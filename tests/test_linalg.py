@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectrim import linalg
 from spectrim.errors import UserError
+from spectrim.factored import linalg
 
 sides = st.integers(1, 9)
 shapes = st.tuples(st.integers(1, 3), sides, sides)

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from spectrim.lockstep import Lockstep
+from spectrim.refit.layer_barrier import Lockstep
 
 
 def test_nobody_goes_on_before_all_are_there() -> None:

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim import surgery
 from spectrim.decomposers.svd import SVD
-from spectrim.gates import gate_gradients
+from spectrim.factored.plan import Kept, RankPlan
 from spectrim.language import perplexity
 from spectrim.losses import IGNORED, fisher_direction, logits_of, span_loss, token_loss
-from spectrim.objective import Objective
-from spectrim.plan import Kept, RankPlan
+from spectrim.statistics.fisher import gate_gradients
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import replacing
 
 WORDS = 5
 
@@ -99,7 +99,10 @@ def test_the_fisher_information_of_the_gates_is_that_of_the_mean_token(batches: 
     model, data = Bigram().eval(), batches[:1]
     spectrum = SVD().spectrum(model.layer)
     plan = RankPlan.of({"layer": Kept(spectrum.max_rank, "linear")})
-    factored, objective = surgery.apply(model, plan, {"layer": spectrum}), Objective(token_loss, {"calibration": data})
+    factored, objective = (
+        replacing.apply(model, plan, {"layer": spectrum}),
+        Objective(token_loss, {"calibration": data}),
+    )
     draws = [gate_gradients(factored, ["layer"], objective, 2, seed=seed)["layer"].drawn for seed in range(800)]
     found = torch.stack([rows.T @ rows / len(rows) for rows in draws]).mean(0)
     # By hand: the derivative of the logits by gate i is U_i * s_i * (V_i . x).
@@ -157,7 +160,7 @@ def test_the_fisher_information_of_answers_is_that_of_the_mean_over_both_ends() 
     """Against the sum over all places by their probability."""
     net, x = Finder().eval(), torch.randn(1, 4, 6)
     spectrum = SVD().spectrum(net.body)
-    model = surgery.apply(net, RankPlan.of({"body": Kept(6, spectrum.form)}), {"body": spectrum})
+    model = replacing.apply(net, RankPlan.of({"body": Kept(6, spectrum.form)}), {"body": spectrum})
     many = Objective(span_loss, {"calibration": [(x.expand(6000, -1, -1), torch.zeros(6000, 2, dtype=torch.long))]})
     rows = gate_gradients(model, ["body"], many, samples=6000, seed=1)["body"].drawn
     exact = torch.zeros(6, 6)

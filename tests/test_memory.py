@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import spectrim
-from spectrim.memory import Memory
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
+from spectrim.tools.memo import Memory
 
 
 def asked(memory: Memory, model: nn.Module, kind: str, key: int, made: list[int]) -> int:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from spectrim.decomposers.matrix import to_matrix
 from spectrim.errors import UserError
-from spectrim.moments import Rows, input_moments
-from spectrim.objective import Objective
+from spectrim.statistics.input_moments import Rows, input_moments
+from spectrim.statistics.objective import Objective
 
 CONVOLUTIONS = [
     nn.Conv2d(4, 6, 3, padding=1),

@@ -14,7 +14,7 @@ from spectrim.algorithms.rank_selection import RankSelection
 from spectrim.batches import evaluating
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 NAMES = ("0", "3", "6")
 

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim import paired
 from spectrim.errors import UserError
 from spectrim.losses import IGNORED, token_loss
-from spectrim.objective import Objective
+from spectrim.statistics import paired_loss
+from spectrim.statistics.objective import Objective
 
 
 def _shaken(net: nn.Module, by: float) -> nn.Module:
@@ -24,10 +24,10 @@ def _shaken(net: nn.Module, by: float) -> nn.Module:
 
 def test_the_mean_is_the_difference_of_two_evaluations(net: nn.Module, objective: Objective) -> None:
     other = _shaken(net, 0.05)
-    found = paired.change(*(paired.losses(objective, model, "calibration") for model in (net, other)))
+    found = paired_loss.change(*(paired_loss.losses(objective, model, "calibration") for model in (net, other)))
     first, second = (objective.evaluate(model).loss for model in (net, other))
     assert found.mean == pytest.approx(second - first, abs=1e-6) and found.error > 0
-    assert paired.change(*[paired.losses(objective, net, "calibration")] * 2) == (0.0, 0.0)
+    assert paired_loss.change(*[paired_loss.losses(objective, net, "calibration")] * 2) == (0.0, 0.0)
 
 
 def test_of_a_language_model_the_mean_is_over_tokens() -> None:
@@ -37,7 +37,7 @@ def test_of_a_language_model_the_mean_is_over_tokens() -> None:
     objective = Objective(token_loss, {"calibration": [(tokens[:4], targets[:4]), (tokens[4:], targets[4:])]})
     net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
     other = _shaken(net, 0.5)
-    found = paired.change(*(paired.losses(objective, model, "calibration") for model in (net, other)))
+    found = paired_loss.change(*(paired_loss.losses(objective, model, "calibration") for model in (net, other)))
     first, second = (objective.evaluate(model).loss for model in (net, other))
     assert found.mean == pytest.approx(second - first, abs=1e-6)
 
@@ -46,7 +46,7 @@ def test_the_error_is_the_deviation_of_the_mean_over_repeated_draws() -> None:
     torch.manual_seed(2)
     steps, weights = torch.randn(4000, 50, dtype=torch.float64), torch.randint(1, 9, (4000, 50)).double()
     changes = [
-        paired.change(paired.Losses(torch.zeros(50), w), paired.Losses(s, w))
+        paired_loss.change(paired_loss.Losses(torch.zeros(50), w), paired_loss.Losses(s, w))
         for s, w in zip(steps, weights, strict=True)
     ]
     means, errors = (torch.tensor([one[i] for one in changes]) for i in (0, 1))
@@ -54,9 +54,9 @@ def test_the_error_is_the_deviation_of_the_mean_over_repeated_draws() -> None:
 
 
 def test_samples_that_are_hard_for_both_do_not_blur_the_change(net: nn.Module, objective: Objective) -> None:
-    one, other = (paired.losses(objective, model, "calibration") for model in (net, _shaken(net, 1e-3)))
+    one, other = (paired_loss.losses(objective, model, "calibration") for model in (net, _shaken(net, 1e-3)))
     apart = torch.stack([one.values, other.values]).std(1).square().sum().sqrt() / len(one.values) ** 0.5
-    assert paired.change(one, other).error < 0.1 * float(apart)
+    assert paired_loss.change(one, other).error < 0.1 * float(apart)
 
 
 @pytest.mark.parametrize("count", [0, 1])
@@ -65,4 +65,4 @@ def test_too_few_samples_end_in_one_line(net: nn.Module, batches: Any, count: in
     pairs: list[tuple[Tensor, Tensor]] = [(inputs[:count], targets[:count])] if count else []
     few = Objective(F.cross_entropy, {"verification": pairs})
     with pytest.raises(UserError, match=f"the verification set has {count} samples; [^\n]*$"):
-        paired.losses(few, net, "verification")
+        paired_loss.losses(few, net, "verification")

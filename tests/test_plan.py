@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spectrim.errors import UserError
-from spectrim.plan import Kept, RankPlan
+from spectrim.factored.plan import Kept, RankPlan
 
 keeps = st.integers(1, 99) | st.lists(st.integers(0, 99), min_size=1, max_size=5, unique=True).map(tuple)
 plans = st.dictionaries(st.text(), st.builds(Kept, keeps, st.sampled_from(["linear", "channel", "spatial"])))

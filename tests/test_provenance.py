@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from spectrim import provenance as module
 from spectrim.errors import UserError
-from spectrim.provenance import UNKNOWN, file_digest, git_state, machine, provenance, versions
+from spectrim.records import provenance as module
+from spectrim.records.provenance import UNKNOWN, file_digest, git_state, machine, provenance, versions
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -63,7 +63,7 @@ def test_a_folder_inside_another_repository_has_no_commit_of_its_own(tmp_path: P
 
 def test_without_git_the_commit_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".git").mkdir()
-    monkeypatch.setattr("spectrim.provenance.shutil.which", lambda _: None)
+    monkeypatch.setattr("spectrim.records.provenance.shutil.which", lambda _: None)
     assert git_state(tmp_path) == (UNKNOWN, False)
     assert machine()["gpus"] == []
 

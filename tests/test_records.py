@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from spectrim import records
 from spectrim.errors import UserError
+from spectrim.records import records
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def test_a_disk_that_refuses_leaves_the_earlier_record_and_no_other_file(
     def refuse(*_: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(f"spectrim.records.os.{step}", refuse)
+    monkeypatch.setattr(f"spectrim.records.records.os.{step}", refuse)
     with pytest.raises(UserError, match=os.strerror(code)) as caught:
         records.write(tmp_path, record(notes=["new"]))
     assert "\n" not in str(caught.value)
@@ -98,7 +98,7 @@ def test_ctrl_c_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("spectrim.records.os.fsync", interrupt)
+    monkeypatch.setattr("spectrim.records.records.os.fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         records.write(tmp_path, record())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
@@ -157,7 +157,7 @@ def test_a_nested_experiment_is_a_folder_of_its_own(tmp_path: Path) -> None:
 
 
 def test_records_and_provenance_need_no_torch() -> None:
-    code = "import sys, spectrim.records, spectrim.provenance; sys.exit('torch' in sys.modules)"
+    code = "import sys, spectrim.records.records, spectrim.records.provenance; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

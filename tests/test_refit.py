@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim import surgery
 from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.tucker2 import Tucker2
 from spectrim.errors import UserError
-from spectrim.layers import composed, factors_of
-from spectrim.linalg import svd
-from spectrim.objective import Objective
-from spectrim.plan import RankPlan
-from spectrim.refit import refit
+from spectrim.factored.layers import composed, factors_of
+from spectrim.factored.linalg import svd
+from spectrim.factored.plan import RankPlan
+from spectrim.refit.factors import refit
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import replacing
 
 Make = Callable[[nn.Module], Any]
 FORMS: dict[str, Make] = {
@@ -61,7 +61,7 @@ def objective(count: int = 3) -> Objective:
 def cut(net: nn.Module, make: Make, rank: int | None = None) -> nn.Module:
     spectra = {n: make(m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     kept = {n: spectrum.kept(min(rank or spectrum.max_rank, spectrum.max_rank)) for n, spectrum in spectra.items()}
-    return surgery.apply(net, RankPlan.of(kept), spectra)
+    return replacing.apply(net, RankPlan.of(kept), spectra)
 
 
 def test_a_layer_that_is_called_again_and_again_is_left_as_it_was_cut() -> None:
@@ -132,7 +132,7 @@ def test_a_part_of_the_positions_of_a_convolution_serves(
     whole, some = (cut(dense, FORMS["spatial"], rank=2) for _ in range(2))
     before = (whole(x) - dense(x)).square().mean()
     refit(whole, dense, data, samples=120)
-    monkeypatch.setattr("spectrim.refit.POSITIONS", positions)
+    monkeypatch.setattr("spectrim.refit.factors.POSITIONS", positions)
     refit(some, dense, data, samples=120)
     assert not torch.equal(some(x), whole(x))
     assert (some(x) - dense(x)).square().mean() < 0.8 * before

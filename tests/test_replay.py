@@ -7,17 +7,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from spectrim import replay
 from spectrim.algorithms.related.cuttlefish import Cuttlefish
 from spectrim.algorithms.related.haloc import HALOC
 from spectrim.algorithms.related.l0_gates import L0Gates
 from spectrim.algorithms.svd_training import SVDTraining
 from spectrim.data.images import ImageSplit
 from spectrim.decomposers.svd import SVD
-from spectrim.device import device_called
-from spectrim.objective import Objective
-from spectrim.replay import WARM, Replayed, own_stream
-from spectrim.training import Recipe, fit
+from spectrim.statistics.objective import Objective
+from spectrim.tools.device import device_called
+from spectrim.training import cuda_graph
+from spectrim.training.cuda_graph import WARM, Replayed, own_stream
+from spectrim.training.fit import Recipe, fit
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 STEPS = 3 * WARM
@@ -94,7 +94,7 @@ def test_a_training_is_the_same_replayed(
     device_called("cuda")
     start = {name: value.clone() for name, value in net.state_dict().items()}
     curve, weights = trained()
-    monkeypatch.setattr(replay, "WARM", 10**9)
+    monkeypatch.setattr(cuda_graph, "WARM", 10**9)
     expected, plain = trained()
     assert [point["loss"] for point in curve] == pytest.approx([point["loss"] for point in expected], rel=1e-3)
     for name, value in plain.items():
@@ -111,7 +111,7 @@ def test_svd_training_is_the_same_replayed(net: nn.Module, images: ImageSplit, m
 
     device_called("cuda")
     recorded = trained()
-    monkeypatch.setattr(replay, "WARM", 10**9)
+    monkeypatch.setattr(cuda_graph, "WARM", 10**9)
     for one, other in zip(recorded, trained(), strict=True):
         assert one["ranks"] == other["ranks"] and one["loss"] == pytest.approx(other["loss"], rel=1e-3)
 
@@ -134,7 +134,7 @@ def test_what_selects_while_it_trains_is_recorded_in_every_kind_of_step(
     objective = Objective(cross_entropy, {"calibration": images, "train": images})
     log = method(recipe=recipe, params_kept=0.5).compress(net.to("cuda"), SVD("spatial"), objective).log
     assert all(recorded) and len(recorded) == (4 + 3 if method is HALOC else 4)
-    monkeypatch.setattr(replay, "WARM", 10**9)
+    monkeypatch.setattr(cuda_graph, "WARM", 10**9)
     plain = method(recipe=recipe, params_kept=0.5).compress(net.to("cuda"), SVD("spatial"), objective).log
     for one, other in zip(log, plain, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.02)

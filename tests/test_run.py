@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from torch import nn
 
-from spectrim import records, run
-from spectrim.algorithms.base import Workbench
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.algorithms.truncation import Truncation
+from spectrim.cli import run
 from spectrim.errors import UserError
+from spectrim.records import records
 
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
 

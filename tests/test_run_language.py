@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from spectrim.cli.run import run
+from spectrim.cli.train import train
 from spectrim.data import imdb
-from spectrim.run import run
-from spectrim.train import train
 
 SIZES = {"context": 8, "held_out": 12, "calibration_size": 2, "verification_size": 2, "test_size": 3}
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from spectrim.errors import UserError
-from spectrim.settings import settings
+from spectrim.tools.settings import settings
 
 
 @settings

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from spectrim import shards
+from spectrim.checkpoints import safetensors_stream
+from spectrim.checkpoints.safetensors_stream import Entry, Shard
 from spectrim.errors import UserError
-from spectrim.shards import Entry, Shard
 
 
 def tensors() -> dict[str, Any]:
@@ -33,17 +33,19 @@ def test_what_the_library_writes_is_read(tmp_path: Path) -> None:
     for name, value in load_file(tmp_path / "x.safetensors").items():
         got = shard.read(name)
         assert got.dtype == value.dtype and torch.equal(got, value)
-        assert b"".join(shard.pieces(name)) == bytes(shards.raw(value))
+        assert b"".join(shard.pieces(name)) == bytes(safetensors_stream.raw(value))
 
 
 def test_what_is_written_the_library_reads(tmp_path: Path) -> None:
     path, wanted = tmp_path / "x.safetensors", {"b": torch.randn(300, 4), "a": torch.randn(2, 3).bfloat16()}
     entries = {"b": Entry.of("F32", 300, 4), "a": Entry.of("BF16", 2, 3)}
-    digest = shards.write(path, entries, map(shards.raw, wanted.values()), {"format": "pt"})
+    digest = safetensors_stream.write(path, entries, map(safetensors_stream.raw, wanted.values()), {"format": "pt"})
     assert all(torch.equal(value, wanted[name]) for name, value in load_file(path).items())
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"} and set(file.keys()) == {"a", "b"}
-    assert digest == shards.write(path, entries, map(shards.raw, wanted.values()), {"format": "pt"})
+    assert digest == safetensors_stream.write(
+        path, entries, map(safetensors_stream.raw, wanted.values()), {"format": "pt"}
+    )
 
 
 @pytest.mark.parametrize("part", [0, 0.01, 0.2, 0.6, 0.99])
@@ -78,7 +80,7 @@ def test_a_header_that_is_none_is_refused(tmp_path: Path, header: str) -> None:
 
 def test_other_types_of_number_are_copied_but_not_read(tmp_path: Path) -> None:
     path, entry = tmp_path / "x.safetensors", Entry("F8_E4M3", (3,), 3)
-    shards.write(path, {"a": entry}, [b"ab", b"c"], {})
+    safetensors_stream.write(path, {"a": entry}, [b"ab", b"c"], {})
     assert b"".join(Shard.at(path).pieces("a")) == b"abc"
     with pytest.raises(UserError, match="a is of type F8_E4M3; known are"):
         Shard.at(path).read("a")
@@ -94,5 +96,5 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> Non
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(UserError, match="cannot write .*x.safetensors: No space left on device; free some space"):
-        shards.write(path, {"a": Entry.of("F32", 2)}, contents(), {})
+        safetensors_stream.write(path, {"a": Entry.of("F32", 2)}, contents(), {})
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from spectrim import config, shelf
-from spectrim.algorithms.base import Workbench
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.shelf import Laid, Shelf
+from spectrim.runs import config
+from spectrim.statistics.objective import Objective
+from spectrim.tools import spill
+from spectrim.tools.spill import Laid, Shelf
 
 NAMES = sorted(path.stem for path in (Path(config.CONF) / "decomposer").glob("*.yaml"))
 
@@ -79,7 +80,7 @@ def test_a_full_disk_ends_in_one_line(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shelf, "save_file", full)
+    monkeypatch.setattr(spill, "save_file", full)
     with pytest.raises(UserError, match="^decompositions [^\n]*No space left[^\n]*set TMPDIR[^\n]*$"):
         Workbench(net, SVD(), _in_blocks(objective, 1))
 
@@ -91,7 +92,7 @@ def test_tensors_come_back_as_they_were() -> None:
 
 
 def test_what_a_killed_process_left_goes_with_the_next_shelf_and_what_a_living_one_holds_stays(temporary: Path) -> None:
-    code = "import torch, spectrim.shelf as s; x = s.Shelf(); x.lay({'a': torch.ones(3)}); print(); input()"
+    code = "import torch, spectrim.tools.spill as s; x = s.Shelf(); x.lay({'a': torch.ones(3)}); print(); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
@@ -108,4 +109,4 @@ def test_what_a_killed_process_left_goes_with_the_next_shelf_and_what_a_living_o
         other.send_signal(signal.SIGKILL)
     third = Shelf()
     assert not left.exists()
-    assert all(shelf._folder.exists() for shelf in (own, second, third))
+    assert all(spill._folder.exists() for shelf in (own, second, third))

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import spectrim
-from spectrim import linalg
-from spectrim.plan import Kept, RankPlan
+from spectrim.factored import linalg
+from spectrim.factored.plan import Kept, RankPlan
 
 INDEX = "model.safetensors.index.json"
 

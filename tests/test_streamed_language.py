@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import spectrim
-from spectrim import checkpoint, language
+from spectrim import language
+from spectrim.checkpoints import sharded
 from spectrim.errors import UserError
 from spectrim.losses import token_loss
 from spectrim.models.language import causal_lm
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -35,7 +36,7 @@ def test_it_is_the_model_cut_in_memory_and_comes_with_all_it_needs(
     loaded, tokenizer = language.load(out)
     inputs = objective.example()
     torch.testing.assert_close(loaded(**inputs).logits, expected.model(**inputs).logits, atol=1e-4, rtol=1e-3)
-    assert {path.name for path in (out / checkpoint.BESIDE).iterdir()} >= {"config.json", "tokenizer.json"}
+    assert {path.name for path in (out / sharded.BESIDE).iterdir()} >= {"config.json", "tokenizer.json"}
     assert language.generate(loaded, tokenizer, "w3 w4", 5) == language.generate(expected.model, tokenizer, "w3 w4", 5)
     with pytest.raises(UserError, match="cannot be opened"):  # nor is it taken for a dense model
         causal_lm(str(out))
@@ -43,11 +44,11 @@ def test_it_is_the_model_cut_in_memory_and_comes_with_all_it_needs(
 
 def test_only_the_configuration_tells_how_a_weight_is_stored(tiny: Any, tmp_path: Path) -> None:
     tiny("gpt2").save_pretrained(tmp_path / "dense")
-    plan = spectrim.RankPlan.of({"transformer.h.0.mlp.c_fc": spectrim.plan.Kept(2, "linear")})
+    plan = spectrim.RankPlan.of({"transformer.h.0.mlp.c_fc": spectrim.factored.plan.Kept(2, "linear")})
     for name, given in (("config", {}), ("said", {"transposed": ("*c_fc",)}), ("not", {"transposed": ()})):
         spectrim.compress_checkpoint(tmp_path / "dense", tmp_path / name, plan=plan, **given)
     shapes = {
-        name: checkpoint.Sharded.at(tmp_path / name).entries["transformer.h.0.mlp.c_fc.first.weight"].shape
+        name: sharded.Sharded.at(tmp_path / name).entries["transformer.h.0.mlp.c_fc.first.weight"].shape
         for name in ("config", "said", "not")
     }
     assert shapes == {"config": (2, 24), "said": (2, 24), "not": (2, 96)}
@@ -61,7 +62,7 @@ def test_what_cannot_be_loaded_without_a_model_is_said_in_one_line(dense: Any, t
     _, folder = dense
     out = tmp_path / "small"
     spectrim.compress_checkpoint(folder, out, ratio=0.5)
-    config = out / checkpoint.BESIDE / "config.json"
+    config = out / sharded.BESIDE / "config.json"
     whole = json.loads(config.read_text())
 
     def refuses(message: str) -> None:

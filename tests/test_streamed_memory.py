@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import spectrim
-from spectrim import shards
-from spectrim.shards import Entry
+from spectrim.checkpoints import safetensors_stream
+from spectrim.checkpoints.safetensors_stream import Entry
 
 MB = 1 << 20
 # Beside three times the largest layer: blocks that are copied or multiplied, and buffers of the libraries.
@@ -41,10 +41,10 @@ print(len(plan), status("VmHWM") - before)
 
 KILLED = """
 import os, signal, sys, torch, spectrim
-from spectrim import shards
+from spectrim.checkpoints import safetensors_stream
 torch.set_num_threads(1)
 dense, out, begun = sys.argv[1], sys.argv[2], []
-write = shards.write
+write = safetensors_stream.write
 
 def until_the_second(path, entries, contents, metadata):
     begun.append(path)
@@ -55,7 +55,7 @@ def until_the_second(path, entries, contents, metadata):
                 os.kill(os.getpid(), signal.SIGKILL)
     return write(path, entries, cut_off(), metadata)
 
-shards.write = until_the_second
+safetensors_stream.write = until_the_second
 spectrim.compress_checkpoint(dense, out, ratio=0.5)
 """
 
@@ -66,8 +66,10 @@ def make(folder: Path, *layers: list[tuple[int, int]]) -> Path:
     for number, shapes in enumerate(layers):
         file = f"model-{number + 1:05}-of-{len(layers):05}.safetensors"
         names = {f"layers.{number}.{i}.weight": shape for i, shape in enumerate(shapes)}
-        contents = (shards.raw(torch.randn(shape)) for shape in shapes)
-        shards.write(folder / file, {name: Entry.of("F32", *shape) for name, shape in names.items()}, contents, {})
+        contents = (safetensors_stream.raw(torch.randn(shape)) for shape in shapes)
+        safetensors_stream.write(
+            folder / file, {name: Entry.of("F32", *shape) for name, shape in names.items()}, contents, {}
+        )
         places |= dict.fromkeys(names, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return folder

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from spectrim import replaceable, surgery
 from spectrim.batches import evaluating
 from spectrim.decomposers.spectrum import Spectrum, spectrum_of
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.plan import Kept, RankPlan
+from spectrim.factored.plan import Kept, RankPlan
+from spectrim.surgery import find_layers, replacing
 
 
 def spectra_of(model: nn.Module, view: Any = "channel") -> dict[str, Spectrum]:
@@ -23,7 +23,7 @@ def spectra_of(model: nn.Module, view: Any = "channel") -> dict[str, Spectrum]:
 
 def small(model: nn.Module, view: Any = "channel") -> tuple[nn.Module, RankPlan]:
     plan = RankPlan.of({"0": Kept(3, view), "3": Kept((0, 2), view), "6": Kept(5, "linear")})
-    return surgery.apply(model, plan, spectra_of(model, view)), plan
+    return replacing.apply(model, plan, spectra_of(model, view)), plan
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Scaled(nn.Linear):
 
 
 def test_only_what_can_be_replaced_is_factorable() -> None:
-    layers, left = replaceable.factorable(Peculiar(), torch.randn(2, 3, 16))
+    layers, left = find_layers.factorable(Peculiar(), torch.randn(2, 3, 16))
     assert list(layers) == ["plain"]
     assert left == {
         "read": "the model reads its weight",
@@ -86,9 +86,9 @@ def test_only_what_can_be_replaced_is_factorable() -> None:
 def test_a_transformer_still_runs_after_its_layers_are_factored(gradients: bool) -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)).eval()
     x = torch.randn(4, 3, 16)
-    layers, left = replaceable.factorable(model, x)
+    layers, left = find_layers.factorable(model, x)
     plan = RankPlan.of({name: Kept(16, "linear") for name in layers})
-    whole = surgery.apply(model, plan, {name: spectrum_of(layer, SVD()) for name, layer in layers.items()})
+    whole = replacing.apply(model, plan, {name: spectrum_of(layer, SVD()) for name, layer in layers.items()})
     assert "0" in plan and "1.self_attn.out_proj" in left
     with torch.set_grad_enabled(gradients):
         torch.testing.assert_close(whole(x), model(x), atol=1e-5, rtol=1e-5)
@@ -97,9 +97,9 @@ def test_a_transformer_still_runs_after_its_layers_are_factored(gradients: bool)
 def test_looking_at_a_model_leaves_no_trace(net: nn.Sequential) -> None:
     before, mode = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
     patched = (nn.Module.__getattr__, nn.Linear.forward, nn.Conv2d.forward)
-    replaceable.factorable(net, torch.randn(2, 3, 8, 8))
+    find_layers.factorable(net, torch.randn(2, 3, 8, 8))
     with pytest.raises(UserError, match="at layer 0: "):
-        replaceable.factorable(net, torch.randn(2, 4, 8, 8))
+        find_layers.factorable(net, torch.randn(2, 4, 8, 8))
     assert (nn.Module.__getattr__, nn.Linear.forward, nn.Conv2d.forward) == patched
     assert [m.training for m in net.modules()] == mode
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -108,7 +108,7 @@ def test_looking_at_a_model_leaves_no_trace(net: nn.Sequential) -> None:
 @pytest.mark.parametrize("model", [nn.Linear(9, 9), nn.Conv2d(9, 9, 3)])
 def test_a_model_that_is_one_layer_is_refused_with_the_way_out(model: nn.Module) -> None:
     with pytest.raises(UserError, match=r"pass torch.nn.Sequential\(model\)"):
-        replaceable.factorable(model, torch.randn(2, 9, 9, 9))
+        find_layers.factorable(model, torch.randn(2, 9, 9, 9))
 
 
 @pytest.mark.parametrize("view", ["channel", "spatial"])
@@ -122,7 +122,7 @@ def test_a_plan_is_applied_to_a_copy(net: nn.Sequential, view: str) -> None:
 
 def test_a_copy_that_only_looks_shares_what_it_does_not_replace(net: nn.Sequential) -> None:
     spectra, plan = spectra_of(net), RankPlan.of({"0": Kept(3, "channel")})
-    apart, shared = (surgery.apply(net, plan, spectra, shared=own) for own in (False, True))
+    apart, shared = (replacing.apply(net, plan, spectra, shared=own) for own in (False, True))
     own = {id(parameter) for parameter in net.parameters()}
     left = [p for name, p in shared.named_parameters() if not name.startswith("0.")]
     assert left and {id(p) for p in left} <= own and not {id(p) for p in apart.parameters()} & own
@@ -132,14 +132,14 @@ def test_a_copy_that_only_looks_shares_what_it_does_not_replace(net: nn.Sequenti
 
 def test_equal_plans_give_equal_models(net: nn.Sequential) -> None:
     (one, plan), (other, _) = small(net), small(copy.deepcopy(net))
-    again = surgery.apply(net, RankPlan.from_json(plan.to_json()), spectra_of(net))
+    again = replacing.apply(net, RankPlan.from_json(plan.to_json()), spectra_of(net))
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]) and torch.equal(value, again.state_dict()[name])
 
 
 def test_the_empty_plan_changes_nothing(net: nn.Sequential) -> None:
     x = torch.randn(4, 3, 8, 8)
-    assert torch.equal(logits(surgery.apply(net, RankPlan(), {}), x), logits(net, x))
+    assert torch.equal(logits(replacing.apply(net, RankPlan(), {}), x), logits(net, x))
 
 
 def test_a_replaced_layer_takes_the_mode_of_the_one_before(net: nn.Sequential) -> None:
@@ -150,4 +150,4 @@ def test_a_replaced_layer_takes_the_mode_of_the_one_before(net: nn.Sequential) -
 
 def test_a_plan_with_an_unknown_layer_is_refused(net: nn.Sequential) -> None:
     with pytest.raises(UserError, match="the plan names 'head'"):
-        surgery.apply(net, RankPlan.of({"head": Kept(2, "linear")}), spectra_of(net))
+        replacing.apply(net, RankPlan.of({"head": Kept(2, "linear")}), spectra_of(net))

@@ -10,18 +10,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spectrim import replaceable, surgery
 from spectrim.batches import evaluating
+from spectrim.checkpoints import single_file
 from spectrim.decomposers.spectrum import spectrum_of
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.plan import Kept, RankPlan
+from spectrim.factored.plan import Kept, RankPlan
+from spectrim.surgery import find_layers, replacing
 
 
 def small(model: nn.Module, view: Any = "channel") -> tuple[nn.Module, RankPlan]:
     plan = RankPlan.of({"0": Kept(3, view), "3": Kept((0, 2), view), "6": Kept(5, "linear")})
     spectra = {name: spectrum_of(model.get_submodule(name), SVD(view)) for name in plan}
-    return surgery.apply(model, plan, spectra), plan
+    return replacing.apply(model, plan, spectra), plan
 
 
 def logits(model: nn.Module, x: Tensor) -> Tensor:
@@ -46,31 +47,31 @@ class Tied(nn.Module):
 def saved(net: nn.Sequential, tmp_path: Path) -> tuple[Path, nn.Module]:
     compressed, plan = small(net)
     path = tmp_path / "deep" / "small.safetensors"
-    surgery.save(path, compressed, plan, {"model": "net"})
+    single_file.save(path, compressed, plan, {"model": "net"})
     return path, compressed
 
 
 @pytest.mark.parametrize("view", ["channel", "spatial"])
 def test_saved_and_loaded_gives_the_same_logits_bit_for_bit(net: nn.Sequential, tmp_path: Path, view: str) -> None:
     compressed, plan = small(net, view)
-    surgery.save(tmp_path / "x.safetensors", compressed, plan)
+    single_file.save(tmp_path / "x.safetensors", compressed, plan)
     fresh = copy.deepcopy(net)
     for parameter in fresh.parameters():
         nn.init.normal_(parameter)
-    loaded = surgery.load(tmp_path / "x.safetensors", fresh)
+    loaded = single_file.load(tmp_path / "x.safetensors", fresh)
     x = torch.randn(9, 3, 8, 8)
     assert loaded is fresh and torch.equal(logits(loaded, x), logits(compressed, x))
-    assert surgery.read_metadata(tmp_path / "x.safetensors")["plan"] == plan.to_json()
+    assert single_file.read_metadata(tmp_path / "x.safetensors")["plan"] == plan.to_json()
 
 
 def test_float16_halves_the_file_and_rounds_once(net: nn.Sequential, saved: Any, tmp_path: Path) -> None:
     path, compressed = saved
     _, plan = small(net)
     half = tmp_path / "half.safetensors"
-    surgery.save(half, compressed, plan, dtype=torch.float16)
+    single_file.save(half, compressed, plan, dtype=torch.float16)
     assert {v.dtype for v in load_file(half).values()} == {torch.float16, torch.int64}  # batches BatchNorm has seen
     assert sum(v.nbytes for v in load_file(half).values()) < 0.51 * sum(v.nbytes for v in load_file(path).values())
-    loaded = surgery.load(half, net).state_dict()
+    loaded = single_file.load(half, net).state_dict()
     for name, value in compressed.state_dict().items():
         assert loaded[name].dtype == value.dtype
         assert torch.equal(loaded[name], value.half().to(value.dtype))
@@ -78,31 +79,31 @@ def test_float16_halves_the_file_and_rounds_once(net: nn.Sequential, saved: Any,
 
 def test_channels_last_weights_are_saved_whole(net: nn.Sequential, tmp_path: Path) -> None:
     twin = copy.deepcopy(net)
-    surgery.save(tmp_path / "x.safetensors", twin.to(memory_format=torch.channels_last), RankPlan())
+    single_file.save(tmp_path / "x.safetensors", twin.to(memory_format=torch.channels_last), RankPlan())
     with torch.no_grad():
         net[0].weight.zero_()
-    surgery.load(tmp_path / "x.safetensors", net)
+    single_file.load(tmp_path / "x.safetensors", net)
     assert all(torch.equal(value, twin.state_dict()[name]) for name, value in net.state_dict().items())
 
 
 def test_tied_parameters_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     model, path = Tied(), tmp_path / "tied.safetensors"
-    layers, left = replaceable.factorable(model, torch.zeros(1, 2, dtype=torch.long))
+    layers, left = find_layers.factorable(model, torch.zeros(1, 2, dtype=torch.long))
     assert "head" in left and "body" in layers
     plan = RankPlan.of({"body": Kept(2, "linear")})
-    compressed = surgery.apply(model, plan, {"body": spectrum_of(model.body, SVD())})
-    surgery.save(path, compressed, plan)
+    compressed = replacing.apply(model, plan, {"body": spectrum_of(model.body, SVD())})
+    single_file.save(path, compressed, plan)
     assert "head.weight" not in load_file(path)
-    loaded, tokens = surgery.load(path, Tied()), torch.arange(11)
+    loaded, tokens = single_file.load(path, Tied()), torch.arange(11)
     assert loaded.head.weight is loaded.embedding.weight
     assert torch.equal(logits(loaded, tokens), logits(compressed, tokens))
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_a_tied_model_is_not_an_untied_one(tmp_path: Path, tie: bool) -> None:
-    surgery.save(tmp_path / "x.safetensors", Tied(tie), RankPlan())
+    single_file.save(tmp_path / "x.safetensors", Tied(tie), RankPlan())
     with pytest.raises(UserError, match="another architecture"):
-        surgery.load(tmp_path / "x.safetensors", Tied(not tie))
+        single_file.load(tmp_path / "x.safetensors", Tied(not tie))
 
 
 @pytest.mark.parametrize("part", [0, 0.01, 0.5, 0.99])
@@ -119,7 +120,7 @@ def test_an_altered_file_is_refused_wherever_it_was_altered(net: nn.Sequential, 
     for place in [*range(8, header, 5), *range(header, len(whole), 997), len(whole) - 1]:
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         try:
-            loaded = surgery.load(path, copy.deepcopy(net))
+            loaded = single_file.load(path, copy.deepcopy(net))
         except UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
         else:  # a note of the writer was altered: nothing that is computed from
@@ -156,7 +157,7 @@ def test_another_format_and_no_file_are_refused(net: nn.Sequential, tmp_path: Pa
 def refuses_and_leaves_alone(path: Path, net: nn.Sequential, message: str) -> None:
     before, layers = copy.deepcopy(net.state_dict()), str(net)
     with pytest.raises(UserError, match=message):
-        surgery.load(path, net)
+        single_file.load(path, net)
     assert str(net) == layers
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
@@ -169,16 +170,16 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(saved: Any, monkeypatc
         partial.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(surgery, "save_file", half_written)
+    monkeypatch.setattr(single_file, "save_file", half_written)
     with pytest.raises(UserError, match="could not be written .*No space left"):
-        surgery.save(path, compressed, RankPlan())
+        single_file.save(path, compressed, RankPlan())
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_made_is_said_in_one_line(net: nn.Sequential, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="could not be written"):
-        surgery.save(tmp_path / "file" / "x.safetensors", net, RankPlan())
+        single_file.save(tmp_path / "file" / "x.safetensors", net, RankPlan())
 
 
 def test_a_file_is_as_readable_for_others_as_any_new_file_of_the_user(

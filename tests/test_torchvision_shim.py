@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from spectrim import torchvision_shim
 from spectrim.errors import UserError
+from spectrim.tools import torchvision_shim
 
 
 def test_torchvision_imports_and_a_second_call_does_nothing() -> None:
-    code = (
-        "from spectrim.torchvision_shim import prepare; prepare(); prepare.cache_clear(); prepare(); import torchvision"
-    )
-    code += "; prepare.cache_clear(); prepare(); torchvision.models.resnet18"
+    code = "from spectrim.tools.torchvision_shim import prepare; prepare(); prepare.cache_clear(); prepare()"
+    code += "; import torchvision; prepare.cache_clear(); prepare(); torchvision.models.resnet18"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 

@@ -12,9 +12,11 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from spectrim import records, run, tracking
+from spectrim.cli import run
 from spectrim.errors import UserError
-from spectrim.tracking import NoTracking, WandB
+from spectrim.records import records
+from spectrim.runs import tracking
+from spectrim.runs.tracking import NoTracking, WandB
 
 RANKS = pd.DataFrame({"layer": ["conv1", "fc"], "rank": [3, None], "shape": ["[4, 3, 3, 3]", "[10, 4]"]})
 
@@ -204,7 +206,7 @@ class TestWhatARunTells:
 FOLLOW = """
 import sys
 import pandas as pd
-from spectrim.tracking import WandB
+from spectrim.runs.tracking import WandB
 with WandB(mode=sys.argv[1], dir=sys.argv[2]).run("0123456789abcdef", "table2", "lossless", {"seed": 0}) as run:
     run.table("layers", pd.DataFrame({"layer": ["conv1", "fc"], "rank": [3, None]}))
     run.log({"layer": "conv1", "rank": 3, "measured": 0.5}, 0)

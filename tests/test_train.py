@@ -8,9 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectrim import config, run, surgery, train
+from spectrim.checkpoints import single_file
+from spectrim.cli import run, train
 from spectrim.errors import UserError
-from spectrim.plan import RankPlan
+from spectrim.factored.plan import RankPlan
+from spectrim.runs import config
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_another_file_in_its_place_is_another_run(
     asked = (*folder, "algorithm=truncation", f"records={tmp_path}/records")
     first = run.run(compose(*asked))
     model = config.build(config.plain(compose(*asked).model))
-    surgery.save(trained, model, RankPlan())
+    single_file.save(trained, model, RankPlan())
     second = run.run(compose(*asked))
     assert first["signature"] != second["signature"]
     assert first["dense"]["test"]["loss"] != second["dense"]["test"]["loss"]

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from spectrim import training, training_state
 from spectrim.data.images import ImageSplit
 from spectrim.errors import UserError
-from spectrim.training import Recipe, augment, fit
+from spectrim.training import saved_state
+from spectrim.training.fit import Recipe, augment, fit
 
 RECIPE = Recipe(epochs=3, lr=0.05, batch_size=16, crop_padding=1, precision="float32", image_sizes=((0.3, 4),))
 
@@ -67,8 +67,8 @@ def test_a_resumed_training_ends_in_the_weights_of_an_unbroken_one(tmp_path: Pat
 def test_a_state_is_read_into_memory_of_its_own(tmp_path: Path) -> None:
     """A tensor in a mapped file lies wherever the one before it ends, and kernels round otherwise on such memory."""
     path = tmp_path / "state.safetensors"
-    training_state.write(path, {name: torch.ones(size) for name, size in (("a", 3), ("b", 5), ("c", 7))}, {"run": "r"})
-    assert all(value.data_ptr() % 64 == 0 for value in training_state.read(path, "r")[0].values())
+    saved_state.write(path, {name: torch.ones(size) for name, size in (("a", 3), ("b", 5), ("c", 7))}, {"run": "r"})
+    assert all(value.data_ptr() % 64 == 0 for value in saved_state.read(path, "r")[0].values())
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:
@@ -145,13 +145,13 @@ def test_a_loss_that_stops_being_finite_keeps_the_last_good_state(
     state, good = tmp_path / "state.safetensors", tmp_path / "good.safetensors"
     with pytest.raises(Interrupted):
         fit(network(), images(), RECIPE, seed=0, state=good, after_epoch=stop_after(1))
-    usual = training.augment
+    usual = augment
 
     def broken_from_epoch_1(pixels: Tensor, recipe: Recipe, generator: torch.Generator) -> Tensor:
         pixels = usual(pixels, recipe, generator)
         return pixels * float("nan") if generator.initial_seed() >= 1 else pixels
 
-    monkeypatch.setattr(training, "augment", broken_from_epoch_1)
+    monkeypatch.setattr("spectrim.training.fit.augment", broken_from_epoch_1)
     with pytest.raises(FloatingPointError, match="became nan in epoch 1, step 0; lower lr"):
         fit(network(), images(), RECIPE, seed=0, state=state)
     kept, expected = (load_file(path) for path in (state, good))

@@ -4,37 +4,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spectrim.algorithms.base import Compressed as Compressed
     from spectrim.algorithms.compact import Compact as Compact
     from spectrim.algorithms.fine_tuning import FineTuning as FineTuning
     from spectrim.algorithms.joint import Joint as Joint
     from spectrim.algorithms.lossless import Lossless as Lossless
     from spectrim.algorithms.rank_selection import RankSelection as RankSelection
+    from spectrim.algorithms.shared.workbench import Compressed as Compressed
     from spectrim.algorithms.svd_training import SVDTraining as SVDTraining
     from spectrim.algorithms.truncation import Truncation as Truncation
     from spectrim.api import compress as compress
     from spectrim.api import load as load
+    from spectrim.checkpoints.out_of_core import compress_checkpoint as compress_checkpoint
     from spectrim.decomposers.best_view import BestView as BestView
     from spectrim.decomposers.subspaces import SubspaceSVD as SubspaceSVD
     from spectrim.decomposers.svd import SVD as SVD
     from spectrim.decomposers.tucker2 import Tucker2 as Tucker2
     from spectrim.decomposers.whitened import WhitenedSVD as WhitenedSVD
     from spectrim.errors import UserError as UserError
-    from spectrim.plan import RankPlan as RankPlan
-    from spectrim.streamed import compress_checkpoint as compress_checkpoint
-    from spectrim.training import Recipe as Recipe
+    from spectrim.factored.plan import RankPlan as RankPlan
+    from spectrim.training.fit import Recipe as Recipe
 
 # Imported at first use, so that reports, which need no torch, do not pay for it.
 _HOME = {
     "BestView": "spectrim.decomposers.best_view",
     "Compact": "spectrim.algorithms.compact",
-    "Compressed": "spectrim.algorithms.base",
+    "Compressed": "spectrim.algorithms.shared.workbench",
     "FineTuning": "spectrim.algorithms.fine_tuning",
     "Joint": "spectrim.algorithms.joint",
     "Lossless": "spectrim.algorithms.lossless",
-    "RankPlan": "spectrim.plan",
+    "RankPlan": "spectrim.factored.plan",
     "RankSelection": "spectrim.algorithms.rank_selection",
-    "Recipe": "spectrim.training",
+    "Recipe": "spectrim.training.fit",
     "SVD": "spectrim.decomposers.svd",
     "SVDTraining": "spectrim.algorithms.svd_training",
     "SubspaceSVD": "spectrim.decomposers.subspaces",
@@ -43,7 +43,7 @@ _HOME = {
     "UserError": "spectrim.errors",
     "WhitenedSVD": "spectrim.decomposers.whitened",
     "compress": "spectrim.api",
-    "compress_checkpoint": "spectrim.streamed",
+    "compress_checkpoint": "spectrim.checkpoints.out_of_core",
     "load": "spectrim.api",
 }
 __all__ = sorted(_HOME)

@@ -5,15 +5,15 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import nn
 
-from spectrim import checkpoint, surgery
-from spectrim.algorithms.base import Algorithm, Compressed
 from spectrim.algorithms.lossless import Lossless
+from spectrim.algorithms.shared.workbench import Algorithm, Compressed
 from spectrim.batches import Batches
-from spectrim.batchnorm import BatchNorm, require
+from spectrim.checkpoints import sharded, single_file
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
 from spectrim.losses import Loss
-from spectrim.objective import Objective
+from spectrim.statistics.batchnorm import BatchNorm, require
+from spectrim.statistics.objective import Objective
 
 
 def compress(
@@ -57,4 +57,4 @@ def load(path: str | Path, *, into: nn.Module) -> nn.Module:
     ``path``: a file that ``Compressed.save`` wrote, or a folder that ``compress_checkpoint`` did.
     Raises ``UserError`` where the file is missing, cut short, altered, or of another architecture.
     """
-    return checkpoint.load(path, into) if Path(path).is_dir() else surgery.load(path, into)
+    return sharded.load(path, into) if Path(path).is_dir() else single_file.load(path, into)

@@ -7,12 +7,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from spectrim import checkpoint, pretrained, surgery
 from spectrim.batches import Batches
+from spectrim.checkpoints import sharded, single_file
 from spectrim.errors import UserError
+from spectrim.factored.plan import RankPlan
+from spectrim.fetch import pretrained
 from spectrim.losses import token_loss
-from spectrim.objective import Objective
-from spectrim.plan import RankPlan
+from spectrim.statistics.objective import Objective
 
 # Not transformers' own model.safetensors: its from_pretrained would drop the factors and give layers drawn at random.
 WEIGHTS = "spectrim.safetensors"
@@ -27,7 +28,7 @@ def save(folder: str | Path, model: nn.Module, plan: RankPlan, tokenizer: Any = 
     folder = Path(folder)
     if not isinstance(model, pretrained.library().PreTrainedModel):
         raise UserError(f"a {type(model).__name__} is no model of transformers; use Compressed.save")
-    surgery.save(folder / WEIGHTS, model, plan, {"class": type(model).__name__})
+    single_file.save(folder / WEIGHTS, model, plan, {"class": type(model).__name__})
     try:
         for part in (model.config, getattr(model, "generation_config", None), tokenizer):
             if part is not None:
@@ -43,16 +44,16 @@ def load(folder: str | Path) -> tuple[nn.Module, Any]:
     the folder does not hold such a model, or a file of it is cut short or altered.
     """
     folder = Path(folder)
-    streamed = (folder / checkpoint.MANIFEST).is_file()
-    beside = folder / checkpoint.BESIDE if streamed else folder
-    model = checkpoint.load(folder, _dense(beside)) if streamed else surgery.load(folder / WEIGHTS, _saved(folder))
+    streamed = (folder / sharded.MANIFEST).is_file()
+    beside = folder / sharded.BESIDE if streamed else folder
+    model = sharded.load(folder, _dense(beside)) if streamed else single_file.load(folder / WEIGHTS, _saved(folder))
     has_tokenizer = (beside / "tokenizer_config.json").is_file()
     return model.eval(), pretrained.tokenizer(str(beside)) if has_tokenizer else None
 
 
 def _saved(folder: Path) -> nn.Module:
     """The dense model whose class ``save`` noted, untrained."""
-    kind = _kind(surgery.read_metadata(folder / WEIGHTS).get("class", ""), folder / WEIGHTS)
+    kind = _kind(single_file.read_metadata(folder / WEIGHTS).get("class", ""), folder / WEIGHTS)
     return kind(pretrained.opened("AutoConfig", str(folder)))
 
 

@@ -12,7 +12,7 @@ from spectrim.algorithms.bound_probe import BoundProbe
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.models.small import BiasFreeMLP, LeNet5
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 from spectrim.theory.bounds import output_bound
 from spectrim.theory.chain import chain_of
 

@@ -12,7 +12,7 @@ from spectrim.algorithms.lossless import Lossless
 from spectrim.batches import evaluating
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 
 @pytest.mark.parametrize("view", ["channel", "spatial"])

@@ -12,19 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim import config, records, run, surgery
-from spectrim.algorithms.base import Algorithm, Compressed
 from spectrim.algorithms.compact import Compact
 from spectrim.algorithms.lossless import Lossless
 from spectrim.algorithms.refitted import Refitted
+from spectrim.algorithms.shared.workbench import Algorithm, Compressed
 from spectrim.algorithms.truncation import Truncation
 from spectrim.batches import evaluating
-from spectrim.batchnorm import SAMPLES, reestimate
+from spectrim.cli import run
 from spectrim.decomposers.spectrum import Decomposer, spectrum_of
 from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.records import records
+from spectrim.runs import config
+from spectrim.statistics.batchnorm import SAMPLES, reestimate
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import replacing
 
 ELSEWHERE = {"aimet"}  # runs in an environment of its own; its tests have a stand-in for the wheel
 NAMES = sorted({path.stem for path in (Path(config.CONF) / "algorithm").glob("*.yaml")} - ELSEWHERE)
@@ -122,7 +125,7 @@ def test_equal_settings_and_equal_plans_give_equal_models(
     spectra = {
         name: spectrum_of(net.get_submodule(name), of_form(kept.form, view)) for name, kept in first.plan.items()
     }
-    replayed = surgery.apply(net, first.plan, spectra)
+    replayed = replacing.apply(net, first.plan, spectra)
     for name, value in first.model.state_dict().items():
         assert torch.equal(value, second.model.state_dict()[name])
         if "running_" not in name and not (

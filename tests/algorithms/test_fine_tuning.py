@@ -13,8 +13,8 @@ from spectrim.algorithms.fine_tuning import FineTuning
 from spectrim.algorithms.truncation import Truncation
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.training import Recipe
+from spectrim.statistics.objective import Objective
+from spectrim.training.fit import Recipe
 
 RECIPE = Recipe(epochs=20, lr=0.1, precision="float32")
 

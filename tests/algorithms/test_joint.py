@@ -16,7 +16,7 @@ from spectrim.algorithms.truncation import Truncation
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import spectrim
-from spectrim import replaceable, surgery
 from spectrim.batches import evaluating, forward
 from spectrim.decomposers.spectrum import spectrum_of
+from spectrim.factored.plan import Kept, RankPlan
 from spectrim.losses import logits_of, token_loss
-from spectrim.moments import input_moments
-from spectrim.objective import Objective
-from spectrim.plan import Kept, RankPlan
+from spectrim.statistics.input_moments import input_moments
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import find_layers, replacing
 
 VOCABULARY = 61  # of the tiny models
 KINDS = ("gpt2", "llama", "bert")
@@ -68,21 +68,21 @@ def test_compresses_and_loads_back(case: Any, name: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("decomposer", [spectrim.SVD(), spectrim.WhitenedSVD(view="channel", samples=6)])
 def test_at_full_rank_every_layer_is_what_it_was(case: Any, decomposer: Any) -> None:
     model, objective = case
-    layers, _ = replaceable.factorable(model, objective.example())
+    layers, _ = find_layers.factorable(model, objective.example())
     moments = {}
     if decomposer.samples:
         forms = {name: decomposer.forms(layer) for name, layer in layers.items()}
         moments = input_moments(model, forms, objective, decomposer.samples)
     spectra = {name: spectrum_of(layer, decomposer, moments.get(name, {})) for name, layer in layers.items()}
     plan = RankPlan.of({name: Kept(spectrum.max_rank, spectrum.form) for name, spectrum in spectra.items()})
-    whole = surgery.apply(model, plan, spectra)
+    whole = replacing.apply(model, plan, spectra)
     inputs = objective.example()
     torch.testing.assert_close(logits(whole, inputs), logits(model, inputs), atol=1e-4, rtol=1e-4)
 
 
 def test_the_curve_is_the_inner_product_with_the_gradient_at_every_rank(case: Any) -> None:
     model, objective = case
-    layers, _ = replaceable.factorable(model, objective.example())
+    layers, _ = find_layers.factorable(model, objective.example())
     gradients = objective.gradients(model, list(layers))
     name = next(iter(layers))
     spectrum, weight = spectrum_of(layers[name], spectrim.SVD()), layers[name].weight.detach()

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.algorithms.lossless import Lossless
-from spectrim.algorithms.neighbourhood import Neighbourhood
+from spectrim.algorithms.shared.neighbourhood import Neighbourhood
 from spectrim.batches import evaluating
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 LAYERS = ("0", "3", "6", "8")
 

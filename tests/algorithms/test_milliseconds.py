@@ -7,18 +7,18 @@ import pytest
 import torch
 from torch import nn
 
-from spectrim import latency
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import costs_of
 from spectrim.algorithms.joint import Joint
 from spectrim.algorithms.related.global_threshold import GlobalThreshold
 from spectrim.algorithms.related.knapsack import Knapsack
 from spectrim.algorithms.related.sensitivity import Sensitivity
-from spectrim.cost import model_cost
+from spectrim.algorithms.shared.budget import costs_of
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.layers import FactoredConv2d, FactoredLinear
-from spectrim.objective import Objective
+from spectrim.factored.layers import FactoredConv2d, FactoredLinear
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import latency
+from spectrim.surgery.cost import model_cost
 
 CALL = 3.0  # of each Linear or Conv2d, whatever its size
 SELECTORS: Any = [Joint, Knapsack, Sensitivity, GlobalThreshold]

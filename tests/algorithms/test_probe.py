@@ -10,7 +10,7 @@ from torch import nn
 from spectrim.algorithms.probe import Probe
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 
 @pytest.mark.parametrize("view", ["channel", "spatial"])

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.rank_selection import RankSelection, rank_at, singular_values
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.spectrum import Spectrum
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
-from spectrim.objective import Evaluation, Objective
+from spectrim.statistics.objective import Evaluation, Objective
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.algorithms.base import Compressed
 from spectrim.algorithms.rank_selection import RankSelection
+from spectrim.algorithms.shared.workbench import Compressed
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 Batches = list[tuple[Tensor, Tensor]]
 

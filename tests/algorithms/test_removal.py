@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectrim.algorithms.removal import Gated, remove
+from spectrim.algorithms.shared.removal import Gated, remove
 
 
 def gated(J: Tensor, slope: Tensor | float = 0.0, unit: float = 3.0, dense: float | None = None) -> Gated:

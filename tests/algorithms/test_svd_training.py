@@ -16,8 +16,8 @@ from spectrim.decomposers.matrix import to_matrix
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.training import Recipe
+from spectrim.statistics.objective import Objective
+from spectrim.training.fit import Recipe
 
 RECIPE = Recipe(epochs=4, lr=0.05, precision="float32", warmup=0.0)
 VIEWS: Any = ("channel", "spatial")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from spectrim.algorithms.base import Compressed
+from spectrim.algorithms.shared.workbench import Compressed
 from spectrim.algorithms.truncation import Truncation
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 
 def cut(net: nn.Sequential, objective: Objective, view: Any = "channel", **rule: Any) -> Compressed:

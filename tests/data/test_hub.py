@@ -11,9 +11,9 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from spectrim import pretrained
 from spectrim.data.hub import HubAnswers, HubClasses, HubCorpus
 from spectrim.errors import UserError
+from spectrim.fetch import pretrained
 from spectrim.losses import span_loss
 
 datasets = pytest.importorskip("datasets")

@@ -11,11 +11,11 @@ import pytest
 import torch
 from filelock import FileLock
 
-from spectrim import cache as cache_module
 from spectrim.data import sources
 from spectrim.data.sources import Arrays, Route, Source, load
-from spectrim.download import Package, Url
 from spectrim.errors import UserError
+from spectrim.fetch import cache as cache_module
+from spectrim.fetch.download import Package, Url
 
 CONTENT = bytes(range(8))
 

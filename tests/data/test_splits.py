@@ -10,7 +10,7 @@ from spectrim.data.images import Splits
 from spectrim.data.sources import Arrays
 from spectrim.data.splits import ImageData, cut, draw
 from spectrim.errors import UserError
-from spectrim.settings import settings
+from spectrim.tools.settings import settings
 
 TRAIN, TEST = 40, 12
 

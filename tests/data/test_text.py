@@ -9,13 +9,13 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from spectrim import pretrained
 from spectrim.data import imdb, sotu
 from spectrim.data.corpus import Corpus
 from spectrim.data.imdb import IMDB, IMDBCorpus, divided
 from spectrim.data.sotu import SOTU
 from spectrim.data.text import TextSplit, blocks, classified
 from spectrim.errors import UserError
+from spectrim.fetch import pretrained
 from spectrim.losses import token_loss
 
 SMALL: dict[str, Any] = {"context": 8, "held_out": 10, "calibration_size": 5, "verification_size": 3, "test_size": 7}

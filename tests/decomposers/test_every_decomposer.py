@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 import spectrim
-from spectrim import config, records, run, surgery
-from spectrim.algorithms.base import Workbench
-from spectrim.algorithms.budget import costs_of
+from spectrim.algorithms.shared.budget import costs_of
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.batches import evaluating
-from spectrim.cost import layer_macs, parameters
+from spectrim.cli import run
 from spectrim.decomposers.spectrum import Decomposer
-from spectrim.objective import Objective
-from spectrim.plan import RankPlan
+from spectrim.factored.plan import RankPlan
+from spectrim.records import records
+from spectrim.runs import config
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import replacing
+from spectrim.surgery.cost import layer_macs, parameters
 
 NAMES, ALGORITHMS = (
     sorted(path.stem for path in (Path(config.CONF) / group).glob("*.yaml")) for group in ("decomposer", "algorithm")
@@ -40,7 +43,7 @@ def test_a_run_yields_a_record(compose: Any, digits: list[str], tmp_path: Path, 
 def test_full_rank_reproduces_the_model(decomposer: Decomposer, net: nn.Sequential, objective: Objective) -> None:
     bench = Workbench(net, decomposer, objective)
     plan = RankPlan.of({name: spectrum.kept(spectrum.max_rank) for name, spectrum in bench.spectra.items()})
-    factored = surgery.apply(net, plan, bench.spectra)
+    factored = replacing.apply(net, plan, bench.spectra)
     with evaluating(net), evaluating(factored), torch.no_grad():
         expected, got = net(bench.example), factored(bench.example)
     assert plan.keys() == {"0", "3", "6", "8"} and (got - expected).norm() <= 1e-5 * expected.norm()
@@ -67,7 +70,7 @@ def test_parameters_and_macs_are_those_of_the_factored_model(
 ) -> None:
     bench = Workbench(net, decomposer, objective)
     names = [name for name, spectrum in bench.spectra.items() if rank <= spectrum.break_even]
-    factored = surgery.apply(net, RankPlan.of({n: bench.spectra[n].kept(rank) for n in names}), bench.spectra)
+    factored = replacing.apply(net, RankPlan.of({n: bench.spectra[n].kept(rank) for n in names}), bench.spectra)
     macs, _ = layer_macs(factored, names, bench.example)
     expected = costs_of(bench, "macs")
     assert names and {name: float(expected.curves[name][rank]) for name in names} == macs

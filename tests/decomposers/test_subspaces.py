@@ -9,7 +9,7 @@ from torch import nn
 from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.layers import BlockLinear, FactoredConv2d, FactoredLinear, shaped_like
+from spectrim.factored.layers import BlockLinear, FactoredConv2d, FactoredLinear, shaped_like
 
 LAYERS: Any = [
     lambda: nn.Linear(12, 10),

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from spectrim import records
+from spectrim.records import records
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from spectrim import records
+from spectrim.records import records
 
 Script = Callable[[str], ModuleType]
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from spectrim import records
+from spectrim.records import records
 
 ROOT = Path(__file__).parents[2]
 TABLES, FIGURES = (1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 4, 5, 6, 7)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spectrim import records
+from spectrim.records import records
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from types import ModuleType
 import pandas as pd
 import pytest
 
-from spectrim import records
+from spectrim.records import records
 
 
 @pytest.fixture

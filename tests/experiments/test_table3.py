@@ -8,7 +8,7 @@ from types import ModuleType
 import pandas as pd
 import pytest
 
-from spectrim import records
+from spectrim.records import records
 
 Script = Callable[[str], ModuleType]
 

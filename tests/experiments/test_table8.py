@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from spectrim import records
+from spectrim.records import records
 
 Script = Callable[[str], ModuleType]
 

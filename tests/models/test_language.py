@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import spectrim
-from spectrim import language, pretrained, surgery
+from spectrim import language
+from spectrim.checkpoints import single_file
 from spectrim.errors import UserError
+from spectrim.fetch import pretrained
 from spectrim.losses import token_loss
 from spectrim.models.language import causal_lm, classifier
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -112,7 +114,7 @@ def test_a_compressed_model_is_saved_and_writes_the_same_text(
     written = [model.generate(**prompt, max_new_tokens=8, do_sample=False) for model in (result.model, loaded)]
     assert torch.equal(*written) and written[0].shape[1] > 3
     assert its_tokenizer.decode(written[0][0]) == tokenizer.decode(written[1][0])
-    assert surgery.read_metadata(tmp_path / "small" / language.WEIGHTS)["plan"] == result.plan.to_json()
+    assert single_file.read_metadata(tmp_path / "small" / language.WEIGHTS)["plan"] == result.plan.to_json()
     assert language.perplexity(loaded, token_batches) == language.perplexity(result.model, token_batches)
 
 
@@ -129,7 +131,7 @@ def test_transformers_own_loader_does_not_take_the_folder_for_a_dense_model(
 
 def test_a_folder_that_names_something_else_is_refused(tiny: Any, tmp_path: Path) -> None:
     model = tiny("gpt2")
-    surgery.save(tmp_path / language.WEIGHTS, model, spectrim.RankPlan(), {"class": "AutoModel"})
+    single_file.save(tmp_path / language.WEIGHTS, model, spectrim.RankPlan(), {"class": "AutoModel"})
     with pytest.raises(UserError, match="names 'AutoModel', which is no model of transformers"):
         language.load(tmp_path)
     with pytest.raises(UserError, match="there is no checkpoint"):

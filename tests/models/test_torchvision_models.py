@@ -12,7 +12,7 @@ import torch
 from spectrim.errors import UserError
 from spectrim.models import torchvision_models
 from spectrim.models.torchvision_models import classifier
-from spectrim.torchvision_shim import prepare
+from spectrim.tools.torchvision_shim import prepare
 
 NAME = "squeezenet1_1"  # the smallest that has weights: 1.2M parameters
 

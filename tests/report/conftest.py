@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spectrim import records
+from spectrim.records import records
 
 Record = dict[str, Any]
 MODELS = {"resnet20": 0.30, "resnext20": 0.33, "densenet22": 0.40, "vgg19_half": 0.35}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from spectrim import records
+from spectrim.records import records
 
 Record = dict[str, Any]
 # Of each selector: its class, passes over the calibration images, and how much of the loss it loses beside the others.

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from spectrim import records
+from spectrim.records import records
 
 Record = dict[str, Any]
 DENSE = {"test": 4.0, "sotu": 3.5}  # of the decoder, nats a token

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from spectrim import linalg
 from spectrim.decomposers.matrix import to_matrix
 from spectrim.errors import UserError
+from spectrim.factored import linalg
 from spectrim.theory.lipschitz import convolution_gain, lipschitz, overlap
 
 many = settings(max_examples=60, deadline=None)

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim import surgery
-from spectrim.algorithms.base import Compressed, Workbench
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.batches import Batches, device_of, evaluating, forward, to_device
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.settings import settings
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import replacing
 from spectrim.theory import bounds
 from spectrim.theory.chain import chain_of
+from spectrim.tools.settings import settings
 
 
 @settings
@@ -45,7 +45,7 @@ class BoundProbe:
             ranks = {name: max(1, round(ratio * spectrum.max_rank)) for name, spectrum in bench.spectra.items()}
             cut = copy.deepcopy(model)
             for name, rank in ranks.items():
-                surgery.replace(cut, name, bench.spectra[name].factor(rank))
+                replacing.replace(cut, name, bench.spectra[name].factor(rank))
             bound = bound_at(ranks)
             log.append(
                 {

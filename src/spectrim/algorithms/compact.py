@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from spectrim.algorithms.neighbourhood import Walk
+from spectrim.algorithms.shared.neighbourhood import Walk
 from spectrim.errors import UserError
-from spectrim.settings import settings
+from spectrim.tools.settings import settings
 
 
 @settings

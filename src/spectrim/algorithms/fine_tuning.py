@@ -5,12 +5,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from spectrim.algorithms.base import Algorithm, Compressed
-from spectrim.algorithms.trained import in_modes_of, train
+from spectrim.algorithms.shared.trained import in_modes_of, train
+from spectrim.algorithms.shared.workbench import Algorithm, Compressed
 from spectrim.decomposers.spectrum import Decomposer
-from spectrim.objective import Objective
-from spectrim.settings import settings
-from spectrim.training import Recipe
+from spectrim.statistics.objective import Objective
+from spectrim.tools.settings import settings
+from spectrim.training.fit import Recipe
 
 
 @settings

@@ -8,17 +8,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim import paired, surgery
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
-from spectrim.algorithms.removal import Gated, remove
+from spectrim.algorithms.shared.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
+from spectrim.algorithms.shared.removal import Gated, remove
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
-from spectrim.gates import GateGradients, gate_gradients
-from spectrim.objective import Objective
-from spectrim.plan import Kept, RankPlan
-from spectrim.refit import refit
-from spectrim.settings import settings
+from spectrim.factored.plan import Kept, RankPlan
+from spectrim.refit.factors import refit
+from spectrim.statistics import paired_loss
+from spectrim.statistics.fisher import GateGradients, gate_gradients
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import replacing
+from spectrim.tools.settings import settings
 
 SMALLEST_STEP = 1 / 64  # of the dense cost: where a search by tolerance ends
 CAUTION = 2.0  # standard errors: of some ten models that a search tries it takes the smallest, not the luckiest
@@ -118,14 +119,14 @@ class _Search:
     def to_tolerance(self, increase: float) -> None:
         """Step down until the verified loss is too high, then again from the last good point with half the step."""
         objective, step = self.bench.objective, self.settings.step
-        dense = paired.losses(objective, self.bench.model, "verification")
+        dense = paired_loss.losses(objective, self.bench.model, "verification")
         reached = 1.0
         while step >= SMALLEST_STEP:
             wanted = reached - step
             candidate = self._advance(self.point, wanted) if wanted > 0 else None
             change = None
             if candidate is not None:
-                change = paired.change(dense, paired.losses(objective, self._cut(candidate), "verification"))
+                change = paired_loss.change(dense, paired_loss.losses(objective, self._cut(candidate), "verification"))
             passed = change is not None and change.mean + CAUTION * change.error <= increase
             said = {} if change is None else {"verified_change": change.mean, "standard_error": change.error}
             self.log.append({"share": wanted, **said, "passed": passed})
@@ -167,7 +168,7 @@ class _Search:
 
         def gates_of(block: Sequence[str], seen: Objective) -> dict[str, GateGradients]:
             plan = RankPlan.of({name: own for name, own in left.items() if name in cut or name in block})
-            factored = surgery.apply(bench.model, plan, bench.spectra, shared=True)
+            factored = replacing.apply(bench.model, plan, bench.spectra, shared=True)
             return gate_gradients(factored, block, seen, chosen.samples, seed=chosen.seed, first_order=first_order)
 
         def gates() -> dict[str, GateGradients]:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from spectrim.algorithms.neighbourhood import Walk
-from spectrim.settings import settings
+from spectrim.algorithms.shared.neighbourhood import Walk
+from spectrim.tools.settings import settings
 
 
 @settings

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from torch import nn
 from tqdm import tqdm
 
-from spectrim import surgery
-from spectrim.algorithms.base import Compressed, Workbench
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.settings import settings
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import replacing
+from spectrim.tools.settings import settings
 
 
 @settings
@@ -38,7 +38,7 @@ class Probe:
         for name, spectrum in tqdm(bench.spectra.items(), "probe", unit="layer", leave=False, disable=None):
             dense_layer = working.get_submodule(name)
             for rank in sorted({max(1, round(ratio * spectrum.max_rank)) for ratio in self.ratios}):
-                surgery.replace(working, name, spectrum.factor(rank))
+                replacing.replace(working, name, spectrum.factor(rank))
                 log.append(
                     {
                         "layer": name,
@@ -50,5 +50,5 @@ class Probe:
                         "split": "calibration",
                     }
                 )
-            surgery.replace(working, name, dense_layer)
+            replacing.replace(working, name, dense_layer)
         return bench.finish({}, log)

@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.algorithms.base import Compressed, Workbench
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.batches import first_samples, sample_count
-from spectrim.cost import parameters
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.errors import UserError
+from spectrim.factored.plan import RankPlan
 from spectrim.losses import Loss
-from spectrim.objective import Objective
-from spectrim.plan import RankPlan
-from spectrim.settings import settings
+from spectrim.statistics.objective import Objective
+from spectrim.surgery.cost import parameters
 from spectrim.theory import bounds
 from spectrim.theory.chain import chain_of
+from spectrim.tools.settings import settings
 
 T = TypeVar("T")
 

@@ -2,12 +2,12 @@
 
 from torch import nn
 
-from spectrim.algorithms.base import Algorithm, Compressed
+from spectrim.algorithms.shared.workbench import Algorithm, Compressed
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.refit import refit
-from spectrim.settings import settings
+from spectrim.refit.factors import refit
+from spectrim.statistics.objective import Objective
+from spectrim.tools.settings import settings
 
 
 @settings

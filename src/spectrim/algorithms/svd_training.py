@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from spectrim import linalg, svd_layers
-from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.rank_selection import bisect, check_bisection, on_subset, rank_at
-from spectrim.algorithms.trained import finished, plain_svd, train_as
+from spectrim.algorithms.shared.trained import finished, plain_svd, train_as
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.settings import settings
-from spectrim.training import Recipe
+from spectrim.factored import linalg
+from spectrim.statistics.objective import Objective
+from spectrim.tools.settings import settings
+from spectrim.training import svd_weights
+from spectrim.training.fit import Recipe
 
 Ranks = dict[str, int]
 
@@ -93,11 +94,11 @@ class SVDTraining:
         bench = Workbench(model, decomposer, objective)
         net = copy.deepcopy(model)
         for name, spectrum in bench.spectra.items():
-            svd_layers.unfold(net.get_submodule(name), spectrum)  # type: ignore[arg-type]
+            svd_weights.unfold(net.get_submodule(name), spectrum)  # type: ignore[arg-type]
             if self.bounded:
-                svd_layers.bound_steps(net.get_submodule(name))
+                svd_weights.bound_steps(net.get_submodule(name))
         course = _Course(self, net, tuple(bench.spectra), on_subset(objective, self.split, self.subset))
-        factors = {part for name in course.layers for part in svd_layers.factor_names(name)}
+        factors = {part for name in course.layers for part in svd_weights.factor_names(name)}
         curve = train_as(
             self,
             net,
@@ -117,7 +118,7 @@ class _Course:
         self.settings, self.net, self.layers, self.judged = chosen, net, layers, judged
 
     def factors(self) -> dict[str, linalg.SVD]:
-        return {name: svd_layers.factors_of(self.net.get_submodule(name)) for name in self.layers}
+        return {name: svd_weights.factors_of(self.net.get_submodule(name)) for name in self.layers}
 
     def ranks(self) -> Ranks:
         return {name: factors.S_R.shape[-1] for name, factors in self.factors().items()}
@@ -142,7 +143,7 @@ class _Course:
     def _select(self, optimizer: torch.optim.SGD) -> list[dict]:
         """Cut all layers at the largest delta at which the loss stays within epsilon; returns what was tried."""
         for name in self.layers:
-            svd_layers.orthogonalise(self.net.get_submodule(name), optimizer)
+            svd_weights.orthogonalise(self.net.get_submodule(name), optimizer)
         full, loss = self.ranks(), self._loss()
         epsilon = self.settings.epsilon * (abs(loss) if self.settings.relative else 1.0)
         weights = self._weights()
@@ -159,7 +160,7 @@ class _Course:
             return ranks if passed else None
 
         for name, rank in (bisect(at, self.settings.delta_step) or full).items():
-            svd_layers.cut(self.net.get_submodule(name), rank, optimizer)
+            svd_weights.cut(self.net.get_submodule(name), rank, optimizer)
         return steps
 
     def _weights(self) -> dict[str, float]:

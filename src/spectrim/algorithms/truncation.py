@@ -4,12 +4,12 @@ from functools import partial
 
 from torch import nn
 
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import costs_of
+from spectrim.algorithms.shared.budget import costs_of
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.settings import settings
+from spectrim.statistics.objective import Objective
+from spectrim.tools.settings import settings
 
 
 @settings

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectrim.data.public import PublicSet
 from spectrim.data.sources import Arrays, Route, Source
-from spectrim.download import Package, Url
+from spectrim.fetch.download import Package, Url
 
 TRAIN_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 PIXELS = 3 * 32 * 32

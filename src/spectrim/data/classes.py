@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectrim import pretrained
 from spectrim.data.splits import Pools, draw
 from spectrim.data.text import TextSplit, TextSplits, Tokens, classified, identity_of
 from spectrim.errors import UserError
+from spectrim.fetch import pretrained
 
 Labelled = tuple[list[Any], list[Any]]  # texts and their labels
 

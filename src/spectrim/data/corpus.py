@@ -7,10 +7,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from spectrim import pretrained
 from spectrim.data.splits import Pools
 from spectrim.data.text import TextSplit, TextSplits, blocks, identity_of, predicted
 from spectrim.errors import UserError
+from spectrim.fetch import pretrained
 from spectrim.losses import token_loss
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from spectrim.data.images import Splits
 from spectrim.data.sources import Arrays
 from spectrim.data.splits import ImageData, cut
-from spectrim.settings import settings
+from spectrim.tools.settings import settings
 
 MEAN, STD = (0.3055,), (0.3756,)
 TEST_FRACTION = 0.2

@@ -9,7 +9,7 @@ from pathlib import Path
 from spectrim.data import idx
 from spectrim.data.public import PublicSet
 from spectrim.data.sources import Arrays
-from spectrim.download import Package
+from spectrim.fetch.download import Package
 
 
 def _ar_member(content: bytes, prefix: bytes) -> bytes:

@@ -7,13 +7,13 @@ import re
 from abc import abstractmethod
 from typing import Any
 
-from spectrim import pretrained
 from spectrim.data.classes import Classes, Labelled
 from spectrim.data.corpus import Corpus, shuffled
 from spectrim.data.text import Tokens, answered
 from spectrim.errors import UserError, first_line
+from spectrim.fetch import pretrained
 from spectrim.losses import SpanLoss, span_loss
-from spectrim.settings import settings
+from spectrim.tools.settings import settings
 
 
 def rows(dataset: str, subset: str, part: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectrim.data.sources import Arrays, Route, Source
-from spectrim.download import Package, Url
+from spectrim.fetch.download import Package, Url
 
 FILES = (
     "train-images-idx3-ubyte.gz",

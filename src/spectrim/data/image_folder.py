@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from spectrim.data.images import Batch, Splits
 from spectrim.data.splits import ImageData, digest_of, draw
 from spectrim.errors import UserError
-from spectrim.settings import settings
-from spectrim.torchvision_shim import prepare
+from spectrim.tools.settings import settings
+from spectrim.tools.torchvision_shim import prepare
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training set
 

@@ -8,12 +8,12 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
-from spectrim.cache import Bundle, extract, unpacked
 from spectrim.data.classes import Classes, Labelled
 from spectrim.data.corpus import Corpus, shuffled
-from spectrim.download import Package
 from spectrim.errors import UserError
-from spectrim.settings import settings
+from spectrim.fetch.cache import Bundle, extract, unpacked
+from spectrim.fetch.download import Package
+from spectrim.tools.settings import settings
 
 FILE, TEST = "reviews.json", 25_000
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 from spectrim.data.images import Splits
 from spectrim.data.sources import Source, load
 from spectrim.data.splits import ImageData, cut
-from spectrim.settings import settings
+from spectrim.tools.settings import settings
 
 
 @settings

@@ -7,10 +7,10 @@ import json
 import tarfile
 from pathlib import Path
 
-from spectrim.cache import Bundle, unpacked
 from spectrim.data.corpus import Corpus, shuffled
-from spectrim.download import Package
-from spectrim.settings import settings
+from spectrim.fetch.cache import Bundle, unpacked
+from spectrim.fetch.download import Package
+from spectrim.tools.settings import settings
 
 FILE, TEST = "speeches.json", 47
 

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from spectrim.cache import cache_folder, placed, writing
-from spectrim.download import Package, Unavailable, Url
 from spectrim.errors import UserError
+from spectrim.fetch.cache import cache_folder, placed, writing
+from spectrim.fetch.download import Package, Unavailable, Url
 
 LOG = logging.getLogger(__name__)
 

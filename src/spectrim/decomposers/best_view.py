@@ -9,7 +9,7 @@ from spectrim.decomposers.matrix import View, checked
 from spectrim.decomposers.spectrum import NO_MOMENTS, Moments, Spectrum
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
-from spectrim.settings import settings
+from spectrim.tools.settings import settings
 
 
 @settings

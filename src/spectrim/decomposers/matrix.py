@@ -5,10 +5,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim import linalg
 from spectrim.decomposers.spectrum import Keep, Spectrum
 from spectrim.errors import UserError
-from spectrim.layers import (
+from spectrim.factored import linalg
+from spectrim.factored.layers import (
     dense_kinds,
     is_linear,
     is_stored_transposed,
@@ -16,7 +16,7 @@ from spectrim.layers import (
     subspace_form,
     transposed,
 )
-from spectrim.shelf import Laid, Shelf
+from spectrim.tools.spill import Laid, Shelf
 
 View = Literal["channel", "spatial"]
 

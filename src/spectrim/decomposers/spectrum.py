@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from spectrim.plan import Kept
-from spectrim.shelf import Shelf
+from spectrim.factored.plan import Kept
+from spectrim.tools.spill import Shelf
 
 Keep = int | tuple[int, ...]
 # The second moment E[x x^T] of a layer's inputs, shape (g, I, I), by the form that says what one input x is; of an

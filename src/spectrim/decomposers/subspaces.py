@@ -6,12 +6,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from spectrim import linalg
 from spectrim.decomposers.matrix import MatrixSpectrum, View, checked, to_matrix
 from spectrim.decomposers.spectrum import NO_MOMENTS, Moments
 from spectrim.errors import UserError
-from spectrim.layers import inputs_of
-from spectrim.settings import settings
+from spectrim.factored import linalg
+from spectrim.factored.layers import inputs_of
+from spectrim.tools.settings import settings
 
 
 @settings

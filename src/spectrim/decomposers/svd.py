@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from spectrim import linalg
 from spectrim.decomposers.matrix import MatrixSpectrum, View, checked, to_matrix
 from spectrim.decomposers.spectrum import NO_MOMENTS, Moments
-from spectrim.settings import settings
+from spectrim.factored import linalg
+from spectrim.tools.settings import settings
 
 
 @settings

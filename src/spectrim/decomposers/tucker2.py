@@ -7,14 +7,14 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim import linalg
 from spectrim.decomposers.matrix import checked, without_weights
 from spectrim.decomposers.spectrum import NO_MOMENTS, Keep, Moments, Spectrum, rank_of
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.layers import TuckerConv2d, shaped_like, tucker_form
-from spectrim.plan import Kept
-from spectrim.settings import settings
+from spectrim.factored import linalg
+from spectrim.factored.layers import TuckerConv2d, shaped_like, tucker_form
+from spectrim.factored.plan import Kept
+from spectrim.tools.settings import settings
 
 
 @settings

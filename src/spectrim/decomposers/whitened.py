@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim import linalg
 from spectrim.decomposers.matrix import MatrixSpectrum, View, checked, form_of, to_matrix
 from spectrim.decomposers.spectrum import NO_MOMENTS, Keep, Moments
 from spectrim.errors import UserError
-from spectrim.layers import embedding_form
-from spectrim.settings import settings
+from spectrim.factored import linalg
+from spectrim.factored.layers import embedding_form
+from spectrim.tools.settings import settings
 
 
 @settings

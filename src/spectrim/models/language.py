@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim import pretrained
 from spectrim.errors import UserError
+from spectrim.fetch import pretrained
 
 
 def causal_lm(name: str = "smollm2") -> nn.Module:

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from spectrim.download import NO_ROOM, Unavailable, Url, sha256_of
 from spectrim.errors import UserError
-from spectrim.torchvision_shim import prepare
+from spectrim.fetch.download import NO_ROOM, Unavailable, Url, sha256_of
+from spectrim.tools.torchvision_shim import prepare
 
 
 def classifier(name: str, weights: str | None = None, num_classes: int = 1000) -> nn.Module:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim import provenance, records
 from spectrim.errors import UserError
-from spectrim.records import Record
+from spectrim.records import provenance, records
+from spectrim.records.records import Record
 from spectrim.report import compare, frame
 
 

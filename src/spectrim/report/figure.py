@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from spectrim.records import write_whole
+from spectrim.records.records import write_whole
 from spectrim.report.table import provenance_bytes
 
 # Okabe and Ito's palette, told apart under every common colour blindness; a marker of its own beside each colour.

@@ -11,9 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim import records
 from spectrim.errors import UserError
-from spectrim.records import Record
+from spectrim.records import records
+from spectrim.records.records import Record
 
 FAMILIES = ("resnet", "resnext", "densenet", "vgg")
 METHODS = ("dense", "truncation", "lossless", "compact")

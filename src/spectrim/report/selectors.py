@@ -7,9 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim import records
 from spectrim.errors import UserError
-from spectrim.records import Record
+from spectrim.records import records
+from spectrim.records.records import Record
 from spectrim.report import command, frame, trainings
 from spectrim.report.command import Options
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.records import write_whole
+from spectrim.records.records import write_whole
 
 ABSENT = "–"
 HUGE = 1e6  # what is as large and is no count has no decimals worth reading

@@ -2,7 +2,7 @@
 
 import math
 
-from spectrim.records import Record, class_of
+from spectrim.records.records import Record, class_of
 
 UNTRAINED = "_untrained"  # of the name of a net that a run trains from scratch
 

@@ -11,10 +11,10 @@ from torch import nn
 
 import spectrim
 from spectrim.algorithms.related.aimet import AIMET
-from spectrim.cost import parameters
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
+from spectrim.surgery.cost import parameters
 
 
 def split(conv: nn.Conv2d, rank: int) -> nn.Sequential:

@@ -11,12 +11,12 @@ from torch import nn
 import spectrim
 from spectrim.algorithms.related.alds import ALDS, Option, front
 from spectrim.algorithms.related.global_threshold import GlobalThreshold
-from spectrim.cost import parameters
 from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
+from spectrim.surgery.cost import parameters
 
 
 @pytest.fixture

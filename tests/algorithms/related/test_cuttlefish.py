@@ -16,9 +16,9 @@ from spectrim.decomposers.spectrum import spectrum_of
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
-from spectrim.linalg import stable_rank
-from spectrim.objective import Objective
-from spectrim.training import Recipe, fit
+from spectrim.factored.linalg import stable_rank
+from spectrim.statistics.objective import Objective
+from spectrim.training.fit import Recipe, fit
 
 RECIPE = Recipe(epochs=6, lr=0.05, precision="float32", warmup=0.0)
 STILL = replace(RECIPE, lr=1e-9)  # no slope is above 0

@@ -11,7 +11,7 @@ from spectrim.algorithms.related.evbmf import EVBMF, evb_rank
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.tucker2 import Tucker2
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 
 def planted(outputs: int, inputs: int, rank: int, noise: float, seed: int) -> np.ndarray:

@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim.algorithms.base import Compressed
 from spectrim.algorithms.related import gated_training
 from spectrim.algorithms.related.gated_training import Gated, GatedTraining, GatedWeight
 from spectrim.algorithms.related.haloc import HALOC
 from spectrim.algorithms.related.l0_gates import L0Gates
+from spectrim.algorithms.shared.workbench import Compressed
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.svd_layers import bound_steps, factors_of, train_as
-from spectrim.training import Recipe
+from spectrim.statistics.objective import Objective
+from spectrim.training.fit import Recipe
+from spectrim.training.svd_weights import bound_steps, factors_of, train_as
 
 RECIPE = Recipe(epochs=4, lr=0.05, precision="float32", warmup=0.0)
 METHODS: Any = [L0Gates, HALOC]

@@ -13,7 +13,7 @@ from spectrim.algorithms.truncation import rank_of_energy
 from spectrim.decomposers.spectrum import spectrum_of
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 
 @pytest.fixture

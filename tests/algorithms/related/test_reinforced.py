@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.algorithms.base import Compressed, Workbench
 from spectrim.algorithms.related import reinforced
 from spectrim.algorithms.related.reinforced import Agent, Reinforced, states_of
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.tucker2 import Tucker2
 from spectrim.errors import UserError
-from spectrim.objective import Evaluation, Objective
+from spectrim.statistics.objective import Evaluation, Objective
 
 AT_RANDOM = 10**6  # a batch that is never full: the agent learns nothing
 

@@ -14,7 +14,7 @@ from spectrim.decomposers.spectrum import spectrum_of
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 RIVALS: Any = [Knapsack, Sensitivity, GlobalThreshold]
 

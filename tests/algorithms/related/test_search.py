@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.algorithms.base import Workbench
-from spectrim.algorithms.budget import costs_of
-from spectrim.algorithms.measured import Measured
 from spectrim.algorithms.related import search
 from spectrim.algorithms.related.bayesian import Bayesian
 from spectrim.algorithms.related.pars import PARS
 from spectrim.algorithms.related.search import Search, Space
+from spectrim.algorithms.shared.budget import costs_of
+from spectrim.algorithms.shared.measured import Measured
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 EITHER: Any = [Bayesian, PARS]
 

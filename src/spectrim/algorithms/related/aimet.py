@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim import linalg, replaceable, surgery, torchvision_shim
-from spectrim.algorithms.base import Compressed, reported
-from spectrim.cost import parameters
+from spectrim.algorithms.shared.workbench import Compressed, reported
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.layers import FactoredConv2d, composed, factors_of, shaped_like
-from spectrim.objective import Evaluation, Objective
-from spectrim.plan import Kept, RankPlan
-from spectrim.settings import settings
+from spectrim.factored import linalg
+from spectrim.factored.layers import FactoredConv2d, composed, factors_of, shaped_like
+from spectrim.factored.plan import Kept, RankPlan
+from spectrim.statistics.objective import Evaluation, Objective
+from spectrim.surgery import find_layers, replacing
+from spectrim.surgery.cost import parameters
+from spectrim.tools import torchvision_shim
+from spectrim.tools.settings import settings
 
 MISSING = "AIMET is not installed here: run `make rivals`, then .venv-rivals/bin/spectrim algorithm=aimet"
 
@@ -61,7 +63,7 @@ class AIMET:
         example = objective.example()
         if not isinstance(example, Tensor):
             raise UserError("AIMET takes a model of one tensor")
-        layers, left = replaceable.factorable(model, example)
+        layers, left = find_layers.factorable(model, example)
         log: list[dict] = []
         theirs = self._run(model, layers, tuple(example.shape[1:]), objective, log)
         compressed, kept = _in_our_layers(model, theirs, layers)
@@ -167,7 +169,7 @@ def _in_our_layers(
             layer.second.weight.copy_(second.weight)
             if second.bias is not None:
                 cast(Tensor, layer.second.bias).copy_(second.bias)
-        surgery.replace(compressed, name, layer)
+        replacing.replace(compressed, name, layer)
         kept[name] = Kept(first.out_channels, "vertical")
     return compressed, kept
 

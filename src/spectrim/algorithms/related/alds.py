@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import Budgeted
 from spectrim.algorithms.rank_selection import singular_values
+from spectrim.algorithms.shared.budget import Budgeted
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.settings import settings
+from spectrim.statistics.objective import Objective
+from spectrim.tools.settings import settings
 
 
 @settings

@@ -4,14 +4,14 @@ from dataclasses import asdict
 
 from torch import nn
 
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import MaybeBudgeted, costs_of
 from spectrim.algorithms.related.judged import JudgedBy, badness
 from spectrim.algorithms.related.search import Ranks, Search, Space, check, fingerprint
+from spectrim.algorithms.shared.budget import MaybeBudgeted, costs_of
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.settings import settings
+from spectrim.statistics.objective import Objective
+from spectrim.tools.settings import settings
 
 
 @settings

@@ -8,16 +8,17 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim import linalg, svd_layers
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import costs_of
-from spectrim.algorithms.trained import finished, plain_svd, train_as
+from spectrim.algorithms.shared.budget import costs_of
+from spectrim.algorithms.shared.trained import finished, plain_svd, train_as
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.matrix import MatrixSpectrum, View, from_matrix, to_matrix
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.settings import settings
-from spectrim.training import Recipe
+from spectrim.factored import linalg
+from spectrim.statistics.objective import Objective
+from spectrim.tools.settings import settings
+from spectrim.training import svd_weights
+from spectrim.training.fit import Recipe
 
 
 @settings
@@ -123,7 +124,7 @@ class _Watched:
     """One layer that is trained so."""
 
     def __init__(self, layer: nn.Module, weight: _DenseThenFactors) -> None:
-        svd_layers.train_as(layer, weight)
+        svd_weights.train_as(layer, weight)
         self.weight, own = weight, cast(nn.ModuleDict, layer.parametrizations)["weight"]
         self.left, self.right = cast(nn.Parameter, own.original0), cast(nn.Parameter, own.original1)
 

@@ -7,14 +7,14 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize_scalar
 from torch import nn
 
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import MaybeBudgeted
 from spectrim.algorithms.rank_selection import singular_values
+from spectrim.algorithms.shared.budget import MaybeBudgeted
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.settings import settings
+from spectrim.statistics.objective import Objective
+from spectrim.tools.settings import settings
 
 GRID = 200  # noise variances looked at before the search for the least free energy is refined
 

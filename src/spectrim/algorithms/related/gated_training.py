@@ -11,17 +11,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim import svd_layers
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import Costs, costs_of
-from spectrim.algorithms.trained import finished, plain_svd, train_as
+from spectrim.algorithms.shared.budget import Costs, costs_of
+from spectrim.algorithms.shared.trained import finished, plain_svd, train_as
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.settings import settings
-from spectrim.svd_layers import SVDWeight
-from spectrim.training import Recipe
+from spectrim.statistics.objective import Objective
+from spectrim.tools.settings import settings
+from spectrim.training import svd_weights
+from spectrim.training.fit import Recipe
+from spectrim.training.svd_weights import SVDWeight
 
 
 class Learning(IntEnum):
@@ -198,10 +198,10 @@ class Gated:
     @torch.no_grad()
     def settle(self, gates: Tensor, optimizer: torch.optim.SGD) -> None:
         """Multiply the gates into S and cut what they close, in place."""
-        svd_layers.factors_of(self.layer).S_R.mul_(gates)
+        svd_weights.factors_of(self.layer).S_R.mul_(gates)
         self.learning = Learning.SETTLED
-        svd_layers.orthogonalise(self.layer, optimizer)  # what is closed comes last
-        svd_layers.cut(self.layer, int(gates.count_nonzero()), optimizer)
+        svd_weights.orthogonalise(self.layer, optimizer)  # what is closed comes last
+        svd_weights.cut(self.layer, int(gates.count_nonzero()), optimizer)
 
 
 class _Course:
@@ -216,8 +216,8 @@ class _Course:
             layer = cast(nn.Linear | nn.Conv2d, net.get_submodule(name))
             gate = chosen.gate(cast(MatrixSpectrum, spectrum), layer.weight.numel())
             gate.price(self.costs.saved(name))
-            svd_layers.train_as(layer, GatedWeight(cast(MatrixSpectrum, spectrum), gate))
-            svd_layers.bound_steps(layer)
+            svd_weights.train_as(layer, GatedWeight(cast(MatrixSpectrum, spectrum), gate))
+            svd_weights.bound_steps(layer)
             self.layers[name] = Gated(layer, chosen.rate)
         if self.share is not None:
             chosen.kept(self.layers, self.costs, self.share)  # a budget out of reach is refused before the training
@@ -227,11 +227,11 @@ class _Course:
         return next(iter(self.layers.values())).learning is Learning.SETTLED
 
     def ranks(self) -> dict[str, int]:
-        return {name: svd_layers.factors_of(gated.layer).S_R.shape[-1] for name, gated in self.layers.items()}
+        return {name: svd_weights.factors_of(gated.layer).S_R.shape[-1] for name, gated in self.layers.items()}
 
     def undecayed(self) -> list[str]:
         """Names of the parameters without weight decay."""
-        factors = {name: svd_layers.factors_of(gated.layer) for name, gated in self.layers.items()}
+        factors = {name: svd_weights.factors_of(gated.layer) for name, gated in self.layers.items()}
         spared = [(own.U_OR, own.Vh_RI, self.layers[name].parameter) for name, own in factors.items()]
         chosen = {id(part) for parts in spared for part in parts}
         return [name for name, parameter in self.net.named_parameters() if id(parameter) in chosen]

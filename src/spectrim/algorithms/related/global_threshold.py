@@ -4,12 +4,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import Budgeted
 from spectrim.algorithms.rank_selection import singular_values
+from spectrim.algorithms.shared.budget import Budgeted
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.spectrum import Decomposer
-from spectrim.objective import Objective
-from spectrim.settings import settings
+from spectrim.statistics.objective import Objective
+from spectrim.tools.settings import settings
 
 
 @settings

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectrim.algorithms.budget import Costs
 from spectrim.algorithms.related.gated_training import Gate, Gated, GatedTraining, Learning
+from spectrim.algorithms.shared.budget import Costs
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.errors import UserError
-from spectrim.settings import settings
+from spectrim.tools.settings import settings
 
 
 @settings

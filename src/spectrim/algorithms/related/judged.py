@@ -5,7 +5,7 @@ from typing import Literal
 from torch import nn
 
 from spectrim.errors import UserError
-from spectrim.objective import Objective
+from spectrim.statistics.objective import Objective
 
 JudgedBy = Literal["accuracy", "loss"]
 

@@ -2,11 +2,11 @@
 
 from torch import Tensor, nn
 
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import Budgeted
+from spectrim.algorithms.shared.budget import Budgeted
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
-from spectrim.objective import Objective
-from spectrim.settings import settings
+from spectrim.statistics.objective import Objective
+from spectrim.tools.settings import settings
 
 
 @settings

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spectrim.algorithms.budget import Costs
 from spectrim.algorithms.related.gated_training import Gate, Gated, GatedTraining
+from spectrim.algorithms.shared.budget import Costs
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.errors import UserError
-from spectrim.settings import settings
+from spectrim.tools.settings import settings
 
 OFFSET = 1.2  # the gate of mu = 0 is open, and nearly always so at the paper's noise
 

@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from torch import nn
 from tqdm import tqdm
 
-from spectrim import surgery
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import MaybeBudgeted, costs_of
 from spectrim.algorithms.related.judged import JudgedBy, badness
+from spectrim.algorithms.shared.budget import MaybeBudgeted, costs_of
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.algorithms.truncation import rank_of_energy
 from spectrim.decomposers.spectrum import Decomposer, Spectrum, content
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.plan import RankPlan
-from spectrim.settings import settings
+from spectrim.factored.plan import RankPlan
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import replacing
+from spectrim.tools.settings import settings
 
 
 @settings
@@ -74,7 +74,7 @@ class _Layers:
     def __init__(self, chosen: LayerThreshold, bench: Workbench) -> None:
         self.judged_by, self.bench = chosen.judged_by, bench
         self.costs = costs_of(bench, "params")
-        self.working = surgery.apply(bench.model, RankPlan(), {})
+        self.working = replacing.apply(bench.model, RankPlan(), {})
         self.dense = badness(self.working, bench.objective, self.judged_by)
         self.options = {name: self._options(spectrum, chosen.energies) for name, spectrum in bench.spectra.items()}
         self.count = sum(map(len, self.options.values()))
@@ -111,9 +111,9 @@ class _Layers:
         """How much worse the model is with this layer alone at ``rank``."""
         if (name, rank) not in self.known:
             layer = self.working.get_submodule(name)
-            surgery.replace(self.working, name, self.bench.spectra[name].factor(rank))
+            replacing.replace(self.working, name, self.bench.spectra[name].factor(rank))
             score = badness(self.working, self.bench.objective, self.judged_by) - self.dense
-            surgery.replace(self.working, name, layer)
+            replacing.replace(self.working, name, layer)
             kept = self.costs.share({name: rank})
             entry = {"step": len(self.known), "layer": name, "rank": rank, "score": score, "params_kept": kept}
             self.known[name, rank] = entry

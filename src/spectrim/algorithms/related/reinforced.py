@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import Costs, costs_of
-from spectrim.algorithms.measured import Measured
 from spectrim.algorithms.rank_selection import on_subset
+from spectrim.algorithms.shared.budget import Costs, costs_of
+from spectrim.algorithms.shared.measured import Measured
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.data.images import ImageSplit
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.settings import settings
+from spectrim.statistics.objective import Objective
+from spectrim.tools.settings import settings
 
 Ranks = dict[str, int]
 

@@ -10,9 +10,9 @@ import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
 from tqdm import tqdm
 
-from spectrim.algorithms.base import Workbench
-from spectrim.algorithms.budget import Costs
-from spectrim.algorithms.measured import Measured
+from spectrim.algorithms.shared.budget import Costs
+from spectrim.algorithms.shared.measured import Measured
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.data.images import ImageSplit
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from torch import nn
 from tqdm import tqdm
 
-from spectrim import surgery
-from spectrim.algorithms.base import Compressed, Workbench
-from spectrim.algorithms.budget import Budgeted
+from spectrim.algorithms.shared.budget import Budgeted
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
-from spectrim.objective import Objective
-from spectrim.plan import RankPlan
-from spectrim.settings import settings
+from spectrim.factored.plan import RankPlan
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import replacing
+from spectrim.tools.settings import settings
 
 
 @settings
@@ -64,7 +64,7 @@ class Sensitivity(Budgeted):
         return bench.finish(costs.meet(share, ranks_at, low=0.0, high=1.0), [*log])
 
     def _measure(self, bench: Workbench) -> list[dict]:
-        working = surgery.apply(bench.model, RankPlan(), {})
+        working = replacing.apply(bench.model, RankPlan(), {})
         dense = bench.objective.evaluate(working).loss
         log: list[dict] = []
         for name, spectrum in tqdm(bench.spectra.items(), "sensitivity", unit="layer", leave=False, disable=None):
@@ -72,7 +72,7 @@ class Sensitivity(Budgeted):
             ranks = {max(1, spectrum.rank_within(ratio * weight)) for ratio in self.ratios}
             layer = working.get_submodule(name)
             for rank in sorted((rank for rank in ranks if rank <= spectrum.break_even), reverse=True):
-                surgery.replace(working, name, spectrum.factor(rank))
+                replacing.replace(working, name, spectrum.factor(rank))
                 log.append({"layer": name, "rank": rank, "change": bench.objective.evaluate(working).loss - dense})
-            surgery.replace(working, name, layer)
+            replacing.replace(working, name, layer)
         return log

@@ -1,0 +1,1 @@
+"""What several algorithms share: the workbench, budgets, greedy removal, training inside a selection."""

@@ -1,0 +1,227 @@
+"""What layers cost at every rank, and the search for the setting that meets a budget of the whole model."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from operator import mul
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from spectrim.algorithms.shared.workbench import Workbench
+from spectrim.decomposers.spectrum import Spectrum
+from spectrim.errors import UserError
+from spectrim.factored.plan import RankPlan
+from spectrim.surgery import latency, replacing
+from spectrim.surgery.cost import layer_macs, parameters
+from spectrim.tools.settings import settings
+
+Measure = Literal["params", "macs", "milliseconds"]
+BUDGETS = ("params_kept", "macs_kept", "milliseconds")
+BISECTIONS = 60
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Parameters, MACs of one input, or milliseconds of one batch. ``dense``: of each layer as it is; ``curves``: of
+    its factors at every rank from 0; ``total``: of the whole dense model."""
+
+    measure: Measure
+    dense: dict[str, float]
+    curves: dict[str, Tensor]
+    total: float
+
+    def layer(self, name: str, rank: int) -> float:
+        """A layer whose factors cost no less than the dense one stays dense."""
+        return min(float(self.curves[name][rank]), self.dense[name])
+
+    def share(self, ranks: Mapping[str, int]) -> float:
+        """Cost of the whole model over that of the dense one; layers that are not in ``ranks`` are dense."""
+        return 1 - sum(self.dense[name] - self.layer(name, rank) for name, rank in ranks.items()) / self.total
+
+    def saved(self, name: str) -> Tensor:
+        """What layer ``name`` saves at each rank from 0, as a part of the cost of the whole model. Shape (R + 1,)."""
+        return (self.dense[name] - self.curves[name].double()).clamp_min(0) / self.total
+
+    def least(self) -> float:
+        """The share that is left with one component in every layer."""
+        return self.share(dict.fromkeys(self.dense, 1))
+
+    def require(self, share: float) -> None:
+        """Raise ``UserError`` where no plan gets down to ``share``."""
+        if share < self.least():
+            raise UserError(f"{self._asked(share)} is out of reach: at rank 1 {self._left(self.least())} remain")
+
+    def pays(self, name: str, rank: int) -> bool:
+        """Whether the factors of layer ``name`` cost less than the dense layer."""
+        return float(self.curves[name][rank]) < self.dense[name]
+
+    def full(self, name: str) -> int:
+        """The rank of layer ``name`` at which nothing is dropped, so that it stays dense."""
+        return len(self.curves[name]) - 1
+
+    def _paying(self, ranks: Mapping[str, int]) -> dict[str, int]:
+        return {name: rank if self.pays(name, rank) else self.full(name) for name, rank in ranks.items()}
+
+    def _asked(self, share: float) -> str:
+        if self.measure == "milliseconds":
+            return f"milliseconds={share * self.total:.4g}"
+        return f"{self.measure}_kept={share}"
+
+    def _left(self, share: float) -> str:
+        return f"{share * self.total:.4g} ms" if self.measure == "milliseconds" else f"{share:.4f} of them"
+
+    def meet(
+        self, share: float, ranks_at: Callable[[float], Mapping[str, int]], low: float, high: float
+    ) -> dict[str, int]:
+        """The ranks at the largest setting between ``low`` and ``high`` that meets ``share`` from below, by bisection;
+        full ones for layers that cost no less at them than dense, and for all where the dense model meets it.
+
+        ``ranks_at`` must give a model at ``low`` that costs no more than at ``high``. Raises ``UserError`` where even
+        that at ``low`` costs more than ``share``.
+        """
+        if share > 1:  # milliseconds beyond those of the dense model
+            return {name: self.full(name) for name in self.curves}
+        self.require(share)
+        best, most = dict(ranks_at(low)), dict(ranks_at(high))
+        if self.share(most) <= share:
+            return self._paying(most)
+        if self.share(best) > share:
+            least = self._left(self.share(best))
+            raise UserError(f"{self._asked(share)} is out of reach of this rule: {least} remain at the least")
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            ranks = dict(ranks_at(middle))
+            if self.share(ranks) <= share:
+                low, best = middle, ranks
+            else:
+                high = middle
+        return self._paying(best)
+
+
+def costs_of(bench: Workbench, measure: Measure, batch_size: int = 1) -> Costs:
+    """Count them; MACs by running the model's first calibration sample, dense and with one component a layer.
+
+    Milliseconds are measured, of batches of ``batch_size`` of them (``latency.measured``); a note of the workbench
+    says how many.
+    """
+    if measure == "milliseconds":
+        return _timed(bench, batch_size)
+    if measure == "params":
+        dense = {name: float(bench.model.get_submodule(name).weight.numel()) for name in bench.spectra}  # type: ignore[operator]
+        each = {name: [1.0] * len(spectrum.sizes(1)) for name, spectrum in bench.spectra.items()}
+        total = float(parameters(bench.model))
+    else:
+        dense, total = layer_macs(bench.model, list(bench.spectra), bench.example)
+        each = _macs_of_a_parameter(bench)
+    curves = {}
+    for name, spectrum in bench.spectra.items():
+        ranks = [spectrum.sizes(rank) for rank in range(spectrum.max_rank + 1)]
+        curve = torch.tensor([sum(map(mul, each[name], sizes)) for sizes in ranks])
+        curves[name] = _to_break_even(curve, spectrum, dense[name])
+    return Costs(measure, dense, curves, total)
+
+
+def _timed(bench: Workbench, batch_size: int) -> Costs:
+    times = latency.measured(bench.model, bench.spectra, bench.example, batch_size)
+    bench.timed_at = batch_size
+    dense = {name: own.dense for name, own in times.layers.items()}
+    curves = {
+        name: _to_break_even(times.layers[name].curve(spectrum.max_rank), spectrum, dense[name])
+        for name, spectrum in bench.spectra.items()
+    }
+    slow = [name for name, curve in curves.items() if float(curve[1]) >= dense[name]]
+    bench.notes.append(
+        f"measured at batch size {batch_size}: {times.total:.4g} ms dense, {times.outside:.4g} of them outside of the "
+        f"layers; no rank is faster than dense in {len(slow)} of {len(dense)} layers{': ' if slow else ''}"
+        + ", ".join(slow)
+    )
+    return Costs("milliseconds", dense, curves, times.total)
+
+
+def _to_break_even(curve: Tensor, spectrum: Spectrum, dense: float) -> Tensor:
+    """``curve``, above break-even no less than ``dense``: more parameters than the dense layer's are never kept."""
+    curve[spectrum.break_even + 1 :].clamp_(min=dense)
+    return curve
+
+
+def _macs_of_a_parameter(bench: Workbench) -> dict[str, list[float]]:
+    """Of each factor of each layer: the positions at which a parameter of it is used, the same at every rank."""
+    plan = RankPlan.of({name: own.kept(1) for name, own in bench.spectra.items()})
+    cut = replacing.apply(bench.model, plan, bench.spectra)
+    factors = {name: [f"{name}.{part}" for part, _ in cut.get_submodule(name).named_children()] for name in plan}
+    macs, _ = layer_macs(cut, [factor for own in factors.values() for factor in own], bench.example)
+    return {
+        name: [macs[factor] / size for factor, size in zip(factors[name], own.sizes(1), strict=True)]
+        for name, own in bench.spectra.items()
+    }
+
+
+@settings
+class Budgeted:
+    """A budget of the whole model: exactly one of
+
+    ``params_kept``, ``macs_kept``: shares of the dense model's, in (0, 1);
+    ``milliseconds``, above 0: of one forward pass of ``batch_size`` samples, by the layers' times as they are measured
+    on this machine first. A layer that is no faster at a rank than dense is never cut to it; a budget that the dense
+    model meets leaves it as it is, and so does a plan by which the whole, measured beside it, is no faster.
+    """
+
+    params_kept: float | None = 0.5
+    macs_kept: float | None = None
+    milliseconds: float | None = None
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
+        if len(given) != 1:
+            raise UserError(f"set exactly one of {', '.join(BUDGETS)}; got {given or 'none'}")
+        check_budget(given, self.batch_size)
+
+    def budget(self, bench: Workbench) -> tuple[Costs, float]:
+        """What the layers cost in the measure of the budget, and the share of it to be met."""
+        return budget_of(bench, self.params_kept, self.macs_kept, self.milliseconds, self.batch_size)
+
+
+@settings
+class MaybeBudgeted(Budgeted):
+    """A budget as above, or none: then the rule ends by a criterion of its own."""
+
+    params_kept: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.has_budget:
+            super().__post_init__()
+
+    @property
+    def has_budget(self) -> bool:
+        return any(getattr(self, name) is not None for name in BUDGETS)
+
+    def require_one(self, criterion: str) -> None:
+        """Raise ``UserError`` unless either a budget or the setting called ``criterion`` is given."""
+        if self.has_budget == (getattr(self, criterion) is not None):
+            raise UserError(f"set exactly one of {', '.join(BUDGETS)} and {criterion}")
+
+
+def check_budget(given: Mapping[str, float], batch_size: int) -> None:
+    """Raise ``UserError`` for a budget, by its name, that is out of range."""
+    for name, value in given.items():
+        if name == "milliseconds" and not value > 0:
+            raise UserError(f"milliseconds must be above 0, got {value}")
+        if name != "milliseconds" and not 0 < value < 1:
+            raise UserError(f"{name} must lie in (0, 1), got {value}")
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def budget_of(
+    bench: Workbench, params_kept: float | None, macs_kept: float | None, milliseconds: float | None, batch_size: int
+) -> tuple[Costs, float]:
+    """The costs in the measure of the one budget that is given, and the share of them to be met."""
+    if params_kept is not None:
+        return costs_of(bench, "params"), params_kept
+    if macs_kept is not None:
+        return costs_of(bench, "macs"), macs_kept
+    assert milliseconds is not None
+    costs = costs_of(bench, "milliseconds", batch_size)
+    return costs, milliseconds / costs.total

@@ -1,0 +1,69 @@
+"""Training inside an algorithm: what it may start from, a loss that breaks said in one line, and what it ends in."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.decomposers.spectrum import Decomposer
+from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
+from spectrim.statistics.objective import Objective
+from spectrim.training import svd_weights
+from spectrim.training.fit import Recipe, fit
+
+
+def train(
+    net: nn.Module, objective: Objective, recipe: Recipe, *, seed: int, state: str | None, **more: Any
+) -> list[dict]:
+    """Train ``net`` in place on the ``train`` split of ``objective``; ``more`` goes to ``fit``. Returns the curve.
+
+    ``state``: the file from which an interrupted training goes on; None: it begins anew. Raises ``UserError`` without a
+    train split and where the loss stops being finite; ``state`` then holds the last good epoch.
+    """
+    path = Path(state) if state else None
+    try:
+        return fit(net, objective.given("train"), recipe, seed=seed, loss=objective.loss, state=path, **more)
+    except FloatingPointError as error:
+        kept = f"the last good epoch is in {path}" if path else "nothing is kept"
+        raise UserError(f"{error}; {kept}") from error
+
+
+def train_as(chosen: Any, net: nn.Module, objective: Objective, decomposer: SVD, **more: Any) -> list[dict]:
+    """``train`` by the ``recipe``, ``seed`` and ``state`` of the algorithm ``chosen``, which has these three.
+
+    Its class and its other settings tell its state from that of another training.
+    """
+    own = {key: value for key, value in asdict(chosen).items() if key not in ("recipe", "seed", "state")}
+    identity = own | {"method": type(chosen).__name__, "view": decomposer.view}
+    return train(net, objective, chosen.recipe, seed=chosen.seed, state=chosen.state, identity=identity, **more)
+
+
+def plain_svd(decomposer: Decomposer, method: str) -> SVD:
+    """``decomposer`` itself. Raises ``UserError`` where it is not the plain SVD, which ``method`` starts from."""
+    if not isinstance(decomposer, SVD):
+        raise UserError(f"{method} starts from the plain SVD, not from {type(decomposer).__name__}")
+    return decomposer
+
+
+def finished(
+    given: nn.Module, net: nn.Module, ranks: Mapping[str, int], curve: list[dict], decomposer: SVD, objective: Objective
+) -> Compressed:
+    """What became of ``given``: ``net``, whose parametrised layers have come to ``ranks``; others stay dense.
+
+    To cut a weight at the rank that it has changes nothing but its form.
+    """
+    for name in ranks:
+        svd_weights.fold(net.get_submodule(name))
+    in_modes_of(given, net)
+    return replace(Workbench(net, decomposer, objective).finish(ranks, curve), dense=given, trained=True)
+
+
+def in_modes_of(given: nn.Module, net: nn.Module) -> None:
+    """Put every module of ``net`` that ``given`` has too into the mode it has there."""
+    modes = {name: module.training for name, module in given.named_modules()}
+    for name, module in net.named_modules():
+        module.training = modes.get(name, module.training)

@@ -1,0 +1,1 @@
+"""Models on disk: one file, shards, and checkpoints larger than memory."""

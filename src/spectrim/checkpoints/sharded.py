@@ -1,0 +1,187 @@
+"""A checkpoint in a folder of safetensors files: what lies there, what of it was compressed, and into a model."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from spectrim.checkpoints.safetensors_stream import Entry, Shard
+from spectrim.errors import UserError
+from spectrim.factored.layers import shaped_like
+from spectrim.factored.plan import RankPlan
+from spectrim.fetch.download import sha256_of
+from spectrim.records.records import write_whole
+from spectrim.surgery.replacing import replace
+
+FORMAT = "spectrim-shards-1"
+MANIFEST = "spectrim.json"
+# The folder with what lies beside the weights of a model of transformers: were its configuration beside the factors,
+# from_pretrained would take them for a dense model and draw the layers that it misses at random.
+BESIDE = "pretrained"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A checkpoint in a folder: ``model.safetensors``, or several files and their index."""
+
+    folder: Path
+    shards: dict[str, Shard]
+    indexed: bool
+
+    @classmethod
+    def at(cls, folder: str | Path) -> "Sharded":
+        """Raises ``UserError`` where files, index and tensors do not agree, or where all there is are pickles."""
+        folder = Path(folder)
+        if not (folder / INDEX).is_file():
+            if not (folder / SINGLE).is_file():
+                raise UserError(_nothing_in(folder))
+            return cls(folder, {SINGLE: Shard.at(folder / SINGLE)}, False)
+        places = _weight_map(folder / INDEX)
+        files = sorted(set(places.values()))
+        for name in sorted({path.name for path in folder.glob("model*.safetensors")} - set(files)):
+            raise UserError(f"{folder / name} is not in {INDEX}: the two are not of one checkpoint; fetch both again")
+        found = {name: Shard.at(folder / name) for name in files}
+        for name, shard in found.items():
+            listed = {tensor for tensor, file in places.items() if file == name}
+            for tensor in sorted(listed ^ shard.entries.keys()):
+                raise UserError(f"{folder / name} and {INDEX} do not agree on {tensor}; fetch both again")
+        return cls(folder, found, True)
+
+    @property
+    def entries(self) -> dict[str, Entry]:
+        """Every tensor of every shard."""
+        return {name: entry for shard in self.shards.values() for name, entry in shard.entries.items()}
+
+
+def _nothing_in(folder: Path) -> str:
+    if not folder.exists():
+        return f"there is no folder {folder}; give the one that holds {SINGLE} or {INDEX}"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
+        if path.suffix in PICKLES:
+            return f"{path} may be a pickle, which can run any code and is never read; convert it to safetensors"
+    return f"{folder} holds neither {SINGLE} nor {INDEX}"
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not places or any(Path(file).name != file for file in places.values()):
+            raise ValueError("a shard is a file beside its index")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not an index of shards ({error}); fetch it again") from None
+    return places
+
+
+@dataclass
+class Manifest:
+    """What of a checkpoint lies compressed in a folder: its plan and, by shard, the sha256 of source and result."""
+
+    folder: Path
+    plan: RankPlan
+    finished: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Raises ``UserError`` where the folder has none that can be read."""
+        try:
+            plain = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if plain["format"] != FORMAT:
+                raise ValueError(f"format {plain['format']}, this version reads {FORMAT}")
+            finished = {
+                str(name): {k: str(made[k]) for k in ("source", "result")} for name, made in plain["shards"].items()
+            }
+            return cls(folder, RankPlan.from_json(json.dumps(plain["plan"])), finished)
+        except FileNotFoundError:
+            raise UserError(f"{folder} is not a compressed checkpoint: it holds no {MANIFEST}") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / MANIFEST} cannot be read ({error}); compress into an empty folder") from None
+
+    @classmethod
+    def begun(cls, folder: Path, plan: RankPlan) -> "Manifest":
+        """That of ``folder``, left by a run of the same plan, or a new one; nothing is written yet.
+
+        Raises ``UserError`` where the folder holds anything else.
+        """
+        if (folder / MANIFEST).exists():
+            found = cls.read(folder)
+            if found.plan != plan:
+                raise UserError(f"{folder} was begun with another plan or ratio; give that again, or another folder")
+            return found
+        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise UserError(f"{folder} holds other files; give a new folder or an empty one")
+        return cls(folder, plan)
+
+    def write(self) -> None:
+        plain = {"format": FORMAT, "plan": self.plan.as_dict(), "shards": self.finished}
+        write_whole({self.folder / MANIFEST: (json.dumps(plain, indent=1) + "\n").encode()})
+
+    def has(self, name: str, source: Path) -> bool:
+        """Whether the shard was made of the file ``source`` and is as it was written.
+
+        Raises ``UserError`` where it was made of another file of that name.
+        """
+        made = self.finished.get(name)
+        if made and made["source"] != sha256_of(source):
+            raise UserError(f"{self.folder} was begun from another checkpoint than {source}; give another folder")
+        return bool(made) and self.intact(name)
+
+    def intact(self, name: str) -> bool:
+        """Whether the shard is as it was written."""
+        path = self.folder / name
+        return name in self.finished and path.is_file() and sha256_of(path) == self.finished[name]["result"]
+
+
+def load(folder: str | Path, into: nn.Module) -> nn.Module:
+    """The model of a folder that ``compress_checkpoint`` wrote: ``into``, built dense, factored by the plan and filled.
+
+    Memory: the model and one tensor. Raises ``UserError`` where the folder is unfinished, altered or of another
+    architecture; ``into`` is then as it was.
+    """
+    manifest = Manifest.read(Path(folder))
+    source = Sharded.at(folder)
+    for name in tqdm(source.shards, "verify", unit="shard", leave=False, disable=None):
+        if not manifest.intact(name):
+            raise UserError(f"{source.folder / name} was altered or is unfinished: compress the checkpoint again")
+    factored = {}
+    for name, kept in manifest.plan.items():
+        try:
+            factored[name] = shaped_like(into.get_submodule(name), kept.rank, kept.form)
+        except (AttributeError, UserError) as error:
+            raise UserError(f"{folder} is of another architecture, layer {name!r}: {error}") from None
+    _require_same_shapes(source, into, factored)
+    for name, layer in factored.items():
+        replace(into, name, layer)
+    state = into.state_dict()
+    with torch.no_grad():
+        for shard in tqdm(source.shards.values(), "load", unit="shard", leave=False, disable=None):
+            for name in shard.entries:
+                state[name].copy_(shard.read(name))
+    return into
+
+
+def _require_same_shapes(source: Sharded, model: nn.Module, factored: Mapping[str, nn.Module]) -> None:
+    """Raise ``UserError`` where the checkpoint is not that of ``model`` with these layers in it.
+
+    Of a shared tensor one name is enough.
+    """
+    state = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in factored}
+    own = {f"{layer}.{name}": value for layer, new in factored.items() for name, value in new.state_dict().items()}
+    found = source.entries
+    there = {value.data_ptr() for name, value in state.items() if name in found}
+    for name, value in (state | own).items():
+        if name in found and found[name].shape != tuple(value.shape):
+            raise UserError(
+                f"{source.folder} is of another architecture: {name} has shape {list(found[name].shape)} there and "
+                f"{list(value.shape)} in {type(model).__name__}"
+            )
+        if name not in found and (name in own or value.data_ptr() not in there):
+            raise UserError(f"{source.folder} is of another architecture: it lacks {name}")
+    for name in sorted(found.keys() - state.keys() - own.keys()):
+        raise UserError(f"{source.folder} is of another architecture: {type(model).__name__} has no {name}")

@@ -1,0 +1,130 @@
+"""A compressed model in one safetensors file: written whole or not at all, checked before it is read."""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spectrim.errors import UserError
+from spectrim.factored.layers import shaped_like
+from spectrim.factored.plan import RankPlan
+from spectrim.surgery.replacing import replace
+
+FORMAT = "spectrim-1"
+
+
+def save(
+    path: str | Path,
+    model: nn.Module,
+    plan: RankPlan,
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write ``model`` and its plan as safetensors, whole or not at all; floating point numbers in ``dtype`` if given.
+
+    Raises ``UserError`` where the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    tensors = _tensors(model, dtype)
+    header = {**(metadata or {}), "format": FORMAT, "plan": plan.to_json(), "architecture": _architecture(model)}
+    header["digest"] = _digest(tensors, header)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode  # what the user gives new files; safetensors makes its own private
+        save_file(tensors, partial, header)
+        partial.chmod(mode)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} could not be written ({error}); nothing was left behind") from None
+    finally:
+        # Where the folder could not be made there is nothing to remove, and no second error must hide the first.
+        with suppress(OSError):
+            partial.unlink()
+
+
+def load(path: str | Path, into: nn.Module) -> nn.Module:
+    """The model of the file at ``path``: ``into``, built dense by the caller, is factored as the plan says and filled.
+
+    ``into`` itself is changed and returned. Raises ``UserError`` where the file is missing, cut short, altered, not of
+    this format, or of another architecture; ``into`` is then as it was.
+    """
+    metadata = read_metadata(path)
+    plan = RankPlan.from_json(metadata["plan"])
+    model = copy.deepcopy(into)
+    for name, kept in plan.items():
+        try:
+            replace(model, name, shaped_like(model.get_submodule(name), kept.rank, kept.form))
+        except (AttributeError, UserError) as error:
+            raise UserError(f"{path} is of another architecture, layer {name!r}: {error}") from None
+    if _architecture(model) != metadata["architecture"]:
+        raise UserError(f"{path} is of another architecture than {type(into).__name__} as built here")
+    for name in plan:
+        replace(into, name, model.get_submodule(name))
+    # Names and shapes are known to agree; only the further names of shared tensors are missing from the file.
+    into.load_state_dict(load_file(path), strict=False)
+    return into
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The header of a checkpoint: format, plan, architecture, digest and whatever its writer added.
+
+    Raises ``UserError`` where the file is missing, cut short, altered or not a spectrim checkpoint.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"there is no checkpoint at {path}")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+            digest = _digest({key: file.get_tensor(key) for key in file.keys()}, metadata)  # noqa: SIM118 (not a mapping)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is cut short or not a safetensors file ({error}); fetch or make it again") from None
+    if metadata.get("format") != FORMAT or not {"plan", "architecture", "digest"} <= metadata.keys():
+        raise UserError(f"{path} is not a spectrim checkpoint: its header has no plan")
+    if metadata["digest"] != digest:
+        raise UserError(f"{path} was altered: its content does not match its digest; fetch or make it again")
+    return metadata
+
+
+def _architecture(model: nn.Module) -> str:
+    """Names and shapes of the model's state, and which of the tensors are one and the same."""
+    shapes: dict[str, Any] = {}
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, value in model.state_dict().items():
+        place = (value.data_ptr(), value.shape)
+        shared = value.numel() and place in first
+        shapes[name] = first[place] if shared else list(value.shape)
+        first.setdefault(place, name)
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The model's state, each shared tensor once under its first name."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, value in model.state_dict().items():
+        place = (value.data_ptr(), value.shape)
+        if value.numel() and place in seen:
+            continue
+        seen.add(place)
+        cast = dtype if dtype and value.is_floating_point() else value.dtype
+        tensors[name] = value.detach().to("cpu", cast).clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
+    sha = hashlib.sha256(f"{header.get('plan')}:{header.get('architecture')}".encode())
+    for name, value in sorted(tensors.items()):
+        sha.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
+        sha.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,1 @@
+"""The commands: ``spectrim`` runs, ``spectrim-train`` trains."""

@@ -1,0 +1,187 @@
+"""The command line: compose a configuration, build, compress, measure, record. One run is one record."""
+
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pandas as pd
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from spectrim.errors import UserError
+from spectrim.records import records
+from spectrim.records.provenance import file_digest, provenance
+from spectrim.runs import config, task
+from spectrim.statistics import batchnorm
+from spectrim.tools.device import device_called
+from spectrim.tools.profiling import Phases
+
+SCIENTIFIC = ("model", "data", "shape", "decomposer", "algorithm", "seed")
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """One run: the record on disk if it is there already, else made, written and returned."""
+    settings = scientific(cfg)
+    folder, name = Path(config.text(cfg, "records")), config.text(cfg, "name")
+    checkpoint = _checkpoint(cfg)
+    settings["checkpoint"] = None if checkpoint is None else file_digest(checkpoint)
+    signature = records.signature(records.identity(settings))
+    tracker = config.build(config.plain(cfg.tracking), "run")
+    path = records.path_of(folder, name, signature)
+    if path.exists():
+        print(f"{name} {signature}: already recorded", file=sys.stderr)
+        record = records.read(path)
+    else:
+        state = Path(config.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
+        record = _measured(cfg, settings, signature, checkpoint, state)
+        records.write(folder, record)
+        state.unlink(missing_ok=True)
+        _say(record)
+    _track(tracker, record, path.with_suffix(".tracked"))
+    return record
+
+
+def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpoint: Path | None, state: Path) -> Any:
+    """Build, compress and measure: the record of the run. ``state``: where it may keep what it needs to go on."""
+    algorithm = config.build(_resumable(settings["algorithm"], state), "compress")
+    decomposer = config.build(settings["decomposer"], "spectrum")
+    phases, device = Phases(), device_called(cfg.device)
+    with phases.measure("load"):
+        weights = None if checkpoint is None else (checkpoint, settings["checkpoint"])
+        judged = task.of(settings["model"], cfg.seed, weights, settings["data"], settings["also"], device)
+    before = Counter(judged.objective.read)
+    with phases.measure("select"):
+        compressed = algorithm.compress(judged.model, decomposer, judged.objective)
+        compressed.settle(cfg.batch_norm, judged.objective)
+    read = judged.objective.read - before
+    with phases.measure("evaluate"):
+        outcome = judged.outcome(compressed)
+    return {
+        "schema": records.SCHEMA,
+        "signature": signature,
+        "experiment": cfg.name,
+        "names": config.plain(cfg.names),
+        "config": records.identity(settings),
+        "seed": cfg.seed,
+        "calibration_seed": settings["data"].get("calibration_seed", 0),
+        **outcome,
+        "phases": dict(phases),
+        "samples_read": dict(read),
+        "reporting": compressed.reporting,  # a part of the selection's phase and of what was read
+        "provenance": provenance(config.invocation("spectrim"), judged.data_digest, checkpoint, str(device)),
+    }
+
+
+def _resumable(algorithm: dict[str, Any], state: Path) -> dict[str, Any]:
+    """The settings of a selector; one that trains or searches is told where to keep what it needs after a kill."""
+    keeps = "state" in algorithm and algorithm["state"] is None
+    return {**algorithm, "state": str(state)} if keeps else algorithm
+
+
+def scientific(cfg: DictConfig) -> dict[str, Any]:
+    """What a run is signed by, with the digest of its checkpoint. Raises ``UserError`` for what it may not hold."""
+    settings = {key: config.plain(cfg[key]) if isinstance(cfg[key], DictConfig) else cfg[key] for key in SCIENTIFIC}
+    config.check_targets(settings)
+    config.check_seed(cfg)
+    batchnorm.require(cfg.batch_norm)
+    return settings | {"batch_norm": cfg.batch_norm, "also": _also(cfg.also) if cfg.also else {}}
+
+
+def _also(nodes: Any) -> dict[str, Any]:
+    """The settings of each data set whose test split is measured too, by its name."""
+    given: Any = config.plain(nodes) if isinstance(nodes, DictConfig) else {"": None}
+    for name, node in given.items():
+        if not isinstance(node, dict) or not isinstance(node.get("data"), dict):
+            raise UserError(f"also.{name} is no data set; name one as +data@also.NAME=sotu")
+    return {name: node["data"] for name, node in given.items()}
+
+
+def _checkpoint(cfg: DictConfig) -> Path | None:
+    if cfg.checkpoint is None:
+        return None
+    path = Path(config.text(cfg, "checkpoint"))
+    if not path.is_file():
+        composed = HydraConfig.get()
+        net = [one for one in composed.overrides.task if one.startswith("model.")]
+        chosen = [f"{group}={composed.runtime.choices[group]}" for group in ("model", "data")]
+        make = shlex.join(["spectrim-train", *chosen, f"seed={cfg.seed}", *net, f"checkpoint={path}"])
+        raise UserError(f"there is no checkpoint at {path}; make it with: {make}")
+    return path
+
+
+def _track(tracker: Any, record: dict[str, Any], told: Path) -> None:
+    """Tell the tracker of a recorded run, once: the file ``told`` says that it was.
+
+    After the record, for no server may cost a run; and from the record alone, so that a run whose server could not be
+    reached, or that was made without tracking, is told when the same command is given again.
+    """
+    if told.exists():
+        return
+    names, dense, small = record["names"], record["dense"], record["compressed"]
+    metrics = {
+        "params_kept": small["params"] / dense["params"],
+        "macs_kept": small["macs"] / dense["macs"],
+        "test_loss": small["test"]["loss"],
+        "test_loss_change": small["test"]["loss"] - dense["test"]["loss"],
+        "test_accuracy": small["test"]["accuracy"],
+        "predicted_change": record["predicted_change"],
+    }
+    with tracker.run(record["signature"], record["experiment"], names["algorithm"], record["config"]) as run:
+        run.table("layers", pd.DataFrame(record["layers"]).astype({"shape": str, "rank": "Int64"}))
+        for step, entry in enumerate(record["log"]):
+            run.log(entry, step)
+        for name, rows in _within(record["log"]).items():
+            run.table(name, pd.DataFrame(rows))
+        run.summary({key: value for key, value in metrics.items() if value is not None})
+    if run.delivered:
+        with suppress(UserError):  # without the file it is told again, which is no harm
+            records.write_whole({told: b""})
+
+
+def _within(log: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What single steps of a log hold a list of, such as the bisection of each epoch: its rows, with their step."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for step, entry in enumerate(log):
+        for name, rows in entry.items():
+            if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+                tables.setdefault(name, []).extend({"step": step, **row} for row in rows)
+    return {name: rows for name, rows in tables.items() if rows}
+
+
+def _say(record: dict[str, Any]) -> None:
+    names, dense, small = record["names"], record["dense"], record["compressed"]
+    params, macs = small["params"] / dense["params"], small["macs"] / dense["macs"]
+    print(
+        f"{names['model']}/{names['data']} {names['algorithm']}: "
+        f"params kept {100 * params:.1f} %, MACs {100 * macs:.1f} %; "
+        f"test loss {dense['test']['loss']:.4f} -> {small['test']['loss']:.4f}, "
+        f"top-1 {_percent(dense)} -> {_percent(small)} %"
+    )
+
+
+def _percent(measured: dict[str, Any]) -> str:
+    accuracy = measured["test"]["accuracy"]
+    return "n/a" if accuracy is None else f"{100 * accuracy:.2f}"
+
+
+@hydra.main(version_base="1.3", config_path=config.CONF, config_name="config")
+def _job(cfg: DictConfig) -> None:
+    with config.cell("spectrim"):
+        run(cfg)
+
+
+def main() -> None:
+    """Entry of ``spectrim``."""
+    config.command_line(_job)
+
+
+if __name__ == "__main__":
+    # Not by the names of __main__, which the processes of joblib cannot look up.
+    from spectrim.cli.run import main as entry
+
+    entry()

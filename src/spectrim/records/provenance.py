@@ -1,0 +1,131 @@
+"""Where a number comes from: command, commit, digests of data, checkpoint and lock, versions, machine."""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from spectrim.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[3]
+LOCK = ROOT / "requirements.lock"
+PACKAGES = (
+    "spectrim",
+    "torch",
+    "torchvision",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "safetensors",
+    "transformers",
+    "pandas",
+    "matplotlib",
+)
+UNKNOWN = "unknown"
+
+
+def provenance(command: str, data_digest: str, checkpoint: Path | None, device: str = "cpu") -> dict[str, Any]:
+    """The provenance of one run, made now. ``checkpoint`` None: the weights came from no file. ``device``: in use."""
+    commit, dirty = git_state()
+    return {
+        "command": command,
+        "commit": commit,
+        "dirty": dirty,
+        "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data_digest": data_digest,
+        "checkpoint_digest": None if checkpoint is None else file_digest(checkpoint),
+        "lock_digest": lock_digest(),
+        "versions": versions(),
+        "machine": machine(),
+        "device": device,
+    }
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, read in pieces. Raises UserError where it cannot be read."""
+    try:
+        with Path(path).open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def lock_digest() -> str:
+    """sha256 of the lock file of the checkout; "unknown" for an installed package, which has none."""
+    return file_digest(LOCK) if LOCK.is_file() else UNKNOWN
+
+
+def git_state(root: Path = ROOT) -> tuple[str, bool]:
+    """Commit of the checkout that this code lies in, and whether tracked files differ from it.
+
+    ("unknown", False) outside a checkout: an environment inside somebody else's repository must not name *its* commit,
+    so only a ``.git`` at the root itself counts.
+    """
+    if not (root / ".git").exists():
+        return UNKNOWN, False
+    commit = _output("git", "-C", str(root), "rev-parse", "HEAD")
+    changes = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return (commit, bool(changes)) if commit else (UNKNOWN, False)
+
+
+def _output(*command: str) -> str:
+    """What a command prints; nothing where it is missing, fails or hangs."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return ""
+    return done.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that results depend on, those that are installed; none of them is imported."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The hardware in words: system, processor, usable cores, memory in MiB, and GPUs (empty where there are none)."""
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": _cores(),
+        "memory_mib": _memory_mib(),
+        "gpus": _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines(),
+    }
+
+
+def _processor() -> str:
+    # platform.processor() is empty on most Linux systems.
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or UNKNOWN
+
+
+def _cores() -> int | None:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        return os.cpu_count()
+
+
+def _memory_mib() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+    except (ValueError, OSError, AttributeError):
+        return None

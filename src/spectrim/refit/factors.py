@@ -1,0 +1,233 @@
+"""Factors fitted once more, by least squares, to what the dense layers put out. No labels are used."""
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spectrim.batches import Inputs, device_of, evaluating, first_sample, forward, hooked, to_device
+from spectrim.errors import UserError
+from spectrim.factored.layers import Factored, FactoredConv2d, FactoredLinear, TuckerConv2d, composed, factors_of
+from spectrim.refit.layer_barrier import Lockstep
+from spectrim.statistics.batchnorm import norms_of
+from spectrim.statistics.input_moments import Positions, Rows, mask_of
+from spectrim.statistics.objective import Objective
+
+RIDGE = 1e-3  # of the mean second moment of an input: how much a change of the weight itself is held against a fit
+ITERATIONS = 60
+POSITIONS = 32768  # of a convolution, drawn from those of all samples: what lies beside one another is much the same
+
+
+def refit(
+    compressed: nn.Module, dense: nn.Module, objective: Objective, samples: int, split: str = "calibration"
+) -> None:
+    """Fit the factors of every factored layer of ``compressed``, in place, to the outputs of the layer of ``dense``.
+
+    Layer by layer, in the order in which the model calls them: with x what flows into the layer of the compressed model
+    and y what the dense layer puts out in the dense model, both for the same samples, the factors of ``W`` minimise
+    ``E ||y - W x - b||^2``, the rank as it is, from those at hand. So a layer also makes up for what the layers before
+    it lost. The offset b goes into the bias, or else into the running mean of the BatchNorm that the layer feeds;
+    without either there is none. Nothing else of either model changes: neither a layer that is called several times in
+    a pass, whose later inputs depend on the fit, nor an embedding, whose inputs are the same in both models.
+
+    Raises ``UserError`` for an empty split.
+    """
+    layers, followers = _laid_out(compressed, objective.example())
+    device = device_of(compressed)
+    batches = [to_device(inputs, device) for inputs, _ in objective.first(split, samples, "read")]
+    with tqdm(desc="refit", total=len(layers), unit="layer", leave=False, disable=None) as bar:
+
+        def met(name: str, flows: "_Flows") -> None:
+            _fit_layer((compressed, dense), name, followers.get(name), flows)
+            bar.update()
+
+        with evaluating(compressed), evaluating(dense):
+            _in_step((compressed, dense), layers, batches, met)
+
+
+def _fit_layer(models: tuple[nn.Module, nn.Module], name: str, follower: str | None, flows: "_Flows") -> None:
+    layer = cast(Factored, models[0].get_submodule(name))
+    moments = _moments(cast(nn.Linear | nn.Conv2d, models[1].get_submodule(name)), flows)
+    bias = factors_of(layer)[-1].bias
+    W_gOI = _fit(layer, moments if bias is None and follower is None else moments.centred())
+    offset = (moments.y_gO - torch.einsum("goi,gi->go", W_gOI, moments.x_gI)).flatten()
+    with torch.no_grad():
+        if bias is not None:
+            cast(Tensor, bias).copy_(offset)
+        elif follower is not None:
+            ours, theirs = (cast(Tensor, norms_of(model)[follower].running_mean) for model in models)
+            ours.copy_(theirs - offset)
+
+
+class _Moments(NamedTuple):
+    """Second moments ``E[x x^T]``, ``E[y x^T]`` and means of inputs x and wanted outputs y; float64, g groups."""
+
+    xx_gII: Tensor
+    yx_gOI: Tensor
+    x_gI: Tensor
+    y_gO: Tensor
+
+    def centred(self) -> "_Moments":
+        """Of the deviations from the means."""
+        x, y = self.x_gI, self.y_gO
+        return self._replace(
+            xx_gII=self.xx_gII - x.unsqueeze(2) * x.unsqueeze(1), yx_gOI=self.yx_gOI - y.unsqueeze(2) * x.unsqueeze(1)
+        )
+
+
+@dataclass
+class _Flows:
+    """Of every batch what flows into a layer of the compressed model, what flows out of it in the dense one, and where
+    the batch is no padding (None: nowhere is any)."""
+
+    x: list[Tensor]
+    y: list[Tensor]
+    masks: list[Tensor | None]
+
+
+def _laid_out(model: nn.Module, example: Inputs) -> tuple[list[str], dict[str, str]]:
+    """The factored layers that are called once, in their order, and the BatchNorm that each feeds, if any."""
+    kinds = FactoredLinear, FactoredConv2d, TuckerConv2d
+    outputs: dict[str, Tensor] = {}
+    followers: dict[str, str] = {}
+    calls = Counter[str]()
+
+    def called(name: str, _: nn.Module, __: tuple, output: Tensor) -> None:
+        outputs.setdefault(name, output)
+        calls[name] += 1
+
+    def fed(norm: str, _: nn.Module, inputs: tuple) -> None:
+        followers.update({name: norm for name, output in outputs.items() if inputs[0] is output})
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    handles = [module.register_forward_hook(partial(called, name)) for name, module in layers.items()]
+    handles += [norm.register_forward_pre_hook(partial(fed, name)) for name, norm in norms_of(model).items()]
+    with hooked(handles), evaluating(model), torch.no_grad():
+        forward(model, to_device(first_sample(example), device_of(model)))
+    return [name for name in outputs if calls[name] == 1], followers
+
+
+def _in_step(
+    models: tuple[nn.Module, nn.Module],
+    layers: Sequence[str],
+    batches: Sequence[Inputs],
+    met: Callable[[str, _Flows], None],
+) -> None:
+    """Pass the batches through both models and call ``met`` at each layer, before any of the passes goes on.
+
+    So one pass serves all layers, and each sees what those before it have become. Memory: what flows at a layer, of all
+    batches. Raises ``UserError`` where a batch does not come by all layers in their order.
+    """
+    nothing = [torch.empty(0)] * len(batches)
+    flows = _Flows(list(nothing), list(nothing), [mask_of(inputs) for inputs in batches])
+    passes = Lockstep(lambda station: met(layers[station], flows))
+    own = threading.local()  # of a pass: where its values go, and how many layers it has come by
+
+    def arrived(name: str, value: Tensor) -> None:
+        if own.done < len(layers) and name == layers[own.done]:
+            own.values[own.index] = value
+            own.done += 1
+            passes.station()
+
+    def through(model: nn.Module, values: list[Tensor], index: int) -> None:
+        own.values, own.index, own.done = values, index, 0
+        with torch.no_grad():
+            forward(model, batches[index])
+        if own.done < len(layers):
+            raise UserError(f"the model does not call layer {layers[own.done]} on every batch, in the same order")
+
+    into = [
+        models[0].get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: arrived(name, inputs[0]))
+        for name in layers
+    ]
+    out_of = [
+        models[1].get_submodule(name).register_forward_hook(lambda _, __, output, name=name: arrived(name, output))
+        for name in layers
+    ]
+    sides = zip(models, (flows.x, flows.y), strict=True)
+    with hooked(into + out_of):
+        passes.run([partial(through, *side, index) for side in sides for index in range(len(batches))])
+
+
+def _moments(dense: nn.Linear | nn.Conv2d, flows: _Flows) -> _Moments:
+    rows = Rows(dense, "channel" if isinstance(dense, nn.Conv2d) else "linear")
+    sums: list[Tensor] = []
+    count = 0
+    drawn = _positions(flows.y) if isinstance(dense, nn.Conv2d) else [None] * len(flows.y)
+    for x, y, mask, at in zip(flows.x, flows.y, flows.masks, drawn, strict=True):
+        x, y = rows.inputs(x, mask, at), rows.outputs(y, mask, at)
+        parts = [part.double() for part in (x.mT @ x, y.mT @ x, x.sum(1), y.sum(1))]
+        sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
+        count += x.shape[1]
+    return _Moments(*(total / max(count, 1) for total in sums))
+
+
+def _positions(outputs: Sequence[Tensor]) -> list[Positions | None]:
+    """Of each batch the positions to be fitted, ``POSITIONS`` in all and as many a sample; None: every one."""
+    part = POSITIONS / sum(y[:, 0].numel() for y in outputs)
+    if part >= 1:
+        return [None] * len(outputs)
+    generator, drawn = torch.Generator().manual_seed(0), list[Positions | None]()
+    for y in outputs:
+        size = y[:, 0].shape
+        chosen = torch.randperm(size.numel(), generator=generator)[: math.ceil(part * size.numel())]
+        drawn.append(torch.unravel_index(chosen.to(y.device), size))
+    return drawn
+
+
+def _fit(layer: Factored, moments: _Moments) -> Tensor:
+    """Give the factors the weights that fit best near those that they have; the matrix they amount to, (g, O, I)."""
+    factors = factors_of(layer)
+    kept = [cast(Tensor, factor.weight).detach() for factor in factors]
+    weights = [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
+    now = composed(layer, weights)
+    held = RIDGE * moments.xx_gII.diagonal(dim1=1, dim2=2).mean()
+    if not held:  # nothing flows in
+        return now
+    xx = moments.xx_gII + held * torch.eye(moments.xx_gII.shape[-1]).to(moments.xx_gII)
+    yx = moments.yx_gOI + held * now
+    if isinstance(layer, FactoredLinear) and isinstance(layer.first, nn.Linear):
+        return _fit_linear(layer, xx[0], yx[0])
+    for weight in weights:  # LBFGS takes no other layout
+        weight.requires_grad_(True)
+    with torch.enable_grad():
+        scale = 1 / yx.square().sum().clamp_min(torch.finfo(yx.dtype).tiny).sqrt()
+        optimizer = torch.optim.LBFGS(
+            weights,
+            max_iter=ITERATIONS,
+            tolerance_grad=0.0,
+            tolerance_change=0.0,
+            history_size=10,
+            line_search_fn="strong_wolfe",
+        )
+
+        def error() -> Tensor:
+            """``E ||y - W x||^2`` and the ridge, but for what no weight changes; one product gives the gradient too."""
+            optimizer.zero_grad()
+            W = composed(layer, weights)
+            Wxx = W.detach() @ xx
+            W.backward(2 * scale * (Wxx - yx))
+            return scale * ((Wxx - 2 * yx) * W.detach()).sum()
+
+        optimizer.step(error)
+    with torch.no_grad():
+        for factor, weight in zip(factors, weights, strict=True):
+            cast(Tensor, factor.weight).copy_(weight)
+    return composed(layer, weights).detach()
+
+
+def _fit_linear(layer: FactoredLinear, xx_II: Tensor, yx_OI: Tensor) -> Tensor:
+    """The best of its rank, in closed form: the least-squares fit, projected on its leading outputs (Izenman 1975)."""
+    W = torch.linalg.solve(xx_II, yx_OI.mT).mT
+    U = torch.linalg.eigh(W @ xx_II @ W.mT).eigenvectors[:, -layer.rank :]
+    with torch.no_grad():
+        layer.first.weight.copy_(U.mT @ W)
+        layer.second.weight.copy_(U)
+    return (U @ U.mT @ W).unsqueeze(0)

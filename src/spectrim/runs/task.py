@@ -1,0 +1,117 @@
+"""What many runs of a grid share: a trained model and the splits it is judged on. Nothing is computed twice."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.algorithms.shared.workbench import Compressed
+from spectrim.checkpoints import single_file
+from spectrim.runs import config
+from spectrim.statistics.objective import Objective
+from spectrim.tools.memo import Memory
+
+# A checkpoint and the digest of its content: another file in its place is another net, not the remembered one.
+Weights = tuple[Path, str] | None
+Measured = dict[str, Any]
+SEEN = ("calibration", "verification", "train")  # the splits that a selector may use
+
+
+@dataclass(eq=False)
+class Subject:
+    """``objective``: what a selector may see; ``test``: what it may not; ``also``: the test splits of other data."""
+
+    model: nn.Module
+    objective: Objective
+    test: Objective
+    data_digest: str
+    description: str
+    also: dict[str, Objective] = field(default_factory=dict)
+    dense: dict[str, Measured] = field(default_factory=dict)
+
+    def outcome(self, compressed: Compressed) -> dict[str, Any]:
+        """Everything measured about a compressed model, beside the same of the dense one."""
+        if "calibration" not in self.dense:
+            self.dense["calibration"] = self.objective.evaluate(self.model)._asdict()
+        dense = {**compressed.dense_cost._asdict(), **self.dense}
+        small = dense
+        if not _same(compressed.model, self.model):
+            elsewhere = {name: _on_test(one, compressed.model) for name, one in self.also.items()}
+            small = {
+                **compressed.cost._asdict(),
+                "calibration": self.objective.evaluate(compressed.model)._asdict(),
+                "test": _on_test(self.test, compressed.model),
+                **({"also": elsewhere} if elsewhere else {}),
+            }
+        return {
+            "dense": dense,
+            "compressed": small,
+            "predicted_change": compressed.predicted_change,
+            "plan": compressed.plan.as_dict(),
+            "layers": json.loads(compressed.report.to_json(orient="records", double_precision=15)),
+            "log": compressed.log,
+            "notes": [self.description, *compressed.notes] if self.description else compressed.notes,
+        }
+
+
+def _on_test(objective: Objective, model: nn.Module) -> Measured:
+    return objective.evaluate(model, "test")._asdict()
+
+
+def _same(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two models have the same layers with the same parameters and buffers, to the last bit."""
+    ours, theirs = ([(name, type(module)) for name, module in model.named_modules()] for model in (first, second))
+    mine, other = first.state_dict(), second.state_dict()
+    return ours == theirs and mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def of(
+    model: Measured, seed: int, weights: Weights, data: Measured, also: Mapping[str, Measured], device: torch.device
+) -> Subject:
+    """The model, on ``device``, and the splits of these settings: those of the run before, where they are the same."""
+    return _remembered(json.dumps(model), seed, weights, json.dumps(data), json.dumps(also), device)
+
+
+@lru_cache(maxsize=1)
+def _remembered(
+    model_json: str, seed: int, weights: Weights, data_json: str, also_json: str, device: torch.device
+) -> Subject:
+    splits = config.build(json.loads(data_json), "load").load()
+    others = {name: config.build(node, "load").load() for name, node in json.loads(also_json).items()}
+    model, dense_on_test = _model(model_json, seed, weights, device)
+
+    def dense(splits: Any, objective: Objective) -> Measured:
+        key = splits.test.digest()
+        if key not in dense_on_test:
+            dense_on_test[key] = _on_test(objective, model)
+        return dense_on_test[key]
+
+    memory = Memory(whitened=1, gates=8)  # the budgets of a grid share the linearisations of joint selection
+    seen = Objective(splits.loss, {name: getattr(splits, name) for name in SEEN}, memory=memory)
+    test = Objective(splits.loss, {"test": splits.test})
+    also = {name: Objective(other.loss, {"test": other.test}) for name, other in others.items()}
+    found: dict[str, Measured] = {"test": dense(splits, test)}
+    if also:
+        found["also"] = {name: dense(others[name], objective) for name, objective in also.items()}
+    said = [splits.description, *(f"also measured: {other.description or name}" for name, other in others.items())]
+    digest = splits.digest
+    if also:
+        tests = "".join(other.test.digest() for other in others.values())
+        digest = hashlib.sha256((digest + tests).encode()).hexdigest()
+    return Subject(model, seen, test, digest, "; ".join(filter(None, said)), also, found)
+
+
+@lru_cache(maxsize=1)
+def _model(model_json: str, seed: int, weights: Weights, device: torch.device) -> tuple[nn.Module, dict[str, Measured]]:
+    """The dense model, and its evaluation on each test split it has met: neither depends on the calibration set."""
+    torch.manual_seed(seed)
+    model = config.build(json.loads(model_json), "forward")
+    if weights is not None:
+        single_file.load(weights[0], model)
+    return model.eval().to(device, memory_format=torch.channels_last), {}

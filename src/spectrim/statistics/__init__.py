@@ -1,0 +1,1 @@
+"""What is measured of a model on data: losses, gradients, second moments, Fisher information."""

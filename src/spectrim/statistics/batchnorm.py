@@ -1,0 +1,128 @@
+"""BatchNorm statistics of a compressed model, without labels."""
+
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, tensors_of, to_device
+from spectrim.decomposers.spectrum import content
+from spectrim.errors import UserError
+from spectrim.statistics.objective import Objective
+
+# What becomes of the statistics once an algorithm is done: they stay the dense model's, or follow the compression.
+BatchNorm = Literal["keep", "follow"]
+SAMPLES = 2000  # calibration samples that they follow by
+
+Statistics = tuple[Tensor, Tensor]  # mean and variance of every channel
+EPSILON = 1e-6  # of a variance, so that a dead channel of the dense model divides nothing by zero
+
+
+def reestimate(
+    compressed: nn.Module, dense: nn.Module, objective: Objective, samples: int, split: str = "calibration"
+) -> None:
+    """Shift the statistics of every BatchNorm of ``compressed``, in place, by what compression changed.
+
+    Both models see the same images; the statistics move as the batch mean and the batch variance moved from the dense
+    model to the compressed one. What the two share cancels: the noise of a small set, and that training images were
+    cropped and flipped while these are not. A model that was not compressed keeps its statistics exactly, where
+    re-estimating them from the same images would change it. Each layer is corrected before the next one is measured.
+    ``dense`` and its statistics stay as they are.
+
+    Raises ``UserError`` for an empty split.
+    """
+    mine, theirs = norms_of(compressed), norms_of(dense)
+    shared = {name: norm for name, norm in mine.items() if name in theirs}
+    if not shared:
+        return
+    known: dict[str, dict[str, Statistics]] = objective.memory.get(  # a search compresses one model many times
+        dense, "norms", lambda: content(dense.state_dict().values()), dict
+    )
+    corrections = {name: _Correction(theirs[name]) for name in shared}
+    handles = [norm.register_forward_pre_hook(corrections[name]) for name, norm in shared.items()]
+    device, passed = device_of(compressed), dict[str, dict[str, Statistics]]()
+    with hooked(handles), evaluating(compressed), torch.no_grad():
+        for inputs, _ in objective.first(split, samples, "batch norm"):
+            batch = content(tensors_of(inputs))  # a loader that shuffles gives others each time
+            inputs = to_device(inputs, device)
+            passed[batch] = known[batch] if batch in known else _seen(dense, inputs)
+            for name in shared:
+                corrections[name].seen_by_dense = passed[batch][name]
+            forward(compressed, inputs)
+    known.clear()
+    known.update(passed)
+    for name, norm in shared.items():
+        corrections[name].settle(norm)
+
+
+def require(choice: str) -> None:
+    """Raise ``UserError`` where ``choice`` is none."""
+    if choice not in get_args(BatchNorm):
+        raise UserError(f"batch_norm is one of {', '.join(get_args(BatchNorm))}, not {choice!r}")
+
+
+def copy_statistics(source: nn.Module, into: nn.Module) -> None:
+    """Give every BatchNorm of ``into`` the statistics, and what is learned, of the one of the same name."""
+    norms = norms_of(source)
+    for name, norm in norms_of(into).items():
+        norm.load_state_dict(norms[name].state_dict())
+
+
+def norms_of(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """The BatchNorm layers that keep running statistics, by name."""
+    kind = nn.modules.batchnorm._BatchNorm
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kind) and module.running_mean is not None and module.running_var is not None
+    }
+
+
+def _seen(dense: nn.Module, inputs: Inputs) -> dict[str, Statistics]:
+    """The statistics that each BatchNorm of ``dense`` sees of these inputs."""
+    found: dict[str, Statistics] = {}
+
+    def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[name] = _statistics(inputs[0])
+
+    handles = [norm.register_forward_pre_hook(partial(watch, name)) for name, norm in norms_of(dense).items()]
+    with hooked(handles), evaluating(dense):
+        forward(dense, inputs)
+    return found
+
+
+def _statistics(x: Tensor) -> Statistics:
+    """Mean and variance of every channel. Shape (N, C, ...) to twice (C,)."""
+    channels = x.detach().transpose(0, 1).flatten(1)
+    return channels.mean(1), channels.var(1, unbiased=False)
+
+
+class _Correction:
+    """A hook that corrects one BatchNorm for the batch at hand, and averages the corrections over the batches."""
+
+    seen_by_dense: Statistics  # of the batch at hand
+
+    def __init__(self, dense: nn.modules.batchnorm._BatchNorm) -> None:
+        assert dense.running_mean is not None and dense.running_var is not None
+        self.mean, self.var = dense.running_mean.clone(), dense.running_var.clone()
+        self.mean_sum, self.var_sum, self.batches = torch.zeros_like(self.mean), torch.zeros_like(self.var), 0
+
+    def __call__(self, norm: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        (mean, var), (dense_mean, dense_var) = _statistics(inputs[0]), self.seen_by_dense
+        ratio = (var + EPSILON) / (dense_var + EPSILON)
+        corrected = mean + (self.mean - dense_mean) * ratio.sqrt(), self.var * ratio
+        self._set(norm, *corrected)
+        self.mean_sum += corrected[0]
+        self.var_sum += corrected[1]
+        self.batches += 1
+
+    def settle(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        if self.batches:
+            self._set(norm, self.mean_sum / self.batches, self.var_sum / self.batches)
+
+    @staticmethod
+    def _set(norm: nn.modules.batchnorm._BatchNorm, mean: Tensor, var: Tensor) -> None:
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)

@@ -1,0 +1,138 @@
+"""The second moment of what flows into each layer, from one forward pass."""
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, to_device
+from spectrim.decomposers.matrix import without_weights
+from spectrim.factored.layers import shaped_like
+from spectrim.statistics.objective import Objective
+
+
+def input_moments(
+    model: nn.Module,
+    forms: Mapping[str, Sequence[str]],
+    objective: Objective,
+    samples: int,
+    split: str = "calibration",
+) -> dict[str, dict[str, Tensor]]:
+    """``E[x x^T]`` of every layer in each of its forms, over samples and positions: layer to form to (g, I, I).
+
+    Of an embedding the diagonal alone, (g, I): how often each id comes (``_Counted``). float64, on the layer's device.
+    ``forms``: layer to the forms of its factors, which say what one input is: a vector of a Linear, a patch of
+    I/g * kh * kw numbers in the channel form of a convolution, a row of I/g * kw in the spatial one. Taken over whole
+    batches until ``samples`` are reached; positions that ``attention_mask`` among the inputs calls padding are left
+    out. Raises ``UserError`` for an empty split.
+    """
+    layers = {name: model.get_submodule(name) for name in forms}
+    gathered = {name: {form: _gatherer(layers[name], form) for form in own} for name, own in forms.items()}
+    hooks = [one for own in gathered.values() for one in own.values()]
+    handles = [layers[name].register_forward_pre_hook(one) for name, own in gathered.items() for one in own.values()]
+    device = device_of(model)
+    with hooked(handles), evaluating(model), torch.inference_mode():
+        for inputs, _ in objective.first(split, samples, "moments"):
+            inputs = to_device(inputs, device)
+            for one in hooks:
+                one.mask = mask_of(inputs)
+            forward(model, inputs)
+    return {name: {form: one.mean() for form, one in own.items()} for name, own in gathered.items()}
+
+
+Positions = tuple[Tensor, ...]  # of what a convolution puts out: indices of sample, row and column
+
+
+class Rows:
+    """Inputs and outputs of a layer as rows of numbers, shape (g, rows, I) and (g, rows, O), one row a position.
+
+    The x of a convolution are what the first factor of the given form sees; ``at``: of some positions alone.
+    """
+
+    def __init__(self, layer: nn.Module, form: str) -> None:
+        self.first, self.groups = None, getattr(layer, "groups", 1)
+        if isinstance(layer, nn.Conv2d):
+            size = layer.weight[0].numel() // (layer.kernel_size[0] if form == "spatial" else 1)
+            self.first = cast(nn.Conv2d, shaped_like(without_weights(layer), size, form).first)
+
+    def inputs(self, x: Tensor, mask: Tensor | None = None, at: Positions | None = None) -> Tensor:
+        """The rows of inputs ``x``; of a Linear without the positions that ``mask`` calls padding."""
+        if self.first is None:
+            return self.outputs(x, mask)
+        patches = _patches(self.first, x)
+        if at is not None:
+            return self._grouped(patches.permute(0, 2, 3, 1, 4, 5)[at])
+        rows = patches.permute(1, 4, 5, 0, 2, 3).flatten(3).flatten(0, 2)  # one copy, in the order of the weight
+        return rows.unflatten(0, (self.groups, -1)).mT
+
+    def outputs(self, y: Tensor, mask: Tensor | None = None, at: Positions | None = None) -> Tensor:
+        """The rows of outputs ``y``, likewise."""
+        if at is not None:
+            return self._grouped(y.permute(0, 2, 3, 1)[at])
+        if self.first is not None:
+            return y.transpose(0, 1).reshape(self.groups, y.shape[1] // self.groups, -1).transpose(1, 2)
+        if mask is not None and mask.shape == y.shape[:-1]:
+            y = y[mask.bool()]
+        return y.reshape(1, -1, y.shape[-1])
+
+    def _grouped(self, rows: Tensor) -> Tensor:
+        return rows.reshape(len(rows), self.groups, -1).transpose(0, 1)
+
+
+def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What the kernel of ``layer`` sees at each position, a view: (N, C, rows, columns, kh, kw)."""
+    around = layer._reversed_padding_repeated_twice  # left, right, top, bottom, in whatever form it was given
+    if any(around):
+        x = F.pad(x, list(around), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    for axis, size, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation, strict=True):
+        x = x.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    return x
+
+
+def mask_of(inputs: Inputs) -> Tensor | None:
+    """Where ``attention_mask`` among the inputs says which positions are no padding."""
+    return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+
+
+def _gatherer(layer: nn.Module, form: str) -> "_Gathered | _Counted":
+    return _Counted(layer.num_embeddings) if isinstance(layer, nn.Embedding) else _Gathered(layer, form)
+
+
+class _Gathered:
+    """A hook that sums x x^T."""
+
+    def __init__(self, layer: nn.Module, form: str) -> None:
+        self.count, self.sum, self.rows = 0, torch.zeros(0), Rows(layer, form)
+        self.mask: Tensor | None = None
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = self.rows.inputs(inputs[0], self.mask)
+        added = (x.transpose(1, 2) @ x).double()
+        self.sum = added if not self.count else self.sum + added
+        self.count += x.shape[1]
+
+    def mean(self) -> Tensor:
+        return self.sum / max(self.count, 1)
+
+
+class _Counted:
+    """A hook that counts how often each of ``size`` ids is looked up."""
+
+    def __init__(self, size: int) -> None:
+        self.counts = torch.zeros(size, dtype=torch.int64)
+        self.mask: Tensor | None = None
+
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        ids = inputs[0]
+        if self.mask is not None and self.mask.shape == ids.shape:
+            ids = ids[self.mask.bool()]
+        self.counts = self.counts.to(ids.device) + torch.bincount(ids.flatten(), minlength=len(self.counts))
+
+    def mean(self) -> Tensor:
+        """The frequencies, of ids that did not come too: together they have as much as those that came once (Good
+        1953), here spread over all ids alike, for nothing tells which of them will."""
+        total, size = max(int(self.counts.sum()), 1), len(self.counts)
+        new = int((self.counts == 1).sum()) / total
+        return ((1 - new) * self.counts.double() / total + new / size).unsqueeze(0)

@@ -1,0 +1,1 @@
+"""Layers of a model found, replaced, and their cost counted or timed."""

@@ -1,0 +1,1 @@
+"""Training: the recipe, the loop, its state on disk, layers trained as U, S and Vh."""

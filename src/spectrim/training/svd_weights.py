@@ -1,0 +1,125 @@
+"""Layers that are trained as U, S and Vh: unfolded from dense ones, cut while they train, folded back at the end."""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from spectrim.decomposers.matrix import MatrixSpectrum, from_matrix
+from spectrim.factored import linalg
+
+
+class SVDWeight(nn.Module):
+    """The weight of a Linear or Conv2d as ``U diag(S) Vh``, with U (g, O, R), S (g, R) and Vh (g, R, I) its parameters.
+
+    The layer itself stays what it is: stride, padding, groups and bias are its own.
+    """
+
+    def __init__(self, spectrum: MatrixSpectrum) -> None:
+        super().__init__()
+        self.template, self.view = (spectrum.template,), spectrum.view  # a tuple: no module of this one
+        self.start: linalg.SVD | None = spectrum.factors
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
+        """What a weight is begun with: the factors of its spectrum, given once."""
+        assert self.start is not None
+        parts, self.start = tuple(part.to(weight).contiguous() for part in self.start), None
+        return parts
+
+    def forward(self, U_OR: Tensor, S_R: Tensor, Vh_RI: Tensor) -> Tensor:
+        with torch.autocast(U_OR.device.type, enabled=False):
+            weight = from_matrix((U_OR * S_R.unsqueeze(-2)) @ Vh_RI, self.template[0], self.view)
+        return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
+
+
+def unfold(layer: nn.Module, spectrum: MatrixSpectrum) -> None:
+    """Let the weight of ``layer`` be trained as the factors of ``spectrum``, in place."""
+    train_as(layer, SVDWeight(spectrum))
+
+
+def train_as(layer: nn.Module, weight: nn.Module) -> None:
+    """Let the weight of ``layer`` be computed by ``weight`` from other parameters, which are trained, in place."""
+    parametrize.register_parametrization(layer, "weight", weight.to(layer.weight.device))  # type: ignore[arg-type]
+    for part in cast(nn.ModuleDict, layer.parametrizations)["weight"].parameters():
+        part.requires_grad_(True)
+
+
+def bound_steps(layer: nn.Module) -> None:
+    """Let no step on a factor of an unfolded layer move its weight further than one on the weight itself would.
+
+    With ``W = sum_i s_i u_i v_i^T`` a step on u_i moves W by ``s_i^2 |v_i|^2`` times the gradient's part there, one on
+    v_i by ``s_i^2 |u_i|^2`` and one on s_i by ``|u_i|^2 |v_i|^2``: where such a product is above 1, the gradient is
+    divided by it.
+    """
+    U_OR, S_R, Vh_RI = factors_of(layer)
+
+    def squares() -> tuple[Tensor, Tensor, Tensor]:
+        return U_OR.detach().square().sum(-2), S_R.detach().square(), Vh_RI.detach().square().sum(-1)
+
+    def of_U(gradient: Tensor) -> Tensor:
+        _, s, v = squares()
+        return gradient / (s * v).clamp_min(1.0).unsqueeze(-2)
+
+    def of_S(gradient: Tensor) -> Tensor:
+        u, _, v = squares()
+        return gradient / (u * v).clamp_min(1.0)
+
+    def of_V(gradient: Tensor) -> Tensor:
+        u, s, _ = squares()
+        return gradient / (s * u).clamp_min(1.0).unsqueeze(-1)
+
+    for part, hook in ((U_OR, of_U), (S_R, of_S), (Vh_RI, of_V)):
+        part.register_hook(hook)
+
+
+def fold(layer: nn.Module) -> None:
+    """Make the weight of ``layer`` an ordinary parameter again, in place."""
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+
+
+def factors_of(layer: nn.Module) -> linalg.SVD:
+    """The parameters of an unfolded layer."""
+    given = cast(nn.ModuleDict, layer.parametrizations)["weight"]
+    return linalg.SVD(*(cast(Tensor, getattr(given, f"original{i}")) for i in range(3)))
+
+
+def factor_names(name: str) -> list[str]:
+    """Names, among the parameters of the model, of the factors of its unfolded layer ``name``."""
+    return [f"{name}.parametrizations.weight.original{i}" for i in range(3)]
+
+
+@torch.no_grad()
+def orthogonalise(layer: nn.Module, optimizer: torch.optim.SGD) -> None:
+    """Make U and Vh orthonormal and S fall, in place; the function of the layer and its velocity stay as they are."""
+    parts = factors_of(layer)
+    after = linalg.orthogonalised(parts)
+    velocity = [optimizer.state[part].get("momentum_buffer") for part in parts]
+    if all(buffer is not None for buffer in velocity):
+        carried = linalg.carried(linalg.SVD(*cast(list[Tensor], velocity)), parts, after)
+        _set_velocity(optimizer, parts, carried)
+    for part, value in zip(parts, after, strict=True):
+        part.copy_(value)
+
+
+@torch.no_grad()
+def cut(layer: nn.Module, rank: int, optimizer: torch.optim.SGD) -> None:
+    """Keep the leading ``rank`` components, of the parameters and of what the optimizer remembers of them, in place."""
+    parts = factors_of(layer)
+    velocity = [optimizer.state[part].get("momentum_buffer") for part in parts]
+    for part, value in zip(parts, _leading(parts, rank), strict=True):
+        part.grad, part.data = None, value  # the same parameter to the optimizer
+    if all(buffer is not None for buffer in velocity):
+        _set_velocity(optimizer, parts, _leading(velocity, rank))
+
+
+def _leading(parts: Iterable[Tensor | None], rank: int) -> linalg.SVD:
+    U, S, Vh = cast(Iterable[Tensor], parts)
+    leading = U[..., :rank], S[..., :rank], Vh[..., :rank, :]
+    return linalg.SVD(*(part.clone(memory_format=torch.contiguous_format) for part in leading))
+
+
+def _set_velocity(optimizer: torch.optim.SGD, parts: Iterable[Tensor], velocity: Iterable[Tensor]) -> None:
+    for part, value in zip(parts, velocity, strict=True):
+        optimizer.state[part]["momentum_buffer"] = value.to(part).contiguous()
