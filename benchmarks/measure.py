@@ -12,7 +12,7 @@ from torch import nn
 
 from spectrim.data.images import ImageSplit
 from spectrim.report.table import Table
-from spectrim.runs import config
+from spectrim.runs import configuration, targets
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def noise_images(count: int, batch_size: int) -> ImageSplit:
 
 def untrained(model: str) -> nn.Module:
     """The network of ``conf/model/MODEL.yaml`` for CIFAR-10 with random weights, channels last as in a run."""
-    with initialize_config_dir(config.CONF, version_base="1.3"):
-        settings = config.plain(compose("config", [f"model={model}", "data=cifar10"]).model)
+    with initialize_config_dir(configuration.CONF, version_base="1.3"):
+        settings = configuration.plain(compose("config", [f"model={model}", "data=cifar10"]).model)
     torch.manual_seed(0)
-    return config.build(settings).eval().to(memory_format=torch.channels_last)
+    return targets.build(settings).eval().to(memory_format=torch.channels_last)

@@ -18,7 +18,7 @@ from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
 from spectrim.records.provenance import file_digest
 from spectrim.report.table import Column, Table
-from spectrim.runs import config, task
+from spectrim.runs import configuration, task
 from spectrim.runs.task import Subject
 from spectrim.surgery import latency
 from spectrim.tools import malloc
@@ -78,11 +78,11 @@ def benchmark(quick: bool) -> Outcome:
 
 def _trained(model: str, data: str) -> Subject:
     """The network of a committed checkpoint, with its splits, as a run has it."""
-    with initialize_config_dir(config.CONF, version_base="1.3"):
+    with initialize_config_dir(configuration.CONF, version_base="1.3"):
         cfg = compose("config", [f"model={model}", f"data={data}"])
     path = ROOT / f"results/checkpoints/{model}-{data}-seed0.safetensors"
     weights = path, file_digest(path)
-    return task.of(config.plain(cfg.model), 0, weights, config.plain(cfg.data), {}, torch.device("cpu"))
+    return task.of(configuration.plain(cfg.model), 0, weights, configuration.plain(cfg.data), {}, torch.device("cpu"))
 
 
 def _compiled(model: nn.Module, quick: bool) -> Any:

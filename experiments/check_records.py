@@ -20,7 +20,7 @@ from tqdm import tqdm
 from spectrim.cli.run import scientific
 from spectrim.records import records
 from spectrim.records.provenance import file_digest
-from spectrim.runs import config
+from spectrim.runs import configuration
 
 digest = cache(file_digest)
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--records", type=Path, default=Path("results/records"), help="folder of records")
     folder = parser.parse_args(arguments).records
     met: dict[tuple[str, str], str] = {}
-    with initialize_config_dir(config.CONF, version_base="1.3"):
+    with initialize_config_dir(configuration.CONF, version_base="1.3"):
         for grid in tqdm(sys.stdin.read().split(), "grids", unit="grid", leave=False, disable=None):
             met |= {cell_of(overrides): grid for overrides in cells(grid)}
     there = {(str(path.parent.relative_to(folder)), path.stem) for path in folder.rglob("*.json")}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from spectrim.factored.layers import FactoredLinear, TuckerConv2d
 from spectrim.fetch import pretrained
 from spectrim.losses import IGNORED
-from spectrim.runs import config
+from spectrim.runs import configuration
 from spectrim.statistics.objective import Objective
 from spectrim.training.fit import Recipe
 
@@ -167,7 +167,7 @@ def compose() -> Iterator[Compose]:
         HydraConfig.instance().set_config(cfg)
         return cfg
 
-    with initialize_config_dir(config.CONF, version_base="1.3"):
+    with initialize_config_dir(configuration.CONF, version_base="1.3"):
         yield composed
     HydraConfig.instance().cfg = None
 

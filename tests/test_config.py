@@ -12,42 +12,43 @@ import pytest
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
+from spectrim.cli import grid
 from spectrim.errors import UserError
-from spectrim.runs import config
+from spectrim.runs import configuration, targets
 
 GROUPS = ("algorithm", "decomposer", "model", "data", "tracking", "recipe")
 
 
 def options(group: str) -> list[str]:
     """The options of a group: its yaml files, also in folders below."""
-    folder = Path(config.CONF) / group
+    folder = Path(configuration.CONF) / group
     return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
 
 
-def targets(node: Any) -> Iterator[dict]:
+def nodes(node: Any) -> Iterator[dict]:
     if isinstance(node, dict):
         if "_target_" in node:
             yield node
         for value in node.values():
-            yield from targets(value)
+            yield from nodes(value)
     elif isinstance(node, list):
         for value in node:
-            yield from targets(value)
+            yield from nodes(value)
 
 
 def composed(compose: Any, group: str, option: str) -> dict:
     name = "train" if group == "recipe" else "config"
-    texts = group == "data" and "${model.name}" in (Path(config.CONF) / group / f"{option}.yaml").read_text()
+    texts = group == "data" and "${model.name}" in (Path(configuration.CONF) / group / f"{option}.yaml").read_text()
     node = compose(f"{group}={option}", *(["model=smollm2"] if texts else []), name=name)
-    return config.plain(node[group])
+    return configuration.plain(node[group])
 
 
 @pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in options(group)])
 def test_every_key_of_every_option_is_a_parameter_of_its_target(compose: Any, group: str, option: str) -> None:
-    found = list(targets(composed(compose, group, option)))
+    found = list(nodes(composed(compose, group, option)))
     assert found
     for node in found:
-        config.check_targets(node)
+        targets.check_targets(node)
         accepted = inspect.signature(resolve_name(node["_target_"])).parameters
         assert node.keys() - {"_target_", "_partial_"} <= accepted.keys()
 
@@ -57,7 +58,7 @@ def test_every_key_of_every_option_is_a_parameter_of_its_target(compose: Any, gr
 )
 def test_every_choice_of_settings_is_built(compose: Any, group: str, option: str) -> None:
     settings = composed(compose, group, option)
-    assert type(config.build(settings)).__name__ == settings["_target_"].rpartition(".")[2]
+    assert type(targets.build(settings)).__name__ == settings["_target_"].rpartition(".")[2]
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
@@ -82,8 +83,8 @@ def test_a_grid_of_table1_runs_on_every_net(compose: Any, grid: str) -> None:
         last = compose(both, *(f"{key}={value}" for key, value in params.items()))
         assert last.name == "table1" and last.data.calibration_seed == 2
         assert last.names.model.removesuffix("_untrained") == net.removeprefix("table1_")
-        settings = config.plain(last.algorithm)
-        config.build(settings)
+        settings = configuration.plain(last.algorithm)
+        targets.build(settings)
         assert settings.get("seed", 2) == 2
         assert last.batch_norm == ("keep" if "recipe" in settings else "follow")
 
@@ -109,13 +110,13 @@ def test_an_unknown_option_is_named_with_those_there_are(compose: Any, group: st
 def test_a_target_outside_the_three_packages_is_refused(target: Any, deep: bool) -> None:
     node = {"_target_": target, "command": "true"}
     with pytest.raises(UserError, match="is refused: only spectrim, torch and torchvision"):
-        config.build({"_target_": "torch.nn.Identity", "inner": [{"x": node}]} if deep else node)
+        targets.build({"_target_": "torch.nn.Identity", "inner": [{"x": node}]} if deep else node)
 
 
 @pytest.mark.parametrize("target", ["torch.load", "torch.hub.load", "torch.jit.load", "torch.package.PackageImporter"])
 def test_what_would_unpickle_is_refused(target: str) -> None:
     with pytest.raises(UserError, match="nothing is unpickled"):
-        config.build({"_target_": target, "f": "weights.pt"})
+        targets.build({"_target_": target, "f": "weights.pt"})
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_what_would_unpickle_is_refused(target: str) -> None:
 )
 def test_what_could_run_or_write_anything_is_refused_by_its_name(target: str) -> None:
     with pytest.raises(UserError, match=f"_target_={target} is refused: it is no part of a run; those come from"):
-        config.build({"_target_": "torch.nn.Identity", "inner": [{"_target_": target}]})
+        targets.build({"_target_": "torch.nn.Identity", "inner": [{"_target_": target}]})
 
 
 @pytest.mark.parametrize(
@@ -151,9 +152,9 @@ def test_what_could_run_or_write_anything_is_refused_by_its_name(target: str) ->
 )
 def test_what_an_allowed_module_imported_is_refused(target: str) -> None:
     with pytest.raises(UserError, match=f"_target_={target} is refused: it belongs to"):
-        config.build({"_target_": target, "command": "true"})
+        targets.build({"_target_": target, "command": "true"})
     with pytest.raises(UserError, match=f"_target_={target} is refused: it belongs to"):
-        config.build({"_target_": "torch.nn.Identity", "inner": [{"_target_": target}]})
+        targets.build({"_target_": "torch.nn.Identity", "inner": [{"_target_": target}]})
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_what_an_allowed_module_imported_is_refused(target: str) -> None:
 )
 def test_a_target_that_does_not_exist_is_named(target: str) -> None:
     with pytest.raises(UserError, match=f"_target_={target} cannot be found") as refusal:
-        config.build({"_target_": target})
+        targets.build({"_target_": target})
     assert "\n" not in str(refusal.value)
 
 
@@ -177,7 +178,7 @@ def test_a_target_that_does_not_exist_is_named(target: str) -> None:
 )
 def test_what_a_target_refuses_is_said_in_one_line(settings: dict, message: str) -> None:
     with pytest.raises(UserError, match=message) as refusal:
-        config.build(settings)
+        targets.build(settings)
     assert "\n" not in str(refusal.value)
 
 
@@ -186,18 +187,18 @@ def test_what_is_made_but_cannot_do_what_is_asked_of_it_is_refused(change: dict,
     with pytest.raises(
         UserError, match=f"^_target_=spectrim.models.small.MLP gives a {made}, which has no method load"
     ):
-        config.build({"_target_": "spectrim.models.small.MLP"} | change, "load")
+        targets.build({"_target_": "spectrim.models.small.MLP"} | change, "load")
 
 
 def test_an_invocation_is_split_by_a_shell_into_the_overrides_it_was_made_of(compose: Any) -> None:
     given = ["model=bias_free_mlp", "names.model='a b$(false)'", "algorithm=truncation", "name='x;y'"]
     compose(*given)
-    assert shlex.split(config.invocation("spectrim")) == ["spectrim", *given]
-    assert config.invocation("spectrim").startswith("spectrim model=bias_free_mlp 'names.model=")
+    assert shlex.split(configuration.invocation("spectrim")) == ["spectrim", *given]
+    assert configuration.invocation("spectrim").startswith("spectrim model=bias_free_mlp 'names.model=")
 
 
 def test_build_makes_nested_objects_of_plain_containers() -> None:
-    model = config.build({"_target_": "spectrim.models.small.MLP", "hidden": [8], "image_size": 4})
+    model = targets.build({"_target_": "spectrim.models.small.MLP", "hidden": [8], "image_size": 4})
     assert [layer.out_features for layer in model.layers if hasattr(layer, "out_features")] == [8, 10]
 
 
@@ -207,7 +208,7 @@ def test_the_command_line_ends_in_one_line_and_a_status(error: BaseException, ca
         raise error
 
     with pytest.raises(SystemExit) as ending:
-        config.command_line(job)
+        grid.command_line(job)
     said = capsys.readouterr().err
     assert said.startswith("spectrim: ") and said.count("\n") == 1
     assert ending.value.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -215,10 +216,10 @@ def test_the_command_line_ends_in_one_line_and_a_status(error: BaseException, ca
 
 def test_a_fault_of_ours_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
-        config.command_line(lambda: 1 / 0)
+        grid.command_line(lambda: 1 / 0)
 
     def unreadable() -> None:
         raise BrokenProcessPool("a task cannot be read") from AttributeError("no such function")
 
     with pytest.raises(BrokenProcessPool):
-        config.command_line(unreadable)
+        grid.command_line(unreadable)

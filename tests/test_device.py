@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from spectrim.batches import device_of
 from spectrim.cli import run
 from spectrim.errors import UserError
-from spectrim.runs import config
+from spectrim.runs import configuration, targets
 from spectrim.statistics.objective import Objective
 from spectrim.tools.device import device_called
 
 ELSEWHERE = {"aimet"}  # runs in an environment of its own
 LOOSE = {"bayesian", "pars", "reinforced", "haloc"}  # a last digit sends them another way
 ALGORITHMS, DECOMPOSERS = (
-    sorted({path.stem for path in (Path(config.CONF) / group).glob("*.yaml")} - ELSEWHERE)
+    sorted({path.stem for path in (Path(configuration.CONF) / group).glob("*.yaml")} - ELSEWHERE)
     for group in ("algorithm", "decomposer")
 )
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
@@ -48,8 +48,8 @@ def test_a_record_is_that_of_its_settings_wherever_it_was_made(compose: Any, dig
 
 def _compressed(compose: Any, brief: Any, chosen: str, net: nn.Module, objective: Objective) -> Any:
     cfg = compose(*chosen.split())
-    algorithm = brief(config.build(config.plain(cfg.algorithm)))
-    return algorithm.compress(net, config.build(config.plain(cfg.decomposer)), objective)
+    algorithm = brief(targets.build(configuration.plain(cfg.algorithm)))
+    return algorithm.compress(net, targets.build(configuration.plain(cfg.decomposer)), objective)
 
 
 @on_gpu

@@ -11,10 +11,15 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 
-from spectrim.runs import config
+from spectrim.runs import configuration
 
 ROOT = Path(__file__).resolve().parents[1]
-STATED = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", *sorted(Path(config.CONF).rglob("*.yaml"))]
+STATED = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "Makefile",
+    *sorted(Path(configuration.CONF).rglob("*.yaml")),
+]
 COMMAND = re.compile(r"^[# \t]*(?:[\w ]+: +)?(?:\$\(BIN\)/)?(spectrim(?:-train)? .*=.*)$")
 
 
@@ -60,6 +65,6 @@ def test_it_composes(compose: Any, file: str, command: str) -> None:
 
 def test_the_smoke_grid_holds_every_algorithm(compose: Any) -> None:
     params = compose("experiment=smoke").hydra.sweeper.params
-    there = {path.stem for path in (Path(config.CONF) / "algorithm").glob("*.yaml")}
+    there = {path.stem for path in (Path(configuration.CONF) / "algorithm").glob("*.yaml")}
     elsewhere = {"aimet"}  # runs in an environment of its own
     assert {name.strip() for name in params.algorithm.split(",")} == there - elsewhere

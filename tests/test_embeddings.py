@@ -13,7 +13,7 @@ from spectrim.batches import evaluating
 from spectrim.factored.layers import FactoredEmbedding, shaped_like
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.refit.factors import refit
-from spectrim.runs import config
+from spectrim.runs import configuration, targets
 from spectrim.statistics.fisher import gate_gradients
 from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
@@ -26,7 +26,7 @@ DECOMPOSERS = {
     "but some": spectrim.WhitenedSVD(view="channel", samples=24, embeddings=True, whole=0.4),
 }
 FORMS = {"plain": "embedding", "whitened": "embedding", "but some": "embedding but 4"}
-ALGORITHMS = sorted(path.stem for path in (Path(config.CONF) / "algorithm").glob("*.yaml"))
+ALGORITHMS = sorted(path.stem for path in (Path(configuration.CONF) / "algorithm").glob("*.yaml"))
 # One knows images alone, the other splits the inputs of layers.
 REFUSED = ("aimet", "alds")
 # What is trained as U, S and V starts from a plain SVD.
@@ -259,7 +259,7 @@ def test_it_is_never_cut_to_save_multiplications(model: Reader, objective: Objec
 def test_any_algorithm_takes_it_or_says_why_not(
     name: str, kind: str, compose: Any, brief: Any, model: Reader, objective: Objective
 ) -> None:
-    selector = brief(config.build(config.plain(compose(f"algorithm={name}").algorithm)))
+    selector = brief(targets.build(configuration.plain(compose(f"algorithm={name}").algorithm)))
     if name in REFUSED or (kind != "plain" and name in TRAINED):
         with pytest.raises(spectrim.UserError) as refusal:
             selector.compress(model, DECOMPOSERS[kind], objective)

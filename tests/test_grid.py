@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from spectrim.cli import run
+from spectrim.cli import grid, run
 from spectrim.records import records
-from spectrim.runs import config
+from spectrim.runs import configuration
 
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
-SOURCE = str(Path(config.__file__).parents[1])
+SOURCE = str(Path(configuration.__file__).parents[1])
 LAUNCHERS = (["hydra/launcher=basic"], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"])
 
 
@@ -71,8 +71,8 @@ def test_a_grid_that_cannot_begin_ends_in_one_line(
 def test_the_runs_that_failed_are_counted_and_named_and_the_others_are_recorded(
     launcher: list[str], digits: list[str], tmp_path: Path
 ) -> None:
-    grid = ["-m", *digits, "algorithm=truncation", "algorithm.ratio=2,0.4,0,0.6", *launcher]
-    status, said = ended(started(grid, tmp_path))
+    words = ["-m", *digits, "algorithm=truncation", "algorithm.ratio=2,0.4,0,0.6", *launcher]
+    status, said = ended(started(words, tmp_path))
     assert status == 1 and said.count("\n") == 1
     assert said.startswith("spectrim: 2 runs failed: ratio must lie in (0, 1], got 2 (in spectrim data=digits ")
     assert "algorithm.ratio=2); ratio must lie in (0, 1], got 0 (in spectrim data=digits " in said
@@ -124,7 +124,7 @@ def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
-    def grid(cells: int) -> list[str]:
+    def asked(cells: int) -> list[str]:
         ratios = ",".join(f"{0.2 + 0.02 * i:.2f}" for i in range(cells))
         return [*digits, "model.hidden=[300,300]", "algorithm=truncation", f"algorithm.ratio={ratios}"]
 
@@ -133,7 +133,7 @@ def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
 
     def stopped_by(which: signal.Signals, at_least: int) -> tuple[int, str]:
         # So many, of so large a net, that on a busy machine, too, the signal does not come after the last.
-        process = started(["-m", *grid(40), *QUIET, *launcher], tmp_path)
+        process = started(["-m", *asked(40), *QUIET, *launcher], tmp_path)
         while len(recorded()) < at_least and process.poll() is None:
             time.sleep(0.005)
         process.send_signal(which)
@@ -149,7 +149,7 @@ def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
     assert len(records.read_all(tmp_path, "runs")) == len(after_interrupt)  # each of them whole
 
     cells = len(after_interrupt) + 5  # joblib does not keep to their order, but nearly
-    in_process(grid(cells), monkeypatch, tmp_path)  # by whichever launcher
+    in_process(asked(cells), monkeypatch, tmp_path)  # by whichever launcher
     assert capsys.readouterr().err.count("already recorded") == len(after_interrupt)
     assert len(recorded()) == cells == len(records.read_all(tmp_path, "runs"))
     assert after_kill.items() <= after_interrupt.items() <= recorded().items()
@@ -157,13 +157,13 @@ def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
 
 def test_a_process_of_joblib_leaves_ctrl_c_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     usual, watched = signal.getsignal(signal.SIGINT), []
-    monkeypatch.setattr(config, "_end_with", watched.append)
+    monkeypatch.setattr(grid, "_end_with", watched.append)
     try:
-        with config.cell("spectrim"):
+        with grid.cell("spectrim"):
             assert signal.getsignal(signal.SIGINT) is usual and not watched
-        monkeypatch.setattr(config, "parent_process", lambda: "a process")
+        monkeypatch.setattr(grid, "parent_process", lambda: "a process")
         for _ in range(2):
-            with config.cell("spectrim"):
+            with grid.cell("spectrim"):
                 assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         assert watched == [os.getppid()]
     finally:

@@ -18,12 +18,12 @@ from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
-from spectrim.runs import config
+from spectrim.runs import configuration, targets
 from spectrim.statistics.objective import Objective
 from spectrim.tools import spill
 from spectrim.tools.spill import Laid, Shelf
 
-NAMES = sorted(path.stem for path in (Path(config.CONF) / "decomposer").glob("*.yaml"))
+NAMES = sorted(path.stem for path in (Path(configuration.CONF) / "decomposer").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def _in_blocks(objective: Objective, size: int) -> Objective:
 def test_the_curves_and_the_model_are_the_same(
     compose: Any, net: nn.Module, objective: Objective, name: str, size: int
 ) -> None:
-    decomposer = config.build(config.plain(compose(f"decomposer={name}").decomposer))
+    decomposer = targets.build(configuration.plain(compose(f"decomposer={name}").decomposer))
     usual = Workbench(net, decomposer, objective)
     spared = Workbench(copy.deepcopy(net), decomposer, _in_blocks(objective, size))
     for one, other in zip(usual.spectra.values(), spared.spectra.values(), strict=True):

@@ -12,7 +12,7 @@ from spectrim.checkpoints import single_file
 from spectrim.cli import run, train
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
-from spectrim.runs import config
+from spectrim.runs import configuration, targets
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_another_file_in_its_place_is_another_run(
 ) -> None:
     asked = (*folder, "algorithm=truncation", f"records={tmp_path}/records")
     first = run.run(compose(*asked))
-    model = config.build(config.plain(compose(*asked).model))
+    model = targets.build(configuration.plain(compose(*asked).model))
     single_file.save(trained, model, RankPlan())
     second = run.run(compose(*asked))
     assert first["signature"] != second["signature"]

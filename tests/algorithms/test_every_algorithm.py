@@ -24,13 +24,13 @@ from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.records import records
-from spectrim.runs import config
+from spectrim.runs import configuration, targets
 from spectrim.statistics.batchnorm import SAMPLES, reestimate
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 
 ELSEWHERE = {"aimet"}  # runs in an environment of its own; its tests have a stand-in for the wheel
-NAMES = sorted({path.stem for path in (Path(config.CONF) / "algorithm").glob("*.yaml")} - ELSEWHERE)
+NAMES = sorted({path.stem for path in (Path(configuration.CONF) / "algorithm").glob("*.yaml")} - ELSEWHERE)
 VIEWS: Any = ("channel", "spatial")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 GREEDY = [  # whatever a user may ask for, as far as it goes
@@ -46,7 +46,7 @@ GREEDY = [  # whatever a user may ask for, as far as it goes
 
 @pytest.fixture(params=NAMES)
 def algorithm(request: pytest.FixtureRequest, compose: Any, brief: Any) -> Algorithm:
-    return brief(config.build(config.plain(compose(f"algorithm={request.param}").algorithm)))
+    return brief(targets.build(configuration.plain(compose(f"algorithm={request.param}").algorithm)))
 
 
 def trains(algorithm: Algorithm) -> bool:

@@ -17,19 +17,20 @@ from spectrim.cli import run
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.factored.plan import RankPlan
 from spectrim.records import records
-from spectrim.runs import config
+from spectrim.runs import configuration, targets
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 from spectrim.surgery.cost import layer_macs, parameters
 
 NAMES, ALGORITHMS = (
-    sorted(path.stem for path in (Path(config.CONF) / group).glob("*.yaml")) for group in ("decomposer", "algorithm")
+    sorted(path.stem for path in (Path(configuration.CONF) / group).glob("*.yaml"))
+    for group in ("decomposer", "algorithm")
 )
 
 
 @pytest.fixture(params=NAMES)
 def decomposer(request: pytest.FixtureRequest, compose: Any) -> Decomposer:
-    return config.build(config.plain(compose(f"decomposer={request.param}").decomposer))
+    return targets.build(configuration.plain(compose(f"decomposer={request.param}").decomposer))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -105,7 +106,7 @@ def test_any_algorithm_takes_it_or_says_why_not(
     name: str, algorithm: str, compose: Any, brief: Any, net: nn.Sequential, objective: Objective
 ) -> None:
     cfg = compose(f"decomposer={name}", f"algorithm={algorithm}")
-    selector, decomposer = (config.build(config.plain(cfg[group])) for group in ("algorithm", "decomposer"))
+    selector, decomposer = (targets.build(configuration.plain(cfg[group])) for group in ("algorithm", "decomposer"))
     selector = brief(selector)
     if (name, algorithm) in REFUSED:
         with pytest.raises(spectrim.UserError, match=REFUSALS) as refusal:

@@ -13,10 +13,11 @@ import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from spectrim.cli import grid
 from spectrim.errors import UserError
 from spectrim.records import records
 from spectrim.records.provenance import file_digest, provenance
-from spectrim.runs import config, task
+from spectrim.runs import configuration, targets, task
 from spectrim.statistics import batchnorm
 from spectrim.tools.device import device_called
 from spectrim.tools.profiling import Phases
@@ -27,17 +28,17 @@ SCIENTIFIC = ("model", "data", "shape", "decomposer", "algorithm", "seed")
 def run(cfg: DictConfig) -> dict[str, Any]:
     """One run: the record on disk if it is there already, else made, written and returned."""
     settings = scientific(cfg)
-    folder, name = Path(config.text(cfg, "records")), config.text(cfg, "name")
+    folder, name = Path(configuration.text(cfg, "records")), configuration.text(cfg, "name")
     checkpoint = _checkpoint(cfg)
     settings["checkpoint"] = None if checkpoint is None else file_digest(checkpoint)
     signature = records.signature(records.identity(settings))
-    tracker = config.build(config.plain(cfg.tracking), "run")
+    tracker = targets.build(configuration.plain(cfg.tracking), "run")
     path = records.path_of(folder, name, signature)
     if path.exists():
         print(f"{name} {signature}: already recorded", file=sys.stderr)
         record = records.read(path)
     else:
-        state = Path(config.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
+        state = Path(configuration.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
         record = _measured(cfg, settings, signature, checkpoint, state)
         records.write(folder, record)
         state.unlink(missing_ok=True)
@@ -48,8 +49,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpoint: Path | None, state: Path) -> Any:
     """Build, compress and measure: the record of the run. ``state``: where it may keep what it needs to go on."""
-    algorithm = config.build(_resumable(settings["algorithm"], state), "compress")
-    decomposer = config.build(settings["decomposer"], "spectrum")
+    algorithm = targets.build(_resumable(settings["algorithm"], state), "compress")
+    decomposer = targets.build(settings["decomposer"], "spectrum")
     phases, device = Phases(), device_called(cfg.device)
     with phases.measure("load"):
         weights = None if checkpoint is None else (checkpoint, settings["checkpoint"])
@@ -65,7 +66,7 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
         "schema": records.SCHEMA,
         "signature": signature,
         "experiment": cfg.name,
-        "names": config.plain(cfg.names),
+        "names": configuration.plain(cfg.names),
         "config": records.identity(settings),
         "seed": cfg.seed,
         "calibration_seed": settings["data"].get("calibration_seed", 0),
@@ -73,7 +74,7 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
         "phases": dict(phases),
         "samples_read": dict(read),
         "reporting": compressed.reporting,  # a part of the selection's phase and of what was read
-        "provenance": provenance(config.invocation("spectrim"), judged.data_digest, checkpoint, str(device)),
+        "provenance": provenance(configuration.invocation("spectrim"), judged.data_digest, checkpoint, str(device)),
     }
 
 
@@ -85,16 +86,18 @@ def _resumable(algorithm: dict[str, Any], state: Path) -> dict[str, Any]:
 
 def scientific(cfg: DictConfig) -> dict[str, Any]:
     """What a run is signed by, with the digest of its checkpoint. Raises ``UserError`` for what it may not hold."""
-    settings = {key: config.plain(cfg[key]) if isinstance(cfg[key], DictConfig) else cfg[key] for key in SCIENTIFIC}
-    config.check_targets(settings)
-    config.check_seed(cfg)
+    settings = {
+        key: configuration.plain(cfg[key]) if isinstance(cfg[key], DictConfig) else cfg[key] for key in SCIENTIFIC
+    }
+    targets.check_targets(settings)
+    configuration.check_seed(cfg)
     batchnorm.require(cfg.batch_norm)
     return settings | {"batch_norm": cfg.batch_norm, "also": _also(cfg.also) if cfg.also else {}}
 
 
 def _also(nodes: Any) -> dict[str, Any]:
     """The settings of each data set whose test split is measured too, by its name."""
-    given: Any = config.plain(nodes) if isinstance(nodes, DictConfig) else {"": None}
+    given: Any = configuration.plain(nodes) if isinstance(nodes, DictConfig) else {"": None}
     for name, node in given.items():
         if not isinstance(node, dict) or not isinstance(node.get("data"), dict):
             raise UserError(f"also.{name} is no data set; name one as +data@also.NAME=sotu")
@@ -104,7 +107,7 @@ def _also(nodes: Any) -> dict[str, Any]:
 def _checkpoint(cfg: DictConfig) -> Path | None:
     if cfg.checkpoint is None:
         return None
-    path = Path(config.text(cfg, "checkpoint"))
+    path = Path(configuration.text(cfg, "checkpoint"))
     if not path.is_file():
         composed = HydraConfig.get()
         net = [one for one in composed.overrides.task if one.startswith("model.")]
@@ -169,15 +172,15 @@ def _percent(measured: dict[str, Any]) -> str:
     return "n/a" if accuracy is None else f"{100 * accuracy:.2f}"
 
 
-@hydra.main(version_base="1.3", config_path=config.CONF, config_name="config")
+@hydra.main(version_base="1.3", config_path=configuration.CONF, config_name="config")
 def _job(cfg: DictConfig) -> None:
-    with config.cell("spectrim"):
+    with grid.cell("spectrim"):
         run(cfg)
 
 
 def main() -> None:
     """Entry of ``spectrim``."""
-    config.command_line(_job)
+    grid.command_line(_job)
 
 
 if __name__ == "__main__":

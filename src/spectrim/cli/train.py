@@ -10,13 +10,14 @@ from omegaconf import DictConfig
 from torch import nn
 
 from spectrim.checkpoints import single_file
+from spectrim.cli import grid
 from spectrim.data.images import ImageSplit, Splits
 from spectrim.data.text import TextSplit, TextSplits
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.records import records
 from spectrim.records.provenance import provenance
-from spectrim.runs import config
+from spectrim.runs import configuration, targets
 from spectrim.statistics.objective import Objective
 from spectrim.tools.device import device_called
 from spectrim.training.fit import Recipe, fit
@@ -27,22 +28,22 @@ def train(cfg: DictConfig) -> Path:
 
     A checkpoint that exists is left alone: remove it to train anew.
     """
-    path, unfinished = Path(config.text(cfg, "checkpoint")), Path(config.text(cfg, "unfinished"))
+    path, unfinished = Path(configuration.text(cfg, "checkpoint")), Path(configuration.text(cfg, "unfinished"))
     if path.exists():
         print(f"{path} exists already")
         return path
-    settings = {key: config.plain(cfg[key]) for key in ("model", "data", "shape", "recipe")}
-    config.check_targets(settings)
-    config.check_seed(cfg)
+    settings = {key: configuration.plain(cfg[key]) for key in ("model", "data", "shape", "recipe")}
+    targets.check_targets(settings)
+    configuration.check_seed(cfg)
     dtype, device = _dtype(cfg.stored_as), device_called(cfg.device)  # refused now rather than after the training
     if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
         raise UserError(f"threads={cfg.threads!r} is not a whole number of at least 1, or null")
-    recipe: Recipe = config.build(settings["recipe"], "learning_rate")
-    splits: Splits | TextSplits = config.build(settings["data"], "load").load()
+    recipe: Recipe = targets.build(settings["recipe"], "learning_rate")
+    splits: Splits | TextSplits = targets.build(settings["data"], "load").load()
     if not isinstance(splits.train, ImageSplit | TextSplit):
         raise UserError(f"training needs images held in memory; {cfg.names.data} is read from a folder")
     torch.manual_seed(cfg.seed)
-    model = config.build(settings["model"], "forward").to(device)
+    model = targets.build(settings["model"], "forward").to(device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     state = unfinished / f"{path.stem}.state.safetensors"
@@ -68,14 +69,14 @@ def _record(
     judge = Objective(splits.loss, {"calibration": splits.calibration, "test": splits.test})
     return {
         "config": {**records.identity(settings), "seed": cfg.seed},
-        "names": config.plain(cfg.names),
+        "names": configuration.plain(cfg.names),
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "calibration": judge.evaluate(model, "calibration")._asdict(),
         "test": judge.evaluate(model, "test")._asdict(),
         "seconds": round(sum(point["seconds"] for point in curve), 1),
         "stored_as": cfg.stored_as,
         "curve": curve,
-        "provenance": provenance(config.invocation("spectrim-train"), splits.digest, None, cfg.device),
+        "provenance": provenance(configuration.invocation("spectrim-train"), splits.digest, None, cfg.device),
     }
 
 
@@ -85,15 +86,15 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-@hydra.main(version_base="1.3", config_path=config.CONF, config_name="train")
+@hydra.main(version_base="1.3", config_path=configuration.CONF, config_name="train")
 def _job(cfg: DictConfig) -> None:
-    with config.cell("spectrim-train"):
+    with grid.cell("spectrim-train"):
         train(cfg)
 
 
 def main() -> None:
     """Entry of ``spectrim-train``."""
-    config.command_line(_job)
+    grid.command_line(_job)
 
 
 if __name__ == "__main__":

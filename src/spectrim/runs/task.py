@@ -13,7 +13,7 @@ from torch import nn
 
 from spectrim.algorithms.shared.workbench import Compressed
 from spectrim.checkpoints import single_file
-from spectrim.runs import config
+from spectrim.runs import targets
 from spectrim.statistics.objective import Objective
 from spectrim.tools.memo import Memory
 
@@ -82,8 +82,8 @@ def of(
 def _remembered(
     model_json: str, seed: int, weights: Weights, data_json: str, also_json: str, device: torch.device
 ) -> Subject:
-    splits = config.build(json.loads(data_json), "load").load()
-    others = {name: config.build(node, "load").load() for name, node in json.loads(also_json).items()}
+    splits = targets.build(json.loads(data_json), "load").load()
+    others = {name: targets.build(node, "load").load() for name, node in json.loads(also_json).items()}
     model, dense_on_test = _model(model_json, seed, weights, device)
 
     def dense(splits: Any, objective: Objective) -> Measured:
@@ -111,7 +111,7 @@ def _remembered(
 def _model(model_json: str, seed: int, weights: Weights, device: torch.device) -> tuple[nn.Module, dict[str, Measured]]:
     """The dense model, and its evaluation on each test split it has met: neither depends on the calibration set."""
     torch.manual_seed(seed)
-    model = config.build(json.loads(model_json), "forward")
+    model = targets.build(json.loads(model_json), "forward")
     if weights is not None:
         single_file.load(weights[0], model)
     return model.eval().to(device, memory_format=torch.channels_last), {}

@@ -1,0 +1,122 @@
+"""A grid of runs on the command line: each failed run in one line, workers that end with their parent."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, redirect_stderr, suppress
+from functools import cache
+from multiprocessing import parent_process
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import RLock, Thread
+from traceback import format_exc, walk_tb
+from typing import Any, NoReturn, TextIO
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf.errors import OmegaConfBaseException
+from tqdm import tqdm
+
+from spectrim.errors import UserError, innermost
+from spectrim.runs.configuration import invocation
+from spectrim.tools import malloc
+
+MISTAKES = (UserError, HydraException, OmegaConfBaseException)
+# Environment variable: the folder into which each failed run of a grid writes its line, from any worker process.
+FAILURES = "SPECTRIM_FAILURES"
+
+
+@contextmanager
+def cell(program: str) -> Iterator[None]:
+    """Guard one run. In a grid a failed run is noted and the others go on; ``command_line`` names it at the end."""
+    if parent_process() is not None:
+        _obey(os.getppid())
+    malloc.give_back()  # fragments of the last run fit nothing of the next one and would add up
+    malloc.keep()
+    try:
+        yield
+    except Exception as error:
+        if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
+            raise
+        fault = not isinstance(error, MISTAKES)
+        said = f"{type(error).__name__ + ': ' if fault else ''}{innermost(error)} (in {invocation(program)})"
+        with suppress(KeyError, OSError):  # no command line around it, or one that was killed
+            folder = Path(os.environ[FAILURES])
+            (folder / f"run{HydraConfig.get().job.num:09d}").write_text(said)
+            if fault:
+                (folder / "fault").write_text(format_exc())
+        raise UserError(said) from None
+
+
+@cache
+def _obey(parent: int) -> None:
+    """Make a joblib worker ignore Ctrl-C and exit when its parent exits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too
+    tqdm.set_lock(RLock())  # tqdm's own lock is a system semaphore, which a killed worker leaks with a warning
+    Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:  # a killed parent cannot end its workers, which would wait for ever
+        time.sleep(1)
+    os._exit(1)
+
+
+def command_line(job: Callable[[], Any]) -> None:
+    """Run a Hydra entry. A user's mistake prints one line on stderr and exits with status 1; Ctrl-C exits with 130."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us, to print them in one line
+    stderr = _Stderr(sys.stderr)
+    with TemporaryDirectory(prefix="spectrim-") as folder:
+        os.environ[FAILURES] = folder
+        try:
+            with redirect_stderr(stderr):
+                job()
+        except KeyboardInterrupt:
+            _end("interrupted; the same command goes on where it stopped", 130)
+        except MISTAKES as error:
+            failed = [path.read_text() for path in sorted(Path(folder).glob("run*"))]
+            for fault in Path(folder).glob("fault"):  # a bug of ours: print one traceback in full
+                sys.stderr.write(fault.read_text())
+            _end(f"{len(failed)} runs failed: {'; '.join(failed)}" if len(failed) > 1 else innermost(error), 1)
+        except BrokenProcessPool as error:
+            if error.__cause__:  # a worker could not read its task: a bug, not a mistake
+                raise
+            _end("a process of the grid was killed, perhaps for want of memory; the same command goes on", 1)
+        except Exception as error:
+            if _before_ours(error):  # Hydra has no error of its own for model=null or an unwritable folder
+                _end(f"Hydra cannot begin with these settings: {innermost(error)}", 1)
+            sys.stderr.write(stderr.withheld)
+            raise
+        finally:
+            del os.environ[FAILURES]
+
+
+def _before_ours(error: Exception) -> bool:
+    """Whether Hydra raised the error before it called our code: an override, a launcher setting, its folder."""
+    homes = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    return "hydra" in homes and "spectrim" not in homes[homes.index("hydra") :]
+
+
+def _end(line: str, status: int) -> NoReturn:
+    print(f"spectrim: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+class _Stderr:
+    """stderr without the line that Hydra writes about a failed job: we print one line of our own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.withheld = stream, ""
+
+    def write(self, text: str) -> int:
+        if not text.startswith("Error executing job with overrides:"):
+            return self.stream.write(text)
+        self.withheld = text
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)

@@ -1,0 +1,36 @@
+"""A composed configuration: where it lies, its nodes as plain values, and the command that gives it."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from spectrim.errors import UserError
+
+_CHECKOUT = Path(__file__).resolve().parents[3] / "conf"
+CONF = str(_CHECKOUT if _CHECKOUT.is_dir() else Path(__file__).resolve().parents[1] / "conf")
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A node with its interpolations resolved, as plain dicts, lists, numbers and strings."""
+    return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def check_seed(cfg: DictConfig) -> None:
+    """Refuse a seed that torch would silently read as another one (true, 1.5) or that its generators do not take."""
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed!r} is not a whole number in 0..{2**32 - 1}")
+
+
+def text(cfg: DictConfig, key: str) -> str:
+    """A name or a path of the configuration. Raises ``UserError`` where it is null or anything but text."""
+    if not isinstance(cfg[key], str):
+        raise UserError(f"{key}={cfg[key]!r} is not text; give a name or a path")
+    return cfg[key]
+
+
+def invocation(program: str) -> str:
+    """The command that makes this one run, also where it is one of a grid, as it is pasted into a shell."""
+    return shlex.join([program, *HydraConfig.get().overrides.task]) if HydraConfig.initialized() else program

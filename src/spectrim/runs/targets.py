@@ -1,0 +1,86 @@
+"""Which classes a configuration may name, and the objects that are built from it."""
+
+import os
+from pkgutil import resolve_name
+from typing import Any
+
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, ListConfig
+
+from spectrim.errors import UserError, innermost
+from spectrim.tools import torchvision_shim
+
+PACKAGES = ("spectrim.", "torch.", "torchvision.")
+# Where the parts of a run come from. Elsewhere in the three packages there is code that runs commands, loads libraries
+# and writes files.
+PLACES = (
+    "spectrim.algorithms.",
+    "spectrim.data.",
+    "spectrim.decomposers.",
+    "spectrim.models.",
+    "spectrim.runs.tracking.",
+    "spectrim.training.fit.",
+    "torch.nn.",
+    "torchvision.models.",
+)
+UNPICKLING = ("torch.load", "torch.hub", "torch.serialization", "torch.package", "torch.jit")
+
+
+def check_targets(node: Any, where: str = "config") -> None:
+    """Refuse, before anything is imported, every ``_target_`` outside ``PLACES``."""
+    if isinstance(node, DictConfig | dict):
+        for key, value in node.items():
+            reason = _refusal(str(value)) if key == "_target_" else ""
+            if reason:
+                raise UserError(f"{where}._target_={value} is refused: {reason}")
+            check_targets(value, f"{where}.{key!s}")
+    elif isinstance(node, ListConfig | list):
+        for index, value in enumerate(node):
+            check_targets(value, f"{where}[{index}]")
+
+
+def _refusal(target: str) -> str:
+    """Why ``target`` may not be made, judged by its name alone; empty where it may."""
+    if not target.startswith(PACKAGES):
+        return "only spectrim, torch and torchvision may be used"
+    if target.startswith(UNPICKLING):
+        return "it may run code from a file, nothing is unpickled"
+    if not target.startswith(PLACES) or any(part.startswith("_") for part in target.split(".")):
+        return f"it is no part of a run; those come from {', '.join(place[:-1] for place in PLACES)}"
+    return ""
+
+
+def _check_homes(node: Any) -> None:
+    """Refuse what an allowed module merely imported, such as its ``os.system``, and name what does not exist."""
+    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _check_homes(value)
+    if not isinstance(node, dict) or "_target_" not in node:
+        return
+    target = node["_target_"]
+    try:
+        home = getattr(resolve_name(target), "__module__", None) or target  # functions written in C may have none
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"_target_={target} cannot be found: {error}") from error
+    if not f"{home}.".startswith(PLACES):
+        raise UserError(f"_target_={target} is refused: it belongs to {home}, where no part of a run comes from")
+
+
+def build(settings: dict[str, Any], can: str = "") -> Any:
+    """The object that ``settings`` (with its ``_target_``) describes, which has the method ``can``.
+
+    Raises ``UserError`` in one line.
+    """
+    check_targets(settings)
+    if "torchvision." in str(settings):
+        torchvision_shim.prepare()
+        # Its own functions, when they fetch weights, do not ask torch.load for tensors alone.
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    _check_homes(settings)
+    try:
+        made = instantiate(settings, _convert_="all")
+    except HydraException as error:
+        raise UserError(innermost(error)) from error
+    if can and not callable(getattr(made, can, None)):
+        raise UserError(f"_target_={settings.get('_target_')} gives a {type(made).__name__}, which has no method {can}")
+    return made
