@@ -132,4 +132,4 @@ def test_what_to_do_by_hand(url: Url) -> None:
     assert url.by_hand == f"published.bin from {url.address}"
     assert PACKAGE.by_hand == "thing-1.0.tgz from `npm pack thing@1.0`"
     pip = Package(client="pip", name="thing", version="1.0", file="thing.whl", sha256=SHA256, size=1)
-    assert pip.command[1:] == ("-m", "pip", "download", "--no-deps", "thing==1.0")
+    assert pip.command[1:] == ("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "thing==1.0")

@@ -109,4 +109,4 @@ def test_what_a_killed_process_left_goes_with_the_next_shelf_and_what_a_living_o
         other.send_signal(signal.SIGKILL)
     third = Shelf()
     assert not left.exists()
-    assert all(spill._folder.exists() for shelf in (own, second, third))
+    assert all(shelf._folder.exists() for shelf in (own, second, third))

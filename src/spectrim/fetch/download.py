@@ -90,7 +90,9 @@ class Package:
             return ("npm", "pack", f"{self.name}@{self.version}")
         if self.client == "apt-get":
             return ("apt-get", "download", f"{self.name}={self.version}")
-        return (sys.executable, "-m", "pip", "download", "--no-deps", f"{self.name}=={self.version}")
+        # Wheels alone: pip would run the setup.py of a source distribution before any digest is checked.
+        wheel = ("--no-deps", "--only-binary=:all:", f"{self.name}=={self.version}")
+        return (sys.executable, "-m", "pip", "download", *wheel)
 
     @property
     def by_hand(self) -> str:

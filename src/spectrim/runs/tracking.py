@@ -3,6 +3,7 @@
 Tables and figures are made of our own records alone, so whatever is lost here is lost to the dashboard only.
 """
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -93,6 +94,8 @@ class WandB:
 
     def start(self, signature: str, group: str, job_type: str, config: Mapping[str, Any]) -> Any:
         """The run as W&B gives it. Raises whatever W&B raises."""
+        # Read when wandb is imported: error reports look up a host name, also in offline mode.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         Path(self.dir).mkdir(parents=True, exist_ok=True)
