@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from spectrim.errors import UserError
-from spectrim.factored.layers import FactoredConv2d, FactoredLinear, TuckerConv2d, shaped_like
+from spectrim.factored.layers import FactoredConv2d, FactoredLinear, TuckerConv2d, of_plan, shaped_like
 
 
 def filled(layer: nn.Module) -> nn.Module:
@@ -81,3 +81,25 @@ def test_precision_is_the_dense_one(dense: nn.Module, form: str) -> None:
 def test_a_form_that_the_layer_cannot_take_is_refused(dense: nn.Module, form: str) -> None:
     with pytest.raises(UserError, match="no factored form"):
         shaped_like(dense, 1, form)
+
+
+@pytest.mark.parametrize("rank", [10**9, 2**64])
+@pytest.mark.parametrize(
+    ("dense", "form"),
+    [
+        (nn.Linear(6, 4), "linear"),
+        (nn.Linear(6, 4), "linear in 2"),
+        (nn.Conv2d(4, 6, 3), "channel"),
+        (nn.Conv2d(4, 6, 3), "spatial"),
+        (nn.Conv2d(4, 6, 1), "vertical"),
+        (nn.Embedding(9, 4), "embedding"),
+    ],
+)
+def test_a_rank_beyond_the_layer_is_refused_before_memory_is_taken(dense: nn.Module, form: str, rank: int) -> None:
+    with pytest.raises(UserError, match=f"rank {rank} .* is above the full rank of this layer"):
+        of_plan(dense, rank, form)
+
+
+def test_a_tucker_form_beyond_the_layer_is_refused_before_memory_is_taken() -> None:
+    with pytest.raises(UserError, match=r"is above the full rank"):
+        of_plan(nn.Conv2d(4, 6, 3), 2, f"tucker 2x{10**9}")

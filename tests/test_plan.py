@@ -42,6 +42,8 @@ def test_a_plan_reads_as_a_mapping() -> None:
         '{"fc": 3}',
         '{"fc": {"rank": 3}}',
         '{"fc": {"rank": 0, "form": "linear"}}',
+        '{"fc": {"rank": 1e400, "form": "linear"}}',
+        "[" * 100_000,
         '{"fc": {"rank": -2, "form": "linear"}}',
         '{"fc": {"rank": "many", "form": "linear"}}',
         '{"fc": {"components": [], "form": "linear"}}',

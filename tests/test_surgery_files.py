@@ -148,6 +148,27 @@ def test_another_architecture_is_refused(net: nn.Sequential, saved: Any, change:
     refuses_and_leaves_alone(path, net, "another architecture")
 
 
+@pytest.mark.parametrize("change", ["missing", "renamed", "reshaped", "added"])
+def test_tensors_that_are_not_those_of_the_plan_are_refused_and_nothing_is_changed(
+    net: nn.Sequential, saved: Any, change: str
+) -> None:
+    """The digest has no key: whoever alters a file can write a matching one."""
+    path, _ = saved
+    header, tensors, name = single_file.read_metadata(path), load_file(path), "6.first.weight"
+    if change in ("missing", "renamed"):
+        value = tensors.pop(name)
+        tensors |= {"6.first.other": value} if change == "renamed" else {}
+    else:
+        tensors[name if change == "reshaped" else "7.more"] = torch.ones(2, 2)
+    save_file(tensors, path, header | {"digest": single_file._digest(tensors, header)})
+    before = [(key, type(module)) for key, module in net.named_modules()]
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(UserError, match=r"is not the model that its header tells of: (6\.first|7\.more)"):
+        single_file.load(path, net)
+    assert [(key, type(module)) for key, module in net.named_modules()] == before
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
 def test_another_format_and_no_file_are_refused(net: nn.Sequential, tmp_path: Path) -> None:
     save_file({"x": torch.ones(3)}, tmp_path / "foreign.safetensors")
     refuses_and_leaves_alone(tmp_path / "foreign.safetensors", net, "not a spectrim checkpoint")

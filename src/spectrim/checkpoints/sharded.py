@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from spectrim.checkpoints.safetensors_stream import Entry, Shard
 from spectrim.errors import UserError
-from spectrim.factored.layers import shaped_like
+from spectrim.factored.layers import of_plan
 from spectrim.factored.plan import RankPlan
 from spectrim.fetch.download import sha256_of
 from spectrim.records.records import write_whole
@@ -152,7 +152,7 @@ def load(folder: str | Path, into: nn.Module) -> nn.Module:
     factored = {}
     for name, kept in manifest.plan.items():
         try:
-            factored[name] = shaped_like(into.get_submodule(name), kept.rank, kept.form)
+            factored[name] = of_plan(into.get_submodule(name), kept.rank, kept.form)
         except (AttributeError, UserError) as error:
             raise UserError(f"{folder} is of another architecture, layer {name!r}: {error}") from None
     _require_same_shapes(source, into, factored)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spectrim.errors import UserError
-from spectrim.factored.layers import shaped_like
+from spectrim.factored.layers import of_plan
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery.replacing import replace
 
@@ -64,16 +64,31 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     model = copy.deepcopy(into)
     for name, kept in plan.items():
         try:
-            replace(model, name, shaped_like(model.get_submodule(name), kept.rank, kept.form))
+            replace(model, name, of_plan(model.get_submodule(name), kept.rank, kept.form))
         except (AttributeError, UserError) as error:
             raise UserError(f"{path} is of another architecture, layer {name!r}: {error}") from None
     if _architecture(model) != metadata["architecture"]:
         raise UserError(f"{path} is of another architecture than {type(into).__name__} as built here")
+    _require_same_tensors(path, model)
     for name in plan:
         replace(into, name, model.get_submodule(name))
-    # Names and shapes are known to agree; only the further names of shared tensors are missing from the file.
+    # Names and shapes agree; only the further names of shared tensors are missing from the file.
     into.load_state_dict(load_file(path), strict=False)
     return into
+
+
+def _require_same_tensors(path: str | Path, model: nn.Module) -> None:
+    """Raise ``UserError`` where names or shapes in the file are not those of ``model``.
+
+    The header alone proves nothing: a factored layer starts as unset memory, which a missing tensor would leave there.
+    """
+    with safe_open(str(path), "pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    wanted = {name: tuple(value.shape) for name, value in _stored(model).items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            there, here = (f"shape {list(one[name])}" if name in one else "no such tensor" for one in (found, wanted))
+            raise UserError(f"{path} is not the model that its header tells of: {name}: {there} in it, {here} expected")
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -109,6 +124,15 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors to store, on the CPU and contiguous."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in _stored(model).items():
+        cast = dtype if dtype and value.is_floating_point() else value.dtype
+        tensors[name] = value.detach().to("cpu", cast).clone(memory_format=torch.contiguous_format)
+    return tensors
+
+
+def _stored(model: nn.Module) -> dict[str, Tensor]:
     """The model's state, each shared tensor once under its first name."""
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
@@ -117,8 +141,7 @@ def _tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
         if value.numel() and place in seen:
             continue
         seen.add(place)
-        cast = dtype if dtype and value.is_floating_point() else value.dtype
-        tensors[name] = value.detach().to("cpu", cast).clone(memory_format=torch.contiguous_format)
+        tensors[name] = value
     return tensors
 
 

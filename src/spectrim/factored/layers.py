@@ -240,6 +240,29 @@ def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored | FactoredEm
     raise UserError(f"a {type(dense).__name__} has no factored form called {form!r}")
 
 
+def of_plan(dense: nn.Module, rank: int, form: str) -> Factored | FactoredEmbedding:
+    """``shaped_like`` for a plan that was read from a file, whose ranks may be of any size.
+
+    Raises ``UserError`` for a rank above the full rank of ``dense``, before memory is taken.
+    """
+    for own in (rank, *(int(number) for number in re.findall(r"\d+", form if form.startswith("tucker ") else ""))):
+        _require_rank(dense, own, form)
+    return shaped_like(dense, rank, form)
+
+
+def _require_rank(dense: nn.Module, rank: int, form: str) -> None:
+    """Raise ``UserError`` for a rank above the full rank of ``dense`` in any of its views, before memory is taken."""
+    if not isinstance(dense, dense_kinds()):
+        return
+    weight = cast(Tensor, dense.weight)
+    outputs, kernel = weight.numel() // inputs_of(dense), 1
+    if isinstance(dense, nn.Conv2d):
+        outputs, kernel = weight.shape[0], max(dense.kernel_size)
+    most = min(outputs * kernel, weight.numel() // weight.shape[0] if kernel > 1 else inputs_of(dense))
+    if rank > most:
+        raise UserError(f"rank {rank} of form {form!r} is above the full rank of this layer, {most}")
+
+
 def _conv(
     dense: nn.Conv2d,
     in_channels: int,

@@ -59,7 +59,7 @@ class RankPlan(Mapping[str, Kept]):
         try:
             plain = json.loads(text)
             return cls.of({name: Kept(_keep(entry), str(entry["form"])) for name, entry in plain.items()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"not a rank plan: {error}") from None
 
 
