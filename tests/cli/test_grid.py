@@ -15,7 +15,7 @@ from spectrim.records import records
 from spectrim.runs import configuration
 
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
-SOURCE = str(Path(configuration.__file__).parents[1])
+SOURCE = str(Path(configuration.__file__).parents[2])
 LAUNCHERS = (["hydra/launcher=basic"], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"])
 
 

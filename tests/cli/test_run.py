@@ -142,7 +142,7 @@ def test_what_changes_the_outcome_changes_the_signature_and_nothing_else(compose
 @pytest.mark.parametrize("experiment", ["table2", "table5", "table7", "table8", "figure2", "figure3"])
 def test_committed_records_are_those_of_todays_configuration(compose: Any, experiment: str) -> None:
     """A setting that is added later leaves the signatures of the runs that do not use it as they were."""
-    (first, *_) = sorted((Path(__file__).parents[1] / "results" / "records" / experiment).glob("*.json"))
+    (first, *_) = sorted((Path(__file__).parents[2] / "results" / "records" / experiment).glob("*.json"))
     record = json.loads(first.read_text())
     cfg = compose(*shlex.split(record["provenance"]["command"])[1:])
     settings = records.identity(run.scientific(cfg) | {"checkpoint": record["config"]["checkpoint"]})
