@@ -33,8 +33,9 @@ FAILURES = "SPECTRIM_FAILURES"
 @contextmanager
 def cell(program: str) -> Iterator[None]:
     """Guard one run. In a grid a failed run is noted and the others go on; ``command_line`` names it at the end."""
-    if parent_process() is not None:
-        _obey(os.getppid())
+    parent = parent_process()
+    if parent is not None and parent.pid is not None:
+        _obey(parent.pid)  # not os.getppid(), which is another process once the parent was killed
     malloc.give_back()  # fragments of the last run fit nothing of the next one and would add up
     malloc.keep()
     try:
