@@ -56,7 +56,7 @@ def _style() -> Any:
 
 @contextmanager
 def panels(rows: int, columns: int, width: float, height: float) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Yield a figure of ``rows × columns`` panels, each ``width × height`` inches, and its axes. No display is needed."""
+    """Yield a figure of ``rows × columns`` panels, each ``width × height`` inches, and its axes; needs no display."""
     with matplotlib.rc_context(_style()):
         figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
