@@ -15,8 +15,8 @@ from spectrim.fetch.download import Package
 def _ar_member(content: bytes, prefix: bytes) -> bytes:
     """Return the first member of an ar archive, such as a .deb, whose name begins with ``prefix``.
 
-    The archive begins with 8 magic bytes. Each member is a header of 60 bytes and its content, padded to an even length.
-    The header begins with the name and holds the decimal size at bytes 48 to 58.
+    The archive begins with 8 magic bytes. Each member is a header of 60 bytes and its content, padded to an even
+    length. The header begins with the name and holds the decimal size at bytes 48 to 58.
     """
     position = 8
     while position < len(content):

@@ -27,7 +27,7 @@ def rows(dataset: str, subset: str, part: str) -> Any:
 
 
 def column(table: Any, name: str, kind: type) -> list[Any]:
-    """Return one column. Raises ``UserError`` where it does not exist or holds a value of another type than ``kind``."""
+    """Return one column. Raises ``UserError`` where it is missing or holds a value of another type than ``kind``."""
     if name not in table.column_names:
         raise UserError(f"the data set has no column {name!r}; it has {', '.join(table.column_names)}")
     values = list(table[name])
