@@ -61,7 +61,7 @@ class ImageData(Pools, ABC):
 
     @abstractmethod
     def load(self) -> Splits:
-        """Return the four splits. Raises ``UserError`` where the data are unavailable or the settings do not fit them."""
+        """Return the four splits. Raises ``UserError`` where data are unavailable or the settings do not fit them."""
 
 
 @dataclass(frozen=True, eq=False)
