@@ -1,4 +1,4 @@
-"""How a model is called on whatever a loader yields."""
+"""Call a model on the batches of any loader, whatever the structure of its inputs."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ Batches = Iterable[tuple[Inputs, Any]]
 
 
 def forward(model: nn.Module, inputs: Inputs) -> Any:
-    """``model(inputs)``; a mapping is passed by keyword, a tuple or list by position.
+    """Return ``model(inputs)``; a mapping is passed by keyword, a tuple or list by position.
 
-    Raises ``UserError``, which names the layer, where the model fails on them.
+    Raises ``UserError`` where the model fails on the inputs; the message names the layer.
     """
     try:
         if isinstance(inputs, Mapping):
@@ -38,7 +38,7 @@ def forward(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def _failing_layer(model: nn.Module, error: Exception) -> str:
-    """Name of the innermost module that was running; empty where that is the model itself."""
+    """Return the name of the innermost module that was running; empty if that is the model itself."""
     names = {module: name for name, module in model.named_modules()}
     running = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
     return next((names[own] for own in reversed(running) if isinstance(own, nn.Module) and own in names), "")
@@ -53,27 +53,27 @@ def _shapes(inputs: Inputs) -> str:
 
 
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
-    """The same structure with every tensor on ``device``."""
+    """Move every tensor of ``inputs`` to ``device`` and keep the structure."""
     return _mapped(inputs, lambda tensor: tensor.to(device))
 
 
 def first_sample(inputs: Inputs) -> Inputs:
-    """The same structure with the first sample of every tensor, as a batch of one."""
+    """Return ``inputs`` with the first sample of every tensor only, as a batch of one."""
     return first_samples(inputs, 1)
 
 
 def first_samples(inputs: Inputs, count: int) -> Inputs:
-    """The same structure with the first ``count`` samples of every tensor, all of them where there are fewer."""
+    """Return ``inputs`` with at most the first ``count`` samples of every tensor."""
     return _mapped(inputs, lambda tensor: tensor[:count])
 
 
 def one_sample(inputs: Inputs, index: int) -> Inputs:
-    """The same structure with one sample of every tensor, as a batch of one."""
+    """Return ``inputs`` with only sample ``index`` of every tensor, as a batch of one."""
     return _mapped(inputs, lambda tensor: tensor[index : index + 1])
 
 
 def repeated(inputs: Inputs, count: int) -> Inputs:
-    """The same structure with ``count`` samples of every tensor: again and again where there are fewer."""
+    """Return ``inputs`` with exactly ``count`` samples of every tensor, repeated cyclically if there are fewer."""
     return _mapped(inputs, lambda tensor: tensor[torch.arange(count, device=tensor.device) % len(tensor)])
 
 
@@ -89,7 +89,7 @@ def _mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """The batches of a split, again and again, each of them looked at."""
+    """Batches of a split that can be iterated repeatedly; each iteration validates every batch."""
 
     split: str
     batches: Batches
@@ -99,7 +99,7 @@ class Pairs:
 
 
 def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
-    """The batches, each of them looked at. Raises ``UserError`` for one that is no pair."""
+    """Yield the batches. Raises ``UserError`` for a batch that is not a pair ``(inputs, targets)``."""
     for batch in batches:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise UserError(
@@ -110,7 +110,7 @@ def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:
-    """Every tensor in it."""
+    """Return every tensor in ``inputs``."""
     found: list[Tensor] = []
 
     def noted(tensor: Tensor) -> Tensor:
@@ -122,7 +122,10 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
 
 
 def sample_count(targets: Any) -> int:
-    """Number of samples of a batch, told by its targets: a tensor, a mapping of tensors, or anything with a length."""
+    """Return the number of samples of a batch.
+
+    ``targets``: a tensor, a mapping of tensors, or any object with a length.
+    """
     if isinstance(targets, Tensor):
         return len(targets) if targets.ndim else 1
     if isinstance(targets, Mapping):
@@ -131,13 +134,13 @@ def sample_count(targets: Any) -> int:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies."""
+    """Return the device of the model's first parameter, or the CPU for a model without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """The hooks of ``handles`` for the block; afterwards they are gone."""
+    """Remove the hooks of ``handles`` when the block ends."""
     try:
         yield
     finally:
@@ -147,7 +150,7 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside the block; afterwards every module is in the mode it was in."""
+    """Put the model in eval mode inside the block, then restore the mode of every module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -159,9 +162,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def alone_trainable(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
-    """Let ``weights`` and no other parameter of ``model`` require a gradient inside the block.
+    """Let only ``weights`` of the parameters of ``model`` require a gradient inside the block.
 
-    What a backward pass to the others would need is then not kept of a forward pass.
+    A forward pass then does not store the activations that only the gradients of other parameters need.
     """
     wanted = {id(weight) for weight in weights}
     changed = [parameter for parameter in model.parameters() if parameter.requires_grad != (id(parameter) in wanted)]

@@ -1,12 +1,15 @@
-"""The one error that a person is meant to read."""
+"""The error whose message is written for the user."""
 
 
 class UserError(ValueError):
-    """Bad input or a bad machine: one line that says what is wrong and what to do; all that the command line prints."""
+    """Bad input or an unsuitable machine.
+
+    The message is one line that says what is wrong and what to do. The command line prints only this line.
+    """
 
 
 def first_line(error: BaseException) -> str:
-    """What ``error`` says first; its class where it says nothing."""
+    """Return the first line of the message of ``error``, or the name of its class if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 

@@ -1,4 +1,4 @@
-"""What a model's output says: its loss, whether it is right, and of language models the loss that perplexity is of."""
+"""Losses of classifiers, language models and question answering models, and counts of correct predictions."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,23 +10,25 @@ from torch import Tensor
 
 from spectrim.errors import UserError, first_line
 
-Loss = Callable[[Any, Any], Tensor]  # of the model's output and the targets: the mean over the batch, a scalar
-IGNORED = -100  # the label of a token that is not to be predicted, as transformers and torch have it
+Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) → mean over the batch, a scalar
+IGNORED = -100  # the label of a token that is not predicted, as in transformers and torch
 
 
 def logits_of(outputs: Any) -> Any:
-    """The logits of an output that holds them by name, as those of transformers do; any other output itself."""
+    """Return ``outputs["logits"]`` if it exists, as in the outputs of transformers; otherwise return ``outputs``."""
     return outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Mean cross-entropy, in nats, of each token given those before it, over the tokens to be predicted.
+    """Mean cross-entropy, in nats, of the next token, over all predicted tokens of a batch.
 
-    ``targets``: the token ids themselves, int64 of shape (N, T), ``IGNORED`` where there is padding (on the right).
-    The shift by one position is made here, so that the first token of a sequence is never predicted. Outputs are logits
-    (N, T, V), or hold them. Perplexity is ``exp`` of this mean over all tokens of a split, which ``Objective`` takes by
-    weighing each batch by its ``count``, of whatever length its sequences are.
+    Perplexity is ``exp`` of this mean over all predicted tokens of a split. ``Objective`` computes that mean by
+    weighting each batch by its ``count``, so sequences may differ in length.
+
+    ``outputs``: logits of shape (N, T, V), or a mapping that holds them as ``logits``.
+    ``targets``: token ids, int64 of shape (N, T), with ``IGNORED`` at padding on the right. The loss shifts them by
+    one position, so the first token of a sequence is never predicted.
     """
 
     def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
@@ -34,37 +36,38 @@ class TokenLoss:
         return F.cross_entropy(logits, targets[:, 1:].flatten(), ignore_index=IGNORED)
 
     def count(self, targets: Tensor) -> int:
-        """Number of tokens to be predicted."""
+        """Return the number of predicted tokens."""
         return int((targets[:, 1:] != IGNORED).sum())
 
     def predictions(self, outputs: Any, targets: Tensor) -> Tensor:
-        """The logits of every token to be predicted, float32 of shape (tokens, V)."""
+        """Return the logits of every predicted token, float32 of shape (tokens, V)."""
         return logits_of(outputs)[:, :-1][targets[:, 1:] != IGNORED].float()
 
 
 @dataclass(frozen=True)
 class SpanLoss:
-    """Mean cross-entropy, in nats, of where in a text an answer begins and of where it ends.
+    """Mean cross-entropy, in nats, of the start and end positions of an answer in a text.
 
-    ``targets``: the places of its first and its last token, int64 of shape (N, 2). Outputs hold ``start_logits`` and
-    ``end_logits``, (N, T) each, as those of transformers' models for question answering do.
+    ``outputs``: a mapping with ``start_logits`` and ``end_logits``, each of shape (N, T), as question answering models
+    of transformers return.
+    ``targets``: positions of the first and last token of the answer, int64 of shape (N, 2).
     """
 
     def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.predictions(outputs, targets), targets.T.flatten())
 
     def predictions(self, outputs: Any, targets: Tensor) -> Tensor:
-        """The scores of every place as a beginning, then those as an end, float32 of shape (2 N, T)."""
+        """Return the start scores of every position, then the end scores, float32 of shape (2 N, T)."""
         return torch.cat([outputs["start_logits"], outputs["end_logits"]]).float()
 
     def right(self, outputs: Any, targets: Tensor) -> int:
-        """Of how many samples both places are right."""
+        """Return the number of samples for which both positions are correct."""
         places = self.predictions(outputs, targets).argmax(1).view(2, -1).T
         return int((places == targets).all(1).sum())
 
 
 def are_scores(outputs: Any, targets: Any) -> bool:
-    """Whether the outputs are, or hold, one row of class scores a target."""
+    """Return whether the outputs are, or hold, one row of class scores per target."""
     scores = logits_of(outputs)
     return (
         isinstance(scores, Tensor)
@@ -76,7 +79,7 @@ def are_scores(outputs: Any, targets: Any) -> bool:
 
 
 def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
-    """The loss of a batch. Raises ``UserError`` with one line on why these targets do not fit these outputs."""
+    """Return the loss of a batch. Raises ``UserError`` where the targets do not fit the outputs."""
     scores = logits_of(outputs)
     if are_scores(scores, targets):
         rows, classes = scores.shape
@@ -94,18 +97,19 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
 
 
 def answered_rightly(loss: Loss, outputs: Any, targets: Any) -> int | None:
-    """How many samples of a batch are classified, or answered, rightly; None where the outputs are no scores."""
+    """Return the number of correctly classified or answered samples, or None if the outputs are not class scores."""
     if isinstance(loss, SpanLoss):
         return loss.right(outputs, targets)
     return int((logits_of(outputs).argmax(1) == targets).sum()) if are_scores(outputs, targets) else None
 
 
 def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """A random v for every row z of ``logits``, with ``E[v v^T] = diag(p) - p p^T`` where p = softmax(z). Shape (N, V).
+    """Draw a random direction v for every row z of ``logits``. Shape (N, V).
 
-    The gradient of ``v^T z`` has the Fisher information of cross-entropy as its second moment, as the gradient of the
-    loss at a label drawn from p has. Of a confident row such a label is almost always the same one and its gradient
-    next to nothing; a Gaussian v says as much of every row, so that far fewer rows do.
+    The covariance is ``E[v v^T] = diag(p) - p p^T`` with ``p = softmax(z)``. The second moment of the gradient of
+    ``v^T z`` is therefore the Fisher information of cross-entropy. The gradient of the loss at a label drawn from p has
+    the same second moment. For a confident row, however, that label is almost always the same and its gradient is
+    almost zero. A Gaussian direction is equally informative for every row, so far fewer rows suffice.
     """
     p = logits.detach().float().softmax(-1)
     v = p.sqrt() * torch.randn(p.shape, generator=generator).to(p)

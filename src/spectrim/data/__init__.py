@@ -1,1 +1,1 @@
-"""Data sets, one file each: a frozen class of settings whose `load()` gives the train, calibration and test splits."""
+"""Data sets, one file each. A frozen class holds the settings; its ``load()`` returns the four splits."""

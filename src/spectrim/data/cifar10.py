@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky, 2009): ten kinds of things, 32x32 in colour, 50,000 + 10,000."""
+"""CIFAR-10 (Krizhevsky, 2009): ten classes of 32x32 colour images, 50,000 + 10,000."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
 
 
 def _decode_binary(paths: Sequence[Path]) -> Arrays:
-    """The home page's binary version: a row is one byte of label, then the red, green and blue planes."""
+    """Decode the home page's binary version. A row is one label byte, then the red, green and blue planes."""
     with tarfile.open(paths[0]) as archive:
 
         def rows(*batches: str) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def _decode_binary(paths: Sequence[Path]) -> Arrays:
 
 
 def _decode_package(paths: Sequence[Path]) -> Arrays:
-    """The package's version: a batch is one PNG that has an image of 32x32 pixels in each row, the labels are JSON."""
+    """Decode the package. A batch is one PNG with one 32x32 image per row; the labels are JSON."""
     with tarfile.open(paths[0]) as archive:
 
         def images(batch: str) -> Tensor:
@@ -54,7 +54,7 @@ def _decode_package(paths: Sequence[Path]) -> Arrays:
         return Arrays(train_images, labels("train"), images("test_batch"), labels("test"))
 
 
-# The package's images and labels, written as the home page's binary batches, have the sha256 of those batches.
+# The package's images and labels, converted to the home page's binary batches, have the sha256 of those batches.
 SOURCE = Source(
     name="cifar10",
     routes=(
@@ -86,6 +86,6 @@ SOURCE = Source(
 
 
 class CIFAR10(PublicSet):
-    """CIFAR-10, normalised by the training set's mean and deviation."""
+    """CIFAR-10, normalised by the training set's mean and standard deviation."""
 
     source, mean, std = SOURCE, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

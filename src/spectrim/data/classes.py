@@ -1,4 +1,4 @@
-"""Texts with a class each, or another label that a row of tokens has."""
+"""Base class of labelled text sets, whose label is a class or another label per row of tokens."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -18,9 +18,11 @@ Labelled = tuple[list[Any], list[Any]]  # texts and their labels
 
 @dataclass(frozen=True)
 class Classes(Pools, ABC):
-    """Labelled texts, each cut off after ``context`` tokens of the ``tokenizer`` of the model of that name.
+    """Labelled texts, each truncated to ``context`` tokens.
 
-    ``test_size``: how many of the test texts are used, always the same.
+    ``tokenizer``: name of the model whose tokenizer is used.
+    ``context``: maximum length, in tokens.
+    ``test_size``: number of test texts used, always the same ones.
     """
 
     tokenizer: str = "minilm"
@@ -35,24 +37,27 @@ class Classes(Pools, ABC):
 
     @property
     def loss(self) -> Callable[[Any, Any], Tensor]:
-        """What the labels are meant for."""
+        """The loss that fits the labels."""
         return F.cross_entropy
 
     def encoded(self, tokenizer: Any, texts: list[Any], labels: list[Any]) -> Tokens:
-        """Texts and labels as rows of ``context`` tokens."""
+        """Convert texts and labels to rows of ``context`` tokens."""
         return classified(tokenizer, texts, labels, self.context)
 
     @abstractmethod
     def texts(self) -> tuple[Labelled, Labelled]:
-        """Texts and labels of the training and of the test set, each in an order of its own that is always the same."""
+        """Return texts and labels of the training set and the test set, each in a fixed order."""
 
     @property
     def title(self) -> str:
-        """What the set is called where it is described."""
+        """Name of the set in descriptions."""
         return self.name
 
     def load(self) -> TextSplits:
-        """Raises ``UserError`` where the texts or the tokenizer cannot be had, or the settings do not fit them."""
+        """Return the four splits.
+
+        Raises ``UserError`` where the texts or the tokenizer are unavailable, or the settings do not fit them.
+        """
         pretrained.require_context(self.tokenizer, self.context)
         tokenizer = pretrained.tokenizer(self.tokenizer)
         pretrained.require_padding(tokenizer, self.tokenizer)

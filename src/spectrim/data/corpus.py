@@ -1,4 +1,4 @@
-"""Text corpora for language models: blocks of tokens, of documents that are each in one split only."""
+"""Text corpora for language models: blocks of tokens from documents, each document in one split only."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,11 +18,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Corpus(Pools, ABC):
-    """A corpus and the settings of its splits; sizes count blocks of ``context`` tokens, ``held_out`` documents.
+    """A corpus and the settings of its splits.
 
-    The documents of the pool ``calibration_from`` are put in an order drawn by ``calibration_seed``: calibration takes
-    as many of the first as its blocks need, verification the next. No document is in two splits, unless calibration is
-    asked to draw from ``train`` or ``test``. ``tokenizer``: that of the model of this name, see ``pretrained.opened``.
+    ``calibration_seed`` shuffles the documents of the pool ``calibration_from``. Calibration takes the first documents,
+    as many as its blocks need; verification takes the next ones. No document is in two splits, unless
+    ``calibration_from`` is ``train`` or ``test``.
+
+    ``calibration_size``, ``verification_size``, ``test_size``: numbers of blocks of ``context`` tokens.
+    ``held_out``: number of documents kept from training.
+    ``tokenizer``: name of the model whose tokenizer is used, see ``pretrained.opened``.
     """
 
     tokenizer: str = "smollm2"
@@ -37,11 +41,11 @@ class Corpus(Pools, ABC):
 
     @abstractmethod
     def documents(self) -> tuple[list[str], list[str]]:
-        """Training and test documents, each list in an order of its own that is always the same."""
+        """Return the training documents and the test documents, each in a fixed order."""
 
     @property
     def title(self) -> str:
-        """What the corpus is called where it is described."""
+        """Name of the corpus in descriptions."""
         return self.name
 
     def check(self) -> None:
@@ -50,7 +54,10 @@ class Corpus(Pools, ABC):
             raise UserError(f"test_size must be at least 1, got {self.test_size}")
 
     def load(self) -> TextSplits:
-        """Raises ``UserError`` where the texts or the tokenizer cannot be had, or hold fewer tokens than asked for."""
+        """Return the four splits.
+
+        Raises ``UserError`` where the texts or the tokenizer are unavailable, or the texts hold too few tokens.
+        """
         pretrained.require_context(self.tokenizer, self.context)
         tokenizer = pretrained.tokenizer(self.tokenizer)
         rest, of_test = self.documents()
@@ -80,7 +87,7 @@ class Corpus(Pools, ABC):
         )
 
     def _first(self, tokenizer: Any, documents: Sequence[str], count: int, part: str) -> tuple[TextSplit, int]:
-        """The first ``count`` blocks of ``documents``, and how many of these were begun."""
+        """Return the first ``count`` blocks of ``documents``, and the number of documents that they use."""
         try:
             made, begun = blocks(tokenizer, documents, self.context, count)
         except UserError as error:
@@ -90,6 +97,6 @@ class Corpus(Pools, ABC):
 
 
 def shuffled(documents: Sequence[T], seed: int) -> list[T]:
-    """``documents`` in an order drawn by ``seed``."""
+    """Return ``documents`` in a random order that ``seed`` determines."""
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     return [documents[index] for index in order.tolist()]

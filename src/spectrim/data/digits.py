@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits that ship inside scikit-learn, 8x8 grey: real images that need no download."""
+"""The 1,797 handwritten digits of scikit-learn, 8x8 grey. They need no download."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -14,7 +14,7 @@ TEST_FRACTION = 0.2
 
 @settings
 class Digits(ImageData):
-    """The digits; a fixed fifth of them, drawn with seed 0, is the test set."""
+    """The digits of scikit-learn. The test set is a fixed fifth of them, drawn with seed 0."""
 
     calibration_size: int = 200
     verification_size: int = 100

@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747): clothes, 28x28 grey, 60,000 + 10,000."""
+"""Fashion-MNIST (Xiao, Rasul, Vollgraf, arXiv 1708.07747): clothing, 28x28 grey, 60,000 + 10,000."""
 
 import gzip
 import io
@@ -13,10 +13,10 @@ from spectrim.fetch.download import Package
 
 
 def _ar_member(content: bytes, prefix: bytes) -> bytes:
-    """The first member of an ar archive (which a .deb is) whose name begins with ``prefix``.
+    """Return the first member of an ar archive, such as a .deb, whose name begins with ``prefix``.
 
-    After eight bytes of magic each member is a header of 60 bytes (the name first, the size in decimal at 48..58), then
-    its content, padded to an even length.
+    The archive begins with 8 magic bytes. Each member is a header of 60 bytes and its content, padded to an even
+    length. The header begins with the name and holds the decimal size at bytes 48 to 58.
     """
     position = 8
     while position < len(content):
@@ -56,6 +56,6 @@ SOURCE = idx.source(
 
 
 class FashionMNIST(PublicSet):
-    """Fashion-MNIST, normalised by the training set's mean and deviation."""
+    """Fashion-MNIST, normalised by the training set's mean and standard deviation."""
 
     source, mean, std = SOURCE, (0.2860,), (0.3530,)

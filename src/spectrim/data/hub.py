@@ -1,6 +1,6 @@
-"""Text sets by their name on the Hugging Face hub, GLUE, SQuAD and WikiText, or a folder like them.
+"""Text sets from the Hugging Face hub by name, such as GLUE, SQuAD and WikiText, or from a folder of the same layout.
 
-They are read by the library ``datasets``, which keeps what it fetched in a cache of its own and runs no code of a set.
+The library ``datasets`` reads them. It keeps downloads in its own cache and runs no code of a data set.
 """
 
 import re
@@ -17,7 +17,7 @@ from spectrim.tools.settings import settings
 
 
 def rows(dataset: str, subset: str, part: str) -> Any:
-    """The rows of one part of a data set, as ``datasets`` gives them. Raises ``UserError`` where they cannot be had."""
+    """Return the rows of one part of a data set from ``datasets``. Raises ``UserError`` where they are unavailable."""
     library = pretrained.imported("datasets")
     try:
         return library.load_dataset(dataset, subset or None, split=part)
@@ -27,7 +27,7 @@ def rows(dataset: str, subset: str, part: str) -> Any:
 
 
 def column(table: Any, name: str, kind: type) -> list[Any]:
-    """One column. Raises ``UserError`` where there is none of that name, or it holds anything else than ``kind``."""
+    """Return one column. Raises ``UserError`` where it is missing or holds a value of another type than ``kind``."""
     if name not in table.column_names:
         raise UserError(f"the data set has no column {name!r}; it has {', '.join(table.column_names)}")
     values = list(table[name])
@@ -38,7 +38,7 @@ def column(table: Any, name: str, kind: type) -> list[Any]:
 
 
 class _OnHub:
-    """What is called by its name on the hub."""
+    """A data set that is identified by its name on the hub."""
 
     dataset: str
     subset: str
@@ -49,7 +49,7 @@ class _OnHub:
 
 
 class _Labelled(_OnHub, Classes):
-    """Texts with labels, one row each."""
+    """Texts with labels, one row per text."""
 
     test_part: str
 
@@ -58,13 +58,13 @@ class _Labelled(_OnHub, Classes):
 
     @abstractmethod
     def part(self, table: Any, name: str) -> Labelled:
-        """Texts and labels of the rows of one part."""
+        """Return texts and labels of the rows of one part."""
 
     def texts(self) -> tuple[Labelled, Labelled]:
         return self._drawn("train"), self._drawn(self.test_part)
 
     def _drawn(self, name: str) -> Labelled:
-        """In an order drawn once: some sets are sorted, by class or by what they are about."""
+        """Return one part in a fixed random order, because some sets are sorted by class or topic."""
         texts, labels = self.part(rows(self.dataset, self.subset, name), name)
         order = shuffled(range(len(texts)), 0)
         return [texts[index] for index in order], [labels[index] for index in order]
@@ -72,10 +72,12 @@ class _Labelled(_OnHub, Classes):
 
 @settings
 class HubClasses(_Labelled):
-    """Labelled texts: the column ``text``, or two texts in one, separated as the tokenizer has it, and their ``label``.
+    """Labelled texts, or labelled pairs of texts joined by the tokenizer's separator.
 
-    ``dataset``: a name of the hub or a folder; ``subset``: where it has several. ``train`` is cut as every training set
-    is; the test texts are those of ``test_part``: GLUE publishes no labels of its own test set.
+    ``dataset``: a name on the hub, or a folder.
+    ``subset``: name of the subset, if there are several.
+    ``text``, ``second``, ``label``: columns of the text, the second text (empty: none) and the label.
+    ``test_part``: part that serves as test set. GLUE publishes no labels for its own test set.
     """
 
     dataset: str = "nyu-mll/glue"
@@ -100,11 +102,14 @@ class HubClasses(_Labelled):
 
 @settings
 class HubAnswers(_Labelled):
-    """Questions about a text each, whose answer is a part of it (SQuAD, Rajpurkar et al., arXiv 1606.05250).
+    """Questions whose answer is a span of a given text (SQuAD, Rajpurkar et al., arXiv 1606.05250).
 
-    ``answers``: the column of the answers' ``text`` and ``answer_start``; of several the first counts, none is what
-    SQuAD 2.0 calls impossible. What is beyond ``context`` tokens is cut off, an answer there counts as none.
-    Accuracy is that of both ends, an exact match with that answer. ``dataset``, ``subset``: as in ``HubClasses``.
+    Accuracy is exact match: both ends of the span must be correct.
+
+    ``dataset``, ``subset``: as in ``HubClasses``.
+    ``answers``: column of the answers' ``text`` and ``answer_start``. The first answer counts. A question without an
+    answer is one that SQuAD 2.0 calls impossible.
+    ``context``: maximum length in tokens. A row is truncated there, and an answer beyond it counts as no answer.
     """
 
     dataset: str = "rajpurkar/squad"
@@ -135,7 +140,7 @@ class HubAnswers(_Labelled):
 
 
 def _span(answers: dict[str, Any], number: int) -> tuple[int, int]:
-    """The characters of the first answer, (0, 0) where there is none."""
+    """Return the first and end character of the first answer, or (0, 0) if there is none."""
     try:
         found = [(int(start), len(text)) for start, text in zip(answers["answer_start"], answers["text"], strict=True)]
     except (KeyError, TypeError, ValueError) as error:
@@ -146,10 +151,11 @@ def _span(answers: dict[str, Any], number: int) -> tuple[int, int]:
 
 @settings
 class HubCorpus(_OnHub, Corpus):
-    """A corpus: the column ``text``, each document once, and none of the test documents among the others.
+    """A corpus from the column ``text``, without duplicates. No test document is among the training documents.
 
-    ``begins``: a pattern of the rows that begin a document, such as the title of an article; empty: each row is one.
     ``dataset``, ``subset``: as in ``HubClasses``.
+    ``begins``: pattern of the rows that begin a document, such as the title of an article. If it is empty, each row is
+    a document.
     """
 
     dataset: str = "Salesforce/wikitext"

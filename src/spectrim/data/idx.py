@@ -1,4 +1,4 @@
-"""The idx format in which MNIST and its successors are published: big-endian sizes, then unsigned bytes."""
+"""The idx format of MNIST and its successors: big-endian sizes, then unsigned bytes."""
 
 import gzip
 import math
@@ -21,7 +21,7 @@ FILES = (
 
 
 def parse(content: bytes) -> Tensor:
-    """The array that an idx file holds, uint8. Raises ``ValueError`` where the content is not idx."""
+    """Return the uint8 array of an idx file. Raises ``ValueError`` where the content is not idx."""
     zeros, kind, dimensions = struct.unpack(">HBB", content[:4])
     start = 4 + 4 * dimensions
     shape = struct.unpack(f">{dimensions}I", content[4:start])
@@ -31,13 +31,13 @@ def parse(content: bytes) -> Tensor:
 
 
 def arrays_of(contents: Sequence[bytes]) -> Arrays:
-    """Training images, training labels, test images, test labels → arrays with one channel."""
+    """Convert training images, training labels, test images and test labels to arrays with one channel."""
     train_images, train_labels, test_images, test_labels = (parse(content) for content in contents)
     return Arrays(train_images.unsqueeze(1), train_labels.long(), test_images.unsqueeze(1), test_labels.long())
 
 
 def decode_gzipped(paths: Sequence[Path]) -> Arrays:
-    """The four published files, in the order of ``FILES``."""
+    """Decode the four published files, in the order of ``FILES``."""
     return arrays_of([gzip.decompress(path.read_bytes()) for path in paths])
 
 
@@ -49,6 +49,12 @@ def source(
     decode_package: Callable[[Sequence[Path]], Arrays],
     sha256: str,
 ) -> Source:
-    """A set of the four ``FILES``: on its ``site``, with the sha256 of each in ``published``, or in a ``package``."""
+    """Return the source of a data set of the four ``FILES``.
+
+    ``site``: address of the folder with the files.
+    ``published``: sha256 of each file.
+    ``package``: package that holds the same data, which ``decode_package`` decodes.
+    ``sha256``: digest of the decoded arrays.
+    """
     files = tuple(Url(site + file, sha) for file, sha in zip(FILES, published, strict=True))
     return Source(name, (Route(files, decode_gzipped), Route((package,), decode_package)), sha256)

@@ -1,4 +1,4 @@
-"""Image files in ImageNet's layout, ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``, read from the disk as needed."""
+"""Image files in ImageNet's layout, ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``, read from disk on demand."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -21,10 +21,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's traini
 
 @dataclass(frozen=True, eq=False)
 class FolderSplit(Dataset[tuple[Tensor, int]]):
-    """Labelled image files that can be iterated again and again as batches ``(inputs, targets)``.
+    """Labelled image files that can be iterated repeatedly as batches ``(inputs, targets)``.
 
-    ``paths``: relative to ``root``. ``labels``: int64, shape (N,). ``transform``: an RGB image → float32 (3, H, W).
-    The batches come in the order of ``paths``, the last one shorter, read by ``workers`` processes (0: this one).
+    The batches follow the order of ``paths``; the last one may be shorter.
+
+    ``paths``: relative to ``root``.
+    ``labels``: int64, shape (N,).
+    ``transform``: RGB image → float32 (3, H, W).
+    ``workers``: number of processes that read images (0: the current process).
     """
 
     root: Path
@@ -40,19 +44,19 @@ class FolderSplit(Dataset[tuple[Tensor, int]]):
         return -(-len(self.paths) // self.batch_size)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The image ``index`` and its label."""
+        """Return the image ``index`` and its label."""
         return self.transform(_read(self.root / self.paths[index])), int(self.labels[index])
 
     def __iter__(self) -> Iterator[Batch]:
-        """Raises ``UserError`` where a file is not a readable image."""
+        """Yield the batches. Raises ``UserError`` where a file is not a readable image."""
         loader = DataLoader(self, self.batch_size, sampler=range(len(self.paths)), num_workers=self.workers)
         try:
             yield from loader
-        except UserError as error:  # from a worker it arrives with a traceback in its text
+        except UserError as error:  # A worker's error message includes its traceback.
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("spectrim.errors.UserError: ")) from None
 
     def digest(self) -> str:
-        """sha256 over every file's path, size in bytes and label: the content of a large folder is not read."""
+        """Return the sha256 over path, size in bytes and label of every file. It does not read the images."""
         sha = hashlib.sha256()
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
             sha.update(f"{path}\0{(self.root / path).stat().st_size}\0{label}\n".encode())
@@ -61,10 +65,13 @@ class FolderSplit(Dataset[tuple[Tensor, int]]):
 
 @settings
 class ImageFolder(ImageData):
-    """The image folder ``root``: ``val`` is the test split, ``train`` is cut as every training set is.
+    """An image folder in ImageNet's layout. ``val`` is the test split; ``train`` gives the other splits.
 
-    The shorter side of each image is scaled to ``resize`` pixels, then the central square of ``image_size`` is cut out
-    and normalised as ImageNet's weights expect. ``workers``: processes that read images.
+    Each image is scaled so that its shorter side has ``resize`` pixels. Its central square of ``image_size`` pixels is
+    then normalised by ImageNet's mean and standard deviation.
+
+    ``root``: folder with ``train`` and ``val``.
+    ``workers``: number of processes that read images.
     """
 
     batch_size: int = 50
@@ -81,7 +88,11 @@ class ImageFolder(ImageData):
             raise UserError(f"workers must be 0 or more, got {self.workers}")
 
     def load(self) -> Splits:
-        """Raises ``UserError``: no such folder, a class without images, other classes in ``val`` than in ``train``."""
+        """Return the four splits.
+
+        Raises ``UserError`` where the folder does not exist, a class has no images, or the classes of ``val`` and
+        ``train`` differ.
+        """
         prepare()
         from torchvision import transforms
 
@@ -127,7 +138,7 @@ class ImageFolder(ImageData):
 
 
 def _listing(root: Path, part: str) -> tuple[list[str], Tensor, list[str]]:
-    """Relative paths, labels and class names, in torchvision's order."""
+    """Return relative paths, labels and class names, in torchvision's order."""
     from torchvision import datasets
 
     folder = root / part

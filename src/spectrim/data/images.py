@@ -1,4 +1,4 @@
-"""Image sets held in memory, and the splits of a data set."""
+"""In-memory image sets, and the splits of a data set."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Split(Protocol):
-    """What a split can do, wherever its images are: be iterated again and again as batches, and name its content."""
+    """The interface of a split: repeated iteration over batches, and a digest of its content."""
 
     @property
     def labels(self) -> Tensor:
@@ -27,20 +27,23 @@ class Split(Protocol):
         ...
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches ``(inputs, targets)``, always in the same order."""
+        """Yield batches ``(inputs, targets)``, always in the same order."""
         ...
 
     def digest(self) -> str:
-        """sha256 that names the content."""
+        """Return a sha256 that identifies the content."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSplit:
-    """Labelled images that can be iterated again and again as batches ``(inputs, targets)``.
+    """Labelled images that can be iterated repeatedly as batches ``(inputs, targets)``.
 
-    ``images``: uint8, shape (N, C, H, W). ``labels``: int64, shape (N,). ``mean`` and ``std``: one value a channel, on
-    the scale [0, 1]; the batches are float32, normalised by them, in the order of the set, the last batch shorter.
+    The batches are float32, normalised, and in the order of the set; the last one may be shorter.
+
+    ``images``: uint8, shape (N, C, H, W).
+    ``labels``: int64, shape (N,).
+    ``mean``, ``std``: one value per channel, on the scale [0, 1].
     """
 
     images: Tensor
@@ -68,17 +71,17 @@ class ImageSplit:
             yield self.normalise(self.images[start:stop]), self.labels[start:stop]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) → float32 of the same shape, zero mean and unit variance over the training set."""
+        """Normalise uint8 images (N, C, H, W) to float32 by ``mean`` and ``std``."""
         mean = torch.tensor(self.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.std).view(1, -1, 1, 1)
         return (images.float() / 255 - mean) / std
 
     def subset(self, indices: Tensor, name: str) -> "ImageSplit":
-        """The images at ``indices``, in that order."""
+        """Return the images at ``indices``, in that order."""
         return ImageSplit(self.images[indices], self.labels[indices], self.mean, self.std, self.batch_size, name)
 
     def digest(self) -> str:
-        """sha256 of the images' and labels' bytes."""
+        """Return the sha256 of the bytes of images and labels."""
         sha = hashlib.sha256(self.images.contiguous().numpy().data)
         sha.update(self.labels.contiguous().numpy().data)
         return sha.hexdigest()
@@ -88,8 +91,11 @@ class ImageSplit:
 class Splits:
     """The four splits of one data set.
 
-    A selector never sees ``test``. ``verification`` may be empty. ``digest`` names the content of all four. ``loss`` is
-    what their labels are meant for, ``description`` what else there is to say of them.
+    A selector never sees ``test``. ``verification`` may be empty.
+
+    ``digest``: sha256 over the digests of all four splits.
+    ``description``: further information in words.
+    ``loss``: the loss that fits the labels.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""IMDB reviews (Maas et al., ACL 2011): 50,000 of them, half positive, as classes or as a corpus.
+"""The 50,000 IMDB reviews (Maas et al., ACL 2011), half of them positive, as labelled texts or as a corpus.
 
-The package does not say which review belongs to which split of the publication, and holds 418 texts twice: those are
-dropped, and of what is left a half drawn once, by a fixed seed, is the test set.
+The package does not state the published split of a review, and it holds 418 duplicates, which are dropped. The test set
+is 25,000 of the remaining reviews, drawn by a fixed seed.
 """
 
 import json
@@ -39,16 +39,16 @@ REVIEWS = Bundle(
 
 @lru_cache(maxsize=1)
 def reviews() -> tuple[Labelled, Labelled]:
-    """Texts and labels (1: positive) of the training and of the test set, each text once.
+    """Return texts and labels (1: positive) of the training set and the test set, without duplicates.
 
-    Raises ``UserError`` where they cannot be had.
+    Raises ``UserError`` where they are unavailable.
     """
     rows = json.loads((unpacked(REVIEWS) / FILE).read_text(encoding="utf-8"))
     return divided({row["t"]: int(row["s"]) for row in rows}, TEST)
 
 
 def divided(labels: dict[str, int], test_count: int) -> tuple[Labelled, Labelled]:
-    """Texts with their labels, cut by a fixed seed into training set and a test set of ``test_count``."""
+    """Divide texts and labels by a fixed seed into a training set and a test set of ``test_count`` texts."""
     texts = shuffled(list(labels), 0)
     train, test = texts[test_count:], texts[:test_count]
     return (train, [labels[text] for text in train]), (test, [labels[text] for text in test])
@@ -56,7 +56,10 @@ def divided(labels: dict[str, int], test_count: int) -> tuple[Labelled, Labelled
 
 @settings
 class IMDB(Classes):
-    """The reviews as two classes. ``test_size``: of the 25,000 test reviews."""
+    """The reviews as two classes.
+
+    ``test_size``: number of test reviews used, out of 25,000.
+    """
 
     noun = "reviews"
     name = "imdb"
@@ -72,7 +75,7 @@ class IMDB(Classes):
 
 @settings
 class IMDBCorpus(Corpus):
-    """The reviews as a corpus, one document each, with the same test set."""
+    """The reviews as a corpus, one document per review, with the same test set as ``IMDB``."""
 
     name = "imdb_corpus"
 

@@ -39,6 +39,6 @@ SOURCE = idx.source(
 
 
 class MNIST(PublicSet):
-    """MNIST, normalised by the training set's mean and deviation."""
+    """MNIST, normalised by the training set's mean and standard deviation."""
 
     source, mean, std = SOURCE, (0.1307,), (0.3081,)

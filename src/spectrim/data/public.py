@@ -1,4 +1,4 @@
-"""What the published image sets share: a source and the normalisation; each set states its own constants."""
+"""Base class of the published image sets. Each set defines its source and its normalisation."""
 
 from typing import ClassVar
 
@@ -10,7 +10,11 @@ from spectrim.tools.settings import settings
 
 @settings
 class PublicSet(ImageData):
-    """``source``: where the images come from. ``mean`` and ``std`` of the training set, one a channel, on [0, 1]."""
+    """A published image set.
+
+    ``source``: source of the images.
+    ``mean``, ``std``: statistics of the training set, one value per channel, on the scale [0, 1].
+    """
 
     source: ClassVar[Source]
     mean: ClassVar[tuple[float, ...]]

@@ -1,6 +1,6 @@
-"""State of the Union addresses, 1790 to 2021: 233 speeches, in the public domain. English of another kind than reviews.
+"""The 233 State of the Union addresses from 1790 to 2021, in the public domain.
 
-Old and often printed texts: a language model has most likely been trained on them.
+Their English differs from that of reviews. A language model has most likely been trained on these widely printed texts.
 """
 
 import json
@@ -16,7 +16,7 @@ FILE, TEST = "speeches.json", 47
 
 
 def _make(archive: Path, folder: Path) -> None:
-    """All speeches in one file, in the order of their names, which begin with the year."""
+    """Write all speeches to one file, sorted by file name, which begins with the year."""
     speeches = {}
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -45,7 +45,7 @@ SPEECHES = Bundle(
 
 @settings
 class SOTU(Corpus):
-    """The addresses, one document each; a fixed fifth of them is the test set."""
+    """The addresses, one document per speech. The test set is a fixed fifth of them."""
 
     held_out: int = 60
 

@@ -1,8 +1,7 @@
-"""Public image sets: fetched once, verified, kept as safetensors in the user's cache folder.
+"""Fetch public image sets once, verify them, and keep them as safetensors in the user's cache folder.
 
-Each set has several routes to the same bytes, the official one first. Every downloaded file is pinned by its sha256,
-and so are the decoded arrays: whatever the route, the images and labels are the same to the last bit, or there are
-none. Nothing is unpickled.
+Each set has several routes to the same data, the official one first. A sha256 pins every downloaded file and the
+decoded arrays, so every route gives bit-identical images and labels or fails. Nothing is unpickled.
 """
 
 import hashlib
@@ -26,7 +25,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Arrays:
-    """Images, uint8 of shape (N, C, H, W), and labels, int64 of shape (N,), as published: training set and test set."""
+    """The published training set and test set: images, uint8 (N, C, H, W), and labels, int64 (N,)."""
 
     train_images: Tensor
     train_labels: Tensor
@@ -34,7 +33,7 @@ class Arrays:
     test_labels: Tensor
 
     def named(self) -> dict[str, Tensor]:
-        """The four arrays by the names of their fields."""
+        """Return the four arrays by field name."""
         return {
             "train_images": self.train_images,
             "train_labels": self.train_labels,
@@ -43,7 +42,7 @@ class Arrays:
         }
 
     def sha256(self) -> str:
-        """sha256 over the bytes of the four arrays, in the order of the fields, little-endian."""
+        """Return the sha256 over the little-endian bytes of the four arrays, in field order."""
         sha = hashlib.sha256()
         for array in self.named().values():
             sha.update(array.contiguous().numpy().data)
@@ -52,7 +51,11 @@ class Arrays:
 
 @dataclass(frozen=True)
 class Route:
-    """One way to a data set: the files it takes, and how their paths, in that order, become arrays."""
+    """One way to get a data set.
+
+    ``files``: the files to fetch.
+    ``decode``: function that converts their paths, in the same order, to arrays.
+    """
 
     files: tuple[Url | Package, ...]
     decode: Callable[[Sequence[Path]], Arrays]
@@ -60,7 +63,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: its routes in the order in which they are tried, and the sha256 of its arrays."""
+    """A data set: its routes in the order of trial, and the sha256 of its arrays."""
 
     name: str
     routes: tuple[Route, ...]
@@ -68,10 +71,10 @@ class Source:
 
 
 def load(source: Source) -> Arrays:
-    """The arrays of ``source``: from the cache, or fetched into it, written whole or not at all.
+    """Return the arrays of ``source`` from the cache; fetch them first if they are missing.
 
-    Raises ``UserError``: a damaged cache file, no route that works, no room on the disk, a folder that cannot be
-    written.
+    Raises ``UserError`` where the cache file is damaged, every route fails, the disk is full, or the folder is not
+    writable.
     """
     folder = cache_folder()
     kept = folder / f"{source.name}.safetensors"

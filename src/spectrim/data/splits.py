@@ -1,9 +1,9 @@
-"""How a data set is cut into train, calibration, verification and test.
+"""Split a data set into train, calibration, verification and test.
 
-With n training images, ``order = randperm(n)`` of a generator seeded with 0, whatever the settings: the first
-``held_out`` of it are the held-out pool, which nothing is trained on, the others are the train split. The calibration
-and the verification images are drawn from one pool without replacement, by a generator seeded with
-``calibration_seed``: no image is in both. All index sets are sorted ascending.
+For n training images ``order = randperm(n)`` uses a generator with the fixed seed 0. The first ``held_out`` indices are
+the held-out pool, which no training uses; the others are the train split. A generator with seed ``calibration_seed``
+draws the calibration and verification images from one pool without replacement, so they are disjoint. All index sets
+are sorted in ascending order.
 """
 
 import hashlib
@@ -25,10 +25,11 @@ POOLS = ("held_out", "train", "test")
 class Pools:
     """The settings of the splits of a data set.
 
-    ``held_out``: number of training images that are kept from training. ``calibration_size``: number of images that a
-    selector takes its gradients from; ``verification_size``: of others, that it measures losses on.
-    ``calibration_from``: the pool both are drawn from: ``held_out``; ``train``, which the network was trained on; or
-    ``test``, which leaks the test set into the selection and exists only to measure what that buys.
+    ``calibration_size``: number of images on which a selector computes gradients.
+    ``verification_size``: number of other images, on which it measures losses.
+    ``held_out``: number of training images that are kept from training.
+    ``calibration_from``: pool of both draws. ``held_out`` is the default, and ``train`` is the network's training data.
+    ``test`` leaks the test set into the selection; it exists only to measure the effect of that leak.
     """
 
     calibration_size: int = 2000
@@ -41,7 +42,7 @@ class Pools:
     noun: ClassVar[str] = "images"
 
     def check(self) -> None:
-        """Raise ``UserError`` where a setting is out of range; each data set calls it when it is made."""
+        """Raise ``UserError`` where a setting is out of range. Each data set calls this when it is created."""
         if self.calibration_from not in POOLS:
             raise UserError(f"calibration_from is one of {', '.join(POOLS)}, got {self.calibration_from!r}")
         if self.calibration_size < 1:
@@ -60,12 +61,12 @@ class ImageData(Pools, ABC):
 
     @abstractmethod
     def load(self) -> Splits:
-        """The four splits. Raises ``UserError`` where the data cannot be had or the settings do not fit it."""
+        """Return the four splits. Raises ``UserError`` where data are unavailable or the settings do not fit them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Index sets, sorted ascending: ``train`` into the training set, the other two into the set ``drawn_from``."""
+    """Sorted index sets. ``train`` indexes the training set; the other two index the set ``drawn_from``."""
 
     train: Tensor
     calibration: Tensor
@@ -74,7 +75,7 @@ class Drawn:
 
 
 def draw(data: Pools, train_count: int, test_count: int) -> Drawn:
-    """The indices of the splits that are drawn. Raises ``UserError`` where a pool is too small."""
+    """Draw the indices of the splits. Raises ``UserError`` where a pool is too small."""
     if not 0 <= data.held_out < train_count:
         raise UserError(
             f"held_out must lie in 0..{train_count - 1}: some training {data.noun} must be left; got {data.held_out}"
@@ -97,7 +98,10 @@ def draw(data: Pools, train_count: int, test_count: int) -> Drawn:
 
 
 def cut(data: ImageData, arrays: Arrays, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Splits:
-    """Cut ``arrays`` as ``data`` says; ``mean`` and ``std`` of the training set, one a channel, on the scale [0, 1]."""
+    """Split ``arrays`` by the settings in ``data``.
+
+    ``mean``, ``std``: statistics of the training set, one value per channel, on the scale [0, 1].
+    """
     drawn = draw(data, len(arrays.train_labels), len(arrays.test_labels))
     whole = ImageSplit(arrays.train_images, arrays.train_labels, mean, std, data.batch_size, f"{name} train")
     test = ImageSplit(arrays.test_images, arrays.test_labels, mean, std, data.batch_size, f"{name} test")
@@ -119,5 +123,5 @@ def cut(data: ImageData, arrays: Arrays, name: str, mean: tuple[float, ...], std
 
 
 def digest_of(*splits: Split) -> str:
-    """sha256 over the digests of the splits, in this order."""
+    """Return the sha256 over the digests of the splits, in this order."""
     return hashlib.sha256("".join(split.digest() for split in splits).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Texts as tokens, and the splits of a text set."""
+"""Tokenised texts, and the splits of a text set."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +13,17 @@ from torch import Tensor
 from spectrim.errors import UserError
 from spectrim.losses import IGNORED
 
-BETWEEN = "\n\n"  # documents that share a block
+BETWEEN = "\n\n"  # separates documents within a block
 
 
 class Tokens(NamedTuple):
-    """``ids`` and ``mask`` (1: a token, 0: padding), int64 of shape (N, T). ``labels``: int64, shape (N,), (N, 2) or
-    (N, T). ``types``: where a row is of two texts and the tokenizer tells them apart, which each token is of."""
+    """Tokenised texts.
+
+    ``ids``: token ids, int64 of shape (N, T).
+    ``mask``: 1 for a token, 0 for padding, int64 of shape (N, T).
+    ``labels``: int64 of shape (N,), (N, 2) or (N, T).
+    ``types``: for rows of two texts, the text that each token belongs to; None if the tokenizer does not mark it.
+    """
 
     ids: Tensor
     mask: Tensor
@@ -28,10 +33,13 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TextSplit:
-    """Texts that can be iterated again and again as batches ``(inputs, labels)``, the last one shorter.
+    """Texts that can be iterated repeatedly as batches ``(inputs, labels)``; the last one may be shorter.
 
-    Inputs are the mapping of ``input_ids`` and ``attention_mask`` that transformers' models take by keyword. ``make``
-    tokenises, once, when the tokens are first looked at; ``identity`` names what it is made of.
+    ``inputs`` is a mapping with ``input_ids`` and ``attention_mask``, which models of transformers take by keyword. It
+    also has ``token_type_ids`` if the tokens have types.
+
+    ``make``: function that tokenises; it runs once, at the first access to the tokens.
+    ``identity``: string that identifies the content.
     """
 
     make: Callable[[], Tokens]
@@ -45,8 +53,11 @@ class TextSplit:
 
     @property
     def labels(self) -> Tensor:
-        """Classes, shape (N,); answers (``losses.SpanLoss``), shape (N, 2); or for a language model the tokens
-        themselves (``losses.TokenLoss``), shape (N, T)."""
+        """Labels, int64.
+
+        The shape is (N,) for classes, (N, 2) for answers (``losses.SpanLoss``), and (N, T) for a language model, whose
+        labels are the token ids (``losses.TokenLoss``).
+        """
         return self.tokens.labels
 
     def __len__(self) -> int:
@@ -58,21 +69,22 @@ class TextSplit:
             yield self.at(slice(start, start + self.batch_size))
 
     def at(self, chosen: slice | Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """The texts at these places as one batch."""
+        """Return the texts at the indices ``chosen`` as one batch."""
         tokens = self.tokens
         given = {"input_ids": tokens.ids, "attention_mask": tokens.mask, "token_type_ids": tokens.types}
         return {name: part[chosen] for name, part in given.items() if part is not None}, tokens.labels[chosen]
 
     def digest(self) -> str:
-        """sha256 of what the tokens are made of."""
+        """Return the sha256 of ``identity``."""
         return hashlib.sha256(self.identity.encode()).hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
 class TextSplits:
-    """The four splits of a text set, and the loss that their labels are meant for.
+    """The four splits of a text set. A selector never sees ``test``.
 
-    A selector never sees ``test``. ``description``: counts and the context length in words.
+    ``description``: sample counts and context length, in words.
+    ``loss``: the loss that fits the labels.
     """
 
     name: str
@@ -91,7 +103,7 @@ class TextSplits:
 
 
 def identity_of(tokenizer: Any, context: int, texts: Sequence[Any], labels: Sequence[Any] = ()) -> str:
-    """What names the tokens of these texts: the texts, the tokenizer's vocabulary and rules, the context length."""
+    """Return a sha256 over the texts, their labels, the tokenizer's vocabulary and rules, and the context length."""
     sha = hashlib.sha256(f"{context}\0{list(labels)}\0{_rules(tokenizer)}".encode())
     for text in texts:
         sha.update(str(text).encode() + b"\0")
@@ -104,7 +116,7 @@ def _rules(tokenizer: Any) -> str:
 
 
 def classified(tokenizer: Any, texts: Sequence[str], labels: Sequence[int], context: int) -> Tokens:
-    """Each text by itself, its end cut off beyond ``context`` tokens and padded up to that."""
+    """Tokenise each text separately; truncate or pad it to ``context`` tokens."""
     if not texts:
         nothing = torch.zeros(0, context, dtype=torch.int64)
         return Tokens(nothing, nothing, torch.zeros(0, dtype=torch.int64))
@@ -122,11 +134,12 @@ def classified(tokenizer: Any, texts: Sequence[str], labels: Sequence[int], cont
 def answered(
     tokenizer: Any, texts: Sequence[tuple[str, str]], spans: Sequence[tuple[int, int]], context: int
 ) -> Tokens:
-    """Each question and its text as one row, the end of the text cut off beyond ``context`` tokens.
+    """Tokenise each question and its text as one row; truncate the text so that the row has ``context`` tokens.
 
-    ``spans``: the characters of the text that the answer begins at and ends before. The labels are its first and its
-    last token; where there is no answer, or it is cut off, both are the first of the row, as is usual (Devlin et al.,
-    arXiv 1810.04805).
+    The labels are the positions of the answer's first and last token. If there is no answer, or truncation removes it,
+    both are position 0, as usual (Devlin et al., arXiv 1810.04805).
+
+    ``spans``: first character of the answer in the text, and the character after its last.
     """
     if not texts:
         nothing = torch.zeros(0, context, dtype=torch.int64)
@@ -148,9 +161,12 @@ def answered(
 
 
 def blocks(tokenizer: Any, documents: Sequence[str], context: int, count: int | None = None) -> tuple[Tokens, int]:
-    """Documents one after the other, cut into blocks of ``context`` tokens: all of them or the first ``count``.
+    """Concatenate documents and split them into blocks of ``context`` tokens.
 
-    Returns them with the number of documents begun. There is no padding; the rest that fills no block is dropped.
+    Returns the blocks and the number of documents that they use. There is no padding; an incomplete last block is
+    dropped.
+
+    ``count``: number of blocks; None for all of them.
     Raises ``UserError`` where the documents hold fewer than ``count`` blocks.
     """
     ids: list[int] = []
@@ -159,7 +175,7 @@ def blocks(tokenizer: Any, documents: Sequence[str], context: int, count: int | 
         if count is not None and len(ids) >= count * context:
             begun -= 1
             break
-        # A model's own marks of beginning and end would come once a document, in the middle of a block.
+        # Special tokens for the start and end of a text would appear in the middle of a block, once per document.
         ids += tokenizer(document + BETWEEN, add_special_tokens=False, verbose=False)["input_ids"]
     whole = len(ids) // context if count is None else count
     if len(ids) < whole * context:
@@ -169,5 +185,5 @@ def blocks(tokenizer: Any, documents: Sequence[str], context: int, count: int | 
 
 
 def predicted(labels: Tensor) -> int:
-    """Number of tokens that a language model predicts."""
+    """Return the number of tokens that a language model predicts."""
     return int((labels[:, 1:] != IGNORED).sum())

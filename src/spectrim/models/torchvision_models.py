@@ -1,4 +1,4 @@
-"""Any image classifier of torchvision by its name, untrained or with the weights that torchvision publishes."""
+"""Image classifiers of torchvision by name, untrained or with the weights that torchvision publishes."""
 
 import difflib
 import os
@@ -18,14 +18,15 @@ from spectrim.tools.torchvision_shim import prepare
 
 
 def classifier(name: str, weights: str | None = None, num_classes: int = 1000) -> nn.Module:
-    """torchvision's classifier ``name`` (``resnet50``, ``vgg19_bn``, …); it takes images of three channels.
+    """Return torchvision's classifier ``name`` (``resnet50``, ``vgg19_bn``, …). It takes images of three channels.
 
-    ``weights``: None for an untrained network, or the name of published weights (``IMAGENET1K_V1``, ``DEFAULT``),
-    which are downloaded into torch's own cache on first use, checked against the digest in their file name, and read
-    as tensors only: nothing is unpickled.
+    Weights are downloaded into torch's cache at first use and checked against the digest in their file name. Only
+    tensors are read from the file: nothing is unpickled.
 
-    Raises ``UserError``: an unknown name or unknown weights, a number of classes that the weights do not have, a
-    download that fails, a damaged file.
+    ``weights``: name of published weights (``IMAGENET1K_V1``, ``DEFAULT``), or None for an untrained network.
+
+    Raises ``UserError`` where the name or the weights are unknown, the weights have another number of classes, a
+    download fails, or a file is damaged.
     """
     prepare()
     from torchvision import models
@@ -45,7 +46,7 @@ def classifier(name: str, weights: str | None = None, num_classes: int = 1000) -
         path = Path(torch.hub.get_dir()) / "checkpoints" / Url(chosen.url, "").file
         _fetched(chosen.url, path, f"the weights {weights} of {name}")
     with _tensors_only(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # two old networks announce slower initialisation
+        warnings.simplefilter("ignore", FutureWarning)  # two old networks warn about slow initialisation
         return models.get_model(name, weights=chosen, num_classes=num_classes)
 
 
@@ -55,7 +56,7 @@ def _close(name: str, known: list[str]) -> str:
 
 
 def _fetched(address: str, path: Path, what: str) -> None:
-    """See to it that the file of ``address`` lies whole at ``path``; its name ends in digits of its sha256."""
+    """Ensure that ``path`` holds the file of ``address``. Its name ends in the first digits of its sha256."""
     digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
     url = Url(address, digits.group(1) if digits else "")
     if path.exists():
@@ -75,7 +76,7 @@ def _fetched(address: str, path: Path, what: str) -> None:
 
 @contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Have every ``torch.load`` in here read tensors and nothing else; torchvision itself does not ask for that."""
+    """Make every ``torch.load`` in the block read tensors only, which torchvision itself does not request."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -1,4 +1,4 @@
-"""VGG with BatchNorm for 32x32 images: Simonyan & Zisserman (arXiv 1409.1556, table 1), one linear classifier."""
+"""VGG with BatchNorm and one linear classifier for 32x32 images (Simonyan & Zisserman, arXiv 1409.1556, table 1)."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,10 @@ STAGES = {
 
 
 class VGG(nn.Module):
-    """VGG-11 or VGG-19 with BatchNorm; ``width`` scales every number of channels.
+    """VGG-11 or VGG-19 with BatchNorm.
+
+    ``depth``: 11 or 19.
+    ``width``: factor on every number of channels.
 
     ``forward`` maps images of shape (N, in_channels, H, W) to logits of shape (N, num_classes).
     """

@@ -1,1 +1,1 @@
-"""Records of runs and where their numbers come from. Nothing here needs torch."""
+"""Records of runs and their provenance. This package does not import torch."""

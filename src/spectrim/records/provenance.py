@@ -1,4 +1,4 @@
-"""Where a number comes from: command, commit, digests of data, checkpoint and lock, versions, machine."""
+"""Provenance of a run: command, commit, digests of data, checkpoint and lock file, versions, and machine."""
 
 import hashlib
 import os
@@ -30,7 +30,11 @@ UNKNOWN = "unknown"
 
 
 def provenance(command: str, data_digest: str, checkpoint: Path | None, device: str = "cpu") -> dict[str, Any]:
-    """The provenance of one run, made now. ``checkpoint`` None: the weights came from no file. ``device``: in use."""
+    """Return the provenance of a run at this moment.
+
+    ``checkpoint``: file of the initial weights; None if they come from no file.
+    ``device``: the device in use.
+    """
     commit, dirty = git_state()
     return {
         "command": command,
@@ -47,7 +51,7 @@ def provenance(command: str, data_digest: str, checkpoint: Path | None, device: 
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, read in pieces. Raises UserError where it cannot be read."""
+    """Return the sha256 of a file, read in pieces. Raises ``UserError`` where it cannot be read."""
     try:
         with Path(path).open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -56,15 +60,15 @@ def file_digest(path: Path) -> str:
 
 
 def lock_digest() -> str:
-    """sha256 of the lock file of the checkout; "unknown" for an installed package, which has none."""
+    """Return the sha256 of the checkout's lock file, or "unknown" for an installed package, which has none."""
     return file_digest(LOCK) if LOCK.is_file() else UNKNOWN
 
 
 def git_state(root: Path = ROOT) -> tuple[str, bool]:
-    """Commit of the checkout that this code lies in, and whether tracked files differ from it.
+    """Return the commit of the checkout that holds this code, and whether tracked files differ from it.
 
-    ("unknown", False) outside a checkout: an environment inside somebody else's repository must not name *its* commit,
-    so only a ``.git`` at the root itself counts.
+    Outside a checkout the result is ("unknown", False). Only a ``.git`` at ``root`` itself counts, so a virtual
+    environment inside another repository never reports that repository's commit.
     """
     if not (root / ".git").exists():
         return UNKNOWN, False
@@ -74,7 +78,7 @@ def git_state(root: Path = ROOT) -> tuple[str, bool]:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing where it is missing, fails or hangs."""
+    """Return the output of a command, or an empty string if it is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -85,7 +89,7 @@ def _output(*command: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that results depend on, those that are installed; none of them is imported."""
+    """Return the versions of Python and of the installed ``PACKAGES``, without importing them."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -96,7 +100,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """The hardware in words: system, processor, usable cores, memory in MiB, and GPUs (empty where there are none)."""
+    """Return the hardware: system, processor, usable cores, memory in MiB, and GPU names (empty without GPUs)."""
     return {
         "system": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),

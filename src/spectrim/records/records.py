@@ -1,6 +1,7 @@
-"""A record is one run: a JSON file ``<records>/<experiment>/<signature>.json``, written whole or not at all.
+"""Read, write and sign records. A record is the result of one run.
 
-Tables and figures are made of records alone, so this module needs no torch.
+A record is a JSON file ``<records>/<experiment>/<signature>.json``, which is written atomically. Tables and figures
+need records only, so this module does not import torch.
 """
 
 import hashlib
@@ -15,18 +16,21 @@ from spectrim.errors import UserError
 
 Record = dict[str, Any]
 
-SCHEMA = 2  # 1: classes by the path of their module, which could then never be moved
+SCHEMA = 2  # Schema 1 named classes by module path, so no module could move.
 CLASS = "_class_"
-# Settings that were added after records had been made: owner (``run``, or a class by its name) to setting to default. A
-# setting at its default is left out of what is signed, so that older records keep their signatures.
+# Settings that were added after the first records: owner (``run`` or a class name) → setting → default. The signature
+# omits a setting at its default, so that older records keep their signatures.
 LATE: Mapping[str, Mapping[str, Any]] = {"run": {"batch_norm": "keep", "also": {}}}
 REQUIRED = ("schema", "signature", "experiment", "names", "config", "seed", "dense", "compressed", "provenance")
 
 
 def identity(settings: Mapping[str, Any], owner: str = "run") -> dict[str, Any]:
-    """What a run is signed by: its settings, each class by its name alone, wherever its module lies.
+    """Return the part of a configuration that the signature covers.
 
-    ``settings``: a configuration with Hydra's ``_target_``; ``owner``: the class they belong to, for ``LATE``.
+    It names each class without its module, so modules may move. It omits settings in ``LATE`` at their default.
+
+    ``settings``: a configuration with Hydra's ``_target_``.
+    ``owner``: key of ``LATE`` for settings without a ``_target_``.
     """
     found: dict[str, Any] = {}
     if "_target_" in settings:
@@ -46,15 +50,15 @@ def _identity_of(value: Any) -> Any:
 
 
 def class_of(settings: Mapping[str, Any]) -> str:
-    """Name of the class whose settings in a record these are, such as ``Joint``."""
+    """Return the name of the class that the settings of a record configure, such as ``Joint``."""
     return str(settings[CLASS])
 
 
 def signature(config: Mapping[str, Any]) -> str:
-    """Name of a run: the first 16 hex digits of the sha256 of its scientific configuration.
+    """Return the signature of a run: the first 16 hex digits of the sha256 of its scientific configuration.
 
-    The order of keys does not matter, nor whether a whole number is written 1 or 1.0.
-    Raises UserError where the configuration holds what JSON cannot say (NaN, an object).
+    The signature does not depend on the order of keys, or on whether a whole number is written 1 or 1.0.
+    Raises ``UserError`` where the configuration holds a value that JSON cannot express (NaN, an object).
     """
     for where, number in _numbers(config, ""):
         if not math.isfinite(number):
@@ -77,7 +81,10 @@ def _canonical(value: Any) -> Any:
 
 
 def path_of(folder: Path, experiment: str, signature: str) -> Path:
-    """Where the record of a run lies. An experiment may be nested (``imagenet/table2``) but never leaves ``folder``."""
+    """Return the path of a run's record.
+
+    An experiment may be nested (``imagenet/table2``). Raises ``UserError`` where it is empty or leaves ``folder``.
+    """
     parts = PurePosixPath(experiment).parts
     if not parts or ".." in parts or PurePosixPath(experiment).is_absolute():
         raise UserError(f"experiment {experiment!r} is not a name: use one such as table2 or imagenet/table2")
@@ -85,7 +92,7 @@ def path_of(folder: Path, experiment: str, signature: str) -> Path:
 
 
 def encode(record: Record) -> bytes:
-    """The bytes of a record's file. Raises UserError where a number is not finite or a field is missing."""
+    """Return the bytes of a record's file. Raises ``UserError`` where a number is not finite or a field is missing."""
     missing = [key for key in REQUIRED if key not in record]
     if missing:
         raise UserError(f"a record needs {', '.join(missing)}: nothing was written")
@@ -107,22 +114,22 @@ def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
 
 
 def digest(record: Record) -> str:
-    """sha256 of a record's bytes: what ``sha256sum`` prints for its file."""
+    """Return the sha256 of a record's bytes, as ``sha256sum`` prints it for the file."""
     return hashlib.sha256(encode(record)).hexdigest()
 
 
 def write(folder: Path, record: Record) -> Path:
-    """Write a record to its place and return the path. Raises UserError, leaving nothing behind, where it cannot."""
+    """Write a record and return its path. Raises ``UserError`` where that fails, and then leaves no file behind."""
     path = path_of(folder, record["experiment"], record["signature"])
     write_whole({path: encode(record)})
     return path
 
 
 def write_whole(files: Mapping[Path, bytes]) -> None:
-    """Write several files, all or none of them as far as a file system allows.
+    """Write several files, either all or none as far as the file system allows.
 
-    Each goes to a temporary file beside its place and to the disk first; only when all lie there are they renamed.
-    Raises UserError (full disk, read-only folder) and removes the temporary files.
+    Each file is first written to a temporary file in the same folder and synced to disk. The renames follow when all
+    are written. Raises ``UserError`` where the disk is full or a folder is read-only, and removes the temporary files.
     """
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
     path = next(iter(files))
@@ -144,7 +151,7 @@ def write_whole(files: Mapping[Path, bytes]) -> None:
 
 
 def _remove(path: Path) -> None:
-    # The parent may be missing, a file, or read-only: whatever kept us from writing must not hide the first error.
+    # The parent may be missing, a file, or read-only. A failure here must not hide the error of the write.
     try:
         path.unlink()
     except OSError:
@@ -152,7 +159,7 @@ def _remove(path: Path) -> None:
 
 
 def read(path: Path) -> Record:
-    """Read one record. Raises UserError where the file is missing, cut short, or not a record of this schema."""
+    """Read one record. Raises ``UserError`` where the file is missing, truncated, or not a record of this schema."""
     path = Path(path)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -170,19 +177,19 @@ def read(path: Path) -> Record:
 
 
 def signed_anew(record: Record) -> Record:
-    """A record of schema 1 under the signature that its run has now; the old one stays as ``former_signature``."""
+    """Return a record of schema 1 with its present signature; ``former_signature`` keeps the old one."""
     config = identity(record["config"])
     names = {"schema": SCHEMA, "signature": signature(config), "former_signature": record["signature"]}
     return {**names, **{key: value for key, value in record.items() if key not in names}, "config": config}
 
 
 def age(record: Record) -> str:
-    """What orders runs that nothing else tells apart: the first signature, so that signing anew reorders no table."""
+    """Return the first signature of a record. It breaks ties in sorting, so new signatures do not reorder a table."""
     return str(record.get("former_signature", record["signature"]))
 
 
 def find(folder: Path, experiment: str, wanted: str) -> Record | None:
-    """The record with the signature ``wanted``, today's or a former one; None where there is none."""
+    """Return the record whose present or former signature is ``wanted``, or None."""
     path = path_of(folder, experiment, wanted)
     if path.exists():
         return read(path)
@@ -191,9 +198,9 @@ def find(folder: Path, experiment: str, wanted: str) -> Record | None:
 
 
 def read_all(folder: Path, experiment: str) -> list[Record]:
-    """The records of one experiment, sorted by ``age``; none where there is no such folder.
+    """Return the records of one experiment, sorted by ``age``; an empty list if the folder does not exist.
 
-    Temporary files of a killed run end in ``.tmp`` and are not looked at.
+    Temporary files of a killed run end in ``.tmp`` and are ignored.
     """
     place = path_of(folder, experiment, "any").parent
     return sorted(map(read, place.glob("*.json")), key=age)

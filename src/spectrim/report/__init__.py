@@ -1,1 +1,1 @@
-"""Records → tables and figures. Nothing here needs torch: a table can be built again where nothing can be run."""
+"""Tables and figures built from records. This package does not import torch, so it also works where no run can."""

@@ -1,4 +1,4 @@
-"""The papers' claims about compressed nets, and whether a model of ours bears them out."""
+"""Claims of the papers about compressed networks, and verdicts on whether our records confirm them."""
 
 import math
 from collections.abc import Sequence
@@ -10,15 +10,17 @@ import pandas as pd
 from spectrim.report.compare import Verdict, verdict
 from spectrim.report.table import number
 
-# Folders of images hold ImageNet in the grid at the papers' scale; all other data are another task than theirs.
+# In the grid at the papers' scale an image folder holds ImageNet. Every other data set is a different
+# task from the papers'.
 PAPER_DATA = ("imagenet", "image_folder")
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One published claim: its numbers by metric, and for each the tolerance (NaN where none is stated).
+    """One published claim.
 
-    Losses in nats, top-1 and drop in percent, as printed.
+    ``values``: published numbers by metric; losses in nats, top-1 accuracy and drop in percent, as printed.
+    ``tolerances``: the tolerance of each metric; NaN where none is stated.
     """
 
     name: str
@@ -32,17 +34,17 @@ class Claim:
 
     @property
     def change(self) -> float:
-        """Published change of the loss, compressed minus original; NaN where it is not printed."""
+        """Published change of the loss, compressed minus original, in nats; NaN if it is not printed."""
         return self.values.get("compressed_loss", math.nan) - self.values.get("original_loss", math.nan)
 
     @property
     def drop(self) -> float:
-        """Published drop in size as a share; NaN where there is none."""
+        """Published share of parameters removed; NaN if it is not printed."""
         return self.values.get("drop_percent", math.nan) / 100
 
     @property
     def said(self) -> str:
-        """The claim in words: model, data, loss of the original and of theirs, at which drop."""
+        """The claim in words: model, data, original and compressed loss, and the drop in size."""
         subject = ", ".join(part for part in (self.model, self.data) if part)
         others = [f"{key.replace('_', ' ')} {value:g}" for key, value in self.values.items() if key != "drop_percent"]
         if not math.isnan(self.change):
@@ -55,7 +57,10 @@ class Claim:
 
 
 def claims(published: pd.DataFrame, where: Sequence[str] = ()) -> list[Claim]:
-    """The claims in the order of the file; with ``where``, those of these tables and figures alone."""
+    """Return the claims in the order of the file.
+
+    ``where``: tables and figures of the papers to select; all of them if it is empty.
+    """
     found = []
     for name, rows in published.groupby("claim", sort=False):
         first = rows.iloc[0]
@@ -78,10 +83,13 @@ def claims(published: pd.DataFrame, where: Sequence[str] = ()) -> list[Claim]:
 
 
 def judge(claim: Claim, ours: pd.DataFrame, dense: pd.DataFrame) -> Verdict:
-    """A claim against the lossless and compact rows of one model, and its ``dense`` row.
+    """Judge a claim against our results for one model.
 
-    The same net on the same data is held to the published numbers first; any other only to the claim that the loss is
-    not above the original's at that drop.
+    If network and data match the claim, our numbers must first meet the published numbers. In every case the loss must
+    not exceed the original's at the published drop.
+
+    ``ours``: the lossless and compact rows of the model.
+    ``dense``: its dense row.
     """
     if math.isnan(claim.drop):
         return Verdict("not comparable", "not a claim about the loss of a compressed net")
@@ -109,10 +117,12 @@ def _same(claim: Claim, row: "pd.Series[Any]") -> bool:
 
 
 def lossless_claim(ours: pd.DataFrame, drop: float) -> Verdict:
-    """Whether the test loss stays at or below the original's with at least the share ``drop`` of parameters removed.
+    """Judge whether the test loss stays at or below the original's when at least ``drop`` of the parameters is removed.
 
-    ``ours``: rows of one model, with ``method``, ``params_kept`` and the mean ``change_test_loss``. The claim is
-    read in its favour: one row that meets it is enough, though that row is then chosen by its test loss.
+    The reading favours the claim: one row that meets it is enough, although that row is then selected by test loss.
+
+    ``ours``: rows of one model, with ``method``, ``params_kept`` and the mean ``change_test_loss``.
+    ``drop``: share of parameters removed.
     """
     if ours.empty:
         return Verdict("not comparable", "no run of this model family")

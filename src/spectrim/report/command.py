@@ -1,4 +1,4 @@
-"""What the scripts in ``experiments/`` share: options, the records read, the provenance of what is written."""
+"""Shared code of the scripts in ``experiments/``: options, loading of records, and provenance of the output."""
 
 import argparse
 import shlex
@@ -18,10 +18,15 @@ from spectrim.report import compare, frame
 
 @dataclass(frozen=True)
 class Options:
-    """``script``: table2, figure1, …; ``experiment``: whose records; ``default``: it is the script's own.
+    """Options of a script that builds tables or figures.
 
-    ``records``: the folder of all records; ``out``: that of ``tables/`` and ``figures/``; ``against``: that of the
-    committed records to compare with, if any.
+    ``script``: name of the script, such as table2 or figure1.
+    ``experiment``: name of the experiment whose records are read.
+    ``default``: whether that experiment is the script's default.
+    ``records``: folder of all records.
+    ``out``: folder that receives ``tables/`` and ``figures/``.
+    ``against``: folder of the committed records to compare with, or None.
+    ``command``: the command line, for the provenance.
     """
 
     script: str
@@ -34,7 +39,7 @@ class Options:
 
     @property
     def name(self) -> str:
-        """Name of the files: that of the script, behind the experiment's if another was asked for (smoke-table2)."""
+        """Name of the output files: the script, after the experiment if it is not the default (smoke-table2)."""
         prefix = "" if self.default else self.experiment.removesuffix(self.script).strip("/").replace("/", "-")
         return f"{prefix}-{self.script}" if prefix else self.script
 
@@ -42,10 +47,13 @@ class Options:
 def run(
     build: Callable[[Options], list[Path]], script: str, experiment: str, arguments: Sequence[str] | None = None
 ) -> int:
-    """Build on the options and print what was written; the exit status. A UserError is one line on stderr, and 1."""
+    """Parse the options, build, and print the written paths. Return the exit status.
+
+    A ``UserError`` is printed as one line on stderr and gives exit status 1.
+    """
     options = parse(script, experiment, str(build.__doc__ or ""), arguments)
     try:
-        # What is compared against may lie where the script writes: it is read first.
+        # The script may overwrite the committed records that it compares with, so it reads them first.
         committed = None if options.against is None else records.read_all(options.against, options.experiment)
         for path in build(options):
             print(path)
@@ -61,7 +69,7 @@ def run(
 
 
 def parse(script: str, experiment: str, description: str, arguments: Sequence[str] | None) -> Options:
-    """The options of a script from its arguments, those of the process where none are given."""
+    """Parse the options of a script. ``arguments``: None stands for ``sys.argv``."""
     parser = argparse.ArgumentParser(description=description.strip().splitlines()[0] if description else None)
     parser.add_argument("--experiment", default=experiment, help="whose records (default: %(default)s)")
     parser.add_argument("--records", type=Path, default=Path("results/records"), help="folder of records")
@@ -77,7 +85,10 @@ def parse(script: str, experiment: str, description: str, arguments: Sequence[st
 
 
 def load(options: Options) -> list[Record]:
-    """The records of the experiment. Raises UserError where there is none, with the command that makes them."""
+    """Read the records of the experiment.
+
+    Raises ``UserError`` where there are none; the message gives the command that makes them.
+    """
     found = records.read_all(options.records, options.experiment)
     if not found:
         how = f"make reproduce-{options.script}" if options.default else f"spectrim -m experiment={options.experiment}"
@@ -86,7 +97,7 @@ def load(options: Options) -> list[Record]:
 
 
 def runs(options: Options, found: Sequence[Record], algorithms: Sequence[str]) -> pd.DataFrame:
-    """The rows of ``frame.runs`` that are of these algorithms. Raises UserError where there is none."""
+    """Return the rows of ``frame.runs`` of these algorithms. Raises ``UserError`` where there are none."""
     every = frame.runs(found)
     rows = every[every["algorithm"].isin(algorithms)]
     if rows.empty:
@@ -95,14 +106,15 @@ def runs(options: Options, found: Sequence[Record], algorithms: Sequence[str]) -
 
 
 def lacking(options: Options, what: str) -> UserError:
-    """What to raise where there are records, but none of the kind that is needed."""
+    """Return the error for an experiment that has records, but none of the required kind."""
     return UserError(f"the records of {options.experiment} in {options.records} hold no run of {what}")
 
 
 def origin(options: Options, found: Sequence[Record], read: Sequence[Path] = ()) -> dict[str, Any]:
-    """What a table or figure is made of: its command and commit, and of the runs behind it all that they tell.
+    """Return the provenance of a table or figure: its command and commit, and the provenance of its runs.
 
-    ``read``: other files it was made from, named by their digest.
+    ``found``: the records that it uses.
+    ``read``: other files that it uses; their digests are listed.
     """
     commit, dirty = provenance.git_state()
     runs = [record["provenance"] for record in found]
@@ -133,7 +145,7 @@ def origin(options: Options, found: Sequence[Record], read: Sequence[Path] = ())
 
 
 def _distinct(values: Any) -> list[Any]:
-    """Each value once, in order of first appearance."""
+    """Return each value except None once, in order of first appearance."""
     seen: list[Any] = []
     for value in values:
         if value is not None and value not in seen:

@@ -1,4 +1,4 @@
-"""Published beside obtained, and committed beside fresh."""
+"""Compare obtained numbers with published ones, and fresh records with committed ones."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ Word = Literal["holds", "does not hold", "not comparable"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """One word and the reason for it."""
+    """The outcome of a comparison and the reason for it."""
 
     word: Word
     why: str
@@ -26,9 +26,9 @@ class Verdict:
 
 
 def read_published(path: Path) -> pd.DataFrame:
-    """The published numbers: one row a claim and metric. ``tolerance`` is empty where none can be stated.
+    """Read the published numbers: one row per claim and metric. ``tolerance`` is NaN where none can be stated.
 
-    Raises UserError where the file is missing or a column is.
+    Raises ``UserError`` where the file or a column is missing.
     """
     try:
         frame = pd.read_csv(
@@ -43,9 +43,11 @@ def read_published(path: Path) -> pd.DataFrame:
 
 
 def verdict(published: float, obtained: float | None, tolerance: float | None, why: str = "") -> Verdict:
-    """Whether a published number is met. Without a number of ours, or without a tolerance, there is nothing to judge.
+    """Judge whether the obtained number lies within ``tolerance`` of the published one.
 
-    ``why`` says, where the two cannot be compared, what stands in the way.
+    The verdict is "not comparable" if either ``obtained`` or ``tolerance`` is None or NaN.
+
+    ``why``: the reason to state if the numbers are not comparable.
     """
     if obtained is None or math.isnan(obtained):
         return Verdict("not comparable", why or "no run of ours")
@@ -58,20 +60,20 @@ def verdict(published: float, obtained: float | None, tolerance: float | None, w
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Two numbers agree where |fresh − committed| ≤ absolute + relative · |committed|."""
+    """Two numbers agree if ``|fresh - committed| <= absolute + relative * |committed|``."""
 
     absolute: float
     relative: float = 0.0
 
     def agree(self, committed: float, fresh: float) -> bool:
-        """Two absent numbers agree, one absent and one present do not."""
+        """Return whether two numbers agree. NaN agrees only with NaN."""
         if math.isnan(committed) or math.isnan(fresh):
             return math.isnan(committed) and math.isnan(fresh)
         return abs(fresh - committed) <= self.absolute + self.relative * abs(committed)
 
 
-# A rerun on another machine rounds otherwise, and a greedy choice between two ranks that are nearly as good may fall
-# the other way. Truncated too hard, a net has a loss of several nats: hence the relative part.
+# Rounding differs between machines, so a greedy choice between two almost equal ranks may differ too.
+# A network that is truncated too far has a loss of several nats, so the tolerance has a relative part.
 _LOSS = Tolerance(absolute=0.01, relative=0.02)
 RERUN: Mapping[str, Tolerance] = {
     "test_loss": _LOSS,
@@ -91,7 +93,7 @@ RUN_KEYS = ("model", "variant", "seed", "calibration_seed", "signature")
 
 @dataclass(frozen=True)
 class Difference:
-    """One cell beyond tolerance, or a row that only one side has (``metric`` "row")."""
+    """A cell that differs by more than the tolerance, or (``metric`` "row") a row that only one side has."""
 
     row: str
     metric: str
@@ -112,9 +114,10 @@ def differences(
     tolerance: Mapping[str, Tolerance] = RERUN,
     keys: Sequence[str] = RUN_KEYS,
 ) -> list[Difference]:
-    """Each cell of the columns in ``tolerance`` that differs by more, and each row that is missing on one side.
+    """Return each cell that differs by more than the tolerance of its column, and each row that one side lacks.
 
-    ``keys`` name a row: they must be unique on either side. A column that a side lacks counts as empty there.
+    ``tolerance``: tolerance by column; other columns are not compared. A column that a side lacks is NaN there.
+    ``keys``: columns that identify a row. Raises ``UserError`` where two rows of one side have the same keys.
     """
     before, after = _rows(committed, keys), _rows(fresh, keys)
     found = []
@@ -142,7 +145,7 @@ def _number(value: Any) -> float:
 
 
 def summarise(found: Sequence[Difference], compared: int, tolerance: Mapping[str, Tolerance] = RERUN) -> int:
-    """Print one line a difference and a summary; 0 where all is within tolerance, else 1: the exit status."""
+    """Print one line per difference and a summary. Return the exit status: 0 if there is no difference, else 1."""
     for difference in found:
         print(difference)
     loss, top1 = tolerance["test_loss"], tolerance["test_accuracy"]

@@ -1,4 +1,4 @@
-"""The table that goes with a figure: the numbers that are drawn."""
+"""Build the table of the numbers that a figure shows."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from spectrim.report import frame
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table
 
-# The algorithms that ``figure.loss_panel`` draws.
+# ``figure.loss_panel`` draws these algorithms.
 METHODS = ("truncation", "lossless", "compact")
 COLUMNS = (
     Column("layers_kept", "rank / break-even rank %", 1, scale=100),
@@ -27,7 +27,11 @@ def table(
     notes: Sequence[str],
     families: Sequence[str] = frame.FAMILIES,
 ) -> Table:
-    """Model, method, ``values`` (keys of ``COLUMNS``) and n of ``rows``; the notes end on the ``families`` left out."""
+    """Build a table with the columns model, method, ``values`` and n.
+
+    ``values``: keys of ``COLUMNS``.
+    ``families``: a final note lists those of them that have no model in ``rows``.
+    """
     known = {column.key: column for column in COLUMNS}
     columns = (
         Column("model", "model"),

@@ -1,4 +1,4 @@
-"""A matplotlib figure → NAME.png and NAME.svg, the same bytes from the same records, and NAME.provenance.json."""
+"""Save a matplotlib figure as NAME.png, NAME.svg and NAME.provenance.json; equal records give equal bytes."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from spectrim.records.records import write_whole
 from spectrim.report.table import provenance_bytes
 
-# Okabe and Ito's palette, told apart under every common colour blindness; a marker of its own beside each colour.
+# The palette of Okabe and Ito is safe for all common types of colour blindness. Each colour also has its own marker.
 COLOURS = {
     "dense": "#000000",
     "truncation": "#E69F00",
@@ -33,7 +33,7 @@ MARKERS = {
     "compact, verified": "o",
 }
 SECOND = "#D55E00"
-# Any, for matplotlib types each key of its settings on its own.
+# The type is Any because matplotlib types each key of its settings separately.
 STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -50,13 +50,13 @@ STYLE: Any = {
 
 
 def _style() -> Any:
-    # Whatever a person has set for their own figures, ours look the same.
+    # The figures must not depend on the user's own matplotlib settings.
     return dict(matplotlib.rcParamsDefault) | {"backend": "agg"} | STYLE
 
 
 @contextmanager
 def panels(rows: int, columns: int, width: float, height: float) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure of ``rows × columns`` panels, each ``width × height`` inches; no display is needed."""
+    """Yield a figure of ``rows × columns`` panels, each ``width × height`` inches, and its axes; needs no display."""
     with matplotlib.rc_context(_style()):
         figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -64,7 +64,7 @@ def panels(rows: int, columns: int, width: float, height: float) -> Iterator[tup
 
 
 def losses(axis: Axes, label: str = "test loss") -> None:
-    """Label the axis of losses, once all is drawn; logarithmic, in plain numbers, where they span a factor of 2."""
+    """Label the loss axis after everything is drawn. Make it logarithmic if the losses span a factor of 2 or more."""
     low, high = axis.dataLim.intervaly
     if low <= 0 or high < 2 * low:
         axis.set_ylabel(f"{label} (nats)")
@@ -78,9 +78,10 @@ def losses(axis: Axes, label: str = "test loss") -> None:
 
 
 def save(figure: Figure, name: str, folder: Path, origin: Mapping[str, Any]) -> list[Path]:
-    """Write a figure under ``folder/figures``, all files or none. Call it inside ``panels``, whose style it needs.
+    """Write a figure under ``folder/figures``, either all files or none. Return their paths.
 
-    No date and no program version enter the files, so that the same records give the same bytes.
+    Call it inside ``panels``, because it needs that style. The files hold no date and no program version, so equal
+    records give equal bytes.
     """
     place = folder / "figures" / name
     files = {
@@ -99,10 +100,13 @@ def _bytes(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
 
 
 def loss_panel(axis: Axes, rows: pd.DataFrame, model: str, share: str, label: str, line: str) -> None:
-    """One model's test loss against the column ``share``, on a logarithmic scale; ``label`` names that axis.
+    """Draw one model's test loss against the column ``share``.
 
-    Dense as a line, truncation as a curve drawn with ``line``, each selector as points with their deviation over the
-    seeds.
+    The dense network is a horizontal line and truncation is a curve. Each selector is a set of points with their
+    standard deviation over the seeds.
+
+    ``label``: label of the horizontal axis.
+    ``line``: line style of the truncation curve.
     """
     dense = float(rows.loc[rows["method"] == "dense", "test_loss"].iloc[0])
     axis.axhline(dense, color=COLOURS["dense"], linewidth=1, label="dense")
@@ -127,6 +131,6 @@ def loss_panel(axis: Axes, rows: pd.DataFrame, model: str, share: str, label: st
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend below all panels, that names each line once."""
+    """Draw one legend below all panels that names each line once."""
     handles = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)

@@ -1,7 +1,7 @@
-"""Records → one row a run, and rows of several seeds → mean, standard deviation and n.
+"""Convert records to a DataFrame with one row per run, and average runs over seeds.
 
-Losses are in nats, accuracies and shares in [0, 1], changes of accuracy in percentage points (``_pp``), seconds in s.
-A change is always compressed minus dense: a negative change of loss is a gain.
+Losses are in nats, accuracies and shares in [0, 1], changes of accuracy in percentage points (``_pp``), times in
+seconds. A change is always compressed minus dense, so a negative change of loss is an improvement.
 """
 
 import math
@@ -17,7 +17,7 @@ from spectrim.records.records import Record
 
 FAMILIES = ("resnet", "resnext", "densenet", "vgg")
 METHODS = ("dense", "truncation", "lossless", "compact")
-# What the selectors with a budget are called, by their class.
+# Printed names of the selectors with a budget, by class name in lower case.
 SELECTORS = {
     "truncation": "uniform truncation",
     "globalthreshold": "global threshold",
@@ -27,16 +27,18 @@ SELECTORS = {
     "knapsack": "knapsack (BALF)",
     "joint": "joint, ours",
 }
-# What tells seeds of one setting apart; all else in a configuration makes another setting.
+# Runs of one setting may differ in these keys only.
 SEEDS = ("seed", "checkpoint", "data.calibration_seed")
 
 
 def runs(found: Iterable[Record]) -> pd.DataFrame:
-    """One row a run, ordered by model and method.
+    """Return one row per run, ordered by model and method.
 
-    ``variant`` names the algorithm and its form, ``method`` also what else tells two settings of one model apart,
-    ``group`` is equal for runs that differ in their seeds alone, ``settings`` is the flat configuration.
-    Raises UserError where records of one model and seed come from different checkpoints.
+    Column ``variant``: the algorithm and its main setting.
+    Column ``method``: the variant, and the settings that differ between runs of one model.
+    Column ``group``: equal for runs that differ only in their seeds.
+    Column ``settings``: the flat configuration.
+    Raises ``UserError`` where records of one model, data set and seed come from different checkpoints.
     """
     frame = pd.DataFrame([_row(record) for record in found])
     if frame.empty:
@@ -90,7 +92,7 @@ def _row(record: Record) -> dict[str, Any]:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested configuration as one mapping: ``{"data": {"size": 1}}`` → ``{"data.size": 1}``."""
+    """Flatten a nested configuration: ``{"data": {"size": 1}}`` → ``{"data.size": 1}``."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -98,7 +100,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _model(record: Record) -> str:
-    """The model's option; a torchvision classifier, which shares one option, goes by its own name."""
+    """Return the model's option, or its own name for torchvision classifiers, which share one option."""
     return str(record["config"]["model"].get("name") or record["names"]["model"])
 
 
@@ -117,13 +119,13 @@ def _variant(algorithm: str, settings: Mapping[str, Any]) -> str:
 
 
 def _relative_error(layers: Sequence[Mapping[str, Any]]) -> float:
-    """Root mean square, over the layers that can be factored, of ‖δ‖/‖W‖ (Frobenius); a dense layer counts 0."""
+    """Return the root mean square of ‖δ‖/‖W‖ (Frobenius) over the factorable layers; a layer left dense counts as 0."""
     squares = [(layer["relative_error"] or 0.0) ** 2 for layer in layers]
     return math.sqrt(sum(squares) / len(squares)) if squares else math.nan
 
 
 def _layers_kept(layers: Sequence[Mapping[str, Any]]) -> float:
-    """Share of their parameters kept by the layers that can be factored: rank over break-even, weighted by size."""
+    """Return the share of parameters that the factorable layers keep: rank over break-even rank, weighted by size."""
     before = sum(layer["params_before"] for layer in layers)
     return sum(layer["params_after"] for layer in layers) / before if before else math.nan
 
@@ -137,7 +139,7 @@ def _one_checkpoint_a_seed(frame: pd.DataFrame) -> None:
 
 
 def _methods(frame: pd.DataFrame) -> list[str]:
-    """``variant``, and the settings that differ where one model has it in several."""
+    """Return each run's ``variant``, plus the settings that differ if one model has several settings of it."""
     names = list(frame["variant"])
     for _, rows in frame.groupby(["experiment", "model", "data", "variant"]):
         if rows["group"].nunique() < 2:
@@ -153,16 +155,18 @@ def _methods(frame: pd.DataFrame) -> list[str]:
 
 
 def _said(setting: str, value: Any) -> str:
-    if setting == records.CLASS:  # two classes, such as two decomposers
+    if setting == records.CLASS:  # The class name alone is clear, such as that of a decomposer.
         return str(value)
     name = setting.replace("_", " ")
     return f"no {name}" if value is None else f"{name} {value}"
 
 
 def require_one_setting(runs: pd.DataFrame, by: Sequence[str], named: str, place: str) -> None:
-    """Raise ``UserError`` where runs of different settings would be taken together.
+    """Raise ``UserError`` where runs of different settings would share one row or curve.
 
-    ``named``: what the runs with equal columns ``by`` are called, a format of columns; ``place``: what holds one of it.
+    ``by``: columns that group the runs.
+    ``named``: format string over the columns that names a group in the message.
+    ``place``: the part of the message that says what holds only one setting.
     """
     for _, own in runs.groupby(list(by)):
         count = own["group"].nunique()
@@ -172,22 +176,23 @@ def require_one_setting(runs: pd.DataFrame, by: Sequence[str], named: str, place
 
 
 def family(model: str) -> str:
-    """The leading letters of a model's name: resnet20 and ResNet-50 → resnet."""
+    """Return the leading letters of a model's name: resnet20 and ResNet-50 → resnet."""
     found = re.match("[a-z]+", model.lower())
     return found.group() if found else ""
 
 
 def missing(models: Iterable[str], families: Sequence[str] = FAMILIES) -> list[str]:
-    """A note naming the families of the source that no model stands for; none where all are there."""
+    """Return a note that lists the families without a model, or no note if every family has one."""
     present = {family(model) for model in models}
     absent = [name for name in families if name not in present]
     return [f"Left out, for want of records: {', '.join(absent)}."] if absent else []
 
 
 def sort_key(name: str) -> tuple[Any, ...]:
-    """Known families and methods in their usual order, then names with their numbers as numbers (resnet20 < resnet110).
+    """Return a sort key for model and method names.
 
-    The one-shot form, as printed in the source, comes before the verified one, large shares before small.
+    Known families and methods come first, in their usual order. Numbers inside names compare as numbers
+    (resnet20 < resnet110). One-shot comes before verified, and large truncation shares before small ones.
     """
     known = FAMILIES + METHODS
     place = known.index(family(name)) if family(name) in known else len(known)
@@ -203,10 +208,10 @@ def _order(column: "pd.Series[Any]") -> "pd.Series[int]":
 
 
 def with_dense(frame: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
-    """One row a model and method, seeds taken together, each model's dense row first. Columns as of ``over_seeds``.
+    """Average runs over seeds: one row per model and method, each model's dense row first.
 
-    A dense net does not depend on the calibration draw, so its row has one run a training seed. Where there are several
-    data sets a model's name says on which.
+    The columns are those of ``over_seeds``. A dense network does not depend on the calibration draw, so its row has one
+    run per training seed. If there are several data sets, the model's name states its data set.
     """
     if frame["data"].nunique() > 1:
         frame = frame.assign(model=frame["model"] + " on " + frame["data"])
@@ -226,17 +231,18 @@ def with_dense(frame: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
         )
         rows += over_seeds(own, by, values).to_dict(orient="records")
     found = pd.DataFrame(rows)
-    # What is 1 by definition has no deviation.
+    # Shares kept are 1 by definition for a dense network, so they have no deviation.
     shares = [f"{value}_std" for value in values if value.endswith("_kept")]
     found.loc[found["method"] == "dense", shares] = math.nan
     return found
 
 
 def over_seeds(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) -> pd.DataFrame:
-    """Mean, standard deviation (ddof = 1; NaN for a single run) and n of each value over the runs of a group.
+    """Return the mean and standard deviation of each value over the runs of a group, with ``n``.
 
-    Rows keep the order in which the groups first appear. Columns: ``by``, each value and its ``_std``, ``runs``, ``n``:
-    training seeds × calibration seeds, with the number of runs where that is another.
+    The standard deviation has ddof = 1 and is NaN for a single run. Rows keep the order in which the groups first
+    appear. The columns are ``by``, each value and its ``_std``, ``runs`` (number of runs), and ``n`` (see
+    ``spelled_n``).
     """
     rows = []
     for keys, group in frame.groupby(list(by), sort=False, dropna=False):
@@ -251,10 +257,11 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) ->
 
 
 def spelled_n(group: pd.DataFrame) -> str:
-    """``3 × 2``: three training seeds and two calibration seeds; with the number of runs where some are missing.
+    """Describe the seeds of a group of runs.
 
-    ``3`` where no calibration took part, as for a dense net; ``3 pairs`` where each training seed has a calibration
-    draw of its own.
+    ``3 × 2`` means three training seeds and two calibration seeds; the number of runs follows if it is not their
+    product. ``3`` means that the runs use no calibration, as for a dense network. ``3 pairs`` means that each training
+    seed has its own calibration draw.
     """
     seeds, draws, total = group["seed"].nunique(), group["calibration_seed"].nunique(), len(group)
     if not draws:

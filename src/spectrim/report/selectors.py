@@ -1,4 +1,4 @@
-"""Records of rank selectors → a row for each selector, size and length of training: what Table 1 and Figure 6 share."""
+"""Convert records of rank selectors to one row per selector, size and training length, for Table 1 and Figure 6."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,18 +13,18 @@ from spectrim.records.records import Record
 from spectrim.report import command, frame, trainings
 from spectrim.report.command import Options
 
-BUDGETS = (0.7, 0.5, 0.3)  # parts of the parameters
-NEAR = 0.05  # of the parameters: how near a size that was not asked for stands for one of them
+BUDGETS = (0.7, 0.5, 0.3)  # shares of the parameters kept
+NEAR = 0.05  # share of the parameters: a size this close to a budget represents it
 LISTED = ("selector", "approach", "layers", "strategy", "timing", "note")
 BY = ("model", "data", "selector", "scratch", "asked", "budget", "epochs")
 VALUES = ("params_kept", "test_accuracy", "test_loss", "seconds", "cpu_seconds", "read", "passes")
 
 
 def listed(path: Path) -> pd.DataFrame:
-    """The selectors in the order of the table: the name of their class in small letters, what a row is called, the
-    source's three labels (empty where it has none) and a footnote (empty).
+    """Read the list of selectors, in the order of the table.
 
-    Raises UserError where the file is missing or a column is.
+    The columns are the class name in lower case, the printed name, the three labels of the source, and a footnote.
+    Labels and footnote may be empty. Raises ``UserError`` where the file or a column is missing.
     """
     try:
         found = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -37,11 +37,15 @@ def listed(path: Path) -> pd.DataFrame:
 
 
 def rows(options: Options, found: Sequence[Record], selectors: pd.DataFrame) -> pd.DataFrame:
-    """One row a net, selector, size asked for and number of epochs trained (0: cut alone), seeds taken together.
+    """Return one row per network, selector, requested size and number of training epochs, averaged over seeds.
 
-    Columns: ``BY``; each of ``VALUES`` and its ``_std``; ``runs``, ``n``; ``approach``; ``at``, the budget that the row
-    stands for, NaN where it is near none; ``dense_accuracy`` of the trained nets of the same seeds, and its ``_std``.
-    Raises UserError without a run of any of them, and where one row would be of several settings.
+    Zero epochs means truncation without training. The columns are ``BY``, each of ``VALUES`` and its ``_std``,
+    ``runs``, ``n``, ``approach``, and these two:
+
+    Column ``at``: the budget that the row represents; NaN if none is close.
+    Column ``dense_accuracy``: mean over the trained dense networks of the same seeds, with its ``_std``.
+
+    Raises ``UserError`` where no record belongs to a listed selector, or where one row would mix several settings.
     """
     order = {name: place for place, name in enumerate(selectors["selector"])}
     known = frame.runs(found).set_index("signature")
@@ -64,7 +68,7 @@ def rows(options: Options, found: Sequence[Record], selectors: pd.DataFrame) -> 
 
 
 def _name(record: Record) -> str:
-    """The class of the selector, of fine-tuning that of what it trains after, in small letters."""
+    """Return the class name of the selector in lower case; for fine-tuning, that of the selector it follows."""
     chosen = record["config"]["algorithm"]
     return records.class_of(chosen.get("selector", chosen)).lower()
 
@@ -89,7 +93,7 @@ def _run(record: Record, run: Any) -> dict[str, Any]:
         "params_kept": run["params_kept"],
         "test_accuracy": run["test_accuracy"],
         "test_loss": run["test_loss"],
-        # Before a training from scratch the dense net knows nothing.
+        # A run from scratch starts from an untrained dense network, whose accuracy means nothing.
         "dense_accuracy": math.nan if scratch else run["dense_test_accuracy"],
         "seconds": trainings.seconds(record),
         "cpu_seconds": trainings.seconds(record, "cpu_seconds"),
@@ -103,7 +107,7 @@ def _is_seed(key: str) -> bool:
 
 
 def _asked(record: Record, selector: Mapping[str, Any]) -> str:
-    """What a run was to meet, in words."""
+    """Return the requested size, or the setting that determines it, in words."""
     if selector.get("params_kept") is not None:
         return f"{100 * selector['params_kept']:g} %"
     if trainings.is_training(record):
@@ -112,7 +116,11 @@ def _asked(record: Record, selector: Mapping[str, Any]) -> str:
 
 
 def _stands_for(together: pd.DataFrame) -> list[float]:
-    """Of each row the budget asked for, or the nearest within ``NEAR`` of a size of its own; one row a budget."""
+    """Return the budget that each row represents, or NaN.
+
+    It is the requested budget if there is one. Otherwise it is the closest budget within ``NEAR`` of the achieved size,
+    for the closest row only.
+    """
     at = [
         row["budget"]
         if not math.isnan(row["budget"])
@@ -128,7 +136,7 @@ def _stands_for(together: pd.DataFrame) -> list[float]:
 
 
 def _dense(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of each net the accuracy of its trained dense nets, one a seed."""
+    """Return the mean accuracy of each network's trained dense networks, one per seed."""
     nets = runs.dropna(subset="dense_accuracy").drop_duplicates(["model", "data", "seed"])
     columns = ["model", "data", "dense_accuracy", "dense_accuracy_std"]
     return frame.over_seeds(nets, ("model", "data"), ["dense_accuracy"]).reindex(columns=columns)

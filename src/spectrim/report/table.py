@@ -1,4 +1,4 @@
-"""A DataFrame → NAME.csv (full precision), NAME.md and NAME.tex (to be read), NAME.provenance.json."""
+"""Save a DataFrame as NAME.csv (full precision), NAME.md and NAME.tex (rounded), and NAME.provenance.json."""
 
 import json
 import math
@@ -12,7 +12,7 @@ import pandas as pd
 from spectrim.records.records import write_whole
 
 ABSENT = "–"
-HUGE = 1e6  # what is as large and is no count has no decimals worth reading
+HUGE = 1e6  # larger numbers that are not counts are printed with an exponent
 LATEX = {
     "\\": r"\textbackslash{}",
     "%": r"\%",
@@ -44,10 +44,13 @@ LATEX = {
 
 @dataclass(frozen=True)
 class Column:
-    """How one column is printed: its header with the unit, digits of a number, its factor (100 for percent).
+    """Format of one printed column. If the frame has a column ``KEY_std``, a cell reads ``mean ± std``.
 
-    ``signed`` prints a plus sign. With a column ``KEY_std`` beside it in the frame, a value reads ``mean ± std``.
-    ``digits`` None: text, as it is.
+    ``key``: column of the frame.
+    ``header``: printed header, with the unit.
+    ``digits``: number of decimals; None for text.
+    ``scale``: factor of the printed value (100 for percent).
+    ``signed``: print a plus sign.
     """
 
     key: str
@@ -57,7 +60,7 @@ class Column:
     signed: bool = False
 
     def cell(self, row: Mapping[str, Any]) -> str:
-        """One printed cell; an absent value is a dash, a deviation of a single run is not printed."""
+        """Return one printed cell. An absent value is a dash; the deviation of a single run is omitted."""
         value = row[self.key]
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return ABSENT
@@ -69,7 +72,10 @@ class Column:
 
 
 def number(value: float, digits: int, signed: bool = False) -> str:
-    """A number with a true minus sign; what rounds to nothing is printed without a sign, what is huge by its power."""
+    """Format a number with a true minus sign.
+
+    A value that rounds to zero has no sign. A value of at least ``HUGE`` has an exponent if ``digits`` is not 0.
+    """
     form = ".1e" if digits and abs(value) >= HUGE else f".{digits}f"
     text = f"{value:{'+' if signed else ''}{form}}"
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
@@ -77,7 +83,7 @@ def number(value: float, digits: int, signed: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A table and how it is printed. ``group``: a column whose repeated values are printed once."""
+    """A table and its format. ``group``: key of a column whose repeated values are printed once."""
 
     name: str
     data: pd.DataFrame
@@ -87,7 +93,7 @@ class Table:
     group: str | None = None
 
     def printed(self) -> pd.DataFrame:
-        """The cells as text, under their headers."""
+        """Return the cells as text, under their headers."""
         rows: list[Any] = self.data.to_dict(orient="records")
         cells = {column.header: [column.cell(row) for row in rows] for column in self.columns}
         for column in self.columns:
@@ -99,7 +105,7 @@ class Table:
         return pd.DataFrame(cells)
 
     def markdown(self) -> str:
-        """Caption, table, notes."""
+        """Return the caption, the table and the notes as Markdown."""
         align = ["left" if column.digits is None else "right" for column in self.columns]
         printed = (
             self.printed()
@@ -110,7 +116,7 @@ class Table:
         return "\n\n".join([f"**{self.caption}**", body, *self.notes]) + "\n"
 
     def latex(self) -> str:
-        """A ``table`` with booktabs rules, a rule between groups, and the notes below."""
+        """Return a LaTeX ``table`` with booktabs rules, a rule between groups, and the notes below."""
         printed = self.printed().map(latex).rename(columns=latex)
         align = "".join("l" if column.digits is None else "r" for column in self.columns)
         text = printed.style.hide(axis="index").to_latex(
@@ -126,17 +132,17 @@ class Table:
         return "% needs \\usepackage{booktabs}\n" + text.replace("\n\\end{table}", f"{notes}\n\\end{{table}}")
 
     def csv(self) -> str:
-        """The numbers in full precision, under the names of the frame."""
+        """Return the numbers in full precision, under the column names of the frame."""
         return self.data.to_csv(index=False, lineterminator="\n")
 
 
 def latex(text: str) -> str:
-    """Plain text → LaTeX."""
+    """Escape plain text for LaTeX."""
     return "".join(LATEX.get(character, character) for character in text)
 
 
 def _ruled(text: str, groups: "pd.Series[str]") -> str:
-    """A rule above each row that begins a group, the first excepted."""
+    """Insert a rule above each row that begins a group, except the first."""
     before, rule, after = text.partition("\\midrule\n")
     rows = after.split("\n")
     for index, name in reversed(list(enumerate(groups))):
@@ -146,7 +152,10 @@ def _ruled(text: str, groups: "pd.Series[str]") -> str:
 
 
 def save(tables: Sequence[Table], folder: Path, origin: Mapping[str, Any]) -> list[Path]:
-    """Write tables under ``folder/tables``, all or none. ``origin``: what goes into their provenance."""
+    """Write tables under ``folder/tables``, either all or none. Return the paths.
+
+    ``origin``: provenance of the tables, from ``command.origin``.
+    """
     files: dict[Path, bytes] = {}
     for table in tables:
         place = folder / "tables" / table.name
@@ -159,5 +168,5 @@ def save(tables: Sequence[Table], folder: Path, origin: Mapping[str, Any]) -> li
 
 
 def provenance_bytes(name: str, origin: Mapping[str, Any]) -> bytes:
-    """The provenance that lies beside a table or a figure."""
+    """Return the content of the provenance file of a table or figure."""
     return (json.dumps({"name": name, **origin}, indent=1, ensure_ascii=False) + "\n").encode()

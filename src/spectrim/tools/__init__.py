@@ -1,1 +1,1 @@
-"""Plumbing that knows nothing of compression."""
+"""General tools that do not depend on compression."""

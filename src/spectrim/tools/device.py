@@ -1,19 +1,19 @@
-"""Where a run computes: on the processor, or on a GPU."""
+"""Select the device of a run: the CPU or a GPU."""
 
 import torch
 
 from spectrim.errors import UserError
 
-KINDS = ("cpu", "cuda")  # decompositions are in float64, which mps has not
+KINDS = ("cpu", "cuda")  # Decompositions use float64, which mps lacks.
 
 
 def device_called(name: object) -> torch.device:
-    """The device of that name: ``cpu``, ``cuda`` or ``cuda:1`` (the second GPU).
+    """Return the device named ``cpu``, ``cuda`` or ``cuda:1`` (the second GPU).
 
-    On a GPU float32 is then computed as float32: by default its convolutions drop 13 of 23 bits of the inputs, which
-    moves a loss by more than a cautious selection does. They are also made to give the same twice, as far as they can.
+    For a GPU it also disables TF32. By default convolutions drop 13 of the 23 mantissa bits of float32 inputs, which
+    changes a loss by more than a cautious selection does. It also makes cuDNN deterministic.
 
-    Raises ``UserError`` for another name, and where torch finds no such device here.
+    Raises ``UserError`` for another name, and where torch finds no such device.
     """
     try:
         device = torch.device(name)  # type: ignore[call-overload]

@@ -1,10 +1,10 @@
-"""What the C library does with memory that is freed. Elsewhere than with glibc: what it always does."""
+"""Tune glibc malloc. A no-op on other C libraries."""
 
 import ctypes
 from typing import Any
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-_LARGEST = 32 * 2**20  # bytes, the most that mallopt takes
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # from mallopt(3)
+_LARGEST = 32 * 2**20  # bytes, the maximum that mallopt accepts
 
 
 def _glibc(function: str) -> Any:
@@ -12,10 +12,10 @@ def _glibc(function: str) -> Any:
 
 
 def keep() -> None:
-    """Keep what is freed for the next use, but for blocks above 32 MiB.
+    """Reuse freed memory, except blocks above 32 MiB.
 
-    By default each large tensor is mapped anew and its pages are cleared by the kernel, batch after batch: of a small
-    net on a processor a third of the time, and more where several processes do so.
+    By default glibc maps each large tensor anew in every batch, and the kernel clears its pages. For a small network on
+    a CPU this takes a third of the time, and more if several processes run.
     """
     mallopt = _glibc("mallopt")
     if mallopt is not None:
@@ -24,7 +24,7 @@ def keep() -> None:
 
 
 def give_back() -> None:
-    """Return to the system what was freed and kept, up to the size of the model again."""
+    """Return freed memory to the system; malloc may hold as much as the model's own size."""
     trim = _glibc("malloc_trim")
     if trim is not None:
         trim(0)

@@ -1,4 +1,4 @@
-"""What was computed of a model, kept for as long as what it came from stays the same."""
+"""Cache results that are computed from a model, as long as everything they depend on is unchanged."""
 
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 class Memory:
-    """Results by the model, their kind and a key that names all they depend on; the oldest of a kind gives way.
+    """A cache of results by model, kind, and a key that covers all they depend on. It evicts the oldest of a kind.
 
-    ``keep``: how many of each kind are kept, one where nothing is said, 0 for none.
+    ``keep``: number of results to keep by kind (default 1; 0 disables the cache).
     """
 
     def __init__(self, **keep: int) -> None:
@@ -20,13 +20,13 @@ class Memory:
         self._known: WeakKeyDictionary[nn.Module, dict[str, dict[Hashable, Any]]] = WeakKeyDictionary()
 
     def get(self, model: nn.Module, kind: str, key: Callable[[], Hashable], make: Callable[[], T]) -> T:
-        """What ``make`` gives, made once for a ``key``."""
+        """Return the cached result for ``key()``, or call ``make`` and cache its result."""
         size = self.keep.get(kind, 1)
         if not size:
             return make()
         known, name = self._known.setdefault(model, {}).setdefault(kind, {}), key()
         if name not in known:
-            while len(known) >= size:  # before the new one is made: both need not fit into memory
+            while len(known) >= size:  # Evict before ``make`` runs, because both may not fit into memory.
                 del known[next(iter(known))]
             known[name] = make()
         return known[name]

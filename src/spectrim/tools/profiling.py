@@ -1,4 +1,4 @@
-"""Seconds and peak memory of each phase of a run."""
+"""Measure the seconds and peak memory of each phase of a run."""
 
 import resource
 import time
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class Timed:
-    """``with Timed() as spent``: seconds of the block on the wall, and of the CPU, of all threads together."""
+    """Measure a block: ``with Timed() as spent``. Wall seconds, and CPU seconds summed over all threads."""
 
     seconds = cpu_seconds = 0.0
 
@@ -23,10 +23,10 @@ class Timed:
 
 
 class Phases(dict[str, dict[str, float]]):
-    """Phase name to ``{"seconds": …, "cpu_seconds": …, "peak_mib": …, "added_mib": …}``.
+    """Map a phase name to ``{"seconds": …, "cpu_seconds": …, "peak_mib": …, "added_mib": …}``.
 
-    Seconds are those on the wall; of the CPU, of all threads together. The peak is of the whole process's resident
-    memory; added is by how much it lies above what lay there before.
+    ``seconds`` is wall time; ``cpu_seconds`` is CPU time summed over all threads. ``peak_mib`` is the peak resident
+    memory of the process; ``added_mib`` is the peak minus the resident memory at the start of the phase.
     """
 
     @contextmanager
@@ -48,7 +48,7 @@ class Phases(dict[str, dict[str, float]]):
 
 
 def _reset_peak() -> None:
-    """Let the kernel start the peak anew; elsewhere than on Linux the peak is that of the process so far."""
+    """Reset the kernel's peak counter. A no-op outside Linux, where the peak covers the whole process so far."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -56,7 +56,7 @@ def _reset_peak() -> None:
 
 
 def _mib(which: str) -> float:
-    """Resident memory now (VmRSS) or at its peak (VmHWM); elsewhere than on Linux the peak for either."""
+    """Return the current (VmRSS) or peak (VmHWM) resident memory in MiB; outside Linux always the peak."""
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split(f"{which}:")[1].split()[0]) / 1024

@@ -1,4 +1,4 @@
-"""How a class of settings is declared: a frozen dataclass whose field types are checked when it is made."""
+"""Declare a class of settings: a frozen dataclass that checks its field types when it is created."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -11,7 +11,7 @@ from beartype.vale import IsInstance
 from spectrim.errors import UserError
 
 T = TypeVar("T")
-# An int passes for a float, but a bool for neither: whoever writes rank=true does not mean rank 1.
+# An int is accepted as a float, but a bool as neither, because rank=true does not mean rank 1.
 _NO_BOOL = ~IsInstance[bool]
 _NUMBERS = BeartypeConf(
     hint_overrides=FrozenDict({int: Annotated[int, _NO_BOOL], float: Annotated[float | int, _NO_BOOL]})
@@ -20,9 +20,9 @@ _NUMBERS = BeartypeConf(
 
 @dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
-    """Make ``cls`` a frozen dataclass; a field of the wrong type raises ``UserError`` in one line.
+    """Make ``cls`` a frozen dataclass that raises ``UserError`` for a field of the wrong type.
 
-    The types are checked before the class's own or inherited ``__post_init__``, which may then rely on them.
+    The check precedes the class's own or inherited ``__post_init__``, which may rely on the types.
     """
     checks: Callable[[Any], None] | None = getattr(cls, "__post_init__", None)
 
@@ -41,7 +41,7 @@ def settings(cls: type[T]) -> type[T]:
 
 
 def _parts(value: Any) -> list[Any]:
-    """Each item of a sequence as a sequence of its own, for of a longer one beartype looks at a single random item."""
+    """Split a sequence into sequences of one item, because beartype checks only one random item of a longer one."""
     if isinstance(value, list | tuple) and len(value):
         return [[part] for item in value for part in _parts(item)]
     return [value]

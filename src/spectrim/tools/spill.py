@@ -1,4 +1,4 @@
-"""Tensors laid aside on the disk, for a model whose decompositions do not all fit into memory."""
+"""Spill tensors to disk, for a model whose decompositions do not all fit into memory."""
 
 import contextlib
 import shutil
@@ -17,27 +17,27 @@ from spectrim.errors import UserError
 from spectrim.tools import malloc
 
 PREFIX, LOCK = "spectrim-shelf-", "lock"
-NEWBORN = 60.0  # seconds within which a folder may not have its lock yet
+NEWBORN = 60.0  # seconds during which a new folder may not have its lock yet
 
 
 class Shelf:
-    """A folder among the temporary files (``TMPDIR`` says where) that goes when nobody holds the shelf any more.
+    """A temporary folder that is deleted when its last reference is dropped. ``TMPDIR`` sets its location.
 
-    A process that is killed leaves its own, gigabytes of a language model: the next shelf among the same temporary
-    files takes it away.
+    A killed process leaves its folder behind, which holds gigabytes for a language model. The next shelf in the same
+    location deletes it.
     """
 
     def __init__(self) -> None:
         self._folder, self._count = Path(mkdtemp(prefix=PREFIX)), 0
         lock = FileLock(self._folder / LOCK)
-        with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks: nobody takes it away
-            lock.acquire()  # the system lets go of it when the process ends, in whatever way
+        with contextlib.suppress(OSError, NotImplementedError):  # Without file locks nobody deletes a leftover folder.
+            lock.acquire()  # The system releases the lock however the process ends.
         weakref.finalize(self, _away, self._folder, lock)
         for other in self._folder.parent.glob(f"{PREFIX}*"):
             _away_if_left(other)
 
     def lay(self, tensors: Mapping[str, Tensor]) -> "Laid":
-        """Write them. Raises ``UserError`` where the disk is full."""
+        """Write ``tensors`` to a new file. Raises ``UserError`` where that fails, as on a full disk."""
         path = self._folder / f"{self._count}.safetensors"
         self._count += 1
         try:
@@ -52,13 +52,13 @@ class Shelf:
 
 
 class Laid:
-    """What lies in one file of a shelf, which is kept as long as this is."""
+    """A handle to one file of a shelf. It keeps the shelf alive."""
 
     def __init__(self, shelf: Shelf, path: Path) -> None:
         self._shelf, self._path = shelf, path
 
     def read(self) -> dict[str, Tensor]:
-        """The tensors, read anew at each call."""
+        """Read the tensors from disk, at every call."""
         malloc.give_back()
         return load_file(self._path)
 
@@ -69,7 +69,7 @@ def _away(folder: Path, lock: FileLock) -> None:
 
 
 def _away_if_left(folder: Path) -> None:
-    """Remove the shelf of a process that is no more. What cannot be removed, of another user, stays."""
+    """Delete the folder of a process that has ended. Skip a folder that cannot be deleted, such as another user's."""
     with contextlib.suppress(OSError, NotImplementedError, Timeout):
         if time.time() - folder.stat().st_mtime > NEWBORN:
             lock = FileLock(folder / LOCK, timeout=0)

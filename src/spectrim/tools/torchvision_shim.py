@@ -1,8 +1,8 @@
-"""Makes torchvision importable beside a torch that its compiled operators were not built for.
+"""Make torchvision importable with a torch that its compiled operators were not built for.
 
-torchvision's wheel is built against one torch; beside another (the CPU-only one, say) its operators do not load, and
-its import stops where it registers a kernel for ``nms``, which nothing has declared. Models, transforms and data sets
-call none of these operators, so declaring them is enough.
+The torchvision wheel is built against one torch. With another torch, such as the CPU-only one, its operators do not
+load. The import then fails when it registers a kernel for the undeclared operator ``nms``. Models, transforms and data
+sets call none of these operators, so it is enough to declare them.
 """
 
 import contextlib
@@ -16,13 +16,13 @@ import torch
 from spectrim.errors import UserError
 
 SCHEMAS = ("nms", "qnms")
-# What the declarations live in: they end with this object.
+# The declarations exist only as long as these objects.
 _LIBRARY: list[torch.library.Library] = []
 
 
 @functools.cache
 def prepare() -> None:
-    """Call before torchvision is imported; a second call does nothing.
+    """Prepare the import of torchvision. Call it before that import; a second call does nothing.
 
     Raises ``UserError`` where torchvision is not installed.
     """
@@ -39,13 +39,13 @@ def declare() -> None:
     """Declare the operators' signatures, without implementations."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in SCHEMAS:
-        with contextlib.suppress(RuntimeError):  # declared already, by somebody else who mends the same
+        with contextlib.suppress(RuntimeError):  # Another package with the same workaround may have declared it.
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _LIBRARY.append(library)
 
 
 def _operators_load(folder: Path) -> bool:
-    """Whether torchvision's compiled operators, if there are any, fit the installed torch."""
+    """Return whether torchvision has compiled operators that load with the installed torch."""
     for path in (*folder.glob("_C*.so"), *folder.glob("_C*.pyd")):
         try:
             torch.ops.load_library(path)
