@@ -28,19 +28,22 @@ def compress(
     batch_norm: BatchNorm = "keep",
     layers_at_once: int | None = None,
 ) -> Compressed:
-    """Compress ``model``, without training it unless the algorithm is one that trains.
+    """Return a compressed copy of ``model``. No weight is trained unless ``algorithm`` is one that trains.
 
-    ``calibration``: held-out batches (inputs, targets), iterable again and again; inputs are a tensor, a tuple of
-    positional or a mapping of keyword arguments. ``verification``: other batches, for algorithms that measure what
-    they chose: a loss measured on the set that was chosen on is too good. ``train``: batches for algorithms that train,
-    with a length. ``loss(model_output, targets)``: a scalar, the mean over its batch.
-    ``algorithm``: ``Lossless()`` if not given; ``decomposer``: ``SVD()``, the channel view, if not given.
-    ``batch_norm="follow"``: once the algorithm is done, the statistics of every BatchNorm are shifted by what
-    compression changed on calibration batches, without labels (``batchnorm.reestimate``); ``"keep"``: they stay.
-    ``layers_at_once``: hold the gradients of so many layers at a time, for more passes over the calibration batches
-    (``objective.Objective``); all of them if not given.
+    ``calibration``: held-out batches ``(inputs, targets)`` that can be iterated again and again. Inputs are a tensor, a
+        tuple of positional arguments or a mapping of keyword arguments.
+    ``verification``: other held-out batches, for algorithms that measure what they chose. A loss measured on the
+        samples that chose the ranks is too low.
+    ``train``: batches with a length, for algorithms that train.
+    ``loss``: ``loss(model_output, targets)``, a scalar, the mean over the batch.
+    ``algorithm``: the selector; ``Lossless()`` by default.
+    ``decomposer``: ``SVD()``, the channel view, by default.
+    ``batch_norm``: ``"keep"`` leaves the statistics of every BatchNorm as they are. ``"follow"`` shifts them by what
+        compression changed on calibration batches (``batchnorm.reestimate``), without labels.
+    ``layers_at_once``: number of layers whose gradients are held in memory at once. Fewer layers take more passes over
+        the calibration batches (``objective.Objective``). All layers by default.
 
-    ``model`` is left as it was, its mode and device too; the result holds the compressed copy on the same device.
+    The given model keeps its weights, mode and device. The copy lies on the same device.
     Raises ``UserError`` in one line for anything that cannot be compressed as asked.
     """
     require(batch_norm)
@@ -52,9 +55,10 @@ def compress(
 
 
 def load(path: str | Path, *, into: nn.Module) -> nn.Module:
-    """The model saved at ``path``: ``into``, built dense as before compression, factored by the plan and filled.
+    """Factor ``into`` by the plan saved at ``path``, fill it with the saved weights, and return it.
 
-    ``path``: a file that ``Compressed.save`` wrote, or a folder that ``compress_checkpoint`` did.
+    ``path``: a file that ``Compressed.save`` wrote, or a folder that ``compress_checkpoint`` wrote.
+    ``into``: the model, built dense as before compression.
     Raises ``UserError`` where the file is missing, cut short, altered, or of another architecture.
     """
     return sharded.load(path, into) if Path(path).is_dir() else single_file.load(path, into)

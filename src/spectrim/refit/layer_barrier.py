@@ -1,4 +1,4 @@
-"""Functions that run in step: each waits at every station until all the others have come there too."""
+"""Run several forward passes layer by layer: each waits at a layer until all the others have reached it."""
 
 import threading
 from collections.abc import Callable, Sequence

@@ -14,7 +14,7 @@ CONF = str(_CHECKOUT if _CHECKOUT.is_dir() else Path(__file__).resolve().parents
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
-    """A node with its interpolations resolved, as plain dicts, lists, numbers and strings."""
+    """Resolve the interpolations of a node and return plain dicts, lists, numbers and strings."""
     return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
 
 
@@ -25,12 +25,12 @@ def check_seed(cfg: DictConfig) -> None:
 
 
 def text(cfg: DictConfig, key: str) -> str:
-    """A name or a path of the configuration. Raises ``UserError`` where it is null or anything but text."""
+    """Return a name or a path of the configuration. Raises ``UserError`` where it is not text."""
     if not isinstance(cfg[key], str):
         raise UserError(f"{key}={cfg[key]!r} is not text; give a name or a path")
     return cfg[key]
 
 
 def invocation(program: str) -> str:
-    """The command that makes this one run, also where it is one of a grid, as it is pasted into a shell."""
+    """Return the shell command that makes this one run, also inside a grid."""
     return shlex.join([program, *HydraConfig.get().overrides.task]) if HydraConfig.initialized() else program

@@ -12,8 +12,8 @@ from spectrim.errors import UserError, innermost
 from spectrim.tools import torchvision_shim
 
 PACKAGES = ("spectrim.", "torch.", "torchvision.")
-# Where the parts of a run come from. Elsewhere in the three packages there is code that runs commands, loads libraries
-# and writes files.
+# The modules that hold the parts of a run. Other modules of these packages run commands, load libraries and write
+# files.
 PLACES = (
     "spectrim.algorithms.",
     "spectrim.data.",
@@ -41,7 +41,7 @@ def check_targets(node: Any, where: str = "config") -> None:
 
 
 def _refusal(target: str) -> str:
-    """Why ``target`` may not be made, judged by its name alone; empty where it may."""
+    """Return why ``target`` is refused, by its name alone; empty where it is allowed."""
     if not target.startswith(PACKAGES):
         return "only spectrim, torch and torchvision may be used"
     if target.startswith(UNPICKLING):
@@ -52,7 +52,7 @@ def _refusal(target: str) -> str:
 
 
 def _check_homes(node: Any) -> None:
-    """Refuse what an allowed module merely imported, such as its ``os.system``, and name what does not exist."""
+    """Refuse a name that an allowed module merely imports, such as its ``os.system``, and a name that does not exist."""
     for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         _check_homes(value)
     if not isinstance(node, dict) or "_target_" not in node:
@@ -67,14 +67,15 @@ def _check_homes(node: Any) -> None:
 
 
 def build(settings: dict[str, Any], can: str = "") -> Any:
-    """The object that ``settings`` (with its ``_target_``) describes, which has the method ``can``.
+    """Build the object that ``settings`` describes by its ``_target_``.
 
+    ``can``: the method that the object must have.
     Raises ``UserError`` in one line.
     """
     check_targets(settings)
     if "torchvision." in str(settings):
         torchvision_shim.prepare()
-        # Its own functions, when they fetch weights, do not ask torch.load for tensors alone.
+        # torchvision fetches weights without asking torch.load for tensors alone.
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     _check_homes(settings)
     try:

@@ -1,4 +1,4 @@
-"""What many runs of a grid share: a trained model and the splits it is judged on. Nothing is computed twice."""
+"""The task that many runs of a grid share: a trained model and the splits it is judged on."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from spectrim.runs import targets
 from spectrim.statistics.objective import Objective
 from spectrim.tools.memo import Memory
 
-# A checkpoint and the digest of its content: another file in its place is another net, not the remembered one.
+# A checkpoint and the digest of its content. The digest tells a replaced file from the one that is remembered.
 Weights = tuple[Path, str] | None
 Measured = dict[str, Any]
 SEEN = ("calibration", "verification", "train")  # the splits that a selector may use
@@ -25,7 +25,12 @@ SEEN = ("calibration", "verification", "train")  # the splits that a selector ma
 
 @dataclass(eq=False)
 class Subject:
-    """``objective``: what a selector may see; ``test``: what it may not; ``also``: the test splits of other data."""
+    """A model and its data.
+
+    ``objective``: the splits that a selector may see.
+    ``test``: the test split, which no selector sees.
+    ``also``: the test splits of other data sets.
+    """
 
     model: nn.Module
     objective: Objective
@@ -36,7 +41,7 @@ class Subject:
     dense: dict[str, Measured] = field(default_factory=dict)
 
     def outcome(self, compressed: Compressed) -> dict[str, Any]:
-        """Everything measured about a compressed model, beside the same of the dense one."""
+        """Measure a compressed model and the dense one alike: size, losses, accuracies, plan and log."""
         if "calibration" not in self.dense:
             self.dense["calibration"] = self.objective.evaluate(self.model)._asdict()
         dense = {**compressed.dense_cost._asdict(), **self.dense}
@@ -65,7 +70,7 @@ def _on_test(objective: Objective, model: nn.Module) -> Measured:
 
 
 def _same(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two models have the same layers with the same parameters and buffers, to the last bit."""
+    """Whether two models have equal layers, parameters and buffers, to the last bit."""
     ours, theirs = ([(name, type(module)) for name, module in model.named_modules()] for model in (first, second))
     mine, other = first.state_dict(), second.state_dict()
     return ours == theirs and mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
@@ -74,7 +79,7 @@ def _same(first: nn.Module, second: nn.Module) -> bool:
 def of(
     model: Measured, seed: int, weights: Weights, data: Measured, also: Mapping[str, Measured], device: torch.device
 ) -> Subject:
-    """The model, on ``device``, and the splits of these settings: those of the run before, where they are the same."""
+    """Build the model on ``device`` and load its splits; equal settings return those of the last run."""
     return _remembered(json.dumps(model), seed, weights, json.dumps(data), json.dumps(also), device)
 
 
@@ -92,7 +97,7 @@ def _remembered(
             dense_on_test[key] = _on_test(objective, model)
         return dense_on_test[key]
 
-    memory = Memory(whitened=1, gates=8)  # the budgets of a grid share the linearisations of joint selection
+    memory = Memory(whitened=1, gates=8)  # the budgets of a grid share the gates of joint selection
     seen = Objective(splits.loss, {name: getattr(splits, name) for name in SEEN}, memory=memory)
     test = Objective(splits.loss, {"test": splits.test})
     also = {name: Objective(other.loss, {"test": other.test}) for name, other in others.items()}
@@ -109,7 +114,7 @@ def _remembered(
 
 @lru_cache(maxsize=1)
 def _model(model_json: str, seed: int, weights: Weights, device: torch.device) -> tuple[nn.Module, dict[str, Measured]]:
-    """The dense model, and its evaluation on each test split it has met: neither depends on the calibration set."""
+    """Build the dense model. Its evaluations on test splits are remembered beside it."""
     torch.manual_seed(seed)
     model = targets.build(json.loads(model_json), "forward")
     if weights is not None:
