@@ -52,7 +52,7 @@ def _refusal(target: str) -> str:
 
 
 def _check_homes(node: Any) -> None:
-    """Refuse a name that an allowed module merely imports, such as its ``os.system``, and a name that does not exist."""
+    """Refuse a name that an allowed module merely imports, such as its ``os.system``, and an unknown name."""
     for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
         _check_homes(value)
     if not isinstance(node, dict) or "_target_" not in node:
