@@ -43,6 +43,19 @@ def composed(compose: Any, group: str, option: str) -> dict:
     return configuration.plain(node[group])
 
 
+def test_no_two_classes_are_signed_alike() -> None:
+    """A signature holds the name of a class and its settings: two classes of one name must differ in these."""
+    targets_of: dict[tuple, set[str]] = {}
+    for group in GROUPS:
+        for option in options(group):
+            read = OmegaConf.load(Path(configuration.CONF) / group / f"{option}.yaml")
+            for node in nodes(OmegaConf.to_container(read, resolve=False)):
+                key = node["_target_"].rpartition(".")[2], frozenset(node)
+                targets_of.setdefault(key, set()).add(node["_target_"])
+    assert len(targets_of) > 50
+    assert {key: found for key, found in targets_of.items() if len(found) > 1} == {}
+
+
 @pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in options(group)])
 def test_every_key_of_every_option_is_a_parameter_of_its_target(compose: Any, group: str, option: str) -> None:
     found = list(nodes(composed(compose, group, option)))
