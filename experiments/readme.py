@@ -13,6 +13,7 @@ from spectrim.records.records import write_whole
 from spectrim.report.table import Column, Table
 
 ROOT = Path(__file__).resolve().parents[1]
+# The links of the blocks below are written as from docs/; ``filled`` shortens them for a page at the root.
 SHOWN = (
     Column("model", "model"),
     Column("method", "method"),
@@ -27,14 +28,14 @@ SHOWN = (
 LEFT_OUT = ("ratio 0.5", "ratio 0.25")
 NOTE = (
     "CIFAR-10, no fine-tuning; n = training seeds × calibration seeds; Δ = compressed − dense. The whole table: "
-    "[results/tables/table2.md](results/tables/table2.md)."
+    "[Table 2](../results/tables/table2.md)."
 )
 
 SIZES, AT_MOST_OFF = (0.826, 0.7, 0.5, 0.4, 0.3), 0.02  # parts of the parameters, and how near a row must be to one
 FRONTIER = (
     "ResNet-20, CIFAR-10, no fine-tuning, three trainings; the columns are the parts of the parameters kept. A dash: "
     f"nothing that this selector found is within {100 * AT_MOST_OFF:g} points of it. With losses, MACs and the exact "
-    "sizes: [results/tables/figure4.md](results/tables/figure4.md)."
+    "sizes: [Figure 4 in numbers](../results/tables/figure4.md)."
 )
 
 SPOKEN = (
@@ -49,7 +50,7 @@ SPOKEN = (
 )
 LANGUAGE = (
     "No fine-tuning; calibrated on film reviews; n = training seeds × calibration draws. "
-    "Other sizes, losses and what the papers print: [results/tables/table3.md](results/tables/table3.md)."
+    "Other sizes, losses and what the papers print: [Table 3](../results/tables/table3.md)."
 )
 
 SELECTED = (
@@ -70,7 +71,7 @@ SELECTORS = (
 
 
 def table2(results: Path) -> str:
-    """The README's cut of Table 2, as markdown."""
+    """A cut of Table 2, as markdown."""
     rows = pd.read_csv(results / "tables/table2.csv", dtype={"n": str})
     rows = rows[~rows["method"].str.endswith(LEFT_OUT)]
     return Table("table2", rows, SHOWN, "Table 2, cut", [NOTE], group="model").markdown()
@@ -136,14 +137,15 @@ def checkpoints(results: Path) -> str:
 
 # What is shown on which page, between markers of these names.
 PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
-    "README.md": {
-        "table2": table2,
+    "README.md": {"frontier": frontier},
+    "docs/algorithms.md": {"selectors": selectors},
+    "docs/results.md": {
         "claims": claims,
+        "table2": table2,
         "frontier": frontier,
         "language": language,
         "checkpoints": checkpoints,
     },
-    "docs/selectors.md": {"selectors": selectors},
 }
 
 
@@ -155,7 +157,8 @@ def filled(page: str, text: str, results: Path) -> str:
         _, closed, after = rest.partition(end)
         if not (found and closed):
             raise UserError(f"{page} lacks the markers {start} and {end}: put them around where {name} is shown")
-        text = f"{before}{start}\n{make(results)}{end}{after}"
+        block = make(results) if "/" in page else make(results).replace("](../", "](")
+        text = f"{before}{start}\n{block}{end}{after}"
     return text
 
 

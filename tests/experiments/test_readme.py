@@ -1,6 +1,7 @@
 """The tables in the README and in docs are those of results/."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -20,16 +21,42 @@ def readme() -> ModuleType:
     return readme
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/selectors.md"])
+PAGES = {
+    "README.md": {"frontier"},
+    "docs/algorithms.md": {"selectors"},
+    "docs/results.md": {"claims", "table2", "frontier", "language", "checkpoints"},
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_a_page_shows_what_results_hold(readme: ModuleType, page: str) -> None:
-    assert set(readme.PAGES) == {"README.md", "docs/selectors.md"}
+    assert {page: set(blocks) for page, blocks in readme.PAGES.items()} == PAGES
     text = (ROOT / page).read_text(encoding="utf-8")
     assert readme.filled(page, text, ROOT / "results") == text
     assert "±" in text
 
 
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_every_pair_of_markers_on_a_page_is_filled(page: str) -> None:
+    markers = re.findall("^<!-- (/?)(\\w+) -->$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(name for closing, name in markers if not closing) == sorted(PAGES.get(page, ()))
+
+
+def test_the_table_of_the_readme_has_at_most_ten_rows(readme: ModuleType) -> None:
+    table = [line for line in readme.frontier(ROOT / "results").splitlines() if line.startswith("|")]
+    assert 0 < len(table[2:]) <= 10
+
+
+def test_a_link_of_a_block_is_shortened_at_the_root(readme: ModuleType) -> None:
+    empty = "<!-- frontier -->\n<!-- /frontier -->"
+    shown = {"README.md": {"frontier": lambda results: "[a](../results/a.md)"}}
+    readme.PAGES = {**shown, "docs/a.md": shown["README.md"]}
+    assert "[a](results/a.md)" in readme.filled("README.md", empty, ROOT / "results")
+    assert "[a](../results/a.md)" in readme.filled("docs/a.md", empty, ROOT / "results")
+
+
 @pytest.mark.parametrize("marker", ["<!-- claims -->", "<!-- /claims -->"])
 def test_a_marker_that_is_missing_is_named(readme: ModuleType, marker: str) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="lacks the markers <!-- claims --> and <!-- /claims -->"):
-        readme.filled("README.md", text.replace(marker, ""), ROOT / "results")
+        readme.filled("docs/results.md", text.replace(marker, ""), ROOT / "results")
