@@ -1,0 +1,131 @@
+"""The pages: their links lead somewhere, their code compiles, their names exist, and the README stays short."""
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from pkgutil import resolve_name
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+import spectrim
+from spectrim.algorithms.shared.workbench import Algorithm
+from spectrim.decomposers.spectrum import Decomposer
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+IDS = [str(page.relative_to(ROOT)) for page in PAGES]
+EXPECTED = (
+    "getting_started own_network algorithms experiments results language_models large_models clusters architecture"
+)
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+# Files that are named after the package, and the examples of the page on extensions.
+NO_NAMES = re.compile(r"spectrim\.(json|safetensors)$|\.mine(\.|$)")
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of the headings, as GitHub forms them."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", text_of(page)), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for kind, code in BLOCK.findall(text_of(page)) if kind == language]
+
+
+def names(page: Path) -> Iterator[str]:
+    """Dotted names in code: in backticks, in Python and in yaml."""
+    text = text_of(page)
+    code = [*re.findall(r"`([^`\n]+)`", BLOCK.sub("", text)), *blocks(page, "python"), *blocks(page, "yaml")]
+    for part in code:
+        yield from re.findall(r"(?<![\w./-])spectrim(?:\.[A-Za-z_]\w*)+", part)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) <= 8192
+
+
+def test_every_page_is_linked_from_the_index() -> None:
+    linked = set(LINK.findall(text_of(ROOT / "docs" / "index.md")))
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages >= {f"{name}.md" for name in EXPECTED.split()}
+    assert pages <= linked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_relative_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    broken = []
+    for link in LINK.findall(BLOCK.sub("", text_of(page))):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page if not path else (page.parent / path).resolve()
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_python_block_compiles(page: Path) -> None:
+    for code in blocks(page, "python"):
+        compile(code, str(page), "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_name_of_the_package_exists(page: Path) -> None:
+    for name in names(page):
+        if not NO_NAMES.search(name):
+            assert resolve_name(name) is not None
+    for module in re.findall(r"^(?:from|import) (spectrim[\w.]*)", "\n".join(blocks(page, "python")), re.MULTILINE):
+        assert resolve_name(module) is not None
+
+
+def test_the_names_are_found() -> None:
+    found = {name for page in PAGES for name in names(page)}
+    assert {"spectrim.compress", "spectrim.load", "spectrim.Joint", "spectrim.Tucker2"} <= found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_path_of_the_repository_exists(page: Path) -> None:
+    text = BLOCK.sub("", text_of(page))
+    paths = re.findall(r"`((?:src|conf|experiments|docs|results|tests|notebooks|benchmarks)/[\w./]+)`", text)
+    assert [path for path in paths if not re.search("NAME|EXPERIMENT", path) and not (ROOT / path).exists()] == []
+
+
+def test_every_module_that_the_architecture_names_exists() -> None:
+    paths = re.findall(r"`((?:\w+/)+\w+\.py)`", text_of(ROOT / "docs" / "architecture.md"))
+    assert len(paths) > 5
+    assert [path for path in paths if not (ROOT / "src" / "spectrim" / path).is_file()] == []
+
+
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the Python files on the page on extensions define, by the path that each of them names."""
+    made: dict[str, Any] = {}
+    for number, code in enumerate(blocks(ROOT / "docs" / "extending.md", "python")):
+        module = ModuleType(f"example{number}")
+        monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look for it
+        exec(compile(code, module.__name__, "exec"), module.__dict__)
+        made[code.partition("\n")[0].removeprefix("# ")] = module
+    return made
+
+
+def test_the_worked_examples_work(examples: dict[str, Any], net: Any, objective: Any) -> None:
+    algorithm: Algorithm = examples["src/spectrim/algorithms/mine.py"].SmallError(0.5)
+    decomposer: Decomposer = examples["src/spectrim/decomposers/mine.py"].ViewBySide()
+    compressed = algorithm.compress(net, decomposer, objective)
+    assert compressed.plan and compressed.params_kept < 1
+    model = examples["src/spectrim/models/mine.py"].TwoLayers(num_classes=3, in_channels=2, image_size=4)
+    assert model(torch.zeros(5, 2, 4, 4)).shape == (5, 3)
+    data = examples["src/spectrim/data/mine.py"].TensorFile(path="missing.safetensors")
+    with pytest.raises(spectrim.UserError, match="missing.safetensors holds no data set"):
+        data.load()
+    assert examples["experiments/mine.py"].build
