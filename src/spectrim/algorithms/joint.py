@@ -41,7 +41,7 @@ class Joint:
     the samples and two standard errors of it. The more samples are there, the more can be taken away.
 
     ``refit``: the calibration samples by which the factors that are left are fitted to the outputs of the dense layers
-    (``refit.refit``); 0: they stay as cut. For a model of class scores neither part looks at a label.
+    (``factors.refit``); 0: they stay as cut. For a model of class scores neither part looks at a label.
 
     Two parts of the expansion are left out unless asked for, as measuring them takes more than some hundred images
     (Table 9). ``significance``: take the first order too, each slope shrunk by so many standard errors over the samples

@@ -12,7 +12,7 @@ from spectrim.tools.settings import settings
 
 @settings
 class Refitted:
-    """Compress by ``selector``, then fit what is left by ``samples`` calibration samples (``refit.refit``).
+    """Compress by ``selector``, then fit what is left by ``samples`` calibration samples (``factors.refit``).
 
     What joint selection does at its end, for the others: without labels and without training.
     """

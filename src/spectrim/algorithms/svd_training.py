@@ -41,7 +41,7 @@ class SVDTraining:
     the optimizer remembers of them is cut alongside. At the end a layer above break-even is folded back to dense.
 
     ``bounded``: whether the gradients of the factors are divided by how much further than a step on the weight itself
-    theirs would move it (``svd_layers.bound_steps``). The source does not; without, a learning rate that suits the
+    theirs would move it (``svd_weights.bound_steps``). The source does not; without, a learning rate that suits the
     dense net is too large for its factors.
     ``priced``: whether the threshold of a layer is delta times the root of what one of its ranks costs, over that of
     the layer whose ranks cost most parameters, so that energy is weighed against what it costs. As printed, all layers
