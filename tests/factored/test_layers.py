@@ -103,3 +103,9 @@ def test_a_rank_beyond_the_layer_is_refused_before_memory_is_taken(dense: nn.Mod
 def test_a_tucker_form_beyond_the_layer_is_refused_before_memory_is_taken() -> None:
     with pytest.raises(UserError, match=r"is above the full rank"):
         of_plan(nn.Conv2d(4, 6, 3), 2, f"tucker 2x{10**9}")
+
+
+def test_a_tucker_plan_may_keep_more_directions_than_either_side_has() -> None:
+    """Its rank counts the directions of both sides: 12 of 16 outputs and 40 of 64 inputs are rank 51."""
+    layer = of_plan(nn.Conv2d(64, 16, 3), 51, "tucker 12x40")
+    assert isinstance(layer, TuckerConv2d) and layer.second.weight.shape == (12, 40, 3, 3)

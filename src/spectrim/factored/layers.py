@@ -241,26 +241,26 @@ def shaped_like(dense: nn.Module, rank: int, form: str) -> Factored | FactoredEm
 
 
 def of_plan(dense: nn.Module, rank: int, form: str) -> Factored | FactoredEmbedding:
-    """``shaped_like`` for a plan that was read from a file, whose ranks may be of any size.
+    """Return ``shaped_like`` for a plan that was read from a file, whose ranks may be of any size.
 
+    A Tucker form is bounded by the two ranks in its name: its ``rank`` counts the directions of both sides together.
     Raises ``UserError`` for a rank above the full rank of ``dense``, before memory is taken.
     """
-    for own in (rank, *(int(number) for number in re.findall(r"\d+", form if form.startswith("tucker ") else ""))):
-        _require_rank(dense, own, form)
+    ranks = map(int, re.findall(r"\d+", form)) if form.startswith("tucker ") else (rank,)
+    if isinstance(dense, dense_kinds()):
+        most = _full_rank(dense)
+        for own in ranks:
+            if own > most:
+                raise UserError(f"rank {own} of form {form!r} is above the full rank of this layer, {most}")
     return shaped_like(dense, rank, form)
 
 
-def _require_rank(dense: nn.Module, rank: int, form: str) -> None:
-    """Raise ``UserError`` for a rank above the full rank of ``dense`` in any of its views, before memory is taken."""
-    if not isinstance(dense, dense_kinds()):
-        return
+def _full_rank(dense: nn.Module) -> int:
+    """Return the largest rank that the weight of ``dense`` can have in any view."""
     weight = cast(Tensor, dense.weight)
-    outputs, kernel = weight.numel() // inputs_of(dense), 1
     if isinstance(dense, nn.Conv2d):
-        outputs, kernel = weight.shape[0], max(dense.kernel_size)
-    most = min(outputs * kernel, weight.numel() // weight.shape[0] if kernel > 1 else inputs_of(dense))
-    if rank > most:
-        raise UserError(f"rank {rank} of form {form!r} is above the full rank of this layer, {most}")
+        return min(weight.shape[0] * max(dense.kernel_size), weight[0].numel())
+    return min(weight.shape)
 
 
 def _conv(
