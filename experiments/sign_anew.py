@@ -16,20 +16,20 @@ from spectrim.records import records
 
 
 def sign(path: Path) -> bool:
-    """Sign the file at ``path`` anew; whether there was anything to do."""
+    """Sign the file at ``path`` anew. Return whether there was anything to do."""
     old = json.loads(path.read_text(encoding="utf-8"))
     if "signature" not in old:
         return _rename_classes(path, old)
     if old["schema"] != 1:
         return False
     new = records.read(path)
-    marks = path.with_suffix(".tracked"), path.with_name(f"{new['signature']}.tracked")
-    written = path.with_name(f"{new['signature']}.json")
-    if written.exists():
+    content, written = records.encode(new), path.with_name(f"{new['signature']}.json")
+    if written.exists() and written.read_bytes() != content:
         raise UserError(f"{path} and {written} are one and the same run: delete one of them")
-    records.write_whole({written: records.encode(new)})
-    if marks[0].exists():
-        marks[0].replace(marks[1])
+    records.write_whole({written: content})  # again after a kill that came before the old file was removed
+    mark = path.with_suffix(".tracked")
+    if mark.exists():
+        mark.replace(written.with_suffix(".tracked"))
     path.unlink()
     return True
 

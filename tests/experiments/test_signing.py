@@ -39,6 +39,25 @@ def test_a_record_and_its_mark_take_the_new_name_once(script: Any, old: Path, ca
     assert sorted(path.name for path in old.parent.iterdir()) == names
 
 
+def test_a_signing_that_was_killed_goes_on(script: Any, old: Path) -> None:
+    """The new file was written, the old one not yet removed. Another run under the new name is refused, and kept."""
+    new = records.signed_anew(json.loads(old.read_text()))
+    written = records.write(old.parents[1], new)
+    assert script("sign_anew").main([str(old.parent)]) == 0
+    assert sorted(path.name for path in old.parent.iterdir()) == [
+        f"{new['signature']}.json",
+        f"{new['signature']}.tracked",
+    ]
+    assert records.read(written) == new
+
+
+def test_two_runs_of_one_signature_are_refused_and_both_are_kept(script: Any, old: Path) -> None:
+    new = records.signed_anew(json.loads(old.read_text())) | {"predicted_change": 7.0}
+    written = records.write(old.parents[1], new)
+    assert script("sign_anew").main([str(old.parent)]) == 1
+    assert old.exists() and records.read(written) == new
+
+
 def test_the_record_beside_a_checkpoint_names_classes_alone(script: Any, tmp_path: Path) -> None:
     path = tmp_path / "net.json"
     path.write_text(json.dumps({"config": {"model": {"_target_": "spectrim.models.small.LeNet5"}}, "params": 7}))
