@@ -119,7 +119,7 @@ def _curves(runs: pd.DataFrame) -> pd.DataFrame:
     point = ["model", "data", "variant", "asked"]
     frame.require_one_setting(runs, point, "{variant} at {asked} on {model}, {data}", "Figure 4 has one point")
     runs["method"] = runs["variant"] + ", " + runs["asked"]
-    return runs.sort_values(["model", "place", "variant", "size", "age"], kind="stable")
+    return runs.sort_values(["model", "place", "variant", "size", "first_signature"], kind="stable")
 
 
 def _selector(variant: str, settings: dict[str, Any]) -> str:

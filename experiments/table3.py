@@ -68,7 +68,7 @@ def build(options: Options) -> list[Path]:
     frame.require_one_setting(runs, row, "{method} of {model} on {data}", "Table 3 has one row")
     others = _add_perplexities(runs, found)
     runs["place"] = [_place(row) for _, row in runs.iterrows()]
-    runs = runs.sort_values(["model", "data", "place", "age"], kind="stable")
+    runs = runs.sort_values(["model", "data", "place", "first_signature"], kind="stable")
     values = [*VALUES, "perplexity", "rise", *(f"{what}_{name}" for name in others for what in ("perplexity", "rise"))]
     rows = frame.over_seeds(pd.concat([_dense(runs, values), runs]), ("model", "data", "method"), values)
     rows["order"] = (rows["model"] + rows["data"]).map({key: at for at, key in enumerate(runs["model"] + runs["data"])})

@@ -68,7 +68,7 @@ def build(options: Options) -> list[Path]:
     order = list(DECOMPOSITIONS)
     place = runs["decomposer"].map(lambda name: order.index(name) if name in order else len(order))
     runs = runs.assign(method=runs["decomposer"].map(lambda name: DECOMPOSITIONS.get(name, name)), place=place)
-    rows = frame.with_dense(runs.sort_values(["model", "variant", "place", "age"], kind="stable"), VALUES)
+    rows = frame.with_dense(runs.sort_values(["model", "variant", "place", "first_signature"], kind="stable"), VALUES)
     rows["verdict"] = [_verdict(row) for _, row in rows.iterrows()]
     data = ", ".join(dict.fromkeys(rows["data"]))
     caption = f"One selector over several decompositions, without fine-tuning, on {data}"

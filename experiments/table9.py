@@ -68,7 +68,7 @@ def build(options: Options) -> list[Path]:
     keys = zip(runs["model"], runs["seed"], runs["calibration_seed"], strict=True)
     runs["to_default"] = runs["test_loss"] - [float(losses.get(key, float("nan"))) for key in keys]
     runs["parts"] = [0 if method == DEFAULT else 1 + method.count(";") for method in runs["method"]]
-    rows = frame.with_dense(runs.sort_values(["model", "parts", "method", "age"], kind="stable"), VALUES)
+    rows = frame.with_dense(runs.sort_values(["model", "parts", "method", "first_signature"], kind="stable"), VALUES)
     rows.loc[rows["method"].isin(["dense", DEFAULT]), ["to_default", "to_default_std"]] = float("nan")
     rows.loc[rows["method"] == "dense", ["seconds", "seconds_std"]] = float("nan")
     caption = f"What each part of joint selection is worth, at one budget, on {', '.join(dict.fromkeys(rows['data']))}"

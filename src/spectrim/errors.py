@@ -11,13 +11,3 @@ class UserError(ValueError):
 def first_line(error: BaseException) -> str:
     """Return the first line of the message of ``error``, or the name of its class if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def innermost(error: BaseException) -> str:
-    """The message of the first ``UserError`` in the chain, else what was said, in one line."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            return str(cause)
-        cause = cause.__cause__
-    return " ".join(str(error).partition("Config search path:")[0].split()) or type(error).__name__

@@ -21,8 +21,8 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from spectrim.errors import UserError, innermost
-from spectrim.runs.configuration import invocation
+from spectrim.errors import UserError
+from spectrim.runs.configuration import innermost, invocation
 from spectrim.tools import malloc
 
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)

@@ -183,7 +183,7 @@ def signed_anew(record: Record) -> Record:
     return {**names, **{key: value for key, value in record.items() if key not in names}, "config": config}
 
 
-def age(record: Record) -> str:
+def first_signature(record: Record) -> str:
     """Return the first signature of a record. It breaks ties in sorting, so new signatures do not reorder a table."""
     return str(record.get("former_signature", record["signature"]))
 
@@ -198,9 +198,9 @@ def find(folder: Path, experiment: str, wanted: str) -> Record | None:
 
 
 def read_all(folder: Path, experiment: str) -> list[Record]:
-    """Return the records of one experiment, sorted by ``age``; an empty list if the folder does not exist.
+    """Return the records of one experiment, sorted by ``first_signature``; an empty list if the folder does not exist.
 
     Temporary files of a killed run end in ``.tmp`` and are ignored.
     """
     place = path_of(folder, experiment, "any").parent
-    return sorted(map(read, place.glob("*.json")), key=age)
+    return sorted(map(read, place.glob("*.json")), key=first_signature)

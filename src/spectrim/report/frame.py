@@ -45,7 +45,7 @@ def runs(found: Iterable[Record]) -> pd.DataFrame:
         return frame
     _one_checkpoint_a_seed(frame)
     frame["method"] = _methods(frame)
-    return frame.sort_values(by=["model", "variant", "method", "age"], key=_order).reset_index(drop=True)
+    return frame.sort_values(by=["model", "variant", "method", "first_signature"], key=_order).reset_index(drop=True)
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def _row(record: Record) -> dict[str, Any]:
     algorithm = records.class_of(config["algorithm"]).lower()
     row: dict[str, Any] = {
         "signature": record["signature"],
-        "age": records.age(record),
+        "first_signature": records.first_signature(record),
         "experiment": record["experiment"],
         "model": _model(record),
         "data": record["names"]["data"],

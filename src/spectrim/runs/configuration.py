@@ -1,4 +1,4 @@
-"""A composed configuration: where it lies, its nodes as plain values, and the command that gives it."""
+"""A composed configuration: where it lies, its nodes as plain values, the command that gives it, and its errors."""
 
 import shlex
 from pathlib import Path
@@ -34,3 +34,13 @@ def text(cfg: DictConfig, key: str) -> str:
 def invocation(program: str) -> str:
     """Return the shell command that makes this one run, also inside a grid."""
     return shlex.join([program, *HydraConfig.get().overrides.task]) if HydraConfig.initialized() else program
+
+
+def innermost(error: BaseException) -> str:
+    """The message of the first ``UserError`` in the chain, else what was said, in one line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        cause = cause.__cause__
+    return " ".join(str(error).partition("Config search path:")[0].split()) or type(error).__name__

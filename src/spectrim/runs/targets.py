@@ -8,7 +8,8 @@ from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig
 
-from spectrim.errors import UserError, innermost
+from spectrim.errors import UserError
+from spectrim.runs.configuration import innermost
 from spectrim.tools import torchvision_shim
 
 PACKAGES = ("spectrim.", "torch.", "torchvision.")
