@@ -47,6 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path, help="of records, or of checkpoints and their records")
     folders = parser.parse_args(arguments).folders
     try:
+        for folder in folders:
+            if not folder.is_dir():
+                raise UserError(f"there is no folder {folder}; give one of records, or of checkpoints")
         signed = [sign(path) for folder in folders for path in sorted(folder.rglob("*.json"))]
     except (UserError, OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -71,6 +71,13 @@ def test_what_is_no_record_is_said_in_one_line(script: Any, tmp_path: Path, caps
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_folder_that_is_not_there_is_refused_before_any_is_signed(
+    script: Any, old: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert script("sign_anew").main([str(old.parent), str(old.parent / "nosuch")]) == 1
+    assert "there is no folder" in capsys.readouterr().err and old.exists()
+
+
 def test_records_and_cells_that_lack_one_another_are_named(
     script: Any, factory: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
