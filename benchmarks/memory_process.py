@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import spectrim
 from spectrim.algorithms.joint import Joint
 from spectrim.algorithms.lossless import Lossless
-from spectrim.algorithms.shared.workbench import Algorithm
+from spectrim.algorithms.shared.compressed import Algorithm
 from spectrim.algorithms.truncation import Truncation
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD

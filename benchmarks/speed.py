@@ -13,7 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 from spectrim.algorithms.joint import Joint
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
 from spectrim.records.provenance import file_digest
@@ -90,7 +91,7 @@ def _compiled(model: nn.Module, quick: bool) -> Any:
 
 
 def _times(judged: Subject, batch: int) -> latency.Times:
-    bench = Workbench(judged.model, DECOMPOSER, judged.objective)
+    bench = Workbench.of(judged.model, DECOMPOSER, judged.objective)
     return latency.measured(bench.model, bench.spectra, bench.example, batch)
 
 

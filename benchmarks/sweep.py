@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from measure import Outcome, Target, clocked, seconds
 
-from spectrim.algorithms.shared import workbench
+from spectrim.algorithms.shared import compressed
 from spectrim.cli import run
 from spectrim.decomposers.svd import SVD
 from spectrim.report.table import Column, Table
@@ -43,7 +43,7 @@ def benchmark(quick: bool) -> Outcome:
             clocked(Objective, "evaluate") as evaluations,
             clocked(Objective, "gradients") as gradients,
             clocked(SVD, "spectrum") as decompositions,
-            clocked(workbench, "model_cost") as countings,
+            clocked(compressed, "model_cost") as countings,
         ):
             total = seconds(lambda: _command(["-m", *overrides]))
         records = [json.loads(path.read_text()) for path in Path(folder, "records", "sweep").glob("*.json")]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import spectrim
-from spectrim.algorithms.shared.workbench import Algorithm
+from spectrim.algorithms.shared.compressed import Algorithm
 from spectrim.decomposers.spectrum import Decomposer
 
 ROOT = Path(__file__).resolve().parents[1]

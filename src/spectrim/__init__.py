@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from spectrim.algorithms.joint import Joint as Joint
     from spectrim.algorithms.lossless import Lossless as Lossless
     from spectrim.algorithms.rank_selection import RankSelection as RankSelection
-    from spectrim.algorithms.shared.workbench import Compressed as Compressed
+    from spectrim.algorithms.shared.compressed import Compressed as Compressed
     from spectrim.algorithms.svd_training import SVDTraining as SVDTraining
     from spectrim.algorithms.truncation import Truncation as Truncation
     from spectrim.api import compress as compress
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BestView": "spectrim.decomposers.best_view",
     "Compact": "spectrim.algorithms.compact",
-    "Compressed": "spectrim.algorithms.shared.workbench",
+    "Compressed": "spectrim.algorithms.shared.compressed",
     "FineTuning": "spectrim.algorithms.fine_tuning",
     "Joint": "spectrim.algorithms.joint",
     "Lossless": "spectrim.algorithms.lossless",

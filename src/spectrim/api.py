@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from spectrim.algorithms.lossless import Lossless
-from spectrim.algorithms.shared.workbench import Algorithm, Compressed
+from spectrim.algorithms.shared.compressed import Algorithm, Compressed
 from spectrim.batches import Batches
 from spectrim.checkpoints import sharded, single_file
 from spectrim.decomposers.spectrum import Decomposer

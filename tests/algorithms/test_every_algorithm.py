@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from spectrim.algorithms.compact import Compact
 from spectrim.algorithms.lossless import Lossless
 from spectrim.algorithms.refitted import Refitted
-from spectrim.algorithms.shared.workbench import Algorithm, Compressed
+from spectrim.algorithms.shared.compressed import Algorithm, Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.algorithms.truncation import Truncation
 from spectrim.batches import evaluating
 from spectrim.cli import run
-from spectrim.decomposers.spectrum import Decomposer, spectrum_of
+from spectrim.decomposers.spectrum import Decomposer, content, spectrum_of
 from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
@@ -112,6 +113,41 @@ def test_the_given_model_is_untouched(
     assert after == before
     assert torch.is_grad_enabled()
     assert not {p.data_ptr() for p in net.parameters()} & {p.data_ptr() for p in result.model.parameters()}
+
+
+def laid_out(bench: Workbench) -> dict[str, Any]:
+    """Everything that a workbench holds."""
+    held = {field.name: getattr(bench, field.name) for field in dataclasses.fields(bench) if field.init}
+    factors = [content(own.factor(own.max_rank).state_dict().values()) for own in bench.spectra.values()]
+    return {**held, "spectra": dict(bench.spectra), "factors": factors}
+
+
+def test_the_workbench_is_unchanged(
+    algorithm: Algorithm, net: nn.Sequential, objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[tuple[Workbench, dict[str, Any]]] = []
+    of = Workbench.of
+
+    def noted(*given: Any) -> Workbench:
+        bench = of(*given)
+        opened.append((bench, laid_out(bench)))
+        return bench
+
+    monkeypatch.setattr(Workbench, "of", noted)
+    compressed_by(algorithm, net, objective)
+    assert opened
+    for bench, before in opened:
+        assert laid_out(bench) == before
+
+
+def test_a_workbench_cannot_be_changed(net: nn.Sequential, objective: Objective) -> None:
+    bench = Workbench.of(net, SVD(), objective)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        bench.timed_at = 1  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        bench.spectra["0"] = bench.spectra["3"]  # type: ignore[index]
+    with pytest.raises(AttributeError):
+        bench.notes.append("a note")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("view", VIEWS)

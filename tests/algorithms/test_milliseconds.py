@@ -12,7 +12,8 @@ from spectrim.algorithms.related.global_threshold import GlobalThreshold
 from spectrim.algorithms.related.knapsack import Knapsack
 from spectrim.algorithms.related.sensitivity import Sensitivity
 from spectrim.algorithms.shared.budget import costs_of
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d, FactoredLinear
@@ -109,7 +110,7 @@ def test_bad_settings_are_one_line(selector: Any, given: dict, said: str) -> Non
 def test_the_time_of_the_whole_model_is_the_layers_and_what_is_outside(
     net: nn.Sequential, objective: Objective
 ) -> None:
-    costs = costs_of(Workbench(net, SVD(), objective), "milliseconds", 2)
+    costs = costs_of(Workbench.of(net, SVD(), objective), "milliseconds", 2)
     assert costs.total == pytest.approx(counted(net, torch.randn(2, 3, 8, 8)))
     assert costs.dense["6"] == pytest.approx(counted(net[6], torch.randn(2, 256)))
     assert float(costs.curves["6"][1]) < costs.dense["6"] <= float(costs.curves["6"][-1])

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.algorithms.rank_selection import RankSelection, rank_at, singular_values
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Spectrum
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
@@ -238,7 +239,7 @@ def test_a_group_keeps_what_any_group_needs() -> None:
 def test_a_whitened_weight_is_cut_by_its_own_singular_values(sharp: nn.Sequential, objective: Objective) -> None:
     result = RankSelection(epsilon=0.05).compress(sharp, WhitenedSVD("channel", samples=39), objective)
     delta = passed(result)["delta"]
-    bench = Workbench(sharp, WhitenedSVD("channel", samples=39), objective)
+    bench = Workbench.of(sharp, WhitenedSVD("channel", samples=39), objective)
     for name, kept in result.plan.items():
         importance = bench.spectra[name].importance.amax(0)
         assert importance[kept.rank - 1] >= delta * importance[0] > importance[kept.rank]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.algorithms.rank_selection import RankSelection
-from spectrim.algorithms.shared.workbench import Compressed
+from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective

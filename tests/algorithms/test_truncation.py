@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectrim.algorithms.shared.workbench import Compressed
+from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.truncation import Truncation
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError

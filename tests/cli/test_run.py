@@ -81,7 +81,7 @@ class TestWithoutAPlan:
     @staticmethod
     def record(compose: Any, digits: list[str], monkeypatch: pytest.MonkeyPatch, change: Any) -> dict:
         def compress(_: Truncation, model: nn.Module, decomposer: Any, objective: Any) -> Any:
-            compressed = Workbench(model, decomposer, objective).finish({})
+            compressed = Workbench.of(model, decomposer, objective).finish({})
             change(compressed.model)
             return compressed
 

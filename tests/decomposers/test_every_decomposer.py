@@ -42,7 +42,7 @@ def test_a_run_yields_a_record(compose: Any, digits: list[str], tmp_path: Path, 
 
 
 def test_full_rank_reproduces_the_model(decomposer: Decomposer, net: nn.Sequential, objective: Objective) -> None:
-    bench = Workbench(net, decomposer, objective)
+    bench = Workbench.of(net, decomposer, objective)
     plan = RankPlan.of({name: spectrum.kept(spectrum.max_rank) for name, spectrum in bench.spectra.items()})
     factored = replacing.apply(net, plan, bench.spectra)
     with evaluating(net), evaluating(factored), torch.no_grad():
@@ -53,7 +53,7 @@ def test_full_rank_reproduces_the_model(decomposer: Decomposer, net: nn.Sequenti
 def test_curves_agree_with_the_factored_weight(
     decomposer: Decomposer, net: nn.Sequential, objective: Objective, weight_of: Any
 ) -> None:
-    bench = Workbench(net, decomposer, objective)
+    bench = Workbench.of(net, decomposer, objective)
     predicted, gradients = bench.first_order(), objective.gradients(net, list(bench.spectra))
     for name, spectrum in bench.spectra.items():
         layer = net.get_submodule(name)
@@ -69,7 +69,7 @@ def test_curves_agree_with_the_factored_weight(
 def test_parameters_and_macs_are_those_of_the_factored_model(
     decomposer: Decomposer, net: nn.Sequential, objective: Objective, rank: int
 ) -> None:
-    bench = Workbench(net, decomposer, objective)
+    bench = Workbench.of(net, decomposer, objective)
     names = [name for name, spectrum in bench.spectra.items() if rank <= spectrum.break_even]
     factored = replacing.apply(net, RankPlan.of({n: bench.spectra[n].kept(rank) for n in names}), bench.spectra)
     macs, _ = layer_macs(factored, names, bench.example)

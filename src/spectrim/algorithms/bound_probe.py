@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.batches import Batches, device_of, evaluating, forward, to_device
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
@@ -36,9 +38,9 @@ class BoundProbe:
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Measure; nothing is compressed. Raises ``UserError`` where the model's output is not one tensor."""
-        bench = Workbench(model, decomposer, objective)
+        bench = Workbench.of(model, decomposer, objective)
         batches = objective.batches("calibration")
-        bound_at = _bound(bench, decomposer, batches)
+        bound_at, notes = _bound(bench, decomposer, batches)
         dense_loss = objective.evaluate(model).loss
         log: list[dict] = []
         for ratio in tqdm(self.ratios, "bounds", unit="ratio", leave=False, disable=None):
@@ -57,18 +59,20 @@ class BoundProbe:
                     "split": "calibration",
                 }
             )
-        return bench.finish({}, log)
+        return replace(bench, notes=(*bench.notes, *notes)).finish({}, log)
 
 
-def _bound(bench: Workbench, decomposer: Decomposer, batches: Batches) -> Callable[[Mapping[str, int]], float | None]:
+def _bound(
+    bench: Workbench, decomposer: Decomposer, batches: Batches
+) -> tuple[Callable[[Mapping[str, int]], float | None], list[str]]:
     """Theorem 1 for ranks of layers, or None with a note where it does not apply."""
     try:
         chain = chain_of(bench.model, decomposer, bench.example)
     except UserError as error:
-        bench.notes.append(f"no bound: {error}")
-        return lambda ranks: None
+        return lambda ranks: None, [f"no bound: {error}"]
     norm = chain.input_norm(batches)
-    return lambda ranks: bounds.output_bound(chain.stages, [ranks.get(stage.name) for stage in chain.stages], norm)
+    stages = chain.stages
+    return lambda ranks: bounds.output_bound(stages, [ranks.get(stage.name) for stage in stages], norm), []
 
 
 def largest_move(model: nn.Module, cut: nn.Module, batches: Batches) -> float:

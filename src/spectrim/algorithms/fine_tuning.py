@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from torch import nn
 
+from spectrim.algorithms.shared.compressed import Algorithm, Compressed
 from spectrim.algorithms.shared.trained import in_modes_of, train
-from spectrim.algorithms.shared.workbench import Algorithm, Compressed
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.statistics.objective import Objective
 from spectrim.tools.settings import settings

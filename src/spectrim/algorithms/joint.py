@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spectrim.algorithms.shared.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
+from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.removal import Gated, remove
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
 from spectrim.factored.plan import Kept, RankPlan
@@ -82,12 +83,12 @@ class Joint:
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Select components and cut. Raises ``UserError`` for a budget out of reach or no verification split."""
-        bench = Workbench(model, decomposer, objective)
+        bench = Workbench.of(model, decomposer, objective)
         if self.max_loss_increase is not None:
             search = _Search(self, bench, costs_of(bench, "params"))
             search.to_tolerance(self.max_loss_increase)
             return search.finish()
-        costs, share = budget_of(bench, self.params_kept, self.macs_kept, self.milliseconds, self.batch_size)
+        bench, costs, share = budget_of(bench, self.params_kept, self.macs_kept, self.milliseconds, self.batch_size)
         search = _Search(self, bench, costs)
         search.to_budget(share)
         return search.finish()

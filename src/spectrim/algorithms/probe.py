@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from torch import nn
 from tqdm import tqdm
 
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
@@ -30,7 +31,7 @@ class Probe:
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Measure; nothing is compressed."""
-        bench = Workbench(model, decomposer, objective)
+        bench = Workbench.of(model, decomposer, objective)
         predicted = bench.first_order()
         working = copy.deepcopy(model)
         dense_loss = objective.evaluate(working).loss

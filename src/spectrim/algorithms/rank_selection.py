@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.batches import first_samples, sample_count
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
@@ -57,7 +58,7 @@ class RankSelection:
         """
         if self.delta == "theory":
             _ask_for_cross_entropy(objective.loss)
-        bench = Workbench(model, decomposer, objective)
+        bench = Workbench.of(model, decomposer, objective)
         judged = on_subset(objective, self.split, self.subset)
         search = _Search(bench, judged, self.split, self.epsilon, self.relative)
         if self.delta == "theory":

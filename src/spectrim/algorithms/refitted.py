@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from spectrim.algorithms.shared.workbench import Algorithm, Compressed
+from spectrim.algorithms.shared.compressed import Algorithm, Compressed
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.refit.factors import refit

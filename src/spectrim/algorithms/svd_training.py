@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectrim.algorithms.rank_selection import bisect, check_bisection, on_subset, rank_at
+from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.trained import finished, plain_svd, train_as
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.factored import linalg
@@ -91,7 +92,7 @@ class SVDTraining:
         """
         decomposer = plain_svd(decomposer, "SVD training")
         objective.given("train")  # refused now rather than after the decomposition
-        bench = Workbench(model, decomposer, objective)
+        bench = Workbench.of(model, decomposer, objective)
         net = copy.deepcopy(model)
         for name, spectrum in bench.spectra.items():
             svd_weights.unfold(net.get_submodule(name), spectrum)  # type: ignore[arg-type]

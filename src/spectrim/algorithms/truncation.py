@@ -5,7 +5,8 @@ from functools import partial
 from torch import nn
 
 from spectrim.algorithms.shared.budget import costs_of
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
@@ -39,7 +40,7 @@ class Truncation:
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Cut every layer by the rule. Raises ``UserError`` for a rank that no layer has, or a budget out of reach."""
-        bench = Workbench(model, decomposer, objective)
+        bench = Workbench.of(model, decomposer, objective)
         if self.rank is not None:
             largest = max(spectrum.max_rank for spectrum in bench.spectra.values())
             if self.rank > largest:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.algorithms.shared.workbench import Compressed
+from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.checkpoints import single_file
 from spectrim.runs import targets
 from spectrim.statistics.objective import Objective

@@ -13,7 +13,7 @@ from spectrim.algorithms.related import gated_training
 from spectrim.algorithms.related.gated_training import Gated, GatedTraining, GatedWeight
 from spectrim.algorithms.related.haloc import HALOC
 from spectrim.algorithms.related.l0_gates import L0Gates
-from spectrim.algorithms.shared.workbench import Compressed
+from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from spectrim.algorithms.related import reinforced
 from spectrim.algorithms.related.reinforced import Agent, Reinforced, states_of
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.tucker2 import Tucker2
 from spectrim.errors import UserError
@@ -65,7 +66,7 @@ def test_an_agent_moves_towards_what_was_rewarded() -> None:
 
 
 def test_states_tell_the_layers_apart(net: nn.Module, objective: Objective) -> None:
-    states = states_of(Workbench(net, SVD(), objective))
+    states = states_of(Workbench.of(net, SVD(), objective))
     assert states.shape == (4, 3 + 4) and torch.equal(states[:, 3:], torch.eye(4))
     assert float(states[:, :3].mean(0).abs().max()) < 1e-6
 

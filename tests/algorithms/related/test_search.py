@@ -28,7 +28,7 @@ EITHER: Any = [Bayesian, PARS]
 def space_of(layers: int, share: float | None) -> Space:
     net = nn.Sequential(*[nn.Linear(64, 64) for _ in range(layers)])
     objective = Objective(F.cross_entropy, {"calibration": [(torch.randn(4, 64), torch.zeros(4).long())]})
-    bench = Workbench(net, SVD(), objective)
+    bench = Workbench.of(net, SVD(), objective)
     return Space(bench, costs_of(bench, "params"), share)
 
 

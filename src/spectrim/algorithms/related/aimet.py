@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.algorithms.shared.workbench import Compressed, reported
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import reported
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from spectrim.algorithms.rank_selection import singular_values
 from spectrim.algorithms.shared.budget import Budgeted
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
@@ -45,13 +46,12 @@ class ALDS(Budgeted):
             raise UserError(f"ALDS splits the plain SVD into subspaces, not a {type(decomposer).__name__}")
         if decomposer.embeddings:
             raise UserError("ALDS splits the inputs of a layer into subspaces, which the ids of an embedding have not")
-        bench = Workbench(model, decomposer, objective)
-        costs, share = self.budget(bench)
+        bench, costs, share = self.budget(Workbench.of(model, decomposer, objective))
         splits = {count: SubspaceSVD(count, decomposer.view, decomposer.precision) for count in {1, *self.subspaces}}
-        benches = {count: Workbench(model, split, objective) for count, split in splits.items()}
+        benches = {count: Workbench.of(model, split, objective) for count, split in splits.items()}
         options = {name: [Option(costs.dense[name], 0.0, 1, own.max_rank)] for name, own in bench.spectra.items()}
         for count, other in benches.items():
-            curves = self.budget(other)[0].curves
+            curves = self.budget(other)[1].curves
             for name in options.keys() & other.spectra.keys():
                 options[name] += _options(name, curves[name], count, bench.spectra[name], other.spectra[name])
         fronts = {name: front(own) for name, own in options.items()}
@@ -62,8 +62,9 @@ class ALDS(Budgeted):
 
         places = replace(costs, curves=curves).meet(share, places_at, low=0.0, high=1.0)
         chosen = {name: fronts[name][place - 1] for name, place in places.items()}
-        bench.spectra |= {name: benches[option.subspaces].spectra[name] for name, option in chosen.items()}
-        return bench.finish({name: option.rank for name, option in chosen.items()})
+        taken = {name: benches[option.subspaces].spectra[name] for name, option in chosen.items()}
+        split = replace(bench, spectra={**bench.spectra, **taken})
+        return split.finish({name: option.rank for name, option in chosen.items()})
 
 
 class Option(NamedTuple):

@@ -7,7 +7,8 @@ from torch import nn
 from spectrim.algorithms.related.judged import JudgedBy, badness
 from spectrim.algorithms.related.search import Ranks, Search, Space, check, fingerprint
 from spectrim.algorithms.shared.budget import MaybeBudgeted, costs_of
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
@@ -48,8 +49,8 @@ class Bayesian(MaybeBudgeted):
 
         Raises ``UserError`` for a budget out of reach, without class scores, and for the state of another search.
         """
-        bench = Workbench(model, decomposer, objective)
-        costs, share = self.budget(bench) if self.has_budget else (costs_of(bench, "params"), None)
+        bench = Workbench.of(model, decomposer, objective)
+        bench, costs, share = self.budget(bench) if self.has_budget else (bench, costs_of(bench, "params"), None)
         space = Space(bench, costs, share)
         dense = badness(model, objective, self.judged_by)
 

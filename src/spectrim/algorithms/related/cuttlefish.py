@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.algorithms.shared.budget import costs_of
+from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.trained import finished, plain_svd, train_as
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.matrix import MatrixSpectrum, View, from_matrix, to_matrix
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
@@ -75,7 +76,7 @@ class Cuttlefish:
         """
         decomposer = plain_svd(decomposer, "Cuttlefish")
         objective.given("train")  # refused now rather than after the decomposition
-        bench = Workbench(model, decomposer, objective)
+        bench = Workbench.of(model, decomposer, objective)
         net = copy.deepcopy(model)
         course = _Course(self, net, bench)
         curve = train_as(self, net, objective, decomposer, after_epoch=course.after_epoch)

@@ -9,7 +9,8 @@ from torch import nn
 
 from spectrim.algorithms.rank_selection import singular_values
 from spectrim.algorithms.shared.budget import MaybeBudgeted
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.errors import UserError
@@ -47,14 +48,14 @@ class EVBMF(MaybeBudgeted):
 
         Raises ``UserError`` for a layer without singular values and for a budget out of reach.
         """
-        bench = Workbench(model, decomposer, objective)
+        bench = Workbench.of(model, decomposer, objective)
         found = {name: analytic_rank(name, spectrum) for name, spectrum in bench.spectra.items()}
         full = {name: spectrum.max_rank for name, spectrum in bench.spectra.items()}
         ranks = {name: max(1, round(rank + self.weaken * (full[name] - rank))) for name, rank in found.items()}
         log: list[dict] = [{"layer": name, "analytic_rank": found[name], "rank": ranks[name]} for name in found]
         if not self.has_budget:
             return bench.finish(ranks, log)
-        costs, share = self.budget(bench)
+        bench, costs, share = self.budget(bench)
 
         def scaled(factor: float) -> dict[str, int]:
             return {name: min(full[name], max(1, round(factor * rank))) for name, rank in ranks.items()}

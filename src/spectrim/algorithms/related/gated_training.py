@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.algorithms.shared.budget import Costs, costs_of
+from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.trained import finished, plain_svd, train_as
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
@@ -144,7 +145,7 @@ class GatedTraining(ABC):
         """
         decomposer = plain_svd(decomposer, type(self).__name__)
         objective.given("train")  # refused now rather than after the decomposition
-        bench = Workbench(model, decomposer, objective)
+        bench = Workbench.of(model, decomposer, objective)
         net = copy.deepcopy(model)
         course = _Course(self, net, bench)
         curve = train_as(

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from spectrim.algorithms.rank_selection import singular_values
 from spectrim.algorithms.shared.budget import Budgeted
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.statistics.objective import Objective
 from spectrim.tools.settings import settings
@@ -26,8 +27,7 @@ class GlobalThreshold(Budgeted):
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Find the threshold and cut. Raises ``UserError`` for a budget out of reach."""
-        bench = Workbench(model, decomposer, objective)
-        costs, share = self.budget(bench)
+        bench, costs, share = self.budget(Workbench.of(model, decomposer, objective))
         relative = {
             layer: self._relative(singular_values(layer, spectrum)) for layer, spectrum in bench.spectra.items()
         }

@@ -3,7 +3,8 @@
 from torch import Tensor, nn
 
 from spectrim.algorithms.shared.budget import Budgeted
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.statistics.objective import Objective
 from spectrim.tools.settings import settings
@@ -21,8 +22,7 @@ class Knapsack(Budgeted):
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Allocate and cut. Raises ``UserError`` for a budget out of reach."""
-        bench = Workbench(model, decomposer, objective)
-        costs, share = self.budget(bench)
+        bench, costs, share = self.budget(Workbench.of(model, decomposer, objective))
         errors = {layer: relative_energy(spectrum) for layer, spectrum in bench.spectra.items()}
 
         def allocate(log_saving: float) -> dict[str, int]:

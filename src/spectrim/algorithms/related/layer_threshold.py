@@ -8,7 +8,8 @@ from tqdm import tqdm
 
 from spectrim.algorithms.related.judged import JudgedBy, badness
 from spectrim.algorithms.shared.budget import MaybeBudgeted, costs_of
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.algorithms.truncation import rank_of_energy
 from spectrim.decomposers.spectrum import Decomposer, Spectrum, content
 from spectrim.errors import UserError
@@ -51,8 +52,8 @@ class LayerThreshold(MaybeBudgeted):
 
         Raises ``UserError`` for a budget out of reach of the energies and without class scores.
         """
-        bench = Workbench(model, decomposer, objective)
-        costs, share = self.budget(bench) if self.has_budget else (costs_of(bench, "params"), None)
+        bench = Workbench.of(model, decomposer, objective)
+        bench, costs, share = self.budget(bench) if self.has_budget else (bench, costs_of(bench, "params"), None)
         layers = _Layers(self, bench)
 
         def ranks_at(place: float) -> dict[str, int]:

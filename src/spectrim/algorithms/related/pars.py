@@ -7,7 +7,8 @@ from torch import nn
 from spectrim.algorithms.related.judged import JudgedBy, badness
 from spectrim.algorithms.related.search import Ranks, Search, Space, check, fingerprint
 from spectrim.algorithms.shared.budget import Budgeted
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.statistics.batchnorm import SAMPLES, reestimate
@@ -50,12 +51,12 @@ class PARS(Budgeted):
 
         Raises ``UserError`` for a budget out of reach, without class scores, and for the state of another search.
         """
-        bench = Workbench(model, decomposer, objective)
-        space = Space(bench, *self.budget(bench))
+        bench = Workbench.of(model, decomposer, objective)
+        space = Space(*self.budget(bench))
         dense = badness(model, objective, self.judged_by)
         search = Search(space, self.evaluations, self.seed, self.state, fingerprint(bench, decomposer, asdict(self)))
         ranks, log = search.least(lambda ranks: self.proxy(space, ranks) - dense, "pars")
-        result = bench.finish(ranks, log)
+        result = space.bench.finish(ranks, log)
         if self.batch_norm:
             reestimate(result.model, model, objective, self.samples)
         return result

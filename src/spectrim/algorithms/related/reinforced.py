@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from spectrim.algorithms.rank_selection import on_subset
 from spectrim.algorithms.shared.budget import Costs, costs_of
+from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.measured import Measured
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.data.images import ImageSplit
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
@@ -66,7 +67,7 @@ class Reinforced:
 
         Raises ``UserError`` for a budget out of reach.
         """
-        bench = Workbench(model, decomposer, objective)
+        bench = Workbench.of(model, decomposer, objective)
         costs, judged = costs_of(bench, "params"), on_subset(objective, "calibration", self.subset)
         if self.params_kept is not None:
             costs.require(self.params_kept)

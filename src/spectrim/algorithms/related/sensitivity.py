@@ -7,7 +7,8 @@ from torch import nn
 from tqdm import tqdm
 
 from spectrim.algorithms.shared.budget import Budgeted
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
@@ -39,8 +40,7 @@ class Sensitivity(Budgeted):
 
         Raises ``UserError`` for a budget out of reach of the ratios.
         """
-        bench = Workbench(model, decomposer, objective)
-        costs, share = self.budget(bench)
+        bench, costs, share = self.budget(Workbench.of(model, decomposer, objective))
         log = objective.memory.get(
             model,
             "sensitivity",

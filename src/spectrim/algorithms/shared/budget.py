@@ -1,7 +1,7 @@
 """What layers cost at every rank, and the search for the setting that meets a budget of the whole model."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import mul
 from typing import Literal
 
@@ -23,13 +23,19 @@ BISECTIONS = 60
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters, MACs of one input, or milliseconds of one batch. ``dense``: of each layer as it is; ``curves``: of
-    its factors at every rank from 0; ``total``: of the whole dense model."""
+    """What layers cost: parameters, MACs of one input, or milliseconds of one batch.
+
+    ``dense``: the cost of each dense layer.
+    ``curves``: the cost of each layer's factors at every rank from 0, shape (R + 1,).
+    ``total``: the cost of the whole dense model.
+    ``notes``: what was measured, for the notes of the result.
+    """
 
     measure: Measure
     dense: dict[str, float]
     curves: dict[str, Tensor]
     total: float
+    notes: tuple[str, ...] = ()
 
     def layer(self, name: str, rank: int) -> float:
         """A layer whose factors cost no less than the dense one stays dense."""
@@ -100,10 +106,10 @@ class Costs:
 
 
 def costs_of(bench: Workbench, measure: Measure, batch_size: int = 1) -> Costs:
-    """Count them; MACs by running the model's first calibration sample, dense and with one component a layer.
+    """Return what the layers of ``bench`` cost.
 
-    Milliseconds are measured, of batches of ``batch_size`` of them (``latency.measured``); a note of the workbench
-    says how many.
+    MACs are counted by running the first calibration sample, dense and with one component in each layer. Milliseconds
+    are measured on batches of ``batch_size`` samples (``latency.measured``); a note says how many.
     """
     if measure == "milliseconds":
         return _timed(bench, batch_size)
@@ -124,19 +130,18 @@ def costs_of(bench: Workbench, measure: Measure, batch_size: int = 1) -> Costs:
 
 def _timed(bench: Workbench, batch_size: int) -> Costs:
     times = latency.measured(bench.model, bench.spectra, bench.example, batch_size)
-    bench.timed_at = batch_size
     dense = {name: own.dense for name, own in times.layers.items()}
     curves = {
         name: _to_break_even(times.layers[name].curve(spectrum.max_rank), spectrum, dense[name])
         for name, spectrum in bench.spectra.items()
     }
     slow = [name for name, curve in curves.items() if float(curve[1]) >= dense[name]]
-    bench.notes.append(
+    note = (
         f"measured at batch size {batch_size}: {times.total:.4g} ms dense, {times.outside:.4g} of them outside of the "
         f"layers; no rank is faster than dense in {len(slow)} of {len(dense)} layers{': ' if slow else ''}"
         + ", ".join(slow)
     )
-    return Costs("milliseconds", dense, curves, times.total)
+    return Costs("milliseconds", dense, curves, times.total, (note,))
 
 
 def _to_break_even(curve: Tensor, spectrum: Spectrum, dense: float) -> Tensor:
@@ -178,8 +183,8 @@ class Budgeted:
             raise UserError(f"set exactly one of {', '.join(BUDGETS)}; got {given or 'none'}")
         check_budget(given, self.batch_size)
 
-    def budget(self, bench: Workbench) -> tuple[Costs, float]:
-        """What the layers cost in the measure of the budget, and the share of it to be met."""
+    def budget(self, bench: Workbench) -> tuple[Workbench, Costs, float]:
+        """See ``budget_of``."""
         return budget_of(bench, self.params_kept, self.macs_kept, self.milliseconds, self.batch_size)
 
 
@@ -216,12 +221,15 @@ def check_budget(given: Mapping[str, float], batch_size: int) -> None:
 
 def budget_of(
     bench: Workbench, params_kept: float | None, macs_kept: float | None, milliseconds: float | None, batch_size: int
-) -> tuple[Costs, float]:
-    """The costs in the measure of the one budget that is given, and the share of them to be met."""
+) -> tuple[Workbench, Costs, float]:
+    """Return the workbench, the costs in the measure of the one budget that is given, and the share to be met.
+
+    The workbench returned differs for a budget in milliseconds: it knows the batch size and what was measured.
+    """
     if params_kept is not None:
-        return costs_of(bench, "params"), params_kept
+        return bench, costs_of(bench, "params"), params_kept
     if macs_kept is not None:
-        return costs_of(bench, "macs"), macs_kept
+        return bench, costs_of(bench, "macs"), macs_kept
     assert milliseconds is not None
     costs = costs_of(bench, "milliseconds", batch_size)
-    return costs, milliseconds / costs.total
+    return replace(bench, notes=(*bench.notes, *costs.notes), timed_at=batch_size), costs, milliseconds / costs.total

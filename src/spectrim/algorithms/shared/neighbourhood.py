@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
@@ -82,7 +83,7 @@ class Walk(ABC):
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Select ranks and cut. The given model is left as it was."""
-        bench = Workbench(model, decomposer, objective)
+        bench = Workbench.of(model, decomposer, objective)
         curves = bench.first_order(self.split)
         near = Neighbourhood(self.norm, self.gamma)
         allowed = {name: near.ranks(spectrum) for name, spectrum in bench.spectra.items()}

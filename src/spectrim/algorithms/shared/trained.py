@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.algorithms.shared.workbench import Compressed, Workbench
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
@@ -59,7 +60,7 @@ def finished(
     for name in ranks:
         svd_weights.fold(net.get_submodule(name))
     in_modes_of(given, net)
-    return replace(Workbench(net, decomposer, objective).finish(ranks, curve), dense=given, trained=True)
+    return replace(Workbench.of(net, decomposer, objective).finish(ranks, curve), dense=given, trained=True)
 
 
 def in_modes_of(given: nn.Module, net: nn.Module) -> None:
