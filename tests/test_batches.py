@@ -1,5 +1,6 @@
 """A model that does not take its inputs is said in one line, with the layer, whoever called it."""
 
+from collections import namedtuple
 from typing import Any
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from spectrim import api
-from spectrim.batches import alone_trainable, forward
+from spectrim.batches import (
+    alone_trainable,
+    batch_size,
+    first_samples,
+    forward,
+    one_sample,
+    repeated,
+    sample_count,
+)
 from spectrim.cli import run
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
@@ -82,3 +91,73 @@ def test_only_what_is_named_is_trainable_and_all_is_as_before_afterwards() -> No
         assert [parameter.requires_grad for parameter in net.parameters()] == [False, True, False, True]
         raise RuntimeError("stop")
     assert [parameter.requires_grad for parameter in net.parameters()] == before
+
+
+TASKS = torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)
+BOXES = [{"boxes": torch.zeros(boxes, 4)} for boxes in (3, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("targets", "inputs", "count"),
+    [
+        (torch.zeros(6), torch.zeros(6, 2), 6),
+        (torch.tensor(1.0), torch.zeros(1, 2), 1),
+        (None, torch.zeros(6, 2), 6),
+        (TASKS, torch.zeros(6, 2), 6),
+        (TASKS, None, 6),
+        (list(TASKS), {"x": torch.zeros(6, 2)}, 6),
+        ([torch.zeros(5), torch.zeros(5), torch.zeros(5)], torch.zeros(3, 2), 3),  # a sequence a sample
+        ([torch.zeros(4), torch.zeros(5)], torch.zeros(2, 2), 2),
+        (tuple(BOXES), [torch.zeros(3, 8, 8)] * 3, 3),
+        ({"a": TASKS[0], "b": TASKS[1]}, torch.zeros(6, 2), 6),
+    ],
+    ids=[
+        "tensor",
+        "scalar",
+        "none",
+        "tasks",
+        "tasks alone",
+        "list of tasks",
+        "sequences",
+        "ragged",
+        "boxes",
+        "mapping",
+    ],
+)
+def test_samples_of_a_batch_are_counted_whatever_the_targets(targets: Any, inputs: Any, count: int) -> None:
+    assert sample_count(targets, inputs) == count
+
+
+def test_structured_targets_give_the_same_mean_loss_in_any_batches() -> None:
+    net, x = nn.Linear(4, 3), torch.randn(10, 4)
+    y, z = torch.randint(0, 3, (10,)), torch.randint(0, 3, (10,))
+
+    def loss(outputs: Tensor, targets: Any) -> Tensor:
+        first, second = targets.values() if isinstance(targets, dict) else targets
+        return nn.functional.cross_entropy(outputs, first) + 2 * nn.functional.cross_entropy(outputs, second)
+
+    def mean(pack: Any, sizes: list[int]) -> float:
+        parts = zip(x.split(sizes), y.split(sizes), z.split(sizes), strict=True)
+        return Objective(loss, {"calibration": [(own, pack(a, b)) for own, a, b in parts]}).evaluate(net).loss
+
+    expected = loss(net(x), (y, z)).item()
+    for pack in (lambda a, b: (a, b), lambda a, b: [a, b], lambda a, b: {"a": a, "b": b}):
+        for sizes in ([10], [7, 3], [2, 8], [1] * 10):
+            assert mean(pack, sizes) == pytest.approx(expected, rel=1e-5)
+
+
+def test_samples_are_taken_from_what_has_them_and_the_rest_stays() -> None:
+    mask, Pair = torch.ones(4, 4), namedtuple("Pair", "x t")
+    inputs = Pair({"x": torch.arange(6), "mask": mask, "scale": torch.tensor(0.5)}, BOXES + BOXES)
+    taken = first_samples(inputs, 2, 6)
+    assert isinstance(taken, Pair) and taken.x["x"].tolist() == [0, 1] and taken.x["mask"] is mask
+    assert taken.t == BOXES[:2] and taken.x["scale"].item() == 0.5
+    assert first_samples(torch.arange(3), 5, 3).tolist() == [0, 1, 2]
+    assert one_sample((torch.arange(3), torch.arange(6).view(3, 2)), 2, 3)[1].tolist() == [[4, 5]]
+    assert repeated(torch.arange(3), 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_a_packed_sequence_is_one_argument() -> None:
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 5, 4), [5, 3, 2], batch_first=True)
+    assert batch_size(packed) == 3
+    assert forward(nn.LSTM(4, 6, batch_first=True), packed)[1][0].shape == (1, 3, 6)

@@ -213,7 +213,7 @@ def test_gates_are_the_first_order_change_of_dropping_a_component(
 ) -> None:
     own = spectrum(model, objective, DECOMPOSERS[kind])
     whole = replacing.apply(model, RankPlan.of({"token": own.kept(own.max_rank)}), {"token": own})
-    rows = gate_gradients(whole, ["token"], objective, samples=24)["token"]
+    rows = gate_gradients(whole, ["token"], objective, samples=24).rows["token"]
     assert rows.given.shape == (24, own.max_rank)
     components = own.first_order(objective.gradients(model, ["token"])["token"]).diff()
     torch.testing.assert_close(rows.given.mean(0).double(), components, atol=1e-6, rtol=1e-4)

@@ -103,7 +103,7 @@ def test_the_fisher_information_of_the_gates_is_that_of_the_mean_token(batches: 
         replacing.apply(model, plan, {"layer": spectrum}),
         Objective(token_loss, {"calibration": data}),
     )
-    draws = [gate_gradients(factored, ["layer"], objective, 2, seed=seed)["layer"].drawn for seed in range(800)]
+    draws = [gate_gradients(factored, ["layer"], objective, 2, seed=seed).rows["layer"].drawn for seed in range(800)]
     found = torch.stack([rows.T @ rows / len(rows) for rows in draws]).mean(0)
     # By hand: the derivative of the logits by gate i is U_i * s_i * (V_i . x).
     inputs = data[0][0]["input_ids"][:, :-1].flatten()
@@ -162,7 +162,7 @@ def test_the_fisher_information_of_answers_is_that_of_the_mean_over_both_ends() 
     spectrum = SVD().spectrum(net.body)
     model = replacing.apply(net, RankPlan.of({"body": Kept(6, spectrum.form)}), {"body": spectrum})
     many = Objective(span_loss, {"calibration": [(x.expand(6000, -1, -1), torch.zeros(6000, 2, dtype=torch.long))]})
-    rows = gate_gradients(model, ["body"], many, samples=6000, seed=1)["body"].drawn
+    rows = gate_gradients(model, ["body"], many, samples=6000, seed=1).rows["body"].drawn
     exact = torch.zeros(6, 6)
     for end in ("start_logits", "end_logits"):
         p = model(x)[end].detach().softmax(1)[0]
@@ -171,7 +171,7 @@ def test_the_fisher_information_of_answers_is_that_of_the_mean_over_both_ends() 
             one = Objective(
                 lambda outputs, t, e=end: F.cross_entropy(outputs[e], t[:, 0]), {"calibration": [(x, targets)]}
             )
-            row = gate_gradients(model, ["body"], one, samples=1)["body"].given[0]
+            row = gate_gradients(model, ["body"], one, samples=1).rows["body"].given[0]
             exact += chance * torch.outer(row, row) / 2
     found = rows.T @ rows / len(rows)
     torch.testing.assert_close(found, exact, rtol=0.15, atol=0.05 * float(exact.diagonal().max()))

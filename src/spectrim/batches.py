@@ -1,6 +1,6 @@
 """Call a model on the batches of any loader, whatever the structure of its inputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from traceback import walk_tb
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
 from spectrim.errors import UserError, first_line
@@ -24,7 +25,7 @@ def forward(model: nn.Module, inputs: Inputs) -> Any:
     try:
         if isinstance(inputs, Mapping):
             return model(**inputs)
-        if isinstance(inputs, tuple | list):
+        if isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence):
             return model(*inputs)
         return model(inputs)
     except UserError:
@@ -57,33 +58,52 @@ def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     return _mapped(inputs, lambda tensor: tensor.to(device))
 
 
-def first_sample(inputs: Inputs) -> Inputs:
-    """Return ``inputs`` with the first sample of every tensor only, as a batch of one."""
-    return first_samples(inputs, 1)
+def first_samples(values: Any, samples: int, count: int) -> Any:
+    """Return inputs or targets of the first ``samples`` of a batch of ``count``."""
+    return _sampled(values, torch.arange(min(samples, count)), count)
 
 
-def first_samples(inputs: Inputs, count: int) -> Inputs:
-    """Return ``inputs`` with at most the first ``count`` samples of every tensor."""
-    return _mapped(inputs, lambda tensor: tensor[:count])
+def one_sample(values: Any, index: int, count: int) -> Any:
+    """Return outputs or targets of sample ``index`` of a batch of ``count``, as a batch of one."""
+    return _sampled(values, torch.tensor([index]), count)
 
 
-def one_sample(inputs: Inputs, index: int) -> Inputs:
-    """Return ``inputs`` with only sample ``index`` of every tensor, as a batch of one."""
-    return _mapped(inputs, lambda tensor: tensor[index : index + 1])
+def repeated(inputs: Inputs, samples: int) -> Inputs:
+    """Return a batch of exactly ``samples``: those of ``inputs``, repeated cyclically if there are fewer."""
+    count = batch_size(inputs)
+    return _sampled(inputs, torch.arange(samples) % count, count)
 
 
-def repeated(inputs: Inputs, count: int) -> Inputs:
-    """Return ``inputs`` with exactly ``count`` samples of every tensor, repeated cyclically if there are fewer."""
-    return _mapped(inputs, lambda tensor: tensor[torch.arange(count, device=tensor.device) % len(tensor)])
+def _sampled(values: Any, chosen: Tensor, count: int) -> Any:
+    """Take the ``chosen`` samples. What has no dimension of ``count`` in front belongs to all samples, and stays."""
+    if isinstance(values, Tensor):
+        return values[chosen.to(values.device)] if values.ndim and len(values) == count else values
+    if isinstance(values, tuple | list) and len(values) == count and not _are_batched(values, count):
+        return _rebuilt(values, [values[index] for index in chosen.tolist()])
+    if isinstance(values, Mapping):
+        items = {key: _sampled(value, chosen, count) for key, value in values.items()}
+        return type(values)(**items) if hasattr(values, "to_tuple") else items  # an output of transformers stays one
+    if isinstance(values, tuple | list):
+        return _rebuilt(values, [_sampled(value, chosen, count) for value in values])
+    return values
 
 
-def _mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
-    if isinstance(inputs, Tensor):
+def _are_batched(values: Sequence[Any], count: int) -> bool:
+    return all(isinstance(value, Tensor) and value.ndim and len(value) == count for value in values)
+
+
+def _rebuilt(values: Any, items: list[Any]) -> Any:
+    """Return ``items`` in a sequence of the kind of ``values``, a namedtuple among them."""
+    return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
+
+
+def _mapped(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
+    if isinstance(inputs, Tensor | PackedSequence):
         return change(inputs)
     if isinstance(inputs, Mapping):
         return {key: _mapped(value, change) for key, value in inputs.items()}
     if isinstance(inputs, tuple | list):
-        return type(inputs)(_mapped(value, change) for value in inputs)
+        return _rebuilt(inputs, [_mapped(value, change) for value in inputs])
     return inputs
 
 
@@ -113,24 +133,48 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
     """Return every tensor in ``inputs``."""
     found: list[Tensor] = []
 
-    def noted(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+    def noted(tensor: Any) -> Any:
+        found.append(tensor.data if isinstance(tensor, PackedSequence) else tensor)
         return tensor
 
     _mapped(inputs, noted)
     return found
 
 
-def sample_count(targets: Any) -> int:
+def sample_count(targets: Any, inputs: Inputs = None) -> int:
     """Return the number of samples of a batch.
 
-    ``targets``: a tensor, a mapping of tensors, or any object with a length.
+    ``targets``: a tensor or a mapping of tensors, whose first dimension counts; a sequence of tensors, one a task, or
+    of anything, one a sample; or None. ``inputs`` decide where the targets leave it open.
     """
+    if targets is None:
+        return batch_size(inputs)
     if isinstance(targets, Tensor):
         return len(targets) if targets.ndim else 1
     if isinstance(targets, Mapping):
-        return sample_count(next(iter(targets.values())))
+        return sample_count(next(iter(targets.values()), None), inputs)
+    if isinstance(targets, tuple | list) and targets and all(isinstance(own, Tensor) and own.ndim for own in targets):
+        sizes = {len(own) for own in targets}
+        expected = None if inputs is None else batch_size(inputs)
+        if len(sizes) == 1 and (expected in sizes or (expected != len(targets) and isinstance(targets, tuple))):
+            return sizes.pop()
     return len(targets)
+
+
+def batch_size(inputs: Inputs) -> int:
+    """Return the first dimension of the first tensor of ``inputs``, or the length of a list of samples; else 1."""
+    if isinstance(inputs, PackedSequence):
+        return int(inputs.batch_sizes[0])
+    if isinstance(inputs, Tensor):
+        return len(inputs) if inputs.ndim else 1
+    values = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    if isinstance(values, tuple | list):
+        for value in values:
+            if isinstance(value, list):  # of samples
+                return len(value)
+            if any(tensor.ndim for tensor in tensors_of(value)):
+                return batch_size(value)
+    return 1
 
 
 def device_of(model: nn.Module) -> torch.device:

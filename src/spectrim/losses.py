@@ -37,11 +37,15 @@ class TokenLoss:
 
     def count(self, targets: Tensor) -> int:
         """Return the number of predicted tokens."""
-        return int((targets[:, 1:] != IGNORED).sum())
+        return int(self.predicted(targets).sum())
+
+    def predicted(self, targets: Tensor) -> Tensor:
+        """Return which tokens after the first are predicted, bool of shape (N, T - 1)."""
+        return targets[:, 1:] != IGNORED
 
     def predictions(self, outputs: Any, targets: Tensor) -> Tensor:
         """Return the logits of every predicted token, float32 of shape (tokens, V)."""
-        return logits_of(outputs)[:, :-1][targets[:, 1:] != IGNORED].float()
+        return logits_of(outputs)[:, :-1][self.predicted(targets)].float()
 
 
 @dataclass(frozen=True)

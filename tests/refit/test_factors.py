@@ -200,3 +200,58 @@ def test_a_layer_that_a_batch_goes_around_is_said(dense: Net) -> None:
     with pytest.raises(UserError, match="does not call layer conv on every batch"):
         refit(cut(net, FORMS["channel"], rank=1), net, data, samples=1000)
     assert threading.active_count() < 5
+
+
+class Residual(nn.Module):
+    """A residual connection that the model keeps as a local value, on itself, or in a list on itself."""
+
+    def __init__(self, kept: str) -> None:
+        super().__init__()
+        self.before, self.inside, self.after = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 8)
+        self.kept, self.aside, self.stack = kept, None, list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.before(x))
+        if self.kept == "attribute":
+            self.aside = y
+        if self.kept == "list":
+            self.stack.append(y)
+        z = torch.relu(self.inside(y))
+        if self.kept == "attribute":
+            y = self.aside
+        if self.kept == "list":
+            y = self.stack.pop()
+        return self.after(z + y)
+
+
+def fitted(net: nn.Module, batches: list) -> nn.Module:
+    spectra = {name: SVD().spectrum(net.get_submodule(name)) for name in ("before", "inside", "after")}
+    plan = RankPlan.of({name: spectrum.kept(3) for name, spectrum in spectra.items()})
+    compressed = replacing.apply(net, plan, spectra)
+    refit(compressed, net, Objective(F.mse_loss, {"calibration": batches}), samples=100)
+    return compressed
+
+
+def test_a_model_that_keeps_values_on_itself_is_fitted_as_one_that_does_not() -> None:
+    net = Residual("local").eval()
+    batches, x = [(torch.randn(16, 8), torch.zeros(16, 8)) for _ in range(4)], torch.randn(32, 8)
+    expected = fitted(net, batches)(x)
+    for kept in ("attribute", "list"):
+        twin = Residual(kept).eval()
+        twin.load_state_dict(net.state_dict())
+        assert fitted(twin, batches)(x).equal(expected), kept
+
+
+def test_the_passes_run_under_the_autocast_of_the_caller() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.norm = nn.Linear(8, 16).bfloat16(), nn.LayerNorm(16)
+            self.inside, self.after = nn.Linear(16, 16).bfloat16(), nn.Linear(16, 8).bfloat16()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.after(self.inside(self.norm(self.before(x))))
+
+    batches = [(torch.randn(16, 8), torch.zeros(16, 8)) for _ in range(2)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fitted(Mixed().eval(), batches)(batches[0][0]).isfinite().all()

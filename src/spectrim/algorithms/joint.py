@@ -1,7 +1,7 @@
 """Joint: which singular components to remove, over all layers together, to second order."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from spectrim.errors import UserError
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.refit.factors import refit
 from spectrim.statistics import paired_loss
-from spectrim.statistics.fisher import GateGradients, gate_gradients
+from spectrim.statistics.fisher import Gates, gate_gradients
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 from spectrim.tools.settings import settings
@@ -107,6 +107,7 @@ class _Search:
         self.settings, self.bench, self.costs = chosen, bench, costs
         self.point = _Point({name: torch.arange(spectrum.max_rank) for name, spectrum in bench.spectra.items()})
         self.log: list[dict] = []
+        self.left: dict[str, str] = {}  # layers without gates, and why: they stay dense
 
     def to_budget(self, target: float) -> None:
         self.costs.require(target)
@@ -116,6 +117,8 @@ class _Search:
                 reached = max(target, 1 - done * self.settings.step)
                 self.point = self._advance(self.point, reached)
                 bar.update(round(100 * (1 - reached)) - bar.n)
+        if self.left and self._share(self.point) > target:
+            raise UserError(f"the budget of {target:.4g} is out of reach of joint selection: {_reasons(self.left)}")
 
     def to_tolerance(self, increase: float) -> None:
         """Step down until the verified loss is too high, then again from the last good point with half the step."""
@@ -141,7 +144,11 @@ class _Search:
     def _advance(self, point: _Point, share: float) -> _Point:
         """Linearise at ``point`` and remove until ``share`` of the dense cost is left."""
         errors, layers = self.settings.significance, {}
-        for name, row in self._linearised(point).items():
+        gates = self._linearised(point)
+        self.left |= gates.left
+        if not gates.rows:
+            raise UserError(f"joint selection has no layer to choose from: {_reasons(self.left)}")
+        for name, row in gates.rows.items():
             curve = self.costs.curves[name][: len(point.kept[name]) + 1]
             J_NR = row.drawn.double()
             alone = J_NR.square().mean(0) / 2
@@ -149,15 +156,15 @@ class _Search:
                 alone -= significant(row.given, errors)
             together = self.settings.interaction**0.5 * J_NR if self.settings.interaction else None
             layers[name] = Gated(alone, curve, self.costs.dense[name], together)
-        elsewhere = self.costs.total - sum(self.costs.dense.values())
+        elsewhere = self.costs.total - sum(self.costs.dense[name] for name in layers)
         budget = share * self.costs.total - elsewhere
         removal = remove(layers, budget)
-        after = {name: point.kept[name][kept] for name, kept in removal.kept.items()}
+        after = point.kept | {name: point.kept[name][kept] for name, kept in removal.kept.items()}
         found = _Point(after, point.predicted + removal.predicted)
         self.log.append({"share": self._share(found), "predicted": removal.predicted})
         return found
 
-    def _linearised(self, point: _Point) -> dict[str, GateGradients]:
+    def _linearised(self, point: _Point) -> Gates:
         """The gates at ``point``: the same whatever the budget, so that the search for another may have been there.
 
         With ``layers_at_once`` so many layers at a time are factored at full rank, which takes more than dense ones.
@@ -167,16 +174,17 @@ class _Search:
         left = {name: Kept(tuple(kept.tolist()), bench.spectra[name].form) for name, kept in point.kept.items()}
         cut = {name for name, kept in point.kept.items() if len(kept) < bench.spectra[name].max_rank}
 
-        def gates_of(block: Sequence[str], seen: Objective) -> dict[str, GateGradients]:
+        def gates_of(block: Sequence[str], seen: Objective) -> Gates:
             plan = RankPlan.of({name: own for name, own in left.items() if name in cut or name in block})
             factored = replacing.apply(bench.model, plan, bench.spectra, shared=True)
             return gate_gradients(factored, block, seen, chosen.samples, seed=chosen.seed, first_order=first_order)
 
-        def gates() -> dict[str, GateGradients]:
+        def gates() -> Gates:
             blocks, seen = bench.objective.blocks(list(left)), bench.objective
             if len(blocks) > 1:  # rows of two layers are held against one another: they must be of the same samples
                 seen = seen.held("calibration", chosen.samples)
-            return {name: own for block in blocks for name, own in gates_of(block, seen).items()}
+            found = [gates_of(block, seen) for block in blocks]
+            return Gates(*(dict(item for own in part for item in own.items()) for part in zip(*found, strict=True)))
 
         here = [*point.kept.values(), *bench.model.state_dict().values()]
         key = (chosen.samples, chosen.seed, bench.decomposer, first_order)
@@ -198,9 +206,14 @@ class _Search:
         return self.costs.share({name: len(kept) for name, kept in point.kept.items()})
 
     def finish(self) -> Compressed:
+        self.bench.notes.extend(f"{name}: left dense: {reason}" for name, reason in self.left.items())
         compressed = self.bench.finish(self._keep(self.point), self.log)
         self._refit(compressed.model)
         return compressed
+
+
+def _reasons(left: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} stays dense: {reason}" for name, reason in left.items())
 
 
 def significant(given_NR: Tensor, errors: float) -> Tensor:

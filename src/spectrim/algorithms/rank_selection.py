@@ -147,9 +147,9 @@ def on_subset(objective: Objective, split: str, subset: int | None) -> Objective
         return objective
     taken, left = [], subset
     for inputs, targets in objective.batches(split):
-        count = min(left, sample_count(targets))
-        taken.append((first_samples(inputs, count), first_samples(targets, count)))
-        left -= count
+        count = sample_count(targets, inputs)
+        taken.append((first_samples(inputs, left, count), first_samples(targets, left, count)))
+        left -= min(left, count)
         if not left:
             part = Objective(objective.loss, {split: taken})
             part.read = objective.read

@@ -1,7 +1,7 @@
 """Factors fitted once more, by least squares, to what the dense layers put out. No labels are used."""
 
+import copy
 import math
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.batches import Inputs, device_of, evaluating, first_sample, forward, hooked, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, to_device
 from spectrim.errors import UserError
 from spectrim.factored.layers import Factored, FactoredConv2d, FactoredLinear, TuckerConv2d, composed, factors_of
 from spectrim.refit.layer_barrier import Lockstep
@@ -110,7 +110,7 @@ def _laid_out(model: nn.Module, example: Inputs) -> tuple[list[str], dict[str, s
     handles = [module.register_forward_hook(partial(called, name)) for name, module in layers.items()]
     handles += [norm.register_forward_pre_hook(partial(fed, name)) for name, norm in norms_of(model).items()]
     with hooked(handles), evaluating(model), torch.no_grad():
-        forward(model, to_device(first_sample(example), device_of(model)))
+        forward(model, to_device(example, device_of(model)))
     return [name for name in outputs if calls[name] == 1], followers
 
 
@@ -122,38 +122,50 @@ def _in_step(
 ) -> None:
     """Pass the batches through both models and call ``met`` at each layer, before any of the passes goes on.
 
-    So one pass serves all layers, and each sees what those before it have become. Memory: what flows at a layer, of all
-    batches. Raises ``UserError`` where a batch does not come by all layers in their order.
+    So one pass serves all layers, and each sees what those before it have become. Each pass has modules of its own over
+    the same weights: what a model keeps on itself during a pass does not reach another batch. Memory: what flows at a
+    layer, for all batches. Raises ``UserError`` where a batch does not come by all layers in their order.
     """
     nothing = [torch.empty(0)] * len(batches)
     flows = _Flows(list(nothing), list(nothing), [mask_of(inputs) for inputs in batches])
     passes = Lockstep(lambda station: met(layers[station], flows))
-    own = threading.local()  # of a pass: where its values go, and how many layers it has come by
-
-    def arrived(name: str, value: Tensor) -> None:
-        if own.done < len(layers) and name == layers[own.done]:
-            own.values[own.index] = value
-            own.done += 1
-            passes.station()
+    autocast = _autocast_of(device_of(models[0]))
 
     def through(model: nn.Module, values: list[Tensor], index: int) -> None:
-        own.values, own.index, own.done = values, index, 0
-        with torch.no_grad():
-            forward(model, batches[index])
-        if own.done < len(layers):
-            raise UserError(f"the model does not call layer {layers[own.done]} on every batch, in the same order")
+        done = 0
 
-    into = [
-        models[0].get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: arrived(name, inputs[0]))
-        for name in layers
-    ]
-    out_of = [
-        models[1].get_submodule(name).register_forward_hook(lambda _, __, output, name=name: arrived(name, output))
-        for name in layers
-    ]
+        def arrived(name: str, value: Tensor) -> None:
+            nonlocal done
+            if done < len(layers) and name == layers[done]:
+                values[index] = value
+                done += 1
+                passes.station()
+
+        own = _over_same_weights(model)
+        for name in layers:
+            layer = own.get_submodule(name)
+            if model is models[0]:
+                layer.register_forward_pre_hook(lambda _, inputs, name=name: arrived(name, inputs[0]))
+            else:
+                layer.register_forward_hook(lambda _, __, output, name=name: arrived(name, output))
+        with torch.no_grad(), autocast():
+            forward(own, batches[index])
+        if done < len(layers):
+            raise UserError(f"the model does not call layer {layers[done]} on every batch, in the same order")
+
     sides = zip(models, (flows.x, flows.y), strict=True)
-    with hooked(into + out_of):
-        passes.run([partial(through, *side, index) for side in sides for index in range(len(batches))])
+    passes.run([partial(through, *side, index) for side in sides for index in range(len(batches))])
+
+
+def _over_same_weights(model: nn.Module) -> nn.Module:
+    """Return a copy of the modules of ``model`` with the same parameters and buffers, not copies of them."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+
+
+def _autocast_of(device: torch.device) -> Callable[[], torch.autocast]:
+    """Return a maker of the autocast that the caller has entered, which other threads do not inherit."""
+    kind, enabled = device.type, torch.is_autocast_enabled(device.type)
+    return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled)
 
 
 def _moments(dense: nn.Linear | nn.Conv2d, flows: _Flows) -> _Moments:

@@ -88,10 +88,10 @@ class Objective:
         with evaluating(model), torch.inference_mode():
             for inputs, targets in self.batches(split):
                 outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
-                count = self.weight(targets)
+                count = self.weight(targets, inputs)
                 total += self.finite_loss(outputs, targets, split).item() * count
                 seen += count
-                self.read[split] += sample_count(targets)
+                self.read[split] += sample_count(targets, inputs)
                 right = answered_rightly(self.loss, outputs, targets)
                 scored = scored and right is not None
                 correct += right or 0
@@ -108,8 +108,8 @@ class Objective:
             for inputs, targets in self.batches(split):
                 targets = to_device(targets, device)
                 loss = loss_of(self.loss, forward(model, to_device(inputs, device)), targets)
-                total += loss.item() * self.weight(targets)
-                self.read[split] += sample_count(targets)
+                total += loss.item() * self.weight(targets, inputs)
+                self.read[split] += sample_count(targets, inputs)
                 if limit >= 0 and not total <= limit * n:  # also where the loss is not a number
                     return None
         return total / n if total <= limit * n else None
@@ -153,17 +153,17 @@ class Objective:
             for inputs, targets in self.batches(split):
                 targets = to_device(targets, device)
                 loss = self.finite_loss(forward(model, to_device(inputs, device)), targets, split)
-                count = self.weight(targets)
+                count = self.weight(targets, inputs)
                 for name, gradient in _by_weight(loss, weights).items():
                     sums[name].add_(gradient, alpha=count)
                 seen += count
-                self.read[split] += sample_count(targets)
+                self.read[split] += sample_count(targets, inputs)
         self.require(seen, split)
         return {name: total.div_(seen) for name, total in sums.items()}
 
-    def weight(self, targets: Any) -> int:
+    def weight(self, targets: Any, inputs: Inputs = None) -> int:
         """What the mean loss of a batch counts for in that of a split: its samples, or its tokens to be predicted."""
-        return self.loss.count(targets) if isinstance(self.loss, TokenLoss) else sample_count(targets)
+        return self.loss.count(targets) if isinstance(self.loss, TokenLoss) else sample_count(targets, inputs)
 
     def finite_loss(self, outputs: Any, targets: Any, split: str) -> Tensor:
         """The mean loss of one batch. Raises ``UserError`` where it fails on these targets or is not finite."""
@@ -182,8 +182,8 @@ class Objective:
         with tqdm(desc=label, unit="sample", total=samples, leave=False, disable=None) as bar:
             for inputs, targets in self._until(split, samples):
                 yield inputs, targets
-                self.read[split] += sample_count(targets)
-                bar.update(sample_count(targets))
+                self.read[split] += sample_count(targets, inputs)
+                bar.update(sample_count(targets, inputs))
 
     def held(self, split: str, samples: int) -> "Objective":
         """The same loss on the first batches of ``split``, held in memory until ``samples`` are reached.
@@ -199,7 +199,7 @@ class Objective:
         seen = 0
         for inputs, targets in self.batches(split):
             yield inputs, targets
-            seen += sample_count(targets)
+            seen += sample_count(targets, inputs)
             if seen >= samples:
                 break
         self.require(seen, split)

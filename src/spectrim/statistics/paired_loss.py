@@ -34,10 +34,10 @@ def losses(objective: Objective, model: nn.Module, split: str) -> Losses:
     with evaluating(model), torch.inference_mode():
         for inputs, targets in objective.batches(split):
             outputs, targets = logits_of(forward(model, to_device(inputs, device))), to_device(targets, device)
-            count = sample_count(targets)
+            count = sample_count(targets, inputs)
             for index in range(count):
-                wanted = one_sample(targets, index)
-                values.append(objective.finite_loss(one_sample(outputs, index), wanted, split).item())
+                wanted = one_sample(targets, index, count)
+                values.append(objective.finite_loss(one_sample(outputs, index, count), wanted, split).item())
                 weights.append(objective.weight(wanted))
             objective.read[split] += count
     if len(values) < 2:

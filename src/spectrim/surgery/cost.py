@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectrim.batches import Inputs, device_of, evaluating, first_sample, forward, to_device
+from spectrim.batches import Inputs, batch_size, device_of, evaluating, forward, to_device
 
 
 class Cost(NamedTuple):
@@ -21,9 +21,9 @@ class Cost(NamedTuple):
 
 
 def model_cost(model: nn.Module, example: Inputs) -> Cost:
-    """Count parameters and, by running the first sample of ``example``, MACs of convolutions and matrix products."""
+    """Count parameters and, by running ``example``, MACs of convolutions and matrix products."""
     # The counter reports floating point operations, two for each multiply-accumulate.
-    macs = _counted(model, example).get_total_flops() // 2
+    macs = _counted(model, example).get_total_flops() // 2 // batch_size(example)
     return Cost(parameters(model), macs)
 
 
@@ -34,15 +34,15 @@ def parameters(model: nn.Module) -> int:
 
 def layer_macs(model: nn.Module, layers: Sequence[str], example: Inputs) -> tuple[dict[str, float], float]:
     """MACs of one input in each of ``layers``, with all that is inside it, and in the whole model."""
-    counter = _counted(model, example)
+    counter, twice = _counted(model, example), 2 * batch_size(example)
     root, counts = type(model).__name__, counter.get_flop_counts()
     # What multiplies nothing, as an embedding, is not counted.
     own = {name: counts.get(f"{root}.{name}", {}) for name in layers}
-    return {name: sum(found.values()) / 2 for name, found in own.items()}, counter.get_total_flops() / 2
+    return {name: sum(found.values()) / twice for name, found in own.items()}, counter.get_total_flops() / twice
 
 
 def _counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
-    inputs = to_device(first_sample(example), device_of(model))
+    inputs = to_device(example, device_of(model))
     counter = FlopCounterMode(display=False)
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into torch's fused transformer layer

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spectrim.batches import Inputs, device_of, evaluating, first_sample, forward, tensors_of, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, tensors_of, to_device
 from spectrim.errors import UserError
 from spectrim.factored.layers import dense_kinds
 
@@ -117,7 +117,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _unfit_for_replacement(model: nn.Module, layers: Mapping[str, nn.Module], example: Inputs) -> dict[str, str]:
-    inputs = to_device(first_sample(example), device_of(model))
+    inputs = to_device(example, device_of(model))
     watch = _Watch(layers, inputs)
     with evaluating(model), torch.no_grad(), watch.of_modules(), watch:
         forward(model, inputs)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, first_sample
+from spectrim.batches import Inputs, device_of, evaluating
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer, spectrum_of
 from spectrim.decomposers.svd import SVD
@@ -59,7 +59,7 @@ def chain_of(model: nn.Module, decomposer: Decomposer, example: Inputs) -> Chain
         raise UserError(f"the bounds hold for the plain SVD, not for {type(decomposer).__name__}")
     if not isinstance(example, Tensor):
         raise UserError(f"{NEEDED}; this model takes more than one tensor")
-    x = given = first_sample(example).to(device_of(model))
+    x = given = example[:1].to(device_of(model))
     stages: list[Stage] = []
     lead = 1.0
     with evaluating(model), torch.no_grad():

@@ -227,7 +227,7 @@ def _epoch(
         if not all(map(math.isfinite, terms)):
             raise FloatingPointError(f"the training loss became {sum(terms)} in epoch {epoch}, step {step}; lower lr")
         optimizer.step()
-        count = sample_count(targets)
+        count = sample_count(targets, inputs)
         for name, term in zip(names, terms, strict=True):
             sums[name] = sums.get(name, 0.0) + term * count
         scored = scored and are_scores(outputs, targets)
