@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -206,8 +206,9 @@ class _Search:
         return self.costs.share({name: len(kept) for name, kept in point.kept.items()})
 
     def finish(self) -> Compressed:
-        self.bench.notes.extend(f"{name}: left dense: {reason}" for name, reason in self.left.items())
-        compressed = self.bench.finish(self._keep(self.point), self.log)
+        notes = (f"{name}: left dense: {reason}" for name, reason in self.left.items())
+        bench = replace(self.bench, notes=(*self.bench.notes, *notes))
+        compressed = bench.finish(self._keep(self.point), self.log)
         self._refit(compressed.model)
         return compressed
 
