@@ -1,4 +1,4 @@
-"""The loss of a split is the mean over its samples, however they are batched, and so is its gradient."""
+"""What an objective answers about a model, what it leaves of the model, and what it refuses."""
 
 import copy
 from typing import Any
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import spectrim
 from spectrim.algorithms.lossless import Lossless
 from spectrim.algorithms.rank_selection import RankSelection
-from spectrim.batches import evaluating
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
@@ -21,30 +20,6 @@ NAMES = ("0", "3", "6")
 
 def objective(batches: Any, loss: Any = F.cross_entropy) -> Objective:
     return Objective(loss, {"calibration": batches})
-
-
-def joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-
-
-def test_loss_and_accuracy_are_means_over_samples(net: nn.Sequential, batches: Any) -> None:
-    x, y = joined(batches)
-    with evaluating(net), torch.no_grad():
-        logits = net(x)
-    measured = objective(batches).evaluate(net)
-    assert measured.loss == pytest.approx(F.cross_entropy(logits, y).item(), rel=1e-5)
-    assert measured.accuracy == pytest.approx((logits.argmax(1) == y).float().mean().item())
-    assert measured.n == 39
-
-
-def test_gradients_are_those_of_the_mean_over_all_samples(net: nn.Sequential, batches: Any) -> None:
-    x, y = joined(batches)
-    with evaluating(net):
-        loss = F.cross_entropy(net(x), y)
-    expected = torch.autograd.grad(loss, [net.get_submodule(name).weight for name in NAMES])
-    got = objective(batches).gradients(net, NAMES)
-    for name, gradient in zip(NAMES, expected, strict=True):
-        torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-4)
 
 
 def test_the_model_is_left_as_it_was(net: nn.Sequential, batches: Any) -> None:
@@ -61,13 +36,6 @@ def test_the_model_is_left_as_it_was(net: nn.Sequential, batches: Any) -> None:
     assert [m.training for m in net.modules()] == modes
     assert not net[3].weight.requires_grad and net[0].weight.requires_grad
     assert net[0].weight.grad is None and torch.equal(net[8].weight.grad, torch.ones(5, 24))
-
-
-def test_a_frozen_model_under_no_grad_has_gradients_too(net: nn.Sequential, batches: Any) -> None:
-    expected = objective(batches).gradients(net, NAMES)
-    with torch.no_grad():
-        got = objective(batches).gradients(net.requires_grad_(False), NAMES)
-    assert all(torch.equal(got[name], expected[name]) for name in NAMES)
 
 
 def test_the_gradient_pass_is_done_once_until_the_model_changes(net: nn.Sequential, batches: Any) -> None:
@@ -185,92 +153,6 @@ def test_targets_that_do_not_fit_are_refused(net: nn.Sequential, call: Any, targ
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("reduced", [lambda logits, targets: logits.sum(1), lambda logits, targets: 3.0])
-def test_a_loss_that_is_not_a_scalar_tensor_is_refused(net: nn.Sequential, batches: Any, reduced: Any) -> None:
-    with pytest.raises(UserError, match="must return a scalar tensor"):
-        objective(batches, reduced).evaluate(net)
-
-
-def test_a_selector_cannot_see_a_split_it_was_not_given(net: nn.Sequential, batches: Any) -> None:
-    with pytest.raises(UserError, match="no split 'test' here; known are calibration"):
-        objective(batches).evaluate(net, "test")
-
-
-def test_batches_that_can_be_read_only_once_are_refused(batches: Any) -> None:
-    with pytest.raises(UserError, match="calibration set can be read only once"):
-        objective(batch for batch in batches)
-
-
-@pytest.mark.parametrize("offset", [0.0, -5.0])
-def test_the_loss_within_a_limit_is_the_loss_or_none(net: nn.Sequential, batches: Any, offset: float) -> None:
-    seen = []
-
-    def counted(logits: Tensor, targets: Tensor) -> Tensor:
-        seen.append(len(targets))
-        return F.cross_entropy(logits, targets) + offset
-
-    judge = objective(batches, counted)
-    loss = judge.evaluate(net).loss
-    assert judge.loss_within(net, "calibration", loss + 1e-9, 39) == pytest.approx(loss)
-    assert judge.loss_within(net, "calibration", loss + 1, 39) == pytest.approx(loss)
-    assert judge.loss_within(net, "calibration", loss - 1e-6, 39) is None
-    seen.clear()
-    assert judge.loss_within(net, "calibration", 0.1 + offset, 39) is None
-    assert seen == ([16] if not offset else [16, 16, 7])  # certain after one batch, where losses cannot be negative
-
-
-class Branching(nn.Module):
-    """Uses its branch where the sum of the inputs is positive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk, self.branch, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.branch(self.trunk(x)) if x.sum() > 0 else self.trunk(x))
-
-
-def test_a_layer_that_some_batches_do_not_use_is_named_and_may_be_left_dense() -> None:
-    using, without = ((sign * torch.ones(4, 6), torch.tensor([0, 1, 2, 0])) for sign in (1, -1))
-    with pytest.raises(UserError, match="^layer branch takes no part in the loss of some batch") as refusal:
-        Lossless(gamma=None).compress(Branching(), SVD(), objective([using, without]))
-    assert "\n" not in str(refusal.value)
-    advised = Lossless(gamma=None).compress(Branching(), SVD(), objective([without, using]))
-    assert "branch: left dense: the model does not call it" in advised.notes and advised.report.layer[0] == "trunk"
-
-
-def test_a_loss_without_a_gradient_is_refused(net: nn.Sequential, batches: Any) -> None:
-    judge = objective(batches, lambda logits, targets: F.cross_entropy(logits.detach(), targets))
-    with pytest.raises(UserError, match="the loss has no gradient"):
-        judge.gradients(net, NAMES)
-
-
-def test_a_loss_that_fails_without_a_word_goes_by_the_name_of_its_error(net: nn.Sequential, batches: Any) -> None:
-    def silent(logits: Tensor, targets: Tensor) -> Tensor:
-        raise ValueError
-
-    with pytest.raises(UserError, match="the loss failed on these outputs and targets: ValueError$"):
-        objective(batches, silent).evaluate(net)
-
-
-@pytest.mark.parametrize("batch", [torch.zeros(2, 3, 8, 8), {"x": 1}, (1, 2, 3), ()])
-def test_a_batch_that_is_no_pair_is_said_in_one_line(net: nn.Sequential, batch: Any) -> None:
-    with pytest.raises(UserError, match="^a batch of the calibration set is a .*, not a pair: give") as refusal:
-        objective([batch]).evaluate(net)
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("batches", [None, 3])
-def test_what_cannot_be_iterated_is_no_set(batches: Any) -> None:
-    with pytest.raises(UserError, match="^the calibration set is a .*; give a list of batches or a DataLoader$"):
-        objective(batches)
-
-
-def test_batches_can_be_read_again(batches: Any) -> None:
-    pairs = objective(batches).batches("calibration")
-    assert len(list(pairs)) == len(list(pairs)) == len(batches)
-
-
 def test_what_models_have_seen_is_counted(net: nn.Sequential, objective: Objective) -> None:
     objective.evaluate(net)
     objective.evaluate(net, "verification")
@@ -287,3 +169,14 @@ def test_what_models_have_seen_is_counted(net: nn.Sequential, objective: Objecti
 def test_what_rank_selection_sees_of_a_part_is_counted(net: nn.Sequential, objective: Objective) -> None:
     RankSelection(subset=20, delta_step=0.4).compress(net, SVD(), objective)
     assert objective.read["calibration"] >= 39 + 2 * 20 and (objective.read["calibration"] - 39) % 20 == 0
+
+
+def test_an_objective_on_other_batches_counts_what_is_read_with_the_first(net: nn.Sequential, batches: Any) -> None:
+    judge = objective(batches)
+    judge.on({"few": batches[:1]}).evaluate(net, "few")
+    held = judge.held("calibration", 17)
+    assert [len(targets) for _, targets in held.splits["calibration"]] == [16, 16]
+    assert judge.read == {"few": 16}  # to hold samples passes none through a model
+    judge.gradients(net, NAMES)
+    assert not torch.equal(held.gradients(net, NAMES)["0"], judge.gradients(net, NAMES)["0"])
+    assert judge.read == {"few": 16, "calibration": 39 + 32}

@@ -188,7 +188,7 @@ class _Search:
 
         here = [*point.kept.values(), *bench.model.state_dict().values()]
         key = (chosen.samples, chosen.seed, bench.decomposer, first_order)
-        return bench.objective.memory.get(bench.model, "gates", lambda: (*key, content(here)), gates)
+        return bench.objective.remembered(bench.model, "gates", lambda: (*key, content(here)), gates)
 
     def _keep(self, point: _Point) -> dict[str, tuple[int, ...]]:
         """What pays: a layer whose components cost no less than the dense layer stays dense."""

@@ -151,9 +151,7 @@ def on_subset(objective: Objective, split: str, subset: int | None) -> Objective
         taken.append((first_samples(inputs, left, count), first_samples(targets, left, count)))
         left -= min(left, count)
         if not left:
-            part = Objective(objective.loss, {split: taken})
-            part.read = objective.read
-            return part
+            return objective.on({split: taken})
     raise UserError(f"subset={subset} is more than the {subset - left} samples of the {split} split")
 
 

@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -55,11 +54,11 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
     with phases.measure("load"):
         weights = None if checkpoint is None else (checkpoint, settings["checkpoint"])
         judged = task.of(settings["model"], cfg.seed, weights, settings["data"], settings["also"], device)
-    before = Counter(judged.objective.read)
+    judged.objective.start_selection()
     with phases.measure("select"):
         compressed = algorithm.compress(judged.model, decomposer, judged.objective)
         compressed.settle(cfg.batch_norm, judged.objective)
-    read = judged.objective.read - before
+    read = dict(judged.objective.read)
     with phases.measure("evaluate"):
         outcome = judged.outcome(compressed)
     return {
@@ -72,7 +71,7 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
         "calibration_seed": settings["data"].get("calibration_seed", 0),
         **outcome,
         "phases": dict(phases),
-        "samples_read": dict(read),
+        "samples_read": read,
         "reporting": compressed.reporting,  # a part of the selection's phase and of what was read
         "provenance": provenance(configuration.invocation("spectrim"), judged.data_digest, checkpoint, str(device)),
     }

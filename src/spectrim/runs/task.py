@@ -15,6 +15,7 @@ from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.checkpoints import single_file
 from spectrim.runs import targets
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.remembered import MEASUREMENTS
 from spectrim.tools.memo import Memory
 
 # A checkpoint and the digest of its content. The digest tells a replaced file from the one that is remembered.
@@ -97,7 +98,7 @@ def _remembered(
             dense_on_test[key] = _on_test(objective, model)
         return dense_on_test[key]
 
-    memory = Memory(whitened=1, gates=8)  # the budgets of a grid share the gates of joint selection
+    memory = Memory(whitened=1, gates=8, **MEASUREMENTS)  # the budgets of a grid share the gates of joint selection
     seen = Objective(splits.loss, {name: getattr(splits, name) for name in SEEN}, memory=memory)
     test = Objective(splits.loss, {"test": splits.test})
     also = {name: Objective(other.loss, {"test": other.test}) for name, other in others.items()}

@@ -36,7 +36,7 @@ def reestimate(
     shared = {name: norm for name, norm in mine.items() if name in theirs}
     if not shared:
         return
-    known: dict[str, dict[str, Statistics]] = objective.memory.get(  # a search compresses one model many times
+    known: dict[str, dict[str, Statistics]] = objective.remembered(  # a search compresses one model many times
         dense, "norms", lambda: content(dense.state_dict().values()), dict
     )
     corrections = {name: _Correction(theirs[name]) for name in shared}

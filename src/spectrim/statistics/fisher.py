@@ -28,6 +28,7 @@ from spectrim.batches import (
 from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
 from spectrim.losses import SpanLoss, TokenLoss, are_scores, fisher_direction, logits_of
+from spectrim.statistics.batch_loss import finite_loss
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.sample_rows import BATCH_FIRST, Layout, Owners, RowOwners, sample_weights, scattered
 
@@ -86,7 +87,7 @@ def gate_gradients(
         for inputs, targets in objective.first(split, samples, "linearise"):
             count = sample_count(targets, inputs)
             outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
-            loss = _by_outputs(objective.finite_loss(outputs, targets, split) * count, outputs, count)
+            loss = _by_outputs(finite_loss(objective.loss, outputs, targets, split) * count, outputs, count)
             scores = _along_scores(objective, outputs, targets, generator, count)
             drawn = gates.rows(scores or loss, count, keep=first_order and scores is not None)
             given = gates.rows(loss, count) if first_order and scores is not None else drawn

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from spectrim.batches import device_of, evaluating, forward, one_sample, sample_count, to_device
 from spectrim.errors import UserError
 from spectrim.losses import logits_of
+from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.objective import Objective
 
 
@@ -32,14 +33,13 @@ def losses(objective: Objective, model: nn.Module, split: str) -> Losses:
     """
     device, values, weights = device_of(model), list[float](), list[int]()
     with evaluating(model), torch.inference_mode():
-        for inputs, targets in objective.batches(split):
+        for inputs, targets in objective.counted(split):
             outputs, targets = logits_of(forward(model, to_device(inputs, device))), to_device(targets, device)
             count = sample_count(targets, inputs)
             for index in range(count):
                 wanted = one_sample(targets, index, count)
-                values.append(objective.finite_loss(one_sample(outputs, index, count), wanted, split).item())
-                weights.append(objective.weight(wanted))
-            objective.read[split] += count
+                values.append(finite_loss(objective.loss, one_sample(outputs, index, count), wanted, split).item())
+                weights.append(batch_weight(objective.loss, wanted))
     if len(values) < 2:
         raise UserError(
             f"the {split} set has {len(values)} samples; a change of the loss needs at least 2 to be certain"

@@ -12,10 +12,10 @@ T = TypeVar("T")
 class Memory:
     """A cache of results by model, kind, and a key that covers all they depend on. It evicts the oldest of a kind.
 
-    ``keep``: number of results to keep by kind (default 1; 0 disables the cache).
+    ``keep``: number of results to keep by kind (default 1; 0 disables the cache, ``math.inf`` keeps all).
     """
 
-    def __init__(self, **keep: int) -> None:
+    def __init__(self, **keep: float) -> None:
         self.keep = keep
         self._known: WeakKeyDictionary[nn.Module, dict[str, dict[Hashable, Any]]] = WeakKeyDictionary()
 

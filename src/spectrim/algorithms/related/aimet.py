@@ -20,7 +20,7 @@ from spectrim.errors import UserError
 from spectrim.factored import linalg
 from spectrim.factored.layers import FactoredConv2d, composed, factors_of, shaped_like
 from spectrim.factored.plan import Kept, RankPlan
-from spectrim.statistics.objective import Evaluation, Objective
+from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, replacing
 from spectrim.surgery.cost import parameters
 from spectrim.tools import torchvision_shim
@@ -102,14 +102,15 @@ class AIMET:
         ignored = [subject.get_submodule(n) for n, m in model.named_modules() if _is_conv(m) and n not in layers]
         greedy = GreedySelectionParameters(self._target(model), num_comp_ratio_candidates=self.candidates)
         chosen = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=ignored)
-        known: dict[str, Evaluation] = objective.memory.get(
-            model, "aimet", lambda: content(model.state_dict().values()), dict
-        )
         with tqdm(desc="aimet", unit="evaluation", leave=False, disable=None) as bar, _elsewhere():
 
             def score(candidate: nn.Module, *_: Any, **__: Any) -> float:
-                key = content(candidate.state_dict().values())
-                found = known[key] = known.get(key) or objective.evaluate(candidate)
+                found = objective.remembered(
+                    model,
+                    "aimet",
+                    lambda: content(candidate.state_dict().values()),
+                    lambda: objective.evaluate(candidate),
+                )
                 log.append({"evaluation": len(log), "accuracy": found.accuracy, "loss": found.loss})
                 bar.update()
                 return cast(float, found.accuracy)

@@ -66,11 +66,14 @@ class LayerThreshold(MaybeBudgeted):
             else:
                 assert share is not None
                 chosen = costs.meet(share, ranks_at, low=0.0, high=1.0)
-        return bench.finish(chosen, [*layers.known.values()])
+        return bench.finish(chosen, [*layers.log.values()])
 
 
 class _Layers:
-    """The layers and what was measured of each; no rank of a layer is measured twice, in no run on this objective."""
+    """The layers and what was measured of each; no rank of a layer is measured twice, in no run on this objective.
+
+    ``log``: the measurements that this run asked for.
+    """
 
     def __init__(self, chosen: LayerThreshold, bench: Workbench) -> None:
         self.judged_by, self.bench = chosen.judged_by, bench
@@ -79,17 +82,8 @@ class _Layers:
         self.dense = badness(self.working, bench.objective, self.judged_by)
         self.options = {name: self._options(spectrum, chosen.energies) for name, spectrum in bench.spectra.items()}
         self.count = sum(map(len, self.options.values()))
-        self.known: dict[tuple[str, int], dict] = bench.objective.memory.get(
-            bench.model,
-            "thresholds",
-            lambda: (
-                bench.decomposer,
-                tuple(chosen.energies),
-                chosen.judged_by,
-                content(bench.model.state_dict().values()),
-            ),
-            dict,
-        )
+        self.log: dict[tuple[str, int], dict] = {}
+        self.key = bench.decomposer, chosen.judged_by, content(bench.model.state_dict().values())
         self.bar: tqdm
 
     @staticmethod
@@ -110,13 +104,20 @@ class _Layers:
 
     def score(self, name: str, rank: int) -> float:
         """How much worse the model is with this layer alone at ``rank``."""
-        if (name, rank) not in self.known:
-            layer = self.working.get_submodule(name)
-            replacing.replace(self.working, name, self.bench.spectra[name].factor(rank))
-            score = badness(self.working, self.bench.objective, self.judged_by) - self.dense
-            replacing.replace(self.working, name, layer)
+        if (name, rank) not in self.log:
+            key = (*self.key, name, rank)
+            score = self.bench.objective.remembered(
+                self.bench.model, "thresholds", lambda: key, lambda: self._measured(name, rank)
+            )
             kept = self.costs.share({name: rank})
-            entry = {"step": len(self.known), "layer": name, "rank": rank, "score": score, "params_kept": kept}
-            self.known[name, rank] = entry
+            entry = {"step": len(self.log), "layer": name, "rank": rank, "score": score, "params_kept": kept}
+            self.log[name, rank] = entry
             self.bar.update()
-        return float(self.known[name, rank]["score"])
+        return float(self.log[name, rank]["score"])
+
+    def _measured(self, name: str, rank: int) -> float:
+        layer = self.working.get_submodule(name)
+        replacing.replace(self.working, name, self.bench.spectra[name].factor(rank))
+        score = badness(self.working, self.bench.objective, self.judged_by) - self.dense
+        replacing.replace(self.working, name, layer)
+        return score

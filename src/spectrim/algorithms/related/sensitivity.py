@@ -41,7 +41,7 @@ class Sensitivity(Budgeted):
         Raises ``UserError`` for a budget out of reach of the ratios.
         """
         bench, costs, share = self.budget(Workbench.of(model, decomposer, objective))
-        log = objective.memory.get(
+        log = objective.remembered(
             model,
             "sensitivity",
             lambda: (decomposer, tuple(self.ratios), content(model.state_dict().values())),

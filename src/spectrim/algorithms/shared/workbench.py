@@ -167,7 +167,7 @@ def _decomposed(
     """
     if not decomposer.samples:
         return _spectra(model, decomposer, objective, layers)
-    return objective.memory.get(
+    return objective.remembered(
         model,
         "whitened",
         lambda: (decomposer, tuple(layers), content(model.state_dict().values())),

@@ -1,0 +1,23 @@
+"""The loss of one batch, and its weight in the mean over a split."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectrim.batches import Inputs, sample_count
+from spectrim.errors import UserError
+from spectrim.losses import Loss, TokenLoss, loss_of
+
+
+def batch_weight(loss: Loss, targets: Any, inputs: Inputs = None) -> int:
+    """Return the weight of a batch in the split's mean: its number of samples, or of predicted tokens."""
+    return loss.count(targets) if isinstance(loss, TokenLoss) else sample_count(targets, inputs)
+
+
+def finite_loss(loss: Loss, outputs: Any, targets: Any, split: str) -> Tensor:
+    """Return the mean loss of a batch. Raises ``UserError`` where it fails on these targets or is not finite."""
+    value = loss_of(loss, outputs, targets)
+    if not torch.isfinite(value):
+        raise UserError(f"the loss on the {split} split is {value.item()}; check the model's weights and the inputs")
+    return value

@@ -1,0 +1,58 @@
+"""Loss and accuracy of a model, as means over the samples of a split."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from spectrim.batches import device_of, evaluating, forward, to_device
+from spectrim.losses import Loss, answered_rightly, loss_of
+from spectrim.statistics.batch_loss import batch_weight, finite_loss
+from spectrim.statistics.split_reader import Batch, require_samples
+
+
+class Evaluation(NamedTuple):
+    """Mean loss per sample, accuracy in [0, 1] (None if the outputs are not class scores), and number of samples.
+
+    For ``TokenLoss`` the mean is over the predicted tokens and ``n`` is their number, so perplexity is ``exp(loss)``.
+    """
+
+    loss: float
+    accuracy: float | None
+    n: int
+
+
+def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Batch], split: str) -> Evaluation:
+    """Measure ``model`` in eval mode. Raises ``UserError`` where the loss is not finite or the split is empty."""
+    device, total, correct, seen = device_of(model), 0.0, 0, 0
+    scored = True
+    with evaluating(model), torch.inference_mode():
+        for inputs, targets in batches:
+            outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
+            count = batch_weight(loss, targets, inputs)
+            total += finite_loss(loss, outputs, targets, split).item() * count
+            seen += count
+            right = answered_rightly(loss, outputs, targets)
+            scored = scored and right is not None
+            correct += right or 0
+    require_samples(seen, split)
+    return Evaluation(total / seen, correct / seen if scored else None, seen)
+
+
+def loss_within(model: nn.Module, loss: Loss, batches: Iterable[Batch], limit: float, n: int) -> float | None:
+    """Return the mean loss of ``model`` in eval mode, or None as soon as it is certain to exceed ``limit``.
+
+    For a loss that is never negative, a partial sum above ``limit * n`` decides. A negative limit needs the whole sum.
+
+    ``n``: number of samples of the split, as in ``Evaluation``.
+    """
+    device, total = device_of(model), 0.0
+    with evaluating(model), torch.inference_mode():
+        for inputs, targets in batches:
+            targets = to_device(targets, device)
+            value = loss_of(loss, forward(model, to_device(inputs, device)), targets)
+            total += value.item() * batch_weight(loss, targets, inputs)
+            if limit >= 0 and not total <= limit * n:  # a NaN exceeds the limit too
+                return None
+    return total / n if total <= limit * n else None

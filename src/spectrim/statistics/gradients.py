@@ -1,0 +1,48 @@
+"""Gradients of the mean loss of a split by the weights of layers."""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.batches import alone_trainable, device_of, evaluating, forward, to_device
+from spectrim.errors import UserError
+from spectrim.losses import Loss
+from spectrim.statistics.batch_loss import batch_weight, finite_loss
+from spectrim.statistics.split_reader import Batch, require_samples
+
+
+def mean_gradients(
+    model: nn.Module, weights: Mapping[str, Tensor], loss: Loss, batches: Iterable[Batch], split: str
+) -> dict[str, Tensor]:
+    """Return the gradient of the mean loss by each weight, with ``model`` in eval mode. Every ``.grad`` is unchanged.
+
+    Raises ``UserError`` where the loss is not finite or has no gradient, a batch does not use a layer, or the split is
+    empty.
+    """
+    device, seen = device_of(model), 0
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    with evaluating(model), torch.enable_grad(), alone_trainable(model, weights.values()):
+        for inputs, targets in batches:
+            targets = to_device(targets, device)
+            value = finite_loss(loss, forward(model, to_device(inputs, device)), targets, split)
+            count = batch_weight(loss, targets, inputs)
+            for name, gradient in _of_batch(value, weights).items():
+                sums[name].add_(gradient, alpha=count)
+            seen += count
+    require_samples(seen, split)
+    return {name: total.div_(seen) for name, total in sums.items()}
+
+
+def _of_batch(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the gradient of the loss of one batch by each weight. Raises ``UserError`` where there is none."""
+    if not loss.requires_grad:
+        raise UserError("the loss has no gradient: the model or the loss detaches its output, or is not differentiable")
+    found = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
+    for name, gradient in found.items():
+        if gradient is None:
+            raise UserError(
+                f"layer {name} takes no part in the loss of some batch: let the model use it on every batch, or make "
+                "one that does not use it the first of the calibration set, and it stays dense"
+            )
+    return found

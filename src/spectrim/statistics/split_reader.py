@@ -1,0 +1,87 @@
+"""Read the batches of named splits."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from spectrim.batches import Batches, Inputs, Pairs, sample_count
+from spectrim.errors import UserError
+
+Batch = tuple[Inputs, Any]
+
+
+class SplitReader:
+    """Named splits that can be read repeatedly, and the number of samples that were read of each.
+
+    ``splits``: name → batches ``(inputs, targets)``.
+    ``read``: counter to add to, by name of the split; a new one by default.
+
+    Raises ``UserError`` for a generator, which can be read only once, and for an object that is not iterable.
+    """
+
+    def __init__(self, splits: Mapping[str, Batches], read: Counter[str] | None = None) -> None:
+        self.splits = dict(splits)
+        self.read = Counter[str]() if read is None else read
+        for name, batches in self.splits.items():
+            if not isinstance(batches, Iterable):
+                raise UserError(f"the {name} set is a {type(batches).__name__}; give a list of batches or a DataLoader")
+            if isinstance(batches, Iterator):
+                raise UserError(f"the {name} set can be read only once; give a list or a DataLoader, not a generator")
+
+    def given(self, split: str) -> Batches:
+        """Return the split as it was given. Raises ``UserError`` where there is none of this name."""
+        if split not in self.splits:
+            raise UserError(f"there is no split {split!r} here; known are {', '.join(sorted(self.splits))}")
+        return self.splits[split]
+
+    def example(self, split: str) -> Inputs:
+        """Return the inputs of the first batch, which is not counted. Raises ``UserError`` for an empty split."""
+        for inputs, _ in self.batches(split):
+            return inputs
+        raise _empty(split)
+
+    def batches(self, split: str) -> Batches:
+        """Return the batches without counting them. Iteration raises ``UserError`` for a batch that is not a pair."""
+        return Pairs(split, self.given(split))
+
+    def counted(self, split: str) -> Iterator[Batch]:
+        """Yield the batches and count their samples."""
+        for inputs, targets in self.batches(split):
+            self.read[split] += sample_count(targets, inputs)
+            yield inputs, targets
+
+    def first(self, split: str, samples: int, label: str) -> Iterator[Batch]:
+        """Yield and count whole batches until ``samples`` are reached, with a progress bar called ``label``.
+
+        Raises ``UserError`` for an empty split.
+        """
+        with tqdm(desc=label, unit="sample", total=samples, leave=False, disable=None) as bar:
+            for inputs, targets in self.until(split, samples):
+                self.read[split] += sample_count(targets, inputs)
+                yield inputs, targets
+                bar.update(sample_count(targets, inputs))
+
+    def until(self, split: str, samples: int) -> Iterator[Batch]:
+        """Yield whole batches until ``samples`` are reached, without counting them.
+
+        Raises ``UserError`` for an empty split.
+        """
+        seen = 0
+        for inputs, targets in self.batches(split):
+            yield inputs, targets
+            seen += sample_count(targets, inputs)
+            if seen >= samples:
+                break
+        require_samples(seen, split)
+
+
+def require_samples(seen: int, split: str) -> None:
+    """Raise ``UserError`` where a split had no samples."""
+    if not seen:
+        raise _empty(split)
+
+
+def _empty(split: str) -> UserError:
+    return UserError(f"the {split} set is empty; give at least one batch of (inputs, targets)")

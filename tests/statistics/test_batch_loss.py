@@ -1,0 +1,29 @@
+"""The weight of a batch, and the losses that are refused."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spectrim.errors import UserError
+from spectrim.losses import IGNORED, token_loss
+from spectrim.statistics.batch_loss import batch_weight, finite_loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "weight"),
+    [
+        (F.cross_entropy, torch.zeros(3, dtype=torch.long), 3),
+        (F.mse_loss, torch.zeros(3, 4), 3),
+        (token_loss, torch.tensor([[1, 2, 3], [4, 5, IGNORED]]), 3),
+    ],
+)
+def test_a_batch_weighs_its_samples_or_its_predicted_tokens(loss: Any, targets: Any, weight: int) -> None:
+    assert batch_weight(loss, targets) == weight
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_a_loss_that_is_not_finite_names_its_split(value: str) -> None:
+    with pytest.raises(UserError, match=f"^the loss on the train split is {value}; check[^\n]*$"):
+        finite_loss(lambda outputs, targets: outputs.sum() * float(value), torch.ones(2), torch.ones(2), "train")

@@ -1,0 +1,80 @@
+"""The gradient of a split is that of the mean over its samples, however they are batched."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim.algorithms.lossless import Lossless
+from spectrim.batches import evaluating
+from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
+from spectrim.statistics.gradients import mean_gradients
+from spectrim.statistics.objective import Objective
+
+NAMES = ("0", "3", "6")
+
+
+def objective(batches: Any, loss: Any = F.cross_entropy) -> Objective:
+    return Objective(loss, {"calibration": batches})
+
+
+def test_gradients_are_those_of_the_mean_over_all_samples(net: nn.Sequential, batches: Any) -> None:
+    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    with evaluating(net):
+        loss = F.cross_entropy(net(x), y)
+    expected = torch.autograd.grad(loss, [net.get_submodule(name).weight for name in NAMES])
+    got = objective(batches).gradients(net, NAMES)
+    for name, gradient in zip(NAMES, expected, strict=True):
+        torch.testing.assert_close(got[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_frozen_model_under_no_grad_has_gradients_too(net: nn.Sequential, batches: Any) -> None:
+    expected = objective(batches).gradients(net, NAMES)
+    with torch.no_grad():
+        got = objective(batches).gradients(net.requires_grad_(False), NAMES)
+    assert all(torch.equal(got[name], expected[name]) for name in NAMES)
+
+
+class Branching(nn.Module):
+    """Uses its branch where the sum of the inputs is positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.branch, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.branch(self.trunk(x)) if x.sum() > 0 else self.trunk(x))
+
+
+def test_a_layer_that_some_batches_do_not_use_is_named_and_may_be_left_dense() -> None:
+    using, without = ((sign * torch.ones(4, 6), torch.tensor([0, 1, 2, 0])) for sign in (1, -1))
+    with pytest.raises(UserError, match="^layer branch takes no part in the loss of some batch") as refusal:
+        Lossless(gamma=None).compress(Branching(), SVD(), objective([using, without]))
+    assert "\n" not in str(refusal.value)
+    advised = Lossless(gamma=None).compress(Branching(), SVD(), objective([without, using]))
+    assert "branch: left dense: the model does not call it" in advised.notes and advised.report.layer[0] == "trunk"
+
+
+def test_a_loss_without_a_gradient_is_refused(net: nn.Sequential, batches: Any) -> None:
+    judge = objective(batches, lambda logits, targets: F.cross_entropy(logits.detach(), targets))
+    with pytest.raises(UserError, match="the loss has no gradient"):
+        judge.gradients(net, NAMES)
+
+
+def test_the_sums_are_those_of_a_plain_loop_to_the_last_bit(net: nn.Sequential, batches: Any) -> None:
+    """Records hold numbers that follow from these: another order of operations would change them."""
+    weights = {name: net.get_submodule(name).weight for name in NAMES}
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    net.eval()
+    for name, parameter in net.named_parameters():  # the kernels of the backward pass depend on what needs a gradient
+        parameter.requires_grad_(name in {f"{own}.weight" for own in NAMES})
+    for x, y in batches:
+        found = torch.autograd.grad(F.cross_entropy(net(x), y), list(weights.values()))
+        for name, gradient in zip(NAMES, found, strict=True):
+            sums[name] = torch.add(sums[name], gradient, alpha=len(y))
+    got = mean_gradients(net, weights, F.cross_entropy, batches, "calibration")  # type: ignore[arg-type]
+    assert all(torch.equal(got[name], sums[name] / 39) for name in NAMES)
+    assert all(parameter.grad is None for parameter in net.parameters())
