@@ -5,7 +5,7 @@ from dataclasses import asdict
 from torch import nn
 
 from spectrim.algorithms.related.judged import JudgedBy, badness
-from spectrim.algorithms.related.search import Ranks, Search, Space, check, fingerprint
+from spectrim.algorithms.related.bayesian_search import Ranks, Search, Space, check, fingerprint
 from spectrim.algorithms.shared.budget import Budgeted
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.workbench import Workbench

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.algorithms.related import search
+from spectrim.algorithms.related import bayesian_search as search
 from spectrim.algorithms.related.bayesian import Bayesian
 from spectrim.algorithms.related.pars import PARS
-from spectrim.algorithms.related.search import Search, Space
+from spectrim.algorithms.related.bayesian_search import Search, Space
 from spectrim.algorithms.shared.budget import costs_of
 from spectrim.algorithms.shared.measured import Measured
 from spectrim.algorithms.shared.workbench import Workbench
