@@ -128,7 +128,7 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
 ) -> None:
     unbroken = chosen().compress(net, SVD(), objective)
     state = str(tmp_path / "state.safetensors")
-    usual = svd_training._Course.after_epoch
+    usual = svd_training._Callbacks.after_epoch
 
     def killed(self: Any, epoch: int, model: nn.Module, optimizer: Any) -> dict:
         if epoch == 2:
@@ -136,7 +136,7 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
         return usual(self, epoch, model, optimizer)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(svd_training._Course, "after_epoch", killed)
+        patch.setattr(svd_training._Callbacks, "after_epoch", killed)
         chosen(state=state).compress(net, SVD(), objective)
     resumed = chosen(state=state).compress(net, SVD(), objective)
     assert resumed.plan == unbroken.plan

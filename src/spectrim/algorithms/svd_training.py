@@ -98,21 +98,21 @@ class SVDTraining:
             svd_weights.unfold(net.get_submodule(name), spectrum)  # type: ignore[arg-type]
             if self.bounded:
                 svd_weights.bound_steps(net.get_submodule(name))
-        course = _Course(self, net, tuple(bench.spectra), on_subset(objective, self.split, self.subset))
-        factors = {part for name in course.layers for part in svd_weights.factor_names(name)}
+        callbacks = _Callbacks(self, net, tuple(bench.spectra), on_subset(objective, self.split, self.subset))
+        factors = {part for name in callbacks.layers for part in svd_weights.factor_names(name)}
         curve = train_as(
             self,
             net,
             objective,
             decomposer,
-            penalties=course.penalties,
+            penalties=callbacks.penalties,
             undecayed=factors,
-            after_epoch=course.after_epoch,
+            after_epoch=callbacks.after_epoch,
         )
-        return finished(model, net, course.ranks(), curve, decomposer, objective)
+        return finished(model, net, callbacks.ranks(), curve, decomposer, objective)
 
 
-class _Course:
+class _Callbacks:
     """What happens to the factors while they train."""
 
     def __init__(self, chosen: SVDTraining, net: nn.Module, layers: Sequence[str], judged: Objective) -> None:

@@ -36,10 +36,10 @@ class SVDWeight(nn.Module):
 
 def unfold(layer: nn.Module, spectrum: MatrixSpectrum) -> None:
     """Let the weight of ``layer`` be trained as the factors of ``spectrum``, in place."""
-    train_as(layer, SVDWeight(spectrum))
+    set_parametrization(layer, SVDWeight(spectrum))
 
 
-def train_as(layer: nn.Module, weight: nn.Module) -> None:
+def set_parametrization(layer: nn.Module, weight: nn.Module) -> None:
     """Let the weight of ``layer`` be computed by ``weight`` from other parameters, which are trained, in place."""
     parametrize.register_parametrization(layer, "weight", weight.to(layer.weight.device))  # type: ignore[arg-type]
     for part in cast(nn.ModuleDict, layer.parametrizations)["weight"].parameters():

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.algorithms.related import bayesian_search as search
+from spectrim.algorithms.related import bayesian_search
 from spectrim.algorithms.related.bayesian import Bayesian
+from spectrim.algorithms.related.bayesian_search import BayesianSearch, Space
 from spectrim.algorithms.related.pars import PARS
-from spectrim.algorithms.related.bayesian_search import Search, Space
 from spectrim.algorithms.shared.budget import costs_of
 from spectrim.algorithms.shared.measured import Measured
 from spectrim.algorithms.shared.workbench import Workbench
@@ -40,7 +40,7 @@ def test_finds_the_optimum_of_a_separable_cost_much_better_than_random(share: fl
     def distance(ranks: dict[str, int]) -> float:
         return sum(((ranks[name] - goal[name]) / space.tops[name]) ** 2 for name in goal)
 
-    best, log = Search(space, 30, seed=0, state=None, run={}).least(distance, "test")
+    best, log = BayesianSearch(space, 30, seed=0, state=None, run={}).least(distance, "test")
     random = np.random.default_rng(0).uniform(0.01, 1, (30, 6))
     assert distance(best) == min(entry["score"] for entry in log)
     assert distance(best) < min(distance(space.ranks(vector.tolist())) for vector in random) / 5
@@ -91,7 +91,7 @@ class Killed(Exception):
 def test_a_killed_search_goes_on_as_if_it_never_stopped(
     kind: Any, net: nn.Sequential, objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(search, "RANDOM", 3)
+    monkeypatch.setattr(bayesian_search, "RANDOM", 3)
     chosen = kind(evaluations=7, params_kept=0.6, seed=3, state=str(tmp_path / "state"))
     unbroken = dataclasses.replace(chosen, state=None).compress(net, SVD(), objective)
     whole = Measured.next
@@ -141,9 +141,9 @@ def test_the_state_of_another_search_or_of_none_is_refused(
 def test_the_callers_random_numbers_threads_and_loggers_are_left_alone() -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]
     settings = torch.get_num_threads(), optuna.logging.get_verbosity()
-    tried = [search.Tried((x, 1 - x), x) for x in (0.2, 0.5, 0.7)]
-    assert search.propose(tried, 2, 0) == search.propose(tried, 2, 0)
-    assert search.propose([], 2, 0) == search.propose([], 2, 0) != search.propose([], 2, 1)
+    tried = [bayesian_search.Tried((x, 1 - x), x) for x in (0.2, 0.5, 0.7)]
+    assert bayesian_search.propose(tried, 2, 0) == bayesian_search.propose(tried, 2, 0)
+    assert bayesian_search.propose([], 2, 0) == bayesian_search.propose([], 2, 0) != bayesian_search.propose([], 2, 1)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index,union-attr]
     assert (torch.get_num_threads(), optuna.logging.get_verbosity()) == settings

@@ -104,7 +104,7 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
     state = str(tmp_path / "state.safetensors")
     chosen = Cuttlefish(recipe=RECIPE, params_kept=0.5, window=2, dense_first=0)
     unbroken = chosen.compress(net, SVD(), objective)
-    usual = cuttlefish._Course.after_epoch
+    usual = cuttlefish._Callbacks.after_epoch
 
     def killed(self: Any, epoch: int, model: nn.Module, optimizer: Any) -> dict:
         if epoch == killed_in:
@@ -112,7 +112,7 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
         return usual(self, epoch, model, optimizer)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(cuttlefish._Course, "after_epoch", killed)
+        patch.setattr(cuttlefish._Callbacks, "after_epoch", killed)
         replace(chosen, state=state).compress(net, SVD(), objective)
     resumed = replace(chosen, state=state).compress(net, SVD(), objective)
     assert resumed.plan == unbroken.plan and switched_after(resumed) == switched_after(unbroken)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.algorithms.related import gated_training
-from spectrim.algorithms.related.gated_training import Gated, GatedTraining, GatedWeight
+from spectrim.algorithms.related.gated_training import GatedLayer, GatedTraining, GatedWeight
 from spectrim.algorithms.related.haloc import HALOC
 from spectrim.algorithms.related.l0_gates import L0Gates
 from spectrim.algorithms.shared.compressed import Compressed
@@ -19,7 +19,7 @@ from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.training.fit import Recipe
-from spectrim.training.svd_weights import bound_steps, factors_of, train_as
+from spectrim.training.svd_weights import bound_steps, factors_of, set_parametrization
 
 RECIPE = Recipe(epochs=4, lr=0.05, precision="float32", warmup=0.0)
 METHODS: Any = [L0Gates, HALOC]
@@ -56,11 +56,11 @@ def test_a_layer_planted_as_low_rank_becomes_so_and_one_that_needs_all_its_rank_
     assert 2 <= low <= 3 and flat == 16 and loss < 0.02
 
 
-def gated(method: GatedTraining, layer: nn.Linear) -> Gated:
+def gated(method: GatedTraining, layer: nn.Linear) -> GatedLayer:
     spectrum = SVD().spectrum(layer)
-    train_as(layer, GatedWeight(spectrum, method.gate(spectrum, layer.weight.numel())))
+    set_parametrization(layer, GatedWeight(spectrum, method.gate(spectrum, layer.weight.numel())))
     bound_steps(layer)
-    return Gated(layer, method.rate)
+    return GatedLayer(layer, method.rate)
 
 
 def test_l0_gates_are_open_with_the_probability_that_the_penalty_says() -> None:
@@ -72,7 +72,7 @@ def test_l0_gates_are_open_with_the_probability_that_the_penalty_says() -> None:
     assert drawn.min() == 0 and drawn.max() == 1
     frequency = float((drawn > 0).double().mean())
     assert method.penalty({"0": one}, None).item() == pytest.approx(frequency, abs=0.01)
-    assert torch.equal(one.open(), (one.parameter.detach() + 1.2).clamp(0, 1))
+    assert torch.equal(one.eval_gates(), (one.parameter.detach() + 1.2).clamp(0, 1))
 
 
 def test_haloc_mixes_truncations_by_their_probabilities() -> None:
@@ -140,8 +140,8 @@ def test_settling_leaves_the_function_of_the_gates_without_noise(method: Any) ->
     layer.eval()
     with torch.no_grad():
         one.parameter[4:] = -1.3
-    before, kept = layer(x), one.open()
-    one.settle(kept, optimizer)
+    before, kept = layer(x), one.eval_gates()
+    one.absorb_gates(kept, optimizer)
     torch.testing.assert_close(layer(x), before)
     assert factors_of(layer).S_R.shape == (1, int(kept.count_nonzero()))
 
@@ -158,7 +158,7 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
     state = str(tmp_path / "state.safetensors")
     chosen = method(recipe=RECIPE, params_kept=0.5, refine=0.5)
     unbroken = chosen.compress(net, SVD(), objective)
-    usual = gated_training._Course.after_epoch
+    usual = gated_training._Callbacks.after_epoch
 
     def killed(self: Any, epoch: int, model: nn.Module, optimizer: Any) -> dict:
         if epoch == killed_in:
@@ -166,7 +166,7 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
         return usual(self, epoch, model, optimizer)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(gated_training._Course, "after_epoch", killed)
+        patch.setattr(gated_training._Callbacks, "after_epoch", killed)
         replace(chosen, state=state).compress(net, SVD(), objective)
     resumed: Compressed = replace(chosen, state=state).compress(net, SVD(), objective)
     assert resumed.plan == unbroken.plan

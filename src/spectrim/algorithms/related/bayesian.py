@@ -1,13 +1,12 @@
 """Bayesian optimisation of the ranks of all layers, by the accuracy of the cut model (Kim, Lee, Choe)."""
 
-from dataclasses import asdict
-
 from torch import nn
 
+from spectrim.algorithms.related.bayesian_search import BayesianSearch, Ranks, Space, check
 from spectrim.algorithms.related.judged import JudgedBy, badness
-from spectrim.algorithms.related.bayesian_search import Ranks, Search, Space, check, fingerprint
 from spectrim.algorithms.shared.budget import MaybeBudgeted, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.measured import search_identity
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
@@ -58,5 +57,6 @@ class Bayesian(MaybeBudgeted):
             drop = badness(space.bench.cut(ranks), objective, self.judged_by) - dense
             return drop + (self.penalty or 0.0) * costs.share(ranks)
 
-        search = Search(space, self.evaluations, self.seed, self.state, fingerprint(bench, decomposer, asdict(self)))
+        identity = search_identity(self, bench, decomposer)
+        search = BayesianSearch(space, self.evaluations, self.seed, self.state, identity)
         return bench.finish(*search.least(score, "bayesian"))

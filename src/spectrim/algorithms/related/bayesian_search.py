@@ -13,8 +13,6 @@ from tqdm import tqdm
 from spectrim.algorithms.shared.budget import Costs
 from spectrim.algorithms.shared.measured import Measured
 from spectrim.algorithms.shared.workbench import Workbench
-from spectrim.data.images import ImageSplit
-from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
 
 RANDOM = 10  # vectors before the Gaussian process is asked
@@ -69,7 +67,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Search:
+class BayesianSearch:
     """``evaluations`` vectors, the first of them the same ratio in every layer, then ``RANDOM`` - 1 random ones, then
     each where a Gaussian process on all before it expects most improvement; a random one where that is known already.
 
@@ -147,15 +145,3 @@ def check(evaluations: int, seed: int) -> None:
         raise UserError(f"evaluations must be at least 1, got {evaluations}")
     if seed < 0:
         raise UserError(f"the seed of a search must be at least 0, got {seed}")
-
-
-def fingerprint(bench: Workbench, decomposer: Decomposer, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What tells one search from another: its settings but for how long and where, the model, and the images."""
-    split = bench.objective.given("calibration")
-    return {
-        "settings": {key: value for key, value in settings.items() if key not in ("evaluations", "state")},
-        "decomposer": repr(decomposer),
-        "model": content(bench.model.state_dict().values()),
-        "layers": list(bench.spectra),
-        "data": split.digest() if isinstance(split, ImageSplit) else None,
-    }

@@ -78,9 +78,9 @@ class Cuttlefish:
         objective.given("train")  # refused now rather than after the decomposition
         bench = Workbench.of(model, decomposer, objective)
         net = copy.deepcopy(model)
-        course = _Course(self, net, bench)
-        curve = train_as(self, net, objective, decomposer, after_epoch=course.after_epoch)
-        return finished(model, net, course.ranks(), curve, decomposer, objective)
+        callbacks = _Callbacks(self, net, bench)
+        curve = train_as(self, net, objective, decomposer, after_epoch=callbacks.after_epoch)
+        return finished(model, net, callbacks.ranks(), curve, decomposer, objective)
 
 
 def scaled_stable_rank(S_R: Tensor, initial: float) -> float:
@@ -125,7 +125,7 @@ class _Watched:
     """One layer that is trained so."""
 
     def __init__(self, layer: nn.Module, weight: _DenseThenFactors) -> None:
-        svd_weights.train_as(layer, weight)
+        svd_weights.set_parametrization(layer, weight)
         self.weight, own = weight, cast(nn.ModuleDict, layer.parametrizations)["weight"]
         self.left, self.right = cast(nn.Parameter, own.original0), cast(nn.Parameter, own.original1)
 
@@ -173,7 +173,7 @@ class _Watched:
             part.grad, part.data = None, value.to(part).contiguous()
 
 
-class _Course:
+class _Callbacks:
     """What happens to the layers while they train."""
 
     def __init__(self, chosen: Cuttlefish, net: nn.Module, bench: Workbench) -> None:

@@ -31,7 +31,7 @@ class Learning(IntEnum):
     ALL = 0
     WEIGHTS = 1
     GATES = 2
-    SETTLED = 3
+    WITHOUT_GATES = 3
 
 
 class Gate(nn.Module, ABC):
@@ -43,11 +43,11 @@ class Gate(nn.Module, ABC):
 
     saved: Tensor
 
-    def price(self, saved: Tensor) -> None:
+    def set_saved(self, saved: Tensor) -> None:
         self.register_buffer("saved", saved, persistent=False)
 
     @abstractmethod
-    def start(self) -> Tensor:
+    def first_logits(self) -> Tensor:
         """The logits at the start."""
 
 
@@ -70,10 +70,10 @@ class GatedWeight(nn.Module):
         self.learning = Learning(int(state))
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        return *self.product.right_inverse(weight), self.gate.start().to(weight)
+        return *self.product.right_inverse(weight), self.gate.first_logits().to(weight)
 
     def forward(self, U_OR: Tensor, S_R: Tensor, Vh_RI: Tensor, logits: Tensor) -> Tensor:
-        if self.learning == Learning.SETTLED:
+        if self.learning == Learning.WITHOUT_GATES:
             return self.product(U_OR, S_R, Vh_RI)
         if self.learning == Learning.GATES:
             U_OR, S_R, Vh_RI = U_OR.detach(), S_R.detach(), Vh_RI.detach()
@@ -125,15 +125,15 @@ class GatedTraining(ABC):
         """The gates of one layer, whose dense weight has so many parameters."""
 
     @abstractmethod
-    def penalty(self, layers: Mapping[str, "Gated"], share: float | None) -> Tensor:
+    def penalty(self, layers: Mapping[str, "GatedLayer"], share: float | None) -> Tensor:
         """What open gates cost, a scalar. It may look at no value, and change none: it is recorded with the step."""
 
-    def next_turn(self, learning: Learning) -> Learning:
+    def next_learning(self, learning: Learning) -> Learning:
         """What the next step trains, after one that trained ``learning``."""
         return learning
 
     @abstractmethod
-    def kept(self, layers: Mapping[str, "Gated"], costs: Costs, share: float | None) -> dict[str, Tensor]:
+    def kept(self, layers: Mapping[str, "GatedLayer"], costs: Costs, share: float | None) -> dict[str, Tensor]:
         """By how much each component of each layer is multiplied in the end, 0 where it is dropped. Shape (R,)."""
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
@@ -147,21 +147,21 @@ class GatedTraining(ABC):
         objective.given("train")  # refused now rather than after the decomposition
         bench = Workbench.of(model, decomposer, objective)
         net = copy.deepcopy(model)
-        course = _Course(self, net, bench)
+        callbacks = _Callbacks(self, net, bench)
         curve = train_as(
             self,
             net,
             objective,
             decomposer,
-            penalties=course.penalties,
-            before_step=course.before_step,
-            undecayed=course.undecayed(),
-            after_epoch=course.after_epoch,
+            penalties=callbacks.penalties,
+            before_step=callbacks.before_step,
+            undecayed=callbacks.undecayed(),
+            after_epoch=callbacks.after_epoch,
         )
-        return finished(model, net, course.worthwhile(), curve, decomposer, objective)
+        return finished(model, net, callbacks.worthwhile(), curve, decomposer, objective)
 
 
-class Gated:
+class GatedLayer:
     """One layer that is trained so."""
 
     def __init__(self, layer: nn.Module, rate: float) -> None:
@@ -181,7 +181,7 @@ class Gated:
         return self.weight.learnt(self.parameter)
 
     @torch.no_grad()
-    def open(self) -> Tensor:
+    def eval_gates(self) -> Tensor:
         """The gates as they would be kept. Shape (R,)."""
         mode = self.weight.gate.training
         gates = self.weight.gate.eval()(self.parameter)
@@ -197,35 +197,35 @@ class Gated:
         self.weight.learning = value
 
     @torch.no_grad()
-    def settle(self, gates: Tensor, optimizer: torch.optim.SGD) -> None:
+    def absorb_gates(self, gates: Tensor, optimizer: torch.optim.SGD) -> None:
         """Multiply the gates into S and cut what they close, in place."""
         svd_weights.factors_of(self.layer).S_R.mul_(gates)
-        self.learning = Learning.SETTLED
+        self.learning = Learning.WITHOUT_GATES
         svd_weights.orthogonalise(self.layer, optimizer)  # what is closed comes last
         svd_weights.cut(self.layer, int(gates.count_nonzero()), optimizer)
 
 
-class _Course:
+class _Callbacks:
     """What happens to gates and factors while they train."""
 
     def __init__(self, chosen: GatedTraining, net: nn.Module, bench: Workbench) -> None:
         self.chosen, self.net = chosen, net
         self.costs = costs_of(bench, "params" if chosen.macs_kept is None else "macs")
         self.share = chosen.params_kept if chosen.macs_kept is None else chosen.macs_kept
-        self.layers: dict[str, Gated] = {}
+        self.layers: dict[str, GatedLayer] = {}
         for name, spectrum in bench.spectra.items():
             layer = cast(nn.Linear | nn.Conv2d, net.get_submodule(name))
             gate = chosen.gate(cast(MatrixSpectrum, spectrum), layer.weight.numel())
-            gate.price(self.costs.saved(name))
-            svd_weights.train_as(layer, GatedWeight(cast(MatrixSpectrum, spectrum), gate))
+            gate.set_saved(self.costs.saved(name))
+            svd_weights.set_parametrization(layer, GatedWeight(cast(MatrixSpectrum, spectrum), gate))
             svd_weights.bound_steps(layer)
-            self.layers[name] = Gated(layer, chosen.rate)
+            self.layers[name] = GatedLayer(layer, chosen.rate)
         if self.share is not None:
             chosen.kept(self.layers, self.costs, self.share)  # a budget out of reach is refused before the training
 
     @property
-    def settled(self) -> bool:
-        return next(iter(self.layers.values())).learning is Learning.SETTLED
+    def without_gates(self) -> bool:
+        return next(iter(self.layers.values())).learning is Learning.WITHOUT_GATES
 
     def ranks(self) -> dict[str, int]:
         return {name: svd_weights.factors_of(gated.layer).S_R.shape[-1] for name, gated in self.layers.items()}
@@ -245,20 +245,20 @@ class _Course:
         }
 
     def penalties(self, epoch: int) -> dict[str, Tensor]:
-        if self.settled:
+        if self.without_gates:
             return {}
         return {"penalty": self.chosen.strength * self.chosen.penalty(self.layers, self.share)}
 
     def before_step(self) -> Learning:
         for gated in self.layers.values():
-            if gated.learning is not Learning.SETTLED:
-                gated.learning = self.chosen.next_turn(gated.learning)
+            if gated.learning is not Learning.WITHOUT_GATES:
+                gated.learning = self.chosen.next_learning(gated.learning)
         return next(iter(self.layers.values())).learning
 
     def after_epoch(self, epoch: int, net: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Any]:
         if epoch + 1 == self.chosen.gated_epochs:
             for name, gates in self.chosen.kept(self.layers, self.costs, self.share).items():
-                self.layers[name].settle(gates, optimizer)
-        open_gates = {name: int(gated.open().count_nonzero()) for name, gated in self.layers.items()}
-        ranks = self.ranks() if self.settled else open_gates
+                self.layers[name].absorb_gates(gates, optimizer)
+        open_gates = {name: int(gated.eval_gates().count_nonzero()) for name, gated in self.layers.items()}
+        ranks = self.ranks() if self.without_gates else open_gates
         return {"rank": sum(ranks.values()), "ranks": ranks}

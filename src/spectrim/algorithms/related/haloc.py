@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectrim.algorithms.related.gated_training import Gate, Gated, GatedTraining, Learning
+from spectrim.algorithms.related.gated_training import Gate, GatedLayer, GatedTraining, Learning
 from spectrim.algorithms.shared.budget import Costs
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.errors import UserError
@@ -49,14 +49,14 @@ class HALOC(GatedTraining):
         smaller = sorted(rank for rank in ranks if rank <= spectrum.break_even)
         return _Candidates([*smaller, spectrum.max_rank], self.temperature)
 
-    def penalty(self, layers: Mapping[str, Gated], share: float | None) -> Tensor:
+    def penalty(self, layers: Mapping[str, GatedLayer], share: float | None) -> Tensor:
         expected = [gated.logits.softmax(0) @ gated.gate.saved.to(gated.logits) for gated in layers.values()]
         return (1 - torch.stack(expected).sum() - (share or 0.0)).clamp_min(0)
 
-    def next_turn(self, learning: Learning) -> Learning:
+    def next_learning(self, learning: Learning) -> Learning:
         return Learning.WEIGHTS if learning is Learning.GATES else Learning.GATES
 
-    def kept(self, layers: Mapping[str, Gated], costs: Costs, share: float | None) -> dict[str, Tensor]:
+    def kept(self, layers: Mapping[str, GatedLayer], costs: Costs, share: float | None) -> dict[str, Tensor]:
         gates = {name: _candidates(gated) for name, gated in layers.items()}
         chances = {name: gated.parameter.detach().softmax(0).double().cpu() for name, gated in layers.items()}
         if share is None:
@@ -80,10 +80,10 @@ class _Candidates(Gate):
         reached = torch.arange(self.ranks[-1]) < torch.tensor(self.ranks).unsqueeze(1)
         self.register_buffer("reached", reached.float(), persistent=False)
 
-    def price(self, saved: Tensor) -> None:
-        super().price(saved[list(self.ranks)])
+    def set_saved(self, saved: Tensor) -> None:
+        super().set_saved(saved[list(self.ranks)])
 
-    def start(self) -> Tensor:
+    def first_logits(self) -> Tensor:
         return torch.zeros(len(self.ranks))
 
     def forward(self, logits: Tensor) -> Tensor:
@@ -92,5 +92,5 @@ class _Candidates(Gate):
         return F.gumbel_softmax(logits, tau=self.temperature, dim=0) @ self.reached
 
 
-def _candidates(gated: Gated) -> _Candidates:
+def _candidates(gated: GatedLayer) -> _Candidates:
     return cast(_Candidates, gated.gate)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from spectrim.algorithms.related.gated_training import Gate, Gated, GatedTraining
+from spectrim.algorithms.related.gated_training import Gate, GatedLayer, GatedTraining
 from spectrim.algorithms.shared.budget import Costs
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.errors import UserError
@@ -40,20 +40,20 @@ class L0Gates(GatedTraining):
     def gate(self, spectrum: MatrixSpectrum, weight: int) -> Gate:
         return _ClampedNormal(spectrum.max_rank, self.sigma)
 
-    def penalty(self, layers: Mapping[str, Gated], share: float | None) -> Tensor:
+    def penalty(self, layers: Mapping[str, GatedLayer], share: float | None) -> Tensor:
         logits = torch.cat([gated.logits for gated in layers.values()])
         penalty = torch.special.ndtr((logits + OFFSET) / self.sigma).mean()
         if share is None:
             return penalty
         saved = [
-            gated.gate.saved.index_select(0, gated.open().count_nonzero().clamp_min(1).reshape(1))
+            gated.gate.saved.index_select(0, gated.eval_gates().count_nonzero().clamp_min(1).reshape(1))
             for gated in layers.values()
         ]
         return penalty * (1 - torch.cat(saved).sum() > share)
 
-    def kept(self, layers: Mapping[str, Gated], costs: Costs, share: float | None) -> dict[str, Tensor]:
+    def kept(self, layers: Mapping[str, GatedLayer], costs: Costs, share: float | None) -> dict[str, Tensor]:
         mu = {name: gated.parameter.detach() for name, gated in layers.items()}
-        gates = {name: _one_at_least(gated.open(), mu[name]) for name, gated in layers.items()}
+        gates = {name: _one_at_least(gated.eval_gates(), mu[name]) for name, gated in layers.items()}
         if share is None:
             return gates
 
@@ -71,7 +71,7 @@ class _ClampedNormal(Gate):
         super().__init__()
         self.count, self.sigma = count, sigma
 
-    def start(self) -> Tensor:
+    def first_logits(self) -> Tensor:
         return torch.zeros(self.count)
 
     def forward(self, mu: Tensor) -> Tensor:

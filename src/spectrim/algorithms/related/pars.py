@@ -1,13 +1,12 @@
 """Bayesian optimisation of the ranks of all layers, by a proxy that repairs BatchNorm first (PARS)."""
 
-from dataclasses import asdict
-
 from torch import nn
 
+from spectrim.algorithms.related.bayesian_search import BayesianSearch, Ranks, Space, check
 from spectrim.algorithms.related.judged import JudgedBy, badness
-from spectrim.algorithms.related.bayesian_search import Ranks, Search, Space, check, fingerprint
 from spectrim.algorithms.shared.budget import Budgeted
 from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.measured import search_identity
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
@@ -54,7 +53,8 @@ class PARS(Budgeted):
         bench = Workbench.of(model, decomposer, objective)
         space = Space(*self.budget(bench))
         dense = badness(model, objective, self.judged_by)
-        search = Search(space, self.evaluations, self.seed, self.state, fingerprint(bench, decomposer, asdict(self)))
+        identity = search_identity(self, bench, decomposer)
+        search = BayesianSearch(space, self.evaluations, self.seed, self.state, identity)
         ranks, log = search.least(lambda ranks: self.proxy(space, ranks) - dense, "pars")
         result = space.bench.finish(ranks, log)
         if self.batch_norm:

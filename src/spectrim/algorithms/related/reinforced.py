@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any, cast
 
@@ -13,10 +12,9 @@ from tqdm import tqdm
 from spectrim.algorithms.rank_selection import on_subset
 from spectrim.algorithms.shared.budget import Costs, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
-from spectrim.algorithms.shared.measured import Measured
+from spectrim.algorithms.shared.measured import Measured, search_identity
 from spectrim.algorithms.shared.workbench import Workbench
-from spectrim.data.images import ImageSplit
-from spectrim.decomposers.spectrum import Decomposer, content
+from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.tools.settings import settings
@@ -72,7 +70,7 @@ class Reinforced:
         if self.params_kept is not None:
             costs.require(self.params_kept)
         agent = Agent(states_of(bench), self.lr, self.seed)
-        measured = Measured(self.state, self._identity(bench, decomposer, objective), columns=2)
+        measured = Measured(self.state, search_identity(self, bench, decomposer), columns=2)
         log: list[dict] = []
         episodes: list[tuple[Tensor, float]] = []
         with tqdm(range(self.evaluations), "reinforced", unit="evaluation", leave=False, disable=None) as bar:
@@ -108,17 +106,6 @@ class Reinforced:
         if self.params_kept is None:
             return ranks_at(1.0)
         return costs.meet(self.params_kept, ranks_at, low=0.0, high=1 / max(min(ratios), 1e-9))
-
-    def _identity(self, bench: Workbench, decomposer: Decomposer, objective: Objective) -> dict[str, Any]:
-        """What makes it this search and no other."""
-        data = objective.given("calibration")
-        return {
-            "method": "Reinforced",
-            **{key: value for key, value in asdict(self).items() if key not in ("evaluations", "state")},
-            "decomposer": repr(decomposer),
-            "model": content(bench.model.state_dict().values()),
-            "data": data.digest() if isinstance(data, ImageSplit) else None,
-        }
 
 
 class Agent:

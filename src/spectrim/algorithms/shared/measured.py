@@ -2,11 +2,16 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from spectrim.algorithms.shared.workbench import Workbench
+from spectrim.data.images import ImageSplit
+from spectrim.data.text import TextSplit
+from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.training import saved_state
 
 
@@ -38,3 +43,19 @@ class Measured:
                 saved_state.write(self.path, {"measured": table}, {"run": self.run})
         self.given += 1
         return self.rows[self.given - 1]
+
+
+def search_identity(algorithm: Any, bench: Workbench, decomposer: Decomposer) -> dict[str, Any]:
+    """Return what tells one search from another: class, settings, decomposer, model and images.
+
+    ``evaluations`` and ``state`` are left out, so that a search may be lengthened and its file may be moved.
+    """
+    data = bench.objective.given("calibration")
+    return {
+        "method": type(algorithm).__name__,
+        "settings": {key: value for key, value in asdict(algorithm).items() if key not in ("evaluations", "state")},
+        "decomposer": repr(decomposer),
+        "model": content(bench.model.state_dict().values()),
+        "layers": list(bench.spectra),
+        "data": data.digest() if isinstance(data, ImageSplit | TextSplit) else None,
+    }
