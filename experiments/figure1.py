@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from spectrim.report import command, drawn, figure, frame, table
+from spectrim.report import claims, command, compare, figure, figure_data, frame, table
 from spectrim.report.command import Options
 from spectrim.report.table import number
 
@@ -16,7 +16,7 @@ VALUES = ("test_loss", "change_test_loss", "params_kept")
 def build(options: Options) -> list[Path]:
     """Loss against parameters kept, a panel per model, and the table of what is drawn."""
     found = command.load(options)
-    rows = frame.with_dense(command.runs(options, found, drawn.METHODS), VALUES)
+    rows = frame.with_dense(command.runs(options, found, figure_data.METHODS), VALUES)
     origin = command.origin(options, found)
     models = list(dict.fromkeys(rows["model"]))
     columns = 2 if len(models) == 4 else min(3, len(models))
@@ -29,14 +29,14 @@ def build(options: Options) -> list[Path]:
         pictures = figure.save(canvas, options.name, options.out, origin)
     caption = "What Figure 1 shows: test loss without fine-tuning"
     notes = ["Mean ± standard deviation (ddof = 1).", *(_note(rows[rows["model"] == model], model) for model in models)]
-    shown = drawn.table(options, rows, VALUES, caption, notes)
+    shown = figure_data.table(options, rows, VALUES, caption, notes)
     return pictures + table.save([shown], options.out, origin)
 
 
 def _note(rows: pd.DataFrame, model: str) -> str:
     """S1's claim, for one model: the selectors' loss lies below truncation's, each compared at the nearest size."""
-    cut = rows[rows["variant"].str.startswith("truncation")]
-    ours = rows[rows["variant"].str.startswith(("lossless", "compact"))]
+    cut = rows[rows["algorithm"] == "truncation"]
+    ours = rows[rows["algorithm"].isin(claims.PROMISING)]
     if cut.empty or ours.empty:
         return f"{model}: S1 Figure 1 (our loss below truncation's) not comparable: one of the two was not run."
     said, below = [], 0
@@ -45,12 +45,12 @@ def _note(rows: pd.DataFrame, model: str) -> str:
         below += bool(row["test_loss"] < near["test_loss"])
         shares = f"{100 * row['params_kept']:.0f} against {100 * near['params_kept']:.0f} % kept"
         said.append(f"{row['method']} {number(row['test_loss'] - near['test_loss'], 3, True)} ({shares})")
-    word = "holds" if below == len(ours) else "does not hold" if not below else f"holds for {below} of {len(ours)}"
+    word = compare.counted(below, len(ours))
     return f"{model}: S1 Figure 1 (loss below that of truncation, at the nearest size run) {word}: {'; '.join(said)}."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "figure1", "table2", arguments)
 
 

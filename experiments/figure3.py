@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from spectrim.records import records
-from spectrim.report import command, drawn, figure, frame, table
+from spectrim.report import claims, command, compare, figure, figure_data, frame, table
 from spectrim.report.command import Options
 from spectrim.report.table import number
 
@@ -26,7 +26,7 @@ def build(options: Options) -> list[Path]:
         [one for one in records.read_all(options.records, OURS) if _selected(one, models)] if options.default else []
     )
     used = [*found, *beside]
-    rows = frame.with_dense(command.runs(options, used, drawn.METHODS), VALUES)
+    rows = frame.with_dense(command.runs(options, used, figure_data.METHODS), VALUES)
     origin = command.origin(options, used)
     with figure.panels(1, len(models), 3.6, 3.2) as (canvas, axes):
         for model, axis in zip(models, axes, strict=True):
@@ -41,30 +41,30 @@ def build(options: Options) -> list[Path]:
         *(_note(rows[rows["model"] == model], model) for model in models),
     ]
     caption = "What Figure 3 shows: loss against rank"
-    shown = drawn.table(options, rows, VALUES, caption, notes, ("densenet", "vgg"))
+    shown = figure_data.table(options, rows, VALUES, caption, notes, ("densenet", "vgg"))
     return pictures + table.save([shown], options.out, origin)
 
 
 def _selected(record: records.Record, models: list[str]) -> bool:
-    return record["names"]["model"] in models and "verified" in record["config"]["algorithm"]
+    return record["names"]["model"] in models and records.algorithm_of(record) in claims.PROMISING
 
 
 def _note(rows: pd.DataFrame, model: str) -> str:
     """S1's claim for one model: below break-even the selectors' loss lies below the original's."""
-    ours = rows[rows["variant"].str.startswith(("lossless", "compact")) & (rows["params_kept"] < NOTICEABLE)]
-    cut = rows[rows["variant"].str.startswith("truncation")]
+    ours = rows[rows["algorithm"].isin(claims.PROMISING) & (rows["params_kept"] < NOTICEABLE)]
+    cut = rows[rows["algorithm"] == "truncation"]
     below = int((cut["change_test_loss"] < 0).sum())
     sweep = f"truncation is below the original at {below} of {len(cut)} ranks"
     if ours.empty:
         return f"{model}: S1 Figure 3 not comparable: no lossless or compact run that removed 0.1 %; {sweep}."
     met = int((ours["change_test_loss"] < 0).sum())
-    word = "holds" if met == len(ours) else "does not hold" if not met else f"holds for {met} of {len(ours)}"
+    word = compare.counted(met, len(ours))
     said = "; ".join(f"{row['method']} {number(row['change_test_loss'], 4, True)}" for _, row in ours.iterrows())
     return f"{model}: S1 Figure 3 (loss below the original's under 0 < rank < break-even) {word}: {said}; {sweep}."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "figure3", "figure3", arguments)
 
 

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,32 @@ from spectrim.report.table import Column, Table, number
 PUBLISHED = Path(__file__).with_name("published.csv")
 ALDS = "ALDS, published"
 KEPT = ", BatchNorm kept"
-# Of each selector, by its class and for truncation its rule: what it is called, its colour and its marker.
-SELECTORS = {
-    "truncation": (frame.SELECTORS["truncation"], "#999999", "s"),
-    "truncation, energy": ("energy truncation", "#E69F00", "D"),
-    "globalthreshold": (frame.SELECTORS["globalthreshold"], "#56B4E9", "^"),
-    "alds": (frame.SELECTORS["alds"], "#CC79A7", "v"),
-    "aimet": (frame.SELECTORS["aimet"], "#8C564B", "d"),
-    "sensitivity": (frame.SELECTORS["sensitivity"], "#009E73", "P"),
-    "knapsack": (frame.SELECTORS["knapsack"], "#0072B2", "o"),
-    "knapsack, refitted": ("knapsack (BALF), refitted as ours", "#332288", "x"),
-    "joint, verified": ("joint, ours, loss verified", "#D55E00", "p"),
-    "joint": (frame.SELECTORS["joint"], "#D55E00", "X"),
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a selector is drawn, and its name. ``refits``: its refit moves the BatchNorm means with the factors."""
+
+    name: str
+    colour: str
+    marker: str
+    refits: bool = False
+
+
+# By the key that ``_curve`` gives, in the order of the legend.
+CURVES = {
+    "truncation": Curve(frame.SELECTORS["truncation"], "#999999", "s"),
+    "energy": Curve("energy truncation", "#E69F00", "D"),
+    "globalthreshold": Curve(frame.SELECTORS["globalthreshold"], "#56B4E9", "^"),
+    "alds": Curve(frame.SELECTORS["alds"], "#CC79A7", "v"),
+    "aimet": Curve(frame.SELECTORS["aimet"], "#8C564B", "d"),
+    "sensitivity": Curve(frame.SELECTORS["sensitivity"], "#009E73", "P"),
+    "knapsack": Curve(frame.SELECTORS["knapsack"], "#0072B2", "o"),
+    "refitted": Curve("knapsack (BALF), refitted as ours", "#332288", "x", refits=True),
+    "verified": Curve("joint, ours, loss verified", "#D55E00", "p", refits=True),
+    "joint": Curve(frame.SELECTORS["joint"], "#D55E00", "X", refits=True),
 }
-REFITTED = ("joint", "joint, verified", "knapsack, refitted")
+KEYS = (*frame.KEYS, "curve", "kept")  # the curve, and whether BatchNorm statistics stayed those of the dense network
 TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
 SHARES = {"params_kept": "parameters kept (%)", "macs_kept": "MACs kept (%)"}
 DEEPEST = 0.2  # below the dense accuracy: where the panels end; the table has it all
@@ -70,9 +83,10 @@ NOTES = (
 def build(options: Options) -> list[Path]:
     """Accuracy and loss of every selector at every size, four panels a model, and the table of what is drawn."""
     found = command.load(options)
-    runs = _curves(command.runs(options, found, [*(name for name in SELECTORS if "," not in name), "refitted"]))
+    runs = _curves(command.runs(options, found, [*frame.SELECTORS, "refitted"]))
     published = _published()
-    rows = frame.with_dense(runs, VALUES).merge(runs.drop_duplicates("method")[["method", *ABOUT]], "left", "method")
+    about = runs.drop_duplicates(["model", "data", "method"])[["model", "data", "method", "curve", "kept", *ABOUT]]
+    rows = frame.with_dense(runs, VALUES).merge(about, "left", ["model", "data", "method"])
     rows = pd.concat([_judged(own, published) for _, own in rows.groupby("model", sort=False)])
     origin = command.origin(options, found, [PUBLISHED])
     models = list(dict.fromkeys(rows["model"]))
@@ -95,7 +109,7 @@ def build(options: Options) -> list[Path]:
         pictures = figure.save(canvas, options.name, options.out, origin)
     caption = f"What Figure 4 shows: accuracy and loss without fine-tuning on {', '.join(dict.fromkeys(rows['data']))}"
     notes = [*NOTES, *(_note(rows[rows["model"] == model]) for model in models)]
-    shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], group="model")
+    shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], "model", KEYS)
     return pictures + table.save([shown], options.out, origin)
 
 
@@ -104,16 +118,18 @@ def _curves(runs: pd.DataFrame) -> pd.DataFrame:
 
     Raises ``UserError`` where one curve would be drawn through runs of different settings.
     """
-    names = list(SELECTORS)
-    keys = [_selector(*run) for run in zip(runs["variant"], runs["settings"], strict=True)]
+    curves = [_curve(*run) for run in zip(runs["algorithm"], runs["settings"], strict=True)]
     asked = [_asked(settings) for settings in runs["settings"]]
+    kept = [
+        not CURVES[curve].refits and settings["batch_norm"] == "keep"
+        for curve, settings in zip(curves, runs["settings"], strict=True)
+    ]
     runs = runs.assign(
-        variant=[
-            SELECTORS[key][0] + _kept(settings, key in REFITTED)
-            for key, settings in zip(keys, runs["settings"], strict=True)
-        ],
+        curve=curves,
+        kept=kept,
+        variant=[CURVES[curve].name + (KEPT if still else "") for curve, still in zip(curves, kept, strict=True)],
         asked=[said for said, _ in asked],
-        place=[names.index(key) for key in keys],
+        place=[list(CURVES).index(curve) for curve in curves],
         size=[-value for _, value in asked],
     )
     point = ["model", "data", "variant", "asked"]
@@ -122,18 +138,11 @@ def _curves(runs: pd.DataFrame) -> pd.DataFrame:
     return runs.sort_values(["model", "place", "variant", "size", "first_signature"], kind="stable")
 
 
-def _selector(variant: str, settings: dict[str, Any]) -> str:
-    """The key in ``SELECTORS``."""
-    if "energy" in variant:
-        return "truncation, energy"
-    if variant == "joint" and settings.get("algorithm.max_loss_increase") is not None:
-        return "joint, verified"
-    return variant if variant in SELECTORS else variant.partition(",")[0]
-
-
-def _kept(settings: dict[str, Any], refitted: bool) -> str:
-    """What a curve is called further where BatchNorm statistics did not follow, as the means do in a refit."""
-    return "" if refitted or settings["batch_norm"] == "follow" else KEPT
+def _curve(algorithm: str, settings: dict[str, Any]) -> str:
+    """Return the key in ``CURVES``."""
+    if algorithm == "truncation" and settings.get("algorithm.energy") is not None:
+        return "energy"
+    return "verified" if settings.get("algorithm.max_loss_increase") is not None else algorithm
 
 
 def _asked(settings: dict[str, Any]) -> tuple[str, float]:
@@ -144,12 +153,12 @@ def _asked(settings: dict[str, Any]) -> tuple[str, float]:
 
 
 def _published() -> pd.DataFrame:
-    """One row a published point: model and data as ours are named, its share of parameters, top-1 and change in pp."""
-    known = [one for one in claims.claims(compare.read_published(PUBLISHED)) if one.name.startswith("untuned-")]
+    """Return one row per published point: model and data by their plain names, share of parameters, top-1, change."""
+    known = claims.claims(compare.read_published(PUBLISHED), ["Not retrained"])
     return pd.DataFrame(
         {
-            "model": one.model.lower().replace("-", ""),
-            "data": one.data.lower().replace("-", ""),
+            "model": claims.plain(one.model),
+            "data": claims.plain(one.data),
             "kept": 1 - one.drop,
             "top1": one.values["original_top1_percent"] + one.values["change_top1_pp"],
             "change": one.values["change_top1_pp"],
@@ -161,7 +170,7 @@ def _published() -> pd.DataFrame:
 
 def _of(published: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
     """The published points of the net and the data of the rows ``own``."""
-    model, data = own["model"].iloc[0].partition(" on ")[0], own["data"].iloc[0]
+    model, data = claims.plain(own["network"].iloc[0]), claims.plain(own["data"].iloc[0])
     return published[(published["model"] == model) & (published["data"] == data)]
 
 
@@ -172,20 +181,20 @@ def _judged(own: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
     verdicts: list[Any] = []
     for _, row in own.iterrows():
         near = points[(points["kept"] - row["params_kept"]).abs() <= NEAR].to_dict(orient="records")
-        point: Any = near[0] if near and row["method"] != "dense" else {"change": math.nan}
+        point: Any = near[0] if near and row["algorithm"] != "dense" else {"change": math.nan}
         changes.append(point["change"])
-        same = len(point) > 1 and row["variant"] == SELECTORS["alds"][0] + KEPT
+        same = len(point) > 1 and row["curve"] == "alds" and row["kept"]
         obtained = row["change_test_accuracy_pp"]
-        verdicts.append(str(compare.verdict(point["change"], obtained, point["tolerance"])) if same else None)
+        verdicts.append(compare.verdict(point["change"], obtained, point["tolerance"]) if same else None)
     return own.assign(published=changes, verdict=verdicts)
 
 
 def _panel(axis: Axes, rows: pd.DataFrame, share: str, value: str, scale: float) -> None:
     dense = float(rows[value].iloc[0])
     axis.axhline(scale * dense, color="#000000", linewidth=1, label="dense")
-    for name, colour, marker in SELECTORS.values():
-        for label, line in ((name, "-"), (name + KEPT, ":")):
-            own = rows[rows["variant"] == label].sort_values(share)
+    for key, curve in CURVES.items():
+        for kept, line in ((False, "-"), (True, ":")):
+            own = rows[(rows["curve"] == key) & (rows["kept"] == kept)].sort_values(share)
             if own.empty:
                 continue
             axis.errorbar(
@@ -193,13 +202,13 @@ def _panel(axis: Axes, rows: pd.DataFrame, share: str, value: str, scale: float)
                 scale * own[value],
                 xerr=100 * own[f"{share}_std"].fillna(0.0),
                 yerr=scale * own[f"{value}_std"].fillna(0.0),
-                color=colour,
-                marker=marker,
+                color=curve.colour,
+                marker=curve.marker,
                 linestyle=line,
                 linewidth=1.2,
                 markersize=4.5,
                 capsize=2,
-                label=label,
+                label=own["variant"].iloc[0],
             )
     axis.set(title=rows["model"].iloc[0], xlabel=SHARES[share])
 
@@ -211,7 +220,7 @@ def _draw_published(axis: Axes, points: pd.DataFrame) -> None:
 
 def _note(rows: pd.DataFrame) -> str:
     """How joint selection fares, of one model, against what was published for ALDS at the same sizes."""
-    ours = rows[(rows["variant"] == SELECTORS["joint"][0]) & rows["published"].notna()]
+    ours = rows[(rows["curve"] == "joint") & rows["published"].notna()]
     if ours.empty:
         return ""
     said = [
@@ -223,7 +232,7 @@ def _note(rows: pd.DataFrame) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "figure4", "figure4", arguments)
 
 

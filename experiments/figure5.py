@@ -135,7 +135,7 @@ def _loss_panel(axis: Axes, rows: pd.DataFrame) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "figure5", "table5", arguments)
 
 

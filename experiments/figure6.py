@@ -121,7 +121,7 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str, dense: float, styles: dic
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "figure6", "table1", arguments)
 
 

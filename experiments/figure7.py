@@ -17,7 +17,7 @@ from spectrim.report.table import Column, Table
 
 AIMED = 0.8  # of several sizes the one that is nearest to this
 ACROSS = 2
-ALGORITHMS = {"Lossless": "lossless", "Compact": "compact", "RankSelection": "rank selection", "Joint": "joint, ours"}
+ALGORITHMS = {"lossless": "lossless", "compact": "compact", "rankselection": "rank selection", "joint": "joint, ours"}
 # The end of a layer's name, in Llama, BERT and GPT-2, and what is shown for it.
 KINDS = (
     (r"q_proj|\.query", "q"),
@@ -123,7 +123,7 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "figure7", "table3", arguments)
 
 

@@ -148,7 +148,7 @@ def _own_sizes(rows: pd.DataFrame) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "table1", "table1", arguments)
 
 

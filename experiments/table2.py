@@ -1,4 +1,4 @@
-"""Table 2: dense, truncation, lossless and compact over model families, and what the papers claim of them."""
+"""Table 2: dense, truncation, lossless and compact on several model families, and the papers' claims about them."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from spectrim.report.table import Column, Table, number, save
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 CLAIMED = ("Abstract", "Table 4", "Table 5", "Table 6")
-OURS = ("lossless", "compact")
+ALGORITHMS = ("truncation", *claims.PROMISING)
 VALUES = (
     "test_loss",
     "change_test_loss",
@@ -70,15 +70,13 @@ CLAIM_NOTES = (
 
 
 def build(options: Options) -> list[Path]:
-    """Table 2 and its claims, from the records of its grid."""
+    """Build Table 2 and the table of its claims."""
     found = command.load(options)
-    runs = command.runs(options, found, ["truncation", *OURS])
+    runs = command.runs(options, found, ALGORITHMS)
     published = compare.read_published(PUBLISHED)
     rows = frame.with_dense(runs, VALUES)
-    rows["published"] = [
-        _published(published, model, method) for model, method in zip(rows.model, rows.method, strict=True)
-    ]
-    rows["verdict"] = [_verdict(row) for _, row in rows.iterrows()]
+    rows["published"] = [_published(published, row) for _, row in rows.iterrows()]
+    rows["verdict"] = claims.loss_verdicts(rows, ALGORITHMS)
     models, data = list(dict.fromkeys(rows["model"])), ", ".join(dict.fromkeys(rows["data"]))
     caption = f"Loss and accuracy without fine-tuning on {data}"
     table = Table(
@@ -88,6 +86,7 @@ def build(options: Options) -> list[Path]:
         caption,
         [*NOTES, *_unverified(rows), SOURCES, *frame.missing(models)],
         group="model",
+        hidden=frame.KEYS,
     )
     judged = Table(
         f"{options.name}_claims",
@@ -100,41 +99,32 @@ def build(options: Options) -> list[Path]:
 
 
 def _unverified(rows: pd.DataFrame) -> list[str]:
-    """A note naming the models of which no verified run was made, where others have some."""
-    verified = rows[rows["method"].str.endswith("verified")]["model"]
+    """Return a note that names the models without a verified run, if other models have one."""
+    verified = rows[rows["mode"] == "verified"]["model"]
     without = [model for model in dict.fromkeys(rows["model"]) if model not in set(verified)]
     return [f"Not run verified, which takes longest on the deepest nets: {', '.join(without)}."] if without else []
 
 
-def _published(published: pd.DataFrame, model: str, method: str) -> str | None:
-    """The published changes of loss of the model's family, beside our selectors' rows."""
-    if not method.startswith(OURS):
+def _published(published: pd.DataFrame, row: "pd.Series[Any]") -> str | None:
+    """Return the published changes of loss of the model's family, for the rows of the papers' selectors."""
+    if row["algorithm"] not in claims.PROMISING:
         return None
     said = []
     for claim in claims.claims(published, ["Table 4"]):
-        if frame.family(claim.model) == frame.family(model):
+        if frame.family(claim.model) == frame.family(row["network"]):
             said.append(f"{claim.model} {number(claim.change, 4, True)} at {100 * claim.drop:.0f} %")
     return "; ".join(said) or None
 
 
-def _verdict(row: "pd.Series[Any]") -> str | None:
-    """Whether the mean loss of a compressed row stays at or below that of the dense one."""
-    if row["method"] == "dense":
-        return None
-    if row["params_kept"] >= 1:
-        return "not comparable: nothing was factored"
-    return "holds" if row["change_test_loss"] <= 0 else "does not hold"
-
-
 def _claims(published: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Every claim of S1 and S1b about compressed nets, beside what each model of its family gives here."""
-    ours = rows[rows["method"].str.startswith(OURS)]
+    """Return one row per claim of S1 and S1b about compressed networks and per model of its family."""
+    ours = rows[rows["algorithm"].isin(claims.PROMISING)]
     found = []
     for claim in claims.claims(published, CLAIMED):
-        family = ours[[frame.family(model) == frame.family(claim.model) for model in ours["model"]]]
+        family = ours[[frame.family(name) == frame.family(claim.model) for name in ours["network"]]]
         for model in list(dict.fromkeys(family["model"])) or [None]:
             own = family[family["model"] == model]
-            dense = rows[(rows["model"] == model) & (rows["method"] == "dense")]
+            dense = rows[(rows["model"] == model) & (rows["algorithm"] == "dense")]
             judged = claims.judge(claim, own, dense)
             found.append(
                 {
@@ -150,7 +140,7 @@ def _claims(published: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "table2", "table2", arguments)
 
 

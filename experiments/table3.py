@@ -1,25 +1,33 @@
-"""Table 3: language models, by the published algorithms, their rivals and ours: perplexity, accuracy, loss."""
+"""Table 3: perplexity, accuracy and loss of language models under the published algorithms, their rivals and ours."""
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from spectrim.records.records import Record
+from spectrim.records.records import CLASS, Record
 from spectrim.report import claims, command, compare, frame
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, number, save
 
 PUBLISHED = Path(__file__).with_name("published.csv")
-WHITENED, JOINT, REFITTED = "whitened SVD, uniform ratio", "joint, ours", "joint, ours, refitted"
-CURVED, TOGETHER = "joint, ours, no first order", "joint, ours, interaction"
-WITH_EMBEDDING = ", embedding too"
-UPON = (WHITENED, WHITENED + WITH_EMBEDDING, JOINT + WITH_EMBEDDING, REFITTED, CURVED, TOGETHER)
+# What a run is, as a key, and what the table calls it. The order is that of the rows.
+KINDS = {
+    "truncation": "truncation, uniform ratio",
+    "whitened": "whitened SVD, uniform ratio",
+    "lossless": "lossless",
+    "compact": "compact",
+    "rankselection": "rank selection",
+    "joint": "joint, ours",
+    "refitted": "joint, ours, refitted",
+    "curvature": "joint, ours, no first order",
+    "interaction": "joint, ours, interaction",
+}
 ALGORITHMS = ("truncation", "lossless", "compact", "rankselection", "joint")
-OURS = ("lossless", "compact")  # those that promise the loss of the dense net
+ABOUT = ("algorithm", "kind", "embedding", "requested")  # columns that the code reads and the table prints as method
 AIMED, HALF, POINTS = 0.8, 0.5, 0.2  # parameters kept; part of the rise of whitened SVD; percentage points
 KEPT = ("params_kept", "macs_kept")
 VALUES = (*KEPT, "test_loss", "change_test_loss", "test_accuracy", "change_test_accuracy_pp")
@@ -60,23 +68,78 @@ NOTES = (
 
 
 def build(options: Options) -> list[Path]:
-    """Table 3, from the records of its grids."""
+    """Build Table 3."""
     found = command.load(options)
-    runs = command.runs(options, found, ALGORITHMS)
-    runs["method"] = [_method(row) for _, row in runs.iterrows()]
-    row = ["model", "data", "method"]
-    frame.require_one_setting(runs, row, "{method} of {model} on {data}", "Table 3 has one row")
+    runs = _described(command.runs(options, found, ALGORITHMS))
     others = _add_perplexities(runs, found)
-    runs["place"] = [_place(row) for _, row in runs.iterrows()]
-    runs = runs.sort_values(["model", "data", "place", "first_signature"], kind="stable")
     values = [*VALUES, "perplexity", "rise", *(f"{what}_{name}" for name in others for what in ("perplexity", "rise"))]
-    rows = frame.over_seeds(pd.concat([_dense(runs, values), runs]), ("model", "data", "method"), values)
+    rows = frame.over_seeds(pd.concat([_dense(runs, values), runs]), ("model", "data", "method", *ABOUT), values)
     rows["order"] = (rows["model"] + rows["data"]).map({key: at for at, key in enumerate(runs["model"] + runs["data"])})
     rows = rows.sort_values("order", kind="stable").drop(columns="order")
-    rows.loc[rows["method"] == "dense", [f"{value}_std" for value in KEPT]] = math.nan
-    rows["net"], rows["verdict"] = rows["model"] + ", " + rows["data"], [_verdict(row) for _, row in rows.iterrows()]
+    rows.loc[rows["algorithm"] == "dense", [f"{value}_std" for value in KEPT]] = math.nan
+    rows["net"] = rows["model"] + ", " + rows["data"]
+    rows["verdict"] = claims.loss_verdicts(rows)
     published = compare.read_published(PUBLISHED)
-    elsewhere = [
+    table = Table(
+        options.name,
+        pd.concat([rows, pd.DataFrame(_published(published))], ignore_index=True),
+        [*COLUMNS, *_elsewhere(others), *LAST],
+        "Language models without fine-tuning",
+        [*NOTES, *_data(found), *_claims(published, rows), *_aims(rows, others)],
+        group="net",
+        hidden=ABOUT,
+    )
+    return save([table], options.out, command.origin(options, found, [PUBLISHED]))
+
+
+def _described(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs with the columns ``ABOUT`` and with their printed ``method``, in the order of the rows.
+
+    Raises ``UserError`` where runs of different settings would share one row.
+    """
+    settings = runs["settings"]
+    runs = runs.assign(
+        kind=[_kind(row) for _, row in runs.iterrows()],
+        embedding=[bool(one.get("decomposer.embeddings")) for one in settings],
+        requested=[math.nan if (kept := one.get("algorithm.params_kept")) is None else kept for one in settings],
+        parameter=[one.get("algorithm.epsilon", one.get("algorithm.gamma")) for one in settings],
+    )
+    runs["method"] = [_method(row) for _, row in runs.iterrows()]
+    frame.require_one_setting(runs, ["model", "data", "method"], "{method} of {model} on {data}", "Table 3 has one row")
+    order = ["model", "data", "place", "embedding", "size", "parameter", "first_signature"]
+    placed = runs.assign(place=runs["kind"].map(list(KINDS).index), size=-runs["requested"])
+    return placed.sort_values(order, kind="stable")
+
+
+def _kind(row: "pd.Series[Any]") -> str:
+    """Return the key in ``KINDS``. A joint selection is named by the one setting in which it differs."""
+    settings = row["settings"]
+    if row["algorithm"] == "truncation":
+        return "whitened" if settings[f"decomposer.{CLASS}"] == "WhitenedSVD" else "truncation"
+    if row["algorithm"] != "joint":
+        return str(row["algorithm"])
+    if settings.get("algorithm.refit"):
+        return "refitted"
+    if settings.get("algorithm.interaction"):
+        return "interaction"
+    return "curvature" if settings.get("algorithm.significance", 0) is None else "joint"
+
+
+def _method(row: "pd.Series[Any]") -> str:
+    """Return what the table prints for a run."""
+    parts = [KINDS[row["kind"]], row["mode"], "embedding too" if row["embedding"] else ""]
+    if row["algorithm"] == "rankselection":
+        parts.append(f"ε {row['parameter']:g}")
+    elif row["algorithm"] in claims.PROMISING:
+        parts.append("no gamma" if row["parameter"] is None else f"gamma {row['parameter']:g}")
+    if not math.isnan(row["requested"]):
+        parts.append(f"{100 * row['requested']:g} % of the parameters")
+    return ", ".join(filter(None, parts))
+
+
+def _elsewhere(others: Sequence[str]) -> list[Column]:
+    """Return the columns of the corpora that calibration is not drawn from."""
+    return [
         column
         for name in others
         for column in (
@@ -84,50 +147,10 @@ def build(options: Options) -> list[Path]:
             Column(f"rise_{name}", f"rise %, {name}", 1, signed=True),
         )
     ]
-    table = Table(
-        options.name,
-        pd.concat([rows, pd.DataFrame(_published(published))], ignore_index=True),
-        [*COLUMNS, *elsewhere, *LAST],
-        "Language models without fine-tuning",
-        [*NOTES, *_data(found), *_claims(published, rows), *_aims(rows, others)],
-        group="net",
-    )
-    return save([table], options.out, command.origin(options, found, [PUBLISHED]))
-
-
-def _method(row: "pd.Series[Any]") -> str:
-    settings = row["settings"]
-    kept = settings.get("algorithm.params_kept")
-    at = "" if kept is None else f", {100 * kept:g} % of the parameters"
-    too = WITH_EMBEDDING if settings.get("decomposer.embeddings") else ""
-    if row["algorithm"] == "truncation":
-        return (WHITENED if str(row["decomposer"]).startswith("whitened") else "truncation, uniform ratio") + too + at
-    if row["algorithm"] == "joint":
-        return _joint(settings) + too + at
-    if row["algorithm"] == "rankselection":
-        return f"rank selection, ε {settings['algorithm.epsilon']:g}"
-    gamma = settings.get("algorithm.gamma")
-    return f"{row['variant']}, " + ("no gamma" if gamma is None else f"gamma {gamma:g}")
-
-
-def _joint(settings: Mapping[str, Any]) -> str:
-    """Which joint selection it is: the one that the others differ from in one thing, or what it differs in."""
-    if settings.get("algorithm.refit"):
-        return REFITTED
-    if settings.get("algorithm.interaction"):
-        return TOGETHER
-    return CURVED if settings.get("algorithm.significance", 0) is None else JOINT
-
-
-def _place(row: "pd.Series[Any]") -> tuple[int, int, float, str]:
-    """Where a row stands: by the algorithm, then what is built upon it, the larger model first."""
-    kept = row["settings"].get("algorithm.params_kept")
-    later = [place for place, name in enumerate(UPON, 1) if row["method"].startswith(name)]
-    return ALGORITHMS.index(row["algorithm"]), max(later, default=0), -(kept or 0.0), row["method"]
 
 
 def _add_perplexities(runs: pd.DataFrame, found: Sequence[Record]) -> list[str]:
-    """Perplexities and their rise in percent as columns, also of the other corpora, whose names are returned."""
+    """Add the perplexities and their rise in percent as columns. Return the names of the other corpora."""
     of = {record["signature"]: record for record in found}
     others = sorted({name for record in of.values() for name in record["dense"].get("also", {})})
     for name in ["", *others]:
@@ -140,15 +163,16 @@ def _add_perplexities(runs: pd.DataFrame, found: Sequence[Record]) -> list[str]:
 
 
 def _token_loss(net: dict[str, Any], other: str) -> float:
-    """The loss a token on the test split, or on that of the ``other`` corpus; NaN where there is none."""
+    """Return the loss per token on the test split, or on that of the ``other`` corpus; NaN if there is none."""
     measured = net.get("also", {}).get(other) if other else net["test"]
     return math.nan if measured is None or measured["accuracy"] is not None else float(measured["loss"])
 
 
 def _dense(runs: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
     dense = runs.drop_duplicates(["model", "data", "seed"]).assign(
-        method="dense", calibration_seed=None, params_kept=1.0, macs_kept=1.0
-    )
+        method="dense", algorithm="dense", kind="dense", embedding=False, requested=math.nan,
+        calibration_seed=None, params_kept=1.0, macs_kept=1.0,
+    )  # fmt: skip
     for value in values:
         if value.startswith(("test", "perplexity")):
             dense[value] = dense[f"dense_{value}"]
@@ -157,16 +181,8 @@ def _dense(runs: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
     return dense
 
 
-def _verdict(row: "pd.Series[Any]") -> str | None:
-    if not row["method"].startswith(OURS):
-        return None
-    if row["params_kept"] >= 1:
-        return "not comparable: nothing was factored"
-    return "holds" if row["change_test_loss"] <= 0 else "does not hold"
-
-
 def _published(published: pd.DataFrame) -> list[dict[str, Any]]:
-    """S1b's rows of BERT: the original, theirs and plain SVD."""
+    """Return S1b's rows about BERT: the original, lossless and plain SVD."""
     rows = []
     for claim in claims.claims(published, ["Table 5"]):
         for name, method in (("original", "original"), ("compressed", "lossless (S1b)"), ("plain_svd", "plain SVD")):
@@ -191,37 +207,42 @@ def _published(published: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _data(found: Sequence[Record]) -> list[str]:
-    """What the runs say of their data: context, counts of tokens."""
-    said = dict.fromkeys(record["notes"][0] for record in found if record["notes"] and " tokens" in record["notes"][0])
+    """Return what the runs say about their data: context and numbers of tokens. It is the first note of a record."""
+    said = dict.fromkeys(record["notes"][0] for record in found if record["notes"])
     return [f"Data: {one}." for one in said]
 
 
 def _claims(published: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
-    """S1b's claim, read on each of our models: the loss is not above the original's at their drop."""
+    """Judge, for each model, S1b's claim that the loss is not above the original's at their drop."""
     drop = max(claim.drop for claim in claims.claims(published, ["Table 5"]))
     said = []
     for net, own in rows.groupby("net", sort=False):
-        judged = claims.lossless_claim(own[own["method"].str.startswith(OURS)], drop)
+        judged = claims.lossless_claim(own[own["algorithm"].isin(claims.PROMISING)], drop)
         said.append(f"{net}: S1b Table 5 (loss not above the original's at a drop of {100 * drop:.0f} %) {judged}.")
     return said
 
 
 def _aims(rows: pd.DataFrame, others: Sequence[str]) -> list[str]:
-    """What this project aims at with a fifth of the parameters gone, and which of its selections get there."""
-    at, said = f", {100 * AIMED:g} % of the parameters", []
-    for net, own in rows.groupby("net", sort=False):
-        of = own.set_index("method")
-        for name in (JOINT, JOINT + WITH_EMBEDDING, REFITTED):
-            if name + at not in of.index:
+    """Return, for each model and joint selection, whether it meets this project's aim at ``AIMED`` of the parameters.
+
+    The aim for a classifier is an accuracy within ``POINTS`` of the dense model's. For a language model it is at most
+    ``HALF`` of the rise of the perplexity that whitened SVD at a uniform ratio causes.
+    """
+    said = []
+    for net, at_all_sizes in rows.groupby("net", sort=False):
+        own = at_all_sizes[at_all_sizes["requested"] == AIMED].set_index(["kind", "embedding"])
+        for key in (("joint", False), ("joint", True), ("refitted", False)):
+            if key not in own.index:
                 continue
-            ours: Any = of.loc[name + at]
+            ours: Any = own.loc[key]
+            name = ", ".join([KINDS[key[0]], *(["embedding too"] if key[1] else [])])
             if not math.isnan(ours["test_accuracy"]):
                 word = "met" if ours["change_test_accuracy_pp"] >= -POINTS else "not met"
                 change = number(ours["change_test_accuracy_pp"], 2, True)
                 aim = f"the aim, within {POINTS:g} pp of dense at {100 * AIMED:g} %"
                 said.append(f"{net}: {aim}, is {word}: {change} pp ({name}).")
-            elif WHITENED + at in of.index:
-                whitened = of.loc[WHITENED + at]
+            elif ("whitened", False) in own.index:
+                whitened: Any = own.loc[("whitened", False)]
                 part = ours["rise"] / whitened["rise"]
                 word = "met" if part <= HALF else "not met"
                 parts = (f", {ours[f'rise_{other}'] / whitened[f'rise_{other}']:.2f} on {other}" for other in others)
@@ -231,7 +252,7 @@ def _aims(rows: pd.DataFrame, others: Sequence[str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "table3", "table3", arguments)
 
 

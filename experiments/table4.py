@@ -1,18 +1,17 @@
-"""Table 4: one selector over several decompositions of the same nets."""
+"""Table 4: one selector with several decompositions of the same networks."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from spectrim.report import command, frame
+from spectrim.report import claims, command, frame
 from spectrim.report.command import Options
+from spectrim.report.compare import Word
 from spectrim.report.table import Column, Table, save
 
 SELECTORS = ("compact", "lossless", "truncation")
-PROMISING = ("compact", "lossless")  # those that promise the loss of the dense net
 DECOMPOSITIONS = {
     "svd_channel": "SVD, channel view",
     "svd_spatial": "SVD, spatial view",
@@ -60,7 +59,7 @@ NOTES = (
 
 
 def build(options: Options) -> list[Path]:
-    """Table 4, from the records of its grids."""
+    """Build Table 4."""
     found = command.load(options)
     runs = command.runs(options, found, SELECTORS)
     row = ["model", "variant", "decomposer"]
@@ -69,33 +68,25 @@ def build(options: Options) -> list[Path]:
     place = runs["decomposer"].map(lambda name: order.index(name) if name in order else len(order))
     runs = runs.assign(method=runs["decomposer"].map(lambda name: DECOMPOSITIONS.get(name, name)), place=place)
     rows = frame.with_dense(runs.sort_values(["model", "variant", "place", "first_signature"], kind="stable"), VALUES)
-    rows["verdict"] = [_verdict(row) for _, row in rows.iterrows()]
+    rows["verdict"] = claims.loss_verdicts(rows)
     data = ", ".join(dict.fromkeys(rows["data"]))
     caption = f"One selector over several decompositions, without fine-tuning, on {data}"
-    table = Table(options.name, rows, COLUMNS, caption, [*NOTES, *_summary(rows)], group="model")
+    notes = [*NOTES, *_summary(rows)]
+    table = Table(options.name, rows, COLUMNS, caption, notes, group="model", hidden=frame.KEYS)
     return save([table], options.out, command.origin(options, found))
 
 
-def _verdict(row: "pd.Series[Any]") -> str | None:
-    """Whether the mean test loss of a selector that promises it stays at or below that of the dense net."""
-    if not str(row["variant"]).startswith(PROMISING):
-        return None
-    if row["params_kept"] >= 1:
-        return "not comparable: nothing was factored"
-    return "holds" if row["change_test_loss"] <= 0 else "does not hold"
-
-
 def _summary(rows: pd.DataFrame) -> list[str]:
-    """Of each selector that promises the loss, with how many decompositions it kept it."""
+    """Return, for each selector that promises the loss, the number of decompositions with which it kept it."""
     said = []
     for (model, variant), own in rows[rows["verdict"].notna()].groupby(["model", "variant"], sort=False):
-        kept = int((own["verdict"] == "holds").sum())
+        kept = sum(verdict.word is Word.HOLDS for verdict in own["verdict"])
         said.append(f"{model}, {variant}: test loss not above dense with {kept} of {len(own)} decompositions.")
     return said
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "table4", "table4", arguments)
 
 

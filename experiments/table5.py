@@ -1,7 +1,6 @@
-"""Table 5: SVD training with rank selection (S2) against training first and truncating after, at what was published."""
+"""Table 5: SVD training with rank selection (S2), beside truncation after training and published results."""
 
 import math
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,13 +9,17 @@ from typing import Any
 import pandas as pd
 
 from spectrim.errors import UserError
-from spectrim.records.records import Record, class_of
-from spectrim.report import command, compare, frame, trainings
+from spectrim.records.records import Record, algorithm_of, class_of
+from spectrim.report import claims, command, compare, frame, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
 
 PUBLISHED = Path(__file__).with_name("published.csv")
-KINDS = ("SVDTraining", "FineTuning", "RankSelection", "GlobalThreshold", "Truncation")
+# The stages of the table, in the order of its rows, and the selectors without training in theirs.
+DENSE, CUT, FINE_TUNED, FROM_SCRATCH, FROM_TRAINED = range(5)
+CUTS = {"rankselection": "rank selection", "globalthreshold": "global threshold", "truncation": "truncation"}
+ALGORITHMS = (*CUTS, "finetuning", "svdtraining")
+RESULTS = ("Table on LeNet-5", "Retrained")  # places in the papers that print trained low-rank networks
 VALUES = ("params_kept", "test_accuracy", "change_pp", "test_loss", "seconds")
 COLUMNS = (
     Column("net", "net, data"),
@@ -48,95 +51,100 @@ SOURCES = (
 
 
 def build(options: Options) -> list[Path]:
-    """SVD training beside its rivals and what was published for the same net and data."""
-    found = [record for record in command.load(options) if _kind(record["config"]["algorithm"]) in KINDS]
+    """Build Table 5: SVD training beside its rivals and the published results for the same network and data."""
+    found = [record for record in command.load(options) if algorithm_of(record) in ALGORITHMS]
     if not found:
         raise command.lacking(options, "svd_training or of what it is held against")
     runs = pd.DataFrame([_row(record) for record in found])
     runs["change_pp"] = 100 * (runs["test_accuracy"] - _dense_of(runs))
     dense = runs.dropna(subset="dense_accuracy").drop_duplicates(["model", "data", "seed"])
     dense = dense.assign(
-        method="dense", order="0", epochs=math.nan, params_kept=1.0, test_accuracy=dense["dense_accuracy"],
+        method="dense", stage=DENSE, epochs=math.nan, params_kept=1.0, test_accuracy=dense["dense_accuracy"],
         test_loss=dense["dense_loss"], change_pp=math.nan, seconds=math.nan, calibration_seed=None,
     )  # fmt: skip
     published = compare.read_published(PUBLISHED)
     rows: list[Any] = []
     for (model, data), own in runs.groupby(["model", "data"]):
+        own = own.iloc[sorted(range(len(own)), key=own["order"].tolist().__getitem__)]
         both = pd.concat([dense[(dense["model"] == model) & (dense["data"] == data)], own])
-        both = both.sort_values("order", kind="stable")
-        rows += frame.over_seeds(both, ("model", "data", "method", "epochs"), VALUES).to_dict(orient="records")
+        rows += frame.over_seeds(both, ("model", "data", "method", "epochs", "stage"), VALUES).to_dict(orient="records")
         rows += _published(published, str(model), str(data))
     table = pd.DataFrame(rows)
     table["net"] = table["model"] + ", " + table["data"]
-    table.loc[table["method"] == "dense", ["params_kept_std"]] = math.nan
+    table.loc[table["stage"] == DENSE, ["params_kept_std"]] = math.nan
     caption = "SVD training with rank selection against training first and truncating after"
-    shown = Table(options.name, table, COLUMNS, caption, [*NOTES, SOURCES], group="net")
+    shown = Table(options.name, table, COLUMNS, caption, [*NOTES, SOURCES], group="net", hidden=["stage"])
     return save([shown], options.out, command.origin(options, found, [PUBLISHED]))
 
 
 def _row(record: Record) -> dict[str, Any]:
     settings, dense, small = record["config"]["algorithm"], record["dense"], record["compressed"]
-    scratch = record["config"]["checkpoint"] is None
-    order, method = _method(record)
-    method += ", spatial" if "spatial" in record["names"]["decomposer"] else ""
+    scratch, order = record["config"]["checkpoint"] is None, _order(record)
     return {
         "model": trainings.net(record),
         "data": record["names"]["data"],
         "seed": record["seed"],
         "calibration_seed": record["calibration_seed"],
+        "stage": order[0],
         "order": order,
-        "method": method,
+        "method": _method(record),
         "epochs": settings.get("recipe", {}).get("epochs", 0),
         "params_kept": small["params"] / dense["params"],
         "test_accuracy": small["test"]["accuracy"],
         "test_loss": small["test"]["loss"],
-        # Before a training from scratch the dense net knows nothing.
+        # The dense network of a training from scratch is untrained.
         "dense_accuracy": math.nan if scratch else dense["test"]["accuracy"],
         "dense_loss": math.nan if scratch else dense["test"]["loss"],
         "seconds": trainings.seconds(record),
     }
 
 
-def _method(record: Record) -> tuple[str, str]:
-    """Its place in the table, as a text that sorts, and what a row is called."""
-    settings = record["config"]["algorithm"]
-    kind = _kind(settings)
-    if kind == "SVDTraining":
-        start = trainings.start(record)
-        said = f"SVD training {start}, {trainings.way(record)}"
-        return f"{3 if start == 'from scratch' else 4} {said}", said
-    if kind == "FineTuning":
-        said = f"{_truncation(settings['selector'])}, then fine-tuned"
-        return f"2 {said}", said
-    if kind == "RankSelection":
-        return f"1 {settings['epsilon']:g}", f"rank selection, ε {settings['epsilon']:g}"
-    return f"1 {_truncation(settings)}", _truncation(settings)
+def _order(record: Record) -> tuple[Any, ...]:
+    """Return the sort key of a run in the table. The stage comes first."""
+    settings, algorithm = record["config"]["algorithm"], algorithm_of(record)
+    if algorithm == "svdtraining":
+        scratch = record["config"]["checkpoint"] is None
+        return FROM_SCRATCH if scratch else FROM_TRAINED, trainings.key(record)
+    selector = settings["selector"] if algorithm == "finetuning" else settings
+    values = [selector["epsilon"]] if algorithm == "rankselection" else frame.rules(selector)
+    return FINE_TUNED if algorithm == "finetuning" else CUT, list(CUTS).index(class_of(selector)), values
 
 
-def _kind(settings: dict[str, Any]) -> str:
-    return class_of(settings)
+def _method(record: Record) -> str:
+    """Return what the table calls a run."""
+    settings, algorithm = record["config"]["algorithm"], algorithm_of(record)
+    spatial = ["spatial"] if record["config"]["decomposer"].get("view") == "spatial" else []
+    if algorithm == "svdtraining":
+        said = f"SVD training {trainings.start(record)}, {trainings.way(record)}"
+    elif algorithm == "finetuning":
+        said = f"{_cut(settings['selector'])}, then fine-tuned"
+    else:
+        said = _cut(settings)
+    return ", ".join([said, *spatial])
 
 
-def _truncation(settings: dict[str, Any]) -> str:
-    asked = {key: settings[key] for key in ("rank", "ratio", "energy", "params_kept") if settings.get(key) is not None}
-    name = re.sub("(?<=[a-z])(?=[A-Z])", " ", _kind(settings)).lower()
-    return f"{name}, " + ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in asked.items())
+def _cut(settings: dict[str, Any]) -> str:
+    """Return the name of a selector without training, and its setting."""
+    if class_of(settings) == "rankselection":
+        return f"{CUTS['rankselection']}, ε {settings['epsilon']:g}"
+    given = [f"{rule.replace('_', ' ')} {value:g}" for rule, value in frame.rules(settings)]
+    return ", ".join([CUTS[class_of(settings)], *given])
 
 
 def _dense_of(runs: pd.DataFrame) -> pd.Series:
-    """The accuracy of the trained dense net of each run's model, data and seed; NaN where no run starts from it."""
+    """Return the accuracy of the dense network of each run's model, data and seed; NaN if no run starts from it."""
     keys = ["model", "data", "seed"]
     known = runs.dropna(subset="dense_accuracy").drop_duplicates(keys).set_index(keys)["dense_accuracy"]
     return pd.Series([known.get(tuple(row), math.nan) for row in runs[keys].itertuples(index=False)], index=runs.index)
 
 
 def _published(published: pd.DataFrame, model: str, data: str) -> list[dict[str, Any]]:
-    """The rows that other papers print for this net and data."""
+    """Return the rows that other papers print for this network and data."""
     rows: list[Any] = []
-    claims = published[published["claim"].str.startswith("trained-")]
-    for _, claim in claims.groupby("claim", sort=False):
+    results = published[published["where"].isin(RESULTS)]
+    for _, claim in results.groupby("claim", sort=False):
         first = claim.iloc[0]
-        if (first["model"].lower().replace("-", ""), first["data"].lower().replace("-", "")) != (model, data):
+        if (claims.plain(first["model"]), claims.plain(first["data"])) != (claims.plain(model), claims.plain(data)):
             continue
         values = claim.set_index("metric")["value"].astype(float)
         if not {"drop_percent"} < set(values.index):
@@ -147,7 +155,7 @@ def _published(published: pd.DataFrame, model: str, data: str) -> list[dict[str,
             {
                 "model": model,
                 "data": data,
-                "method": f"published: {first['source']}",
+                "method": f"published: {first['source']}: arXiv {first['arxiv']}",
                 "params_kept": 1 - values["drop_percent"] / 100,
                 "test_accuracy": top1 / 100,
                 "change_pp": change,
@@ -157,7 +165,7 @@ def _published(published: pd.DataFrame, model: str, data: str) -> list[dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "table5", "table5", arguments)
 
 

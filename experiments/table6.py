@@ -1,4 +1,4 @@
-"""Table 6: what a selection costs, in seconds, samples read and memory, and how that grows."""
+"""Table 6: the cost of a selection in seconds, samples read and memory, and how it grows."""
 
 import math
 import sys
@@ -16,8 +16,9 @@ from spectrim.report.table import Column, Table, number, save
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 SEARCHES = ("aimet", "sensitivity")
-CHOOSING = ("lossless", "compact", "rankselection")  # their sizes themselves, by what happens to the loss
-# Joint selection: times the CPU seconds of each of these it wants to take at most.
+CHOOSING = ("lossless", "compact", "rankselection")  # selectors that choose the size by the loss
+KEYS = ("algorithm", "mode")
+# The largest ratio of CPU seconds, joint selection over each rival, that this project aims at.
 AIMS = {"aimet": 0.1, "sensitivity": None, "knapsack": 2.0}
 SIZES = {"layers": "layers", "width": "width", "images": "calibration images"}
 VALUES = ("params_kept", "seconds", "cpu_seconds", "read", "passes", "peak_mib", "added_mib")
@@ -75,20 +76,20 @@ GROWTH_NOTES = (
 
 
 def build(options: Options) -> list[Path]:
-    """What each selector costs on one net, and how that grows with layers, width and calibration images."""
+    """Build the table of what each selector costs on one network, and the table of how that cost grows."""
     found = [*command.load(options), *_searches(options)]
     known = command.runs(options, found, [*frame.SELECTORS, *CHOOSING]).set_index("signature")
     runs = pd.DataFrame([_row(record, known) for record in found if record["signature"] in known.index])
     if runs["read"].isna().all():
         raise command.lacking(options, "a selector that tells how many samples it read")
     runs = runs.sort_values(["untrained", "model", "images", "place", "selector"], kind="stable")
-    by = ("model", "data", "images", "selector", "decomposer", "layers", "width", "untrained", "place")
+    by = ("model", "data", "images", "selector", "decomposer", "layers", "width", "untrained", "place", *KEYS)
     rows = frame.over_seeds(runs, by, VALUES)
     published = claims.claims(compare.read_published(PUBLISHED), ["Table 6"])
     data = ", ".join(dict.fromkeys(rows["data"]))
     notes = [*NOTES, *_searched(rows), *(_claim(one, rows) for one in published)]
     caption = f"What a selection costs, on {data}"
-    tables = [Table(options.name, rows, COLUMNS, caption, notes, group="model")]
+    tables = [Table(options.name, rows, COLUMNS, caption, notes, group="model", hidden=KEYS)]
     growth = pd.DataFrame([row for along in SIZES for row in _growth(rows[rows["untrained"]], along)])
     if len(growth):
         caption = f"How the cost of a selection grows, on {data}"
@@ -97,10 +98,10 @@ def build(options: Options) -> list[Path]:
 
 
 def _searches(options: Options) -> list[Record]:
-    """Of the runs of Figure 4 that search for minutes, of each net and seed the one that did it for all sizes."""
+    """Return, for each network and seed, the run of Figure 4 that made the search for all sizes."""
     costliest: dict[tuple, Record] = {}
     for record in records.read_all(options.records, "figure4") if options.default else []:
-        name = records.class_of(record["config"]["algorithm"]).lower()
+        name = records.algorithm_of(record)
         key = name, record["names"]["model"], record["seed"], record["calibration_seed"]
         spent = record["phases"]["select"]["seconds"]
         if name in SEARCHES and (key not in costliest or spent > costliest[key]["phases"]["select"]["seconds"]):
@@ -124,6 +125,7 @@ def _row(record: Record, known: pd.DataFrame) -> dict[str, Any]:
         "width": record["config"]["model"].get("width", math.nan),
         "images": images,
         "place": order.index(run["algorithm"]),
+        **{key: run[key] for key in KEYS},
         "selector": frame.SELECTORS.get(run["algorithm"], run["variant"]),
         "decomposer": run["decomposer"],
         "seed": record["seed"],
@@ -139,7 +141,10 @@ def _row(record: Record, known: pd.DataFrame) -> dict[str, Any]:
 
 
 def _growth(rows: pd.DataFrame, along: str) -> list[dict[str, Any]]:
-    """Of each selector, from the smallest to the largest size ``along`` one axis, all other sizes the same."""
+    """Return, for each selector, how its cost grows from the smallest to the largest size ``along`` one axis.
+
+    All other sizes are the same.
+    """
     others = [size for size in SIZES if size != along]
     found = []
     for (selector, *_), own in rows.groupby(["selector", "decomposer", "data", *others], sort=False, dropna=False):
@@ -171,7 +176,7 @@ def _times(first: float, last: float) -> float:
 
 
 def _exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """The slope of the least-squares line through log(seconds) over log(size)."""
+    """Return the slope of the least-squares line through log(seconds) over log(size)."""
     if not min(seconds) > 0:
         return math.nan
     x, y = ([math.log(value) for value in values] for values in (sizes, seconds))
@@ -181,11 +186,11 @@ def _exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def _searched(rows: pd.DataFrame) -> list[str]:
-    """What joint selection costs beside its rivals, on each net that is trained, and whether that is its aim."""
+    """Return, for each trained network, the cost of joint selection over its rivals', and whether it meets its aim."""
     said = []
     for model, own in rows[~rows["untrained"]].groupby("model", sort=False):
         for rival, aim in AIMS.items():
-            times = _seconds(own, frame.SELECTORS["joint"]) / _seconds(own, frame.SELECTORS[rival])
+            times = _seconds(own, "joint") / _seconds(own, rival)
             if not math.isnan(times):
                 word = "" if aim is None else f" (aim: at most {aim:g}, {'met' if times <= aim else 'not met'})"
                 name = frame.SELECTORS[rival]
@@ -194,10 +199,10 @@ def _searched(rows: pd.DataFrame) -> list[str]:
 
 
 def _claim(claim: claims.Claim, rows: pd.DataFrame) -> str:
-    """S1b's own cost against that of a search, beside the same of its compact form here."""
+    """Return S1b's ratio of costs, a search over its own selection, beside ours for compact selection."""
     minutes, search = claim.values["selection_minutes"], claim.values["svd_search_minutes"]
     trained = rows[~rows["untrained"]]
-    times = _seconds(trained, frame.SELECTORS["sensitivity"]) / _seconds(trained, "compact, one-shot")
+    times = _seconds(trained, "sensitivity") / _seconds(trained, "compact", "one-shot")
     here = "no run of ours" if math.isnan(times) else f"{number(times, 1)} times compact, one-shot"
     return (
         f"{claim.source}: {minutes:g} min against {search:g} min of a search over SVD ranks, "
@@ -206,14 +211,14 @@ def _claim(claim: claims.Claim, rows: pd.DataFrame) -> str:
     )
 
 
-def _seconds(rows: pd.DataFrame, selector: str) -> float:
-    """CPU seconds, of the first of the rows of a selector; NaN where there is none."""
-    own = rows.loc[rows["selector"] == selector, "cpu_seconds"]
+def _seconds(rows: pd.DataFrame, algorithm: str, mode: str = "") -> float:
+    """Return the CPU seconds in the first row of a selector; NaN if it has none."""
+    own = rows.loc[(rows["algorithm"] == algorithm) & (rows["mode"] == mode), "cpu_seconds"]
     return float(own.iloc[0]) if len(own) and own.iloc[0] > 0 else math.nan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "table6", "table6", arguments)
 
 

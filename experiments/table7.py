@@ -1,4 +1,4 @@
-"""Table 7: when the first order holds, by the size of the change of the weights, and what leakage buys."""
+"""Table 7: the size of weight changes up to which the first order predicts the loss, and the effect of leakage."""
 
 import math
 import sys
@@ -13,6 +13,7 @@ from spectrim.records import records
 from spectrim.records.records import Record
 from spectrim.report import claims, command, compare, frame
 from spectrim.report.command import Options
+from spectrim.report.compare import Verdict, Word
 from spectrim.report.table import Column, Table, save
 
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -24,6 +25,9 @@ SIZES = {
 # What we ask before we say that the first order holds.
 SIGN_AGREEMENT = 0.9
 RATIO = (0.5, 2.0)
+HELD_OUT = "held_out"
+SPLITS = (HELD_OUT, "train", "test")  # from which calibration is drawn
+KEYS = ("algorithm", "mode")
 MEASURES = (
     Column("count", "truncations", 0),
     Column("sign_agreement", "sign right %", 1, scale=100),
@@ -55,18 +59,18 @@ PROBED = (
 
 
 def build(options: Options) -> list[Path]:
-    """The bins, each model's totals, and the leakage runs."""
+    """Build the tables of the first order, by size of the change and by model, and the table of leakage."""
     found = command.load(options)
     runs = frame.runs(found)
     probes = _probes(found)
     tables = []
     if not probes.empty:
         tables += _probe_tables(options.name, probes, compare.read_published(PUBLISHED))
-    leakage = runs[runs["algorithm"].isin(["lossless", "compact"])]
+    leakage = runs[runs["algorithm"].isin(claims.PROMISING)]
     if not leakage.empty:
         caption = f"What calibrating on other data buys, on {', '.join(dict.fromkeys(leakage['data']))}"
         tables.append(
-            Table(f"{options.name}_leakage", _leakage(leakage), LEAKAGE, caption, [LEAKAGE_NOTE], group="model")
+            Table(f"{options.name}_leakage", _leakage(leakage), LEAKAGE, caption, [LEAKAGE_NOTE], "model", KEYS)
         )
     if not tables:
         raise command.lacking(options, "probe, lossless or compact")
@@ -74,16 +78,16 @@ def build(options: Options) -> list[Path]:
 
 
 def _probes(found: Sequence[Record]) -> pd.DataFrame:
-    """Every (layer, rank) measured by a probe: one row a log entry, with its model."""
+    """Return one row per layer and rank that a probe measured."""
     rows: list[dict[str, Any]] = []
     for record in found:
-        if records.class_of(record["config"]["algorithm"]) == "Probe":
+        if records.algorithm_of(record) == "probe":
             rows += [{"model": record["names"]["model"], "seed": record["seed"], **entry} for entry in record["log"]]
     return pd.DataFrame(rows)
 
 
 def _probe_tables(name: str, probes: pd.DataFrame, published: pd.DataFrame) -> list[Table]:
-    models = sorted(set(probes["model"]), key=frame.sort_key)
+    models = sorted(set(probes["model"]), key=frame.model_key)
     rows = []
     for split, of_split in probes.groupby("split"):
         for key, (label, edges) in SIZES.items():
@@ -117,7 +121,7 @@ def _bin(low: float, high: float) -> str:
 
 
 def measures(own: pd.DataFrame) -> dict[str, float]:
-    """Agreement of predicted and measured changes in sign, size and order; sign and ratio leave out predicted zeros."""
+    """Return how predicted and measured changes agree in sign, size and order. Sign and ratio omit predicted zeros."""
     said = own[own["predicted"] != 0]
     right = (said["predicted"] * said["measured"] > 0).mean() if len(said) else math.nan
     lower = own[own["predicted"] < 0]
@@ -135,51 +139,46 @@ def measures(own: pd.DataFrame) -> dict[str, float]:
 
 
 def _first_order(probes: pd.DataFrame, published: pd.DataFrame) -> str:
-    """S1b's claim that the first order holds where no entry changes by more than 8e-3."""
+    """Judge S1b's claim that the first order holds while no entry of the weight changes by more than its bound."""
     (claim,) = claims.claims(published, ["Text on the neighbourhood"])
     bound = claim.values["first_order_max_abs_error"]
     said = f"S1b: first order below a largest entry of {bound:g}"
     own = probes[probes["max_abs_error"] <= bound]
     if own.empty:
         least = probes["max_abs_error"].min()
-        return (
-            f"{said}: not comparable: no truncation of ours is so small, the smallest changes an entry by {least:.2g}."
-        )
+        why = f"no truncation of ours is so small, the smallest changes an entry by {least:.2g}"
+        return f"{said}: {Verdict(Word.OPEN, why)}."
     got = measures(own)
     holds = got["sign_agreement"] >= SIGN_AGREEMENT and RATIO[0] <= got["ratio"] <= RATIO[1]
     obtained = f"sign right in {100 * got['sign_agreement']:.0f} %, median ratio {got['ratio']:.2f}"
     asked = f"{100 * SIGN_AGREEMENT:.0f} % and a ratio of {RATIO[0]:g} – {RATIO[1]:g}"
-    return f"{said}: {'holds' if holds else 'does not hold'}: {obtained}, {len(own)} truncations (asked: {asked})."
+    return f"{said}: {compare.judged(holds, f'{obtained}, {len(own)} truncations (asked: {asked})')}."
 
 
 def _leakage(runs: pd.DataFrame) -> pd.DataFrame:
-    """Rows of one model and method beside each other, told apart by the split that calibration was drawn from."""
+    """Return one row per model, method and split that calibration was drawn from."""
     skip = (*frame.SEEDS, "data.calibration_from")
     named = runs.assign(
         setting=[records.signature({k: v for k, v in one.items() if k not in skip}) for one in runs["settings"]],
         method=runs["variant"],
     )
     values = ("change_test_loss", "change_test_accuracy_pp", "params_kept")
-    rows = frame.over_seeds(named, ("model", "data", "setting", "method", "calibration_from"), values)
-    held = rows[rows["calibration_from"] == "held_out"].set_index(["model", "setting"])["change_test_loss"]
+    by = ("model", "data", "setting", "method", "calibration_from", *KEYS)
+    rows = frame.over_seeds(named, by, values)
+    held = rows[rows["calibration_from"] == HELD_OUT].set_index(["model", "setting"])["change_test_loss"]
     base = [held.get((model, setting), math.nan) for model, setting in zip(rows["model"], rows["setting"], strict=True)]
     rows["bought"] = rows["change_test_loss"] - base
-    rows.loc[rows["calibration_from"] == "held_out", "bought"] = math.nan
+    rows.loc[rows["calibration_from"] == HELD_OUT, "bought"] = math.nan
     models = list(dict.fromkeys(zip(rows["model"], rows["data"], strict=True)))
-    return rows.iloc[
-        sorted(
-            range(len(rows)),
-            key=lambda index: (
-                models.index((rows["model"].iloc[index], rows["data"].iloc[index])),
-                frame.sort_key(rows["method"].iloc[index]),
-                ("held_out", "train", "test").index(rows["calibration_from"].iloc[index]),
-            ),
-        )
+    order = [
+        (models.index((row["model"], row["data"])), claims.PROMISING.index(row["algorithm"]), row["mode"], at)
+        for row, at in zip(rows.to_dict(orient="records"), rows["calibration_from"].map(SPLITS.index), strict=True)
     ]
+    return rows.iloc[sorted(range(len(rows)), key=order.__getitem__)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "table7", "table7", arguments)
 
 

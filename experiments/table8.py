@@ -1,4 +1,4 @@
-"""Table 8: Theorems 1 and 2 of S2 beside what is measured, and the rank that theory leaves on the table."""
+"""Table 8: the bounds of Theorems 1 and 2 of S2 beside measurements, and rank selection by either."""
 
 import sys
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.records.records import Record, class_of
-from spectrim.report import command, frame
+from spectrim.records.records import Record, algorithm_of
+from spectrim.report import command, compare, frame
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
 
@@ -55,14 +55,14 @@ SOURCE = "S2: Theorem 1, the outputs under truncation; Theorem 2, the δ that ke
 
 
 def build(options: Options) -> list[Path]:
-    """The bounds beside what is measured, and rank selection by either."""
+    """Build the table of the bounds beside the measurements, and the table of rank selection by either."""
     found = command.load(options)
     moves, pairs = _moves(found), _pairs(found)
     tables = []
     if not moves.empty:
         rows = frame.over_seeds(moves, ("net", "depth", "ratio"), _values(BOUNDS, moves))
         caption = "How far truncation moves the outputs and the loss, and how far it may by S2's theorems, on digits"
-        tables.append(Table(options.name, rows, BOUNDS, caption, [*BOUND_NOTES, _verdict(moves), SOURCE], group="net"))
+        tables.append(Table(options.name, rows, BOUNDS, caption, [*BOUND_NOTES, _theorems(moves), SOURCE], group="net"))
     if not pairs.empty:
         rows = frame.over_seeds(pairs, ("depth", "epsilon"), _values(SELECTION, pairs))
         caption = "Rank selection by the δ of Theorem 2 and by that of bisection, at the same ε, on digits"
@@ -74,13 +74,13 @@ def build(options: Options) -> list[Path]:
 
 
 def _values(columns: Sequence[Column], rows: pd.DataFrame) -> list[str]:
-    """What is averaged over the seeds: the columns that hold numbers, but for those that name a row."""
+    """Return the columns to average over the seeds: those that hold numbers and do not name a row."""
     names = ("net", "depth", "ratio", "epsilon")
     return [column.key for column in columns if column.key in rows and column.key not in names]
 
 
 def _of(found: Sequence[Record], algorithm: str) -> list[Record]:
-    return [record for record in found if class_of(record["config"]["algorithm"]) == algorithm]
+    return [record for record in found if algorithm_of(record) == algorithm]
 
 
 def _about(record: Record) -> dict[str, Any]:
@@ -94,10 +94,10 @@ def _about(record: Record) -> dict[str, Any]:
 
 
 def _moves(found: Sequence[Record]) -> pd.DataFrame:
-    """One row a net and ratio: what a probe measured, where there is a bound."""
+    """Return one row per network and ratio: what a probe measured, if there is a bound."""
     rows = [
         _about(record) | entry | {"tightness": entry["measured"] / entry["bound"]}
-        for record in _of(found, "BoundProbe")
+        for record in _of(found, "boundprobe")
         for entry in record["log"]
         if entry["bound"]
     ]
@@ -105,9 +105,9 @@ def _moves(found: Sequence[Record]) -> pd.DataFrame:
 
 
 def _pairs(found: Sequence[Record]) -> pd.DataFrame:
-    """One row a net and epsilon: selection by theory beside selection by bisection, where both were run."""
+    """Return one row per network and epsilon for which selection by theory and by bisection were both run."""
     runs: dict[tuple, dict[str, Record]] = {}
-    for record in _of(found, "RankSelection"):
+    for record in _of(found, "rankselection"):
         about, settings = _about(record), record["config"]["algorithm"]
         runs.setdefault((*about.values(), settings["epsilon"]), {})[settings["delta"]] = record
     rows = []
@@ -129,30 +129,26 @@ def _pairs(found: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _verdict(moves: pd.DataFrame) -> str:
-    """Whether any output or loss moved further than its bound."""
+def _theorems(moves: pd.DataFrame) -> str:
+    """Judge whether every output and loss moved by at most its bound."""
     beyond = (moves["tightness"] > 1) | (moves["loss_change"].abs() > moves["loss_bound"])
-    word = "does not hold" if beyond.any() else "holds"
-    return (
-        f"Theorems 1 and 2: {word}: {int(beyond.sum())} of {len(moves)} truncations moved outputs or loss further than "
-        f"their bound; the outputs came to between {100 * moves['tightness'].min():.2g} and "
-        f"{100 * moves['tightness'].max():.2g} % of it."
+    why = (
+        f"{int(beyond.sum())} of {len(moves)} truncations moved outputs or loss further than their bound; the outputs "
+        f"came to between {100 * moves['tightness'].min():.2g} and {100 * moves['tightness'].max():.2g} % of it"
     )
+    return f"Theorems 1 and 2: {compare.judged(not beyond.any(), why)}."
 
 
 def _promise(pairs: pd.DataFrame) -> str:
-    """Whether the loss stayed within epsilon at the delta of Theorem 2, and what that delta bought."""
+    """Judge whether the loss stayed within epsilon at the delta of Theorem 2, and count the runs that it left whole."""
     kept = pairs["change_theory"].abs() < pairs["epsilon"]
-    word = "holds" if kept.all() else "does not hold"
     idle = int((pairs["rank_theory"] == 1).sum())
-    return (
-        f"|Δ loss| < ε at the δ of Theorem 2: {word}: {int(kept.sum())} of {len(pairs)} runs; in {idle} of them that δ "
-        "drops not one component."
-    )
+    why = f"{int(kept.sum())} of {len(pairs)} runs; in {idle} of them that δ drops not one component"
+    return f"|Δ loss| < ε at the δ of Theorem 2: {compare.judged(bool(kept.all()), why)}."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "table8", "table8", arguments)
 
 

@@ -1,4 +1,4 @@
-"""Table 9, the ablation: what joint selection loses or gains where a part is left out, put in or set otherwise."""
+"""Table 9: ablation of joint selection. Each row changes one or two of its settings."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
 
 DEFAULT = "joint selection, default"
-# What is said of a setting that is not the default, which is the first of each.
+# The printed name of each value of a setting. The first value of a setting is its default.
 PARTS: dict[str, dict[Any, str]] = {
     "algorithm.refit": {500: "", 0: "no refit", 2000: "refit by 2000 samples"},
     "algorithm.significance": {None: "", 0: "the first order as it is", 4: "the first order as far as it is certain"},
@@ -57,37 +57,38 @@ NOTES = (
 
 
 def build(options: Options) -> list[Path]:
-    """Table 9, from the records of its grids."""
+    """Build Table 9."""
     found = command.load(options)
     runs = command.runs(options, found, ["joint"])
-    runs["method"] = [_differs({**row["settings"], "decomposer": row["decomposer"]}) for _, row in runs.iterrows()]
-    default = runs[runs["method"] == DEFAULT]
+    changes = [_changes({**row["settings"], "decomposer": row["decomposer"]}) for _, row in runs.iterrows()]
+    runs["method"] = ["; ".join(own) or DEFAULT for own in changes]
+    runs["changes"] = [len(own) for own in changes]
+    default = runs[runs["changes"] == 0]
     if default.empty:
         raise command.lacking(options, "joint selection with its default settings")
     losses = default.set_index(["model", "seed", "calibration_seed"])["test_loss"]
     keys = zip(runs["model"], runs["seed"], runs["calibration_seed"], strict=True)
     runs["to_default"] = runs["test_loss"] - [float(losses.get(key, float("nan"))) for key in keys]
-    runs["parts"] = [0 if method == DEFAULT else 1 + method.count(";") for method in runs["method"]]
-    rows = frame.with_dense(runs.sort_values(["model", "parts", "method", "first_signature"], kind="stable"), VALUES)
-    rows.loc[rows["method"].isin(["dense", DEFAULT]), ["to_default", "to_default_std"]] = float("nan")
-    rows.loc[rows["method"] == "dense", ["seconds", "seconds_std"]] = float("nan")
+    runs.loc[runs["changes"] == 0, "to_default"] = float("nan")
+    rows = frame.with_dense(runs.sort_values(["model", "changes", "method", "first_signature"], kind="stable"), VALUES)
+    dense = rows["algorithm"] == "dense"
+    rows.loc[dense, ["to_default", "to_default_std", "seconds", "seconds_std"]] = float("nan")
     caption = f"What each part of joint selection is worth, at one budget, on {', '.join(dict.fromkeys(rows['data']))}"
-    return save(
-        [Table(options.name, rows, COLUMNS, caption, NOTES, group="model")], options.out, command.origin(options, found)
-    )
+    table = Table(options.name, rows, COLUMNS, caption, NOTES, group="model", hidden=frame.KEYS)
+    return save([table], options.out, command.origin(options, found))
 
 
-def _differs(settings: Mapping[str, Any]) -> str:
-    """In words, what of a run is not as by default."""
+def _changes(settings: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a run that differ from the defaults, in words."""
     said = []
     for name, words in PARTS.items():
         value = settings.get(name, next(iter(words)))
         said.append(words.get(value, f"{name.rpartition('.')[2].replace('_', ' ')} {value}"))
-    return "; ".join(filter(None, said)) or DEFAULT
+    return [words for words in said if words]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Run the script. Return its exit status."""
     return command.run(build, "table9", "table9", arguments)
 
 

@@ -167,8 +167,8 @@ def test_a_class_is_signed_by_its_name_wherever_its_module_lies() -> None:
         return {"algorithm": {"_target_": f"{home}.Refitted", "selector": inner, "among": [inner]}, "seed": 0}
 
     here, there = (records.identity(settings(home)) for home in ("spectrim.algorithms.refitted", "spectrim.elsewhere"))
-    assert here == there and records.class_of(here["algorithm"]["selector"]) == "Truncation"
-    assert records.class_of(here["algorithm"]["among"][0]) == "Truncation" and "_target_" not in json.dumps(here)
+    assert here == there and records.class_of(here["algorithm"]["selector"]) == "truncation"
+    assert records.class_of(here["algorithm"]["among"][0]) == "truncation" and "_target_" not in json.dumps(here)
 
 
 def test_a_setting_that_came_late_is_signed_only_where_it_is_not_at_its_default() -> None:

@@ -61,13 +61,14 @@ def make(
     """One record. ``kept`` and ``change``: share of parameters and MACs kept, change of the test loss."""
     base = {"truncation": {"rank": None, "ratio": kept, "energy": None, "params_kept": None}, "probe": {}}
     base |= {name: {"params_kept": kept, "macs_kept": None} for name in BUDGETED}
-    chosen = base.get(algorithm, {"verified": False, "gamma": None, "norm": "entrywise"}) | (settings or {})
+    base |= {name: {"verified": False, "gamma": None, "norm": "entrywise"} for name in ("lossless", "compact")}
+    chosen = base.get(algorithm, {}) | (settings or {})
     checkpoint = checkpoint or f"checkpoint of {model} {seed}"
     config = {
         "model": {"_class_": "Net", "option": model},
         "data": {"calibration_seed": calibration_seed, "calibration_from": calibration_from, "calibration_size": 2000},
         "shape": {"num_classes": 10},
-        "decomposer": {"_class_": "SVD", "option": decomposer},
+        "decomposer": {"_class_": "WhitenedSVD" if decomposer.startswith("whitened") else "SVD", "option": decomposer},
         "algorithm": {"_class_": TARGETS[algorithm], **chosen},
         "seed": seed,
         "checkpoint": checkpoint,

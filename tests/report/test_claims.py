@@ -20,6 +20,7 @@ def rows(*given: tuple[float, float], model: str = "resnet20", data: str = "cifa
         [
             {
                 "model": model,
+                "network": model,
                 "data": data,
                 "method": f"row {index}",
                 "params_kept": kept,
@@ -29,7 +30,7 @@ def rows(*given: tuple[float, float], model: str = "resnet20", data: str = "cifa
             }
             for index, (kept, change) in enumerate(given)
         ],
-        columns=["model", "data", "method", "params_kept", "change_test_loss", "test_loss", "test_accuracy"],
+        columns=["model", "network", "data", "method", "params_kept", "change_test_loss", "test_loss", "test_accuracy"],
     )
 
 

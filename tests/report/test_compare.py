@@ -40,7 +40,8 @@ def test_what_stands_in_the_way_is_said() -> None:
 def test_published_numbers_are_complete_and_each_has_its_source() -> None:
     published = compare.read_published(PUBLISHED)
     assert tuple(published.columns) == compare.PUBLISHED_COLUMNS
-    assert published["source"].str.contains(r"arXiv \d{4}\.\d{5}").all()
+    assert published["source"].str.fullmatch(r"[\w-]+").all()
+    assert published["arxiv"].str.fullmatch(r"\d{4}\.\d{5}").all()
     assert not published.duplicated(["claim", "metric"]).any()
     assert set(published["where"]) >= {"Abstract", "Table 4", "Table 5", "Table 6", "Figure 1", "Figure 2", "Figure 3"}
     assert published[published["where"] == "Table 4"]["model"].nunique() == 7

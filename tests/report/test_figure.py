@@ -27,9 +27,9 @@ def test_a_figure_is_the_same_bytes_each_time_and_carries_no_date(tmp_path: Path
 
 
 def test_every_method_has_a_colour_and_a_marker_of_its_own() -> None:
-    assert list(figure.COLOURS) == list(figure.MARKERS)
-    assert len(set(figure.COLOURS.values())) == len(set(figure.MARKERS.values())) == len(figure.COLOURS)
-    assert figure.SECOND not in figure.COLOURS.values()
+    known = (figure.DENSE, *figure.SERIES)
+    for own in ("label", "colour", "marker"):
+        assert len({getattr(series, own) for series in known}) == len(known)
 
 
 @pytest.mark.parametrize(("values", "scale"), [([0.30, 0.34], "linear"), ([0.3, 2.5], "log"), ([0.0, 2.5], "linear")])

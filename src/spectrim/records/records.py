@@ -50,8 +50,13 @@ def _identity_of(value: Any) -> Any:
 
 
 def class_of(settings: Mapping[str, Any]) -> str:
-    """Return the name of the class that the settings of a record configure, such as ``Joint``."""
-    return str(settings[CLASS])
+    """Return the class that the settings of a record configure, in lower case, such as ``joint``."""
+    return str(settings[CLASS]).lower()
+
+
+def algorithm_of(record: Record) -> str:
+    """Return the class of a record's algorithm in lower case, such as ``joint``."""
+    return class_of(record["config"]["algorithm"])
 
 
 def signature(config: Mapping[str, Any]) -> str:

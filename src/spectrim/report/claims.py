@@ -7,12 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.report.compare import Verdict, verdict
+from spectrim.report.compare import Verdict, Word, judged, verdict
 from spectrim.report.table import number
 
 # In the grid at the papers' scale an image folder holds ImageNet. Every other data set is a different
 # task from the papers'.
 PAPER_DATA = ("imagenet", "image_folder")
+PROMISING = ("lossless", "compact")  # the selectors that promise a loss not above the dense network's
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Claim:
 def claims(published: pd.DataFrame, where: Sequence[str] = ()) -> list[Claim]:
     """Return the claims in the order of the file.
 
-    ``where``: tables and figures of the papers to select; all of them if it is empty.
+    ``where``: places in the papers to select, such as "Table 4"; all of them if it is empty.
     """
     found = []
     for name, rows in published.groupby("claim", sort=False):
@@ -70,7 +71,7 @@ def claims(published: pd.DataFrame, where: Sequence[str] = ()) -> list[Claim]:
         found.append(
             Claim(
                 name=str(name),
-                source=f"{first['source'].partition(':')[0]} {first['where']}",
+                source=f"{first['source']} {first['where']}",
                 where=first["where"],
                 model=first["model"],
                 data=first["data"],
@@ -92,7 +93,7 @@ def judge(claim: Claim, ours: pd.DataFrame, dense: pd.DataFrame) -> Verdict:
     ``dense``: its dense row.
     """
     if math.isnan(claim.drop):
-        return Verdict("not comparable", "not a claim about the loss of a compressed net")
+        return Verdict(Word.OPEN, "not a claim about the loss of a compressed net")
     relation = lossless_claim(ours, claim.drop)
     if ours.empty or not _same(claim, ours.iloc[0]):
         return relation
@@ -105,15 +106,35 @@ def judge(claim: Claim, ours: pd.DataFrame, dense: pd.DataFrame) -> Verdict:
         "drop_percent": 100 * float(1 - near["params_kept"]),
     }
     for metric, value in claim.values.items():
-        judged = verdict(value, obtained.get(metric), claim.tolerances[metric])
-        if judged.word == "does not hold":
-            return Verdict(judged.word, f"{metric.replace('_', ' ')} {judged.why} ({near['method']})")
+        found = verdict(value, obtained.get(metric), claim.tolerances[metric])
+        if found.word is Word.FAILS:
+            return judged(False, f"{metric.replace('_', ' ')} {found.why} ({near['method']})")
     return relation
 
 
 def _same(claim: Claim, row: "pd.Series[Any]") -> bool:
-    ours, theirs = ("".join(filter(str.isalnum, name.lower())) for name in (row["model"], claim.model))
-    return row["data"] in PAPER_DATA and ours.startswith(theirs)
+    return row["data"] in PAPER_DATA and plain(row["network"]).startswith(plain(claim.model))
+
+
+def plain(name: str) -> str:
+    """Return the letters and digits of a name in lower case, so that a paper's ResNet-20 is our resnet20."""
+    return "".join(filter(str.isalnum, name.lower()))
+
+
+def loss_verdicts(rows: pd.DataFrame, algorithms: Sequence[str] = PROMISING) -> "pd.Series[Any]":
+    """Judge, for each row of some algorithms, whether the mean test loss is at most the dense network's.
+
+    ``rows``: with ``algorithm``, ``params_kept`` and the mean ``change_test_loss``.
+    ``algorithms``: the verdict on every other row is None.
+    """
+    found = [_loss_verdict(row) if row["algorithm"] in algorithms else None for _, row in rows.iterrows()]
+    return pd.Series(found, index=rows.index, dtype=object)
+
+
+def _loss_verdict(row: "pd.Series[Any]") -> Verdict:
+    if row["params_kept"] >= 1:
+        return Verdict(Word.OPEN, "nothing was factored")
+    return judged(bool(row["change_test_loss"] <= 0))
 
 
 def lossless_claim(ours: pd.DataFrame, drop: float) -> Verdict:
@@ -125,19 +146,19 @@ def lossless_claim(ours: pd.DataFrame, drop: float) -> Verdict:
     ``drop``: share of parameters removed.
     """
     if ours.empty:
-        return Verdict("not comparable", "no run of this model family")
+        return Verdict(Word.OPEN, "no run of this model family")
     rows = ours.assign(drop=1 - ours["params_kept"])
     enough = rows[rows["drop"] >= drop]
     met = enough[enough["change_test_loss"] <= 0]
     if len(met):
-        return Verdict("holds", _row_said(met.iloc[int(met["change_test_loss"].argmin())]))
+        return judged(True, _row_said(met.iloc[int(met["change_test_loss"].argmin())]))
     kept = rows[(rows["change_test_loss"] <= 0) & (rows["drop"] > 0)]
     most = _row_said(kept.iloc[int(kept["drop"].argmax())]) if len(kept) else "none"
     there = (
         _row_said(enough.iloc[int(enough["change_test_loss"].argmin())]) if len(enough) else "none of ours goes so far"
     )
     said = f"lowest loss at a drop of {100 * drop:.0f} % or more: {there}"
-    return Verdict("does not hold", f"{said}; largest drop with the loss not above the original's: {most}")
+    return judged(False, f"{said}; largest drop with the loss not above the original's: {most}")
 
 
 def _row_said(row: "pd.Series[Any]") -> str:

@@ -3,26 +3,44 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
 from spectrim.errors import UserError
 
-PUBLISHED_COLUMNS = ("claim", "source", "where", "model", "data", "metric", "value", "tolerance", "note")
-Word = Literal["holds", "does not hold", "not comparable"]
+PUBLISHED_COLUMNS = ("claim", "source", "arxiv", "where", "model", "data", "metric", "value", "tolerance", "note")
+
+
+class Word(StrEnum):
+    """The outcome of a comparison."""
+
+    HOLDS = "holds"
+    FAILS = "does not hold"
+    OPEN = "not comparable"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome of a comparison and the reason for it."""
+    """The outcome of a comparison and the reason for it; no reason where the table around it says enough."""
 
     word: Word
-    why: str
+    why: str = ""
 
     def __str__(self) -> str:
-        return f"{self.word}: {self.why}"
+        return f"{self.word}: {self.why}" if self.why else str(self.word)
+
+
+def judged(holds: bool, why: str = "") -> Verdict:
+    """Return the verdict on a claim that can be decided."""
+    return Verdict(Word.HOLDS if holds else Word.FAILS, why)
+
+
+def counted(met: int, cases: int) -> str:
+    """Return, in words, whether a claim holds for all of several cases, for none, or for ``met`` of them."""
+    return str(judged(met > 0)) if met in (0, cases) else f"holds for {met} of {cases}"
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -32,7 +50,7 @@ def read_published(path: Path) -> pd.DataFrame:
     """
     try:
         frame = pd.read_csv(
-            path, dtype={"note": str}, keep_default_na=False, na_values={"value": [""], "tolerance": [""]}
+            path, dtype={"note": str, "arxiv": str}, keep_default_na=False, na_values={"value": [""], "tolerance": [""]}
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the published numbers {path}: {error}") from error
@@ -50,12 +68,12 @@ def verdict(published: float, obtained: float | None, tolerance: float | None, w
     ``why``: the reason to state if the numbers are not comparable.
     """
     if obtained is None or math.isnan(obtained):
-        return Verdict("not comparable", why or "no run of ours")
+        return Verdict(Word.OPEN, why or "no run of ours")
     if tolerance is None or math.isnan(tolerance):
-        return Verdict("not comparable", why or "no tolerance can be stated")
+        return Verdict(Word.OPEN, why or "no tolerance can be stated")
     difference = obtained - published
     said = f"{difference:+.4g} from the published {published:g}, tolerance {tolerance:g}"
-    return Verdict("holds" if abs(difference) <= tolerance else "does not hold", said)
+    return judged(abs(difference) <= tolerance, said)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,28 @@ from matplotlib.ticker import NullFormatter, ScalarFormatter
 from spectrim.records.records import write_whole
 from spectrim.report.table import provenance_bytes
 
+
+@dataclass(frozen=True)
+class Series:
+    """How the runs of one algorithm and mode look in every figure, and their name in the legend."""
+
+    algorithm: str
+    mode: str
+    label: str
+    colour: str
+    marker: str
+
+
 # The palette of Okabe and Ito is safe for all common types of colour blindness. Each colour also has its own marker.
-COLOURS = {
-    "dense": "#000000",
-    "truncation": "#E69F00",
-    "lossless, one-shot": "#56B4E9",
-    "lossless, verified": "#0072B2",
-    "compact, one-shot": "#CC79A7",
-    "compact, verified": "#009E73",
-}
-MARKERS = {
-    "dense": "_",
-    "truncation": "s",
-    "lossless, one-shot": "^",
-    "lossless, verified": "v",
-    "compact, one-shot": "D",
-    "compact, verified": "o",
-}
-SECOND = "#D55E00"
+DENSE = Series("dense", "", "dense", "#000000", "_")
+SERIES = (
+    Series("truncation", "", "truncation", "#E69F00", "s"),
+    Series("lossless", "one-shot", "lossless, one-shot", "#56B4E9", "^"),
+    Series("lossless", "verified", "lossless, verified", "#0072B2", "v"),
+    Series("compact", "one-shot", "compact, one-shot", "#CC79A7", "D"),
+    Series("compact", "verified", "compact, verified", "#009E73", "o"),
+)
+FIRST, SECOND = "#0072B2", "#D55E00"  # of two quantities of the same runs
 # The type is Any because matplotlib types each key of its settings separately.
 STYLE: Any = {
     "font.size": 9,
@@ -108,23 +113,23 @@ def loss_panel(axis: Axes, rows: pd.DataFrame, model: str, share: str, label: st
     ``label``: label of the horizontal axis.
     ``line``: line style of the truncation curve.
     """
-    dense = float(rows.loc[rows["method"] == "dense", "test_loss"].iloc[0])
-    axis.axhline(dense, color=COLOURS["dense"], linewidth=1, label="dense")
-    for name in list(COLOURS)[1:]:
-        own = rows[rows["variant"].str.startswith(name)].sort_values(share)
+    dense = float(rows.loc[rows["algorithm"] == "dense", "test_loss"].iloc[0])
+    axis.axhline(dense, color=DENSE.colour, linewidth=1, label=DENSE.label)
+    for series in SERIES:
+        own = rows[(rows["algorithm"] == series.algorithm) & (rows["mode"] == series.mode)].sort_values(share)
         if own.empty:
             continue
         axis.errorbar(
             100 * own[share],
             own["test_loss"],
             yerr=own["test_loss_std"].fillna(0.0),
-            color=COLOURS[name],
-            marker=MARKERS[name],
-            linestyle=line if name == "truncation" else "none",
+            color=series.colour,
+            marker=series.marker,
+            linestyle=line if series.algorithm == "truncation" else "none",
             linewidth=1.2 if line == "-" else 1,
             markersize=5,
             capsize=2,
-            label=name,
+            label=series.label,
         )
     axis.set(title=model, xlabel=label, xlim=(0, 105))
     losses(axis)

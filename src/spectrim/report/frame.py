@@ -17,6 +17,8 @@ from spectrim.records.records import Record
 
 FAMILIES = ("resnet", "resnext", "densenet", "vgg")
 METHODS = ("dense", "truncation", "lossless", "compact")
+# Columns that tell rows apart for the code. Tables print ``model``, ``variant`` and ``method`` for the reader instead.
+KEYS = ("network", "algorithm", "mode")
 # Printed names of the selectors with a budget, by class name in lower case.
 SELECTORS = {
     "truncation": "uniform truncation",
@@ -27,6 +29,7 @@ SELECTORS = {
     "knapsack": "knapsack (BALF)",
     "joint": "joint, ours",
 }
+RULES = ("rank", "ratio", "energy", "params_kept")  # a truncation follows one of them
 # Runs of one setting may differ in these keys only.
 SEEDS = ("seed", "checkpoint", "data.calibration_seed")
 
@@ -34,8 +37,10 @@ SEEDS = ("seed", "checkpoint", "data.calibration_seed")
 def runs(found: Iterable[Record]) -> pd.DataFrame:
     """Return one row per run, ordered by model and method.
 
-    Column ``variant``: the algorithm and its main setting.
-    Column ``method``: the variant, and the settings that differ between runs of one model.
+    Column ``algorithm``: the class name of the algorithm in lower case.
+    Column ``mode``: ``one-shot`` or ``verified``; empty for an algorithm that knows no such choice.
+    Column ``variant``: the algorithm and its main setting, for the reader.
+    Column ``method``: the variant, and the settings that differ between runs of one model, for the reader.
     Column ``group``: equal for runs that differ only in their seeds.
     Column ``settings``: the flat configuration.
     Raises ``UserError`` where records of one model, data set and seed come from different checkpoints.
@@ -44,21 +49,29 @@ def runs(found: Iterable[Record]) -> pd.DataFrame:
     if frame.empty:
         return frame
     _one_checkpoint_a_seed(frame)
-    frame["method"] = _methods(frame)
-    return frame.sort_values(by=["model", "variant", "method", "first_signature"], key=_order).reset_index(drop=True)
+    differing = _differing(frame)
+    frame["method"] = [
+        ", ".join([variant, *(_said(key, value) for key, value in own)])
+        for variant, own in zip(frame["variant"], differing, strict=True)
+    ]
+    rows: list[Any] = frame.to_dict(orient="records")
+    keys = [_order(row, own) for row, own in zip(rows, differing, strict=True)]
+    return frame.iloc[sorted(range(len(frame)), key=keys.__getitem__)].reset_index(drop=True)
 
 
 def _row(record: Record) -> dict[str, Any]:
     config, dense, compressed = record["config"], record["dense"], record["compressed"]
     settings = flat(records.LATE["run"]) | flat({key: value for key, value in config.items() if key != "shape"})
-    algorithm = records.class_of(config["algorithm"]).lower()
+    algorithm, model = records.algorithm_of(record), _model(record)
     row: dict[str, Any] = {
         "signature": record["signature"],
         "first_signature": records.first_signature(record),
         "experiment": record["experiment"],
-        "model": _model(record),
+        "model": model,
+        "network": model,
         "data": record["names"]["data"],
         "algorithm": algorithm,
+        "mode": mode(config["algorithm"]),
         "decomposer": record["names"].get("decomposer", ""),
         "variant": _variant(algorithm, config["algorithm"]),
         "group": records.signature({key: value for key, value in settings.items() if key not in SEEDS}),
@@ -104,18 +117,23 @@ def _model(record: Record) -> str:
     return str(record["config"]["model"].get("name") or record["names"]["model"])
 
 
+def mode(settings: Mapping[str, Any]) -> str:
+    """Return whether a selector measured the loss (``verified``) or not (``one-shot``); empty if it has no choice."""
+    return {True: "verified", False: "one-shot"}.get(settings.get("verified", ""), "")
+
+
 def _variant(algorithm: str, settings: Mapping[str, Any]) -> str:
     if algorithm == "truncation":
-        given = {
-            key: settings[key] for key in ("rank", "ratio", "energy", "params_kept") if settings.get(key) is not None
-        }
-        return ", ".join([algorithm, *(f"{key.replace('_', ' ')} {value:g}" for key, value in given.items())])
+        return ", ".join([algorithm, *(f"{rule.replace('_', ' ')} {value:g}" for rule, value in rules(settings))])
     if algorithm == "refitted":
         selector = settings["selector"]
-        return f"{_variant(records.class_of(selector).lower(), selector)}, {algorithm}"
-    if "verified" in settings:
-        return f"{algorithm}, {'verified' if settings['verified'] else 'one-shot'}"
-    return algorithm
+        return f"{_variant(records.class_of(selector), selector)}, {algorithm}"
+    return ", ".join(filter(None, [algorithm, mode(settings)]))
+
+
+def rules(settings: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Return the rules that a truncation was given, with their values."""
+    return [(rule, settings[rule]) for rule in RULES if settings.get(rule) is not None]
 
 
 def _relative_error(layers: Sequence[Mapping[str, Any]]) -> float:
@@ -138,9 +156,9 @@ def _one_checkpoint_a_seed(frame: pd.DataFrame) -> None:
             )
 
 
-def _methods(frame: pd.DataFrame) -> list[str]:
-    """Return each run's ``variant``, plus the settings that differ if one model has several settings of it."""
-    names = list(frame["variant"])
+def _differing(frame: pd.DataFrame) -> list[list[tuple[str, Any]]]:
+    """Return, for each run, the settings that differ between the runs of one model and variant, with their values."""
+    found: list[list[tuple[str, Any]]] = [[] for _ in frame.index]
     for _, rows in frame.groupby(["experiment", "model", "data", "variant"]):
         if rows["group"].nunique() < 2:
             continue
@@ -149,16 +167,32 @@ def _methods(frame: pd.DataFrame) -> list[str]:
         differing = [key for key in keys if any(value != values[key][0] for value in values[key])]
         for index in rows.index:
             settings = frame["settings"][index]
-            said = [_said(key.rpartition(".")[2], settings.get(key)) for key in differing]
-            names[int(index)] = ", ".join([names[int(index)], *said])
-    return names
+            found[int(index)] = [(key, settings.get(key)) for key in differing]
+    return found
 
 
-def _said(setting: str, value: Any) -> str:
+def _said(key: str, value: Any) -> str:
+    setting = key.rpartition(".")[2]
     if setting == records.CLASS:  # The class name alone is clear, such as that of a decomposer.
         return str(value)
     name = setting.replace("_", " ")
     return f"no {name}" if value is None else f"{name} {value}"
+
+
+def _order(row: Mapping[str, Any], differing: Sequence[tuple[str, Any]]) -> tuple[Any, ...]:
+    """Return the sort key of a run: model, algorithm, mode, larger truncations first, then the settings that differ."""
+    known = METHODS.index(row["algorithm"]) if row["algorithm"] in METHODS else len(METHODS)
+    chosen = {rule: row["settings"].get(f"algorithm.{rule}") for rule in RULES}
+    larger_first = [(rule, -value) for rule, value in rules(chosen)] if row["algorithm"] == "truncation" else []
+    values = [(value is None, *_comparable(value)) for _, value in differing]
+    # The last key fixes the order of a mean's terms, and so its last digit.
+    last = _natural(row["first_signature"])
+    return model_key(row["model"]), known, row["algorithm"], row["mode"], larger_first, values, last
+
+
+def _comparable(value: Any) -> tuple[float, str]:
+    """Return a number, or else a text, in a form that sorts beside values of the other kind."""
+    return (float(value), "") if isinstance(value, int | float) else (math.inf, str(value))
 
 
 def require_one_setting(runs: pd.DataFrame, by: Sequence[str], named: str, place: str) -> None:
@@ -188,37 +222,31 @@ def missing(models: Iterable[str], families: Sequence[str] = FAMILIES) -> list[s
     return [f"Left out, for want of records: {', '.join(absent)}."] if absent else []
 
 
-def sort_key(name: str) -> tuple[Any, ...]:
-    """Return a sort key for model and method names.
-
-    Known families and methods come first, in their usual order. Numbers inside names compare as numbers
-    (resnet20 < resnet110). One-shot comes before verified, and large truncation shares before small ones.
-    """
-    known = FAMILIES + METHODS
-    place = known.index(family(name)) if family(name) in known else len(known)
-    form = 0 if "one-shot" in name else 1
-    parts = re.findall(r"\d+\.?\d*|\D+", name)
-    sign = -1 if name.startswith("truncation") else 1
-    return place, form, [(1, "", sign * float(part)) if part[0].isdigit() else (0, part, 0.0) for part in parts]
+def model_key(model: str) -> tuple[Any, ...]:
+    """Return the sort key of a model's name: known families first, then by name, with resnet20 before resnet110."""
+    place = FAMILIES.index(family(model)) if family(model) in FAMILIES else len(FAMILIES)
+    return place, _natural(model)
 
 
-def _order(column: "pd.Series[Any]") -> "pd.Series[int]":
-    rank = {name: index for index, name in enumerate(sorted(set(column), key=sort_key))}
-    return column.map(rank)
+def _natural(name: str) -> list[tuple[int, str, float]]:
+    """Return a sort key under which numbers inside names compare as numbers."""
+    parts = re.findall(r"\d+|\D+", name)
+    return [(1, "", float(part)) if part.isdigit() else (0, part, 0.0) for part in parts]
 
 
 def with_dense(frame: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
     """Average runs over seeds: one row per model and method, each model's dense row first.
 
-    The columns are those of ``over_seeds``. A dense network does not depend on the calibration draw, so its row has one
-    run per training seed. If there are several data sets, the model's name states its data set.
+    The columns are those of ``over_seeds``, with ``KEYS``. A dense network does not depend on the calibration draw, so
+    its row has one run per training seed. If there are several data sets, ``model`` states the data set too, and
+    ``network`` does not.
     """
     if frame["data"].nunique() > 1:
         frame = frame.assign(model=frame["model"] + " on " + frame["data"])
-    by = ("model", "data", "method", "variant")
-    dense = frame.drop_duplicates(["model", "data", "seed"]).assign(
-        method="dense", variant="dense", calibration_seed=None, params_kept=1.0, macs_kept=1.0, layers_kept=1.0
-    )
+    by = ("model", "data", "method", "variant", *KEYS)
+    dense = frame.drop_duplicates(["model", "data", "seed"]).assign(mode="", calibration_seed=None)
+    dense[["method", "variant", "algorithm"]] = "dense"
+    dense[["params_kept", "macs_kept", "layers_kept"]] = 1.0
     for split in ("calibration", "test"):
         for metric in ("loss", "accuracy"):
             dense[f"{split}_{metric}"] = dense[f"dense_{split}_{metric}"]
@@ -233,7 +261,7 @@ def with_dense(frame: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
     found = pd.DataFrame(rows)
     # Shares kept are 1 by definition for a dense network, so they have no deviation.
     shares = [f"{value}_std" for value in values if value.endswith("_kept")]
-    found.loc[found["method"] == "dense", shares] = math.nan
+    found.loc[found["algorithm"] == "dense", shares] = math.nan
     return found
 
 

@@ -70,7 +70,7 @@ def rows(options: Options, found: Sequence[Record], selectors: pd.DataFrame) -> 
 def _name(record: Record) -> str:
     """Return the class name of the selector in lower case; for fine-tuning, that of the selector it follows."""
     chosen = record["config"]["algorithm"]
-    return records.class_of(chosen.get("selector", chosen)).lower()
+    return records.class_of(chosen.get("selector", chosen))
 
 
 def _run(record: Record, run: Any) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def _run(record: Record, run: Any) -> dict[str, Any]:
         "data": record["names"]["data"],
         "selector": _name(record),
         "scratch": scratch,
-        "asked": _asked(record, selector),
+        "asked": _requested(record, selector),
         "budget": math.nan if budget is None else float(budget),
         "epochs": chosen.get("recipe", {}).get("epochs", 0),
         "setting": records.signature({key: value for key, value in run["settings"].items() if not _is_seed(key)}),
@@ -106,13 +106,13 @@ def _is_seed(key: str) -> bool:
     return key in frame.SEEDS or key.endswith(".seed")
 
 
-def _asked(record: Record, selector: Mapping[str, Any]) -> str:
+def _requested(record: Record, selector: Mapping[str, Any]) -> str:
     """Return the requested size, or the setting that determines it, in words."""
     if selector.get("params_kept") is not None:
         return f"{100 * selector['params_kept']:g} %"
     if trainings.is_training(record):
         return trainings.way(record)
-    return {True: "verified", False: "one-shot"}.get(selector.get("verified", ""), "its own choice")
+    return frame.mode(selector) or "its own choice"
 
 
 def _stands_for(together: pd.DataFrame) -> list[float]:

@@ -83,7 +83,11 @@ def number(value: float, digits: int, signed: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """A table and its format. ``group``: key of a column whose repeated values are printed once."""
+    """A table and its format.
+
+    ``group``: key of a column whose repeated values are printed once.
+    ``hidden``: columns of ``data`` that only code reads; the csv omits them.
+    """
 
     name: str
     data: pd.DataFrame
@@ -91,6 +95,7 @@ class Table:
     caption: str
     notes: Sequence[str] = ()
     group: str | None = None
+    hidden: Sequence[str] = ()
 
     def printed(self) -> pd.DataFrame:
         """Return the cells as text, under their headers."""
@@ -133,7 +138,7 @@ class Table:
 
     def csv(self) -> str:
         """Return the numbers in full precision, under the column names of the frame."""
-        return self.data.to_csv(index=False, lineterminator="\n")
+        return self.data.drop(columns=list(self.hidden)).to_csv(index=False, lineterminator="\n")
 
 
 def latex(text: str) -> str:

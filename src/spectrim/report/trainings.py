@@ -2,14 +2,14 @@
 
 import math
 
-from spectrim.records.records import Record, class_of
+from spectrim.records.records import Record, algorithm_of
 
 UNTRAINED = "_untrained"  # suffix of the name of a network that a run trains from scratch
 
 
 def is_training(record: Record) -> bool:
     """Return whether the run is an SVD training."""
-    return class_of(record["config"]["algorithm"]) == "SVDTraining"
+    return algorithm_of(record) == "svdtraining"
 
 
 def seconds(record: Record, clock: str = "seconds") -> float:
@@ -33,14 +33,29 @@ def start(record: Record) -> str:
     return "from scratch" if record["config"]["checkpoint"] is None else "from a trained net"
 
 
-def way(record: Record) -> str:
-    """Describe the settings: regulariser and strength, epsilon, number of rank selections, and unusual options."""
+def key(record: Record) -> tuple[str, float, float, int, bool, float]:
+    """Return what tells trainings apart: regulariser, strength, epsilon, number of rank selections, and two options.
+
+    The options are whether energy is priced, and the learning rate of unbounded steps; 0 if the steps are bounded.
+    """
     settings = record["config"]["algorithm"]
-    strength = "" if settings["regulariser"] == "none" else f" {settings['strength']:g}"
-    cuts = sum(bool(entry["bisection"]) for entry in record["log"])
-    parts = [f"{settings['regulariser']}{strength}", f"ε {settings['epsilon']:g}", f"{cuts} cut{'s' * (cuts != 1)}"]
-    if settings.get("priced"):
+    return (
+        settings["regulariser"],
+        0.0 if settings["regulariser"] == "none" else settings["strength"],
+        settings["epsilon"],
+        sum(bool(entry["bisection"]) for entry in record["log"]),
+        bool(settings.get("priced")),
+        0.0 if settings["bounded"] else settings["recipe"]["lr"],
+    )
+
+
+def way(record: Record) -> str:
+    """Return the ``key`` of a training in words."""
+    regulariser, strength, epsilon, cuts, priced, lr = key(record)
+    parts = [f"{regulariser} {strength:g}" if strength else regulariser, f"ε {epsilon:g}"]
+    parts.append(f"{cuts} cut{'s' * (cuts != 1)}")
+    if priced:
         parts.append("priced")
-    if not settings["bounded"]:
-        parts.append(f"steps as printed, lr {settings['recipe']['lr']:g}")
+    if lr:
+        parts.append(f"steps as printed, lr {lr:g}")
     return ", ".join(parts)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from spectrim.errors import UserError
-from spectrim.report import command, drawn, frame
+from spectrim.report import command, figure_data, frame
 
 
 def options(folder: Path) -> command.Options:
@@ -17,7 +17,7 @@ def test_only_runs_of_the_algorithms_asked_for_are_taken(record: Any, tmp_path: 
     found = [record(algorithm="truncation"), record(algorithm="lossless"), record(algorithm="probe")]
     assert set(command.runs(options(tmp_path), found, ["truncation", "compact"])["algorithm"]) == {"truncation"}
     with pytest.raises(UserError, match="hold no run of truncation, lossless or compact$"):
-        command.runs(options(tmp_path), found[2:], drawn.METHODS)
+        command.runs(options(tmp_path), found[2:], figure_data.METHODS)
     with pytest.raises(UserError, match="hold no run of truncation$"):
         command.runs(options(tmp_path), found[1:], ["truncation"])
 
@@ -26,7 +26,9 @@ def test_the_table_has_the_values_in_their_order_and_names_what_is_missing(recor
     found = [record("vgg11", "truncation"), record("densenet22", "truncation")]
     values = ("params_kept", "test_loss")
     rows = frame.with_dense(frame.runs(found), values)
-    table = drawn.table(options(tmp_path), rows, values, "What is shown", ["A note."], ("densenet", "resnet", "vgg"))
+    table = figure_data.table(
+        options(tmp_path), rows, values, "What is shown", ["A note."], ("densenet", "resnet", "vgg")
+    )
     assert [column.key for column in table.columns] == ["model", "method", *values, "n"]
     assert table.caption == f"What is shown on {found[0]['names']['data']}"
     assert table.notes == ["A note.", "Left out, for want of records: resnet."]

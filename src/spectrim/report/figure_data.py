@@ -41,4 +41,4 @@ def table(
     )
     caption = f"{caption} on {', '.join(dict.fromkeys(rows['data']))}"
     notes = [*notes, *frame.missing(rows["model"], families)]
-    return Table(options.name, rows, columns, caption, notes, group="model")
+    return Table(options.name, rows, columns, caption, notes, group="model", hidden=frame.KEYS)
