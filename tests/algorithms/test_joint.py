@@ -137,14 +137,14 @@ def test_a_search_by_tolerance_ends_where_nothing_is_left_to_remove(
     trained: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss that passes whatever is removed: the last component of a layer stays, and the search stops there."""
-    calls, advance = [0], joint._Search._advance
+    calls, advance = [0], joint._JointSearch._advance
 
     def counted(search: Any, point: Any, share: float) -> Any:
         calls[0] += 1
         assert calls[0] < 50, "the search does not end"
         return advance(search, point, share)
 
-    monkeypatch.setattr(joint._Search, "_advance", counted)
+    monkeypatch.setattr(joint._JointSearch, "_advance", counted)
     net, objective = trained
     result = Joint(max_loss_increase=1e9, samples=50, refit=0).compress(net, SVD(), objective)
     assert {kept.rank for kept in result.plan.values()} == {1} and len(result.plan) == len(result.report)

@@ -85,11 +85,11 @@ class Joint:
         """Select components and cut. Raises ``UserError`` for a budget out of reach or no verification split."""
         bench = Workbench.of(model, decomposer, objective)
         if self.max_loss_increase is not None:
-            search = _Search(self, bench, costs_of(bench, "params"))
+            search = _JointSearch(self, bench, costs_of(bench, "params"))
             search.to_tolerance(self.max_loss_increase)
             return search.finish()
         bench, costs, share = budget_of(bench, self.params_kept, self.macs_kept, self.milliseconds, self.batch_size)
-        search = _Search(self, bench, costs)
+        search = _JointSearch(self, bench, costs)
         search.to_budget(share)
         return search.finish()
 
@@ -102,7 +102,7 @@ class _Point:
     predicted: float = 0.0
 
 
-class _Search:
+class _JointSearch:
     def __init__(self, chosen: Joint, bench: Workbench, costs: Costs) -> None:
         self.settings, self.bench, self.costs = chosen, bench, costs
         self.point = _Point({name: torch.arange(spectrum.max_rank) for name, spectrum in bench.spectra.items()})

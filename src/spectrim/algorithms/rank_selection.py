@@ -60,7 +60,7 @@ class RankSelection:
             _ask_for_cross_entropy(objective.loss)
         bench = Workbench.of(model, decomposer, objective)
         judged = on_subset(objective, self.split, self.subset)
-        search = _Search(bench, judged, self.split, self.epsilon, self.relative)
+        search = _DeltaSearch(bench, judged, self.split, self.epsilon, self.relative)
         if self.delta == "theory":
             chain = chain_of(model, decomposer, bench.example)
             norm = chain.input_norm(judged.batches(self.split))
@@ -109,7 +109,7 @@ def singular_values(name: str, spectrum: Spectrum) -> Tensor:
     raise UserError(f"layer {name}: rank selection needs singular values; {type(spectrum).__name__} has none")
 
 
-class _Search:
+class _DeltaSearch:
     """The deltas tried on one model."""
 
     def __init__(self, bench: Workbench, objective: Objective, split: str, epsilon: float, relative: bool) -> None:

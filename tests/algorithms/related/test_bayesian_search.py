@@ -16,7 +16,7 @@ from spectrim.algorithms.related.bayesian import Bayesian
 from spectrim.algorithms.related.bayesian_search import BayesianSearch, Space
 from spectrim.algorithms.related.pars import PARS
 from spectrim.algorithms.shared.budget import costs_of
-from spectrim.algorithms.shared.measured import Measured
+from spectrim.algorithms.shared.measured import Measurements
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
@@ -40,7 +40,7 @@ def test_finds_the_optimum_of_a_separable_cost_much_better_than_random(share: fl
     def distance(ranks: dict[str, int]) -> float:
         return sum(((ranks[name] - goal[name]) / space.tops[name]) ** 2 for name in goal)
 
-    best, log = BayesianSearch(space, 30, seed=0, state=None, run={}).least(distance, "test")
+    best, log = BayesianSearch(space, 30, seed=0, state=None, identity={}).least(distance, "test")
     random = np.random.default_rng(0).uniform(0.01, 1, (30, 6))
     assert distance(best) == min(entry["score"] for entry in log)
     assert distance(best) < min(distance(space.ranks(vector.tolist())) for vector in random) / 5
@@ -94,16 +94,16 @@ def test_a_killed_search_goes_on_as_if_it_never_stopped(
     monkeypatch.setattr(bayesian_search, "RANDOM", 3)
     chosen = kind(evaluations=7, params_kept=0.6, seed=3, state=str(tmp_path / "state"))
     unbroken = dataclasses.replace(chosen, state=None).compress(net, SVD(), objective)
-    whole = Measured.next
+    whole = Measurements.next
 
-    def dies(self: Measured, measure: Any) -> list[float]:
-        row = whole(self, measure)
+    def dies(self: Measurements, *given: Any) -> list[float]:
+        row = whole(self, *given)
         if len(self.rows) == 5:
             raise Killed
         return row
 
     with monkeypatch.context() as patch:
-        patch.setattr(Measured, "next", dies)
+        patch.setattr(Measurements, "next", dies)
         with pytest.raises(Killed):
             chosen.compress(net, SVD(), objective)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]

@@ -11,7 +11,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 from tqdm import tqdm
 
 from spectrim.algorithms.shared.budget import Costs
-from spectrim.algorithms.shared.measured import Measured
+from spectrim.algorithms.shared.measured import Measurements
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.errors import UserError
 
@@ -68,18 +68,21 @@ class Space:
 
 @dataclass(frozen=True)
 class BayesianSearch:
-    """``evaluations`` vectors, the first of them the same ratio in every layer, then ``RANDOM`` - 1 random ones, then
-    each where a Gaussian process on all before it expects most improvement; a random one where that is known already.
+    """Search for the rank ratios of all layers with the least score.
 
-    ``state``: a file from which an interrupted search goes on; None: it begins anew. ``run``: what tells this search
-    from another. Each vector depends on those before it and on ``seed`` alone: a resumed search is an unbroken one.
+    The first vector has the ratio 1/2 in every layer. The next ``RANDOM`` - 1 are random. Each later one is where a
+    Gaussian process on all before it expects most improvement, or random where that one is known already.
+
+    ``evaluations``: number of vectors. ``state``: file from which an interrupted search is resumed; None: it starts
+    anew. ``identity``: what tells this search from another. Each vector depends on those before it and on ``seed``
+    alone, so a resumed search equals an unbroken one.
     """
 
     space: Space
     evaluations: int
     seed: int
     state: str | None
-    run: Mapping[str, Any]
+    identity: Mapping[str, Any]
 
     def least(self, score: Callable[[Ranks], float], label: str) -> tuple[Ranks, list[dict]]:
         """The ranks with the least ``score`` found, and the log: of each vector its step, score, part of the cost kept,
@@ -90,14 +93,14 @@ class BayesianSearch:
         known: dict[tuple[int, ...], float] = {}
         told: list[Tried] = []
         log: list[dict] = []
-        costs, scores = self.space.costs, Measured(self.state, self.run, columns=1)
+        costs, scores = self.space.costs, Measurements(self.state, self.identity)
         for step in tqdm(range(self.evaluations), label, unit="model", leave=False, disable=None):
             ratios = self._propose(step, told, known)
             ranks = self.space.ranks(ratios)
             key = tuple(ranks.values())
             measured = key not in known
             if measured:
-                known[key] = scores.next(partial(_one, score, ranks))[0]
+                known[key] = scores.next(key, partial(_one, score, ranks))[0]
             told += [Tried(vector, known[key]) for vector in self.space.alike(ratios, ranks)]
             kept = {f"{costs.measure}_kept": costs.share(ranks)}
             log.append({"step": step, "score": known[key], **kept, "measured": measured})

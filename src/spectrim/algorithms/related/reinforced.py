@@ -12,7 +12,7 @@ from tqdm import tqdm
 from spectrim.algorithms.rank_selection import on_subset
 from spectrim.algorithms.shared.budget import Costs, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
-from spectrim.algorithms.shared.measured import Measured, search_identity
+from spectrim.algorithms.shared.measured import Measurements, search_identity
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
@@ -70,14 +70,14 @@ class Reinforced:
         if self.params_kept is not None:
             costs.require(self.params_kept)
         agent = Agent(states_of(bench), self.lr, self.seed)
-        measured = Measured(self.state, search_identity(self, bench, decomposer), columns=2)
+        measured = Measurements(self.state, search_identity(self, bench, decomposer))
         log: list[dict] = []
         episodes: list[tuple[Tensor, float]] = []
         with tqdm(range(self.evaluations), "reinforced", unit="evaluation", leave=False, disable=None) as bar:
             for _ in bar:
                 action = agent.act()
                 ranks = self._ranks(bench, costs, action.sigmoid().tolist())
-                loss, accuracy = measured.next(partial(_measure, bench, judged, ranks))
+                loss, accuracy = measured.next([*ranks.values()], partial(_measure, bench, judged, ranks))
                 log.append(self._rewarded(ranks, costs.share(ranks), loss, accuracy))
                 episodes.append((action, log[-1]["reward"]))
                 if len(episodes) == self.batch:

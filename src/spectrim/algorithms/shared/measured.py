@@ -1,4 +1,4 @@
-"""What a search has measured, kept so that it is not measured again after a kill."""
+"""Measurements of a search, stored so that a resumed search takes none of them again."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,34 +15,38 @@ from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.training import saved_state
 
 
-class Measured:
-    """The measurements of a search in their order, each of ``columns`` numbers.
+class Measurements:
+    """Store the measurements of a search in their order, so that none is taken twice after a kill.
 
-    A search that depends on its settings and on these numbers alone goes on after a kill by being run again: the ones
-    that are known, in ``state``, a safetensors file, are given back without measuring, so that it ends as an unbroken
-    one does. ``run`` tells it from another search. Raises ``UserError`` where the file is cut short or of another one.
+    A search that depends on its settings and on these numbers alone is resumed by running it again. It is given the
+    stored numbers first, and ends as an unbroken one does. Each row of the file holds the ranks and the numbers.
+
+    ``state``: path of a safetensors file; None: nothing is stored. ``identity``: what tells this search from another.
+    Raises ``UserError`` where the file is cut short or belongs to another search.
     """
 
-    def __init__(self, state: str | None, run: Mapping[str, Any], columns: int) -> None:
-        self.path, self.run, self.columns = Path(state) if state else None, json.dumps(run, sort_keys=True), columns
+    def __init__(self, state: str | None, identity: Mapping[str, Any]) -> None:
+        self.path, self.run = Path(state) if state else None, json.dumps(identity, sort_keys=True)
         self.rows: list[list[float]] = []
         self.given = 0
         if self.path and self.path.exists():
             self.rows = saved_state.read(self.path, self.run)[0]["measured"].tolist()
 
-    def next(self, measure: Callable[[], Sequence[float]]) -> list[float]:
-        """The next measurement: the known one, or else ``measure()``, which is then written down.
+    def next(self, ranks: Sequence[int], measure: Callable[[], Sequence[float]]) -> list[float]:
+        """Return the numbers measured at ``ranks``: the stored ones, or else those of ``measure()``, which are stored.
 
-        Raises ``UserError`` where it cannot be written; those before it are kept.
+        A budget in milliseconds is timed anew after a kill and may lead to other ranks. Stored rows of other ranks are
+        dropped, with all that follow. Raises ``UserError`` where the file cannot be written; the rows before are kept.
         """
+        if self.rows[self.given : self.given + 1] and self.rows[self.given][: len(ranks)] != list(ranks):
+            del self.rows[self.given :]
         if self.given == len(self.rows):
-            self.rows.append([float(value) for value in measure()])
-            assert len(self.rows[-1]) == self.columns
+            self.rows.append([float(value) for value in (*ranks, *measure())])
             if self.path:
                 table = torch.tensor(self.rows, dtype=torch.float64)
                 saved_state.write(self.path, {"measured": table}, {"run": self.run})
         self.given += 1
-        return self.rows[self.given - 1]
+        return self.rows[self.given - 1][len(ranks) :]
 
 
 def search_identity(algorithm: Any, bench: Workbench, decomposer: Decomposer) -> dict[str, Any]:
