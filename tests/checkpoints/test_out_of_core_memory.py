@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import spectrim
-from spectrim.checkpoints import safetensors_stream
-from spectrim.checkpoints.safetensors_stream import Entry
+from spectrim.tools import safetensors_stream
+from spectrim.tools.safetensors_stream import Entry
 
 MB = 1 << 20
 # Beside three times the largest layer: blocks that are copied or multiplied, and buffers of the libraries.
@@ -41,7 +41,7 @@ print(len(plan), status("VmHWM") - before)
 
 KILLED = """
 import os, signal, sys, torch, spectrim
-from spectrim.checkpoints import safetensors_stream
+from spectrim.tools import safetensors_stream
 torch.set_num_threads(1)
 dense, out, begun = sys.argv[1], sys.argv[2], []
 write = safetensors_stream.write

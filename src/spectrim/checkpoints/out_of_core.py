@@ -11,8 +11,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from spectrim.checkpoints import safetensors_stream
-from spectrim.checkpoints.safetensors_stream import Entry, Shard
+from spectrim.tools import safetensors_stream
+from spectrim.tools.safetensors_stream import Entry, Shard
 from spectrim.checkpoints.sharded import BESIDE, INDEX, MANIFEST, PICKLES, Manifest, Sharded
 from spectrim.errors import UserError
 from spectrim.factored import linalg

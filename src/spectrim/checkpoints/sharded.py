@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from spectrim.checkpoints.safetensors_stream import Entry, Shard
+from spectrim.tools.safetensors_stream import Entry, Shard
 from spectrim.errors import UserError
 from spectrim.factored.layers import of_plan
 from spectrim.factored.plan import RankPlan

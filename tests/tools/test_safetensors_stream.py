@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from spectrim.checkpoints import safetensors_stream
-from spectrim.checkpoints.safetensors_stream import Entry, Shard
+from spectrim.tools import safetensors_stream
+from spectrim.tools.safetensors_stream import Entry, Shard
 from spectrim.errors import UserError
 
 
