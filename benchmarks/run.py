@@ -22,8 +22,8 @@ from measure import Outcome
 
 from spectrim.errors import UserError
 from spectrim.records.provenance import provenance
-from spectrim.records.records import write_whole
 from spectrim.report.table import provenance_bytes
+from spectrim.tools import files
 
 BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "curves": curves.benchmark,
@@ -69,7 +69,7 @@ def _write(name: str, outcome: Outcome, folder: Path, quick: bool, busy: float) 
         "threads": torch.get_num_threads(),
         "load_average_before": busy,  # above about 0.5 something else ran beside
     }
-    write_whole(
+    files.write(
         {
             folder / f"{name}.csv": outcome.table.csv().encode(),
             folder / f"{name}.md": outcome.table.markdown().encode(),

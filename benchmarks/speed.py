@@ -17,12 +17,11 @@ from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
-from spectrim.records.provenance import file_digest
 from spectrim.report.table import Column, Table
 from spectrim.runs import configuration, task
 from spectrim.runs.task import Subject
 from spectrim.surgery import latency
-from spectrim.tools import malloc
+from spectrim.tools import digests, malloc
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("resnet20", "vgg19_half")
@@ -82,7 +81,7 @@ def _trained(model: str, data: str) -> Subject:
     with initialize_config_dir(configuration.CONF, version_base="1.3"):
         cfg = compose("config", [f"model={model}", f"data={data}"])
     path = ROOT / f"results/checkpoints/{model}-{data}-seed0.safetensors"
-    weights = path, file_digest(path)
+    weights = path, digests.of_file(path)
     return task.of(configuration.plain(cfg.model), 0, weights, configuration.plain(cfg.data), {}, torch.device("cpu"))
 
 

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from spectrim.cli.run import scientific
 from spectrim.records import records
-from spectrim.records.provenance import file_digest
 from spectrim.runs import configuration
+from spectrim.tools import digests
 
-digest = cache(file_digest)
+digest = cache(digests.of_file)
 
 
 def cells(grid: str) -> Iterator[list[str]]:

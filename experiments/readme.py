@@ -9,8 +9,8 @@ from pathlib import Path
 import pandas as pd
 
 from spectrim.errors import UserError
-from spectrim.records.records import write_whole
 from spectrim.report.table import Column, Table
+from spectrim.tools import files
 
 ROOT = Path(__file__).resolve().parents[1]
 # The links of the blocks below are written as from docs/; ``filled`` shortens them for a page at the root.
@@ -171,7 +171,7 @@ def main() -> int:
         before = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
         after = {page: filled(page, text, ROOT / "results") for page, text in before.items()}
         if not options.check:
-            write_whole({ROOT / page: text.encode() for page, text in after.items()})
+            files.write({ROOT / page: text.encode() for page, text in after.items()})
         for page in PAGES:
             if options.check and before[page] != after[page]:
                 raise UserError(f"{page} is out of date: run `make readme`")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from spectrim.errors import UserError
 from spectrim.records import records
+from spectrim.tools import files
 
 
 def sign(path: Path) -> bool:
@@ -26,7 +27,7 @@ def sign(path: Path) -> bool:
     content, written = records.encode(new), path.with_name(f"{new['signature']}.json")
     if written.exists() and written.read_bytes() != content:
         raise UserError(f"{path} and {written} are one and the same run: delete one of them")
-    records.write_whole({written: content})  # again after a kill that came before the old file was removed
+    files.write({written: content})  # again after a kill that came before the old file was removed
     mark = path.with_suffix(".tracked")
     if mark.exists():
         mark.replace(written.with_suffix(".tracked"))
@@ -37,7 +38,7 @@ def sign(path: Path) -> bool:
 def _rename_classes(path: Path, record: dict) -> bool:
     config = records.identity(record["config"])
     if config != record["config"]:
-        records.write_whole({path: (json.dumps({**record, "config": config}, indent=1) + "\n").encode()})
+        files.write({path: (json.dumps({**record, "config": config}, indent=1) + "\n").encode()})
     return config != record["config"]
 
 

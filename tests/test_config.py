@@ -144,7 +144,7 @@ def test_what_would_unpickle_is_refused(target: str) -> None:
         "torch.ops.load_library",
         "torchvision.io.write_file",
         "spectrim.records.provenance._output",
-        "spectrim.records.records.write_whole",
+        "spectrim.tools.files.write",
         "spectrim.surgery.replacing.save",
         "spectrim.data.sources._fetch_into",
     ],
@@ -158,7 +158,7 @@ def test_what_could_run_or_write_anything_is_refused_by_its_name(target: str) ->
     "target",
     [
         "spectrim.models.torchvision_models.os.system",
-        "spectrim.data.sources.shutil.rmtree",
+        "spectrim.data.sources.files.write",
         "spectrim.data.cifar10.Package",
         "torch.nn.functional.torch.save",
     ],

@@ -244,7 +244,7 @@ def test_a_weight_with_nan_is_named_and_its_shard_not_written(model: Net, tmp_pa
     folder, out = write_sharded(tmp_path / "dense", state), tmp_path / "out"
     refuses("layer square of .*: a weight holds NaN or infinity", folder, out, ratio=0.5)
     file = json.loads((folder / INDEX).read_text())["weight_map"]["square.weight"]
-    assert not (out / file).exists() and not list(out.glob(".*partial")) and not (out / INDEX).exists()
+    assert not (out / file).exists() and not list(out.glob(".*tmp")) and not (out / INDEX).exists()
     with pytest.raises(spectrim.UserError):
         spectrim.load(out, into=model)
 
@@ -258,7 +258,7 @@ def test_a_full_disk_is_said_in_one_line_and_the_rest_follows_later(folder: Path
         refuses("cannot write .*: File too large; free some space", folder, out, ratio=0.5)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not list(out.glob("*.safetensors")) and not list(out.glob(".*partial"))
+    assert not list(out.glob("*.safetensors")) and not list(out.glob(".*tmp"))
     spectrim.compress_checkpoint(folder, out, ratio=0.5)
     assert contents(out) == contents(whole)
 

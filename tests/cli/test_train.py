@@ -48,6 +48,21 @@ def test_a_trained_net_is_left_alone(compose: Any, training: list[str], trained:
     assert (trained.stat().st_mtime_ns, trained.read_bytes()) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("''", "checkpoint='' is not text"), (".", "a folder or a device"), ("file/x.safetensors", "Not a directory")],
+)
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_the_training(
+    compose: Any, training: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    monkeypatch.setattr(train, "fit", lambda *_, **__: pytest.fail("it was trained"))
+    with pytest.raises(UserError, match=message) as refusal:
+        train.train(compose(*training, f"checkpoint={name}", name="train"))
+    assert "\n" not in str(refusal.value)
+
+
 def test_another_file_in_its_place_is_another_run(
     compose: Any, folder: list[str], trained: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,7 @@ from spectrim.data.sources import Arrays, Route, Source, load
 from spectrim.errors import UserError
 from spectrim.fetch import cache as cache_module
 from spectrim.fetch.download import Package, Url
+from spectrim.tools import files
 
 CONTENT = bytes(range(8))
 
@@ -155,7 +157,9 @@ def test_cache_folder_that_cannot_be_made(source: Source, official: Path, monkey
 
 
 def test_leftovers_of_a_killed_process_are_cleared(source: Source, cache: Path) -> None:
-    (cache / ".tiny.partial" / "npm-work").mkdir(parents=True)
+    with subprocess.Popen(["true"]) as killed:
+        pass
+    (cache / f".scratch.{files._machine()}.{killed.pid}.0.tmp" / "npm-work").mkdir(parents=True)
     load(source)
     assert visible(cache) == ["tiny.safetensors"]
 

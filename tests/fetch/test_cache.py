@@ -52,7 +52,7 @@ def test_made_once_and_kept(bundle: Bundle, cache: Path) -> None:
     assert (unpacked(bundle) / "out.txt").read_bytes() == CONTENT
     (cache / "downloads" / "thing-1.0.tgz").unlink()
     assert unpacked(bundle) == cache / "thing"
-    assert not list(cache.glob("*.partial"))
+    assert not list(cache.glob("*.tmp"))
 
 
 def test_an_altered_file_is_refused(bundle: Bundle) -> None:

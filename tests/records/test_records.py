@@ -1,9 +1,7 @@
 """Records: a run has one name, and its file is there whole or not at all."""
 
-import errno
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -75,46 +73,10 @@ def test_a_number_that_is_not_finite_is_named_and_nothing_is_written(tmp_path: P
     assert list(tmp_path.rglob("*")) == []
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-@pytest.mark.parametrize("step", ["fsync", "replace"])
-def test_a_disk_that_refuses_leaves_the_earlier_record_and_no_other_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, step: str
-) -> None:
-    path = records.write(tmp_path, record())
-    before = path.read_bytes()
-
-    def refuse(*_: object) -> None:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(f"spectrim.records.records.os.{step}", refuse)
-    with pytest.raises(UserError, match=os.strerror(code)) as caught:
-        records.write(tmp_path, record(notes=["new"]))
-    assert "\n" not in str(caught.value)
-    assert [file.name for file in path.parent.iterdir()] == [path.name]
-    assert path.read_bytes() == before
-
-
-def test_ctrl_c_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(_: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("spectrim.records.records.os.fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        records.write(tmp_path, record())
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
-
-
 def test_a_file_where_the_folder_should_be_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "table2").write_text("not a folder")
     with pytest.raises(UserError, match="cannot write"):
         records.write(tmp_path, record())
-
-
-def test_several_files_are_written_all_or_none(tmp_path: Path) -> None:
-    (tmp_path / "wall").write_text("a file, not a folder")
-    with pytest.raises(UserError):
-        records.write_whole({tmp_path / "a.csv": b"1", tmp_path / "wall" / "b.csv": b"2"})
-    assert [path.name for path in tmp_path.iterdir()] == ["wall"]
 
 
 @pytest.mark.parametrize("keep", [0, 1, 40])

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 from pathlib import Path
 
 import pandas as pd
@@ -95,7 +96,7 @@ def test_tables_are_written_all_or_none(table: Table, tmp_path: Path, monkeypatc
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("spectrim.records.records.os.fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
         save([table], tmp_path, {})
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

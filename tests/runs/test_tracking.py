@@ -14,9 +14,9 @@ import pytest
 
 from spectrim.cli import run
 from spectrim.errors import UserError
-from spectrim.records import records
 from spectrim.runs import tracking
 from spectrim.runs.tracking import NoTracking, WandB
+from spectrim.tools import files
 
 RANKS = pd.DataFrame({"layer": ["conv1", "fc"], "rank": [3, None], "shape": ["[4, 3, 3, 3]", "[10, 4]"]})
 
@@ -191,14 +191,14 @@ class TestWhatARunTells:
     def test_a_mark_that_cannot_be_written_fails_no_run(
         self, compose: Any, digits: list[str], told: list, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        usual = records.write_whole
+        usual = files.write
 
-        def full(files: Any) -> None:
-            if any(path.suffix == ".tracked" for path in files):
+        def full(contents: Any) -> None:
+            if any(path.suffix == ".tracked" for path in contents):
                 raise UserError("no room")
-            usual(files)
+            usual(contents)
 
-        monkeypatch.setattr(records, "write_whole", full)
+        monkeypatch.setattr(files, "write", full)
         assert run.run(compose(*digits, "algorithm=truncation", "tracking=wandb"))["signature"] == told[0]
 
 

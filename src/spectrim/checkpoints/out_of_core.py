@@ -11,14 +11,12 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from spectrim.tools import safetensors_stream
-from spectrim.tools.safetensors_stream import Entry, Shard
 from spectrim.checkpoints.sharded import BESIDE, INDEX, MANIFEST, PICKLES, Manifest, Sharded
 from spectrim.errors import UserError
 from spectrim.factored import linalg
 from spectrim.factored.plan import Kept, RankPlan
-from spectrim.fetch.download import sha256_of
-from spectrim.records.records import write_whole
+from spectrim.tools import digests, files, safetensors_stream
+from spectrim.tools.safetensors_stream import Entry, Shard
 
 FACTORED = ("F64", "F32", "F16", "BF16")
 # 2-D weights that are looked up, not multiplied by; nothing but its name tells one from the weight of a linear layer.
@@ -146,7 +144,7 @@ def _write_all(source: Sharded, manifest: Manifest, flipped: Collection[str]) ->
             if manifest.has(name, shard.path):
                 bar.update(sum(entry.nbytes for entry in shard.entries.values()))
             else:
-                digest = sha256_of(shard.path)
+                digest = digests.of_file(shard.path)
                 contents = _contents(shard, manifest.plan, flipped, bar)
                 result = safetensors_stream.write(manifest.folder / name, entries, contents, shard.metadata)
                 manifest.finished[name] = {"source": digest, "result": result}
@@ -156,13 +154,13 @@ def _write_all(source: Sharded, manifest: Manifest, flipped: Collection[str]) ->
     if source.indexed:
         size = sum(e.nbytes for name in source.shards for e in Shard.at(manifest.folder / name).entries.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        write_whole({manifest.folder / INDEX: (json.dumps(index, indent=2) + "\n").encode()})
+        files.write({manifest.folder / INDEX: (json.dumps(index, indent=2) + "\n").encode()})
 
 
 def _copy_companions(folder: Path, to: Path) -> None:
     beside = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.suffix not in PICKLES}
     if beside:
-        write_whole({to / path.name: path.read_bytes() for path in sorted(beside)})
+        files.write({to / path.name: path.read_bytes() for path in sorted(beside)})
 
 
 def _ordered(shard: Shard) -> list[str]:

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from spectrim.tools.safetensors_stream import Entry, Shard
 from spectrim.errors import UserError
 from spectrim.factored.layers import of_plan
 from spectrim.factored.plan import RankPlan
-from spectrim.fetch.download import sha256_of
-from spectrim.records.records import write_whole
 from spectrim.surgery.replacing import replace
+from spectrim.tools import digests, files
+from spectrim.tools.safetensors_stream import Entry, Shard
 
 FORMAT = "spectrim-shards-1"
 MANIFEST = "spectrim.json"
@@ -120,7 +119,7 @@ class Manifest:
 
     def write(self) -> None:
         plain = {"format": FORMAT, "plan": self.plan.as_dict(), "shards": self.finished}
-        write_whole({self.folder / MANIFEST: (json.dumps(plain, indent=1) + "\n").encode()})
+        files.write({self.folder / MANIFEST: (json.dumps(plain, indent=1) + "\n").encode()})
 
     def has(self, name: str, source: Path) -> bool:
         """Whether the shard was made of the file ``source`` and is as it was written.
@@ -128,14 +127,14 @@ class Manifest:
         Raises ``UserError`` where it was made of another file of that name.
         """
         made = self.finished.get(name)
-        if made and made["source"] != sha256_of(source):
+        if made and made["source"] != digests.of_file(source):
             raise UserError(f"{self.folder} was begun from another checkpoint than {source}; give another folder")
         return bool(made) and self.intact(name)
 
     def intact(self, name: str) -> bool:
         """Whether the shard is as it was written."""
         path = self.folder / name
-        return name in self.finished and path.is_file() and sha256_of(path) == self.finished[name]["result"]
+        return name in self.finished and path.is_file() and digests.of_file(path) == self.finished[name]["result"]
 
 
 def load(folder: str | Path, into: nn.Module) -> nn.Module:

@@ -3,21 +3,20 @@
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spectrim.errors import UserError
 from spectrim.factored.layers import of_plan
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery.replacing import replace
+from spectrim.tools import safetensors_stream
 
 FORMAT = "spectrim-1"
 
@@ -33,24 +32,13 @@ def save(
 
     Raises ``UserError`` where the disk is full or the folder cannot be written.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    tensors = _tensors(model, dtype)
+    tensors = {
+        name: value.to(dtype) if dtype and value.is_floating_point() else value
+        for name, value in _stored(model).items()
+    }
     header = {**(metadata or {}), "format": FORMAT, "plan": plan.to_json(), "architecture": _architecture(model)}
     header["digest"] = _digest(tensors, header)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-        mode = partial.stat().st_mode  # what the user gives new files; safetensors makes its own private
-        save_file(tensors, partial, header)
-        partial.chmod(mode)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} could not be written ({error}); nothing was left behind") from None
-    finally:
-        # Where the folder could not be made there is nothing to remove, and no second error must hide the first.
-        with suppress(OSError):
-            partial.unlink()
+    safetensors_stream.save(Path(path), tensors, header)
 
 
 def load(path: str | Path, into: nn.Module) -> nn.Module:
@@ -123,15 +111,6 @@ def _architecture(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _tensors(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors to store, on the CPU and contiguous."""
-    tensors: dict[str, Tensor] = {}
-    for name, value in _stored(model).items():
-        cast = dtype if dtype and value.is_floating_point() else value.dtype
-        tensors[name] = value.detach().to("cpu", cast).clone(memory_format=torch.contiguous_format)
-    return tensors
-
-
 def _stored(model: nn.Module) -> dict[str, Tensor]:
     """The model's state, each shared tensor once under its first name."""
     tensors: dict[str, Tensor] = {}
@@ -149,5 +128,5 @@ def _digest(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> str:
     sha = hashlib.sha256(f"{header.get('plan')}:{header.get('architecture')}".encode())
     for name, value in sorted(tensors.items()):
         sha.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
-        sha.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        sha.update(safetensors_stream.raw(value.detach().cpu()))
     return sha.hexdigest()

@@ -15,9 +15,10 @@ from omegaconf import DictConfig
 from spectrim.cli import grid
 from spectrim.errors import UserError
 from spectrim.records import records
-from spectrim.records.provenance import file_digest, provenance
+from spectrim.records.provenance import provenance
 from spectrim.runs import configuration, targets, task
 from spectrim.statistics import batchnorm
+from spectrim.tools import digests, files
 from spectrim.tools.device import device_called
 from spectrim.tools.profiling import Phases
 
@@ -29,7 +30,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     settings = scientific(cfg)
     folder, name = Path(configuration.text(cfg, "records")), configuration.text(cfg, "name")
     checkpoint = _checkpoint(cfg)
-    settings["checkpoint"] = None if checkpoint is None else file_digest(checkpoint)
+    settings["checkpoint"] = None if checkpoint is None else digests.of_file(checkpoint)
     signature = records.signature(records.identity(settings))
     tracker = targets.build(configuration.plain(cfg.tracking), "run")
     path = records.path_of(folder, name, signature)
@@ -37,6 +38,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         print(f"{name} {signature}: already recorded", file=sys.stderr)
         record = records.read(path)
     else:
+        files.require_writable(path)
         state = Path(configuration.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
         record = _measured(cfg, settings, signature, checkpoint, state)
         records.write(folder, record)
@@ -79,8 +81,10 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
 
 def _resumable(algorithm: dict[str, Any], state: Path) -> dict[str, Any]:
     """The settings of a selector; one that trains or searches is told where to keep what it needs after a kill."""
-    keeps = "state" in algorithm and algorithm["state"] is None
-    return {**algorithm, "state": str(state)} if keeps else algorithm
+    if "state" not in algorithm or algorithm["state"] is not None:
+        return algorithm
+    files.require_writable(state)
+    return {**algorithm, "state": str(state)}
 
 
 def scientific(cfg: DictConfig) -> dict[str, Any]:
@@ -142,7 +146,7 @@ def _track(tracker: Any, record: dict[str, Any], told: Path) -> None:
         run.summary({key: value for key, value in metrics.items() if value is not None})
     if run.delivered:
         with suppress(UserError):  # without the file it is told again, which is no harm
-            records.write_whole({told: b""})
+            files.write({told: b""})
 
 
 def _within(log: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:

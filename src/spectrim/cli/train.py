@@ -19,6 +19,7 @@ from spectrim.records import records
 from spectrim.records.provenance import provenance
 from spectrim.runs import configuration, targets
 from spectrim.statistics.objective import Objective
+from spectrim.tools import files
 from spectrim.tools.device import device_called
 from spectrim.training.fit import Recipe, fit
 
@@ -29,7 +30,7 @@ def train(cfg: DictConfig) -> Path:
     A checkpoint that exists is left alone: remove it to train anew.
     """
     path, unfinished = Path(configuration.text(cfg, "checkpoint")), Path(configuration.text(cfg, "unfinished"))
-    if path.exists():
+    if path.is_file():
         print(f"{path} exists already")
         return path
     settings = {key: configuration.plain(cfg[key]) for key in ("model", "data", "shape", "recipe")}
@@ -38,6 +39,9 @@ def train(cfg: DictConfig) -> Path:
     dtype, device = _dtype(cfg.stored_as), device_called(cfg.device)  # refused now rather than after the training
     if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
         raise UserError(f"threads={cfg.threads!r} is not a whole number of at least 1, or null")
+    files.require_writable(path)
+    beside, state = path.with_suffix(".json"), unfinished / f"{path.stem}.state.safetensors"
+    files.require_writable(beside, state)
     recipe: Recipe = targets.build(settings["recipe"], "learning_rate")
     splits: Splits | TextSplits = targets.build(settings["data"], "load").load()
     if not isinstance(splits.train, ImageSplit | TextSplit):
@@ -46,14 +50,13 @@ def train(cfg: DictConfig) -> Path:
     model = targets.build(settings["model"], "forward").to(device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    state = unfinished / f"{path.stem}.state.safetensors"
     try:
         curve = fit(model, splits.train, recipe, seed=cfg.seed, loss=splits.loss, state=state)
     except FloatingPointError as error:
         raise UserError(f"{error}; the last good state is {state}") from error
     record = _record(cfg, settings, model, splits, curve)
     # The record first: a checkpoint that is there is taken for finished.
-    records.write_whole({path.with_suffix(".json"): (json.dumps(record, indent=1) + "\n").encode()})
+    files.write({beside: (json.dumps(record, indent=1) + "\n").encode()})
     single_file.save(path, model, RankPlan(), {"model": cfg.names.model, "data": cfg.names.data}, dtype)
     state.unlink(missing_ok=True)
     accuracy = record["test"]["accuracy"]

@@ -6,8 +6,6 @@ decoded arrays, so every route gives bit-identical images and labels or fails. N
 
 import hashlib
 import logging
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from torch import Tensor
 from spectrim.errors import UserError
 from spectrim.fetch.cache import cache_folder, placed, writing
 from spectrim.fetch.download import Package, Unavailable, Url
+from spectrim.tools import files
 
 LOG = logging.getLogger(__name__)
 
@@ -98,28 +97,18 @@ def _read(kept: Path, source: Source) -> Arrays:
 
 
 def _fetch_into(kept: Path, source: Source) -> None:
-    partial = kept.with_name(f".{source.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    partial.mkdir(parents=True)
-    try:
-        arrays = _first_that_works(source, partial, kept.parent / "downloads")
+    with files.scratch(kept.parent) as folder, files.replacing(kept) as (made,):
+        arrays = _first_that_works(source, folder, kept.parent / "downloads")
         if arrays.sha256() != source.sha256:
             raise UserError(f"{source.name} decodes to other images or labels than expected; nothing was kept")
-        whole = partial / kept.name
-        with whole.open("wb") as file:
-            file.write(save({name: array.contiguous() for name, array in arrays.named().items()}))
-            file.flush()
-            os.fsync(file.fileno())
-        whole.replace(kept)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        made.write_bytes(save({name: array.contiguous() for name, array in arrays.named().items()}))
 
 
-def _first_that_works(source: Source, partial: Path, by_hand: Path) -> Arrays:
+def _first_that_works(source: Source, folder: Path, by_hand: Path) -> Arrays:
     failures = []
     for route in source.routes:
         try:
-            paths = [placed(file, by_hand) or file.fetch(partial) for file in route.files]
+            paths = [placed(file, by_hand) or file.fetch(folder) for file in route.files]
         except Unavailable as failure:
             LOG.warning("%s: %s", source.name, failure)
             failures.append(str(failure))

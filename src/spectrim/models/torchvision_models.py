@@ -3,7 +3,6 @@
 import difflib
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,8 @@ import torch
 from torch import nn
 
 from spectrim.errors import UserError
-from spectrim.fetch.download import NO_ROOM, Unavailable, Url, sha256_of
+from spectrim.fetch.download import Unavailable, Url
+from spectrim.tools import digests, files
 from spectrim.tools.torchvision_shim import prepare
 
 
@@ -60,17 +60,16 @@ def _fetched(address: str, path: Path, what: str) -> None:
     digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
     url = Url(address, digits.group(1) if digits else "")
     if path.exists():
-        if not sha256_of(path).startswith(url.sha256):
+        if not digests.of_file(path).startswith(url.sha256):
             raise UserError(f"{path} is truncated or altered; delete it and run again")
         return
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as partial:
-            url.fetch(Path(partial)).replace(path)
+        with files.scratch(path.parent) as folder, files.replacing(path) as (made,):
+            url.fetch(folder).replace(made)
     except Unavailable as failure:
         raise UserError(f"{what} could not be fetched: {failure}. By hand: put the file at {path}") from None
     except OSError as error:
-        reason = "no room on the disk" if error.errno in NO_ROOM else error.strerror or error
+        reason = "no room on the disk" if error.errno in files.NO_ROOM else error.strerror or error
         raise UserError(f"{what} cannot be kept in {path.parent} ({reason}); TORCH_HOME names another folder") from None
 
 

@@ -1,6 +1,5 @@
 """Provenance of a run: command, commit, digests of data, checkpoint and lock file, versions, and machine."""
 
-import hashlib
 import os
 import platform
 import shutil
@@ -10,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from spectrim.errors import UserError
+from spectrim.tools import digests
 
 ROOT = Path(__file__).resolve().parents[3]
 LOCK = ROOT / "requirements.lock"
@@ -42,7 +41,7 @@ def provenance(command: str, data_digest: str, checkpoint: Path | None, device: 
         "dirty": dirty,
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "data_digest": data_digest,
-        "checkpoint_digest": None if checkpoint is None else file_digest(checkpoint),
+        "checkpoint_digest": None if checkpoint is None else digests.of_file(checkpoint),
         "lock_digest": lock_digest(),
         "versions": versions(),
         "machine": machine(),
@@ -50,18 +49,9 @@ def provenance(command: str, data_digest: str, checkpoint: Path | None, device: 
     }
 
 
-def file_digest(path: Path) -> str:
-    """Return the sha256 of a file, read in pieces. Raises ``UserError`` where it cannot be read."""
-    try:
-        with Path(path).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-
-
 def lock_digest() -> str:
     """Return the sha256 of the checkout's lock file, or "unknown" for an installed package, which has none."""
-    return file_digest(LOCK) if LOCK.is_file() else UNKNOWN
+    return digests.of_file(LOCK) if LOCK.is_file() else UNKNOWN
 
 
 def git_state(root: Path = ROOT) -> tuple[str, bool]:

@@ -7,12 +7,12 @@ need records only, so this module does not import torch.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from spectrim.errors import UserError
+from spectrim.tools import files
 
 Record = dict[str, Any]
 
@@ -126,41 +126,8 @@ def digest(record: Record) -> str:
 def write(folder: Path, record: Record) -> Path:
     """Write a record and return its path. Raises ``UserError`` where that fails, and then leaves no file behind."""
     path = path_of(folder, record["experiment"], record["signature"])
-    write_whole({path: encode(record)})
+    files.write({path: encode(record)})
     return path
-
-
-def write_whole(files: Mapping[Path, bytes]) -> None:
-    """Write several files, either all or none as far as the file system allows.
-
-    Each file is first written to a temporary file in the same folder and synced to disk. The renames follow when all
-    are written. Raises ``UserError`` where the disk is full or a folder is read-only, and removes the temporary files.
-    """
-    temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
-    path = next(iter(files))
-    try:
-        for path, content in files.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary[path].open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        for path in files:
-            os.replace(temporary[path], path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose a writable folder") from error
-    finally:
-        for left in temporary.values():
-            _remove(left)
-
-
-def _remove(path: Path) -> None:
-    # The parent may be missing, a file, or read-only. A failure here must not hide the error of the write.
-    try:
-        path.unlink()
-    except OSError:
-        return
 
 
 def read(path: Path) -> Record:
@@ -205,7 +172,7 @@ def find(folder: Path, experiment: str, wanted: str) -> Record | None:
 def read_all(folder: Path, experiment: str) -> list[Record]:
     """Return the records of one experiment, sorted by ``first_signature``; an empty list if the folder does not exist.
 
-    Temporary files of a killed run end in ``.tmp`` and are ignored.
+    It ignores the temporary files of a killed run, which end in ``.tmp``.
     """
     place = path_of(folder, experiment, "any").parent
     return sorted(map(read, place.glob("*.json")), key=first_signature)

@@ -14,6 +14,7 @@ from spectrim.errors import UserError
 from spectrim.records import provenance, records
 from spectrim.records.records import Record
 from spectrim.report import compare, frame
+from spectrim.tools import digests
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def origin(options: Options, found: Sequence[Record], read: Sequence[Path] = ())
             "machines": _distinct(run.get("machine") for run in runs),
             "versions": _distinct(run.get("versions") for run in runs),
         },
-        "files": {path.name: provenance.file_digest(path) for path in read},
+        "files": {path.name: digests.of_file(path) for path in read},
         "records": {f"{record['experiment']}/{record['signature']}": records.digest(record) for record in found},
     }
 

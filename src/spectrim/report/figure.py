@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from spectrim.records.records import write_whole
 from spectrim.report.table import provenance_bytes
+from spectrim.tools import files
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,13 @@ def save(figure: Figure, name: str, folder: Path, origin: Mapping[str, Any]) -> 
     records give equal bytes.
     """
     place = folder / "figures" / name
-    files = {
+    contents = {
         place.with_name(f"{name}.png"): _bytes(figure, "png", {"Software": None}),
         place.with_name(f"{name}.svg"): _bytes(figure, "svg", {"Date": None, "Creator": None}),
         place.with_name(f"{name}.provenance.json"): provenance_bytes(name, origin),
     }
-    write_whole(files)
-    return list(files)
+    files.write(contents)
+    return list(contents)
 
 
 def _bytes(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:

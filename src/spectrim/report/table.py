@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.records.records import write_whole
+from spectrim.tools import files
 
 ABSENT = "–"
 HUGE = 1e6  # larger numbers that are not counts are printed with an exponent
@@ -161,15 +161,15 @@ def save(tables: Sequence[Table], folder: Path, origin: Mapping[str, Any]) -> li
 
     ``origin``: provenance of the tables, from ``command.origin``.
     """
-    files: dict[Path, bytes] = {}
+    contents: dict[Path, bytes] = {}
     for table in tables:
         place = folder / "tables" / table.name
-        files[place.with_name(f"{table.name}.csv")] = table.csv().encode()
-        files[place.with_name(f"{table.name}.md")] = table.markdown().encode()
-        files[place.with_name(f"{table.name}.tex")] = table.latex().encode()
-        files[place.with_name(f"{table.name}.provenance.json")] = provenance_bytes(table.name, origin)
-    write_whole(files)
-    return list(files)
+        contents[place.with_name(f"{table.name}.csv")] = table.csv().encode()
+        contents[place.with_name(f"{table.name}.md")] = table.markdown().encode()
+        contents[place.with_name(f"{table.name}.tex")] = table.latex().encode()
+        contents[place.with_name(f"{table.name}.provenance.json")] = provenance_bytes(table.name, origin)
+    files.write(contents)
+    return list(contents)
 
 
 def provenance_bytes(name: str, origin: Mapping[str, Any]) -> bytes:

@@ -25,8 +25,8 @@ def check_seed(cfg: DictConfig) -> None:
 
 
 def text(cfg: DictConfig, key: str) -> str:
-    """Return a name or a path of the configuration. Raises ``UserError`` where it is not text."""
-    if not isinstance(cfg[key], str):
+    """Return a name or a path of the configuration. Raises ``UserError`` where it is not text, or is empty."""
+    if not isinstance(cfg[key], str) or not cfg[key]:
         raise UserError(f"{key}={cfg[key]!r} is not text; give a name or a path")
     return cfg[key]
 

@@ -8,9 +8,7 @@ pieces. What is written here is what that library reads.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import UserError
+from spectrim.tools import files
 
 BLOCK_BYTES = 1 << 22  # what is copied is held this much at a time
 HEADER_BYTES = 100_000_000  # the longest header that the format admits
@@ -34,7 +33,17 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
@@ -125,31 +134,42 @@ def raw(tensor: Tensor) -> memoryview:
     return tensor.flatten().view(torch.uint8).numpy().data
 
 
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors to a file atomically, one of them in CPU memory at a time.
+
+    The same tensors and metadata give the same bytes. The safetensors library writes metadata in random order.
+
+    Raises ``UserError`` for a type of number that is not among ``DTYPES``, where the disk is full, and where the folder
+    cannot be written.
+    """
+    for name, value in tensors.items():
+        if value.dtype not in NAMES:
+            raise UserError(f"{name} is of type {value.dtype}, which a safetensors file cannot hold")
+    # Wide numbers come first, as in the library, so that each tensor begins at a multiple of its number's width.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])))
+    entries = {name: Entry.of(NAMES[value.dtype], *value.shape) for name, value in ordered.items()}
+    write(path, entries, (raw(value.detach().cpu()) for value in ordered.values()), metadata)
+
+
 def write(
     path: Path, entries: Mapping[str, Entry], contents: Iterable[bytes | memoryview], metadata: Mapping[str, str]
 ) -> str:
-    """Write a file, whole or not at all, and return the sha256 of its bytes.
+    """Write a file atomically and return the sha256 of its bytes.
 
-    ``contents``: the numbers of ``entries`` one after the other, in pieces of any length; they may be made while the
-    file is written. Raises ``UserError`` where the disk is full or the folder cannot be written.
+    ``contents``: the bytes of ``entries`` one after the other, in pieces of any length. They may be computed while the
+    file is written.
+
+    Raises ``UserError`` where the disk is full or the folder cannot be written.
     """
-    partial, sha = path.with_name(f".{path.name}.partial"), hashlib.sha256()
+    sha = hashlib.sha256()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
+        with files.replacing(path) as (made,), made.open("wb") as file:
             for piece in chain([_header(entries, metadata)], contents):
                 sha.update(piece)
                 file.write(piece)
-                del piece  # the next one may be made in its memory
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+                del piece  # The next piece may be computed in its memory.
     except OSError as error:
-        reason = error if error.filename else error.strerror  # it may be another file, one that is read
-        raise UserError(f"cannot write {path}: {reason}; free some space or choose a writable folder") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+        raise files.refusal(path, error) from None
     return sha.hexdigest()
 
 

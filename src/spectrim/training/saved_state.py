@@ -1,19 +1,18 @@
 """What an interrupted training or search goes on from: one safetensors file, written whole or not at all."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spectrim.errors import UserError
+from spectrim.tools import safetensors_stream
 
 
 def fingerprint(recipe: Any, seed: int, identity: Mapping[str, Any] | None = None) -> str:
@@ -23,29 +22,16 @@ def fingerprint(recipe: Any, seed: int, identity: Mapping[str, Any] | None = Non
 
 def save(path: Path, model: nn.Module, optimizer: torch.optim.SGD, curve: Sequence[dict], run: str) -> None:
     """Write the state after an epoch. Raises ``UserError`` where it cannot; the one of the epoch before is kept."""
-    tensors = {f"model.{name}": value.detach().contiguous() for name, value in model.state_dict().items()}
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         buffer = optimizer.state[parameter].get("momentum_buffer")
         if buffer is not None:
-            tensors[f"momentum.{name}"] = buffer.contiguous()
-    write(path, tensors, {"curve": json.dumps(list(curve)), "run": run})
-
-
-def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write them, whole or not at all. Raises ``UserError`` where that fails; what was there is kept."""
-    partial = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata)
-        os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):  # no second error must hide the first
-            partial.unlink()
-        raise UserError(f"{path} could not be written ({error}); the state before this one is kept") from None
+            tensors[f"momentum.{name}"] = buffer
+    safetensors_stream.save(path, tensors, {"curve": json.dumps(list(curve)), "run": run})
 
 
 def read(path: Path, run: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What ``write`` wrote, where its metadata has this ``run``.
+    """What ``save`` or ``safetensors_stream.save`` wrote, where its metadata has this ``run``.
 
     Raises ``UserError`` where the file is cut short or is another run's.
     """

@@ -12,6 +12,7 @@ from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.data.images import ImageSplit
 from spectrim.data.text import TextSplit
 from spectrim.decomposers.spectrum import Decomposer, content
+from spectrim.tools import safetensors_stream
 from spectrim.training import saved_state
 
 
@@ -44,7 +45,7 @@ class Measurements:
             self.rows.append([float(value) for value in (*ranks, *measure())])
             if self.path:
                 table = torch.tensor(self.rows, dtype=torch.float64)
-                saved_state.write(self.path, {"measured": table}, {"run": self.run})
+                safetensors_stream.save(self.path, {"measured": table}, {"run": self.run})
         self.given += 1
         return self.rows[self.given - 1][len(ranks) :]
 
