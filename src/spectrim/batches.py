@@ -74,6 +74,12 @@ def repeated(inputs: Inputs, samples: int) -> Inputs:
     return _sampled(inputs, torch.arange(samples) % count, count)
 
 
+def of_one_sample(inputs: Inputs) -> Inputs:
+    """Return a batch of the same shape that repeats the first sample of ``inputs``."""
+    count = batch_size(inputs)
+    return _sampled(inputs, torch.zeros(count, dtype=torch.int64), count)
+
+
 def _sampled(values: Any, chosen: Tensor, count: int) -> Any:
     """Take the ``chosen`` samples. What has no dimension of ``count`` in front belongs to all samples, and stays."""
     if isinstance(values, Tensor):

@@ -197,8 +197,8 @@ def test_a_layer_that_a_batch_goes_around_is_said(dense: Net) -> None:
     net = Around().eval()
     data = objective()
     data.splits["calibration"].append((torch.full((40, 4, 7, 6), 99.0), torch.zeros(40).long()))  # type: ignore
-    with pytest.raises(UserError, match="does not call layer conv on every batch"):
-        refit(cut(net, FORMS["channel"], rank=1), net, data, samples=1000)
+    notes = refit(cut(net, FORMS["channel"], rank=1), net, data, samples=1000)
+    assert "conv: not refitted: it is not called once on every batch" in notes
     assert threading.active_count() < 5
 
 
@@ -255,3 +255,27 @@ def test_the_passes_run_under_the_autocast_of_the_caller() -> None:
     batches = [(torch.randn(16, 8), torch.zeros(16, 8)) for _ in range(2)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fitted(Mixed().eval(), batches)(batches[0][0]).isfinite().all()
+
+
+def test_experts_whose_tokens_depend_on_the_values_are_left_as_cut_with_a_note() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.inside, self.after = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.before(x)
+            chosen = (x[:, 0] > 0).nonzero().flatten()
+            return self.after(y.index_add(0, chosen, self.inside(y[chosen])) if len(chosen) else y)
+
+    net, x = Experts().eval(), torch.randn(16, 8)
+    for batches in ([x], [x, -x.abs()], [x.abs()]):  # with and without a batch that does not reach the expert
+        spectra = {name: SVD().spectrum(net.get_submodule(name)) for name in ("before", "inside", "after")}
+        compressed = replacing.apply(net, RankPlan.of({name: own.kept(3) for name, own in spectra.items()}), spectra)
+        as_cut = compressed.inside.first.weight.clone(), compressed.after.first.weight.clone()
+        data = Objective(F.mse_loss, {"calibration": [(own, own) for own in batches]})
+        (note,) = refit(compressed, net, data, samples=100) or ["inside"]
+        if batches[0] is x:
+            assert note.startswith("inside: not refitted: ")
+            assert compressed.inside.first.weight.equal(as_cut[0])
+        assert not compressed.after.first.weight.equal(as_cut[1])

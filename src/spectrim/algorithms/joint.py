@@ -194,13 +194,16 @@ class _JointSearch:
         """What pays: a layer whose components cost no less than the dense layer stays dense."""
         return {name: tuple(kept.tolist()) for name, kept in point.kept.items() if self.costs.pays(name, len(kept))}
 
-    def _refit(self, model: nn.Module) -> nn.Module:
-        if self.settings.refit:
-            refit(model, self.bench.model, self.bench.objective, self.settings.refit)
-        return model
+    def _refit(self, model: nn.Module) -> list[str]:
+        """Fit the factors of ``model`` in place. Return notes on layers that are not fitted."""
+        if not self.settings.refit:
+            return []
+        return refit(model, self.bench.model, self.bench.objective, self.settings.refit)
 
     def _cut(self, point: _Point) -> nn.Module:
-        return self._refit(self.bench.cut(self._keep(point)))
+        model = self.bench.cut(self._keep(point))
+        self._refit(model)
+        return model
 
     def _share(self, point: _Point) -> float:
         return self.costs.share({name: len(kept) for name, kept in point.kept.items()})
@@ -209,7 +212,7 @@ class _JointSearch:
         notes = (f"{name}: left dense: {reason}" for name, reason in self.left.items())
         bench = replace(self.bench, notes=(*self.bench.notes, *notes))
         compressed = bench.finish(self._keep(self.point), self.log)
-        self._refit(compressed.model)
+        compressed.notes.extend(self._refit(compressed.model))
         return compressed
 
 

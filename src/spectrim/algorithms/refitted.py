@@ -27,5 +27,5 @@ class Refitted:
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Compress and fit. Raises ``UserError`` for an empty calibration set."""
         compressed = self.selector.compress(model, decomposer, objective)
-        refit(compressed.model, model, objective, self.samples)
+        compressed.notes.extend(refit(compressed.model, model, objective, self.samples))
         return compressed

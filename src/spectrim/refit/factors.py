@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, of_one_sample, to_device
 from spectrim.errors import UserError
 from spectrim.factored.layers import Factored, FactoredConv2d, FactoredLinear, TuckerConv2d, composed, factors_of
 from spectrim.refit.layer_barrier import Lockstep
@@ -27,21 +27,22 @@ POSITIONS = 32768  # of a convolution, drawn from those of all samples: what lie
 
 def refit(
     compressed: nn.Module, dense: nn.Module, objective: Objective, samples: int, split: str = "calibration"
-) -> None:
-    """Fit the factors of every factored layer of ``compressed``, in place, to the outputs of the layer of ``dense``.
+) -> list[str]:
+    """Fit the factors of the factored layers of ``compressed``, in place, to the outputs of the layers of ``dense``.
 
-    Layer by layer, in the order in which the model calls them: with x what flows into the layer of the compressed model
-    and y what the dense layer puts out in the dense model, both for the same samples, the factors of ``W`` minimise
-    ``E ||y - W x - b||^2``, the rank as it is, from those at hand. So a layer also makes up for what the layers before
-    it lost. The offset b goes into the bias, or else into the running mean of the BatchNorm that the layer feeds;
-    without either there is none. Nothing else of either model changes: neither a layer that is called several times in
-    a pass, whose later inputs depend on the fit, nor an embedding, whose inputs are the same in both models.
+    The layers are fitted in the order in which the model calls them. Let x be the input of a layer in the compressed
+    model and y the output of the dense layer in the dense model, for the same samples. The factors of ``W`` then
+    minimise ``E ||y - W x - b||^2`` at their rank, beginning with those at hand. So a layer also makes up for what the
+    layers before it lost. The offset b goes into the bias, or else into the running mean of the BatchNorm that the
+    layer feeds; without either there is none.
 
-    Raises ``UserError`` for an empty split.
+    Returns a note for each factored layer that is not fitted: one called several times in a pass, whose later inputs
+    depend on the fit, or one whose rows depend on the values of a batch, such as an expert. An embedding is not fitted,
+    as its inputs are the same in both models. Raises ``UserError`` for an empty split.
     """
-    layers, followers = _laid_out(compressed, objective.example())
     device = device_of(compressed)
     batches = [to_device(inputs, device) for inputs, _ in objective.first(split, samples, "read")]
+    layers, followers, notes = _laid_out(compressed, batches)
     with tqdm(desc="refit", total=len(layers), unit="layer", leave=False, disable=None) as bar:
 
         def met(name: str, flows: "_Flows") -> None:
@@ -50,6 +51,7 @@ def refit(
 
         with evaluating(compressed), evaluating(dense):
             _in_step((compressed, dense), layers, batches, met)
+    return notes
 
 
 def _fit_layer(models: tuple[nn.Module, nn.Module], name: str, follower: str | None, flows: "_Flows") -> None:
@@ -92,10 +94,15 @@ class _Flows:
     masks: list[Tensor | None]
 
 
-def _laid_out(model: nn.Module, example: Inputs) -> tuple[list[str], dict[str, str]]:
-    """The factored layers that are called once, in their order, and the BatchNorm that each feeds, if any."""
+def _laid_out(model: nn.Module, batches: Sequence[Inputs]) -> tuple[list[str], dict[str, str], list[str]]:
+    """Return the layers to fit in the order of their calls, the BatchNorm that each feeds, and notes on the others.
+
+    A layer is fitted where every batch calls it once, on rows that do not depend on the values of the batch. The rows of
+    an expert do: those of the compressed model and of the dense one are not the same tokens.
+    """
     kinds = FactoredLinear, FactoredConv2d, TuckerConv2d
-    outputs: dict[str, Tensor] = {}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    outputs: dict[str, Tensor] = {}  # of the last pass
     followers: dict[str, str] = {}
     calls = Counter[str]()
 
@@ -106,12 +113,27 @@ def _laid_out(model: nn.Module, example: Inputs) -> tuple[list[str], dict[str, s
     def fed(norm: str, _: nn.Module, inputs: tuple) -> None:
         followers.update({name: norm for name, output in outputs.items() if inputs[0] is output})
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     handles = [module.register_forward_hook(partial(called, name)) for name, module in layers.items()]
     handles += [norm.register_forward_pre_hook(partial(fed, name)) for name, norm in norms_of(model).items()]
+    order: list[str] = []
+    shapes: list[dict[str, torch.Size]] = []
+    unfit: dict[str, str] = {}
     with hooked(handles), evaluating(model), torch.no_grad():
-        forward(model, to_device(example, device_of(model)))
-    return [name for name in outputs if calls[name] == 1], followers
+        for inputs in (*batches, of_one_sample(batches[0])):
+            forward(model, inputs)
+            order = order or list(outputs)
+            shapes.append({name: output.shape for name, output in outputs.items()})
+            unfit |= {name: "it is not called once on every batch" for name in layers if calls[name] != 1}
+            outputs.clear()
+            calls.clear()
+    for name in order:
+        if name not in unfit and shapes[0][name] != shapes[-1][name]:
+            unfit[name] = "its rows depend on the values of the batch"
+    return (
+        [name for name in order if name not in unfit],
+        followers,
+        [f"{name}: not refitted: {why}" for name, why in unfit.items()],
+    )
 
 
 def _in_step(
