@@ -107,8 +107,10 @@ def _measured(layer: nn.Module, x: Tensor, rounds: int, budget: float) -> list[d
         spectrum = SVD(view).spectrum(layer)
         rank = max(1, int(MACS_KEPT * dense_macs / model_cost(spectrum.factor(1), x).macs))
         small = spectrum.factor(rank).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        factored[spectrum.form] = small
-        rows.append({"view": spectrum.form, "rank": rank, "macs_kept": model_cost(small, x).macs / dense_macs})
+        factored[spectrum.form.to_text()] = small
+        rows.append(
+            {"view": spectrum.form.to_text(), "rank": rank, "macs_kept": model_cost(small, x).macs / dense_macs}
+        )
     times = [
         {"dense": latency(layer, x, budget), **{view: latency(small, x, budget) for view, small in factored.items()}}
         for _ in range(rounds)

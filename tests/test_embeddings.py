@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import spectrim
 from spectrim.batches import evaluating
-from spectrim.factored.layers import FactoredEmbedding, shaped_like
+from spectrim.factored.forms import EmbeddingForm, PlainForm
+from spectrim.factored.layers import FactoredEmbedding
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.refit.factors import refit
 from spectrim.runs import configuration, targets
@@ -25,7 +26,7 @@ DECOMPOSERS = {
     "whitened": spectrim.WhitenedSVD(view="channel", samples=24, embeddings=True),
     "but some": spectrim.WhitenedSVD(view="channel", samples=24, embeddings=True, whole=0.4),
 }
-FORMS = {"plain": "embedding", "whitened": "embedding", "but some": "embedding but 4"}
+FORMS = {"plain": EmbeddingForm(), "whitened": EmbeddingForm(), "but some": EmbeddingForm(whole_rows=4)}
 ALGORITHMS = sorted(path.stem for path in (Path(configuration.CONF) / "algorithm").glob("*.yaml"))
 # One knows images alone, the other splits the inputs of layers.
 REFUSED = ("aimet", "alds")
@@ -97,8 +98,8 @@ def table(layer: Any) -> Tensor:
 def spectrum(model: Reader, objective: Objective, decomposer: Any) -> Any:
     moments = {}
     if decomposer.samples:
-        forms = {"token": decomposer.forms(model.token)}
-        moments = input_moments(model, forms, objective, decomposer.samples)["token"]
+        views = {"token": decomposer.views(model.token)}
+        moments = input_moments(model, views, objective, decomposer.samples)["token"]
     return decomposer.spectrum(model.token, moments)
 
 
@@ -196,15 +197,13 @@ def test_what_is_kept_of_embeddings_is_a_part_of_them() -> None:
     for whole in (-0.1, 1.0):
         with pytest.raises(spectrim.UserError, match=r"whole must lie in \[0, 1\)"):
             spectrim.WhitenedSVD(embeddings=True, whole=whole)
-    with pytest.raises(spectrim.UserError, match="set embeddings, too"):
+    with pytest.raises(spectrim.UserError, match="set embeddings=true, too"):
         spectrim.WhitenedSVD(whole=0.5)
 
 
 def test_a_plan_that_keeps_all_rows_is_refused(model: Reader) -> None:
-    with pytest.raises(spectrim.UserError, match="of 40 rows 40 are to be kept, which leaves none"):
-        shaped_like(model.token, 2, "embedding but 40")
-    with pytest.raises(spectrim.UserError, match="has no factored form called 'embedding but 0'"):
-        shaped_like(model.token, 2, "embedding but 0")
+    with pytest.raises(spectrim.UserError, match="of 40 rows 40 stay whole, which leaves none"):
+        EmbeddingForm(whole_rows=40).layer_for(model.token, 2)
 
 
 @pytest.mark.parametrize("kind", DECOMPOSERS)
@@ -222,7 +221,7 @@ def test_gates_are_the_first_order_change_of_dropping_a_component(
 def test_a_refit_leaves_it_as_it_is(model: Reader, objective: Objective) -> None:
     layers, _ = find_layers.factorable(model, objective.example(), embeddings=True)
     spectra = {name: DECOMPOSERS["plain"].spectrum(layer) for name, layer in layers.items()}
-    plan = RankPlan.of({"token": Kept(3, "embedding"), "body": Kept(3, "linear")})
+    plan = RankPlan.of({"token": Kept(3, EmbeddingForm()), "body": Kept(3, PlainForm("linear"))})
     cut = replacing.apply(model, plan, spectra)
     before = table(cut.token), cut.body.second.weight.clone()
     refit(cut, model, objective, 24)

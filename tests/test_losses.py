@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.decomposers.svd import SVD
+from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.language import perplexity
 from spectrim.losses import IGNORED, fisher_direction, logits_of, span_loss, token_loss
@@ -98,7 +99,7 @@ def test_the_fisher_information_of_the_gates_is_that_of_the_mean_token(batches: 
     """Against the sum over all tokens and all words that each might be, by their probability."""
     model, data = Bigram().eval(), batches[:1]
     spectrum = SVD().spectrum(model.layer)
-    plan = RankPlan.of({"layer": Kept(spectrum.max_rank, "linear")})
+    plan = RankPlan.of({"layer": Kept(spectrum.max_rank, PlainForm("linear"))})
     factored, objective = (
         replacing.apply(model, plan, {"layer": spectrum}),
         Objective(token_loss, {"calibration": data}),

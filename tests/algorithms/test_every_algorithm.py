@@ -24,6 +24,7 @@ from spectrim.decomposers.spectrum import Decomposer, content, spectrum_of
 from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
+from spectrim.factored.forms import Form, PlainForm
 from spectrim.records import records
 from spectrim.runs import configuration, targets
 from spectrim.statistics.batchnorm import SAMPLES, reestimate
@@ -64,10 +65,10 @@ def untimed(log: list[dict]) -> list[dict]:
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in log]
 
 
-def of_form(form: str, view: Any) -> Decomposer:
+def of_form(form: Form, view: Any) -> Decomposer:
     """The decomposer whose spectra have this form."""
-    subspaces = form.partition(" in ")[2]
-    return SubspaceSVD(int(subspaces), view) if subspaces else SVD(view)
+    assert isinstance(form, PlainForm)
+    return SubspaceSVD(form.subspaces, view) if form.subspaces > 1 else SVD(view)
 
 
 def compressed_by(algorithm: Algorithm, net: nn.Sequential, objective: Objective, view: Any = "channel") -> Compressed:

@@ -71,8 +71,8 @@ def test_at_full_rank_every_layer_is_what_it_was(case: Any, decomposer: Any) -> 
     layers, _ = find_layers.factorable(model, objective.example())
     moments = {}
     if decomposer.samples:
-        forms = {name: decomposer.forms(layer) for name, layer in layers.items()}
-        moments = input_moments(model, forms, objective, decomposer.samples)
+        views = {name: decomposer.views(layer) for name, layer in layers.items()}
+        moments = input_moments(model, views, objective, decomposer.samples)
     spectra = {name: spectrum_of(layer, decomposer, moments.get(name, {})) for name, layer in layers.items()}
     plan = RankPlan.of({name: Kept(spectrum.max_rank, spectrum.form) for name, spectrum in spectra.items()})
     whole = replacing.apply(model, plan, spectra)
@@ -144,9 +144,9 @@ def test_padding_takes_no_part_in_the_moments(tiny: Any, token_batches: Any) -> 
         for ids, mask, labels in zip(inputs["input_ids"], inputs["attention_mask"], targets, strict=True):
             length = int(mask.sum())
             alone.append(({"input_ids": ids[None, :length]}, labels[None, :length]))
-    forms = {"transformer.h.0.attn.c_attn": ("linear",), "transformer.h.1.mlp.c_proj": ("linear",)}
+    views = {"transformer.h.0.attn.c_attn": ("linear",), "transformer.h.1.mlp.c_proj": ("linear",)}
     padded, bare = (
-        input_moments(model, forms, Objective(token_loss, {"calibration": batches}), 6)
+        input_moments(model, views, Objective(token_loss, {"calibration": batches}), 6)
         for batches in (token_batches, alone)
     )
     for name, own in padded.items():

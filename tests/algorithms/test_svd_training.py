@@ -16,6 +16,7 @@ from spectrim.decomposers.matrix import to_matrix
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
+from spectrim.factored.dense import DenseLayer
 from spectrim.statistics.objective import Objective
 from spectrim.training.fit import Recipe
 
@@ -70,7 +71,7 @@ def test_ranks_only_fall_and_are_those_of_the_result(net: nn.Module, objective: 
         if name not in result.plan:  # folded back to dense, at the rank it has
             layer: Any = result.model.get_submodule(name)
             assert type(layer) in (nn.Linear, nn.Conv2d)
-            matrix = to_matrix(layer.weight.detach(), layer, view)
+            matrix = to_matrix(layer.weight.detach(), DenseLayer.of(layer), view)
             assert int(torch.linalg.matrix_rank(matrix, rtol=1e-4).max()) == rank
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import spectrim
 from spectrim.factored import linalg
+from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 
 INDEX = "model.safetensors.index.json"
@@ -35,7 +36,9 @@ class Net(nn.Module):
         return self.head(self.norm(self.conv(x.mT)).mT)
 
 
-PLAN = RankPlan.of({"wide": Kept(5, "linear"), "square": Kept(7, "linear"), "tall": Kept(1, "linear")})
+PLAN = RankPlan.of(
+    {"wide": Kept(5, PlainForm("linear")), "square": Kept(7, PlainForm("linear")), "tall": Kept(1, PlainForm("linear"))}
+)
 
 
 def shard_names(count: int) -> list[str]:
@@ -122,7 +125,7 @@ def test_precision_is_kept_and_a_layer_above_break_even_stays_dense(tmp_path: Pa
         "b.weight": torch.randn(20, 20).half(),
         "b.bias": torch.ones(20),
     }
-    plan = RankPlan.of({"a": Kept(9, "linear"), "b": Kept(10, "linear")})
+    plan = RankPlan.of({"a": Kept(9, PlainForm("linear")), "b": Kept(10, PlainForm("linear"))})
     folder, out = write_sharded(tmp_path / "dense", state, 1), tmp_path / "out"
     assert set(spectrim.compress_checkpoint(folder, out, plan=plan)) == {"a"}
     stored = load_file(out / shard_names(1)[0])
@@ -176,10 +179,16 @@ def refuses(message: str, folder: Path, out: Path, **settings: Any) -> None:
             ({"ratio": ratio}, "ratio must lie in \\(0, 1\\)")
             for ratio in (0, 1, -0.5, 1.5, float("nan"), True, "half")
         ],
-        ({"plan": RankPlan.of({"gone": Kept(3, "linear")})}, "plan names 'gone'; this checkpoint has no 2-D weight"),
-        ({"plan": RankPlan.of({"conv": Kept(3, "linear")})}, "plan names 'conv'; this checkpoint has no 2-D weight"),
-        ({"plan": RankPlan.of({"wide": Kept((0, 3), "linear")})}, "cuts 'wide' in another way"),
-        ({"plan": RankPlan.of({"wide": Kept(3, "channel")})}, "cuts 'wide' in another way"),
+        (
+            {"plan": RankPlan.of({"gone": Kept(3, PlainForm("linear"))})},
+            "plan names 'gone'; this checkpoint has no 2-D weight",
+        ),
+        (
+            {"plan": RankPlan.of({"conv": Kept(3, PlainForm("linear"))})},
+            "plan names 'conv'; this checkpoint has no 2-D weight",
+        ),
+        ({"plan": RankPlan.of({"wide": Kept((0, 3), PlainForm("linear"))})}, "cuts 'wide' in another way"),
+        ({"plan": RankPlan.of({"wide": Kept(3, PlainForm("channel"))})}, "cuts 'wide' in another way"),
         ({"ratio": 0.5, "dense": ["*"]}, "nothing to factor"),
     ],
 )

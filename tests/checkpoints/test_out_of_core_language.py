@@ -11,6 +11,8 @@ import spectrim
 from spectrim import language
 from spectrim.checkpoints import sharded
 from spectrim.errors import UserError
+from spectrim.factored.forms import PlainForm
+from spectrim.factored.plan import Kept
 from spectrim.losses import token_loss
 from spectrim.models.language import causal_lm
 from spectrim.statistics.objective import Objective
@@ -44,7 +46,7 @@ def test_it_is_the_model_cut_in_memory_and_comes_with_all_it_needs(
 
 def test_only_the_configuration_tells_how_a_weight_is_stored(tiny: Any, tmp_path: Path) -> None:
     tiny("gpt2").save_pretrained(tmp_path / "dense")
-    plan = spectrim.RankPlan.of({"transformer.h.0.mlp.c_fc": spectrim.factored.plan.Kept(2, "linear")})
+    plan = spectrim.RankPlan.of({"transformer.h.0.mlp.c_fc": Kept(2, PlainForm("linear"))})
     for name, given in (("config", {}), ("said", {"transposed": ("*c_fc",)}), ("not", {"transposed": ()})):
         spectrim.compress_checkpoint(tmp_path / "dense", tmp_path / name, plan=plan, **given)
     shapes = {

@@ -16,12 +16,15 @@ from spectrim.checkpoints import single_file
 from spectrim.decomposers.spectrum import spectrum_of
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
+from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.surgery import find_layers, replacing
 
 
 def small(model: nn.Module, view: Any = "channel") -> tuple[nn.Module, RankPlan]:
-    plan = RankPlan.of({"0": Kept(3, view), "3": Kept((0, 2), view), "6": Kept(5, "linear")})
+    plan = RankPlan.of(
+        {"0": Kept(3, PlainForm(view)), "3": Kept((0, 2), PlainForm(view)), "6": Kept(5, PlainForm("linear"))}
+    )
     spectra = {name: spectrum_of(model.get_submodule(name), SVD(view)) for name in plan}
     return replacing.apply(model, plan, spectra), plan
 
@@ -91,7 +94,7 @@ def test_tied_parameters_are_stored_once_and_stay_tied(tmp_path: Path) -> None:
     model, path = Tied(), tmp_path / "tied.safetensors"
     layers, left = find_layers.factorable(model, torch.zeros(1, 2, dtype=torch.long))
     assert "head" in left and "body" in layers
-    plan = RankPlan.of({"body": Kept(2, "linear")})
+    plan = RankPlan.of({"body": Kept(2, PlainForm("linear"))})
     compressed = replacing.apply(model, plan, {"body": spectrum_of(model.body, SVD())})
     single_file.save(path, compressed, plan)
     assert "head.weight" not in load_file(path)

@@ -16,6 +16,7 @@ from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.tucker2 import Tucker2
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
+from spectrim.factored.forms import PlainForm
 
 
 def of_rank_one(view: str, groups: int = 1) -> nn.Conv2d:
@@ -36,7 +37,7 @@ def of_rank_one(view: str, groups: int = 1) -> nn.Conv2d:
 def test_the_view_in_which_a_weight_has_low_rank_is_found(view: Any, groups: int) -> None:
     layer = of_rank_one(view, groups)
     spectrum = BestView(SVD()).spectrum(layer)
-    assert spectrum.form == view
+    assert spectrum.form == PlainForm(view)
     assert torch.equal(spectrum.error(), SVD(view).spectrum(layer).error())
     assert spectrum.error()[1] < 1e-6 * spectrum.error()[0]
 
@@ -64,20 +65,20 @@ def test_the_inputs_decide_where_the_base_whitens(view: Any) -> None:
     layer = nn.Conv2d(8, 8, 3)
     moments = moments_of(layer, view)
     spectrum = BestView(WhitenedSVD()).spectrum(layer, moments)
-    assert spectrum.form == view
+    assert spectrum.form == PlainForm(view)
     assert torch.equal(spectrum.weighted_error(), WhitenedSVD(view).spectrum(layer, moments).weighted_error())
 
 
-def test_forms_are_those_whose_moments_are_asked_for() -> None:
+def test_views_are_those_whose_moments_are_asked_for() -> None:
     linear, point, kernel = nn.Linear(4, 4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, (1, 3))
     whitened = BestView(WhitenedSVD(samples=7))
-    assert [whitened.forms(layer) for layer in (linear, point, kernel)] == [
+    assert [whitened.views(layer) for layer in (linear, point, kernel)] == [
         ("linear",),
         ("channel",),
         ("channel", "spatial"),
     ]
     assert whitened.samples == 7
-    assert BestView().samples == 0 and BestView().forms(kernel) == ()
+    assert BestView().samples == 0 and BestView().views(kernel) == ()
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(6, 5), nn.Conv2d(6, 5, 1), nn.Conv2d(6, 5, (1, 3))], ids=str)
@@ -114,7 +115,7 @@ def test_one_model_with_both_views_is_compressed_saved_and_loaded(
         net[3].weight.copy_(of_rank_one("spatial", groups=2).weight[:, :6])
     dense = copy.deepcopy(net)
     result = spectrim.compress(net, calibration=batches, algorithm=algorithm, decomposer=BestView(base))
-    forms = {name: kept.form for name, kept in result.plan.items()}
+    forms = {name: kept.form.to_text() for name, kept in result.plan.items()}
     assert forms and forms.items() <= {"0": "channel", "3": "spatial", "6": "linear", "8": "linear"}.items()
     result.save(tmp_path / "small.safetensors")
     loaded = spectrim.load(tmp_path / "small.safetensors", into=dense)

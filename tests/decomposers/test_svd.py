@@ -174,7 +174,7 @@ def test_unknown_settings_are_refused(settings: dict) -> None:
 
 
 def test_only_linear_and_two_dimensional_convolution_are_taken() -> None:
-    with pytest.raises(UserError, match="not Conv1d"):
+    with pytest.raises(UserError, match="not a Conv1d"):
         SVD().spectrum(nn.Conv1d(3, 3, 3))
 
 

@@ -10,6 +10,7 @@ import spectrim
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.tucker2 import Tucker2, Tucker2Spectrum, higher_order_svd
 from spectrim.errors import UserError
+from spectrim.factored.forms import PlainForm, TuckerForm
 
 
 def spectrum_of(layer: nn.Module) -> Tucker2Spectrum:
@@ -153,7 +154,7 @@ def test_a_zero_weight_is_factored_to_zero() -> None:
 @pytest.mark.parametrize("keep", [(0, 2), (1,), (0, 0)])
 def test_chosen_components_are_refused(keep: Any) -> None:
     for cut in (spectrum_of(square()).factor, spectrum_of(square()).kept):
-        with pytest.raises(UserError, match="cut to a rank: only its leading components"):
+        with pytest.raises(UserError, match="keeps its leading components only"):
             cut(keep)
 
 
@@ -188,8 +189,8 @@ def test_a_plan_names_both_ranks(net: nn.Sequential, batches: Any) -> None:
         layer, kept = result.model.get_submodule(name), result.plan[name]
         groups = layer.second.groups
         p, q = layer.second.out_channels // groups, layer.second.in_channels // groups
-        assert (kept.rank, kept.form) == (p + q - 1, f"tucker {p}x{q}")
-    assert result.plan["6"].form == "linear"
+        assert (kept.rank, kept.form) == (p + q - 1, TuckerForm(p, q))
+    assert result.plan["6"].form == PlainForm("linear")
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim.decomposers.matrix import form_of, to_matrix
+from spectrim.decomposers.matrix import to_matrix
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
+from spectrim.factored.dense import DenseLayer
 
 LAYERS = [(nn.Linear(9, 6), 1), (nn.Linear(5, 8), 1), (nn.Conv2d(4, 6, 3, groups=2), 2), (nn.Conv2d(2, 9, 3), 1)]
 
 
 def moment_of(layer: Any, view: str, rank: int | None = None) -> Tensor:
     """A second moment with eigenvalues that spread over four orders of magnitude; of ``rank``, if given."""
-    matrix = to_matrix(layer.weight.detach(), layer, view)  # type: ignore[arg-type]
+    matrix = to_matrix(layer.weight.detach(), DenseLayer.of(layer), view)
     groups, _, size = matrix.shape
     x = torch.randn(groups, 4 * size, size).double() * torch.logspace(0, -2, size).double()
     if rank is not None:
@@ -25,7 +26,7 @@ def moment_of(layer: Any, view: str, rank: int | None = None) -> Tensor:
 
 
 def output_change(change: Tensor, layer: Any, view: str, moment: Tensor) -> Tensor:
-    matrix = to_matrix(change, layer, view).double()  # type: ignore[arg-type]
+    matrix = to_matrix(change, DenseLayer.of(layer), view).double()
     return torch.einsum("goi,gij,goj->", matrix, moment, matrix).sqrt()
 
 
@@ -36,7 +37,7 @@ def test_weighted_error_is_that_of_the_factored_layer_and_below_that_of_plain_sv
 ) -> None:
     layer = layer.double()
     moment = moment_of(layer, view)
-    whitened = WhitenedSVD(view, ridge=1e-12).spectrum(layer, {form_of(layer, view): moment})
+    whitened = WhitenedSVD(view, ridge=1e-12).spectrum(layer, {DenseLayer.of(layer).view(view): moment})
     plain = SVD(view).spectrum(layer)
     better = 0
     for k in range(1, whitened.max_rank + 1):
@@ -56,7 +57,7 @@ def test_full_rank_gives_the_weight_back_whatever_the_moment(
     layer: Any, groups: int, rank: int, weight_of: Any
 ) -> None:
     layer = layer.double()
-    moments = {form_of(layer, "spatial"): moment_of(layer, "spatial", rank)}
+    moments = {DenseLayer.of(layer).view("spatial"): moment_of(layer, "spatial", rank)}
     spectrum = WhitenedSVD("spatial").spectrum(layer, moments)
     factored = weight_of(spectrum.factor(spectrum.max_rank), groups)
     torch.testing.assert_close(factored, layer.weight, atol=1e-9, rtol=1e-9)

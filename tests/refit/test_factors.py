@@ -13,7 +13,6 @@ from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.tucker2 import Tucker2
 from spectrim.errors import UserError
-from spectrim.factored.layers import composed, factors_of
 from spectrim.factored.linalg import svd
 from spectrim.factored.plan import RankPlan
 from spectrim.refit.factors import refit
@@ -87,7 +86,7 @@ def test_composed_is_the_dense_weight_at_full_rank(make: Make, groups: int) -> N
     model = cut(net, make)
     for name in ("conv", "bare", "fc"):
         layer: Any = model.get_submodule(name)
-        matrix = composed(layer, [factor.weight for factor in factors_of(layer)])  # type: ignore[misc]
+        matrix = layer.product([factor.weight for factor in layer.factors])  # type: ignore[misc]
         weight = net.get_submodule(name).weight
         torch.testing.assert_close(matrix.reshape(weight.shape), weight, atol=1e-5, rtol=1e-5)  # type: ignore
 
@@ -97,7 +96,7 @@ def test_composed_of_subspaces_is_the_dense_weight_at_full_rank(view: Any) -> No
     for layer in (nn.Conv2d(8, 6, 3, groups=2), nn.Linear(8, 6)):
         spectrum = SubspaceSVD(2, view).spectrum(layer)
         factored: Any = spectrum.factor(spectrum.max_rank)
-        matrix = composed(factored, [factor.weight for factor in factors_of(factored)])  # type: ignore[misc]
+        matrix = factored.product([factor.weight for factor in factored.factors])  # type: ignore[misc]
         torch.testing.assert_close(matrix.reshape(layer.weight.shape), layer.weight, atol=1e-5, rtol=1e-5)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
+from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.statistics.fisher import gate_gradients
 from spectrim.statistics.objective import Objective
@@ -60,7 +61,7 @@ def test_a_layer_that_is_called_again_and_again_has_one_gate_for_all_calls() -> 
 
     net, data = Recurrent(), Objective(F.cross_entropy, {"calibration": [(torch.randn(6, 4), torch.arange(6) % 3)]})
     spectra: Any = {"step": SVD().spectrum(net.step)}
-    model = replacing.apply(net, RankPlan.of({"step": Kept(4, "linear")}), spectra)
+    model = replacing.apply(net, RankPlan.of({"step": Kept(4, PlainForm("linear"))}), spectra)
     given = gate_gradients(model, ["step"], data, samples=6).rows["step"].given
     components = spectra["step"].first_order(data.gradients(net, ["step"])["step"]).diff()
     torch.testing.assert_close(given.mean(0).double(), components, atol=1e-6, rtol=1e-4)
@@ -149,7 +150,7 @@ def test_frozen_models_positions_and_the_number_of_samples() -> None:
 
     net = Tokens()
     spectra: Any = {"layer": SVD().spectrum(net.layer)}
-    model = replacing.apply(net, RankPlan.of({"layer": Kept(3, "linear")}), spectra).requires_grad_(False)
+    model = replacing.apply(net, RankPlan.of({"layer": Kept(3, PlainForm("linear"))}), spectra).requires_grad_(False)
     data = [(torch.randn(2, 7, 4), torch.tensor([0, 1])) for _ in range(5)]
     rows = gate_gradients(model, ["layer"], Objective(F.cross_entropy, {"calibration": data}), samples=3).rows["layer"]
     assert rows.given.shape == rows.drawn.shape == (4, 3)  # whole batches

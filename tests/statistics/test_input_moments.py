@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spectrim.decomposers.matrix import to_matrix
 from spectrim.errors import UserError
+from spectrim.factored.dense import DenseLayer
 from spectrim.statistics.input_moments import Rows, input_moments
 from spectrim.statistics.objective import Objective
 
@@ -50,7 +51,7 @@ def test_of_a_convolution_gives_the_mean_square_of_its_outputs(layer: Any) -> No
     layer = layer.double()
     x = torch.randn(3, 4, 9, 8).double()
     moment = moment_of(Probe(layer), "channel", objective(x), samples=3)
-    W = to_matrix(layer.weight.detach(), layer, "channel")
+    W = to_matrix(layer.weight.detach(), DenseLayer.of(layer), "channel")
     outputs = (layer(x) - layer.bias.view(1, -1, 1, 1)).transpose(0, 1).flatten(1)
     torch.testing.assert_close(torch.einsum("goi,gij,goj->go", W, moment, W).flatten(), outputs.square().mean(1))
 

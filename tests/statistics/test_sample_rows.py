@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from spectrim import Joint, compress
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
+from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.losses import fisher_direction
 from spectrim.statistics import fisher
@@ -123,7 +124,7 @@ def test_a_layer_outside_the_loss_is_left_out_and_one_that_a_batch_does_not_reac
 def test_a_loss_of_other_outputs_than_scores_tells_its_samples_too() -> None:
     net, (x, _) = Net("sequence first"), batch()
     spectra = {"first": SVD().spectrum(net.first)}
-    model = replacing.apply(net.eval(), RankPlan.of({"first": Kept(WIDTH, "linear")}), spectra)
+    model = replacing.apply(net.eval(), RankPlan.of({"first": Kept(WIDTH, PlainForm("linear"))}), spectra)
     target = torch.randn(COUNT, 5)
 
     def rows(batches: list) -> Tensor:

@@ -12,6 +12,7 @@ from spectrim.batches import evaluating
 from spectrim.decomposers.spectrum import Spectrum, spectrum_of
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
+from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.surgery import find_layers, replacing
 
@@ -22,7 +23,9 @@ def spectra_of(model: nn.Module, view: Any = "channel") -> dict[str, Spectrum]:
 
 
 def small(model: nn.Module, view: Any = "channel") -> tuple[nn.Module, RankPlan]:
-    plan = RankPlan.of({"0": Kept(3, view), "3": Kept((0, 2), view), "6": Kept(5, "linear")})
+    plan = RankPlan.of(
+        {"0": Kept(3, PlainForm(view)), "3": Kept((0, 2), PlainForm(view)), "6": Kept(5, PlainForm("linear"))}
+    )
     return replacing.apply(model, plan, spectra_of(model, view)), plan
 
 
@@ -87,7 +90,7 @@ def test_a_transformer_still_runs_after_its_layers_are_factored(gradients: bool)
     model = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)).eval()
     x = torch.randn(4, 3, 16)
     layers, left = find_layers.factorable(model, x)
-    plan = RankPlan.of({name: Kept(16, "linear") for name in layers})
+    plan = RankPlan.of({name: Kept(16, PlainForm("linear")) for name in layers})
     whole = replacing.apply(model, plan, {name: spectrum_of(layer, SVD()) for name, layer in layers.items()})
     assert "0" in plan and "1.self_attn.out_proj" in left
     with torch.set_grad_enabled(gradients):
@@ -121,7 +124,7 @@ def test_a_plan_is_applied_to_a_copy(net: nn.Sequential, view: str) -> None:
 
 
 def test_a_copy_that_only_looks_shares_what_it_does_not_replace(net: nn.Sequential) -> None:
-    spectra, plan = spectra_of(net), RankPlan.of({"0": Kept(3, "channel")})
+    spectra, plan = spectra_of(net), RankPlan.of({"0": Kept(3, PlainForm("channel"))})
     apart, shared = (replacing.apply(net, plan, spectra, shared=own) for own in (False, True))
     own = {id(parameter) for parameter in net.parameters()}
     left = [p for name, p in shared.named_parameters() if not name.startswith("0.")]
@@ -150,4 +153,4 @@ def test_a_replaced_layer_takes_the_mode_of_the_one_before(net: nn.Sequential) -
 
 def test_a_plan_with_an_unknown_layer_is_refused(net: nn.Sequential) -> None:
     with pytest.raises(UserError, match="the plan names 'head'"):
-        replacing.apply(net, RankPlan.of({"head": Kept(2, "linear")}), spectra_of(net))
+        replacing.apply(net, RankPlan.of({"head": Kept(2, PlainForm("linear"))}), spectra_of(net))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spectrim.decomposers.matrix import to_matrix
 from spectrim.errors import UserError
 from spectrim.factored import linalg
+from spectrim.factored.dense import DenseLayer
 from spectrim.theory.lipschitz import convolution_gain, lipschitz, overlap
 
 many = settings(max_examples=60, deadline=None)
@@ -111,7 +112,7 @@ convolutions = st.fixed_dictionaries(
 def test_no_convolution_exceeds_its_gain(shape: dict, view: Any, seed: int) -> None:
     torch.manual_seed(seed)
     layer = nn.Conv2d(4, 2, bias=False, **shape).double().requires_grad_(False)
-    sigma = linalg.svd(to_matrix(layer.weight, layer, view)).S_R.max().item()
+    sigma = linalg.svd(to_matrix(layer.weight, DenseLayer.of(layer), view)).S_R.max().item()
     norm = norm_of(layer, (7, 8), 4)
     kh, kw = shape["kernel_size"]
     assert norm <= convolution_gain(layer, view) * sigma * (1 + 1e-9)
@@ -122,7 +123,7 @@ def test_no_convolution_exceeds_its_gain(shape: dict, view: Any, seed: int) -> N
 def test_the_gain_is_reached_by_a_box_filter_and_without_it_the_bound_fails(view: Any) -> None:
     layer = nn.Conv2d(1, 1, 3, padding="same", bias=False).double().requires_grad_(False)
     layer.weight.fill_(1)
-    sigma = linalg.svd(to_matrix(layer.weight, layer, view)).S_R.max().item()
+    sigma = linalg.svd(to_matrix(layer.weight, DenseLayer.of(layer), view)).S_R.max().item()
     norm = norm_of(layer, (24, 24), 1)
     assert 2.9 * sigma < norm <= convolution_gain(layer, view) * sigma == pytest.approx(3 * sigma)
 

@@ -48,7 +48,7 @@ def test_the_curves_and_the_model_are_the_same(
         assert isinstance(other, MatrixSpectrum) == isinstance(getattr(other, "_vectors", None), Laid)
         for curve in ("error", "weighted_error", "largest_entry"):
             torch.testing.assert_close(getattr(other, curve)(), getattr(one, curve)())
-        assert (one.break_even, one.form, one.sizes(2)) == (other.break_even, other.form, other.sizes(2))
+        assert (one.break_even, one.kept(2), one.sizes(2)) == (other.break_even, other.kept(2), other.sizes(2))
     first, second = (bench.finish(dict.fromkeys(bench.spectra, 2)) for bench in (usual, spared))
     assert first.plan == second.plan
     for key, value in first.model.state_dict().items():

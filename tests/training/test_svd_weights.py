@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spectrim.decomposers.matrix import from_matrix, to_matrix
 from spectrim.decomposers.svd import SVD
 from spectrim.factored import linalg
+from spectrim.factored.dense import DenseLayer
 from spectrim.training import svd_weights
 
 VIEWS: Any = ("channel", "spatial")
@@ -47,7 +48,9 @@ def trained(layer: Any, steps: int = 3) -> torch.optim.SGD:
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_from_matrix_is_the_inverse_of_to_matrix(layer: Any, view: Any) -> None:
-    assert torch.equal(from_matrix(to_matrix(layer.weight, layer, view), layer, view), layer.weight)
+    assert torch.equal(
+        from_matrix(to_matrix(layer.weight, DenseLayer.of(layer), view), DenseLayer.of(layer), view), layer.weight
+    )
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -68,12 +71,12 @@ def test_unfolding_and_folding_keep_the_function(layer: Any, view: Any) -> None:
 @pytest.mark.parametrize("view", VIEWS)
 def test_orthogonalising_keeps_function_and_velocity(layer: Any, view: Any) -> None:
     optimizer = trained(unfolded(layer, view))
-    x, parts = inputs_of(layer), svd_weights.factors_of(layer)
+    x, parts = inputs_of(layer), svd_weights.svd_of(layer)
     velocity = linalg.SVD(*(optimizer.state[part]["momentum_buffer"].clone() for part in parts))
     before, weight = linalg.SVD(*(part.detach().clone() for part in parts)), layer.weight.detach().clone()
     svd_weights.orthogonalise(layer, optimizer)
     torch.testing.assert_close(layer.weight, weight, atol=1e-6, rtol=1e-5)
-    assert (svd_weights.factors_of(layer).S_R.diff(dim=-1) <= 0).all()
+    assert (svd_weights.svd_of(layer).S_R.diff(dim=-1) <= 0).all()
     carried = linalg.carried(velocity, before, linalg.orthogonalised(before))
     for part, expected in zip(parts, carried, strict=True):
         torch.testing.assert_close(optimizer.state[part]["momentum_buffer"], expected.float())
@@ -84,10 +87,10 @@ def test_orthogonalising_keeps_function_and_velocity(layer: Any, view: Any) -> N
 def test_a_cut_keeps_the_leading_components_and_their_momentum_and_goes_on_training(layer: Any, view: Any) -> None:
     optimizer = trained(unfolded(layer, view))
     svd_weights.orthogonalise(layer, optimizer)
-    parts = svd_weights.factors_of(layer)
+    parts = svd_weights.svd_of(layer)
     momenta = [optimizer.state[part]["momentum_buffer"].clone() for part in parts]
     U, S, Vh = (part.detach().clone() for part in parts)
-    svd_weights.cut(layer, 2, optimizer)
+    svd_weights.truncate(layer, 2, optimizer)
     for part, expected in zip(parts, (U[..., :2], S[..., :2], Vh[..., :2, :]), strict=True):
         assert torch.equal(part, expected)
     for part, momentum in zip(parts, (momenta[0][..., :2], momenta[1][..., :2], momenta[2][..., :2, :]), strict=True):
@@ -98,15 +101,15 @@ def test_a_cut_keeps_the_leading_components_and_their_momentum_and_goes_on_train
     optimizer.step()
     assert parts.U_OR.shape == before.shape and not torch.equal(parts.U_OR, before)
     svd_weights.fold(layer)
-    assert int(torch.linalg.matrix_rank(to_matrix(layer.weight.detach(), layer, view)).max()) == 2
+    assert int(torch.linalg.matrix_rank(to_matrix(layer.weight.detach(), DenseLayer.of(layer), view)).max()) == 2
 
 
 def test_a_cut_before_the_first_step_needs_no_momentum() -> None:
     layer = unfolded(nn.Linear(7, 5), "channel")
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     svd_weights.orthogonalise(layer, optimizer)
-    svd_weights.cut(layer, 1, optimizer)
-    assert not any(optimizer.state.values()) and svd_weights.factors_of(layer).S_R.shape == (1, 1)
+    svd_weights.truncate(layer, 1, optimizer)
+    assert not any(optimizer.state.values()) and svd_weights.svd_of(layer).S_R.shape == (1, 1)
 
 
 def test_no_bounded_step_on_a_factor_moves_the_weight_further_than_its_own_gradient() -> None:
@@ -114,7 +117,7 @@ def test_no_bounded_step_on_a_factor_moves_the_weight_further_than_its_own_gradi
     torch.manual_seed(0)
     layer = unfolded(nn.Linear(7, 5), "channel")
     svd_weights.bound_steps(layer)
-    parts = svd_weights.factors_of(layer)
+    parts = svd_weights.svd_of(layer)
     with torch.no_grad():
         for part, scale in zip(parts, (3.0, 0.5, 4.0), strict=True):
             part.mul_(scale)
@@ -133,11 +136,11 @@ def test_no_bounded_step_on_a_factor_moves_the_weight_further_than_its_own_gradi
 def test_orthonormal_factors_with_small_singular_values_are_left_alone() -> None:
     layer = unfolded(nn.Linear(7, 5), "channel")
     with torch.no_grad():
-        svd_weights.factors_of(layer).S_R.mul_(0.5 / svd_weights.factors_of(layer).S_R.max())
+        svd_weights.svd_of(layer).S_R.mul_(0.5 / svd_weights.svd_of(layer).S_R.max())
     other = copy.deepcopy(layer)
     svd_weights.bound_steps(layer)
     G_OI = torch.randn(5, 7)
     for one in (layer, other):
         (one.weight * G_OI).sum().backward()
-    for mine, theirs in zip(svd_weights.factors_of(layer), svd_weights.factors_of(other), strict=True):
+    for mine, theirs in zip(svd_weights.svd_of(layer), svd_weights.svd_of(other), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-6)

@@ -14,7 +14,7 @@ from spectrim.algorithms.shared.removal import Gated, remove
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
-from spectrim.factored.plan import Kept, RankPlan
+from spectrim.factored.plan import RankPlan
 from spectrim.refit.factors import refit
 from spectrim.statistics import paired_loss
 from spectrim.statistics.fisher import Gates, gate_gradients
@@ -171,7 +171,7 @@ class _JointSearch:
         """
         chosen, bench = self.settings, self.bench
         first_order = chosen.significance is not None
-        left = {name: Kept(tuple(kept.tolist()), bench.spectra[name].form) for name, kept in point.kept.items()}
+        left = {name: bench.spectra[name].kept(tuple(kept.tolist())) for name, kept in point.kept.items()}
         cut = {name for name, kept in point.kept.items() if len(kept) < bench.spectra[name].max_rank}
 
         def gates_of(block: Sequence[str], seen: Objective) -> Gates:

@@ -119,7 +119,7 @@ class _Callbacks:
         self.settings, self.net, self.layers, self.judged = chosen, net, layers, judged
 
     def factors(self) -> dict[str, linalg.SVD]:
-        return {name: svd_weights.factors_of(self.net.get_submodule(name)) for name in self.layers}
+        return {name: svd_weights.svd_of(self.net.get_submodule(name)) for name in self.layers}
 
     def ranks(self) -> Ranks:
         return {name: factors.S_R.shape[-1] for name, factors in self.factors().items()}
@@ -161,7 +161,7 @@ class _Callbacks:
             return ranks if passed else None
 
         for name, rank in (bisect(at, self.settings.delta_step) or full).items():
-            svd_weights.cut(self.net.get_submodule(name), rank, optimizer)
+            svd_weights.truncate(self.net.get_submodule(name), rank, optimizer)
         return steps
 
     def _weights(self) -> dict[str, float]:

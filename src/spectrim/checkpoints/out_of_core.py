@@ -14,6 +14,7 @@ from tqdm import tqdm
 from spectrim.checkpoints.sharded import BESIDE, INDEX, MANIFEST, PICKLES, Manifest, Sharded
 from spectrim.errors import UserError
 from spectrim.factored import linalg
+from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.tools import digests, files, safetensors_stream
 from spectrim.tools.safetensors_stream import Entry, Shard
@@ -118,14 +119,14 @@ def _of_plan(entries: Mapping[str, Entry], plan: RankPlan) -> RankPlan:
     for name, kept in plan.items():
         if name not in layers:
             raise UserError(f"the plan names {name!r}; this checkpoint has no 2-D weight {name}.weight")
-        if kept.form != "linear" or not isinstance(kept.keep, int):
+        if kept.form != PlainForm("linear") or not isinstance(kept.keep, int):
             raise UserError(f"the plan cuts {name!r} in another way than to the leading components of a linear layer")
     return _below_break_even({name: kept.rank for name, kept in plan.items()}, layers)
 
 
 def _below_break_even(ranks: Mapping[str, int], layers: Mapping[str, Entry]) -> RankPlan:
     pays = {name: rank for name, rank in ranks.items() if 0 < rank <= linalg.break_even_rank(*layers[name].shape)}
-    return RankPlan.of({name: Kept(rank, "linear") for name, rank in pays.items()})
+    return RankPlan.of({name: Kept(rank, PlainForm("linear")) for name, rank in pays.items()})
 
 
 def _write_all(source: Sharded, manifest: Manifest, flipped: Collection[str]) -> None:

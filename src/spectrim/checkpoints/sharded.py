@@ -10,7 +10,6 @@ from torch import nn
 from tqdm import tqdm
 
 from spectrim.errors import UserError
-from spectrim.factored.layers import of_plan
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery.replacing import replace
 from spectrim.tools import digests, files
@@ -151,7 +150,7 @@ def load(folder: str | Path, into: nn.Module) -> nn.Module:
     factored = {}
     for name, kept in manifest.plan.items():
         try:
-            factored[name] = of_plan(into.get_submodule(name), kept.rank, kept.form)
+            factored[name] = kept.form.layer_for(into.get_submodule(name), kept.rank)
         except (AttributeError, UserError) as error:
             raise UserError(f"{folder} is of another architecture, layer {name!r}: {error}") from None
     _require_same_shapes(source, into, factored)

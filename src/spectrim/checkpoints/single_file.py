@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from spectrim.errors import UserError
-from spectrim.factored.layers import of_plan
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery.replacing import replace
 from spectrim.tools import safetensors_stream
@@ -52,7 +51,7 @@ def load(path: str | Path, into: nn.Module) -> nn.Module:
     model = copy.deepcopy(into)
     for name, kept in plan.items():
         try:
-            replace(model, name, of_plan(model.get_submodule(name), kept.rank, kept.form))
+            replace(model, name, kept.form.layer_for(model.get_submodule(name), kept.rank))
         except (AttributeError, UserError) as error:
             raise UserError(f"{path} is of another architecture, layer {name!r}: {error}") from None
     if _architecture(model) != metadata["architecture"]:

@@ -1,1 +1,1 @@
-"""A dense layer to its spectrum, from which any rank is cut."""
+"""A dense layer to its spectrum, which holds the factors of every rank."""

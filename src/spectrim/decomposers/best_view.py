@@ -5,22 +5,24 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from spectrim.decomposers.matrix import View, checked
+from spectrim.decomposers.matrix import View
 from spectrim.decomposers.spectrum import NO_MOMENTS, Moments, Spectrum
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
+from spectrim.factored.dense import DenseLayer
 from spectrim.tools.settings import settings
 
 
 @settings
 class BestView:
-    """``base`` in the view that loses less, for each convolution by itself; its own ``view`` is not looked at.
+    """Decompose each convolution by ``base`` in the view with the smaller mean loss. The view of ``base`` is ignored.
 
-    A view loses, at a number of parameters, the relative squared ``weighted_error`` of the largest rank that fits into
-    it; compared are the means over all numbers below that of the dense weight, so that views whose ranks cost different
-    numbers of parameters meet at equal cost. At equality, and for a Linear and a 1x1 convolution, which have one form
-    only, it is the channel view. Where ``base`` whitens, both moments are gathered and each view is weighed as it
-    weighs itself: the spatial one takes the rows of a patch for independent.
+    At a number of parameters, the loss of a view is the relative squared ``weighted_error`` of the largest rank within
+    it. The mean is over all numbers of parameters below that of the dense weight, because ranks of the two views cost
+    different numbers of them. On a tie the channel view wins. A Linear and a 1x1 convolution have one view only.
+
+    If ``base`` whitens, the moments of both views are taken. Its spatial view assumes that the rows of a patch are
+    independent.
     """
 
     base: SVD | WhitenedSVD = SVD()
@@ -33,14 +35,14 @@ class BestView:
     def embeddings(self) -> bool:
         return self.base.embeddings
 
-    def forms(self, layer: nn.Module) -> tuple[str, ...]:
-        return tuple(form for candidate in self._candidates(layer) for form in candidate.forms(layer))
+    def views(self, layer: nn.Module) -> tuple[str, ...]:
+        return tuple(view for candidate in self._candidates(layer) for view in candidate.views(layer))
 
     def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> Spectrum:
-        """Decompose ``layer`` in each view, keep the better. Raises ``UserError`` as ``base`` does."""
-        layer = checked(layer)
+        """Decompose ``layer`` in each view and return the better spectrum. Raises ``UserError`` as ``base`` does."""
+        params = DenseLayer.of(layer).weight.numel()
         spectra = [candidate.spectrum(layer, moments) for candidate in self._candidates(layer)]
-        return min(spectra, key=lambda spectrum: mean_loss(spectrum, layer.weight.numel()))
+        return min(spectra, key=lambda spectrum: mean_loss(spectrum, params))
 
     def _candidates(self, layer: nn.Module) -> list[SVD | WhitenedSVD]:
         several = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
@@ -49,9 +51,9 @@ class BestView:
 
 
 def mean_loss(spectrum: Spectrum, params: int) -> float:
-    """The mean, over all budgets from 0 to ``params``, of the relative squared error of the largest rank within.
+    """Return the mean relative squared error of the largest rank within a budget, over budgets from 0 to ``params``.
 
-    Of a step function of the budget that begins at 1, where not even one component fits; 0 for a zero weight.
+    The error is a step function of the budget. It is 1 where not even one component fits, and 0 for a zero weight.
     """
     energy: Tensor = spectrum.weighted_error().square()
     relative = (energy / energy[0].clamp_min(1e-300)).tolist()

@@ -1,46 +1,40 @@
 """A Linear, Embedding or Conv2d weight as matrices, and the spectrum of such a weight."""
 
-from typing import Any, Literal, cast
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from spectrim.decomposers.spectrum import Keep, Spectrum
 from spectrim.errors import UserError
 from spectrim.factored import linalg
-from spectrim.factored.layers import (
-    dense_kinds,
-    is_linear,
-    is_stored_transposed,
-    shaped_like,
-    subspace_form,
-    transposed,
-)
+from spectrim.factored.base import Factor, FactoredLayer
+from spectrim.factored.dense import DenseLayer
+from spectrim.factored.forms import EmbeddingForm, Form, PlainForm
+from spectrim.factored.plan import Kept
 from spectrim.tools.spill import Laid, Shelf
 
 View = Literal["channel", "spatial"]
 
 
 class MatrixSpectrum(Spectrum):
-    """The spectrum of a weight seen as one matrix a group, or as ``subspaces`` matrices a group side by side.
+    """The spectrum of a weight read as one matrix a group, or as ``subspaces`` matrices a group side by side.
 
-    ``factors``: U (g, O, R), S (g, R), Vh (g, R, I), where g counts all the matrices. U and Vh may lie on a shelf.
+    ``factors``: U (g, O, R), S (g, R), Vh (g, R, I), where g counts all the matrices. A shelf may hold U and Vh.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, view: View, factors: linalg.SVD, subspaces: int = 1) -> None:
-        # Only the shape of the layer is kept: holding the layer itself would keep every decomposed model alive.
-        self.template = without_weights(layer)
+    def __init__(self, layer: DenseLayer, view: View, factors: linalg.SVD, subspaces: int = 1) -> None:
+        # Only the shape of the layer is kept: the layer itself would keep every decomposed model alive.
+        self.template = layer.without_weights()
         self.view, self.subspaces, self.S_R = view, subspaces, factors.S_R
         self.shape = (*factors.U_OR.shape[:2], factors.Vh_RI.shape[-1])  # matrices, outputs and inputs of each
         self._vectors: tuple[Tensor, Tensor] | Laid = (factors.U_OR, factors.Vh_RI)
-        bias = getattr(layer, "bias", None)  # an embedding has none
-        self.bias = None if bias is None else bias.detach().clone()
+        self.bias = None if layer.bias is None else layer.bias.detach().clone()
         self.device = layer.weight.device
         self._largest: Tensor | None = None
 
     @property
     def factors(self) -> linalg.SVD:
-        """From memory, or read from the shelf at each call."""
+        """The decomposition, from memory, or read from the shelf at each access."""
         if not isinstance(self._vectors, Laid):
             return linalg.SVD(self._vectors[0], self.S_R, self._vectors[1])
         read = self._vectors.read()
@@ -52,7 +46,7 @@ class MatrixSpectrum(Spectrum):
 
     @property
     def importance(self) -> Tensor:
-        """What the components are ordered by, falling. Shape (g, R)."""
+        """The values that order the components, in falling order. Shape (g, R)."""
         return self.S_R
 
     @property
@@ -60,8 +54,14 @@ class MatrixSpectrum(Spectrum):
         return self.S_R.shape[-1]
 
     @property
-    def form(self) -> str:
-        return subspace_form(form_of(self.template, self.view), self.subspaces)
+    def form(self) -> Form:
+        """The form of the factored layers, the same at every rank."""
+        if isinstance(self.template.module, nn.Embedding):
+            return EmbeddingForm()
+        return PlainForm(self.template.view(self.view), self.subspaces)
+
+    def kept(self, keep: Keep) -> Kept:
+        return Kept(keep, self.form)
 
     @property
     def break_even(self) -> int:
@@ -84,37 +84,26 @@ class MatrixSpectrum(Spectrum):
         groups, outputs, inputs = self.shape
         return rank * groups * inputs, rank * groups * outputs
 
-    def factor(self, keep: Keep) -> nn.Module:
+    def factor(self, keep: Keep) -> FactoredLayer:
         chosen = _components(keep, self.max_rank)
         U, S, Vh = self.factors
         root = S[:, chosen].sqrt()  # the two factors share the singular values: equal norms, no overflow in half
         B, A = U[:, :, chosen] * root[:, None, :], root[:, :, None] * Vh[:, chosen, :]
-        layer: Any = shaped_like(self.template, len(chosen), self.form).to_empty(device=self.device)
-        with torch.no_grad():
-            layer.first.weight.copy_(first_weight(A, layer.first))
-            layer.second.weight.copy_(second_weight(B, layer.second, self.template))
-            if self.bias is not None:
-                layer.second.bias.copy_(self.bias)
+        layer = self.form.layer_for(self.template.module, len(chosen)).to_empty(device=self.device)
+        weights = _first_weight(A, layer.first), _second_weight(B, layer.second, self.template.groups)
+        layer.fill(weights, self.bias)
         return layer
 
 
-def form_of(layer: nn.Module, view: View) -> str:
-    """The form of the factors of ``layer``: a Linear and an embedding have one each, a convolution that of the view."""
-    if isinstance(layer, nn.Embedding):
-        return "embedding"
-    return "linear" if is_linear(layer) else view
+def to_matrix(weight: Tensor, layer: DenseLayer, view: str, subspaces: int = 1) -> Tensor:
+    """Read a weight of ``layer``, or its gradient, as matrices (g, O, I) in one of the views of ``SVD``.
 
-
-def to_matrix(weight: Tensor, layer: nn.Linear | nn.Conv2d, view: View, subspaces: int = 1) -> Tensor:
-    """A weight (or its gradient) as matrices (g, O, I): the views of a convolution as in ``SVD``.
-
-    A Linear has g = 1, and an embedding too: its I inputs are the ids, one of which is 1 at a position, the others 0.
-
-    With ``subspaces`` g counts each of them: the matrix of a group, cut into that many along its input channels.
+    A Linear and an Embedding have g = 1. With ``subspaces``, the matrix of each group is split along its input channels
+    into as many parts, and g counts all of them.
     """
-    if is_stored_transposed(layer):
+    if layer.stored_transposed:
         weight = weight.t()
-    groups, (outputs, inputs, *kernel) = getattr(layer, "groups", 1), weight.shape
+    groups, (outputs, inputs, *kernel) = layer.groups, weight.shape
     split = weight.reshape(groups, outputs // groups, subspaces, inputs // subspaces, *kernel)
     blocks = split.transpose(1, 2).flatten(0, 1)
     if weight.ndim == 2 or view == "channel":
@@ -122,32 +111,34 @@ def to_matrix(weight: Tensor, layer: nn.Linear | nn.Conv2d, view: View, subspace
     return blocks.permute(0, 1, 3, 2, 4).flatten(3).flatten(1, 2)
 
 
-def from_matrix(W_OI: Tensor, layer: nn.Linear | nn.Conv2d, view: View) -> Tensor:
-    """The inverse of ``to_matrix``: matrices (g, O, I) as a weight of ``layer``."""
-    if is_stored_transposed(layer):
-        return W_OI.squeeze(0).t()
-    if isinstance(layer, nn.Linear):
-        return W_OI.squeeze(0)
-    shape = outputs, inputs, kh, kw = layer.weight.shape
+def from_matrix(W_OI: Tensor, layer: DenseLayer, view: str) -> Tensor:
+    """Turn matrices (g, O, I) into a weight of ``layer``: the inverse of ``to_matrix`` without subspaces."""
+    if layer.weight.ndim == 2:
+        W_OI = W_OI.squeeze(0)
+        return W_OI.t() if layer.stored_transposed else W_OI
+    kh, kw = layer.kernel
     if view == "spatial":
-        W_OI = W_OI.reshape(layer.groups, outputs // layer.groups, kh, inputs, kw).permute(0, 1, 3, 2, 4)
-    return W_OI.reshape(shape)
+        rows = layer.outputs // layer.groups
+        W_OI = W_OI.reshape(layer.groups, rows, kh, layer.inputs, kw).permute(0, 1, 3, 2, 4)
+    return W_OI.reshape(layer.outputs, layer.inputs, kh, kw)
 
 
-def first_weight(A: Tensor, first: nn.Module) -> Tensor:
-    """Rows of A (g, rank, I) as the weight of the first layer."""
+def _first_weight(A: Tensor, first: Factor) -> Tensor:
+    """Return the rows of A (g, rank, I) in the shape of the weight of the first factor."""
     if isinstance(first, nn.Embedding):
         return A.squeeze(0).t()
-    return A.reshape(cast(Tensor, first.weight).shape)
+    return A.reshape(first.weight.shape)
 
 
-def second_weight(B: Tensor, second: nn.Module, dense: nn.Linear | nn.Conv2d) -> Tensor:
-    """Columns of B (g, O, rank) as the weight of the second layer: those of a group's subspaces side by side."""
-    groups = getattr(dense, "groups", 1)
+def _second_weight(B: Tensor, second: Factor, groups: int) -> Tensor:
+    """Return the columns of B (g, O, rank) in the shape of the weight of the second factor.
+
+    The columns of all subspaces of a group lie side by side.
+    """
     B = B.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
     if isinstance(second, nn.Conv2d) and second.kernel_size[0] > 1:
         B = B.unflatten(1, (-1, second.kernel_size[0])).transpose(2, 3)
-    return B.reshape(cast(Tensor, second.weight).shape)
+    return B.reshape(second.weight.shape)
 
 
 def _components(keep: Keep, max_rank: int) -> list[int]:
@@ -155,38 +146,3 @@ def _components(keep: Keep, max_rank: int) -> list[int]:
     if not chosen or chosen[0] < 0 or chosen[-1] >= max_rank or len(set(chosen)) < len(chosen):
         raise UserError(f"keep between 1 and {max_rank} components of this layer, got {keep}")
     return chosen
-
-
-def checked(layer: nn.Module) -> nn.Linear | nn.Conv2d:
-    """``layer`` itself. Raises ``UserError`` for a kind of layer that is not seen as a matrix."""
-    if not isinstance(layer, dense_kinds()):
-        raise UserError(f"a decomposition factors nn.Linear, nn.Conv2d and nn.Embedding, not {type(layer).__name__}")
-    return cast(nn.Linear | nn.Conv2d, layer)
-
-
-def without_weights(layer: nn.Linear | nn.Conv2d) -> nn.Linear | nn.Conv2d:
-    """A layer of the same settings on the meta device."""
-    if isinstance(layer, transposed()):
-        inputs, outputs = layer.weight.shape
-        with torch.device("meta"):
-            return cast(Any, type(layer))(outputs, inputs).to(layer.weight.dtype)
-    if isinstance(layer, nn.Embedding):
-        with torch.device("meta"):
-            rows, width = layer.weight.shape
-            return cast(Any, nn.Embedding(rows, width, dtype=layer.weight.dtype))
-    if isinstance(layer, nn.Linear):
-        bias, dtype = layer.bias is not None, layer.weight.dtype
-        return nn.Linear(layer.in_features, layer.out_features, bias, device="meta", dtype=dtype)
-    return nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        layer.kernel_size,  # type: ignore[arg-type]
-        layer.stride,  # type: ignore[arg-type]
-        layer.padding,  # type: ignore[arg-type]
-        layer.dilation,  # type: ignore[arg-type]
-        layer.groups,
-        layer.bias is not None,
-        layer.padding_mode,
-        device="meta",
-        dtype=layer.weight.dtype,
-    )

@@ -1,4 +1,4 @@
-"""What every decomposer gives: all ranks of one layer at once, and the memory of those already decomposed."""
+"""What every decomposer gives: all ranks of one layer at once. Spectra are remembered while the layer is unchanged."""
 
 import hashlib
 import math
@@ -11,30 +11,34 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from spectrim.factored.base import FactoredLayer
 from spectrim.factored.plan import Kept
 from spectrim.tools.spill import Shelf
 
 Keep = int | tuple[int, ...]
-# The second moment E[x x^T] of a layer's inputs, shape (g, I, I), by the form that says what one input x is; of an
-# embedding, whose x has a single 1, the diagonal alone, shape (g, I).
+# The second moment E[x x^T] of a layer's inputs, shape (g, I, I), by the view that says what one input x is. Of an
+# embedding, whose x has a single 1, only the diagonal, shape (g, I).
 Moments = Mapping[str, Tensor]
 NO_MOMENTS: Moments = MappingProxyType({})
 
 
 def rank_of(keep: Keep) -> int:
-    """Number of components in ``keep``."""
+    """Return the number of components in ``keep``."""
     return keep if isinstance(keep, int) else len(keep)
 
 
 def value_at(curve: Tensor, keep: Keep) -> float:
-    """Of a curve that adds up over dropped components (first-order changes, squared errors) its value at ``keep``."""
+    """Return the value at ``keep`` of a curve that adds up over dropped components.
+
+    First-order changes and squared errors do.
+    """
     if isinstance(keep, int):
         return float(curve[keep])
     return float(curve[0] + curve.diff()[list(keep)].sum())
 
 
 class Spectrum(ABC):
-    """All ranks of one layer. Decomposed once, cut often.
+    """All ranks of one layer. The layer is decomposed once and can then be factored at any rank.
 
     Every curve is a float64 tensor on the CPU with ``max_rank + 1`` entries, entry k for rank k.
     """
@@ -46,79 +50,80 @@ class Spectrum(ABC):
 
     @property
     @abstractmethod
-    def form(self) -> str:
-        """The form of the factored layers."""
-
-    @property
-    @abstractmethod
     def break_even(self) -> int:
         """The largest rank whose factors hold fewer parameters than the dense weight; 0 where there is none."""
 
     @abstractmethod
     def error(self) -> Tensor:
-        """Frobenius norm of the change of the weight, for every rank."""
+        """Return the Frobenius norm of the change of the weight, for every rank."""
 
     @abstractmethod
     def largest_entry(self) -> Tensor:
-        """Largest absolute entry of the change of the weight, for every rank."""
+        """Return the largest absolute entry of the change of the weight, for every rank."""
 
     @abstractmethod
     def first_order(self, gradient: Tensor) -> Tensor:
-        """``<G, delta_k>`` for every rank; ``gradient`` has the shape of the layer's weight."""
+        """Return ``<G, delta_k>`` for every rank. ``gradient`` has the shape of the layer's weight."""
 
     @abstractmethod
     def sizes(self, rank: int) -> tuple[int, ...]:
-        """Parameters of each factor at ``rank``, without the bias, in the order in which the factors are applied."""
+        """Return the parameters of each factor at ``rank``, without the bias, in the order of the factors."""
 
     @abstractmethod
-    def factor(self, keep: Keep) -> nn.Module:
-        """A drop-in layer with the components in ``keep``: a rank (the leading ones) or a set of indices."""
+    def kept(self, keep: Keep) -> Kept:
+        """Return the entry of a plan for ``keep``: with the form of the layer that ``factor`` returns."""
+
+    @abstractmethod
+    def factor(self, keep: Keep) -> FactoredLayer:
+        """Return a drop-in layer with the components in ``keep``: a rank (the leading ones) or a set of indices."""
 
     def lay_aside(self, shelf: Shelf) -> None:  # noqa: B027 (not every spectrum has to)
-        """Keep what takes room on ``shelf`` instead of in memory; here nothing, of a decomposition of small layers."""
+        """Move large tensors from memory to ``shelf``. The default keeps them, for decompositions of small layers."""
 
     def cost(self, rank: int) -> int:
-        """Parameters of all factors at ``rank``, without the bias."""
+        """Return the parameters of all factors at ``rank``, without the bias."""
         return sum(self.sizes(rank))
 
     def rank_within(self, params: float) -> int:
-        """The largest rank that costs no more than ``params``, 0 where none does; here for a cost of k * cost(1)."""
+        """Return the largest rank that costs at most ``params``, 0 where none does.
+
+        The default is for a cost of k * cost(1).
+        """
         return math.floor(params / self.cost(1))
 
-    def kept(self, keep: Keep) -> Kept:
-        """``keep`` as a plan says it, with the form of the factored layer as ``layers.shaped_like`` names it."""
-        return Kept(keep, self.form)
-
     def weighted_error(self) -> Tensor:
-        """``error`` in the norm that the decomposition keeps smallest: Frobenius, where it does not say otherwise."""
+        """Return ``error`` in the norm that the decomposition minimises: by default the Frobenius norm."""
         return self.error()
 
     def relative_error(self) -> Tensor:
-        """``error`` over the norm of the weight; zero for a zero weight."""
+        """Return ``error`` over the norm of the weight; zero for a zero weight."""
         curve = self.error()
         return curve / curve[0].clamp_min(1e-300)
 
 
 class Decomposer(Protocol):
-    """Settings of a decomposition. Hashable, so that one model's spectra are told apart by them."""
+    """Settings of a decomposition. They are hashable, because they are part of the key of a remembered spectrum."""
 
     @property
     def samples(self) -> int:
-        """Calibration samples from which the second moments of each layer's inputs are taken; 0: no layer needs any."""
+        """Number of calibration samples for the second moments of each layer's inputs; 0 where none are needed."""
 
     @property
     def embeddings(self) -> bool:
         """Whether embeddings are factored too."""
 
-    def forms(self, layer: nn.Module) -> tuple[str, ...]:
-        """The forms of ``layer`` whose second moment ``spectrum`` is to be given; none where the weight is enough."""
+    def views(self, layer: nn.Module) -> tuple[str, ...]:
+        """Return the views of ``layer`` whose second moments ``spectrum`` needs; none where the weight is enough."""
 
     def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> Spectrum:
-        """Decompose ``layer`` (nn.Linear, nn.Conv2d, or nn.Embedding where ``embeddings``)."""
+        """Decompose ``layer``: a Linear, a Conv2d, or with ``embeddings`` an Embedding."""
 
 
 def content(tensors: Iterable[Tensor]) -> str:
-    """A digest of the values. Neither address nor version tells: both may stay while ``weight.data`` is written to."""
+    """Return a digest of the values.
+
+    Neither address nor version is enough: both may stay the same while ``weight.data`` is written to.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}{tensor.device}".encode())
@@ -130,7 +135,7 @@ _known: "WeakKeyDictionary[nn.Module, dict[Any, Spectrum]]" = WeakKeyDictionary(
 
 
 def spectrum_of(layer: nn.Module, decomposer: Decomposer, moments: Moments = NO_MOMENTS) -> Spectrum:
-    """The spectrum of ``layer``, decomposed at the first call and remembered until weight, bias or moments change."""
+    """Return the spectrum of ``layer``. It is remembered until the weight, the bias or the moments change."""
     key = (decomposer, content([*layer.state_dict().values(), *moments.values()]))
     spectra = _known.setdefault(layer, {})
     if key not in spectra:

@@ -1,13 +1,14 @@
-"""Plain SVD of a Linear or Conv2d weight, in the channel or the spatial view."""
+"""Plain SVD of a Linear, Embedding or Conv2d weight, in the channel or the spatial view."""
 
 from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
-from spectrim.decomposers.matrix import MatrixSpectrum, View, checked, to_matrix
+from spectrim.decomposers.matrix import MatrixSpectrum, View, to_matrix
 from spectrim.decomposers.spectrum import NO_MOMENTS, Moments
 from spectrim.factored import linalg
+from spectrim.factored.dense import DenseLayer
 from spectrim.tools.settings import settings
 
 
@@ -15,9 +16,10 @@ from spectrim.tools.settings import settings
 class SVD:
     """Truncated SVD, the best approximation of each rank in the Frobenius and the spectral norm (Eckart-Young).
 
-    ``view`` says how a convolution (O, I/g, kh, kw) becomes a matrix: ``channel``: O x (I/g*kh*kw); ``spatial``:
-    (O*kh) x (I/g*kw). One matrix a group, the same rank in each. ``precision``: of the decomposition.
-    ``embeddings``: whether they are factored too.
+    ``view``: how a convolution (O, I/g, kh, kw) is read as a matrix. ``channel``: O x (I/g*kh*kw). ``spatial``:
+        (O*kh) x (I/g*kw). Each group has a matrix of its own, and all have the same rank.
+    ``precision``: of the decomposition.
+    ``embeddings``: whether embeddings are factored too.
     """
 
     view: View = "channel"
@@ -26,11 +28,11 @@ class SVD:
 
     samples: ClassVar[int] = 0
 
-    def forms(self, layer: nn.Module) -> tuple[str, ...]:
+    def views(self, layer: nn.Module) -> tuple[str, ...]:
         return ()
 
     def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> MatrixSpectrum:
-        """Decompose ``layer``; no moment is looked at. Raises ``UserError`` for a weight with NaN or infinity."""
-        layer = checked(layer)
-        matrix = to_matrix(layer.weight.detach(), layer, self.view).to(getattr(torch, self.precision))
-        return MatrixSpectrum(layer, self.view, linalg.svd(matrix))
+        """Decompose ``layer`` and ignore ``moments``. Raises ``UserError`` for a weight with NaN or infinity."""
+        dense = DenseLayer.of(layer)
+        matrix = to_matrix(dense.weight.detach(), dense, self.view).to(getattr(torch, self.precision))
+        return MatrixSpectrum(dense, self.view, linalg.svd(matrix))

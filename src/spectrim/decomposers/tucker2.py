@@ -1,18 +1,19 @@
-"""Tucker-2 of a convolution: its output and its input channels each in a basis of their own, a small kernel between."""
+"""Tucker-2 of a convolution: a basis of its output channels, a basis of its input channels, and a small kernel."""
 
 from bisect import bisect_right
 from math import inf
-from typing import Any, ClassVar, Literal, NamedTuple, cast
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.decomposers.matrix import checked, without_weights
 from spectrim.decomposers.spectrum import NO_MOMENTS, Keep, Moments, Spectrum, rank_of
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.factored import linalg
-from spectrim.factored.layers import TuckerConv2d, shaped_like, tucker_form
+from spectrim.factored.base import FactoredLayer
+from spectrim.factored.dense import DenseLayer
+from spectrim.factored.forms import TuckerForm
 from spectrim.factored.plan import Kept
 from spectrim.tools.settings import settings
 
@@ -21,10 +22,13 @@ from spectrim.tools.settings import settings
 class Tucker2:
     """Higher-order SVD of a convolution over its output and input channels (Kim et al., arXiv 1511.06530).
 
-    ``W_oihw = sum_pq U_op V_iq C_pqhw`` with the left singular vectors of the two unfoldings as U and V (De Lathauwer
-    et al., SIAM J. Matrix Anal. Appl. 21, 2000), taken once, at full rank, and then cut; the iteration that would fit
-    them anew at each pair of ranks is left out, for every rank to come from one decomposition. Groups are decomposed
-    one by one and cut to the same ranks. A Linear, and a 1x1 convolution, has no kernel to keep: plain SVD.
+    ``W_oihw = sum_pq U_op V_iq C_pqhw``, with the left singular vectors of the two unfoldings as U and V (De Lathauwer
+    et al., SIAM J. Matrix Anal. Appl. 21, 2000). They are computed once, at full rank, and then truncated. The usual
+    iteration that refits them at each pair of ranks is left out, so that every rank comes from one decomposition.
+    Groups are decomposed one by one and truncated to the same ranks. A Linear and a 1x1 convolution have no kernel to
+    keep and are decomposed by plain SVD.
+
+    ``precision``: of the decomposition.
     """
 
     precision: Literal["float32", "float64"] = "float64"
@@ -32,18 +36,18 @@ class Tucker2:
     samples: ClassVar[int] = 0
     embeddings: ClassVar[bool] = False
 
-    def forms(self, layer: nn.Module) -> tuple[str, ...]:
+    def views(self, layer: nn.Module) -> tuple[str, ...]:
         return ()
 
     def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> Spectrum:
-        """Decompose ``layer``; no moment is looked at. Raises ``UserError`` for a weight with NaN or infinity."""
-        layer = checked(layer)
+        """Decompose ``layer`` and ignore ``moments``. Raises ``UserError`` for a weight with NaN or infinity."""
         if not isinstance(layer, nn.Conv2d) or layer.kernel_size == (1, 1):
             return SVD("channel", self.precision).spectrum(layer)
-        weight = layer.weight.detach().to(getattr(torch, self.precision))
+        dense = DenseLayer.of(layer)
+        weight = dense.weight.detach().to(getattr(torch, self.precision))
         linalg.require_finite(weight)
-        groups = [higher_order_svd(one) for one in weight.unflatten(0, (layer.groups, -1))]
-        return Tucker2Spectrum(layer, Tucker(*(torch.stack(part) for part in zip(*groups, strict=True))))
+        groups = [higher_order_svd(one) for one in weight.unflatten(0, (dense.groups, -1))]
+        return Tucker2Spectrum(dense, Tucker(*(torch.stack(part) for part in zip(*groups, strict=True))))
 
 
 class Tucker(NamedTuple):
@@ -55,8 +59,8 @@ class Tucker(NamedTuple):
 
 
 def higher_order_svd(W_OIHW: Tensor) -> Tucker:
-    """Tucker-2 of one weight (O, I, kh, kw) at full rank: P = min(O, I*kh*kw) and Q = min(I, O*kh*kw)."""
-    import tensorly  # here, for it takes a third of a second to import
+    """Return Tucker-2 of one weight (O, I, kh, kw) at full rank: P = min(O, I*kh*kw) and Q = min(I, O*kh*kw)."""
+    import tensorly  # here, because its import takes a third of a second
     from tensorly.decomposition import partial_tucker
 
     outputs, inputs = W_OIHW.shape[:2]
@@ -67,7 +71,7 @@ def higher_order_svd(W_OIHW: Tensor) -> Tucker:
 
 
 def _svd(matrix: Tensor, n_eigenvecs: int, **_: Any) -> linalg.SVD:
-    """Ours, for its fallback, as tensorly calls one."""
+    """Call ``linalg.svd``, which has a fallback, in the way in which tensorly calls an SVD."""
     U, S, Vh = linalg.svd(matrix)
     return linalg.SVD(U[:, :n_eigenvecs], S[:n_eigenvecs], Vh[:n_eigenvecs])
 
@@ -75,15 +79,14 @@ def _svd(matrix: Tensor, n_eigenvecs: int, **_: Any) -> linalg.SVD:
 class Tucker2Spectrum(Spectrum):
     """All ranks of one convolution. Rank k keeps ``ranks[k] = (p, q)`` output and input directions, p + q = k + 1.
 
-    From all of them one direction is dropped at a time, of whichever side loses less of the weight's squared norm for
-    each parameter saved, down to (1, 1). Component k is what rank k has and rank k - 1 has not: of the core C one row
-    C[p, :q] or one column C[:p, q]. Different components share no entry of C, so they are orthogonal to one another and
-    what holds of squared norms and of inner products adds up over them, as it does for an SVD; but only the leading k
-    of them make a layer of the form.
+    From full rank, one direction is dropped at a time, down to (1, 1). It is dropped on the side that loses less of the
+    squared norm of the weight for each parameter saved. Component k is the difference between rank k and rank k - 1:
+    one row C[p, :q] or one column C[:p, q] of the core C. Components share no entry of C, so they are orthogonal, and
+    squared norms and inner products add up over them as for an SVD. But only the leading k of them make a layer.
     """
 
-    def __init__(self, layer: nn.Conv2d, factors: Tucker) -> None:
-        self.template, self.factors = without_weights(layer), factors
+    def __init__(self, layer: DenseLayer, factors: Tucker) -> None:
+        self.template, self.factors = layer.without_weights(), factors
         self.bias = None if layer.bias is None else layer.bias.detach().clone()
         self.device = layer.weight.device
         energy_PQ = factors.C_PQHW.square().sum((0, 3, 4))
@@ -95,10 +98,6 @@ class Tucker2Spectrum(Spectrum):
     @property
     def max_rank(self) -> int:
         return len(self.ranks) - 1
-
-    @property
-    def form(self) -> str:
-        return "tucker"
 
     @property
     def break_even(self) -> int:
@@ -114,7 +113,7 @@ class Tucker2Spectrum(Spectrum):
         return -linalg.tail_sums(self._by_component(product.sum((0, 3, 4))))
 
     def largest_entry(self) -> Tensor:
-        """Built up from the last component, one update a rank: about as many operations as the decomposition."""
+        # Built up from the last component, one update a rank: about as many operations as the decomposition.
         if self._largest is None:
             C, U, V = self.factors
             C = C.flatten(3)
@@ -141,37 +140,34 @@ class Tucker2Spectrum(Spectrum):
         return bisect_right(self.costs, params) - 1
 
     def kept(self, keep: Keep) -> Kept:
-        return Kept(keep, tucker_form(*self.ranks[self._leading(keep)]))
+        return Kept(keep, TuckerForm(*self.ranks[self._leading(keep)]))
 
-    def factor(self, keep: Keep) -> TuckerConv2d:
+    def factor(self, keep: Keep) -> FactoredLayer:
         rank = self._leading(keep)
         p, q = self.ranks[rank]
         C, U, V = self.factors
-        layer = shaped_like(self.template, rank, tucker_form(p, q)).to_empty(device=self.device)
-        assert isinstance(layer, TuckerConv2d)
-        with torch.no_grad():
-            layer.first.weight.copy_(V[:, :, :q].transpose(1, 2).reshape(layer.first.weight.shape))
-            layer.second.weight.copy_(C[:, :p, :q].reshape(layer.second.weight.shape))
-            layer.third.weight.copy_(U[:, :, :p].reshape(layer.third.weight.shape))
-            if self.bias is not None:
-                cast(Tensor, layer.third.bias).copy_(self.bias)
+        layer = TuckerForm(p, q).layer_for(self.template.module, rank).to_empty(device=self.device)
+        weights = V[:, :, :q].transpose(1, 2), C[:, :p, :q], U[:, :, :p]
+        layer.fill(
+            [w.reshape(factor.weight.shape) for w, factor in zip(weights, layer.factors, strict=True)], self.bias
+        )
         return layer
 
     def _leading(self, keep: Keep) -> int:
         rank = rank_of(keep)
         if not isinstance(keep, int) and sorted(keep) != list(range(rank)):
-            raise UserError("a Tucker decomposition is cut to a rank: only its leading components can be kept")
+            raise UserError("a Tucker decomposition keeps its leading components only; give a rank, not indices")
         if not 1 <= rank <= self.max_rank:
             raise UserError(f"keep between 1 and {self.max_rank} components of this layer, got {keep}")
         return rank
 
     def _shape(self) -> tuple[int, int, int, int]:
-        """Groups, outputs and inputs of each, entries of the kernel."""
+        """Return the number of groups, the outputs and inputs of each, and the entries of the kernel."""
         C, U, V = self.factors
         return len(C), U.shape[1], V.shape[1], C.shape[3] * C.shape[4]
 
     def _by_component(self, values_PQ: Tensor) -> Tensor:
-        """Of values on the core's entries, the sum over those of each component. Shape (P, Q) to (R,), on the CPU."""
+        """Sum values on the entries of the core over each component. Shape (P, Q) to (R,), on the CPU."""
         rows, columns = (values_PQ.double().cumsum(dim).tolist() for dim in (1, 0))
         sums = []
         for (before, _), (p, q) in zip(self.ranks, self.ranks[1:], strict=False):
@@ -180,7 +176,10 @@ class Tucker2Spectrum(Spectrum):
 
 
 def _schedule(energy_PQ: Tensor, outputs: int, inputs: int, kernel: int) -> list[tuple[int, int]]:
-    """The pairs (p, q) from (1, 1) to the shape of the core. ``energy_PQ``: its squares, summed over the kernel."""
+    """Return the pairs (p, q) of all ranks, from (1, 1) to the shape of the core.
+
+    ``energy_PQ``: the squares of the core, summed over the kernel.
+    """
     rows, columns = (energy_PQ.double().cumsum(dim).tolist() for dim in (1, 0))
     p, q = energy_PQ.shape
     pairs = [(p, q)]

@@ -1,35 +1,38 @@
 """Activation-whitened SVD: the best approximation of a layer's outputs on calibration data, not of its weight."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.decomposers.matrix import MatrixSpectrum, View, checked, form_of, to_matrix
+from spectrim.decomposers.matrix import MatrixSpectrum, View, to_matrix
 from spectrim.decomposers.spectrum import NO_MOMENTS, Keep, Moments
 from spectrim.errors import UserError
 from spectrim.factored import linalg
-from spectrim.factored.layers import embedding_form
+from spectrim.factored.base import FactoredLayer
+from spectrim.factored.dense import DenseLayer
+from spectrim.factored.forms import EmbeddingForm
+from spectrim.factored.layers import FactoredEmbedding
 from spectrim.tools.settings import settings
 
 
 @settings
 class WhitenedSVD:
-    """SVD of ``W C^(1/2)``, with C = E[x x^T] the second moment of the layer's inputs x (one input a position).
+    """SVD of ``W C^(1/2)``, where C = E[x x^T] is the second moment of the layer's inputs x (one input a position).
 
-    Cutting it to rank k minimises ``E ||W x - W_k x||^2`` over all rank-k matrices, exactly for a Linear and in the
-    channel view; in the spatial view x is a row of kw pixels and the rows are taken for independent. As in SVD-LLM
+    Truncation to rank k minimises ``E ||W x - W_k x||^2`` over all rank-k matrices. This is exact for a Linear and in
+    the channel view. In the spatial view x is a row of kw pixels, and the rows are taken as independent. As in SVD-LLM
     (Wang et al., arXiv 2403.07378) and BALF (arXiv 2509.25136), but without an inverse: the kept part of W is its
-    projection ``U_k U_k^T W`` on the leading left vectors, which a singular C cannot harm.
+    projection ``U_k U_k^T W`` on the leading left vectors, so that a singular C does no harm.
 
-    ``ridge``: added to C as a part of its mean eigenvalue, so that at full rank W comes back whole. ``samples``:
-    number of calibration samples that C is taken from.
-
-    ``embeddings``: whether they are factored too. An embedding is a Linear of inputs with a single 1, so C is the
-    diagonal of how often each id comes, and the rows of its weight count by that. ``whole``: the most frequent ids, as
-    many as make this part of all that is looked up, keep their rows as they are, and the rows of the others alone are a
-    product: GroupReduce (Chen et al., arXiv 1806.06950) with two groups, the first of full rank.
+    ``view``: as in ``SVD``.
+    ``ridge``: is added to C as a fraction of its mean eigenvalue, so that the full rank reproduces W.
+    ``samples``: number of calibration samples for C.
+    ``embeddings``: whether embeddings are factored too. An embedding is a Linear whose inputs have a single 1, so C is
+        diagonal and holds the frequency of each id.
+    ``whole``: the most frequent ids that together make this fraction of all look-ups keep their rows, and only the
+        other rows are factored. This is GroupReduce (Chen et al., arXiv 1806.06950) with two groups, the first of full
+        rank.
     """
 
     view: View = "spatial"
@@ -46,28 +49,28 @@ class WhitenedSVD:
         if not 0 <= self.whole < 1:
             raise UserError(f"whole must lie in [0, 1), got {self.whole}")
         if self.whole and not self.embeddings:
-            raise UserError("whole says which rows of embeddings are kept; set embeddings, too")
+            raise UserError("whole is a fraction of the look-ups of embeddings; set embeddings=true, too")
 
-    def forms(self, layer: nn.Module) -> tuple[str, ...]:
-        return (form_of(layer, self.view),)
+    def views(self, layer: nn.Module) -> tuple[str, ...]:
+        return (DenseLayer.of(layer).view(self.view),)
 
     def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> "WhitenedSpectrum":
         """Decompose ``layer``. Raises ``UserError`` for a weight or a moment with NaN or infinity."""
-        layer = checked(layer)
-        W_OI = to_matrix(layer.weight.detach(), layer, self.view).double()
-        moment = moments.get(form_of(layer, self.view))
+        dense = DenseLayer.of(layer)
+        W_OI = to_matrix(dense.weight.detach(), dense, self.view).double()
+        moment = moments.get(dense.view(self.view))
         if moment is None:
             raise UserError("a whitened decomposition needs the second moment of the layer's inputs")
         moment = moment.to(W_OI)
         if not isinstance(layer, nn.Embedding):
-            return WhitenedSpectrum(layer, self.view, *_decomposed(W_OI, moment, self.ridge))
-        order, kept = _by_frequency(moment.squeeze(0), self.whole)
-        rare = order[kept:]
-        return EmbeddingSpectrum(layer, *_decomposed(W_OI[..., rare], moment[:, rare], self.ridge), order, kept)
+            return WhitenedSpectrum(dense, self.view, *_decomposed(W_OI, moment, self.ridge))
+        order, whole_rows = _by_frequency(moment.squeeze(0), self.whole)
+        rare = order[whole_rows:]
+        return EmbeddingSpectrum(dense, *_decomposed(W_OI[..., rare], moment[:, rare], self.ridge), order, whole_rows)
 
 
 def _decomposed(W_OI: Tensor, moment: Tensor, ridge: float) -> tuple[linalg.SVD, Tensor]:
-    """Factors of W with unit vectors, and what they are ordered by."""
+    """Return factors of W with unit vectors, and the values that order the components."""
     U_OR, S_R, _ = linalg.svd(linalg.whitened(W_OI, moment, ridge))
     A_RI = U_OR.transpose(-1, -2) @ W_OI
     size_R = A_RI.norm(dim=-1)
@@ -76,8 +79,10 @@ def _decomposed(W_OI: Tensor, moment: Tensor, ridge: float) -> tuple[linalg.SVD,
 
 
 def _by_frequency(frequency_I: Tensor, whole: float) -> tuple[Tensor, int]:
-    """All ids, the most frequent first, and how many of them make the part ``whole``, never all; where that is nothing
-    the ids stay in their order."""
+    """Return all ids, the most frequent first, and how many of them make the fraction ``whole``, but never all.
+
+    With ``whole`` = 0 the ids stay in their order.
+    """
     if not whole:
         return torch.arange(len(frequency_I), device=frequency_I.device), 0
     order = frequency_I.argsort(descending=True, stable=True)
@@ -85,12 +90,12 @@ def _by_frequency(frequency_I: Tensor, whole: float) -> tuple[Tensor, int]:
 
 
 class WhitenedSpectrum(MatrixSpectrum):
-    """``W = sum_i s_i u_i a_i^T`` with orthonormal u_i and unit a_i that are not orthogonal to one another.
+    """``W = sum_i s_i u_i a_i^T`` with orthonormal u_i, and unit vectors a_i that need not be orthogonal.
 
-    The components are ordered by ``importance`` (g, R), the singular values of the whitened weight; s_i does not fall.
+    ``importance`` (g, R), the singular values of the whitened weight, orders the components. The s_i need not fall.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, view: View, factors: linalg.SVD, importance: Tensor) -> None:
+    def __init__(self, layer: DenseLayer, view: View, factors: linalg.SVD, importance: Tensor) -> None:
         super().__init__(layer, view, factors)
         self._importance = importance
 
@@ -99,26 +104,28 @@ class WhitenedSpectrum(MatrixSpectrum):
         return self._importance
 
     def weighted_error(self) -> Tensor:
-        """Root of the mean squared change of the outputs, summed over outputs and positions, for every rank."""
+        """Return, for every rank, the root of the mean squared change of the outputs, summed over outputs."""
         return linalg.tail_sums(self.importance.double().square()).sum(0).sqrt().cpu()
 
 
 class EmbeddingSpectrum(WhitenedSpectrum):
-    """That of the rows of an embedding that are not kept. ``order``: all ids, those of the ``kept`` rows first.
+    """The spectrum of the rows of an embedding that do not stay whole.
 
-    Errors and first-order changes are those of the whole embedding, since no other rows change; costs are, too.
+    Errors, first-order changes and costs are those of the whole embedding.
+
+    ``order``: all ids, those of the ``whole_rows`` rows first.
     """
 
     def __init__(
-        self, layer: nn.Linear | nn.Conv2d, factors: linalg.SVD, importance: Tensor, order: Tensor, kept: int
+        self, layer: DenseLayer, factors: linalg.SVD, importance: Tensor, order: Tensor, whole_rows: int
     ) -> None:
         super().__init__(layer, "channel", factors, importance)
         weight = layer.weight.detach()
-        self.order, self.rows, self.norm = order, weight[order[:kept]].clone(), weight.double().norm().cpu()
+        self.order, self.rows, self.norm = order, weight[order[:whole_rows]].clone(), weight.double().norm().cpu()
 
     @property
-    def form(self) -> str:
-        return embedding_form(len(self.rows))
+    def form(self) -> EmbeddingForm:
+        return EmbeddingForm(len(self.rows))
 
     def first_order(self, gradient: Tensor) -> Tensor:
         return super().first_order(gradient[self.order[len(self.rows) :]])
@@ -132,9 +139,10 @@ class EmbeddingSpectrum(WhitenedSpectrum):
     def rank_within(self, params: float) -> int:
         return max(0, math.floor((params - self.cost(0)) / (self.cost(1) - self.cost(0))))
 
-    def factor(self, keep: Keep) -> nn.Module:
-        layer: Any = super().factor(keep)
+    def factor(self, keep: Keep) -> FactoredLayer:
+        layer = super().factor(keep)
         if len(self.rows):
+            assert isinstance(layer, FactoredEmbedding)
             with torch.no_grad():
                 layer.whole.weight.copy_(self.rows)
                 layer.place[self.order] = torch.arange(len(self.order), dtype=torch.int32, device=self.device)

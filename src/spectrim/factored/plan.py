@@ -3,16 +3,22 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from reprlib import repr as short
+from typing import Any
 
 from spectrim.errors import UserError
+from spectrim.factored.forms import Form
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The components kept of one layer: a rank (the leading ones) or their indices, and the form of its factors."""
+    """The components kept of one layer, and the form of its factors.
+
+    ``keep``: a rank, which keeps the leading components, or the indices of the components.
+    """
 
     keep: int | tuple[int, ...]
-    form: str
+    form: Form
 
     @property
     def rank(self) -> int:
@@ -21,14 +27,17 @@ class Kept:
 
 @dataclass(frozen=True)
 class RankPlan(Mapping[str, Kept]):
-    """Layer name to what is kept of it; a layer that is absent stays dense. Equal plans give equal models."""
+    """A mapping from layer name to what is kept of it. A layer that is absent stays dense.
+
+    Equal plans give equal models.
+    """
 
     kept: tuple[tuple[str, Kept], ...] = ()
 
     @classmethod
     def of(cls, kept: Mapping[str, Kept]) -> "RankPlan":
-        """A plan from a mapping, in whatever order that is."""
-        return cls(tuple(sorted(kept.items())))
+        """Make a plan from a mapping in any order."""
+        return cls(tuple(sorted(kept.items(), key=lambda item: item[0])))
 
     def __getitem__(self, layer: str) -> Kept:
         for name, kept in self.kept:
@@ -43,11 +52,11 @@ class RankPlan(Mapping[str, Kept]):
         return len(self.kept)
 
     def as_dict(self) -> dict[str, dict]:
-        """Plain numbers, strings and lists, for JSON."""
+        """Return plain numbers, strings and lists, for JSON."""
         plain = {}
         for name, kept in self.kept:
             which = {"rank": kept.keep} if isinstance(kept.keep, int) else {"components": list(kept.keep)}
-            plain[name] = {**which, "form": kept.form}
+            plain[name] = {**which, "form": kept.form.to_text()}
         return plain
 
     def to_json(self) -> str:
@@ -55,16 +64,34 @@ class RankPlan(Mapping[str, Kept]):
 
     @classmethod
     def from_json(cls, text: str) -> "RankPlan":
-        """The plan written by ``to_json``. Raises ``UserError`` where the text is not one."""
+        """Read the plan that ``to_json`` wrote. Raises ``UserError`` where ``text`` is not a plan."""
         try:
             plain = json.loads(text)
-            return cls.of({name: Kept(_keep(entry), str(entry["form"])) for name, entry in plain.items()})
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+            if not isinstance(plain, dict):
+                raise ValueError(f"it is a {type(plain).__name__}, not an object with one entry for each layer")
+            return cls.of({name: _kept(name, entry) for name, entry in plain.items()})
+        except (ValueError, RecursionError) as error:
             raise UserError(f"not a rank plan: {error}") from None
 
 
-def _keep(entry: Mapping) -> int | tuple[int, ...]:
-    keep = tuple(int(i) for i in entry["components"]) if "components" in entry else int(entry["rank"])
-    if (keep if isinstance(keep, int) else len(keep)) < 1:
-        raise ValueError("a factored layer keeps at least one component")
-    return keep
+def _kept(layer: str, entry: Any) -> Kept:
+    """Read the entry of one layer. Raises ``ValueError``."""
+    if not isinstance(entry, dict) or "form" not in entry or not {"rank", "components"} & entry.keys():
+        raise ValueError(f"layer {short(layer)} needs a form, and a rank or components")
+    keep = tuple(_components(layer, entry["components"])) if "components" in entry else _whole(layer, entry["rank"], 1)
+    return Kept(keep, Form.from_text(entry["form"]))
+
+
+def _components(layer: str, indices: Any) -> list[int]:
+    if not isinstance(indices, list) or not indices:
+        raise ValueError(f"the components of layer {short(layer)} are no list of at least one index")
+    found = [_whole(layer, index, 0) for index in indices]
+    if len(set(found)) < len(found):
+        raise ValueError(f"the components of layer {short(layer)} name one of them twice")
+    return found
+
+
+def _whole(layer: str, value: Any, least: int) -> int:
+    if type(value) is not int or value < least:
+        raise ValueError(f"{short(value)} of layer {short(layer)} is no whole number of at least {least}")
+    return value

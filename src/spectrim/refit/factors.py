@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, of_one_sample, to_device
 from spectrim.errors import UserError
-from spectrim.factored.layers import Factored, FactoredConv2d, FactoredLinear, TuckerConv2d, composed, factors_of
+from spectrim.factored.base import FactoredLayer
+from spectrim.factored.layers import FactoredConv2d, FactoredLinear, TuckerConv2d
 from spectrim.refit.layer_barrier import Lockstep
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.input_moments import Positions, Rows, mask_of
@@ -55,14 +56,15 @@ def refit(
 
 
 def _fit_layer(models: tuple[nn.Module, nn.Module], name: str, follower: str | None, flows: "_Flows") -> None:
-    layer = cast(Factored, models[0].get_submodule(name))
-    moments = _moments(cast(nn.Linear | nn.Conv2d, models[1].get_submodule(name)), flows)
-    bias = factors_of(layer)[-1].bias
+    layer = models[0].get_submodule(name)
+    assert isinstance(layer, FactoredLayer)
+    moments = _moments(models[1].get_submodule(name), flows)
+    bias = layer.bias
     W_gOI = _fit(layer, moments if bias is None and follower is None else moments.centred())
     offset = (moments.y_gO - torch.einsum("goi,gi->go", W_gOI, moments.x_gI)).flatten()
     with torch.no_grad():
         if bias is not None:
-            cast(Tensor, bias).copy_(offset)
+            bias.copy_(offset)
         elif follower is not None:
             ours, theirs = (cast(Tensor, norms_of(model)[follower].running_mean) for model in models)
             ours.copy_(theirs - offset)
@@ -190,7 +192,7 @@ def _autocast_of(device: torch.device) -> Callable[[], torch.autocast]:
     return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled)
 
 
-def _moments(dense: nn.Linear | nn.Conv2d, flows: _Flows) -> _Moments:
+def _moments(dense: nn.Module, flows: _Flows) -> _Moments:
     rows = Rows(dense, "channel" if isinstance(dense, nn.Conv2d) else "linear")
     sums: list[Tensor] = []
     count = 0
@@ -216,12 +218,12 @@ def _positions(outputs: Sequence[Tensor]) -> list[Positions | None]:
     return drawn
 
 
-def _fit(layer: Factored, moments: _Moments) -> Tensor:
+def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
     """Give the factors the weights that fit best near those that they have; the matrix they amount to, (g, O, I)."""
-    factors = factors_of(layer)
-    kept = [cast(Tensor, factor.weight).detach() for factor in factors]
+    factors = layer.factors
+    kept = [factor.weight.detach() for factor in factors]
     weights = [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
-    now = composed(layer, weights)
+    now = layer.product(weights)
     held = RIDGE * moments.xx_gII.diagonal(dim1=1, dim2=2).mean()
     if not held:  # nothing flows in
         return now
@@ -245,7 +247,7 @@ def _fit(layer: Factored, moments: _Moments) -> Tensor:
         def error() -> Tensor:
             """``E ||y - W x||^2`` and the ridge, but for what no weight changes; one product gives the gradient too."""
             optimizer.zero_grad()
-            W = composed(layer, weights)
+            W = layer.product(weights)
             Wxx = W.detach() @ xx
             W.backward(2 * scale * (Wxx - yx))
             return scale * ((Wxx - 2 * yx) * W.detach()).sum()
@@ -253,8 +255,8 @@ def _fit(layer: Factored, moments: _Moments) -> Tensor:
         optimizer.step(error)
     with torch.no_grad():
         for factor, weight in zip(factors, weights, strict=True):
-            cast(Tensor, factor.weight).copy_(weight)
-    return composed(layer, weights).detach()
+            factor.weight.copy_(weight)
+    return layer.product(weights).detach()
 
 
 def _fit_linear(layer: FactoredLinear, xx_II: Tensor, yx_OI: Tensor) -> Tensor:

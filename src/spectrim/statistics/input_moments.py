@@ -1,35 +1,34 @@
 """The second moment of what flows into each layer, from one forward pass."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, to_device
-from spectrim.decomposers.matrix import without_weights
-from spectrim.factored.layers import shaped_like
+from spectrim.factored.dense import DenseLayer
+from spectrim.factored.layers import FactoredConv2d
 from spectrim.statistics.objective import Objective
 
 
 def input_moments(
     model: nn.Module,
-    forms: Mapping[str, Sequence[str]],
+    views: Mapping[str, Sequence[str]],
     objective: Objective,
     samples: int,
     split: str = "calibration",
 ) -> dict[str, dict[str, Tensor]]:
-    """``E[x x^T]`` of every layer in each of its forms, over samples and positions: layer to form to (g, I, I).
+    """``E[x x^T]`` of every layer in each of its views, over samples and positions: layer to view to (g, I, I).
 
     Of an embedding the diagonal alone, (g, I): how often each id comes (``_Counted``). float64, on the layer's device.
-    ``forms``: layer to the forms of its factors, which say what one input is: a vector of a Linear, a patch of
-    I/g * kh * kw numbers in the channel form of a convolution, a row of I/g * kw in the spatial one. Taken over whole
+    ``views``: layer to the views of its weight, which say what one input is: a vector of a Linear, a patch of
+    I/g * kh * kw numbers in the channel view of a convolution, a row of I/g * kw in the spatial one. Taken over whole
     batches until ``samples`` are reached; positions that ``attention_mask`` among the inputs calls padding are left
     out. Raises ``UserError`` for an empty split.
     """
-    layers = {name: model.get_submodule(name) for name in forms}
-    gathered = {name: {form: _gatherer(layers[name], form) for form in own} for name, own in forms.items()}
+    layers = {name: model.get_submodule(name) for name in views}
+    gathered = {name: {view: _gatherer(layers[name], view) for view in own} for name, own in views.items()}
     hooks = [one for own in gathered.values() for one in own.values()]
     handles = [layers[name].register_forward_pre_hook(one) for name, own in gathered.items() for one in own.values()]
     device = device_of(model)
@@ -39,7 +38,7 @@ def input_moments(
             for one in hooks:
                 one.mask = mask_of(inputs)
             forward(model, inputs)
-    return {name: {form: one.mean() for form, one in own.items()} for name, own in gathered.items()}
+    return {name: {view: one.mean() for view, one in own.items()} for name, own in gathered.items()}
 
 
 Positions = tuple[Tensor, ...]  # of what a convolution puts out: indices of sample, row and column
@@ -48,14 +47,16 @@ Positions = tuple[Tensor, ...]  # of what a convolution puts out: indices of sam
 class Rows:
     """Inputs and outputs of a layer as rows of numbers, shape (g, rows, I) and (g, rows, O), one row a position.
 
-    The x of a convolution are what the first factor of the given form sees; ``at``: of some positions alone.
+    The x of a convolution are what the first factor in the given view sees; ``at``: of some positions alone.
     """
 
-    def __init__(self, layer: nn.Module, form: str) -> None:
-        self.first, self.groups = None, getattr(layer, "groups", 1)
-        if isinstance(layer, nn.Conv2d):
-            size = layer.weight[0].numel() // (layer.kernel_size[0] if form == "spatial" else 1)
-            self.first = cast(nn.Conv2d, shaped_like(without_weights(layer), size, form).first)
+    def __init__(self, layer: nn.Module, view: str) -> None:
+        self.first: nn.Conv2d | None = None
+        dense = DenseLayer.of(layer).without_weights()
+        self.groups = dense.groups
+        if isinstance(dense.module, nn.Conv2d):
+            _, size = dense.sides(view)
+            self.first = FactoredConv2d.shaped_like(dense.module, size, view).first
 
     def inputs(self, x: Tensor, mask: Tensor | None = None, at: Positions | None = None) -> Tensor:
         """The rows of inputs ``x``; of a Linear without the positions that ``mask`` calls padding."""
@@ -96,15 +97,15 @@ def mask_of(inputs: Inputs) -> Tensor | None:
     return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
 
 
-def _gatherer(layer: nn.Module, form: str) -> "_Gathered | _Counted":
-    return _Counted(layer.num_embeddings) if isinstance(layer, nn.Embedding) else _Gathered(layer, form)
+def _gatherer(layer: nn.Module, view: str) -> "_Gathered | _Counted":
+    return _Counted(layer.num_embeddings) if isinstance(layer, nn.Embedding) else _Gathered(layer, view)
 
 
 class _Gathered:
     """A hook that sums x x^T."""
 
-    def __init__(self, layer: nn.Module, form: str) -> None:
-        self.count, self.sum, self.rows = 0, torch.zeros(0), Rows(layer, form)
+    def __init__(self, layer: nn.Module, view: str) -> None:
+        self.count, self.sum, self.rows = 0, torch.zeros(0), Rows(layer, view)
         self.mask: Tensor | None = None
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, tensors_of, to_device
 from spectrim.errors import UserError
-from spectrim.factored.layers import dense_kinds
+from spectrim.factored.dense import dense_kinds
 
 
 def factorable(

@@ -137,7 +137,7 @@ def _inputs_of(model: nn.Module, names: Sequence[str], inputs: Inputs) -> dict[s
 
 def _kind(layer: nn.Module, spectrum: Spectrum, ranks: Sequence[int], given: Sequence[tuple]) -> Any:
     """What the times of a layer depend on."""
-    sizes = tuple(spectrum.sizes(rank) for rank in ranks)
+    factors = tuple((spectrum.sizes(rank), spectrum.kept(rank).form) for rank in ranks)
     inputs = tuple((x.shape, x.stride(), x.dtype) for call in given for x in call)
     weight: Any = layer.weight
-    return repr(layer), spectrum.form, sizes, inputs, weight.stride(), weight.dtype
+    return repr(layer), factors, inputs, weight.stride(), weight.dtype

@@ -1,7 +1,6 @@
 """Layers that are trained as U, S and Vh: unfolded from dense ones, cut while they train, folded back at the end."""
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ class SVDWeight(nn.Module):
 
     def __init__(self, spectrum: MatrixSpectrum) -> None:
         super().__init__()
-        self.template, self.view = (spectrum.template,), spectrum.view  # a tuple: no module of this one
+        self.template, self.view = spectrum.template, spectrum.view
         self.start: linalg.SVD | None = spectrum.factors
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -30,7 +29,7 @@ class SVDWeight(nn.Module):
 
     def forward(self, U_OR: Tensor, S_R: Tensor, Vh_RI: Tensor) -> Tensor:
         with torch.autocast(U_OR.device.type, enabled=False):
-            weight = from_matrix((U_OR * S_R.unsqueeze(-2)) @ Vh_RI, self.template[0], self.view)
+            weight = from_matrix((U_OR * S_R.unsqueeze(-2)) @ Vh_RI, self.template, self.view)
         return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
 
 
@@ -42,7 +41,7 @@ def unfold(layer: nn.Module, spectrum: MatrixSpectrum) -> None:
 def set_parametrization(layer: nn.Module, weight: nn.Module) -> None:
     """Let the weight of ``layer`` be computed by ``weight`` from other parameters, which are trained, in place."""
     parametrize.register_parametrization(layer, "weight", weight.to(layer.weight.device))  # type: ignore[arg-type]
-    for part in cast(nn.ModuleDict, layer.parametrizations)["weight"].parameters():
+    for part in parametrization_of(layer).parameters():
         part.requires_grad_(True)
 
 
@@ -53,7 +52,7 @@ def bound_steps(layer: nn.Module) -> None:
     v_i by ``s_i^2 |u_i|^2`` and one on s_i by ``|u_i|^2 |v_i|^2``: where such a product is above 1, the gradient is
     divided by it.
     """
-    U_OR, S_R, Vh_RI = factors_of(layer)
+    U_OR, S_R, Vh_RI = svd_of(layer)
 
     def squares() -> tuple[Tensor, Tensor, Tensor]:
         return U_OR.detach().square().sum(-2), S_R.detach().square(), Vh_RI.detach().square().sum(-1)
@@ -79,10 +78,15 @@ def fold(layer: nn.Module) -> None:
     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 
 
-def factors_of(layer: nn.Module) -> linalg.SVD:
+def parametrization_of(layer: nn.Module) -> nn.Module:
+    """The module that computes the weight of ``layer``; its parameters are ``original0`` and so on."""
+    return layer.get_submodule("parametrizations.weight")
+
+
+def svd_of(layer: nn.Module) -> linalg.SVD:
     """The parameters of an unfolded layer."""
-    given = cast(nn.ModuleDict, layer.parametrizations)["weight"]
-    return linalg.SVD(*(cast(Tensor, getattr(given, f"original{i}")) for i in range(3)))
+    own = parametrization_of(layer)
+    return linalg.SVD(*(own.get_parameter(f"original{i}") for i in range(3)))
 
 
 def factor_names(name: str) -> list[str]:
@@ -93,29 +97,35 @@ def factor_names(name: str) -> list[str]:
 @torch.no_grad()
 def orthogonalise(layer: nn.Module, optimizer: torch.optim.SGD) -> None:
     """Make U and Vh orthonormal and S fall, in place; the function of the layer and its velocity stay as they are."""
-    parts = factors_of(layer)
+    parts = svd_of(layer)
     after = linalg.orthogonalised(parts)
-    velocity = [optimizer.state[part].get("momentum_buffer") for part in parts]
-    if all(buffer is not None for buffer in velocity):
-        carried = linalg.carried(linalg.SVD(*cast(list[Tensor], velocity)), parts, after)
-        _set_velocity(optimizer, parts, carried)
+    velocity = _velocity(optimizer, parts)
+    if velocity is not None:
+        _set_velocity(optimizer, parts, linalg.carried(velocity, parts, after))
     for part, value in zip(parts, after, strict=True):
         part.copy_(value)
 
 
 @torch.no_grad()
-def cut(layer: nn.Module, rank: int, optimizer: torch.optim.SGD) -> None:
+def truncate(layer: nn.Module, rank: int, optimizer: torch.optim.SGD) -> None:
     """Keep the leading ``rank`` components, of the parameters and of what the optimizer remembers of them, in place."""
-    parts = factors_of(layer)
-    velocity = [optimizer.state[part].get("momentum_buffer") for part in parts]
+    parts = svd_of(layer)
+    velocity = _velocity(optimizer, parts)
     for part, value in zip(parts, _leading(parts, rank), strict=True):
         part.grad, part.data = None, value  # the same parameter to the optimizer
-    if all(buffer is not None for buffer in velocity):
+    if velocity is not None:
         _set_velocity(optimizer, parts, _leading(velocity, rank))
 
 
-def _leading(parts: Iterable[Tensor | None], rank: int) -> linalg.SVD:
-    U, S, Vh = cast(Iterable[Tensor], parts)
+def _velocity(optimizer: torch.optim.SGD, parts: linalg.SVD) -> linalg.SVD | None:
+    """The momentum of ``parts``; None where a part has none yet."""
+    buffers = [optimizer.state[part].get("momentum_buffer") for part in parts]
+    known = [buffer for buffer in buffers if buffer is not None]
+    return linalg.SVD(*known) if len(known) == len(buffers) else None
+
+
+def _leading(parts: linalg.SVD, rank: int) -> linalg.SVD:
+    U, S, Vh = parts
     leading = U[..., :rank], S[..., :rank], Vh[..., :rank, :]
     return linalg.SVD(*(part.clone(memory_format=torch.contiguous_format) for part in leading))
 

@@ -19,7 +19,7 @@ from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.training.fit import Recipe
-from spectrim.training.svd_weights import bound_steps, factors_of, set_parametrization
+from spectrim.training.svd_weights import bound_steps, set_parametrization, svd_of
 
 RECIPE = Recipe(epochs=4, lr=0.05, precision="float32", warmup=0.0)
 METHODS: Any = [L0Gates, HALOC]
@@ -143,7 +143,7 @@ def test_settling_leaves_the_function_of_the_gates_without_noise(method: Any) ->
     before, kept = layer(x), one.eval_gates()
     one.absorb_gates(kept, optimizer)
     torch.testing.assert_close(layer(x), before)
-    assert factors_of(layer).S_R.shape == (1, int(kept.count_nonzero()))
+    assert svd_of(layer).S_R.shape == (1, int(kept.count_nonzero()))
 
 
 class Interrupted(Exception):

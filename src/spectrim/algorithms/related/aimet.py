@@ -5,7 +5,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,7 +18,8 @@ from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.factored import linalg
-from spectrim.factored.layers import FactoredConv2d, composed, factors_of, shaped_like
+from spectrim.factored.forms import PlainForm
+from spectrim.factored.layers import FactoredConv2d
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, replacing
@@ -113,7 +114,8 @@ class AIMET:
                 )
                 log.append({"evaluation": len(log), "accuracy": found.accuracy, "loss": found.loss})
                 bar.update()
-                return cast(float, found.accuracy)
+                assert found.accuracy is not None  # refused before the search
+                return found.accuracy
 
             try:
                 compressed, _ = ModelCompressor.compress_model(
@@ -164,15 +166,13 @@ def _in_our_layers(
         pair = theirs.get_submodule(name)
         if not isinstance(pair, nn.Sequential):
             continue
-        first, second = cast(nn.Conv2d, pair[0]), cast(nn.Conv2d, pair[1])
-        layer = cast(FactoredConv2d, shaped_like(dense, first.out_channels, "vertical"))
-        with torch.no_grad():
-            layer.first.weight.copy_(first.weight)
-            layer.second.weight.copy_(second.weight)
-            if second.bias is not None:
-                cast(Tensor, layer.second.bias).copy_(second.bias)
+        first, second = pair[0], pair[1]
+        assert isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d)
+        form = PlainForm("vertical")
+        layer = form.layer_for(dense, first.out_channels)
+        layer.fill([first.weight, second.weight], second.bias)
         replacing.replace(compressed, name, layer)
-        kept[name] = Kept(first.out_channels, "vertical")
+        kept[name] = Kept(first.out_channels, form)
     return compressed, kept
 
 
@@ -183,12 +183,11 @@ def _report(
     gradients = objective.gradients(model, list(layers))
     rows = []
     for name, dense in layers.items():
-        weight, ours = cast(Tensor, dense.weight).detach(), compressed.get_submodule(name)
+        weight, ours = dense.get_parameter("weight").detach(), compressed.get_submodule(name)
         change, rank, after = torch.zeros_like(weight), None, weight.numel()
         if isinstance(ours, FactoredConv2d):
-            weights = [cast(Tensor, factor.weight).detach() for factor in factors_of(ours)]
-            change = composed(ours, weights).reshape(weight.shape) - weight
-            rank, after = ours.rank, sum(factor.numel() for factor in weights)
+            change = ours.weight.detach() - weight
+            rank, after = ours.rank, sum(factor.weight.numel() for factor in ours.factors)
         kh, kw = weight.shape[2:] or (1, 1)
         sides = weight.shape[0] * kw, weight.shape[1] * kh
         rows.append(

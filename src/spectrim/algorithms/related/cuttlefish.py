@@ -3,7 +3,7 @@
 import copy
 import math
 from dataclasses import field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class _DenseThenFactors(nn.Module):
 
     def __init__(self, spectrum: MatrixSpectrum, view: View, initial: float, epochs: int) -> None:
         super().__init__()
-        self.template, self.view, self.initial = (spectrum.template,), view, initial  # a tuple: no module of this one
+        self.template, self.view, self.initial = spectrum.template, view, initial
         self.history: Tensor
         self.switched: Tensor
         self.register_buffer("switched", torch.tensor(False))
@@ -112,12 +112,12 @@ class _DenseThenFactors(nn.Module):
         self.history[0] = scaled_stable_rank(spectrum.S_R, initial)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        W_OI = to_matrix(weight, self.template[0], self.view)
+        W_OI = to_matrix(weight, self.template, self.view)
         return W_OI.contiguous(), W_OI.new_empty(len(W_OI), 0, W_OI.shape[-1])
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         with torch.autocast(left.device.type, enabled=False):
-            weight = from_matrix(left @ right if right.numel() else left, self.template[0], self.view)
+            weight = from_matrix(left @ right if right.numel() else left, self.template, self.view)
         return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
 
 
@@ -126,8 +126,8 @@ class _Watched:
 
     def __init__(self, layer: nn.Module, weight: _DenseThenFactors) -> None:
         svd_weights.set_parametrization(layer, weight)
-        self.weight, own = weight, cast(nn.ModuleDict, layer.parametrizations)["weight"]
-        self.left, self.right = cast(nn.Parameter, own.original0), cast(nn.Parameter, own.original1)
+        self.weight, own = weight, svd_weights.parametrization_of(layer)
+        self.left, self.right = own.get_parameter("original0"), own.get_parameter("original1")
 
     def bound_steps(self) -> None:
         """Let no step on one factor move the weight further than one on the weight itself would.
@@ -185,7 +185,8 @@ class _Callbacks:
             self.costs.meet(chosen.params_kept, lambda _: dict.fromkeys(names, 1), low=0.0, high=0.0)
         self.break_even = {name: bench.spectra[name].break_even for name in names}
         for name in names:
-            spectrum = cast(MatrixSpectrum, bench.spectra[name])
+            spectrum = bench.spectra[name]
+            assert isinstance(spectrum, MatrixSpectrum)  # the decomposer is the plain SVD
             U_OR, S_R, Vh_RI = spectrum.factors
             initial = random_stable_rank(U_OR.shape[-2], Vh_RI.shape[-1])
             if chosen.reference == "start":

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import field
 from enum import IntEnum
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -166,9 +166,10 @@ class GatedLayer:
 
     def __init__(self, layer: nn.Module, rate: float) -> None:
         self.layer = layer
-        parametrizations = cast(nn.ModuleDict, layer.parametrizations)
-        self.weight = cast(GatedWeight, parametrizations["weight"][0])  # type: ignore[index]
-        self.parameter = cast(nn.Parameter, parametrizations["weight"].original3)
+        own = svd_weights.parametrization_of(layer)
+        weight = own.get_submodule("0")
+        assert isinstance(weight, GatedWeight)
+        self.weight, self.parameter = weight, own.get_parameter("original3")
         self.parameter.register_hook(lambda gradient: rate * gradient)  # as a learning rate of its own would
 
     @property
@@ -199,10 +200,10 @@ class GatedLayer:
     @torch.no_grad()
     def absorb_gates(self, gates: Tensor, optimizer: torch.optim.SGD) -> None:
         """Multiply the gates into S and cut what they close, in place."""
-        svd_weights.factors_of(self.layer).S_R.mul_(gates)
+        svd_weights.svd_of(self.layer).S_R.mul_(gates)
         self.learning = Learning.WITHOUT_GATES
         svd_weights.orthogonalise(self.layer, optimizer)  # what is closed comes last
-        svd_weights.cut(self.layer, int(gates.count_nonzero()), optimizer)
+        svd_weights.truncate(self.layer, int(gates.count_nonzero()), optimizer)
 
 
 class _Callbacks:
@@ -214,10 +215,11 @@ class _Callbacks:
         self.share = chosen.params_kept if chosen.macs_kept is None else chosen.macs_kept
         self.layers: dict[str, GatedLayer] = {}
         for name, spectrum in bench.spectra.items():
-            layer = cast(nn.Linear | nn.Conv2d, net.get_submodule(name))
-            gate = chosen.gate(cast(MatrixSpectrum, spectrum), layer.weight.numel())
+            assert isinstance(spectrum, MatrixSpectrum)  # the decomposer is the plain SVD
+            layer = net.get_submodule(name)
+            gate = chosen.gate(spectrum, layer.get_parameter("weight").numel())
             gate.set_saved(self.costs.saved(name))
-            svd_weights.set_parametrization(layer, GatedWeight(cast(MatrixSpectrum, spectrum), gate))
+            svd_weights.set_parametrization(layer, GatedWeight(spectrum, gate))
             svd_weights.bound_steps(layer)
             self.layers[name] = GatedLayer(layer, chosen.rate)
         if self.share is not None:
@@ -228,11 +230,11 @@ class _Callbacks:
         return next(iter(self.layers.values())).learning is Learning.WITHOUT_GATES
 
     def ranks(self) -> dict[str, int]:
-        return {name: svd_weights.factors_of(gated.layer).S_R.shape[-1] for name, gated in self.layers.items()}
+        return {name: svd_weights.svd_of(gated.layer).S_R.shape[-1] for name, gated in self.layers.items()}
 
     def undecayed(self) -> list[str]:
         """Names of the parameters without weight decay."""
-        factors = {name: svd_weights.factors_of(gated.layer) for name, gated in self.layers.items()}
+        factors = {name: svd_weights.svd_of(gated.layer) for name, gated in self.layers.items()}
         spared = [(own.U_OR, own.Vh_RI, self.layers[name].parameter) for name, own in factors.items()]
         chosen = {id(part) for parts in spared for part in parts}
         return [name for name, parameter in self.net.named_parameters() if id(parameter) in chosen]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -93,4 +92,5 @@ class _Candidates(Gate):
 
 
 def _candidates(gated: GatedLayer) -> _Candidates:
-    return cast(_Candidates, gated.gate)
+    assert isinstance(gated.gate, _Candidates)
+    return gated.gate

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,7 +140,7 @@ def states_of(bench: Workbench) -> Tensor:
     over the layers, and its index, one-hot. Shape (layers, features)."""
     rows = []
     for name, spectrum in bench.spectra.items():
-        weight = cast(Tensor, bench.model.get_submodule(name).weight)
+        weight = bench.model.get_parameter(f"{name}.weight")
         rows.append([math.log(len(weight)), math.log(weight[0].numel()), math.log(spectrum.cost(1))])
     measures = torch.tensor(rows)
     measures = (measures - measures.mean(0)) / measures.std(0, correction=0).clamp_min(1e-6)

@@ -25,7 +25,7 @@ from spectrim.decomposers.spectrum import (
     value_at,
 )
 from spectrim.errors import UserError
-from spectrim.factored.layers import dense_kinds
+from spectrim.factored.dense import dense_kinds
 from spectrim.factored.plan import RankPlan
 from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
@@ -183,10 +183,10 @@ def _spectra(
     found: dict[str, Spectrum] = {}
     with tqdm(desc="decompose", total=len(layers), unit="layer", leave=False, disable=None) as bar:
         for block in objective.blocks(list(layers)):
-            forms = {name: decomposer.forms(layers[name]) for name in block}
+            views = {name: decomposer.views(layers[name]) for name in block}
             moments: Mapping[str, Moments] = {}
             if decomposer.samples:
-                moments = input_moments(model, forms, objective, decomposer.samples)
+                moments = input_moments(model, views, objective, decomposer.samples)
             for name in block:
                 found[name] = _spectrum(name, layers[name], decomposer, moments.get(name, NO_MOMENTS))
                 if shelf:

@@ -1,0 +1,97 @@
+"""What every factored layer offers, beside the map of the dense layer."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.factored.dense import attributes_of, dense_kinds
+
+
+class BlockLinear(nn.Module):
+    """A grouped linear layer: the features lie in ``blocks``, and each block has a matrix of its own. It has no bias.
+
+    ``weight``: the matrices of all blocks stacked along the outputs, shape (out_features, in_features / blocks).
+    """
+
+    def __init__(self, in_features: int, out_features: int, blocks: int) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // blocks))
+
+    def forward(self, input: Tensor) -> Tensor:
+        x, weight = input.unflatten(-1, (self.blocks, -1)), self.weight.unflatten(0, (self.blocks, -1))
+        return torch.einsum("...bi,bri->...br", x, weight).flatten(-2)
+
+
+Factor = nn.Linear | BlockLinear | nn.Conv2d | nn.Embedding
+
+
+class FactoredLayer(nn.Module, ABC):
+    """The base of all factored layers.
+
+    It offers what a model may read of the dense layer: ``weight``, the product, ``bias``, and by their names the
+    attributes of the dense layer, those of a subclass included.
+    """
+
+    first: Factor
+    second: Factor
+    __jit_unused_properties__ = ("factors", "weight", "bias")
+
+    @property
+    def factors(self) -> tuple[Factor, ...]:
+        """The layers of the product, in the order in which they are applied."""
+        return self.first, self.second
+
+    @abstractmethod
+    def product(self, weights: Sequence[Tensor]) -> Tensor:
+        """Multiply ``weights``, one for each of ``factors``, to one matrix a group in the channel view: (g, O, I).
+
+        Differentiable in ``weights``.
+        """
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """The product of the factors, in the shape of the dense weight. It is computed at each access."""
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias, which belongs to the last factor."""
+        last = self.factors[-1]
+        return last.bias if isinstance(last, nn.Linear | nn.Conv2d) else None
+
+    @torch.no_grad()
+    def fill(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
+        """Copy ``weights`` into the factors, in their order, and ``bias`` into the last one, where it has any."""
+        for factor, weight in zip(self.factors, weights, strict=True):
+            factor.weight.copy_(weight)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    def adopt(self, dense: nn.Module, memo: dict[int, Any] | None = None) -> None:
+        """Offer the attributes of ``dense`` and of its class, except those that this layer has itself.
+
+        ``memo``: as for ``copy.deepcopy``; the attributes are then copied with it, otherwise they are shared.
+        """
+        attributes = attributes_of(dense)
+        self._adopted = attributes if memo is None else copy.deepcopy(attributes, memo)
+        self._adopted_class = type(dense)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            own = vars(self)
+            if name.startswith("__") or "_adopted" not in own:
+                raise
+            if name in own["_adopted"]:
+                return own["_adopted"][name]
+            for kind in own["_adopted_class"].__mro__:
+                if name in vars(kind) and not any(issubclass(known, kind) for known in dense_kinds()):
+                    found = vars(kind)[name]
+                    return found.__get__(self, type(self)) if hasattr(found, "__get__") else found
+            raise
