@@ -159,7 +159,7 @@ def test_cache_folder_that_cannot_be_made(source: Source, official: Path, monkey
 def test_leftovers_of_a_killed_process_are_cleared(source: Source, cache: Path) -> None:
     with subprocess.Popen(["true"]) as killed:
         pass
-    (cache / f".scratch.{files._machine()}.{killed.pid}.0.tmp" / "npm-work").mkdir(parents=True)
+    (cache / f".spectrim.{files._machine()}.{killed.pid}.0.tmp" / "npm-work").mkdir(parents=True)
     load(source)
     assert visible(cache) == ["tiny.safetensors"]
 

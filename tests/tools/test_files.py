@@ -1,6 +1,7 @@
 """Files are written whole or not at all, and nothing lasting is left of a writer that failed or was killed."""
 
 import errno
+import itertools
 import os
 import platform
 import signal
@@ -137,6 +138,20 @@ def test_what_a_killed_process_left_goes_with_the_next_writer_and_what_a_living_
     elsewhere.touch()
     files.write({tmp_path / "other": b""})
     assert names(tmp_path) == [elsewhere.name, "other"]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_not_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container that is started anew, processes have the numbers that they had before."""
+    for at, attempt in ((tmp_path / "a", files.replacing), (tmp_path / "spectrim", lambda _: files.scratch(tmp_path))):
+        monkeypatch.setattr(files, "_COUNT", itertools.count())
+        left = files._temporary(at)
+        (left / "deep").mkdir(parents=True)
+        monkeypatch.setattr(files, "_COUNT", itertools.count())
+        with attempt(at) as made:
+            assert made in (left, (left,)) and not (left / "deep").exists()
+            left.is_dir() or left.touch()
 
 
 def test_a_long_name_is_written_and_one_that_is_too_long_is_refused(tmp_path: Path) -> None:

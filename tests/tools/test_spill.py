@@ -21,7 +21,7 @@ from spectrim.errors import UserError
 from spectrim.runs import configuration, targets
 from spectrim.statistics.objective import Objective
 from spectrim.tools import spill
-from spectrim.tools.spill import Laid, Shelf
+from spectrim.tools.spill import SpilledTensors, SpillFolder
 
 NAMES = sorted(path.stem for path in (Path(configuration.CONF) / "decomposer").glob("*.yaml"))
 
@@ -45,7 +45,7 @@ def test_the_curves_and_the_model_are_the_same(
     usual = Workbench.of(net, decomposer, objective)
     spared = Workbench.of(copy.deepcopy(net), decomposer, _in_blocks(objective, size))
     for one, other in zip(usual.spectra.values(), spared.spectra.values(), strict=True):
-        assert isinstance(other, MatrixSpectrum) == isinstance(getattr(other, "_vectors", None), Laid)
+        assert isinstance(other, MatrixSpectrum) == isinstance(getattr(other, "_vectors", None), SpilledTensors)
         for curve in ("error", "weighted_error", "largest_entry"):
             torch.testing.assert_close(getattr(other, curve)(), getattr(one, curve)())
         assert (one.break_even, one.kept(2), one.sizes(2)) == (other.break_even, other.kept(2), other.sizes(2))
@@ -68,10 +68,10 @@ def test_nothing_is_left_once_nobody_needs_it(net: nn.Module, objective: Objecti
     kept = bench.spectra["3"]
     del bench
     gc.collect()
-    assert isinstance(kept, MatrixSpectrum) and kept.factors.U_OR.isfinite().all()  # one that is left holds its shelf
+    assert isinstance(kept, MatrixSpectrum) and kept.factors.U_OR.isfinite().all()  # one that is left holds the folder
     del kept
     gc.collect()
-    assert not list(temporary.glob("spectrim-*"))
+    assert not list(temporary.iterdir())
 
 
 def test_a_full_disk_ends_in_one_line(
@@ -81,18 +81,26 @@ def test_a_full_disk_ends_in_one_line(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(spill, "save_file", full)
-    with pytest.raises(UserError, match="^decompositions [^\n]*No space left[^\n]*set TMPDIR[^\n]*$"):
+    with pytest.raises(UserError, match="^cannot spill decompositions [^\n]*No space left[^\n]*set TMPDIR[^\n]*$"):
         Workbench.of(net, SVD(), _in_blocks(objective, 1))
 
 
 def test_tensors_come_back_as_they_were() -> None:
-    laid = Shelf().lay({"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(1, dtype=torch.float64)})
-    read = laid.read()
+    spilled = SpillFolder().write({"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(1, dtype=torch.float64)})
+    read = spilled.read()
     assert read["a"].equal(torch.arange(6.0).reshape(2, 3).T) and read["b"].dtype == torch.float64
 
 
-def test_what_a_killed_process_left_goes_with_the_next_shelf_and_what_a_living_one_holds_stays(temporary: Path) -> None:
-    code = "import torch, spectrim.tools.spill as s; x = s.Shelf(); x.lay({'a': torch.ones(3)}); print(); input()"
+def test_what_a_killed_process_left_goes_with_the_next_folder_and_what_a_living_one_holds_stays(
+    temporary: Path,
+) -> None:
+    code = """
+import torch
+from spectrim.tools.spill import SpillFolder
+spilled = SpillFolder().write({"a": torch.ones(3)})
+print(flush=True)
+input()
+"""
     with subprocess.Popen(
         [sys.executable, "-c", code],
         stdin=subprocess.PIPE,
@@ -100,13 +108,18 @@ def test_what_a_killed_process_left_goes_with_the_next_shelf_and_what_a_living_o
         env=os.environ | {"TMPDIR": str(temporary)},
     ) as other:
         assert other.stdout is not None and other.stdout.readline()
-        own = Shelf()
-        (left,) = [folder for folder in temporary.glob("spectrim-shelf-*") if folder != own._folder]
-        for folder in (left, own._folder):
-            os.utime(folder, (0, 0))  # as if it had been there for long
-        second = Shelf()
-        assert sorted(path.name for path in left.iterdir()) == ["0.safetensors", "lock"]
+        (left,) = temporary.iterdir()
+        own = SpillFolder()
+        assert [path.name for path in left.iterdir()] == ["0.safetensors"]
         other.send_signal(signal.SIGKILL)
-    third = Shelf()
-    assert not left.exists()
-    assert all(shelf._folder.exists() for shelf in (own, second, third))
+    second = SpillFolder()
+    assert sorted(temporary.iterdir()) == sorted([own._folder, second._folder])
+
+
+def test_a_location_that_cannot_be_written_is_said_in_one_line(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (temporary / "file").touch()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary / "file"))
+    with pytest.raises(UserError, match="^cannot spill decompositions to [^\n]*file [^\n]*set TMPDIR[^\n]*$"):
+        SpillFolder()

@@ -11,7 +11,7 @@ from spectrim.factored.base import Factor, FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.forms import EmbeddingForm, Form, PlainForm
 from spectrim.factored.plan import Kept
-from spectrim.tools.spill import Laid, Shelf
+from spectrim.tools.spill import SpilledTensors, SpillFolder
 
 View = Literal["channel", "spatial"]
 
@@ -19,7 +19,7 @@ View = Literal["channel", "spatial"]
 class MatrixSpectrum(Spectrum):
     """The spectrum of a weight read as one matrix a group, or as ``subspaces`` matrices a group side by side.
 
-    ``factors``: U (g, O, R), S (g, R), Vh (g, R, I), where g counts all the matrices. A shelf may hold U and Vh.
+    ``factors``: U (g, O, R), S (g, R), Vh (g, R, I), where g counts all the matrices. U and Vh may lie on disk.
     """
 
     def __init__(self, layer: DenseLayer, view: View, factors: linalg.SVD, subspaces: int = 1) -> None:
@@ -27,22 +27,22 @@ class MatrixSpectrum(Spectrum):
         self.template = layer.without_weights()
         self.view, self.subspaces, self.S_R = view, subspaces, factors.S_R
         self.shape = (*factors.U_OR.shape[:2], factors.Vh_RI.shape[-1])  # matrices, outputs and inputs of each
-        self._vectors: tuple[Tensor, Tensor] | Laid = (factors.U_OR, factors.Vh_RI)
+        self._vectors: tuple[Tensor, Tensor] | SpilledTensors = (factors.U_OR, factors.Vh_RI)
         self.bias = None if layer.bias is None else layer.bias.detach().clone()
         self.device = layer.weight.device
         self._largest: Tensor | None = None
 
     @property
     def factors(self) -> linalg.SVD:
-        """The decomposition, from memory, or read from the shelf at each access."""
-        if not isinstance(self._vectors, Laid):
+        """The decomposition, from memory, or read from disk at each access."""
+        if not isinstance(self._vectors, SpilledTensors):
             return linalg.SVD(self._vectors[0], self.S_R, self._vectors[1])
         read = self._vectors.read()
         return linalg.SVD(read["U"].to(self.device), self.S_R, read["Vh"].to(self.device))
 
-    def lay_aside(self, shelf: Shelf) -> None:
-        if not isinstance(self._vectors, Laid):
-            self._vectors = shelf.lay(dict(zip(("U", "Vh"), self._vectors, strict=True)))
+    def spill(self, folder: SpillFolder) -> None:
+        if not isinstance(self._vectors, SpilledTensors):
+            self._vectors = folder.write(dict(zip(("U", "Vh"), self._vectors, strict=True)))
 
     @property
     def importance(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.plan import Kept
-from spectrim.tools.spill import Shelf
+from spectrim.tools.spill import SpillFolder
 
 Keep = int | tuple[int, ...]
 # The second moment E[x x^T] of a layer's inputs, shape (g, I, I), by the view that says what one input x is. Of an
@@ -77,8 +77,8 @@ class Spectrum(ABC):
     def factor(self, keep: Keep) -> FactoredLayer:
         """Return a drop-in layer with the components in ``keep``: a rank (the leading ones) or a set of indices."""
 
-    def lay_aside(self, shelf: Shelf) -> None:  # noqa: B027 (not every spectrum has to)
-        """Move large tensors from memory to ``shelf``. The default keeps them, for decompositions of small layers."""
+    def spill(self, folder: SpillFolder) -> None:  # noqa: B027 (not every spectrum has to)
+        """Move large tensors from memory to ``folder``. The default keeps them, for decompositions of small layers."""
 
     def cost(self, rank: int) -> int:
         """Return the parameters of all factors at ``rank``, without the bias."""

@@ -57,10 +57,11 @@ def scratch(folder: Path) -> Iterator[Path]:
     A killed process leaves it behind; the next writer in ``folder`` removes it. Raises ``OSError`` where it cannot be
     made.
     """
-    made = _temporary(folder / "scratch")
+    made = _temporary(folder / "spectrim")
     try:
-        made.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         remove_litter(folder)
+        made.mkdir(mode=0o700)
         yield made
     finally:
         _remove(made)
@@ -122,7 +123,9 @@ def remove_litter(folder: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     # The name is shortened, because file systems limit its length.
-    return path.with_name(f".{path.name[:40]}.{_machine()}.{os.getpid()}.{next(_COUNT)}.tmp")
+    made = path.with_name(f".{path.name[:40]}.{_machine()}.{os.getpid()}.{next(_COUNT)}.tmp")
+    _remove(made)  # left by a killed process that had the number of this one
+    return made
 
 
 def _machine() -> str:

@@ -1,77 +1,60 @@
 """Spill tensors to disk, for a model whose decompositions do not all fit into memory."""
 
-import contextlib
-import shutil
-import time
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spectrim.errors import UserError
-from spectrim.tools import malloc
-
-PREFIX, LOCK = "spectrim-shelf-", "lock"
-NEWBORN = 60.0  # seconds during which a new folder may not have its lock yet
+from spectrim.tools import files, malloc
 
 
-class Shelf:
-    """A temporary folder that is deleted when its last reference is dropped. ``TMPDIR`` sets its location.
+class SpillFolder:
+    """A temporary folder for tensors, deleted when the folder and all tensors in it are no longer referenced.
 
-    A killed process leaves its folder behind, which holds gigabytes for a language model. The next shelf in the same
-    location deletes it.
+    ``TMPDIR`` sets its location. A killed process leaves its folder behind, which holds gigabytes for a language model.
+    The next spill folder in the same location deletes it.
     """
 
     def __init__(self) -> None:
-        self._folder, self._count = Path(mkdtemp(prefix=PREFIX)), 0
-        lock = FileLock(self._folder / LOCK)
-        with contextlib.suppress(OSError, NotImplementedError):  # Without file locks nobody deletes a leftover folder.
-            lock.acquire()  # The system releases the lock however the process ends.
-        weakref.finalize(self, _away, self._folder, lock)
-        for other in self._folder.parent.glob(f"{PREFIX}*"):
-            _away_if_left(other)
+        stack = ExitStack()
+        try:
+            self._folder, self._count = stack.enter_context(files.scratch(Path(gettempdir()))), 0
+        except OSError as error:
+            raise _refusal(Path(gettempdir()), error) from None
+        weakref.finalize(self, stack.close)
 
-    def lay(self, tensors: Mapping[str, Tensor]) -> "Laid":
-        """Write ``tensors`` to a new file. Raises ``UserError`` where that fails, as on a full disk."""
+    def write(self, tensors: Mapping[str, Tensor]) -> "SpilledTensors":
+        """Write ``tensors`` to a new file of the folder. Raises ``UserError`` where that fails, as on a full disk."""
         path = self._folder / f"{self._count}.safetensors"
         self._count += 1
         try:
             save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path)
         except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"decompositions could not be laid aside in {path.parent.parent} ({error}): free some room there, set "
-                "TMPDIR to another folder, or leave layers_at_once out"
-            ) from None
+            raise _refusal(path.parent.parent, error) from None
         malloc.give_back()
-        return Laid(self, path)
+        return SpilledTensors(self, path)
 
 
-class Laid:
-    """A handle to one file of a shelf. It keeps the shelf alive."""
+class SpilledTensors:
+    """Tensors in one file of a spill folder. They keep the folder on disk."""
 
-    def __init__(self, shelf: Shelf, path: Path) -> None:
-        self._shelf, self._path = shelf, path
+    def __init__(self, folder: SpillFolder, path: Path) -> None:
+        self._folder, self._path = folder, path
 
     def read(self) -> dict[str, Tensor]:
-        """Read the tensors from disk, at every call."""
+        """Read the tensors from disk. Each call reads them again."""
         malloc.give_back()
         return load_file(self._path)
 
 
-def _away(folder: Path, lock: FileLock) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    lock.release()
-
-
-def _away_if_left(folder: Path) -> None:
-    """Delete the folder of a process that has ended. Skip a folder that cannot be deleted, such as another user's."""
-    with contextlib.suppress(OSError, NotImplementedError, Timeout):
-        if time.time() - folder.stat().st_mtime > NEWBORN:
-            lock = FileLock(folder / LOCK, timeout=0)
-            lock.acquire()
-            _away(folder, lock)
+def _refusal(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"cannot spill decompositions to {folder} ({error}): free some space there, set TMPDIR to another folder, or "
+        "leave layers_at_once out"
+    )

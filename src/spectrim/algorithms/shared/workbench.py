@@ -31,7 +31,7 @@ from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, latency, replacing
 from spectrim.tools.profiling import Timed
-from spectrim.tools.spill import Shelf
+from spectrim.tools.spill import SpillFolder
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +179,7 @@ def _spectra(
     model: nn.Module, decomposer: Decomposer, objective: Objective, layers: Mapping[str, nn.Module]
 ) -> dict[str, Spectrum]:
     """Decompose the layers in the blocks of ``objective``. With ``layers_at_once`` the factors are kept on disk."""
-    shelf = None if objective.layers_at_once is None else Shelf()
+    folder = None if objective.layers_at_once is None else SpillFolder()
     found: dict[str, Spectrum] = {}
     with tqdm(desc="decompose", total=len(layers), unit="layer", leave=False, disable=None) as bar:
         for block in objective.blocks(list(layers)):
@@ -189,8 +189,8 @@ def _spectra(
                 moments = input_moments(model, views, objective, decomposer.samples)
             for name in block:
                 found[name] = _spectrum(name, layers[name], decomposer, moments.get(name, NO_MOMENTS))
-                if shelf:
-                    found[name].lay_aside(shelf)
+                if folder:
+                    found[name].spill(folder)
                 bar.update()
     return found
 
