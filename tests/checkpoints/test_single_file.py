@@ -3,6 +3,8 @@
 import copy
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,31 @@ def test_saved_and_loaded_gives_the_same_logits_bit_for_bit(net: nn.Sequential, 
     x = torch.randn(9, 3, 8, 8)
     assert loaded is fresh and torch.equal(logits(loaded, x), logits(compressed, x))
     assert single_file.read_metadata(tmp_path / "x.safetensors")["plan"] == plan.to_json()
+
+
+SAVED = """
+import sys, torch
+from spectrim.checkpoints import single_file
+from spectrim.factored.plan import RankPlan
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2).half())
+single_file.save(sys.argv[1], model, RankPlan(), {"model": "mlp", "data": "digits", "class": "Sequential"})
+"""
+
+
+def test_the_same_model_gives_the_same_bytes_in_every_process(
+    net: nn.Sequential, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(4)]
+    for seed, path in enumerate(paths):
+        monkeypatch.setenv("PYTHONHASHSEED", str(seed))
+        subprocess.run([sys.executable, "-c", SAVED, str(path)], check=True)
+    assert len({path.read_bytes() for path in paths}) == 1
+    compressed, plan = small(net)
+    for _ in range(20):
+        single_file.save(tmp_path / "x.safetensors", compressed, plan, {"b": "2", "a": "1"})
+        paths.append((tmp_path / "x.safetensors").rename(tmp_path / f"{len(paths)}.safetensors"))
+    assert len({path.read_bytes() for path in paths[4:]}) == 1
 
 
 def test_float16_halves_the_file_and_rounds_once(net: nn.Sequential, saved: Any, tmp_path: Path) -> None:

@@ -48,6 +48,22 @@ def test_what_is_written_the_library_reads(tmp_path: Path) -> None:
     )
 
 
+def test_saved_tensors_come_back_and_begin_at_a_multiple_of_their_width(tmp_path: Path) -> None:
+    path, wanted = tmp_path / "x.safetensors", tensors() | {"turned": torch.randn(3, 5).T, "wave": torch.ones(2) * 1j}
+    safetensors_stream.save(path, wanted, {"b": "ü", "a": "1"})
+    found, shard = load_file(path), Shard.at(path)
+    assert found.keys() == wanted.keys() and shard.metadata == {"b": "ü", "a": "1"}
+    for name, value in wanted.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value)
+        assert torch.equal(shard.read(name), value) and shard.starts[name] % value.itemsize == 0
+
+
+def test_a_type_that_the_format_lacks_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="wave is of type torch.complex128, which a safetensors file cannot hold"):
+        safetensors_stream.save(tmp_path / "x.safetensors", {"wave": torch.ones(2, dtype=torch.complex128)}, {})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("part", [0, 0.01, 0.2, 0.6, 0.99])
 def test_a_file_cut_short_is_refused(tmp_path: Path, part: float) -> None:
     path = tmp_path / "x.safetensors"
