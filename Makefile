@@ -66,7 +66,7 @@ GRIDS_figure3 := figure3 $(GRIDS_table2)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records list-grids lint format readme bench notebook lock clean
+.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records list-grids lint format docs readme bench notebook lock clean
 .PHONY: $(RESULTS:%=reproduce-%) $(RESULTS:%=table-%)
 
 help:  ## this list
@@ -165,12 +165,17 @@ test: $(STAMP)  ## the tests
 lint: $(STAMP)  ## ruff, mypy, the layers of the imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy src experiments
+	$(BIN)/mypy src experiments docs/_sphinx
 	$(BIN)/lint-imports
 
 format: $(STAMP)  ## what ruff can mend by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## the site in build/site: the pages, the tables and the reference; a dead link inside is an error
+	rm -rf build/site build/doctrees  # a source page is not made anew where it exists
+	$(BIN)/python -m sphinx -q -W --keep-going -j 2 -c docs -d build/doctrees . build/site
+	@echo "open build/site/index.html"
 
 readme: $(STAMP)  ## the tables that README and docs show, copied into them from results/tables
 	$(BIN)/python experiments/readme.py

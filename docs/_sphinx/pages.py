@@ -1,0 +1,90 @@
+"""Make pages out of the files as they are: the contents, the titles of the tables, and the modules of a folder."""
+
+import pkgutil
+import re
+from importlib import import_module
+from pathlib import Path
+
+from docutils import nodes
+from markdown_it import MarkdownIt
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+import spectrim
+
+REDIRECT = (
+    '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={0}"><a href="{0}">spectrim</a>\n'
+)
+MARKDOWN = MarkdownIt("commonmark").enable("table")
+FILE = re.compile(r"(table|figure)(\d+)(?:_(\w+))?$")
+
+
+def contents(index: str) -> str:
+    """Make the contents of the site from the lists of the index page: a caption and links to pages."""
+    parts = []
+    for caption, links in re.findall(r"^([^\n]+):\n\n((?:- \[.*\n(?:  .*\n)*)+)", index, re.MULTILINE):
+        pages = re.findall(r"^- \[([^\]]+)\]\(([^)]+)\)", links, re.MULTILINE)
+        entries = "\n".join(f"{title} <{re.sub(r'[.](md|rst)$', '', path)}>" for title, path in pages)
+        parts.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n")
+    return "\n".join(parts)
+
+
+def title_of(name: str) -> str:
+    """Return the title of a table, a figure or a benchmark from the name of its file."""
+    found = FILE.match(name)
+    if not found:
+        return f"Benchmark: {name}"
+    kind, number, part = found.groups()
+    return f"{kind.capitalize()} {number}" + (f": {part.replace('_', ' ')}" if part else "")
+
+
+def _read(app: Sphinx, docname: str, source: list[str]) -> None:
+    if docname == app.config.root_doc:
+        source[0] += f"\n{contents(source[0])}"
+    elif docname.startswith("results/"):
+        figure = Path(app.srcdir, "results", "figures", f"{Path(docname).name}.png")
+        shown = f"\n![{title_of(figure.stem)}](../figures/{figure.name})\n" if figure.exists() else ""
+        # As HTML: a table of some thousand cells takes seconds as a tree of nodes.
+        table = MARKDOWN.render(source[0]).replace(
+            "<table>", '<div class="table-wrapper docutils"><table class="docutils">'
+        )
+        table = table.replace("</table>", "</table></div>")
+        title = title_of(Path(docname).name)
+        source[0] = f"---\norphan: true\n---\n# {title}\n{shown}\n~~~{{raw}} html\n{table}\n~~~\n"
+
+
+class Package(SphinxDirective):
+    """``.. package:: surgery`` documents every module of the folder, a section each.
+
+    What is public as ``spectrim.NAME`` has its entry on a page for users, and only a link here.
+    """
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        package = import_module(f"spectrim.{self.arguments[0]}")
+        modules = [module.name for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
+        sections = [self.section(f"{self.arguments[0]}.{name}") for name in modules]
+        return self.parse_text_to_nodes("\n".join(sections), allow_section_headings=True)
+
+    def section(self, name: str) -> str:
+        module = f"spectrim.{name}"
+        public = [own for own in spectrim.__all__ if getattr(spectrim, own).__module__ == module]
+        lines = [f"``{name}``", "-" * (len(name) + 4), "", f".. automodule:: {module}", "   :members:"]
+        if public:
+            lines += [f"   :exclude-members: {', '.join(public)}", ""]
+            lines += [f"Public: {', '.join(f'``spectrim.{own}``' for own in public)}."]
+        return "\n".join([*lines, "", ""])
+
+
+def _redirect(app: Sphinx, error: Exception | None) -> None:
+    if error is None and app.builder.format == "html":
+        target = f"{app.config.root_doc}.html"
+        Path(app.outdir, "index.html").write_text(REDIRECT.format(target), encoding="utf-8")
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.connect("source-read", _read)
+    app.connect("build-finished", _redirect)
+    app.add_directive("package", Package)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
