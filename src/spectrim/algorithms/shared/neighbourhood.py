@@ -25,7 +25,8 @@ class Neighbourhood:
     """How far from the trained weight a truncation may lie for its first-order prediction to be used.
 
     ``norm``: ``entrywise``, ``max |W_k - W|``, the condition that S1b states; ``relative``,
-    ``||W_k - W||_F / ||W||_F``; or ``frobenius``, ``||W_k - W||_F``. ``gamma``: its largest allowed value; None allows every rank.
+    ``||W_k - W||_F / ||W||_F``; or ``frobenius``, ``||W_k - W||_F``.
+    ``gamma``: its largest allowed value; None allows every rank.
     """
 
     norm: Norm = "entrywise"
