@@ -18,7 +18,7 @@ from spectrim.fetch import pretrained
 from spectrim.losses import IGNORED
 from spectrim.runs import configuration
 from spectrim.statistics.objective import Objective
-from spectrim.training.fit import Recipe
+from spectrim.training.recipe import Recipe
 
 torch.set_num_threads(1)
 

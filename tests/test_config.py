@@ -105,7 +105,7 @@ def test_a_grid_of_table1_runs_on_every_net(compose: Any, grid: str) -> None:
 @pytest.mark.parametrize("option", [o for o in options("model") if o not in ("torchvision", "smollm2")])
 def test_every_model_has_a_recipe_of_its_name(compose: Any, option: str) -> None:
     cfg = compose(f"model={option}", name="train")
-    assert cfg.recipe._target_ == "spectrim.training.fit.Recipe"
+    assert cfg.recipe._target_ == "spectrim.training.recipe.Recipe"
     assert cfg.checkpoint == f"results/checkpoints/{option}-cifar10-seed0.safetensors"
 
 
@@ -186,7 +186,7 @@ def test_a_target_that_does_not_exist_is_named(target: str) -> None:
         ({"_target_": "spectrim.algorithms.truncation.Truncation", "rank": "abc"}, "^Truncation: rank='abc' is not of"),
         ({"_target_": "spectrim.models.resnet.ResNet", "depth": 21}, "depth of a CIFAR ResNet is 6n.2"),
         ({"_target_": "spectrim.models.resnet.ResNet", "deep": 20}, "unexpected keyword argument 'deep'"),
-        ({"_target_": "spectrim.training.fit.Recipe", "epochs": 0}, "needs epochs >= 1"),
+        ({"_target_": "spectrim.training.recipe.Recipe", "epochs": 0}, "needs epochs >= 1"),
     ],
 )
 def test_what_a_target_refuses_is_said_in_one_line(settings: dict, message: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from spectrim.decomposers.whitened import WhitenedSVD as WhitenedSVD
     from spectrim.errors import UserError as UserError
     from spectrim.factored.plan import RankPlan as RankPlan
-    from spectrim.training.fit import Recipe as Recipe
+    from spectrim.training.recipe import Recipe as Recipe
 
 # Imported at first use, so that reports, which need no torch, do not pay for it.
 _HOME = {
@@ -34,7 +34,7 @@ _HOME = {
     "Lossless": "spectrim.algorithms.lossless",
     "RankPlan": "spectrim.factored.plan",
     "RankSelection": "spectrim.algorithms.rank_selection",
-    "Recipe": "spectrim.training.fit",
+    "Recipe": "spectrim.training.recipe",
     "SVD": "spectrim.decomposers.svd",
     "SVDTraining": "spectrim.algorithms.svd_training",
     "SubspaceSVD": "spectrim.decomposers.subspaces",

@@ -14,7 +14,7 @@ from spectrim.algorithms.truncation import Truncation
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
-from spectrim.training.fit import Recipe
+from spectrim.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=20, lr=0.1, precision="float32")
 

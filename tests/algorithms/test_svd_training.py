@@ -18,7 +18,7 @@ from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
 from spectrim.factored.dense import DenseLayer
 from spectrim.statistics.objective import Objective
-from spectrim.training.fit import Recipe
+from spectrim.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=4, lr=0.05, precision="float32", warmup=0.0)
 VIEWS: Any = ("channel", "spatial")

@@ -17,7 +17,8 @@ from spectrim.statistics.objective import Objective
 from spectrim.tools.device import device_called
 from spectrim.training import cuda_graph
 from spectrim.training.cuda_graph import WARM, Replayed, own_stream
-from spectrim.training.fit import Recipe, fit
+from spectrim.training.fit import Training, fit
+from spectrim.training.recipe import Recipe
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 STEPS = 3 * WARM
@@ -88,7 +89,7 @@ def test_a_training_is_the_same_replayed(
         torch.manual_seed(0)
         model = type(net)(*net).to("cuda")
         model.load_state_dict(start)
-        curve = fit(model, images, recipe, seed=0)
+        curve = fit(model, images, Training(recipe, 0))
         return [{**point, "seconds": 0} for point in curve], model.state_dict()
 
     device_called("cuda")

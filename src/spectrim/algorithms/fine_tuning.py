@@ -6,11 +6,12 @@ from dataclasses import replace
 from torch import nn
 
 from spectrim.algorithms.shared.compressed import Algorithm, Compressed
-from spectrim.algorithms.shared.trained import in_modes_of, train
+from spectrim.algorithms.shared.trained import in_modes_of, state_file, train
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.statistics.objective import Objective
 from spectrim.tools.settings import settings
-from spectrim.training.fit import Recipe
+from spectrim.training.fit import Training
+from spectrim.training.recipe import Recipe
 
 
 @settings
@@ -33,6 +34,7 @@ class FineTuning:
         objective.given("train")  # refused before the selection, not after it
         compressed = self.selector.compress(model, decomposer, objective)
         net = copy.deepcopy(compressed.model)
-        curve = train(net, objective, self.recipe, seed=self.seed, state=self.state)
+        training = Training(self.recipe, self.seed, objective.loss)
+        curve = train(net, objective, training, state=state_file(self.state, objective))
         in_modes_of(compressed.model, net)
         return replace(compressed, model=net, log=[*compressed.log, *curve], trained=True)

@@ -21,7 +21,8 @@ from spectrim.factored import linalg
 from spectrim.statistics.objective import Objective
 from spectrim.tools.settings import settings
 from spectrim.training import svd_weights
-from spectrim.training.fit import Recipe
+from spectrim.training.fit import Callbacks
+from spectrim.training.recipe import Recipe
 
 Ranks = dict[str, int]
 
@@ -105,9 +106,8 @@ class SVDTraining:
             net,
             objective,
             decomposer,
-            penalties=callbacks.penalties,
+            Callbacks(penalties=callbacks.penalties, after_epoch=callbacks.after_epoch),
             undecayed=factors,
-            after_epoch=callbacks.after_epoch,
         )
         return finished(model, net, callbacks.ranks(), curve, decomposer, objective)
 

@@ -21,7 +21,9 @@ from spectrim.runs import configuration, targets
 from spectrim.statistics.objective import Objective
 from spectrim.tools import files
 from spectrim.tools.device import device_called
-from spectrim.training.fit import Recipe, fit
+from spectrim.training.fit import Training, fit
+from spectrim.training.recipe import Recipe
+from spectrim.training.saved_state import StateFile
 
 
 def train(cfg: DictConfig) -> Path:
@@ -51,7 +53,7 @@ def train(cfg: DictConfig) -> Path:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     try:
-        curve = fit(model, splits.train, recipe, seed=cfg.seed, loss=splits.loss, state=state)
+        curve = fit(model, splits.train, Training(recipe, cfg.seed, splits.loss), state=StateFile(state))
     except FloatingPointError as error:
         raise UserError(f"{error}; the last good state is {state}") from error
     record = _record(cfg, settings, model, splits, curve)

@@ -21,7 +21,7 @@ PLACES = (
     "spectrim.decomposers.",
     "spectrim.models.",
     "spectrim.runs.tracking.",
-    "spectrim.training.fit.",
+    "spectrim.training.recipe.",
     "torch.nn.",
     "torchvision.models.",
 )

@@ -33,11 +33,19 @@ def settings(cls: type[T]) -> type[T]:
             if not all(is_bearable(part, hint, conf=_NUMBERS) for part in _parts(value)):
                 wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
                 raise UserError(f"{type(self).__name__}: {field.name}={value!r} is not of type {wanted}")
+            if field.name == "seed":
+                require_seed(f"{type(self).__name__}: seed", value)
         if checks:
             checks(self)
 
     cls.__post_init__ = check  # type: ignore[attr-defined]
     return dataclass(frozen=True)(cls)
+
+
+def require_seed(name: str, seed: int) -> None:
+    """Raise ``UserError`` where not every random generator takes ``seed``."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{name} must lie in 0..{2**32 - 1}, got {seed}")
 
 
 def _parts(value: Any) -> list[Any]:

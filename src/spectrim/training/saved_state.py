@@ -1,8 +1,10 @@
-"""What an interrupted training or search goes on from: one safetensors file, written whole or not at all."""
+"""The state of an interrupted training or search: one safetensors file, written whole or not at all."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,60 +15,93 @@ from torch import Tensor, nn
 
 from spectrim.errors import UserError
 from spectrim.tools import safetensors_stream
+from spectrim.training.state_lock import locked
 
 
-def fingerprint(recipe: Any, seed: int, identity: Mapping[str, Any] | None = None) -> str:
-    """What tells one training from another: its recipe (a dataclass), its seed, and whatever else makes it this one."""
-    return json.dumps({"recipe": asdict(recipe), "seed": seed, **(identity or {})}, sort_keys=True)
+@dataclass(frozen=True)
+class StateFile:
+    """The file in which a training keeps its state.
+
+    ``path``: a safetensors file.
+    ``identity``: what tells this training from others, besides recipe, seed, shapes of the model and data.
+    ``read``: counter of the samples that the callbacks of the training read, by split. The file holds what was added
+    while training, and a resumed training adds it again, so it counts what an unbroken one counts.
+    """
+
+    path: Path
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    read: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def opened(self, recipe: Any, seed: int, others: Mapping[str, Any]) -> Iterator["TrainingState"]:
+        """Lock the file for a training with this recipe (a dataclass) and seed, while the block runs.
+
+        ``others``: further entries of its identity.
+        Raises ``UserError`` where another process uses the file or it cannot be written.
+        """
+        run = json.dumps({"recipe": asdict(recipe), "seed": seed, **self.identity, **others}, sort_keys=True)
+        with locked(self.path):
+            yield TrainingState(self.path, run, self.read)
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.SGD, curve: Sequence[dict], run: str) -> None:
-    """Write the state after an epoch. Raises ``UserError`` where it cannot; the one of the epoch before is kept."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    for name, parameter in model.named_parameters():
-        buffer = optimizer.state[parameter].get("momentum_buffer")
-        if buffer is not None:
-            tensors[f"momentum.{name}"] = buffer
-    safetensors_stream.save(path, tensors, {"curve": json.dumps(list(curve)), "run": run})
+class TrainingState:
+    """The state of one training in a locked file. ``run`` tells the training from others."""
+
+    def __init__(self, path: Path, run: str, read: Counter[str]) -> None:
+        self.path, self.run, self.read = path, run, read
+        self.read_before = Counter(read)
+
+    def save(self, model: nn.Module, optimizer: torch.optim.SGD, curve: Sequence[dict]) -> None:
+        """Write the state after an epoch. Raises ``UserError`` where that fails; the state before it is kept."""
+        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+        for name, parameter in model.named_parameters():
+            buffer = optimizer.state[parameter].get("momentum_buffer")
+            if buffer is not None:
+                tensors[f"momentum.{name}"] = buffer
+        counted = json.dumps(self.read - self.read_before)
+        safetensors_stream.save(self.path, tensors, {"curve": json.dumps(list(curve)), "run": self.run, "read": counted})
+
+    def resume(self, model: nn.Module, optimizer: torch.optim.SGD) -> list[dict]:
+        """Fill model and optimizer from the file, if it exists, and return the curve so far.
+
+        A parameter that changed its shape while training takes the shape that it has in the file. Raises ``UserError``
+        where the file is truncated or belongs to another training.
+        """
+        if not self.path.exists():
+            return []
+        values, metadata = read(self.path, self.run)
+        known = {f"model.{name}" for name in model.state_dict()}
+        if known != {name for name in values if name.startswith("model.")}:
+            raise _of_other_settings(self.path)
+        for name, parameter in model.named_parameters():
+            saved = values[f"model.{name}"]
+            if saved.shape != parameter.shape:
+                parameter.data = saved.to(parameter.device)
+            if f"momentum.{name}" in values:
+                optimizer.state[parameter]["momentum_buffer"] = values[f"momentum.{name}"].to(parameter.device)
+        model.load_state_dict({name[6:]: value for name, value in values.items() if name in known})
+        self.read.update(json.loads(metadata.get("read", "{}")))
+        return json.loads(metadata["curve"])
 
 
 def read(path: Path, run: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What ``save`` or ``safetensors_stream.save`` wrote, where its metadata has this ``run``.
+    """Return the tensors and the metadata of a state.
 
-    Raises ``UserError`` where the file is cut short or is another run's.
+    ``run``: must equal the entry of this name in the metadata.
+    Raises ``UserError`` where the file is truncated, cannot be read or belongs to another training or search.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
-        raise UserError(f"{path} is cut short or not a training's state ({error}); remove it to start anew") from None
+        raise UserError(f"{path} is truncated or not a training's state ({error}); remove it to start anew") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); make it readable or remove it") from None
     if metadata.get("run") != run:
         raise _of_other_settings(path)
-    # Copied out of the mapped file: its tensors are aligned otherwise, and kernels round otherwise on them.
+    # Copy the tensors out of the mapped file, where their alignment differs: kernels would round differently.
     return {name: value.clone() for name, value in load_file(path).items()}, metadata
 
 
 def _of_other_settings(path: Path) -> UserError:
     return UserError(f"{path} belongs to a training or search with other settings; remove it or restore those settings")
-
-
-def resume(path: Path, model: nn.Module, optimizer: torch.optim.SGD, run: str) -> list[dict]:
-    """Fill model and optimizer from the state at ``path``, if there is one; returns the curve so far.
-
-    A parameter that changed its shape while training takes the one it has in the file. Raises ``UserError`` where the
-    file is cut short or belongs to another training.
-    """
-    if not path.exists():
-        return []
-    values, metadata = read(path, run)
-    known = {f"model.{name}" for name in model.state_dict()}
-    if known != {name for name in values if name.startswith("model.")}:
-        raise _of_other_settings(path)
-    for name, parameter in model.named_parameters():
-        saved = values[f"model.{name}"]
-        if saved.shape != parameter.shape:
-            parameter.data = saved.to(parameter.device)
-        if f"momentum.{name}" in values:
-            optimizer.state[parameter]["momentum_buffer"] = values[f"momentum.{name}"].to(parameter.device)
-    model.load_state_dict({name[6:]: value for name, value in values.items() if name in known})
-    return json.loads(metadata["curve"])

@@ -18,7 +18,8 @@ from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
 from spectrim.factored.linalg import stable_rank
 from spectrim.statistics.objective import Objective
-from spectrim.training.fit import Recipe, fit
+from spectrim.training.fit import Training, fit
+from spectrim.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=6, lr=0.05, precision="float32", warmup=0.0)
 STILL = replace(RECIPE, lr=1e-9)  # no slope is above 0
@@ -57,7 +58,7 @@ def test_it_switches_once_the_stable_ranks_are_flat(net: nn.Module, objective: O
 @pytest.mark.parametrize("view", VIEWS)
 def test_until_the_switch_the_dense_net_is_trained(net: nn.Module, objective: Objective, view: Any) -> None:
     dense = copy.deepcopy(net)
-    curve = fit(dense, objective.splits["train"], RECIPE, seed=0)
+    curve = fit(dense, objective.splits["train"], Training(RECIPE, 0))
     late = Cuttlefish(recipe=RECIPE, slope=0.0, latest=1.0, xi=0.3).compress(net, SVD(view), objective)
     for ours, plain in zip(late.log, curve, strict=True):
         assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5)

@@ -18,7 +18,7 @@ from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
-from spectrim.training.fit import Recipe
+from spectrim.training.recipe import Recipe
 from spectrim.training.svd_weights import bound_steps, set_parametrization, svd_of
 
 RECIPE = Recipe(epochs=4, lr=0.05, precision="float32", warmup=0.0)

@@ -38,7 +38,7 @@ class Bayesian(MaybeBudgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.evaluations, self.seed)
+        check(self.evaluations)
         self.require_one("penalty")
         if self.penalty is not None and not self.penalty >= 0:
             raise UserError(f"penalty must be at least 0, got {self.penalty}")

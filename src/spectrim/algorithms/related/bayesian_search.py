@@ -142,9 +142,7 @@ def _one(score: Callable[[Ranks], float], ranks: Ranks) -> list[float]:
     return [score(ranks)]
 
 
-def check(evaluations: int, seed: int) -> None:
+def check(evaluations: int) -> None:
     """Raise ``UserError`` for settings with which no search is possible."""
     if evaluations < 1:
         raise UserError(f"evaluations must be at least 1, got {evaluations}")
-    if seed < 0:
-        raise UserError(f"the seed of a search must be at least 0, got {seed}")

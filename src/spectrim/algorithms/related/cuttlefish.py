@@ -19,7 +19,8 @@ from spectrim.factored import linalg
 from spectrim.statistics.objective import Objective
 from spectrim.tools.settings import settings
 from spectrim.training import svd_weights
-from spectrim.training.fit import Recipe
+from spectrim.training.fit import Callbacks
+from spectrim.training.recipe import Recipe
 
 
 @settings
@@ -79,7 +80,7 @@ class Cuttlefish:
         bench = Workbench.of(model, decomposer, objective)
         net = copy.deepcopy(model)
         callbacks = _Callbacks(self, net, bench)
-        curve = train_as(self, net, objective, decomposer, after_epoch=callbacks.after_epoch)
+        curve = train_as(self, net, objective, decomposer, Callbacks(after_epoch=callbacks.after_epoch))
         return finished(model, net, callbacks.ranks(), curve, decomposer, objective)
 
 

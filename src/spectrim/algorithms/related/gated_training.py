@@ -21,7 +21,8 @@ from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.tools.settings import settings
 from spectrim.training import svd_weights
-from spectrim.training.fit import Recipe
+from spectrim.training.fit import Callbacks
+from spectrim.training.recipe import Recipe
 from spectrim.training.svd_weights import SVDWeight
 
 
@@ -153,10 +154,8 @@ class GatedTraining(ABC):
             net,
             objective,
             decomposer,
-            penalties=callbacks.penalties,
-            before_step=callbacks.before_step,
+            Callbacks(callbacks.penalties, callbacks.before_step, callbacks.after_epoch),
             undecayed=callbacks.undecayed(),
-            after_epoch=callbacks.after_epoch,
         )
         return finished(model, net, callbacks.worthwhile(), curve, decomposer, objective)
 

@@ -41,7 +41,7 @@ class PARS(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.evaluations, self.seed)
+        check(self.evaluations)
         if self.samples < 1:
             raise UserError(f"samples must be at least 1, got {self.samples}")
 

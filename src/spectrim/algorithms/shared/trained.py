@@ -1,6 +1,6 @@
 """Training inside an algorithm: what it may start from, a loss that breaks said in one line, and what it ends in."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,33 +14,50 @@ from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.training import svd_weights
-from spectrim.training.fit import Recipe, fit
+from spectrim.training.fit import PLAIN, Callbacks, Training, fit
+from spectrim.training.saved_state import StateFile
 
 
 def train(
-    net: nn.Module, objective: Objective, recipe: Recipe, *, seed: int, state: str | None, **more: Any
+    net: nn.Module,
+    objective: Objective,
+    training: Training,
+    callbacks: Callbacks = PLAIN,
+    state: StateFile | None = None,
 ) -> list[dict]:
-    """Train ``net`` in place on the ``train`` split of ``objective``; ``more`` goes to ``fit``. Returns the curve.
+    """Train ``net`` in place on the ``train`` split of ``objective``, as ``fit`` does, and return the curve.
 
-    ``state``: the file from which an interrupted training goes on; None: it begins anew. Raises ``UserError`` without a
-    train split and where the loss stops being finite; ``state`` then holds the last good epoch.
+    Raises ``UserError`` without a train split and where the loss stops being finite; ``state`` then holds the last good
+    epoch.
     """
-    path = Path(state) if state else None
     try:
-        return fit(net, objective.given("train"), recipe, seed=seed, loss=objective.loss, state=path, **more)
+        return fit(net, objective.given("train"), training, callbacks, state)
     except FloatingPointError as error:
-        kept = f"the last good epoch is in {path}" if path else "nothing is kept"
+        kept = f"the last good epoch is in {state.path}" if state else "nothing is kept"
         raise UserError(f"{error}; {kept}") from error
 
 
-def train_as(chosen: Any, net: nn.Module, objective: Objective, decomposer: SVD, **more: Any) -> list[dict]:
+def train_as(
+    chosen: Any,
+    net: nn.Module,
+    objective: Objective,
+    decomposer: SVD,
+    callbacks: Callbacks,
+    undecayed: Collection[str] = (),
+) -> list[dict]:
     """``train`` by the ``recipe``, ``seed`` and ``state`` of the algorithm ``chosen``, which has these three.
 
     Its class and its other settings tell its state from that of another training.
     """
     own = {key: value for key, value in asdict(chosen).items() if key not in ("recipe", "seed", "state")}
     identity = own | {"method": type(chosen).__name__, "view": decomposer.view}
-    return train(net, objective, chosen.recipe, seed=chosen.seed, state=chosen.state, identity=identity, **more)
+    training = Training(chosen.recipe, chosen.seed, objective.loss, undecayed)
+    return train(net, objective, training, callbacks, state_file(chosen.state, objective, identity))
+
+
+def state_file(path: str | None, objective: Objective, identity: Mapping[str, Any] | None = None) -> StateFile | None:
+    """Return the state file at ``path``, which also keeps what is read of ``objective``; None for no path."""
+    return StateFile(Path(path), identity or {}, objective.read) if path else None
 
 
 def plain_svd(decomposer: Decomposer, method: str) -> SVD:
