@@ -128,6 +128,7 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
     net: nn.Module, objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unbroken = chosen().compress(net, SVD(), objective)
+    read = dict(objective.read)
     state = str(tmp_path / "state.safetensors")
     usual = svd_training._Callbacks.after_epoch
 
@@ -139,8 +140,9 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(svd_training._Callbacks, "after_epoch", killed)
         chosen(state=state).compress(net, SVD(), objective)
+    objective.start_selection()
     resumed = chosen(state=state).compress(net, SVD(), objective)
-    assert resumed.plan == unbroken.plan
+    assert resumed.plan == unbroken.plan and objective.read == read
     assert [entry["bisection"] for entry in resumed.log] == [entry["bisection"] for entry in unbroken.log]
     for name, value in unbroken.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name

@@ -98,3 +98,18 @@ def test_settings_are_values() -> None:
     assert hash(Example(rank=3)) == hash(Example(rank=3))
     with pytest.raises(FrozenInstanceError):
         Example().ratio = 1.0  # type: ignore[misc]
+
+
+@settings
+class Seeded:
+    """A seed, and a number of another name."""
+
+    seed: int = 0
+    seeds: int = 0
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 10**30])
+def test_a_seed_that_some_generator_does_not_take_is_refused(seed: int) -> None:
+    assert Seeded(seed=2**32 - 1, seeds=seed)
+    with pytest.raises(UserError, match=f"^Seeded: seed must lie in 0..4294967295, got {seed}$"):
+        Seeded(seed=seed)

@@ -150,3 +150,9 @@ def test_a_loss_that_stops_being_finite_keeps_the_last_good_state(
         fit(network(), images(), Training(RECIPE, 0), state=StateFile(state))
     kept, expected = (load_file(path) for path in (state, good))
     assert kept.keys() == expected.keys() and all(torch.equal(kept[name], expected[name]) for name in kept)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
+def test_a_seed_out_of_range_is_refused(seed: int) -> None:
+    with pytest.raises(UserError, match="^seed must lie in 0..4294967295, got"):
+        Training(RECIPE, seed)

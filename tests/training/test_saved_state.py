@@ -20,7 +20,9 @@ BATCHES = [(torch.ones(4, 3), torch.zeros(4, dtype=torch.long))]
 def test_a_state_is_read_into_memory_of_its_own(tmp_path: Path) -> None:
     """A tensor in a mapped file lies wherever the one before it ends, and kernels round otherwise on such memory."""
     path = tmp_path / "state.safetensors"
-    safetensors_stream.save(path, {name: torch.ones(size) for name, size in (("a", 3), ("b", 5), ("c", 7))}, {"run": "r"})
+    safetensors_stream.save(
+        path, {name: torch.ones(size) for name, size in (("a", 3), ("b", 5), ("c", 7))}, {"run": "r"}
+    )
     assert all(value.data_ptr() % 64 == 0 for value in saved_state.read(path, "r")[0].values())
 
 

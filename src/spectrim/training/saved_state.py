@@ -59,7 +59,9 @@ class TrainingState:
             if buffer is not None:
                 tensors[f"momentum.{name}"] = buffer
         counted = json.dumps(self.read - self.read_before)
-        safetensors_stream.save(self.path, tensors, {"curve": json.dumps(list(curve)), "run": self.run, "read": counted})
+        safetensors_stream.save(
+            self.path, tensors, {"curve": json.dumps(list(curve)), "run": self.run, "read": counted}
+        )
 
     def resume(self, model: nn.Module, optimizer: torch.optim.SGD) -> list[dict]:
         """Fill model and optimizer from the file, if it exists, and return the curve so far.

@@ -94,6 +94,7 @@ def test_a_killed_search_goes_on_as_if_it_never_stopped(
     monkeypatch.setattr(bayesian_search, "RANDOM", 3)
     chosen = kind(evaluations=7, params_kept=0.6, seed=3, state=str(tmp_path / "state"))
     unbroken = dataclasses.replace(chosen, state=None).compress(net, SVD(), objective)
+    read = dict(objective.read)
     whole = Measurements.next
 
     def dies(self: Measurements, *given: Any) -> list[float]:
@@ -108,8 +109,10 @@ def test_a_killed_search_goes_on_as_if_it_never_stopped(
             chosen.compress(net, SVD(), objective)
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     for _ in range(2):  # the second time all is known
+        objective.start_selection()
         resumed = chosen.compress(net, SVD(), objective)
         assert resumed.plan == unbroken.plan and resumed.log == unbroken.log
+        assert objective.read == read
 
 
 def test_the_state_of_another_search_or_of_none_is_refused(
@@ -134,7 +137,7 @@ def test_the_state_of_another_search_or_of_none_is_refused(
         chosen.compress(net, SVD(), objective)
     assert state.read_bytes() == before
     state.write_bytes(before[:100])
-    with pytest.raises(UserError, match="cut short"):
+    with pytest.raises(UserError, match="truncated"):
         chosen.compress(net, SVD(), objective)
 
 

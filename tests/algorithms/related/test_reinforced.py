@@ -134,7 +134,7 @@ def test_the_state_of_another_search_is_refused(net: nn.Module, objective: Objec
     with pytest.raises(UserError, match="belongs to a training or search with other settings"):
         chosen.compress(net, SVD(), objective)
     state.write_bytes(state.read_bytes()[:20])
-    with pytest.raises(UserError, match="is cut short"):
+    with pytest.raises(UserError, match="is truncated"):
         chosen.compress(net, SVD(), objective)
 
 

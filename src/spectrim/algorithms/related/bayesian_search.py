@@ -93,17 +93,18 @@ class BayesianSearch:
         known: dict[tuple[int, ...], float] = {}
         told: list[Tried] = []
         log: list[dict] = []
-        costs, scores = self.space.costs, Measurements(self.state, self.identity)
-        for step in tqdm(range(self.evaluations), label, unit="model", leave=False, disable=None):
-            ratios = self._propose(step, told, known)
-            ranks = self.space.ranks(ratios)
-            key = tuple(ranks.values())
-            measured = key not in known
-            if measured:
-                known[key] = scores.next(key, partial(_one, score, ranks))[0]
-            told += [Tried(vector, known[key]) for vector in self.space.alike(ratios, ranks)]
-            kept = {f"{costs.measure}_kept": costs.share(ranks)}
-            log.append({"step": step, "score": known[key], **kept, "measured": measured})
+        costs, read = self.space.costs, self.space.bench.objective.read
+        with Measurements.opened(self.state, self.identity, read) as scores:
+            for step in tqdm(range(self.evaluations), label, unit="model", leave=False, disable=None):
+                ratios = self._propose(step, told, known)
+                ranks = self.space.ranks(ratios)
+                key = tuple(ranks.values())
+                measured = key not in known
+                if measured:
+                    known[key] = scores.next(key, partial(_one, score, ranks))[0]
+                told += [Tried(vector, known[key]) for vector in self.space.alike(ratios, ranks)]
+                kept = {f"{costs.measure}_kept": costs.share(ranks)}
+                log.append({"step": step, "score": known[key], **kept, "measured": measured})
         best = min(known, key=lambda key: known[key])
         return dict(zip(self.space.tops, best, strict=True)), log
 

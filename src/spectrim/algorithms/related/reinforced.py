@@ -70,10 +70,13 @@ class Reinforced:
         if self.params_kept is not None:
             costs.require(self.params_kept)
         agent = Agent(states_of(bench), self.lr, self.seed)
-        measured = Measurements(self.state, search_identity(self, bench, decomposer))
+        identity = search_identity(self, bench, decomposer)
         log: list[dict] = []
         episodes: list[tuple[Tensor, float]] = []
-        with tqdm(range(self.evaluations), "reinforced", unit="evaluation", leave=False, disable=None) as bar:
+        with (
+            Measurements.opened(self.state, identity, objective.read) as measured,
+            tqdm(range(self.evaluations), "reinforced", unit="evaluation", leave=False, disable=None) as bar,
+        ):
             for _ in bar:
                 action = agent.act()
                 ranks = self._ranks(bench, costs, action.sigmoid().tolist())
