@@ -19,7 +19,7 @@ from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
 from spectrim.report.table import Column, Table
 from spectrim.runs import configuration, task
-from spectrim.runs.task import Subject
+from spectrim.runs.task import Task
 from spectrim.surgery import latency
 from spectrim.tools import digests, malloc
 
@@ -76,25 +76,25 @@ def benchmark(quick: bool) -> Outcome:
     return Outcome(table, targets, settings, ", ".join(dict.fromkeys(digests)))
 
 
-def _trained(model: str, data: str) -> Subject:
+def _trained(model: str, data: str) -> Task:
     """The network of a committed checkpoint, with its splits, as a run has it."""
     with initialize_config_dir(configuration.CONF, version_base="1.3"):
         cfg = compose("config", [f"model={model}", f"data={data}"])
     path = ROOT / f"results/checkpoints/{model}-{data}-seed0.safetensors"
     weights = path, digests.of_file(path)
-    return task.of(configuration.plain(cfg.model), 0, weights, configuration.plain(cfg.data), {}, torch.device("cpu"))
+    return task.load(configuration.plain(cfg.model), 0, weights, configuration.plain(cfg.data), {}, torch.device("cpu"))
 
 
 def _compiled(model: nn.Module, quick: bool) -> Any:
     return model if quick else torch.compile(model)
 
 
-def _times(judged: Subject, batch: int) -> latency.Times:
+def _times(judged: Task, batch: int) -> latency.Times:
     bench = Workbench.of(judged.model, DECOMPOSER, judged.objective)
     return latency.measured(bench.model, bench.spectra, bench.example, batch)
 
 
-def _cut(judged: Subject, dense: Any, batch: int, milliseconds: float, quick: bool) -> dict[str, Any]:
+def _cut(judged: Task, dense: Any, batch: int, milliseconds: float, quick: bool) -> dict[str, Any]:
     """What becomes of one budget. ``dense``: the dense model compiled."""
     try:
         chosen = Joint(milliseconds=milliseconds, batch_size=batch)
@@ -107,7 +107,7 @@ def _cut(judged: Subject, dense: Any, batch: int, milliseconds: float, quick: bo
     return _beside(judged, compressed, latency.in_turns(models, judged.objective.example(), batch))
 
 
-def _beside(judged: Subject, compressed: Compressed, times: Sequence[float]) -> dict[str, Any]:
+def _beside(judged: Task, compressed: Compressed, times: Sequence[float]) -> dict[str, Any]:
     dense_ms, eager_ms, dense_compiled_ms, compiled_ms = times
     outcome = judged.outcome(compressed)
     change = outcome["compressed"]["test"]["accuracy"] - outcome["dense"]["test"]["accuracy"]

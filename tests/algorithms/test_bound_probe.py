@@ -22,11 +22,11 @@ BATCHES = [(torch.randn(n, 1, 4, 4), torch.randint(10, (n,))) for n in (5, 3)]
 def test_every_ratio_is_measured_with_all_layers_cut() -> None:
     model = BiasFreeMLP(3, 12, image_size=4)
     objective = Objective(F.cross_entropy, {"calibration": BATCHES})
-    result = BoundProbe(ratios=(0.25, 0.9)).compress(model, SVD(), objective)
-    assert not result.plan and result.params_kept == 1 and not result.notes
+    found = BoundProbe(ratios=(0.25, 0.9)).measure(model, SVD(), objective)
+    assert not found.notes
     x = torch.cat([x for x, _ in BATCHES])
     stages = chain_of(model, SVD(), x).stages
-    for step, ranks in zip(result.log, ([3, 3, 2], [11, 11, 9]), strict=True):
+    for step, ranks in zip(found.rows, ([3, 3, 2], [11, 11, 9]), strict=True):
         cut = copy.deepcopy(model)
         for place, rank in zip((1, 3, 5), ranks, strict=True):
             cut[place] = SVD().spectrum(model[place]).factor(rank)
@@ -36,22 +36,22 @@ def test_every_ratio_is_measured_with_all_layers_cut() -> None:
         assert step["bound"] == pytest.approx(output_bound(stages, ranks, x.flatten(1).norm(dim=1).max().item()))
         assert 0 < step["measured"] <= step["bound"] and step["loss_bound"] == pytest.approx(2**0.5 * step["bound"])
         assert step["loss_change"] == pytest.approx(objective.evaluate(cut).loss - objective.evaluate(model).loss)
-    assert result.log[0]["bound"] > result.log[1]["bound"]
+    assert found.rows[0]["bound"] > found.rows[1]["bound"]
 
 
 def test_convolutions_and_biases_are_within_their_bound() -> None:
     batches = [(torch.randn(6, 1, 20, 20), torch.randint(10, (6,)))]
-    result = BoundProbe().compress(LeNet5(image_size=20), SVD(), Objective(F.cross_entropy, {"calibration": batches}))
-    assert len(result.log) == 3 and all(0 < step["measured"] < step["bound"] for step in result.log)
+    found = BoundProbe().measure(LeNet5(image_size=20), SVD(), Objective(F.cross_entropy, {"calibration": batches}))
+    assert len(found.rows) == 3 and all(0 < step["measured"] < step["bound"] for step in found.rows)
 
 
 def test_where_no_theorem_applies_the_measurement_stays_and_a_note_says_why(
     net: nn.Sequential, objective: Objective
 ) -> None:
-    result = BoundProbe(ratios=[0.5]).compress(net, SVD(), objective)
-    (step,) = result.log
+    found = BoundProbe(ratios=[0.5]).measure(net, SVD(), objective)
+    (step,) = found.rows
     assert step["bound"] is step["loss_bound"] is None and step["measured"] > 0
-    assert result.notes == ["no bound: no Lipschitz constant is known for BatchNorm2d, and the bounds need one"]
+    assert found.notes == ["no bound: no Lipschitz constant is known for BatchNorm2d, and the bounds need one"]
 
 
 def test_outputs_that_are_not_one_tensor_are_refused() -> None:
@@ -65,7 +65,7 @@ def test_outputs_that_are_not_one_tensor_are_refused() -> None:
 
     objective = Objective(lambda out, y: F.cross_entropy(out["logits"], y), {"calibration": BATCHES})
     with pytest.raises(UserError, match="compared as one tensor; this model gives a dict"):
-        BoundProbe().compress(Pair(), SVD(), objective)
+        BoundProbe().measure(Pair(), SVD(), objective)
 
 
 @pytest.mark.parametrize("ratios", [[], [0.0], [1.0], [0.5, -0.1], ["half"], 0.5])

@@ -261,3 +261,21 @@ def test_a_mistake_is_one_line_and_status_1(
     assert ending.value.code == 1
     assert message in said and said.startswith("spectrim: ") and said.count("\n") == 1
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_blocks_of_layers_change_neither_the_plan_nor_the_signature(compose: Any, digits: list[str]) -> None:
+    asked = (*digits, "algorithm=joint", "algorithm.samples=30", "decomposer=whitened_channel")
+    whole = run.run(compose(*asked))
+    path = next(Path(compose(*asked).records).rglob("*.json"))
+    path.unlink()
+    apart = run.run(compose(*asked, "layers_at_once=1"))
+    assert apart["signature"] == whole["signature"] and apart["config"] == whole["config"]
+    assert apart["samples_read"]["calibration"] > whole["samples_read"]["calibration"]
+    assert apart["plan"] == whole["plan"]
+    for one, other in zip(apart["log"], whole["log"], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)  # a layer at full rank differs from a dense one by rounding
+
+
+def test_blocks_that_cannot_be_are_refused(compose: Any, digits: list[str]) -> None:
+    with pytest.raises(UserError, match="layers_at_once must be a whole number of at least 1"):
+        run.run(compose(*digits, "algorithm=truncation", "layers_at_once=0"))

@@ -12,7 +12,7 @@ TRUNCATION = "algorithm=truncation"
 
 
 def test_the_test_split_of_other_data_is_measured_too(compose: Any, digits: list[str]) -> None:
-    task._remembered.cache_clear()  # what another test has measured of the same net need not be read again
+    task._cached.cache_clear()  # what another test has measured of the same net need not be read again
     alone = run.run(compose(*digits, TRUNCATION))
     both = run.run(compose(*digits, TRUNCATION, "+data@also.again=digits", "+data@also.more=digits"))
     for net in ("dense", "compressed"):

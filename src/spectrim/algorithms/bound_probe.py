@@ -1,14 +1,14 @@
-"""Not a selector but a measurement: how far truncation moves the outputs, beside how far Theorem 1 lets it."""
+"""Measure how far truncation moves the outputs, beside how far Theorem 1 lets it move them."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.probe import require_ratios
+from spectrim.algorithms.shared.measurement import Readings
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.batches import Batches, device_of, evaluating, forward, to_device
 from spectrim.decomposers.spectrum import Decomposer
@@ -19,68 +19,66 @@ from spectrim.theory import bounds
 from spectrim.theory.chain import chain_of
 from spectrim.tools.settings import settings
 
+Bound = Callable[[Mapping[str, int]], float | None]  # the ranks of layers → the bound of Theorem 1
+
 
 @settings
 class BoundProbe:
-    """Cut every layer to each of the ``ratios`` of its full rank, all at once, and measure (S2, Theorems 1 and 2).
+    """Truncate all layers together, at each of ``ratios`` of their full rank, and measure (S2, Theorems 1 and 2).
 
-    The log holds, for every ratio: the largest 2-norm by which an output moves (``measured``), the mean loss's change,
-    and what the theorems allow for both (``bound``, ``loss_bound``, the latter for cross-entropy), on the calibration
-    split. Where no theorem applies the two are null and a note says why. Ranks above break-even are measured too; the
-    model is returned dense.
+    Every row of the readings belongs to one ratio, on the calibration split. ``measured`` is the largest 2-norm by
+    which an output moves, and ``bound`` what Theorem 1 allows. ``loss_change`` is the change of the mean loss, and
+    ``loss_bound`` what Theorem 2 allows for cross-entropy. Both bounds are None where no theorem applies, and a note
+    says why. Ranks above break-even are measured too.
     """
 
     ratios: Sequence[float] = (0.25, 0.5, 0.75)
 
     def __post_init__(self) -> None:
-        if not self.ratios or not all(0 < ratio < 1 for ratio in self.ratios):
-            raise UserError(f"ratios, parts of the full rank, must lie in (0, 1), got {list(self.ratios)}")
+        require_ratios(self.ratios)
 
-    def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Measure; nothing is compressed. Raises ``UserError`` where the model's output is not one tensor."""
+    def measure(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Readings:
+        """Return one row for each ratio. Raises ``UserError`` where the model's output is not one tensor."""
         bench = Workbench.of(model, decomposer, objective)
         batches = objective.batches("calibration")
-        bound_at, notes = _bound(bench, decomposer, batches)
+        bound_at, notes = _bound(bench, batches)
         dense_loss = objective.evaluate(model).loss
-        log: list[dict] = []
+        rows: list[dict] = []
         for ratio in tqdm(self.ratios, "bounds", unit="ratio", leave=False, disable=None):
             ranks = {name: max(1, round(ratio * spectrum.max_rank)) for name, spectrum in bench.spectra.items()}
-            cut = copy.deepcopy(model)
+            truncated = copy.deepcopy(model)
             for name, rank in ranks.items():
-                replacing.replace(cut, name, bench.spectra[name].factor(rank))
+                replacing.replace(truncated, name, bench.spectra[name].factor(rank))
             bound = bound_at(ranks)
-            log.append(
+            rows.append(
                 {
                     "ratio": ratio,
-                    "measured": largest_move(model, cut, batches),
+                    "measured": largest_move(model, truncated, batches),
                     "bound": bound,
-                    "loss_change": objective.evaluate(cut).loss - dense_loss,
+                    "loss_change": objective.evaluate(truncated).loss - dense_loss,
                     "loss_bound": None if bound is None else bounds.LOSS_LIPSCHITZ["cross_entropy"] * bound,
                     "split": "calibration",
                 }
             )
-        return replace(bench, notes=(*bench.notes, *notes)).finish({}, log)
+        return Readings(rows, [*bench.notes, *notes])
 
 
-def _bound(
-    bench: Workbench, decomposer: Decomposer, batches: Batches
-) -> tuple[Callable[[Mapping[str, int]], float | None], list[str]]:
-    """Theorem 1 for ranks of layers, or None with a note where it does not apply."""
+def _bound(bench: Workbench, batches: Batches) -> tuple[Bound, list[str]]:
+    """Return the bound of Theorem 1, or one that is None everywhere and a note that says why."""
     try:
-        chain = chain_of(bench.model, decomposer, bench.example)
+        chain = chain_of(bench.model, bench.decomposer, bench.example)
     except UserError as error:
         return lambda ranks: None, [f"no bound: {error}"]
-    norm = chain.input_norm(batches)
-    stages = chain.stages
+    norm, stages = chain.input_norm(batches), chain.stages
     return lambda ranks: bounds.output_bound(stages, [ranks.get(stage.name) for stage in stages], norm), []
 
 
-def largest_move(model: nn.Module, cut: nn.Module, batches: Batches) -> float:
-    """The largest 2-norm, over all samples, of the difference of two models' outputs."""
+def largest_move(model: nn.Module, truncated: nn.Module, batches: Batches) -> float:
+    """Return the largest 2-norm, over all samples, of the difference of the outputs of two models."""
     device, largest = device_of(model), 0.0
-    with evaluating(model), evaluating(cut), torch.inference_mode():
+    with evaluating(model), evaluating(truncated), torch.inference_mode():
         for inputs, _ in batches:
-            before, after = (forward(net, to_device(inputs, device)) for net in (model, cut))
+            before, after = (forward(net, to_device(inputs, device)) for net in (model, truncated))
             if not isinstance(before, Tensor):
                 raise UserError(f"outputs are compared as one tensor; this model gives a {type(before).__name__}")
             largest = max(largest, (before - after).double().flatten(1).norm(dim=1).max().item())

@@ -12,7 +12,10 @@ import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from spectrim.algorithms.shared.compressed import Algorithm, Compressed
+from spectrim.algorithms.shared.measurement import Measurement, Readings
 from spectrim.cli import grid
+from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.records import records
 from spectrim.records.provenance import provenance
@@ -26,7 +29,7 @@ SCIENTIFIC = ("model", "data", "shape", "decomposer", "algorithm", "seed")
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """One run: the record on disk if it is there already, else made, written and returned."""
+    """Return the record of one run: the one on disk, or else a new one, which is written."""
     settings = scientific(cfg)
     folder, name = Path(configuration.text(cfg, "records")), configuration.text(cfg, "name")
     checkpoint = _checkpoint(cfg)
@@ -48,21 +51,26 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return record
 
 
-def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpoint: Path | None, state: Path) -> Any:
-    """Build, compress and measure: the record of the run. ``state``: where it may keep what it needs to go on."""
-    algorithm = targets.build(_resumable(settings["algorithm"], state), "compress")
+def _measured(
+    cfg: DictConfig, settings: dict[str, Any], signature: str, checkpoint: Path | None, state: Path
+) -> dict[str, Any]:
+    """Build, compress and measure. Return the record of the run.
+
+    ``state``: the file in which an algorithm may keep what it needs to go on after a kill.
+    """
+    algorithm = targets.build(_resumable(settings["algorithm"], state), "compress", "measure")
     decomposer = targets.build(settings["decomposer"], "spectrum")
     phases, device = Phases(), device_called(cfg.device)
     with phases.measure("load"):
         weights = None if checkpoint is None else (checkpoint, settings["checkpoint"])
-        judged = task.of(settings["model"], cfg.seed, weights, settings["data"], settings["also"], device)
-    judged.objective.start_selection()
+        data, also = settings["data"], settings["also"]
+        given = task.load(settings["model"], cfg.seed, weights, data, also, device, cfg.layers_at_once)
+    given.objective.start_selection()
     with phases.measure("select"):
-        compressed = algorithm.compress(judged.model, decomposer, judged.objective)
-        compressed.settle(cfg.batch_norm, judged.objective)
-    read = dict(judged.objective.read)
+        found = _found(algorithm, given, decomposer, cfg.batch_norm)
+    read = dict(given.objective.read)
     with phases.measure("evaluate"):
-        outcome = judged.outcome(compressed)
+        outcome = given.outcome(found) if isinstance(found, Compressed) else given.readings(found)
     return {
         "schema": records.SCHEMA,
         "signature": signature,
@@ -74,13 +82,23 @@ def _measured(cfg: DictConfig, settings: dict[str, Any], signature: str, checkpo
         **outcome,
         "phases": dict(phases),
         "samples_read": read,
-        "reporting": compressed.reporting,  # a part of the selection's phase and of what was read
-        "provenance": provenance(configuration.invocation("spectrim"), judged.data_digest, checkpoint, str(device)),
+        # A part of the phase "select" and of the samples that it read.
+        "reporting": found.reporting if isinstance(found, Compressed) else {},
+        "provenance": provenance(configuration.invocation("spectrim"), given.data_digest, checkpoint, str(device)),
     }
 
 
+def _found(
+    algorithm: Algorithm | Measurement, given: task.Task, decomposer: Decomposer, batch_norm: batchnorm.BatchNorm
+) -> Compressed | Readings:
+    """Let a selector compress the model of the task, or a measurement measure it."""
+    if isinstance(algorithm, Measurement):
+        return algorithm.measure(given.model, decomposer, given.objective)
+    return algorithm.compress(given.model, decomposer, given.objective).settle(batch_norm, given.objective)
+
+
 def _resumable(algorithm: dict[str, Any], state: Path) -> dict[str, Any]:
-    """The settings of a selector; one that trains or searches is told where to keep what it needs after a kill."""
+    """Return the settings of an algorithm. One that trains or searches is given the file ``state``."""
     if "state" not in algorithm or algorithm["state"] is not None:
         return algorithm
     files.require_writable(state)
@@ -138,7 +156,8 @@ def _track(tracker: Any, record: dict[str, Any], told: Path) -> None:
         "predicted_change": record["predicted_change"],
     }
     with tracker.run(record["signature"], record["experiment"], names["algorithm"], record["config"]) as run:
-        run.table("layers", pd.DataFrame(record["layers"]).astype({"shape": str, "rank": "Int64"}))
+        if record["layers"]:  # a measurement has none
+            run.table("layers", pd.DataFrame(record["layers"]).astype({"shape": str, "rank": "Int64"}))
         for step, entry in enumerate(record["log"]):
             run.log(entry, step)
         for name, rows in _within(record["log"]).items():
@@ -161,10 +180,13 @@ def _within(log: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 def _say(record: dict[str, Any]) -> None:
     names, dense, small = record["names"], record["dense"], record["compressed"]
+    about = f"{names['model']}/{names['data']} {names['algorithm']}"
+    if not record["layers"]:
+        print(f"{about}: {len(record['log'])} rows measured, nothing compressed")
+        return
     params, macs = small["params"] / dense["params"], small["macs"] / dense["macs"]
     print(
-        f"{names['model']}/{names['data']} {names['algorithm']}: "
-        f"params kept {100 * params:.1f} %, MACs {100 * macs:.1f} %; "
+        f"{about}: params kept {100 * params:.1f} %, MACs {100 * macs:.1f} %; "
         f"test loss {dense['test']['loss']:.4f} -> {small['test']['loss']:.4f}, "
         f"top-1 {_percent(dense)} -> {_percent(small)} %"
     )

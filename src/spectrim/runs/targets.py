@@ -67,10 +67,10 @@ def _check_homes(node: Any) -> None:
         raise UserError(f"_target_={target} is refused: it belongs to {home}, where no part of a run comes from")
 
 
-def build(settings: dict[str, Any], can: str = "") -> Any:
+def build(settings: dict[str, Any], *can: str) -> Any:
     """Build the object that ``settings`` describes by its ``_target_``.
 
-    ``can``: the method that the object must have.
+    ``can``: methods of which the object must have one.
     Raises ``UserError`` in one line.
     """
     check_targets(settings)
@@ -83,6 +83,7 @@ def build(settings: dict[str, Any], can: str = "") -> Any:
         made = instantiate(settings, _convert_="all")
     except HydraException as error:
         raise UserError(innermost(error)) from error
-    if can and not callable(getattr(made, can, None)):
-        raise UserError(f"_target_={settings.get('_target_')} gives a {type(made).__name__}, which has no method {can}")
+    if can and not any(callable(getattr(made, method, None)) for method in can):
+        kind, wanted = type(made).__name__, " or ".join(can)
+        raise UserError(f"_target_={settings.get('_target_')} gives a {kind}, which has no method {wanted}")
     return made

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,31 @@ import torch
 from torch import nn
 
 from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.measurement import Readings
 from spectrim.checkpoints import single_file
 from spectrim.runs import targets
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.remembered import MEASUREMENTS
+from spectrim.surgery.cost import Cost, model_cost
 from spectrim.tools.memo import Memory
 
-# A checkpoint and the digest of its content. The digest tells a replaced file from the one that is remembered.
+# A checkpoint and the digest of its content. The digest tells a replaced file from the one that is cached.
 Weights = tuple[Path, str] | None
-Measured = dict[str, Any]
-SEEN = ("calibration", "verification", "train")  # the splits that a selector may use
+Settings = dict[str, Any]  # of a class, by its ``_target_``
+Numbers = dict[str, Any]  # what one model measures on one split
+SPLITS = ("calibration", "verification", "train")  # the splits that a selector may use
 
 
 @dataclass(eq=False)
-class Subject:
+class Task:
     """A model and its data.
 
     ``objective``: the splits that a selector may see.
     ``test``: the test split, which no selector sees.
-    ``also``: the test splits of other data sets.
+    ``data_digest``: the digest of all splits.
+    ``description``: a line on the data for the notes of a record; may be empty.
+    ``also``: the test splits of other data sets, by name.
+    ``dense``: what the dense model measures, by split; filled as it is needed.
     """
 
     model: nn.Module
@@ -39,13 +45,11 @@ class Subject:
     data_digest: str
     description: str
     also: dict[str, Objective] = field(default_factory=dict)
-    dense: dict[str, Measured] = field(default_factory=dict)
+    dense: dict[str, Numbers] = field(default_factory=dict)
 
     def outcome(self, compressed: Compressed) -> dict[str, Any]:
-        """Measure a compressed model and the dense one alike: size, losses, accuracies, plan and log."""
-        if "calibration" not in self.dense:
-            self.dense["calibration"] = self.objective.evaluate(self.model)._asdict()
-        dense = {**compressed.dense_cost._asdict(), **self.dense}
+        """Measure a compressed model and the dense one alike, and return that part of a record."""
+        dense = self._dense_numbers()
         small = dense
         if not _same(compressed.model, self.model):
             elsewhere = {name: _on_test(one, compressed.model) for name, one in self.also.items()}
@@ -62,47 +66,90 @@ class Subject:
             "plan": compressed.plan.as_dict(),
             "layers": json.loads(compressed.report.to_json(orient="records", double_precision=15)),
             "log": compressed.log,
-            "notes": [self.description, *compressed.notes] if self.description else compressed.notes,
+            "notes": self._notes(compressed.notes),
         }
 
+    def readings(self, readings: Readings) -> dict[str, Any]:
+        """Return the same part of the record of a measurement, whose model is the dense one."""
+        dense = self._dense_numbers()
+        return {
+            "dense": dense,
+            "compressed": dense,
+            "predicted_change": 0.0,
+            "plan": {},
+            "layers": [],
+            "log": readings.rows,
+            "notes": self._notes(readings.notes),
+        }
 
-def _on_test(objective: Objective, model: nn.Module) -> Measured:
+    @cached_property
+    def _dense_cost(self) -> Cost:
+        return model_cost(self.model, self.objective.example())
+
+    def _dense_numbers(self) -> dict[str, Any]:
+        if "calibration" not in self.dense:
+            self.dense["calibration"] = self.objective.evaluate(self.model)._asdict()
+        return {**self._dense_cost._asdict(), **self.dense}
+
+    def _notes(self, notes: list[str]) -> list[str]:
+        return [self.description, *notes] if self.description else notes
+
+
+def _on_test(objective: Objective, model: nn.Module) -> Numbers:
     return objective.evaluate(model, "test")._asdict()
 
 
 def _same(first: nn.Module, second: nn.Module) -> bool:
-    """Whether two models have equal layers, parameters and buffers, to the last bit."""
+    """Return whether two models have equal layers, parameters and buffers, to the last bit."""
     ours, theirs = ([(name, type(module)) for name, module in model.named_modules()] for model in (first, second))
     mine, other = first.state_dict(), second.state_dict()
     return ours == theirs and mine.keys() == other.keys() and all(torch.equal(mine[name], other[name]) for name in mine)
 
 
-def of(
-    model: Measured, seed: int, weights: Weights, data: Measured, also: Mapping[str, Measured], device: torch.device
-) -> Subject:
-    """Build the model on ``device`` and load its splits; equal settings return those of the last run."""
-    return _remembered(json.dumps(model), seed, weights, json.dumps(data), json.dumps(also), device)
+def load(
+    model: Settings,
+    seed: int,
+    weights: Weights,
+    data: Settings,
+    also: Mapping[str, Settings],
+    device: torch.device,
+    layers_at_once: int | None = None,
+) -> Task:
+    """Build the model on ``device`` and load its splits. Equal arguments return the task of the last call.
+
+    ``seed``: seed of the initial weights.
+    ``weights``: the checkpoint to load; None leaves the initial weights.
+    ``also``: other data sets whose test splits are measured too, by name.
+    ``layers_at_once``: see ``Objective``.
+    """
+    return _cached(json.dumps(model), seed, weights, json.dumps(data), json.dumps(also), device, layers_at_once)
 
 
 @lru_cache(maxsize=1)
-def _remembered(
-    model_json: str, seed: int, weights: Weights, data_json: str, also_json: str, device: torch.device
-) -> Subject:
+def _cached(
+    model_json: str,
+    seed: int,
+    weights: Weights,
+    data_json: str,
+    also_json: str,
+    device: torch.device,
+    layers_at_once: int | None,
+) -> Task:
     splits = targets.build(json.loads(data_json), "load").load()
     others = {name: targets.build(node, "load").load() for name, node in json.loads(also_json).items()}
     model, dense_on_test = _model(model_json, seed, weights, device)
 
-    def dense(splits: Any, objective: Objective) -> Measured:
+    def dense(splits: Any, objective: Objective) -> Numbers:
         key = splits.test.digest()
         if key not in dense_on_test:
             dense_on_test[key] = _on_test(objective, model)
         return dense_on_test[key]
 
     memory = Memory(whitened=1, gates=8, **MEASUREMENTS)  # the budgets of a grid share the gates of joint selection
-    seen = Objective(splits.loss, {name: getattr(splits, name) for name in SEEN}, memory=memory)
+    seen = Objective(splits.loss, {name: getattr(splits, name) for name in SPLITS}, layers_at_once, memory)
     test = Objective(splits.loss, {"test": splits.test})
     also = {name: Objective(other.loss, {"test": other.test}) for name, other in others.items()}
-    found: dict[str, Measured] = {"test": dense(splits, test)}
+    found: dict[str, Numbers] = {"test": dense(splits, test)}
     if also:
         found["also"] = {name: dense(others[name], objective) for name, objective in also.items()}
     said = [splits.description, *(f"also measured: {other.description or name}" for name, other in others.items())]
@@ -110,12 +157,12 @@ def _remembered(
     if also:
         tests = "".join(other.test.digest() for other in others.values())
         digest = hashlib.sha256((digest + tests).encode()).hexdigest()
-    return Subject(model, seen, test, digest, "; ".join(filter(None, said)), also, found)
+    return Task(model, seen, test, digest, "; ".join(filter(None, said)), also, found)
 
 
 @lru_cache(maxsize=1)
-def _model(model_json: str, seed: int, weights: Weights, device: torch.device) -> tuple[nn.Module, dict[str, Measured]]:
-    """Build the dense model. Its evaluations on test splits are remembered beside it."""
+def _model(model_json: str, seed: int, weights: Weights, device: torch.device) -> tuple[nn.Module, dict[str, Numbers]]:
+    """Build the dense model. Its evaluations on test splits are cached beside it."""
     torch.manual_seed(seed)
     model = targets.build(json.loads(model_json), "forward")
     if weights is not None:
