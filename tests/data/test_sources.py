@@ -47,7 +47,7 @@ def source(official: Path) -> Source:
 
 def make(official: Path, second: Path | None = None) -> Source:
     sha256 = hashlib.sha256(CONTENT).hexdigest()
-    routes = tuple(Route((Url(path.as_uri(), sha256),), decode) for path in (official, second) if path)
+    routes = tuple(Route((Url(path.as_uri(), sha256, len(CONTENT)),), decode) for path in (official, second) if path)
     return Source(
         "tiny", routes, decode([official]).sha256() if official.exists() else decode([second or official]).sha256()
     )
@@ -72,7 +72,9 @@ def test_the_second_route_where_the_first_fails(tmp_path: Path, cache: Path, off
     expected = make(official).sha256
     official.write_bytes(CONTENT[:5])
     source = Source("tiny", make(elsewhere).routes, expected)
-    broken = Source("tiny", (Route((Url(official.as_uri(), "0" * 64),), decode), *source.routes), expected)
+    broken = Source(
+        "tiny", (Route((Url(official.as_uri(), "0" * 64, len(CONTENT)),), decode), *source.routes), expected
+    )
     assert load(broken).sha256() == expected
 
 
@@ -87,7 +89,7 @@ def test_no_route_says_what_was_tried_and_what_to_do_by_hand(
         load(source)
     message = str(caught.value)
     assert "\n" not in message
-    assert f"{official.as_uri()} does not answer" in message
+    assert f"{official.as_uri()} failed" in message
     assert "npm is not installed" in message
     assert f"put into {cache / 'downloads'} official.bin from" in message
     assert "tiny-1.0.tgz from `npm pack tiny@1.0`" in message

@@ -69,7 +69,7 @@ def test_files_that_come_out_otherwise_are_not_kept(bundle: Bundle, cache: Path)
 
 def test_without_a_client_it_says_what_to_do_by_hand(bundle: Bundle, cache: Path) -> None:
     (cache / "downloads" / "thing-1.0.tgz").unlink()
-    with pytest.raises(UserError, match="npm is not installed. By hand: put into .* thing-1.0.tgz from") as error:
+    with pytest.raises(UserError, match=r"npm is not installed\). By hand: put into .* thing-1.0.tgz from") as error:
         unpacked(bundle)
     assert "\n" not in str(error.value)
 

@@ -3,12 +3,23 @@
 import errno
 import hashlib
 import os
+import re
+import socket
 import stat
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from urllib.error import URLError
+from urllib.request import Request
 
 import pytest
 
-from spectrim.fetch import download
+from spectrim.data import cifar10, fashion_mnist, mnist
+from spectrim.fetch import download, get
 from spectrim.fetch.download import Package, Unavailable, Url
 
 CONTENT = b"forty-two bytes or so"
@@ -16,10 +27,45 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 PACKAGE = Package(client="npm", name="thing", version="1.0", file="thing-1.0.tgz", sha256=SHA256, size=len(CONTENT))
 
 
+class Server(BaseHTTPRequestHandler):
+    """Sends CONTENT, or what the path asks for: endlessly, slowly, in part, elsewhere or an error."""
+
+    def do_GET(self) -> None:
+        if self.path == "/moved.bin":
+            self.send_response(302)
+            self.send_header("Location", "/published.bin")
+            self.end_headers()
+            return
+        self.send_response(404 if self.path == "/missing.bin" else 200)
+        self.end_headers()
+        with suppress(OSError):  # until the client hangs up
+            if self.path == "/endless.bin":
+                while True:
+                    self.wfile.write(bytes(1 << 16))
+            if self.path == "/slow.bin":
+                for byte in CONTENT:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(1)
+            self.wfile.write(CONTENT[:5] if self.path == "/part.bin" else CONTENT)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture
-def url(tmp_path: Path) -> Url:
-    (tmp_path / "published.bin").write_bytes(CONTENT)
-    return Url((tmp_path / "published.bin").as_uri(), SHA256)
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server on this machine, whose http is taken for once."""
+    monkeypatch.setattr(download, "SCHEMES", ("http",))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        running.daemon_threads, running.block_on_close = True, False
+        Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+@pytest.fixture
+def url(server: str) -> Url:
+    return Url(f"{server}/published.bin", SHA256, len(CONTENT))
 
 
 @pytest.fixture
@@ -44,42 +90,85 @@ def test_url_arrives_whole(url: Url, inbox: Path) -> None:
     assert path.read_bytes() == CONTENT
 
 
-def test_leading_digits_suffice(url: Url, inbox: Path) -> None:
-    assert Url(url.address, SHA256[:8]).fetch(inbox).exists()
+@pytest.mark.parametrize(
+    ("name", "sha256", "size", "reason"),
+    [
+        ("published.bin", "0" * 64, len(CONTENT), f"arrived truncated or altered .*{SHA256}.* and was deleted"),
+        ("published.bin", SHA256[:8], len(CONTENT), "arrived truncated or altered"),
+        ("part.bin", SHA256, len(CONTENT), "arrived truncated or altered"),
+        ("published.bin", SHA256, len(CONTENT) - 1, f"it sends more than the expected {len(CONTENT) - 1} bytes"),
+        ("endless.bin", SHA256, len(CONTENT), f"it sends more than the expected {len(CONTENT)} bytes"),
+        ("slow.bin", SHA256, len(CONTENT), "it took longer than 2 seconds and was ended"),
+        ("missing.bin", SHA256, len(CONTENT), "HTTP 404"),
+    ],
+)
+def test_a_download_that_is_not_as_pinned_ends_soon_and_leaves_nothing(
+    server: str, inbox: Path, monkeypatch: pytest.MonkeyPatch, name: str, sha256: str, size: int, reason: str
+) -> None:
+    monkeypatch.setattr(download, "PATIENCE_SECONDS", 2.0 if name == "slow.bin" else 60.0)
+    began = time.monotonic()
+    with pytest.raises(Unavailable, match=f"^[^\n]*{reason}[^\n]*$"):
+        Url(f"{server}/{name}", sha256, size).fetch(inbox)
+    assert time.monotonic() - began < 15 and not list(inbox.iterdir())
 
 
-def test_altered_download_is_deleted(url: Url, inbox: Path) -> None:
-    with pytest.raises(Unavailable, match=r"published.bin arrived truncated or altered .* and was deleted"):
-        Url(url.address, "0" * 64).fetch(inbox)
-    assert not list(inbox.iterdir())
+def test_a_server_that_is_not_there(server: str, inbox: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}/x.bin"
+        with pytest.raises(Unavailable, match="x.bin failed .*Connection refused"):
+            Url(address, SHA256, 9).fetch(inbox)
 
 
-def test_no_network(tmp_path: Path, inbox: Path) -> None:
-    with pytest.raises(Unavailable, match="does not answer"):
-        Url((tmp_path / "missing.bin").as_uri(), SHA256).fetch(inbox)
-    assert not list(inbox.iterdir())
+def test_a_redirect_is_followed_but_not_from_https_to_http(server: str, inbox: Path) -> None:
+    assert Url(f"{server}/moved.bin", SHA256, len(CONTENT)).fetch(inbox).read_bytes() == CONTENT
+    for target in ("http://elsewhere/x", "ftp://elsewhere/x", "file:///etc/passwd"):
+        with pytest.raises(URLError, match="redirects to .*, which is not https"):
+            get.Redirects().redirect_request(Request("https://here/x"), None, 302, "", Message(), target)
 
 
-def test_connection_that_breaks_leaves_nothing(url: Url, inbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_response: object, path: Path) -> None:
-        path.write_bytes(CONTENT[:5])
-        raise ConnectionResetError("reset by peer")
+@pytest.mark.parametrize("address", ["http://elsewhere/x.bin", "ftp://elsewhere/x.bin", "x.bin"])
+def test_only_https_is_fetched(inbox: Path, address: str) -> None:
+    with pytest.raises(Unavailable, match="x.bin failed .only https is fetched"):
+        Url(address, SHA256, 9).fetch(inbox)
 
-    monkeypatch.setattr(download, "_write", broken)
-    with pytest.raises(Unavailable, match="reset by peer"):
-        url.fetch(inbox)
-    assert not list(inbox.iterdir())
+
+def test_every_address_of_a_data_set_is_https_and_pinned() -> None:
+    routes = [route for module in (cifar10, fashion_mnist, mnist) for route in module.SOURCE.routes]
+    urls = [file for route in routes for file in route.files if isinstance(file, Url)]
+    assert len(urls) == 9 and all(url.address.startswith("https://") and url.size > 1000 for url in urls)
+    files = [file for route in routes for file in route.files]
+    assert all(re.fullmatch("[0-9a-f]{64}", str(file.sha256)) for file in files)
 
 
 def test_full_disk_is_not_taken_for_a_dead_address(url: Url, inbox: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_response: object, path: Path) -> None:
-        path.write_bytes(CONTENT[:5])
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(download, "_write", full)
+    monkeypatch.setattr(download, "GET", inbox.parent / "full.py")
+    download.GET.write_text("import sys; sys.exit('No space left on device')")
     with pytest.raises(OSError, match="No space left") as caught:
         url.fetch(inbox)
     assert caught.value.errno == errno.ENOSPC
+    assert not list(inbox.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("sleep 60 & wait", "it took longer than 1 seconds and was ended"),
+        ("while :; do head -c 1000000 /dev/zero >> thing-1.0.tgz; done", "it wrote more than 1000042 bytes"),
+    ],
+)
+def test_a_client_without_an_end_is_ended_with_what_it_started(
+    tmp_path: Path, inbox: Path, monkeypatch: pytest.MonkeyPatch, script: str, reason: str
+) -> None:
+    monkeypatch.setattr(download, "PATIENCE_SECONDS", 1.0 if "sleep" in script else 60.0)
+    monkeypatch.setattr(download, "CLIENT_BYTES", 1_000_000)
+    install_client(tmp_path, monkeypatch, "npm", f"echo $$ > {tmp_path}/group; {script}")
+    with pytest.raises(Unavailable, match=reason):
+        PACKAGE.fetch(inbox)
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(int((tmp_path / "group").read_text()), 0)
+            time.sleep(0.1)
     assert not list(inbox.iterdir())
 
 

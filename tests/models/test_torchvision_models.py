@@ -91,7 +91,7 @@ def test_no_network_says_where_to_put_the_file(publish: Publish, hub: Path, tmp_
 def test_altered_weights(publish: Publish, hub: Path, tmp_path: Path) -> None:
     file = publish({})
     (tmp_path / file).write_bytes(b"short")
-    with pytest.raises(UserError, match=r"truncated or altered .* and was deleted"):
+    with pytest.raises(UserError, match=r"truncated or altered and was deleted"):
         classifier(NAME, weights="DEFAULT")
     assert not list(hub.iterdir())
     (hub / file).write_bytes(b"short")

