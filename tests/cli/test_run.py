@@ -191,7 +191,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_selection(
     compose: Any, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(run.task, "of", lambda *_: pytest.fail("the run began"))
+    monkeypatch.setattr(run.task, "load", lambda *_: pytest.fail("the run began"))
     with pytest.raises(UserError, match=r"cannot write .*: Not a directory"):
         run.run(compose(*digits, "algorithm=svd_training", f"{key}={tmp_path}/file/below"))
 
