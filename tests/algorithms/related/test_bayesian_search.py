@@ -40,7 +40,7 @@ def test_finds_the_optimum_of_a_separable_cost_much_better_than_random(share: fl
     def distance(ranks: dict[str, int]) -> float:
         return sum(((ranks[name] - goal[name]) / space.tops[name]) ** 2 for name in goal)
 
-    best, log = BayesianSearch(space, 30, seed=0, state=None, identity={}).least(distance, "test")
+    best, log = BayesianSearch(space, 30, seed=0, state=None, identity={}).minimise(distance, "test")
     random = np.random.default_rng(0).uniform(0.01, 1, (30, 6))
     assert distance(best) == min(entry["score"] for entry in log)
     assert distance(best) < min(distance(space.ranks(vector.tolist())) for vector in random) / 5
@@ -165,7 +165,7 @@ def test_what_they_refuse_is_one_line(net: nn.Sequential, objective: Objective) 
         with pytest.raises(UserError, match="out of reach"):
             kind(params_kept=0.01).compress(net, SVD(), objective)
         squared = Objective(F.mse_loss, {"calibration": [(torch.randn(4, 3, 8, 8), torch.randn(4, 5))]})
-        with pytest.raises(UserError, match="no class scores"):
+        with pytest.raises(UserError, match="needs class scores"):
             kind().compress(net, SVD(), squared)
         assert kind(judged_by="loss", evaluations=2).compress(net, SVD(), squared).params_kept <= 0.5
     for bad in ({"penalty": 1.0}, {"params_kept": None}):

@@ -97,7 +97,7 @@ def test_what_it_refuses_is_one_line(net: nn.Sequential, objective: Objective) -
     with pytest.raises(UserError, match="out of reach of this rule"):
         LayerThreshold(params_kept=0.2, energies=(0.9,)).compress(net, SVD(), objective)
     squared = Objective(nn.functional.mse_loss, {"calibration": [(torch.randn(4, 3, 8, 8), torch.randn(4, 5))]})
-    with pytest.raises(UserError, match="no class scores"):
+    with pytest.raises(UserError, match="needs class scores"):
         LayerThreshold().compress(net, SVD(), squared)
 
 

@@ -1,1 +1,3 @@
-"""Other papers' selectors, in our words: each says what is the paper's, what is our reading and what is left out."""
+"""Implement the rank selectors of other papers. Each module says what the paper does, and what is changed or left out
+here.
+"""

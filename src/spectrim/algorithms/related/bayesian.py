@@ -1,9 +1,22 @@
-"""Bayesian optimisation of the ranks of all layers, by the accuracy of the cut model (Kim, Lee, Choe)."""
+"""Choose the ranks of all layers by Bayesian optimisation of the accuracy after the cut.
+
+Kim, Lee and Choe 2020 (IEEE Access 8:17605): a Gaussian process with expected improvement searches the ranks of all
+layers together, for a trade-off of accuracy and complexity or at a fixed compression.
+
+Only the abstract of the paper was at hand. The rest is chosen here:
+
+- The score is the drop of calibration accuracy right after the cut, plus ``penalty`` times the part of the parameters
+  that is kept.
+- Every vector meets the budget, by one common factor on its ratios.
+- The first vector has the same ratio in every layer.
+
+The paper fine-tunes after the search. ``FineTuning`` does that here.
+"""
 
 from torch import nn
 
-from spectrim.algorithms.related.bayesian_search import BayesianSearch, Ranks, Space, check
-from spectrim.algorithms.related.judged import JudgedBy, badness
+from spectrim.algorithms.related.bayesian_search import BayesianSearch, Ranks, Space, check_search
+from spectrim.algorithms.related.judged import JudgedBy, error_or_loss
 from spectrim.algorithms.shared.budget import MaybeBudgeted, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.measured import search_identity
@@ -16,17 +29,14 @@ from spectrim.tools.settings import settings
 
 @settings
 class Bayesian(MaybeBudgeted):
-    """The ranks of the least drop of accuracy within a budget, or of the least drop plus ``penalty`` times cost.
+    """Search for the ranks that lose least accuracy within a budget, or least accuracy plus a penalty on parameters.
 
-    Kim, Lee, Choe 2020 (IEEE Access 8:17605): a Gaussian process with expected improvement searches the ranks of all
-    layers together, for a trade-off of accuracy and complexity or at a fixed compression. That is the paper's. Ours,
-    who have only its abstract: the score is the drop of calibration accuracy right after the cut; ``penalty`` weighs
-    the part of the parameters that is kept; every vector tried meets the budget, through one factor on its ratios; the
-    first vector is the same ratio everywhere. The fine-tuning after the search is left out: that is ``FineTuning``.
+    Set exactly one of the budgets of ``Budgeted`` and ``penalty``.
 
-    Exactly one of ``params_kept``, ``macs_kept`` (of the whole model, in (0, 1)) and ``penalty`` (at least 0).
-    ``evaluations``: vectors tried. ``judged_by``: ``accuracy``, or the ``loss`` for what does not classify.
-    ``state``: a file from which an interrupted search goes on; None: it begins anew.
+    ``penalty``: at least 0; the weight in the score of the parameters kept, as a part of the whole model's.
+    ``evaluations``: the number of vectors that are tried, each measured on the calibration split.
+    ``judged_by``: ``accuracy``, or ``loss`` for a model without class scores.
+    ``state``: the file from which an interrupted search is resumed. None: the search starts anew.
     """
 
     params_kept: float | None = 0.5
@@ -38,25 +48,25 @@ class Bayesian(MaybeBudgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.evaluations)
+        check_search(self.evaluations)
         self.require_one("penalty")
         if self.penalty is not None and not self.penalty >= 0:
             raise UserError(f"penalty must be at least 0, got {self.penalty}")
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Search and cut. The log has, of each vector, its step, its score and the part of the cost it keeps.
+        """Search and cut. For each vector the log holds its step, its score and the part of the cost that it keeps.
 
         Raises ``UserError`` for a budget out of reach, without class scores, and for the state of another search.
         """
         bench = Workbench.of(model, decomposer, objective)
         bench, costs, share = self.budget(bench) if self.has_budget else (bench, costs_of(bench, "params"), None)
         space = Space(bench, costs, share)
-        dense = badness(model, objective, self.judged_by)
+        dense = error_or_loss(model, objective, self.judged_by)
 
         def score(ranks: Ranks) -> float:
-            drop = badness(space.bench.cut(ranks), objective, self.judged_by) - dense
+            drop = error_or_loss(space.bench.cut(ranks), objective, self.judged_by) - dense
             return drop + (self.penalty or 0.0) * costs.share(ranks)
 
         identity = search_identity(self, bench, decomposer)
         search = BayesianSearch(space, self.evaluations, self.seed, self.state, identity)
-        return bench.finish(*search.least(score, "bayesian"))
+        return bench.finish(*search.minimise(score, "bayesian"))

@@ -1,4 +1,8 @@
-"""Bayesian optimisation over the ranks of all layers at once: what two papers' selectors share."""
+"""Search the ranks of all layers at once by Bayesian optimisation, for ``Bayesian`` and ``PARS``.
+
+A Gaussian process models the score as a function of one rank ratio per layer. Each new vector of ratios is the one with
+the largest expected improvement on the best score so far. Optuna's ``GPSampler`` does both.
+"""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +19,14 @@ from spectrim.algorithms.shared.measured import Measurements
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.errors import UserError
 
-RANDOM = 10  # vectors before the Gaussian process is asked
-SMALLEST = 0.01  # ratio of a layer, so that a common factor can bring every layer back to dense
+RANDOM = 10  # vectors that are tried before the Gaussian process proposes one
+SMALLEST = 0.01  # the least ratio of a layer: a common factor of 1 / SMALLEST makes every layer dense again
 
 Ranks = dict[str, int]
 
 
 class Tried(NamedTuple):
-    """A vector of rank ratios, one a layer in [SMALLEST, 1], and the score of the ranks it stands for."""
+    """Pair a vector of rank ratios, one per layer in [``SMALLEST``, 1], with the score of the ranks it stands for."""
 
     ratios: tuple[float, ...]
     score: float
@@ -30,10 +34,12 @@ class Tried(NamedTuple):
 
 @dataclass(frozen=True)
 class Space:
-    """What a vector of ratios stands for: ranks that always meet the budget, so that no evaluation is wasted.
+    """Map vectors of ratios to ranks that always meet the budget, so that no evaluation is wasted.
 
-    Ratio 1 is one rank above break-even, at which a layer stays dense. ``share``: of the cost of the dense model, met
-    from below by one factor on all ratios; None: the ratios are taken as they are.
+    The ratio 1 stands for one rank above break-even, at which a layer stays dense.
+
+    ``share``: the part of the dense model's cost to keep. The largest common factor on all ratios meets it from below.
+        None: the ratios are not scaled.
     """
 
     bench: Workbench
@@ -42,11 +48,11 @@ class Space:
 
     @cached_property
     def tops(self) -> Ranks:
-        """The rank that ratio 1 stands for."""
+        """Return the rank that ratio 1 stands for, by layer."""
         return {name: spectrum.break_even + 1 for name, spectrum in self.bench.spectra.items()}
 
     def ranks(self, ratios: Sequence[float]) -> Ranks:
-        """Raises ``UserError`` for a budget out of reach."""
+        """Return the rank of every layer. Raises ``UserError`` for a budget out of reach."""
 
         def scaled(factor: float) -> Ranks:
             pairs = zip(self.tops.items(), ratios, strict=True)
@@ -58,9 +64,10 @@ class Space:
         return {name: min(top, met[name]) for name, top in self.tops.items()}
 
     def alike(self, ratios: tuple[float, ...], ranks: Mapping[str, int]) -> list[tuple[float, ...]]:
-        """Vectors that share one score: the one tried and, where a budget moved it, the one of its ``ranks``.
+        """Return the vectors that share one score: the one tried and, after a budget scaled it, that of its ``ranks``.
 
-        A Gaussian process that knows of both sees after fewer evaluations that only the direction of a vector counts.
+        The Gaussian process gets both. It then learns from fewer evaluations that only the direction of a vector
+        counts.
         """
         moved = tuple(max(SMALLEST, ranks[name] / top) for name, top in self.tops.items())
         return [ratios] if self.share is None else [ratios, moved]
@@ -68,14 +75,15 @@ class Space:
 
 @dataclass(frozen=True)
 class BayesianSearch:
-    """Search for the rank ratios of all layers with the least score.
+    """Search for the rank ratios of all layers with the lowest score.
 
-    The first vector has the ratio 1/2 in every layer. The next ``RANDOM`` - 1 are random. Each later one is where a
-    Gaussian process on all before it expects most improvement, or random where that one is known already.
+    The first vector has the ratio 1/2 in every layer. The next ``RANDOM`` - 1 vectors are random. Each later one has
+    the largest expected improvement, or is random if the ranks of that one were measured before. A vector depends on
+    the vectors before it and on ``seed`` alone, so a resumed search equals an unbroken one.
 
-    ``evaluations``: number of vectors. ``state``: file from which an interrupted search is resumed; None: it starts
-    anew. ``identity``: what tells this search from another. Each vector depends on those before it and on ``seed``
-    alone, so a resumed search equals an unbroken one.
+    ``evaluations``: the number of vectors.
+    ``state``: the file from which an interrupted search is resumed. None: the search starts anew.
+    ``identity``: what tells this search from another.
     """
 
     space: Space
@@ -84,11 +92,12 @@ class BayesianSearch:
     state: str | None
     identity: Mapping[str, Any]
 
-    def least(self, score: Callable[[Ranks], float], label: str) -> tuple[Ranks, list[dict]]:
-        """The ranks with the least ``score`` found, and the log: of each vector its step, score, part of the cost kept,
-        and whether it was measured, or stood for ranks that were measured before.
+    def minimise(self, score: Callable[[Ranks], float], label: str) -> tuple[Ranks, list[dict]]:
+        """Return the ranks with the lowest ``score``, and a log with one entry per vector.
 
-        Raises ``UserError`` for a budget out of reach and for a state that is cut short or of another search.
+        An entry holds the step, the score, the part of the cost that is kept, and ``measured``: false if an earlier
+        vector stood for the same ranks. Raises ``UserError`` for a budget out of reach, and for a state that is cut
+        short or belongs to another search.
         """
         known: dict[tuple[int, ...], float] = {}
         told: list[Tried] = []
@@ -121,13 +130,13 @@ class BayesianSearch:
 
 
 def propose(tried: Sequence[Tried], layers: int, seed: int) -> tuple[float, ...]:
-    """The vector of most expected improvement on the least score in ``tried``; a random one where nothing is.
+    """Return the vector with the largest expected improvement on ``tried``, or a random one if it is empty.
 
-    The sampler is made anew, so that nothing is remembered but what is in ``tried``.
+    The sampler is made anew in each call, so that it knows nothing but ``tried``.
     """
     space: dict[str, BaseDistribution] = {f"{layer:04d}": FloatDistribution(SMALLEST, 1.0) for layer in range(layers)}
     verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it greets each study
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it logs a line for each study
     try:
         study = optuna.create_study(sampler=optuna.samplers.GPSampler(seed=seed, n_startup_trials=1))
     finally:
@@ -143,7 +152,7 @@ def _one(score: Callable[[Ranks], float], ranks: Ranks) -> list[float]:
     return [score(ranks)]
 
 
-def check(evaluations: int) -> None:
-    """Raise ``UserError`` for settings with which no search is possible."""
+def check_search(evaluations: int) -> None:
+    """Raise ``UserError`` for settings that no search can use."""
     if evaluations < 1:
         raise UserError(f"evaluations must be at least 1, got {evaluations}")

@@ -1,4 +1,4 @@
-"""By what the selectors that search judge a compressed model."""
+"""Judge a compressed model on the calibration split, for selectors that compare many models."""
 
 from typing import Literal
 
@@ -10,14 +10,14 @@ from spectrim.statistics.objective import Objective
 JudgedBy = Literal["accuracy", "loss"]
 
 
-def badness(model: nn.Module, objective: Objective, judged_by: JudgedBy) -> float:
-    """On the calibration split: the loss, or the part of the samples that is classified wrongly. Lower is better.
+def error_or_loss(model: nn.Module, objective: Objective, judged_by: JudgedBy) -> float:
+    """Return the loss or the part of wrongly classified samples, on the calibration split. Lower is better.
 
-    Raises ``UserError`` where the outputs are no class scores and accuracy is asked for.
+    Raises ``UserError`` if accuracy is asked for and the outputs are not class scores.
     """
     found = objective.evaluate(model)
     if judged_by == "loss":
         return found.loss
     if found.accuracy is None:
-        raise UserError("the outputs of this model are no class scores, so there is no accuracy: give judged_by=loss")
+        raise UserError("judged_by=accuracy needs class scores, which this model does not give: use judged_by=loss")
     return 1 - found.accuracy

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 from tqdm import tqdm
 
-from spectrim.algorithms.related.judged import JudgedBy, badness
+from spectrim.algorithms.related.judged import JudgedBy, error_or_loss
 from spectrim.algorithms.shared.budget import MaybeBudgeted, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.workbench import Workbench
@@ -79,7 +79,7 @@ class _Layers:
         self.judged_by, self.bench = chosen.judged_by, bench
         self.costs = costs_of(bench, "params")
         self.working = replacing.apply(bench.model, RankPlan(), {})
-        self.dense = badness(self.working, bench.objective, self.judged_by)
+        self.dense = error_or_loss(self.working, bench.objective, self.judged_by)
         self.options = {name: self._options(spectrum, chosen.energies) for name, spectrum in bench.spectra.items()}
         self.count = sum(map(len, self.options.values()))
         self.log: dict[tuple[str, int], dict] = {}
@@ -118,6 +118,6 @@ class _Layers:
     def _measured(self, name: str, rank: int) -> float:
         layer = self.working.get_submodule(name)
         replacing.replace(self.working, name, self.bench.spectra[name].factor(rank))
-        score = badness(self.working, self.bench.objective, self.judged_by) - self.dense
+        score = error_or_loss(self.working, self.bench.objective, self.judged_by) - self.dense
         replacing.replace(self.working, name, layer)
         return score
