@@ -190,7 +190,7 @@ def test_settings_that_cannot_work_are_one_line(bad: dict, said: str) -> None:
 
 
 def test_what_it_cannot_start_from_is_one_line(net: nn.Module, objective: Objective, batches: Any) -> None:
-    with pytest.raises(UserError, match="starts from the plain SVD, not from WhitenedSVD"):
+    with pytest.raises(UserError, match="needs the plain SVD .*, not WhitenedSVD"):
         chosen().compress(net, WhitenedSVD(), objective)
     with pytest.raises(UserError, match="there is no split 'train'"):
         chosen().compress(net, SVD(), Objective(F.cross_entropy, {"calibration": batches}))

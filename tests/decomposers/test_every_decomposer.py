@@ -97,7 +97,7 @@ TRAINED = (
 REFUSED |= {(name, algorithm) for name in ("tucker2", "whitened_best_view") for algorithm in TRAINED}
 # It brings a decomposition of its own.
 REFUSED |= {(name, "aimet") for name in ("tucker2", "whitened_best_view")}
-REFUSALS = "^layer 0: |starts from the plain SVD, not from|^ALDS splits the plain SVD|^AIMET decomposes by a plain SVD"
+REFUSALS = "^layer 0: | needs the plain SVD .decomposer=svd_channel or svd_spatial., not "
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

@@ -141,7 +141,7 @@ def test_settings_that_cannot_work_are_one_line(bad: dict, said: str) -> None:
 
 
 def test_what_it_cannot_work_with_is_one_line(net: nn.Module, objective: Objective, batches: Any) -> None:
-    with pytest.raises(UserError, match="Cuttlefish starts from the plain SVD, not from WhitenedSVD"):
+    with pytest.raises(UserError, match="Cuttlefish needs the plain SVD .*, not WhitenedSVD"):
         Cuttlefish(recipe=RECIPE).compress(net, WhitenedSVD(), objective)
     with pytest.raises(UserError, match="there is no split 'train'"):
         Cuttlefish(recipe=RECIPE).compress(net, SVD(), Objective(objective.loss, {"calibration": batches}))

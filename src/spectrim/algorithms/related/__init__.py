@@ -1,3 +1,1 @@
-"""Implement the rank selectors of other papers. Each module says what the paper does, and what is changed or left out
-here.
-"""
+"""Implement the rank selectors of other papers. Each module says what its paper does and what differs here."""

@@ -1,4 +1,12 @@
-"""AIMET's own spatial SVD with its greedy choice of ratios, run from its wheel and measured like any other selector."""
+"""Run AIMET's spatial SVD with its greedy choice of ratios from its own wheel, and measure it like any other selector.
+
+``ModelCompressor`` of aimet_torch in automatic mode does all of the selection. It scores every convolution by itself at
+each ratio ``i / candidates`` by the calibration accuracy. A bisection on a common score finds the ratios that meet the
+target. Its decomposition is a plain SVD into kh x 1, then 1 x kw.
+
+What differs here: the target is corrected for the parameters that AIMET does not count (BatchNorm, biases), scores are
+remembered from one target to the next, and the factors are put into the factored layers of this package.
+"""
 
 import contextlib
 import copy
@@ -13,9 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.trained import plain_svd
 from spectrim.algorithms.shared.workbench import reported
 from spectrim.decomposers.spectrum import Decomposer, content
-from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.factored import linalg
 from spectrim.factored.forms import PlainForm
@@ -32,14 +40,12 @@ MISSING = "AIMET is not installed here: run `make rivals`, then .venv-rivals/bin
 
 @settings
 class AIMET:
-    """``ModelCompressor`` of aimet_torch, spatial SVD in its automatic mode, nothing of it written anew.
+    """Let AIMET choose a ratio for every convolution within a budget.
 
-    Its selection: every convolution by itself at each ratio ``i / candidates`` is scored by the calibration accuracy,
-    and a bisection on a common score finds the ratios that meet the target. What was scored for one target is
-    remembered for the next. The decomposition is its own (kh x 1, then 1 x kw, plain SVD), so that of the given
-    decomposer only the plain SVD is taken, and not used. Ours are the target, corrected for what AIMET does not count
-    (BatchNorm, biases), and that the factors are then put into our layers.
-    ``params_kept`` or ``macs_kept``: of the whole model.
+    The decomposer must be the plain SVD. It is not used, as AIMET has its own.
+
+    ``params_kept`` or ``macs_kept``: exactly one; the part of the whole model to keep, in (0, 1).
+    ``candidates``: at least 2; the number of ratios at which every layer is scored, the last one uncut.
     """
 
     params_kept: float | None = 0.5
@@ -49,22 +55,22 @@ class AIMET:
     def __post_init__(self) -> None:
         given = [share for share in (self.params_kept, self.macs_kept) if share is not None]
         if len(given) != 1 or not 0 < given[0] < 1:
-            raise UserError("aimet takes exactly one of params_kept and macs_kept, in (0, 1)")
+            raise UserError("set exactly one of params_kept and macs_kept, in (0, 1)")
         if self.candidates < 2:
             raise UserError(f"candidates must be at least 2, got {self.candidates}")
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Let AIMET select and cut. The log holds the evaluations that it asked for.
 
-        Raises ``UserError`` without AIMET, without class scores, or where AIMET fails.
+        Raises ``UserError`` if AIMET is missing or fails, and for a model that does not give class scores of one
+        tensor.
         """
-        if not isinstance(decomposer, SVD):
-            raise UserError(f"AIMET decomposes by a plain SVD of its own, not by a {type(decomposer).__name__}")
+        plain_svd(decomposer, "AIMET")
         if objective.evaluate(model).accuracy is None:
-            raise UserError("AIMET searches by accuracy: the model must give class scores")
+            raise UserError("AIMET searches by accuracy and needs class scores, which this model does not give")
         example = objective.example()
         if not isinstance(example, Tensor):
-            raise UserError("AIMET takes a model of one tensor")
+            raise UserError("AIMET needs a model whose input is one tensor")
         layers, left = find_layers.factorable(model, example)
         log: list[dict] = []
         theirs = self._run(model, layers, tuple(example.shape[1:]), objective, log)
@@ -89,7 +95,7 @@ class AIMET:
         objective: Objective,
         log: list[dict],
     ) -> nn.Module:
-        """AIMET's compressed model."""
+        """Return the model that AIMET compressed."""
         torchvision_shim.prepare()  # aimet_torch imports torchvision
         try:
             from aimet_torch.common.defs import CompressionScheme, CostMetric, GreedySelectionParameters
@@ -98,7 +104,7 @@ class AIMET:
             from aimet_torch.defs import SpatialSvdParameters
         except ImportError:
             raise UserError(MISSING) from None
-        AimetLogger.set_level_for_all_areas(logging.WARNING)  # a line for every ratio of every layer otherwise
+        AimetLogger.set_level_for_all_areas(logging.WARNING)  # it logs a line for every ratio of every layer
         subject = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         ignored = [subject.get_submodule(n) for n, m in model.named_modules() if _is_conv(m) and n not in layers]
         greedy = GreedySelectionParameters(self._target(model), num_comp_ratio_candidates=self.candidates)
@@ -134,7 +140,7 @@ class AIMET:
         return compressed
 
     def _target(self, model: nn.Module) -> float:
-        """The share of the weights of convolutions and Linear layers, which are all that AIMET counts."""
+        """Return the target as a share of what AIMET counts: the weights of convolutions and Linear layers."""
         if self.macs_kept is not None:
             return self.macs_kept
         assert self.params_kept is not None
@@ -142,13 +148,13 @@ class AIMET:
         total = parameters(model)
         target = (self.params_kept * total - (total - counted)) / counted
         if target <= 0:
-            raise UserError(f"params_kept={self.params_kept} is out of reach: what AIMET cannot cut is more than that")
+            raise UserError(f"params_kept={self.params_kept} is out of reach: what AIMET cannot cut is more")
         return target
 
 
 @contextlib.contextmanager
 def _elsewhere() -> Iterator[None]:
-    """In a folder that is thrown away: AIMET leaves a file of its scores in the one that it is called from."""
+    """Work in a temporary folder, because AIMET leaves a file of its scores in the current one."""
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         yield
 
@@ -160,7 +166,7 @@ def _is_conv(module: nn.Module) -> bool:
 def _in_our_layers(
     model: nn.Module, theirs: nn.Module, layers: Mapping[str, nn.Module]
 ) -> tuple[nn.Module, dict[str, Kept]]:
-    """A copy of ``model`` with the pairs of convolutions that AIMET made, and the ranks of these."""
+    """Return a copy of ``model`` with the pairs of convolutions that AIMET made, and their ranks."""
     compressed, kept = copy.deepcopy(model), {}
     for name, dense in layers.items():
         pair = theirs.get_submodule(name)
@@ -179,7 +185,7 @@ def _in_our_layers(
 def _report(
     model: nn.Module, compressed: nn.Module, layers: Mapping[str, nn.Module], objective: Objective
 ) -> pd.DataFrame:
-    """One row a layer, as ``Workbench.finish`` has it."""
+    """Return one row per layer, as ``Workbench.finish`` does."""
     gradients = objective.gradients(model, list(layers))
     rows = []
     for name, dense in layers.items():

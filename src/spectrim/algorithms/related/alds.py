@@ -1,4 +1,16 @@
-"""Layers in subspaces, their number and ranks set by one bound on the relative error of all layers (ALDS)."""
+"""Split layers into subspaces, and choose subspaces and ranks by one bound on the relative error of all layers (ALDS).
+
+ALDS (Liebenwein et al., arXiv 2107.11442, section 3): the input channels of a layer are split into k subspaces, and
+each is cut to rank j. The error of the layer is ``max_i sigma_(j+1)(W_i) / sigma_1(W)``. A binary search finds the
+smallest error that all layers can meet within the budget. At that error each layer takes the k that costs least.
+
+What differs here:
+
+- The paper alternates the two steps from a random k. At a given error the layers do not depend on one another, so the
+  best k of each is known. One search is enough, and needs no start.
+- The paper bounds the error of the whole layer by sqrt(k) times that above. The factor is left out, as in the authors'
+  code.
+"""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -10,10 +22,10 @@ from torch import Tensor, nn
 from spectrim.algorithms.rank_selection import singular_values
 from spectrim.algorithms.shared.budget import Budgeted
 from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.trained import plain_svd
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.decomposers.subspaces import SubspaceSVD
-from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.tools.settings import settings
@@ -21,16 +33,10 @@ from spectrim.tools.settings import settings
 
 @settings
 class ALDS(Budgeted):
-    """The largest relative error of any layer as small as the budget allows, each layer in its best subspaces.
+    """Make the largest relative error of any layer as small as the budget allows, each layer in its best subspaces.
 
-    ALDS (Liebenwein et al., arXiv 2107.11442, section 3): a layer's input channels are split into k subspaces, each cut
-    to the rank j. Its error is ``max_i sigma_(j+1)(W_i) / sigma_1(W)``; as in the authors' code without the sqrt(k)
-    with which it bounds that of the whole layer. Globally one error for all layers is found by binary search; locally
-    each layer takes the k that reaches it at the least cost.
-
-    The paper alternates the two steps from random k. Ours is one search: at a given error the layers do not depend on
-    one another, so the best k of each is known and no start is needed. ``subspaces``: the k to choose from; 1 is always
-    among them, and each is fitted to the channels of a layer as ``SubspaceSVD`` says.
+    ``subspaces``: the numbers of subspaces to choose from. 1 is always among them. ``SubspaceSVD`` fits each number to
+        the channels of a layer.
     """
 
     subspaces: Sequence[int] = (1, 2, 4, 8)
@@ -41,11 +47,10 @@ class ALDS(Budgeted):
             raise UserError(f"subspaces must each be at least 1, got {list(self.subspaces)}")
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Find the error and cut. Raises ``UserError`` for another decomposer than ``SVD`` or a budget out of reach."""
-        if not isinstance(decomposer, SVD):
-            raise UserError(f"ALDS splits the plain SVD into subspaces, not a {type(decomposer).__name__}")
+        """Find the error and cut. Raises ``UserError`` for a decomposer other than ``SVD`` or a budget out of reach."""
+        decomposer = plain_svd(decomposer, "ALDS")
         if decomposer.embeddings:
-            raise UserError("ALDS splits the inputs of a layer into subspaces, which the ids of an embedding have not")
+            raise UserError("ALDS cannot split embeddings into subspaces: use a decomposer with embeddings=false")
         bench, costs, share = self.budget(Workbench.of(model, decomposer, objective))
         splits = {count: SubspaceSVD(count, decomposer.view, decomposer.precision) for count in {1, *self.subspaces}}
         benches = {count: Workbench.of(model, split, objective) for count, split in splits.items()}
@@ -68,7 +73,7 @@ class ALDS(Budgeted):
 
 
 class Option(NamedTuple):
-    """One way to cut a layer: what it then costs, its relative error, the subspaces asked for, the rank in each."""
+    """Describe one way to cut a layer: its cost, its relative error, its number of subspaces and the rank in each."""
 
     cost: float
     error: float
@@ -77,7 +82,7 @@ class Option(NamedTuple):
 
 
 def front(options: Iterable[Option]) -> list[Option]:
-    """Those than which no other costs less without a larger error: costs rise, errors fall."""
+    """Return the options that no other option beats in both cost and error. Costs rise, errors fall."""
     found: list[Option] = []
     for option in sorted(options):
         if not found or option.error < found[-1].error:
@@ -86,7 +91,7 @@ def front(options: Iterable[Option]) -> list[Option]:
 
 
 def _options(name: str, costs: Tensor, subspaces: int, whole: Spectrum, split: Spectrum) -> list[Option]:
-    """Of layer ``name`` with these ``costs`` of each rank: one for every rank up to break-even."""
+    """Return an option for every rank of layer ``name`` up to break-even. ``costs``: at each rank."""
     norm = singular_values(name, whole)[0].clamp_min(1e-300)
     errors = [*(singular_values(name, split) / norm).tolist(), 0.0]
     return [Option(float(costs[rank]), errors[rank], subspaces, rank) for rank in range(1, split.break_even + 1)]

@@ -1,4 +1,9 @@
-"""One threshold on the relative singular values of all layers, set by the budget instead of by the loss."""
+"""Cut all layers by one threshold on their relative singular values, which the budget sets.
+
+With ``norm="spectral"`` the largest relative spectral error of any layer is as small as the budget allows. That is the
+allocation of ALDS (Liebenwein et al., arXiv 2107.11442, section 3.3) with one subspace per layer. ``ALDS`` takes
+several. With ``norm="frobenius"`` it is magnitude pruning of singular values.
+"""
 
 from typing import Literal
 
@@ -15,12 +20,9 @@ from spectrim.tools.settings import settings
 
 @settings
 class GlobalThreshold(Budgeted):
-    """Every layer keeps the components with a singular value above one common part of its weight's size.
+    """Keep in every layer the components whose singular value is above one common part of the norm of its weight.
 
-    ``norm``: that size is the ``spectral`` norm, so that the largest relative spectral error of any layer is as small
-    as the budget allows, which is the allocation of ALDS (Liebenwein et al., arXiv 2107.11442, section 3.3) with one
-    subspace a layer; or the ``frobenius`` norm, the magnitude pruning of singular values. With several subspaces it is
-    ``ALDS``.
+    ``norm``: ``spectral`` or ``frobenius``; the norm that the singular values of a layer are divided by.
     """
 
     norm: Literal["spectral", "frobenius"] = "spectral"

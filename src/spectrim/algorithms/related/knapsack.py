@@ -1,4 +1,12 @@
-"""Rank allocation as a knapsack: the least summed relative error of all layers within a budget (BALF)."""
+"""Spend the budget where it lowers the summed relative error of the layers most: a knapsack over ranks (BALF).
+
+BALF (arXiv 2509.25136): with ``WhitenedSVD`` the error of a layer at rank k is the part of the energy of its outputs on
+calibration data that is dropped. A multiplier m on the cost makes the layers independent: each takes
+``min_k error(k) + m * cost(k)``. Bisection finds the m that meets the budget.
+
+What differs here: any decomposer may be used, and with the plain SVD the energy is that of the weight. The paper's
+batching of large Gram matrices is left out: ``layers_at_once`` of the objective takes moments in blocks of layers.
+"""
 
 from torch import Tensor, nn
 
@@ -12,13 +20,7 @@ from spectrim.tools.settings import settings
 
 @settings
 class Knapsack(Budgeted):
-    """One of the options of every layer, a rank or dense, so that the summed relative error is least in the budget.
-
-    BALF (arXiv 2509.25136): with ``WhitenedSVD`` the error of a layer at rank k is the part of its output's energy on
-    calibration data that is dropped. A multiplier on the cost makes the layers independent, ``min_k error(k) + m *
-    cost(k)``; bisection finds the one that meets the budget. That is the paper's; ours is that any decomposer may be
-    given (with the plain SVD the energy is the weight's). The paper's batching of large Gram matrices is left out.
-    """
+    """Give each layer a rank, or leave it dense, so that the summed relative error is least within the budget."""
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Allocate and cut. Raises ``UserError`` for a budget out of reach."""
@@ -35,13 +37,16 @@ class Knapsack(Budgeted):
 
 
 def relative_energy(spectrum: Spectrum) -> Tensor:
-    """The part of the squared singular values each rank drops: of the outputs', where the decomposition whitens."""
+    """Return the part of the energy that each rank drops. Shape (R + 1,).
+
+    It is the energy of the outputs if the decomposition whitens, and that of the weight if not.
+    """
     error = spectrum.weighted_error()
     return (error / error[0].clamp_min(1e-300)).square()
 
 
 def _cheapest(error: Tensor, cost: Tensor, dense: float, multiplier: float) -> int:
-    """The rank of least ``error + multiplier * cost``, at least 1; the full one stands for the dense layer."""
+    """Return the rank, at least 1, with the least ``error + multiplier * cost``. The full rank stands for dense."""
     priced = error[1:] + multiplier * cost[1:]
     priced[-1] = multiplier * dense
     return int(priced.argmin()) + 1

@@ -1,4 +1,12 @@
-"""A threshold on the energy of the singular values, chosen for each layer by itself against the accuracy."""
+"""Choose for each layer by itself what part of its energy it keeps, by the accuracy that the layer alone costs.
+
+This stands for "Ito et al. 2021", which S2 lists with three labels: layers independent, heuristic, after training. The
+paper could not be identified. All of it is a reading of these labels.
+
+A layer is cut at one of ``energies``, parts of its squared singular values, while all others stay dense. The energies
+are tried from the largest down, as long as the calibration accuracy drops by no more than a tolerance. The layer keeps
+the last that passed. It stays dense if the first fails, or if the rank lies above break-even.
+"""
 
 import math
 from collections.abc import Sequence
@@ -21,15 +29,15 @@ from spectrim.tools.settings import settings
 
 @settings
 class LayerThreshold(MaybeBudgeted):
-    """Each layer keeps the least energy at which, cut alone, it costs no more accuracy than a tolerance.
+    """Keep in each layer the least energy that, with this layer alone cut, costs no more accuracy than a tolerance.
 
-    Stands for "Ito et al. 2021", which S2 lists (layers independent, heuristic, after training) and which we could not
-    identify: all of it is our reading of those three labels. A layer is cut at one of ``energies``, parts of its
-    squared singular values, with all others dense, from the largest down, for as long as accuracy on calibration drops
-    by no more than the tolerance. Where even the first drops too far, or lies above break-even, it stays dense.
+    Set exactly one of ``tolerance`` and the budgets of ``Budgeted``. A budget is met by the smallest tolerance that
+    meets it.
 
-    Exactly one of ``tolerance``, at least 0, of accuracy or of loss as ``judged_by`` says, the same for every layer;
-    and ``params_kept`` or ``macs_kept``, in (0, 1): the least tolerance that meets this budget of the whole model.
+    ``tolerance``: at least 0; a drop of accuracy in [0, 1] or a rise of the loss, as ``judged_by`` says. It is the same
+        for all layers.
+    ``energies``: in (0, 1); the parts of the squared singular values to try.
+    ``judged_by``: ``accuracy``, or ``loss`` for a model without class scores.
     """
 
     params_kept: float | None = 0.5
@@ -46,18 +54,18 @@ class LayerThreshold(MaybeBudgeted):
             raise UserError(f"energies must lie in (0, 1), got {list(self.energies)}")
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Measure and cut. The log holds every measurement: step, layer, rank, score (the drop of accuracy or the rise
-        of the loss) and params_kept, with that layer alone cut. They are the same whatever the budget, and are not
-        taken again for another one.
+        """Measure and cut. The measurements are the same for every budget, and are not taken again for another one.
 
-        Raises ``UserError`` for a budget out of reach of the energies and without class scores.
+        The log holds each measurement: step, layer, rank, score (drop of accuracy or rise of the loss) and
+        ``params_kept``, with that layer alone cut. Raises ``UserError`` for a budget out of reach of the energies, and
+        without class scores.
         """
         bench = Workbench.of(model, decomposer, objective)
         bench, costs, share = self.budget(bench) if self.has_budget else (bench, costs_of(bench, "params"), None)
         layers = _Layers(self, bench)
 
         def ranks_at(place: float) -> dict[str, int]:
-            """From any tolerance (0), which measures every layer once and for all, to none (1)."""
+            """Return the ranks at a tolerance that falls from infinity (0), where every layer is measured, to 0 (1)."""
             return layers.ranks(1 / place - 1 if place else math.inf)
 
         with tqdm(total=layers.count, desc="thresholds", unit="model", leave=False, disable=None) as layers.bar:
@@ -70,9 +78,9 @@ class LayerThreshold(MaybeBudgeted):
 
 
 class _Layers:
-    """The layers and what was measured of each; no rank of a layer is measured twice, in no run on this objective.
+    """Measure the layers one at a time, and remember what was measured in the memory of the objective.
 
-    ``log``: the measurements that this run asked for.
+    No rank of a layer is measured twice, in any run on the same objective.
     """
 
     def __init__(self, chosen: LayerThreshold, bench: Workbench) -> None:
@@ -88,12 +96,12 @@ class _Layers:
 
     @staticmethod
     def _options(spectrum: Spectrum, energies: Sequence[float]) -> list[int]:
-        """The ranks of ``energies`` that make the layer smaller, falling."""
+        """Return the ranks of ``energies`` that make the layer smaller, in falling order."""
         ranks = {rank_of_energy(spectrum, energy) for energy in energies}
         return sorted((rank for rank in ranks if rank <= spectrum.break_even), reverse=True)
 
     def ranks(self, tolerance: float) -> dict[str, int]:
-        """Of each layer that may be cut, the smallest rank before the first that loses more than ``tolerance``."""
+        """Return for each layer the smallest rank before the first that loses more than ``tolerance``."""
         found = {}
         for name, options in self.options.items():
             for rank in options:
@@ -103,7 +111,7 @@ class _Layers:
         return found
 
     def score(self, name: str, rank: int) -> float:
-        """How much worse the model is with this layer alone at ``rank``."""
+        """Return how much worse the model is with this layer alone at ``rank``."""
         if (name, rank) not in self.log:
             key = (*self.key, name, rank)
             score = self.bench.objective.remembered(

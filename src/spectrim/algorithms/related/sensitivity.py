@@ -1,4 +1,14 @@
-"""Sensitivity-based rank search: how much the loss rises when one layer alone is cut (ASVD)."""
+"""Cut every layer as far as one tolerance on the loss allows, with that layer alone cut (ASVD's rank search).
+
+ASVD (arXiv 2312.05821), sensitivity-based truncation rank search: the calibration loss is measured with one layer at
+each of ``ratios`` of its parameters and all others dense. A binary search finds the tolerance that meets the budget.
+
+What differs here:
+
+- Convolutions are cut too.
+- A measured rise that is not monotone is replaced by its running maximum, towards smaller ratios.
+- The paper scales weights by absolute activations. Later work replaced that by whitening, which is a decomposer here.
+"""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -19,13 +29,9 @@ from spectrim.tools.settings import settings
 
 @settings
 class Sensitivity(Budgeted):
-    """One tolerance for all layers: each takes the smallest rank that, alone, lifts the loss by no more than that.
+    """Cut each layer to the smallest rank that, by itself, raises the loss by no more than one tolerance.
 
-    ASVD (arXiv 2312.05821), its sensitivity-based truncation rank search: the calibration loss is measured with one
-    layer at one of ``ratios`` of its parameters and all others dense; a binary search finds the tolerance that meets
-    the budget. That is the paper's; ours are layers of convolutions, and the running maximum, towards smaller ratios,
-    of a measured rise that is not monotone. The paper's scaling by absolute activations is left out: whitening, which
-    replaced it in later work, is a decomposer here. The measurements are remembered, for a sweep over budgets.
+    ``ratios``: in (0, 1); the parts of a layer's parameters at which it is measured.
     """
 
     ratios: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -36,9 +42,10 @@ class Sensitivity(Budgeted):
             raise UserError(f"ratios must lie in (0, 1), got {list(self.ratios)}")
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Measure, search and cut. The log holds every measurement: layer, rank, change of the calibration loss.
+        """Measure, search and cut. The measurements are remembered for a sweep over budgets.
 
-        Raises ``UserError`` for a budget out of reach of the ratios.
+        The log holds each measurement: layer, rank and change of the calibration loss. Raises ``UserError`` for a
+        budget out of reach of the ratios.
         """
         bench, costs, share = self.budget(Workbench.of(model, decomposer, objective))
         log = objective.remembered(
@@ -48,13 +55,13 @@ class Sensitivity(Budgeted):
             lambda: self._measure(bench),
         )
         risen: dict[str, list[tuple[float, int]]] = {}
-        for entry in log:  # of a layer, from its largest rank to its smallest
+        for entry in log:  # the ranks of a layer fall
             known = risen.setdefault(entry["layer"], [])
             known.append((max(entry["change"], known[-1][0]) if known else entry["change"], entry["rank"]))
         tolerances = sorted({change for known in risen.values() for change, _ in known})
 
         def ranks_at(place: float) -> dict[str, int]:
-            """From the strictest tolerance (high) to none (low)."""
+            """Return the ranks at a tolerance that falls from the largest rise measured (0) to the smallest (1)."""
             allowed = tolerances[min(len(tolerances) - 1, int((1 - place) * len(tolerances)))]
             within = {
                 layer: bisect_right(known, (allowed, bench.spectra[layer].max_rank)) for layer, known in risen.items()

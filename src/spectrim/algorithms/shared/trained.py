@@ -61,9 +61,10 @@ def state_file(path: str | None, objective: Objective, identity: Mapping[str, An
 
 
 def plain_svd(decomposer: Decomposer, method: str) -> SVD:
-    """``decomposer`` itself. Raises ``UserError`` where it is not the plain SVD, which ``method`` starts from."""
+    """Return ``decomposer``. Raises ``UserError`` if it is not the plain SVD, which ``method`` needs."""
     if not isinstance(decomposer, SVD):
-        raise UserError(f"{method} starts from the plain SVD, not from {type(decomposer).__name__}")
+        given = type(decomposer).__name__
+        raise UserError(f"{method} needs the plain SVD (decomposer=svd_channel or svd_spatial), not {given}")
     return decomposer
 
 
