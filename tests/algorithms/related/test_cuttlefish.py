@@ -126,11 +126,11 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({"xi": 0.0}, "xi is above 0"),
-        ({"slope": math.nan}, "slope at least 0, both finite"),
+        ({"xi": 0.0}, "expected xi > 0"),
+        ({"slope": math.nan}, "slope >= 0, both finite"),
         ({"params_kept": 1.0}, r"params_kept must lie in \(0, 1\)"),
-        ({"window": 0}, "window is at least 1"),
-        ({"dense_first": -1}, "dense_first at least 0"),
+        ({"window": 0}, "expected window >= 1"),
+        ({"dense_first": -1}, "dense_first >= 0"),
         ({"latest": 0.0}, "latest, a part of the epochs"),
         ({"reference": "end"}, "is not of type"),
     ],

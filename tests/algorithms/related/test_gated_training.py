@@ -181,13 +181,13 @@ def test_what_cannot_work_is_one_line(method: Any, net: nn.Module, objective: Ob
     for bad, said in (
         ({"params_kept": 0.5, "macs_kept": 0.5}, "at most one of params_kept and macs_kept"),
         ({"params_kept": 1.5}, r"in \(0, 1\)"),
-        ({"strength": -1.0}, "strength is at least 0"),
-        ({"rate": math.inf}, "rate above 0, both finite"),
+        ({"strength": -1.0}, "expected strength >= 0"),
+        ({"rate": math.inf}, "rate > 0, both finite"),
         ({"refine": 1.0}, "refine, a part of the epochs"),
     ):
         with pytest.raises(UserError, match=said):
             method(**bad)
-    with pytest.raises(UserError, match="sigma, the spread of the gates"):
+    with pytest.raises(UserError, match="sigma, the noise on the gates"):
         L0Gates(sigma=0.0)
     with pytest.raises(UserError, match="temperature must be finite"):
         HALOC(temperature=0.0)

@@ -150,10 +150,10 @@ def test_a_loss_that_breaks_is_one_line(net: nn.Module, objective: Objective, mo
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({"evaluations": 0}, "evaluations is at least 1"),
-        ({"batch": 1}, "batch 2"),
-        ({"strength": -1.0}, "strength is at least 0"),
-        ({"lr": math.inf}, "lr above 0, both finite"),
+        ({"evaluations": 0}, "expected evaluations >= 1"),
+        ({"batch": 1}, "batch >= 2"),
+        ({"strength": -1.0}, "expected strength >= 0"),
+        ({"lr": math.inf}, "lr > 0, both finite"),
         ({"params_kept": 1.0}, r"params_kept must lie in \(0, 1\)"),
         ({"subset": 0}, "subset must be at least 1"),
         ({"evaluations": 1.5}, "is not of type int"),

@@ -44,7 +44,7 @@ class AIMET:
 
     The decomposer must be the plain SVD. It is not used, as AIMET has its own.
 
-    ``params_kept`` or ``macs_kept``: exactly one; the part of the whole model to keep, in (0, 1).
+    ``params_kept``, ``macs_kept``: exactly one; the part of the whole model to keep, in (0, 1).
     ``candidates``: at least 2; the number of ratios at which every layer is scored, the last one uncut.
     """
 

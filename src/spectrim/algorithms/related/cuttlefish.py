@@ -1,4 +1,23 @@
-"""Full-rank training that turns low-rank once the stable ranks have settled (Cuttlefish, Wang et al., MLSys 2023)."""
+"""Train dense, and switch to low-rank factors once the stable ranks of the layers have settled (Cuttlefish).
+
+Cuttlefish (Wang et al., MLSys 2023, arXiv 2305.02538) takes the stable rank ``sum sigma^2 / sigma_1^2`` of each weight
+after every epoch. It scales it by the full rank over the stable rank at initialisation. Once no scaled stable rank
+moves by more than ``slope`` per epoch, each weight becomes ``U sqrt(S)`` times ``sqrt(S) V^T`` at rank
+``ceil(xi * scaled stable rank)``. The first ``dense_first`` layers stay dense. The factors are trained for the rest.
+
+What differs here:
+
+- A slope is the absolute change over the last ``window`` epochs, divided by their number. No epoch of the warm-up
+  counts, because little moves there.
+- The switch comes after the part ``latest`` of the epochs at the latest.
+- The velocity of the factors starts at zero.
+- A layer whose rank would lie above break-even stays dense.
+- In a grouped convolution the group with the largest stable rank decides.
+- The stable rank at initialisation may be that of a random matrix, for a model that is already trained.
+- A budget may take the place of ``xi``.
+- The layers to leave dense are given, where the paper finds them by measured speed.
+- The factors have no BatchNorm between them, and their product has no weight decay of its own.
+"""
 
 import copy
 import math
@@ -25,24 +44,21 @@ from spectrim.training.recipe import Recipe
 
 @settings
 class Cuttlefish:
-    """Train the dense net, watch the stable rank of each layer, and go on with factors of that rank.
+    """Train a dense network, watch the stable rank of each layer, and go on with factors of that rank.
 
-    Wang et al., MLSys 2023, arXiv 2305.02538: after every epoch the stable rank ``sum sigma^2 / sigma_1^2`` of each
-    weight is taken and scaled by full rank over the stable rank at initialisation; once no scaled one moves by more
-    than ``slope`` an epoch, every weight but those of the first ``dense_first`` layers becomes ``U sqrt(S)`` times
-    ``sqrt(S) V^T`` at rank ``ceil(xi * scaled stable rank)``, which are trained for the rest. That is the paper's.
-
-    Ours: a slope is the absolute change over the last ``window`` epochs, over their number, and none of these is in the
-    recipe's warm-up, where little moves; the switch comes after the part ``latest`` of the epochs at the latest; the
-    velocity of what is factored begins at zero; a layer whose rank would lie above break-even stays dense; of a
-    grouped convolution the group of largest stable rank decides.
-    ``reference``: the stable rank at initialisation is that of the given model (``start``, which is the paper's where
-    that is untrained), or of a random matrix of the same shape (``random``), which is right for a checkpoint as well.
-    ``params_kept``: in place of ``xi``, which is then the largest that meets it. ``bounded``: whether the gradient of a
-    factor is divided by the squared norms of the other one's components, where above 1; the learning rate at the
-    switch, which suits the dense net, may be too large for its factors without. Left out: the layers to leave dense
-    are not found by measuring speed, and there is neither BatchNorm between the factors nor decay of their product.
-    ``state``: a file from which an interrupted training goes on; None: it begins anew.
+    ``xi``: above 0; the rank of a layer over its scaled stable rank.
+    ``params_kept``: in (0, 1); the part of the whole model's parameters to keep. The largest ``xi`` that meets it is
+        taken. None: ``xi`` is taken as given.
+    ``slope``: at least 0, in components per epoch; a layer that moves by no more has settled.
+    ``window``: at least 1; the number of epochs over which a slope is taken.
+    ``latest``: in (0, 1]; the part of the epochs after which the switch comes in any case.
+    ``dense_first``: the number of layers, from the first, that stay dense.
+    ``reference``: the stable rank at initialisation: that of the given model (``start``, as in the paper if the model
+        is untrained), or that of a random matrix of the same shape (``random``, which also suits a trained model).
+    ``bounded``: whether the gradient of a factor is divided by the squared norms of the other factor's components,
+        where these are above 1. The learning rate at the switch suits the dense network and may be too large for its
+        factors.
+    ``state``: the file from which an interrupted training is resumed. None: the training starts anew.
     """
 
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=8, lr=0.05))
@@ -59,24 +75,24 @@ class Cuttlefish:
 
     def __post_init__(self) -> None:
         if not (0 < self.xi < math.inf and 0 <= self.slope < math.inf):
-            raise UserError(f"xi is above 0 and slope at least 0, both finite; got {self.xi} and {self.slope}")
+            raise UserError(f"expected xi > 0 and slope >= 0, both finite; got {self.xi} and {self.slope}")
         if self.params_kept is not None and not 0 < self.params_kept < 1:
             raise UserError(f"params_kept must lie in (0, 1), got {self.params_kept}")
         if self.window < 1 or self.dense_first < 0:
-            raise UserError(f"window is at least 1, dense_first at least 0; got {self.window} and {self.dense_first}")
+            raise UserError(f"expected window >= 1 and dense_first >= 0; got {self.window} and {self.dense_first}")
         if not 0 < self.latest <= 1:
-            raise UserError(f"latest, a part of the epochs, lies in (0, 1], got {self.latest}")
+            raise UserError(f"latest, a part of the epochs, must lie in (0, 1], got {self.latest}")
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Train and factor a copy of ``model``. The log has one entry an epoch: the ranks of the layers, dense ones at
-        full rank, and their scaled stable ranks.
+        """Train and factor a copy of ``model``.
 
-        Raises ``UserError`` for another decomposer than ``SVD``, without a ``train`` split, for a budget out of reach,
-        where ``dense_first`` leaves no layer, and where the loss stops being finite; ``state`` then holds the last good
-        epoch.
+        The log has one entry per epoch: the ranks of the layers, dense ones at full rank, and their scaled stable
+        ranks. Raises ``UserError`` for a decomposer other than ``SVD``, without a ``train`` split, for a budget out of
+        reach, if ``dense_first`` leaves no layer, and if the loss stops being finite; ``state`` then holds the last
+        good epoch.
         """
         decomposer = plain_svd(decomposer, "Cuttlefish")
-        objective.given("train")  # refused now rather than after the decomposition
+        objective.given("train")  # raises before the decomposition
         bench = Workbench.of(model, decomposer, objective)
         net = copy.deepcopy(model)
         callbacks = _Callbacks(self, net, bench)
@@ -85,22 +101,27 @@ class Cuttlefish:
 
 
 def scaled_stable_rank(S_R: Tensor, initial: float) -> float:
-    """``full rank * stable rank / initial``, of the group where it is largest: full where the spectrum is flat and so
-    was the initial one. ``initial``: the stable rank at initialisation."""
+    """Return ``full rank * stable rank / initial``, of the group where it is largest.
+
+    It is the full rank if the spectrum is as flat as the initial one. ``initial``: the stable rank at initialisation.
+    """
     return S_R.shape[-1] * float(linalg.stable_rank(S_R).max()) / initial
 
 
 def random_stable_rank(outputs: int, inputs: int) -> float:
-    """That of a large matrix of independent entries, whose largest singular value is sqrt(O) + sqrt(I) times their
-    deviation (Bai and Yin 1993)."""
+    """Return the stable rank of a large random matrix with independent entries.
+
+    Its largest singular value is ``sqrt(O) + sqrt(I)`` times the deviation of the entries (Bai and Yin 1993).
+    """
     return outputs * inputs / (math.sqrt(outputs) + math.sqrt(inputs)) ** 2
 
 
 class _DenseThenFactors(nn.Module):
-    """A weight that is ``left`` (g, O, I) while ``right`` is empty, and from the switch on ``left @ right``.
+    """Compute a weight as ``left`` (g, O, I) while ``right`` is empty, and as ``left @ right`` after the switch.
 
-    ``history``: the scaled stable rank at the start and after each dense epoch, NaN for others. Like ``switched``, a
-    buffer, so that the state of a training tells it.
+    ``history`` and ``switched`` are buffers, so that the state of a training holds them.
+
+    ``history``: the scaled stable rank at the start and after each dense epoch. NaN for the other epochs.
     """
 
     def __init__(self, spectrum: MatrixSpectrum, view: View, initial: float, epochs: int) -> None:
@@ -123,7 +144,7 @@ class _DenseThenFactors(nn.Module):
 
 
 class _Watched:
-    """One layer that is trained so."""
+    """Hold one layer that is trained dense first and as factors after the switch."""
 
     def __init__(self, layer: nn.Module, weight: _DenseThenFactors) -> None:
         svd_weights.set_parametrization(layer, weight)
@@ -131,9 +152,9 @@ class _Watched:
         self.left, self.right = own.get_parameter("original0"), own.get_parameter("original1")
 
     def bound_steps(self) -> None:
-        """Let no step on one factor move the weight further than one on the weight itself would.
+        """Keep a step on one factor from moving the weight further than a step on the weight itself would.
 
-        A step on column i of the left one moves the weight by the squared norm of row i of the right one, and so on.
+        A step on column i of ``left`` moves the weight by the squared norm of row i of ``right``, and the reverse.
         """
 
         def bounded(gradient: Tensor, other: Tensor, along: int) -> Tensor:
@@ -153,19 +174,22 @@ class _Watched:
         return self.right.shape[-2] or self.full_rank
 
     def note(self, epoch: int) -> None:
-        """Take the stable rank after ``epoch``, counted from 0."""
+        """Store the stable rank after ``epoch``, counted from 0."""
         S_R = torch.linalg.svdvals(self.left.detach().double())
         self.weight.history[epoch + 1] = scaled_stable_rank(S_R, self.weight.initial)
 
     def slope(self, epoch: int, window: int) -> float:
-        """Of the scaled stable rank over the last ``window`` epochs, an epoch; infinite where there were fewer."""
+        """Return the change of the scaled stable rank per epoch over the last ``window`` epochs.
+
+        It is infinite if there were fewer epochs.
+        """
         if epoch + 1 < window:
             return math.inf
         return float((self.weight.history[epoch + 1] - self.weight.history[epoch + 1 - window]).abs()) / window
 
     @torch.no_grad()
     def factor(self, rank: int, optimizer: torch.optim.SGD) -> None:
-        """Turn the weight into its two factors, in place."""
+        """Replace the weight by its two factors, in place."""
         U_OR, S_R, Vh_RI = linalg.svd(self.left.double())
         root = S_R[..., :rank].sqrt()
         values = U_OR[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * Vh_RI[..., :rank, :]
@@ -175,14 +199,14 @@ class _Watched:
 
 
 class _Callbacks:
-    """What happens to the layers while they train."""
+    """Watch the stable ranks after each epoch of the training, and switch to factors once."""
 
     def __init__(self, chosen: Cuttlefish, net: nn.Module, bench: Workbench) -> None:
         self.chosen, self.costs, self.layers = chosen, costs_of(bench, "params"), dict[str, _Watched]()
         names = list(bench.spectra)[chosen.dense_first :]
         if not names:
             raise UserError(f"dense_first={chosen.dense_first} leaves none of {len(bench.spectra)} layers to factor")
-        if chosen.params_kept is not None:  # refused before the training, not at the switch
+        if chosen.params_kept is not None:  # raises before the training, not at the switch
             self.costs.meet(chosen.params_kept, lambda _: dict.fromkeys(names, 1), low=0.0, high=0.0)
         self.break_even = {name: bench.spectra[name].break_even for name in names}
         for name in names:
@@ -191,7 +215,7 @@ class _Callbacks:
             U_OR, S_R, Vh_RI = spectrum.factors
             initial = random_stable_rank(U_OR.shape[-2], Vh_RI.shape[-1])
             if chosen.reference == "start":
-                initial = max(1.0, float(linalg.stable_rank(S_R).max()))  # a zero matrix has 0
+                initial = max(1.0, float(linalg.stable_rank(S_R).max()))  # that of a zero matrix is 0
             weight = _DenseThenFactors(spectrum, spectrum.view, initial, chosen.recipe.epochs)
             self.layers[name] = _Watched(net.get_submodule(name), weight)
             if chosen.bounded:
@@ -213,7 +237,7 @@ class _Callbacks:
 
     @property
     def latest(self) -> int:
-        """Epochs after which the switch comes, settled or not."""
+        """Return the number of epochs after which the switch comes in any case."""
         return max(1, round(self.chosen.latest * self.chosen.recipe.epochs))
 
     def ranks(self) -> dict[str, int]:
@@ -223,7 +247,7 @@ class _Callbacks:
         return {name: float(watched.weight.history[epoch + 1]) for name, watched in self.layers.items()}
 
     def _switch(self, epoch: int, optimizer: torch.optim.SGD) -> None:
-        # A stable rank is 1 at least, and its scale as well, but for a weight of zeros.
+        # A stable rank, and a scaled one, is at least 1 unless the weight is zero.
         stable = {name: max(1.0, value) for name, value in self._stable_ranks(epoch).items()}
         full = {name: watched.full_rank for name, watched in self.layers.items()}
 

@@ -1,4 +1,8 @@
-"""Layers trained as ``U diag(S * gate) Vh``, the gates learnt beside the weights: what HALOC and l0 gates share."""
+"""Train layers as ``U diag(S * gate) Vh``, with gates learnt beside the weights, for ``HALOC`` and ``L0Gates``.
+
+The loss is that of the task plus ``strength`` times a penalty on open gates. After the gated epochs the gates are
+multiplied into S, closed components are dropped, and the factors are trained for the rest.
+"""
 
 import copy
 import math
@@ -27,7 +31,7 @@ from spectrim.training.svd_weights import SVDWeight
 
 
 class Learning(IntEnum):
-    """What a step trains. In the last one the gates are gone, multiplied into S."""
+    """Say what a training step updates. In the last stage the gates are gone, multiplied into S."""
 
     ALL = 0
     WEIGHTS = 1
@@ -36,10 +40,11 @@ class Learning(IntEnum):
 
 
 class Gate(nn.Module, ABC):
-    """A gate in [0, 1] on each of the R components of a layer, of the ``logits`` that are learnt.
+    """Map learnt ``logits`` to a gate in [0, 1] for each of the R components of a layer.
 
-    ``forward(logits)``, shape (R,): random while training, what will be kept in eval mode. ``saved``: what the layer
-    saves at each rank from 0, as a part of the cost of the whole model.
+    ``forward(logits)`` has shape (R,). It is random in training mode, and the gate that would be kept in eval mode.
+
+    ``saved``: what the layer saves at each rank from 0, as a part of the cost of the whole model.
     """
 
     saved: Tensor
@@ -49,13 +54,13 @@ class Gate(nn.Module, ABC):
 
     @abstractmethod
     def first_logits(self) -> Tensor:
-        """The logits at the start."""
+        """Return the logits at the start of the training."""
 
 
 class GatedWeight(nn.Module):
-    """The weight of a Linear or Conv2d as ``U diag(S * gate) Vh``; the parameters are U, S, Vh and the logits.
+    """Compute the weight of a Linear or Conv2d as ``U diag(S * gate) Vh``. The parameters are U, S, Vh and the logits.
 
-    What it learns is part of its state, so that the state of a training tells it.
+    The stage of the learning is part of the module's state, so that the state of a training holds it.
     """
 
     def __init__(self, spectrum: MatrixSpectrum, gate: Gate) -> None:
@@ -83,19 +88,22 @@ class GatedWeight(nn.Module):
         return self.product(U_OR, gated_R, Vh_RI)
 
     def learnt(self, logits: Tensor) -> Tensor:
-        """The logits, as a constant where only the weights learn."""
+        """Return the logits, detached in steps that update the weights alone."""
         return logits.detach() if self.learning == Learning.WEIGHTS else logits
 
 
 @settings
 class GatedTraining(ABC):
-    """Train weights and gates together on the ``train`` split, then keep what the gates say and train that.
+    """Train weights and gates together on the ``train`` split, drop what the gates close, and train what is left.
 
-    ``strength``: of the penalty on open gates. ``rate``: learning rate of the logits over that of the weights.
-    ``params_kept`` or ``macs_kept``, of the whole model: a budget, met from below; None: as the penalty leaves it.
-    ``refine``: the last part of the epochs, which trains what was kept, without gates. U and Vh have no weight decay:
-    that of S is that of the weight while they are orthonormal. ``state``: a file from which an interrupted training
-    goes on; None: it begins anew.
+    U and Vh have no weight decay. That of S equals that of the weight as long as U and Vh are orthonormal.
+
+    ``strength``: at least 0; the weight of the penalty in the loss.
+    ``rate``: above 0; the learning rate of the logits over that of the weights.
+    ``params_kept``, ``macs_kept``: in (0, 1); at most one; the part of the whole model to keep, met from below. None:
+        the penalty decides.
+    ``refine``: in [0, 1); the last part of the epochs, which trains what is kept without gates.
+    ``state``: the file from which an interrupted training is resumed. None: the training starts anew.
     """
 
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=8, lr=0.05))
@@ -110,42 +118,46 @@ class GatedTraining(ABC):
     def __post_init__(self) -> None:
         budgets = [share for share in (self.params_kept, self.macs_kept) if share is not None]
         if len(budgets) > 1 or not all(0 < share < 1 for share in budgets):
-            raise UserError(f"give at most one of params_kept and macs_kept, in (0, 1); got {budgets}")
+            raise UserError(f"set at most one of params_kept and macs_kept, in (0, 1); got {budgets}")
         if not (0 <= self.strength < math.inf and 0 < self.rate < math.inf):
-            raise UserError(f"strength is at least 0, rate above 0, both finite; got {self.strength} and {self.rate}")
+            raise UserError(f"expected strength >= 0 and rate > 0, both finite; got {self.strength} and {self.rate}")
         if not 0 <= self.refine < 1:
-            raise UserError(f"refine, a part of the epochs, lies in [0, 1), got {self.refine}")
+            raise UserError(f"refine, a part of the epochs, must lie in [0, 1), got {self.refine}")
 
     @property
     def gated_epochs(self) -> int:
-        """Epochs with gates, one at least."""
+        """Return the number of epochs with gates, at least 1."""
         return max(1, self.recipe.epochs - round(self.refine * self.recipe.epochs))
 
     @abstractmethod
     def gate(self, spectrum: MatrixSpectrum, weight: int) -> Gate:
-        """The gates of one layer, whose dense weight has so many parameters."""
+        """Return the gates of one layer. ``weight``: the number of parameters of its dense weight."""
 
     @abstractmethod
     def penalty(self, layers: Mapping[str, "GatedLayer"], share: float | None) -> Tensor:
-        """What open gates cost, a scalar. It may look at no value, and change none: it is recorded with the step."""
+        """Return the price of open gates, a scalar.
+
+        On a GPU it is recorded with the step. It must not depend on the value of a tensor through Python, nor change
+        one.
+        """
 
     def next_learning(self, learning: Learning) -> Learning:
-        """What the next step trains, after one that trained ``learning``."""
+        """Return what the next step updates, after a step that updated ``learning``."""
         return learning
 
     @abstractmethod
     def kept(self, layers: Mapping[str, "GatedLayer"], costs: Costs, share: float | None) -> dict[str, Tensor]:
-        """By how much each component of each layer is multiplied in the end, 0 where it is dropped. Shape (R,)."""
+        """Return the final factor on each component of each layer, 0 for a component that is dropped. Shape (R,)."""
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Train and cut a copy of ``model``. The log has one entry an epoch: the mean of each term of the loss, and how
-        many components of each layer have open gates.
+        """Train and cut a copy of ``model``.
 
-        Raises ``UserError`` for another decomposer than ``SVD``, without a ``train`` split, for a budget out of reach,
-        and where the loss stops being finite; ``state`` then holds the last good epoch.
+        The log has one entry per epoch: the mean of each term of the loss, and the number of open gates of each layer.
+        Raises ``UserError`` for a decomposer other than ``SVD``, without a ``train`` split, for a budget out of reach,
+        and if the loss stops being finite; ``state`` then holds the last good epoch.
         """
         decomposer = plain_svd(decomposer, type(self).__name__)
-        objective.given("train")  # refused now rather than after the decomposition
+        objective.given("train")  # raises before the decomposition
         bench = Workbench.of(model, decomposer, objective)
         net = copy.deepcopy(model)
         callbacks = _Callbacks(self, net, bench)
@@ -161,7 +173,7 @@ class GatedTraining(ABC):
 
 
 class GatedLayer:
-    """One layer that is trained so."""
+    """Hold one layer that is trained with gates."""
 
     def __init__(self, layer: nn.Module, rate: float) -> None:
         self.layer = layer
@@ -169,7 +181,7 @@ class GatedLayer:
         weight = own.get_submodule("0")
         assert isinstance(weight, GatedWeight)
         self.weight, self.parameter = weight, own.get_parameter("original3")
-        self.parameter.register_hook(lambda gradient: rate * gradient)  # as a learning rate of its own would
+        self.parameter.register_hook(lambda gradient: rate * gradient)  # acts as a learning rate of its own
 
     @property
     def gate(self) -> Gate:
@@ -177,12 +189,12 @@ class GatedLayer:
 
     @property
     def logits(self) -> Tensor:
-        """As far as they learn in this step."""
+        """Return the logits, detached in steps that do not update them."""
         return self.weight.learnt(self.parameter)
 
     @torch.no_grad()
     def eval_gates(self) -> Tensor:
-        """The gates as they would be kept. Shape (R,)."""
+        """Return the gates that would be kept now. Shape (R,)."""
         mode = self.weight.gate.training
         gates = self.weight.gate.eval()(self.parameter)
         self.weight.gate.train(mode)
@@ -198,15 +210,15 @@ class GatedLayer:
 
     @torch.no_grad()
     def absorb_gates(self, gates: Tensor, optimizer: torch.optim.SGD) -> None:
-        """Multiply the gates into S and cut what they close, in place."""
+        """Multiply the gates into S and drop the components that they close, in place."""
         svd_weights.svd_of(self.layer).S_R.mul_(gates)
         self.learning = Learning.WITHOUT_GATES
-        svd_weights.orthogonalise(self.layer, optimizer)  # what is closed comes last
+        svd_weights.orthogonalise(self.layer, optimizer)  # components with a closed gate come last
         svd_weights.truncate(self.layer, int(gates.count_nonzero()), optimizer)
 
 
 class _Callbacks:
-    """What happens to gates and factors while they train."""
+    """Set what each step updates, add the penalty, and absorb the gates after the gated epochs."""
 
     def __init__(self, chosen: GatedTraining, net: nn.Module, bench: Workbench) -> None:
         self.chosen, self.net = chosen, net
@@ -222,7 +234,7 @@ class _Callbacks:
             svd_weights.bound_steps(layer)
             self.layers[name] = GatedLayer(layer, chosen.rate)
         if self.share is not None:
-            chosen.kept(self.layers, self.costs, self.share)  # a budget out of reach is refused before the training
+            chosen.kept(self.layers, self.costs, self.share)  # raises before the training if the budget is out of reach
 
     @property
     def without_gates(self) -> bool:
@@ -232,18 +244,16 @@ class _Callbacks:
         return {name: svd_weights.svd_of(gated.layer).S_R.shape[-1] for name, gated in self.layers.items()}
 
     def undecayed(self) -> list[str]:
-        """Names of the parameters without weight decay."""
+        """Return the names of the parameters without weight decay."""
         factors = {name: svd_weights.svd_of(gated.layer) for name, gated in self.layers.items()}
         spared = [(own.U_OR, own.Vh_RI, self.layers[name].parameter) for name, own in factors.items()]
         chosen = {id(part) for parts in spared for part in parts}
         return [name for name, parameter in self.net.named_parameters() if id(parameter) in chosen]
 
     def worthwhile(self) -> dict[str, int]:
-        """The ranks, full where factors of that rank would cost no less than the dense layer, which then stays."""
-        return {
-            name: rank if self.costs.curves[name][rank] < self.costs.dense[name] else len(self.costs.curves[name]) - 1
-            for name, rank in self.ranks().items()
-        }
+        """Return the ranks; the full rank, which means dense, where factors cost no less than the dense layer."""
+        ranks, costs = self.ranks(), self.costs
+        return {name: rank if costs.pays(name, rank) else costs.full(name) for name, rank in ranks.items()}
 
     def penalties(self, epoch: int) -> dict[str, Tensor]:
         if self.without_gates:

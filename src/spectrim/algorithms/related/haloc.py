@@ -1,4 +1,24 @@
-"""Rank selection as a differentiable architecture search (HALOC, Xiao et al., AAAI 2023)."""
+"""Choose ranks by a differentiable architecture search (HALOC).
+
+HALOC (Xiao et al., AAAI 2023, arXiv 2301.09422): each layer has candidate ranks with selection probabilities. The
+forward pass mixes the candidates by their probabilities, and the loss contains the expected cost on the hardware.
+Weights and probabilities are updated in turn. The most probable candidate of each layer is kept.
+
+What differs here:
+
+- The candidates of a layer are truncations of one SVD and share its factors. Their mixture is a gate on each component:
+  the probability that the rank reaches it.
+- The probabilities are drawn by Gumbel-softmax at ``temperature``. Otherwise the factors grow to make up for small
+  ones.
+- The turns are successive batches of the train split. Biases and norms belong to no candidate and learn in all of them.
+- The candidates are the ranks with ``ratios`` of the layer's parameters, and the dense layer.
+- The cost is the number of parameters of the whole model over that of the dense one, or of MACs if ``macs_kept`` is
+  set. ``strength`` times the expected cost above the budget (above 0 without one) is added to the loss.
+- With a budget, each layer keeps the largest candidate that its rank reaches with a probability common to all layers.
+
+Tucker-2 is left out, as gates need singular components. So are latency on a device, and the paper's regularisation
+against interference of candidates.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,20 +36,10 @@ from spectrim.tools.settings import settings
 
 @settings
 class HALOC(GatedTraining):
-    """Each layer has candidate ranks with selection probabilities, which are learnt; the most probable one is kept.
+    """Learn selection probabilities of candidate ranks in each layer, and keep the most probable rank.
 
-    Xiao et al., AAAI 2023, arXiv 2301.09422: the forward pass mixes the candidates by their probabilities, weights and
-    probabilities are updated in turn, and the loss has the expected cost on the hardware. That is the paper's.
-
-    Ours: the candidates of a layer are truncations of one SVD, which share its factors, so that their mixture is a gate
-    on each component, the probability that the rank reaches it; the probabilities are drawn by Gumbel-softmax at
-    ``temperature``, or the factors would grow to make up for small ones. Steps on successive batches of the train split
-    take turns; what belongs to no candidate, biases and norms, learns in all. Candidate ranks are those with ``ratios``
-    of the layer's parameters, and the dense layer. The cost is that of the whole model over the dense one's: MACs, or
-    parameters where ``params_kept`` is a budget; ``strength`` times what is expected above the budget (0 without one)
-    is added to the loss. With a budget, each layer keeps the largest candidate that its rank reaches with a probability
-    common to all layers, in place of the most probable one. Left out: Tucker-2, latency predicted or measured on a
-    device, and the paper's regularisation against interference of candidates.
+    ``temperature``: above 0; the temperature of the Gumbel-softmax.
+    ``ratios``: in (0, 1); the parts of a layer's parameters that its candidates keep, beside the dense layer.
     """
 
     strength: float = 0.3
@@ -70,7 +80,11 @@ class HALOC(GatedTraining):
 
 
 class _Candidates(Gate):
-    """``reached`` (J, R): 1 where candidate j, of rank ``ranks[j]``, has component i. ``saved`` (J,): of each."""
+    """Map J logits to gates by the probabilities of J candidate ranks.
+
+    ``reached``: shape (J, R); 1 if candidate j, of rank ``ranks[j]``, has component i.
+    ``saved``: shape (J,); the part of the whole model's cost that each candidate saves.
+    """
 
     def __init__(self, ranks: Sequence[int], temperature: float) -> None:
         super().__init__()

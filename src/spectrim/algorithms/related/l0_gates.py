@@ -1,4 +1,21 @@
-"""Probabilistic l0 gates on singular components, learnt beside the weights (Cao et al., IJCAI 2024)."""
+"""Drop singular components by noisy gates that are learnt beside the weights (probabilistic l0 gates).
+
+Cao et al., IJCAI 2024, pp. 3780-3788: each component has a gate ``z = clamp(mu + sigma * eps + 1.2, 0, 1)`` with normal
+eps, and mu is learnt. The penalty is ``strength`` times the mean probability that a gate is open,
+``Phi((mu + 1.2) / sigma)``. It is a smooth stand-in for the l0 norm of the slices of a tensor decomposition. Components
+whose gate without noise is above 0 are kept.
+
+What differs here:
+
+- The slices are singular components. All groups of a grouped convolution share one gate.
+- The mean is over all gates of the network.
+- ``sigma`` is fixed, and mu starts at 0.
+- A layer keeps at least the component with the largest mu.
+- With a budget, the penalty is 0 while the open gates meet it. At the end the components with the smallest mu are
+  dropped until the budget is met. A closed gate is not opened again.
+
+Other tensor formats and embeddings are left out, as the factors here are those of an SVD.
+"""
 
 import math
 from collections.abc import Mapping
@@ -12,21 +29,14 @@ from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.errors import UserError
 from spectrim.tools.settings import settings
 
-OFFSET = 1.2  # the gate of mu = 0 is open, and nearly always so at the paper's noise
+OFFSET = 1.2  # a gate with mu = 0 is open, and nearly always stays so under the noise of the paper
 
 
 @settings
 class L0Gates(GatedTraining):
-    """Each component has a gate ``z = clamp(mu + sigma * eps + 1.2, 0, 1)`` with normal eps, and mu is learnt.
+    """Learn a noisy gate on each singular component, and drop the components whose gate ends closed.
 
-    Cao et al., IJCAI 2024, pp. 3780-3788: the penalty is ``strength`` times the mean probability that a gate is open,
-    ``Phi((mu + 1.2) / sigma)``, a smooth stand-in for the l0 norm of the slices of a tensor decomposition; what is kept
-    are the components whose gate without noise is above 0. That is the paper's.
-
-    Ours: the slices are singular components, those of all groups of a grouped convolution under one gate; the mean is
-    over all gates of the net; ``sigma`` is fixed, mu begins at 0, and a layer keeps the component of largest mu at
-    least. With a budget the penalty rests while the open gates meet it, and in the end the components of smallest mu
-    are dropped until they do; a closed gate is not opened again. Left out: other tensor formats, and embeddings.
+    ``sigma``: above 0; the standard deviation of the noise on the gates.
     """
 
     rate: float = 100.0
@@ -35,7 +45,7 @@ class L0Gates(GatedTraining):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.sigma < math.inf:
-            raise UserError(f"sigma, the spread of the gates, must be finite and above 0, got {self.sigma}")
+            raise UserError(f"sigma, the noise on the gates, must be finite and above 0, got {self.sigma}")
 
     def gate(self, spectrum: MatrixSpectrum, weight: int) -> Gate:
         return _ClampedNormal(spectrum.max_rank, self.sigma)
@@ -58,7 +68,7 @@ class L0Gates(GatedTraining):
             return gates
 
         def ranks_at(depth: float) -> dict[str, int]:
-            """Of the gates with mu of at least ``-depth``."""
+            """Return the number of open gates with mu of at least ``-depth``, at least 1 per layer."""
             return {name: max(1, int((gates[name].gt(0) & own.ge(-depth)).sum().item())) for name, own in mu.items()}
 
         extremes = [float(value) for own in mu.values() for value in own.aminmax()]
@@ -84,5 +94,5 @@ def _one_at_least(gates: Tensor, mu: Tensor) -> Tensor:
 
 
 def _leading(mu: Tensor, rank: int) -> Tensor:
-    """1 for the ``rank`` largest entries, 0 for the others."""
+    """Return 1 for the ``rank`` largest entries and 0 for the others."""
     return torch.zeros_like(mu).scatter(0, mu.topk(rank).indices, 1.0)

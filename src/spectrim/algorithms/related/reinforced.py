@@ -1,4 +1,22 @@
-"""Rank selection by reinforcement learning (Cheng et al., ICASSP 2020)."""
+"""Choose a rank ratio for each layer by reinforcement learning (Cheng et al.).
+
+Cheng et al., ICASSP 2020: an agent visits the layers. The state holds a layer's shape, cost and index, the action is
+its rank ratio, and the reward is the accuracy less ``strength`` times the parameters kept.
+
+What differs here:
+
+- The layers are matrices or Tucker-2, where the paper has tensor rings.
+- The agent is REINFORCE (Williams 1992), where the paper has DDPG with a critic. A ratio is the sigmoid of a normal
+  number whose mean is linear in the state. After every ``batch`` episodes Adam moves mean and spread towards the
+  actions that were rewarded above the batch's mean.
+- Ratios in (0, 1) stand for the ranks 1, 2, ... up to break-even. Above it the layer is dense.
+- The reward is measured on calibration samples, without training the network that results. Without class scores the
+  negative loss takes the place of the accuracy.
+- With a budget, one factor on all ratios meets it from below, and the reward is the accuracy alone.
+- The state of a layer does not hold the actions before it.
+
+The best network of all ``evaluations`` is returned.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,21 +42,15 @@ Ranks = dict[str, int]
 
 @settings
 class Reinforced:
-    """An agent visits the layers, picks a rank ratio for each, is rewarded for the net that results, and learns.
+    """Let an agent choose a rank ratio for each layer, and learn from the accuracy of the cut network.
 
-    Cheng et al., ICASSP 2020: the state tells a layer's shape, cost and index, the action is its rank ratio, and the
-    reward is accuracy less ``strength`` times the parameters kept. That is the paper's.
-
-    Ours: the layers are matrices or Tucker-2, theirs tensor rings; the agent, theirs DDPG with a critic, is REINFORCE
-    (Williams 1992): a ratio is the sigmoid of a normal number whose mean is linear in the state, and after every
-    ``batch`` episodes mean and spread move, by Adam at rate ``lr``, towards what was rewarded above the batch's mean. A
-    ratio a in (0, 1) is that of the ranks 1, 2, ... up to break-even, and dense above. The reward is taken on the first
-    ``subset`` samples of the calibration split, all of them where None, without training the net that results; where
-    the outputs are no class scores, minus the loss stands for the accuracy. With ``params_kept`` all ratios are scaled
-    by the one factor with which the whole model meets it from below, and the reward is the accuracy alone. The best net
-    of all ``evaluations`` is returned. Left out: the actions before it in the state of a layer, and a critic.
-
-    ``state``: a file from which an interrupted search goes on; None: it begins anew.
+    ``evaluations``: at least 1; the number of networks that are measured.
+    ``strength``: at least 0; the weight in the reward of the parameters kept. The accuracy lies in [0, 1].
+    ``params_kept``: in (0, 1); the part of the whole model's parameters to keep. None: ``strength`` decides.
+    ``batch``: at least 2; the number of evaluations from one update of the agent to the next.
+    ``lr``: above 0; the learning rate of the agent.
+    ``subset``: at least 1; the number of calibration samples for the reward, from the first. None: all of them.
+    ``state``: the file from which an interrupted search is resumed. None: the search starts anew.
     """
 
     evaluations: int = 200
@@ -52,18 +64,18 @@ class Reinforced:
 
     def __post_init__(self) -> None:
         if self.evaluations < 1 or self.batch < 2:
-            raise UserError(f"evaluations is at least 1, batch 2; got {self.evaluations} and {self.batch}")
+            raise UserError(f"expected evaluations >= 1 and batch >= 2; got {self.evaluations} and {self.batch}")
         if not (0 <= self.strength < math.inf and 0 < self.lr < math.inf):
-            raise UserError(f"strength is at least 0, lr above 0, both finite; got {self.strength} and {self.lr}")
+            raise UserError(f"expected strength >= 0 and lr > 0, both finite; got {self.strength} and {self.lr}")
         if self.params_kept is not None and not 0 < self.params_kept < 1:
             raise UserError(f"params_kept must lie in (0, 1), got {self.params_kept}")
         if self.subset is not None and self.subset < 1:
             raise UserError(f"subset must be at least 1 sample (or null, for all), got {self.subset}")
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Search and cut. The log has every evaluation: ranks, params_kept, loss, accuracy, reward.
+        """Search and cut. The log holds every evaluation: ranks, params_kept, loss, accuracy and reward.
 
-        Raises ``UserError`` for a budget out of reach.
+        Raises ``UserError`` for a budget out of reach, and for the state of another search.
         """
         bench = Workbench.of(model, decomposer, objective)
         costs, judged = costs_of(bench, "params"), on_subset(objective, "calibration", self.subset)
@@ -98,7 +110,7 @@ class Reinforced:
         return {"ranks": ranks, "params_kept": params_kept, **values}
 
     def _ranks(self, bench: Workbench, costs: Costs, ratios: Sequence[float]) -> Ranks:
-        """Of the ratios as they are, or scaled to the budget."""
+        """Return the ranks of the ratios, which a budget scales."""
 
         def ranks_at(factor: float) -> Ranks:
             return {
@@ -112,7 +124,10 @@ class Reinforced:
 
 
 class Agent:
-    """A normal policy whose mean is linear in the state, one state a layer. ``states``: shape (layers, features)."""
+    """Hold a normal policy whose mean is linear in the state.
+
+    ``states``: shape (layers, features); one state per layer.
+    """
 
     def __init__(self, states: Tensor, lr: float, seed: int) -> None:
         self.states, self.generator = states, torch.Generator().manual_seed(seed)
@@ -125,12 +140,16 @@ class Agent:
 
     @torch.no_grad()
     def act(self) -> Tensor:
-        """The logit of a ratio for each layer, drawn. Shape (layers,)."""
+        """Draw the logit of a ratio for each layer. Shape (layers,)."""
         policy = self.policy()
         return policy.mean + policy.stddev * torch.randn(len(self.states), generator=self.generator)
 
     def learn(self, actions: Tensor, rewards: Sequence[float]) -> None:
-        """One step of REINFORCE with the mean as its baseline, in units of the deviation. ``actions``: (N, layers)."""
+        """Take one step of REINFORCE. The baseline is the mean reward, and the unit is its standard deviation.
+
+        ``actions``: shape (N, layers).
+        ``rewards``: one per episode.
+        """
         gained = torch.tensor(rewards, dtype=torch.float64)
         advantage = ((gained - gained.mean()) / gained.std().clamp_min(1e-8)).float()
         self.optimizer.zero_grad()
@@ -139,8 +158,11 @@ class Agent:
 
 
 def states_of(bench: Workbench) -> Tensor:
-    """Of each layer the logarithms of its outputs, of its inputs and of what one component costs, each standardised
-    over the layers, and its index, one-hot. Shape (layers, features)."""
+    """Return the state of each layer. Shape (layers, features).
+
+    It holds the logarithms of the layer's outputs, inputs and cost of one component, each standardised over the layers,
+    and its index as a one-hot vector.
+    """
     rows = []
     for name, spectrum in bench.spectra.items():
         weight = bench.model.get_parameter(f"{name}.weight")
@@ -151,6 +173,6 @@ def states_of(bench: Workbench) -> Tensor:
 
 
 def _measure(bench: Workbench, objective: Objective, ranks: Mapping[str, int]) -> tuple[float, float]:
-    """Loss and accuracy, NaN where there is none, of the model cut to ``ranks``."""
+    """Return the loss and the accuracy of the model cut to ``ranks``; NaN without an accuracy."""
     found = objective.evaluate(bench.cut(ranks))
     return found.loss, math.nan if found.accuracy is None else found.accuracy
