@@ -66,7 +66,7 @@ GRIDS_figure3 := figure3 $(GRIDS_table2)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records list-grids lint format docs readme bench notebook lock clean
+.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records list-grids lint format docs readme bench chaos notebook lock clean
 .PHONY: $(RESULTS:%=reproduce-%) $(RESULTS:%=table-%)
 
 help:  ## this list
@@ -182,6 +182,9 @@ readme: $(STAMP)  ## the tables that README and docs show, copied into them from
 
 bench: $(STAMP)  ## the benchmarks, into results/benchmarks
 	$(BIN)/python benchmarks/run.py
+
+chaos: $(STAMP)  ## kill, starve and crowd every writer, damage every file that is read: some 20 minutes
+	$(BIN)/python benchmarks/chaos/campaign.py --out results/benchmarks
 
 notebook: $(STAMP)  ## run the notebooks
 	$(BIN)/jupytext --to ipynb notebooks/*.py

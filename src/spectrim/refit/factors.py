@@ -99,8 +99,8 @@ class _Flows:
 def _laid_out(model: nn.Module, batches: Sequence[Inputs]) -> tuple[list[str], dict[str, str], list[str]]:
     """Return the layers to fit in the order of their calls, the BatchNorm that each feeds, and notes on the others.
 
-    A layer is fitted where every batch calls it once, on rows that do not depend on the values of the batch. The rows of
-    an expert do: those of the compressed model and of the dense one are not the same tokens.
+    A layer is fitted where every batch calls it once, on rows that do not depend on the values of the batch. Those of
+    an expert do: the compressed model and the dense one send it different tokens.
     """
     kinds = FactoredLinear, FactoredConv2d, TuckerConv2d
     layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}

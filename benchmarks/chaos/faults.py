@@ -1,0 +1,176 @@
+"""Faults that a trial meets: a signal or an error of the file system, at a chosen call or a random moment.
+
+A trial runs in a forked process. An audit hook of Python sees each call that changes the file system below the folder
+of the trial. At the chosen one it kills the process or raises the error, before anything happens on the disk.
+"""
+
+import errno
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spectrim.errors import UserError
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
+ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS)
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+HANGS_AFTER = 120.0  # seconds
+
+DONE, REFUSED, BROKE = 0, 3, 4  # how a trial ends by itself
+FAILED = (1, 2)  # status of a command that says why
+CALLS = "\0calls "
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens, and when.
+
+    ``signal`` is sent, or ``error`` raised, at call number ``at`` that changes the file system (from 0). Without
+    ``at``, the signal comes ``after`` so many seconds. ``largest``: no file may grow beyond so many bytes.
+    """
+
+    at: int | None = None
+    signal: int = 0
+    error: int = 0
+    after: float = 0.0
+    largest: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """Return the name under which the table counts it."""
+        if self.largest is not None:
+            return "file size limit"
+        if self.error:
+            return f"{errno.errorcode[self.error]} at a call"
+        where = "at a call" if self.at is not None else "at a random moment"
+        return f"{signal.Signals(self.signal).name} {where}" if self.signal else "none"
+
+
+NONE = Fault()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a trial ended: ``code`` of the process (negative: the signal), ``calls`` that changed files, what it said."""
+
+    code: int
+    calls: int
+    message: str
+
+    def fits(self, fault: Fault) -> str | None:
+        """Return what is wrong with this end under ``fault``; None if nothing is."""
+        if self.code == DONE:
+            return None
+        if self.code == -signal.SIGKILL and fault.signal != signal.SIGKILL:
+            return f"no answer within {HANGS_AFTER:.0f} s"
+        if self.code == BROKE or "Traceback" in self.message:
+            return self.message
+        if fault.signal and self.code in (-fault.signal, 128 + fault.signal):
+            return None
+        said = self.message.strip()
+        return None if said and self.code in (REFUSED, *FAILED) else f"status {self.code}, said: {said!r}"
+
+
+class Trial:
+    """A forked process that runs ``work(folder)`` and meets ``fault``."""
+
+    def __init__(self, work: Callable[[Path], Any], folder: Path, fault: Fault) -> None:
+        self.fault, self.started = fault, time.monotonic()
+        self.read, write = os.pipe()  # what the process says; a full disk does not silence it
+        os.set_blocking(self.read, False)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            _child(work, folder, fault, write)
+        os.close(write)
+
+    def end(self) -> Ending:
+        """Wait for the process; send the signal of the fault when its time has come, and kill what hangs."""
+        sent = self.fault.at is not None or not self.fault.signal
+        while True:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                break
+            seconds = time.monotonic() - self.started
+            if not sent and seconds >= self.fault.after:
+                os.kill(self.pid, self.fault.signal)
+                sent = True
+            if seconds > HANGS_AFTER:
+                os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.002)
+        with os.fdopen(self.read, "rb") as pipe:
+            said = (pipe.read() or b"").decode(errors="replace")
+        message, _, calls = said.rpartition(CALLS)
+        return Ending(os.waitstatus_to_exitcode(status), int(calls or 0), message or said)
+
+
+def run(work: Callable[[Path], Any], folder: Path, fault: Fault = NONE) -> Ending:
+    """Run ``work(folder)`` in a forked process that meets ``fault``, and return how it ended."""
+    return Trial(work, folder, fault).end()
+
+
+def _child(work: Callable[[Path], Any], folder: Path, fault: Fault, told: int) -> None:
+    """Run in the forked process, which never returns."""
+    silence = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1):
+        os.dup2(silence, stream)
+    os.dup2(told, 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    os.set_blocking(told, False)  # what does not fit into the pipe is lost, and nobody waits
+    watch, code = _Watch(folder, fault), DONE
+    try:
+        if fault.largest is not None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (fault.largest, fault.largest))
+        sys.addaudithook(watch)
+        work(folder)
+    except UserError as error:
+        code = REFUSED
+        print(error, file=sys.stderr)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else REFUSED if end.code else DONE
+        print(end.code if isinstance(end.code, str) else "", file=sys.stderr)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except BaseException:
+        code = BROKE
+        traceback.print_exc()
+    finally:
+        watch.over = True
+        sys.stderr.flush()
+        os.write(told, f"{CALLS}{watch.calls}".encode())
+        os._exit(code)
+
+
+class _Watch:
+    """The audit hook: counts the calls that change files below ``folder``, and lets ``fault`` happen at its own."""
+
+    def __init__(self, folder: Path, fault: Fault) -> None:
+        self.folder, self.fault = str(folder), fault
+        self.calls, self.over = 0, False
+
+    def __call__(self, event: str, args: tuple[Any, ...]) -> None:
+        if self.over or not self._changes(event, args):
+            return
+        self.calls += 1
+        if self.fault.at != self.calls - 1:
+            return
+        if self.fault.signal:
+            os.kill(os.getpid(), self.fault.signal)
+        elif self.fault.error:
+            raise OSError(self.fault.error, os.strerror(self.fault.error), os.fsdecode(args[0]))
+
+    def _changes(self, event: str, args: tuple[Any, ...]) -> bool:
+        if event == "open":
+            path, _, flags = args
+            return isinstance(path, str) and path.startswith(self.folder) and bool(flags & WRITING)
+        return event in CHANGES and os.fspath(args[0]).startswith(self.folder)

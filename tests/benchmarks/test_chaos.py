@@ -1,0 +1,77 @@
+"""The campaign of faults finds what it looks for, and a short one finds nothing in this project."""
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spectrim.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks" / "chaos"))
+
+import campaign  # noqa: E402
+import fuzz  # noqa: E402
+from faults import Fault, run  # noqa: E402
+from targets import Target  # noqa: E402
+
+
+def careless(folder: Path) -> None:
+    """Write a file in two parts: a kill between them leaves half of it, which the next run takes for whole."""
+    path = folder / "careless.txt"
+    if not path.exists():
+        path.write_text("half of it\n")
+        with path.open("a") as file:
+            file.write("the other half\n")
+
+
+def loud(folder: Path) -> None:
+    (folder / "loud.txt").write_text("lets errors of the disk through as they are")
+
+
+def littering(folder: Path) -> None:
+    temporary = folder / f"{random.SystemRandom().random()}.tmp"
+    temporary.write_text("left behind after a kill")
+    temporary.rename(folder / "littering.txt")
+
+
+@pytest.mark.parametrize(
+    ("work", "fault", "complaint"),
+    [
+        (careless, Fault(1, signal=9), "changed: careless.txt"),
+        (careless, Fault(1, error=28), "Traceback"),
+        (loud, Fault(0, error=13), "PermissionError"),
+        (littering, Fault(1, signal=9), "left behind: "),
+    ],
+    ids=["half a file", "raw error", "raw refusal", "litter"],
+)
+def test_a_careless_writer_is_caught(work, fault, complaint, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    target = Target("careless", work)
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    run(work, folder)
+    unbroken = campaign.targets.contents(folder)
+    found = campaign.attacked(target, fault, unbroken, tmp_path)
+    assert found and complaint in found
+    assert campaign.attacked(target, Fault(99, signal=9), unbroken, tmp_path) is None  # a call that never comes
+
+
+def test_a_careless_reader_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(folder: Path) -> None:
+        if b"{" not in (folder / "plan.json").read_bytes():
+            raise UserError("plan.json is no plan")
+        if (folder / "plan.json").read_bytes()[0] != ord("{"):
+            raise KeyError("layer")
+
+    monkeypatch.setattr(fuzz, "READERS", [fuzz.Reader("careless", "plan.json", fuzz._make_plan, read)])
+    complaints = [complaint for *_, complaint in fuzz.trials(random.Random(0), quick=True) if complaint]
+    assert complaints and "KeyError" in complaints[0]
+
+
+def test_a_short_campaign_finds_nothing() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "chaos" / "campaign.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert " tried, 0 failed" in done.stdout
