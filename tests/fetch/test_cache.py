@@ -4,6 +4,7 @@ import hashlib
 import io
 import tarfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,15 +56,28 @@ def test_made_once_and_kept(bundle: Bundle, cache: Path) -> None:
     assert not list(cache.glob("*.tmp"))
 
 
-def test_an_altered_file_is_refused(bundle: Bundle) -> None:
-    (unpacked(bundle) / "out.txt").write_bytes(b"something else")
-    with pytest.raises(UserError, match="out.txt is missing, truncated or altered; delete .*thing and run again"):
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("out.txt", lambda path: path.write_bytes(b"something else")),
+        ("out.txt", lambda path: path.write_bytes(b"")),
+        ("out.txt", Path.unlink),
+        ("added_tokens.json", Path.touch),
+        ("deep", Path.mkdir),
+    ],
+)
+def test_a_file_that_is_altered_missing_or_added_is_refused(
+    bundle: Bundle, name: str, change: Callable[[Path], object]
+) -> None:
+    change(unpacked(bundle) / name)
+    with pytest.raises(UserError, match=f"{name} is missing, added, truncated or altered; delete .*thing and run"):
         unpacked(bundle)
 
 
-def test_files_that_come_out_otherwise_are_not_kept(bundle: Bundle, cache: Path) -> None:
-    with pytest.raises(UserError, match="out.txt comes out otherwise than expected; nothing was kept"):
-        unpacked(replace(bundle, sha256={"out.txt": "0" * 64}))
+@pytest.mark.parametrize("pinned", [{"out.txt": "0" * 64}, {}])
+def test_files_that_come_out_otherwise_are_not_kept(bundle: Bundle, cache: Path, pinned: dict[str, str]) -> None:
+    with pytest.raises(UserError, match="out.txt comes out otherwise than expected, so nothing was kept"):
+        unpacked(replace(bundle, sha256=pinned))
     assert not (cache / "thing").exists()
 
 

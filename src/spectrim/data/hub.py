@@ -5,6 +5,7 @@ The library ``datasets`` reads them. It keeps downloads in its own cache and run
 
 import re
 from abc import abstractmethod
+from pathlib import Path
 from typing import Any
 
 from spectrim.data.classes import Classes, Labelled
@@ -19,6 +20,8 @@ from spectrim.tools.settings import settings
 def rows(dataset: str, subset: str, part: str) -> Any:
     """Return the rows of one part of a data set from ``datasets``. Raises ``UserError`` where they are unavailable."""
     library = pretrained.imported("datasets")
+    if not Path(dataset).exists() and not pretrained.hub_answers():
+        library.config.HF_HUB_OFFLINE = True  # load_dataset has no argument for this
     try:
         return library.load_dataset(dataset, subset or None, split=part)
     except (OSError, ValueError, RuntimeError, library.exceptions.DatasetsError) as error:

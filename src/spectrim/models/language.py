@@ -34,7 +34,7 @@ def classifier(name: str = "minilm", num_classes: int = 2) -> nn.Module:
     """
     try:
         model, missing = _opened("AutoModelForSequenceClassification", name, num_labels=num_classes)
-    except RuntimeError as error:  # transformers raises it where shapes differ
+    except pretrained.OtherShapes as error:
         raise UserError(f"{name} has a head of other than {num_classes} classes") from error
     # The pooler belongs to the head: a checkpoint without a head may lack both.
     encoder = [key for key in missing if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key]

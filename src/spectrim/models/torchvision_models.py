@@ -79,7 +79,7 @@ def _fetch(url: Url, what: str) -> None:
 def _is_as_named(path: Path) -> bool:
     """Return whether the sha256 begins with the digits, at least 8, that torchvision publishes in the file's name."""
     digits = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    return bool(digits) and digests.of_file(path).startswith(digits[1])
+    return digits is not None and digests.of_file(path).startswith(digits[1])
 
 
 @contextmanager
