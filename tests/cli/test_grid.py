@@ -156,16 +156,18 @@ def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
     assert after_kill.items() <= after_interrupt.items() <= recorded().items()
 
 
-def test_a_process_of_joblib_leaves_ctrl_c_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual, watched = signal.getsignal(signal.SIGINT), []
+def test_a_process_of_joblib_leaves_ctrl_c_and_sigterm_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    stops, watched = (signal.SIGINT, signal.SIGTERM), list[int]()
+    usual = [signal.getsignal(stop) for stop in stops]
     monkeypatch.setattr(grid, "_end_with", watched.append)
     try:
         with grid.cell("spectrim"):
-            assert signal.getsignal(signal.SIGINT) is usual and not watched
+            assert [signal.getsignal(stop) for stop in stops] == usual and not watched
         monkeypatch.setattr(grid, "parent_process", lambda: SimpleNamespace(pid=12345))
         for _ in range(2):
             with grid.cell("spectrim"):
-                assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+                assert all(signal.getsignal(stop) is signal.SIG_IGN for stop in stops)
         assert watched == [12345]
     finally:
-        signal.signal(signal.SIGINT, usual)
+        for stop, handler in zip(stops, usual, strict=True):
+            signal.signal(stop, handler)

@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from spectrim.cli.termination import STATUS, Terminated, terminable
 from spectrim.errors import UserError
 from spectrim.runs.configuration import innermost, invocation
 from spectrim.tools import malloc
@@ -55,8 +56,9 @@ def cell(program: str) -> Iterator[None]:
 
 @cache
 def _obey(parent: int) -> None:
-    """Make a joblib worker ignore Ctrl-C and exit when its parent exits."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the workers too
+    """Make a joblib worker ignore Ctrl-C and SIGTERM, and exit when its parent exits."""
+    for stop in (signal.SIGINT, signal.SIGTERM):  # The workers receive them too, from the terminal or from Slurm.
+        signal.signal(stop, signal.SIG_IGN)
     tqdm.set_lock(RLock())  # tqdm's own lock is a system semaphore, which a killed worker leaks with a warning
     Thread(target=_end_with, args=(parent,), daemon=True).start()
 
@@ -68,14 +70,17 @@ def _end_with(parent: int) -> None:
 
 
 def command_line(job: Callable[[], Any]) -> None:
-    """Run a Hydra entry. A user's mistake prints one line on stderr and exits with status 1; Ctrl-C exits with 130."""
+    """Run a Hydra entry. A user's mistake prints one line on stderr and exits with status 1; Ctrl-C exits with 130,
+    SIGTERM with 143."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us, to print them in one line
     stderr = _Stderr(sys.stderr)
     with TemporaryDirectory(prefix="spectrim-") as folder:
         os.environ[FAILURES] = folder
         try:
-            with redirect_stderr(stderr):
+            with redirect_stderr(stderr), terminable():
                 job()
+        except Terminated:
+            _end("terminated; the same command goes on where it stopped", STATUS)
         except KeyboardInterrupt:
             _end("interrupted; the same command goes on where it stopped", 130)
         except MISTAKES as error:
