@@ -66,6 +66,13 @@ def test_every_key_of_every_option_is_a_parameter_of_its_target(compose: Any, gr
         assert node.keys() - {"_target_", "_partial_"} <= accepted.keys()
 
 
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group in GROUPS for option in options(group)])
+def test_every_option_says_what_it_is_in_its_first_line(group: str, option: str) -> None:
+    lines = (Path(configuration.CONF) / group / f"{option}.yaml").read_text().splitlines()
+    first = lines[lines[0].startswith("# @package")]  # Hydra reads that line
+    assert first.startswith("# ") and len(first.split()) > 5
+
+
 @pytest.mark.parametrize(
     ("group", "option"), [(g, o) for g in ("algorithm", "decomposer", "recipe") for o in options(g)]
 )
