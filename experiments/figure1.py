@@ -1,4 +1,4 @@
-"""Figure 1: test loss of the original, of truncation, lossless and compact, per model (records of Table 2)."""
+"""Figure 1: test loss against parameters kept for truncation, lossless and compact selection (records of Table 2)."""
 
 import sys
 from collections.abc import Sequence
@@ -10,21 +10,20 @@ from spectrim.report import claims, command, compare, figure, figure_data, frame
 from spectrim.report.command import Options
 from spectrim.report.table import number
 
+NEARLY = 0.01  # nats above the dense network's test loss
 VALUES = ("test_loss", "change_test_loss", "params_kept")
 
 
 def build(options: Options) -> list[Path]:
-    """Loss against parameters kept, a panel per model, and the table of what is drawn."""
+    """Draw loss against parameters kept, one panel per model, and build the table of the same numbers."""
     found = command.load(options)
     rows = frame.with_dense(command.runs(options, found, figure_data.METHODS), VALUES)
     origin = command.origin(options, found)
     models = list(dict.fromkeys(rows["model"]))
-    columns = 2 if len(models) == 4 else min(3, len(models))
-    with figure.panels(-(-len(models) // columns), columns, 3.2, 2.9) as (canvas, axes):
-        for model, axis in zip(models, axes, strict=False):
-            figure.loss_panel(axis, rows[rows["model"] == model], model, "params_kept", "parameters kept (%)", "--")
-        for axis in axes[len(models) :]:
-            axis.set_axis_off()
+    with figure.panels(len(models), 3, 2.1, _title(rows), share="all") as (canvas, axes):
+        for model, axis in zip(models, axes, strict=True):
+            figure.loss_panel(axis, rows[rows["model"] == model], model, "params_kept", "parameters kept (%)")
+        figure.losses(axes)
         figure.legend(canvas, axes)
         pictures = figure.save(canvas, options.name, options.out, origin)
     caption = "What Figure 1 shows: test loss without fine-tuning"
@@ -33,8 +32,20 @@ def build(options: Options) -> list[Path]:
     return pictures + table.save([shown], options.out, origin)
 
 
+def _title(rows: pd.DataFrame) -> str:
+    """Return the message: the largest reduction at nearly the dense loss, for the model where it is largest."""
+    kept = rows[rows["algorithm"].isin(claims.PROMISING) & (rows["change_test_loss"] <= NEARLY)]
+    if kept.empty:
+        return f"No lossless or compact selection stays within {NEARLY:g} nats of the dense network's test loss"
+    smallest = kept.groupby("model", sort=False)["params_kept"].min()
+    best, others = smallest.idxmin(), smallest.drop(smallest.idxmin())
+    said = f"lossless and compact selection remove up to {100 * (1 - smallest[best]):.0f} % of {best}"
+    rest = f", at most {100 * (1 - others.min()):.0f} % of the others" if len(others) else ""
+    return f"Within {NEARLY:g} nats of the dense test loss, {said}{rest}"
+
+
 def _note(rows: pd.DataFrame, model: str) -> str:
-    """S1's claim, for one model: the selectors' loss lies below truncation's, each compared at the nearest size."""
+    """Judge S1's claim for one model: the selectors' loss lies below truncation's at the nearest size."""
     cut = rows[rows["algorithm"] == "truncation"]
     ours = rows[rows["algorithm"].isin(claims.PROMISING)]
     if cut.empty or ours.empty:

@@ -1,8 +1,9 @@
-"""Figure 2: size of the weight error and loss at four ranks: is the lowest error the lowest loss?"""
+"""Figure 2: weight error and test loss at four ranks, to see whether the lowest error is the lowest loss."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,43 +15,52 @@ VALUES = ("layers_kept", "relative_error", "test_loss", "change_test_loss", "par
 
 
 def build(options: Options) -> list[Path]:
-    """Error above, loss below, a column per model, and the table of what is drawn."""
+    """Draw error above and loss below, one column per model, and build the table of the same numbers."""
     found = command.load(options)
     rows = frame.with_dense(command.runs(options, found, ["truncation"]), VALUES)
     origin = command.origin(options, found)
     models = list(dict.fromkeys(rows["model"]))
-    with figure.panels(2, len(models), 2.7, 2.1) as (canvas, axes):
-        for index, model in enumerate(models):
-            _column(axes[index], axes[len(models) + index], rows[rows["model"] == model], first=index == 0)
+    with figure.panels(2 * len(models), len(models), 1.9, _title(rows, models)) as (canvas, axes):
+        above, below = axes[: len(models)], axes[len(models) :]
+        for model, upper, lower in zip(models, above, below, strict=True):
+            _column(upper, lower, rows[rows["model"] == model])
+        figure.losses(below)
+        above[0].set_ylabel("weight error ‖δ‖/‖W‖")
+        for axis in below[1:]:
+            axis.set_ylabel("")
+        figure.legend(canvas, axes, 4)
         pictures = figure.save(canvas, options.name, options.out, origin)
     notes = ["Rings in the figure: the lowest value of a panel.", *(_note(rows, model) for model in models)]
     shown = figure_data.table(options, rows, VALUES, "What Figure 2 shows: plain truncation", notes)
     return pictures + table.save([shown], options.out, origin)
 
 
-def _column(above: Axes, below: Axes, rows: pd.DataFrame, first: bool) -> None:
-    """One model: the error and the loss over its ranks, the lowest of each ringed, dense loss as a line."""
+def _title(rows: pd.DataFrame, models: Sequence[str]) -> str:
+    """Return the message: in how many networks the rank of the lowest error is that of the lowest loss."""
+    same = sum(_same_rank(rows[(rows["model"] == model) & (rows["algorithm"] != "dense")]) for model in models)
+    return f"The rank with the lowest weight error also has the lowest loss in {same} of {len(models)} networks"
+
+
+def _column(above: Axes, below: Axes, rows: pd.DataFrame) -> None:
+    """Draw one model: the error and the loss over its ranks, a ring around the lowest, and the dense loss as a line."""
     cut = rows[rows["algorithm"] != "dense"].sort_values("layers_kept")
     dense = float(rows.loc[rows["algorithm"] == "dense", "test_loss"].iloc[0])
     share = 100 * cut["layers_kept"]
-    for axis, key, colour, marker in (
-        (above, "relative_error", figure.SECOND, "D"),
-        (below, "test_loss", figure.FIRST, "o"),
+    for axis, key, colour, marker, label in (
+        (above, "relative_error", figure.SECOND, "D", "weight error"),
+        (below, "test_loss", figure.FIRST, "o", "test loss"),
     ):
-        axis.plot(share, cut[key], color=colour, marker=marker, linewidth=1.2, markersize=5)
+        axis.plot(share, cut[key], color=colour, marker=marker, linewidth=1.2, markersize=5, label=label)
         lowest = int(cut[key].argmin())
-        axis.plot(share.iloc[lowest], cut[key].iloc[lowest], "o", markersize=12, fillstyle="none", color="black")
+        ring: Any = {"markersize": 12, "fillstyle": "none", "color": "#000000", "linestyle": "none"}
+        axis.plot(share.iloc[lowest], cut[key].iloc[lowest], "o", label="lowest value", **ring)
         axis.margins(y=0.15)
-    # Drawn as points too, so that the line takes part in the limits.
+    # The line is also drawn as points, because axhline does not count for the limits.
     below.plot(share, [dense] * len(share), linestyle="none")
-    below.axhline(dense, color=figure.DENSE.colour, linewidth=1)
-    below.annotate("dense", (float(share.min()), dense), xytext=(0, 2), textcoords="offset points", fontsize=8)
-    above.set_title(f"{rows['model'].iloc[0]}\nlowest error is {'' if _same_rank(cut) else 'not '}lowest loss")
+    below.axhline(dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.label)
+    above.set_title(rows["model"].iloc[0])
     above.set_ylim(bottom=0)
     below.set_xlabel("rank / break-even rank (%)")
-    figure.losses(below)
-    if first:
-        above.set_ylabel("‖δ‖/‖W‖ (rms over layers)")
 
 
 def _same_rank(cut: pd.DataFrame) -> bool:
@@ -58,7 +68,7 @@ def _same_rank(cut: pd.DataFrame) -> bool:
 
 
 def _note(rows: pd.DataFrame, model: str) -> str:
-    """S1's claim for one model."""
+    """Judge S1's claim for one model."""
     cut = rows[(rows["model"] == model) & (rows["algorithm"] != "dense")]
     if len(cut) < 2:
         return f"{model}: S1 Figure 2 not comparable: a single rank was run."

@@ -1,4 +1,4 @@
-"""Figure 3: loss against rank below break-even, for a deep DenseNet and a VGG, beside lossless and compact."""
+"""Figure 3: test loss against rank below break-even, for a DenseNet and a VGG, beside lossless and compact."""
 
 import sys
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from spectrim.report.table import number
 
 # The points of lossless and compact come from the records of Table 2, where there are some.
 OURS = "table2"
-# A net that keeps more than this is the original for all purposes: its loss decides nothing.
+# A network that keeps more than this share of its parameters is practically the original, so its loss decides nothing.
 NOTICEABLE = 0.999
 VALUES = ("layers_kept", "test_loss", "change_test_loss", "params_kept")
 
 
 def build(options: Options) -> list[Path]:
-    """A panel per model of the sweep, and the table of what is drawn."""
+    """Draw one panel per model of the sweep, and build the table of the same numbers."""
     found = command.load(options)
     models = list(dict.fromkeys(command.runs(options, found, ["truncation"])["model"]))
     beside = (
@@ -28,11 +28,11 @@ def build(options: Options) -> list[Path]:
     used = [*found, *beside]
     rows = frame.with_dense(command.runs(options, used, figure_data.METHODS), VALUES)
     origin = command.origin(options, used)
-    with figure.panels(1, len(models), 3.6, 3.2) as (canvas, axes):
+    with figure.panels(len(models), 2, 2.6, _title(rows), share="all") as (canvas, axes):
         for model, axis in zip(models, axes, strict=True):
-            figure.loss_panel(
-                axis, rows[rows["model"] == model], model, "layers_kept", "rank / break-even rank (%)", "-"
-            )
+            own = rows[rows["model"] == model]
+            figure.loss_panel(axis, own, model, "layers_kept", "rank / break-even rank (%)")
+        figure.losses(axes)
         figure.legend(canvas, axes)
         pictures = figure.save(canvas, options.name, options.out, origin)
     notes = [
@@ -45,20 +45,33 @@ def build(options: Options) -> list[Path]:
     return pictures + table.save([shown], options.out, origin)
 
 
+def _title(rows: pd.DataFrame) -> str:
+    """Return the message: how often truncation, lossless and compact stay below the original's loss."""
+    cut, ours = rows[rows["algorithm"] == "truncation"], _factored(rows)
+    said = f"Below break-even rank, truncation lowers the test loss at {_below(cut)} of {len(cut)} ranks"
+    return f"{said}, lossless and compact selection in {_below(ours)} of {len(ours)} settings"
+
+
+def _factored(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of lossless and compact selection that removed a noticeable part."""
+    return rows[rows["algorithm"].isin(claims.PROMISING) & (rows["params_kept"] < NOTICEABLE)]
+
+
+def _below(rows: pd.DataFrame) -> int:
+    return int((rows["change_test_loss"] < 0).sum())
+
+
 def _selected(record: records.Record, models: list[str]) -> bool:
     return record["names"]["model"] in models and records.algorithm_of(record) in claims.PROMISING
 
 
 def _note(rows: pd.DataFrame, model: str) -> str:
-    """S1's claim for one model: below break-even the selectors' loss lies below the original's."""
-    ours = rows[rows["algorithm"].isin(claims.PROMISING) & (rows["params_kept"] < NOTICEABLE)]
-    cut = rows[rows["algorithm"] == "truncation"]
-    below = int((cut["change_test_loss"] < 0).sum())
-    sweep = f"truncation is below the original at {below} of {len(cut)} ranks"
+    """Judge S1's claim for one model: below break-even the selectors' loss lies below the original's."""
+    ours, cut = _factored(rows), rows[rows["algorithm"] == "truncation"]
+    sweep = f"truncation is below the original at {_below(cut)} of {len(cut)} ranks"
     if ours.empty:
         return f"{model}: S1 Figure 3 not comparable: no lossless or compact run that removed 0.1 %; {sweep}."
-    met = int((ours["change_test_loss"] < 0).sum())
-    word = compare.counted(met, len(ours))
+    word = compare.counted(_below(ours), len(ours))
     said = "; ".join(f"{row['method']} {number(row['change_test_loss'], 4, True)}" for _, row in ours.iterrows())
     return f"{model}: S1 Figure 3 (loss below the original's under 0 < rank < break-even) {word}: {said}; {sweep}."
 

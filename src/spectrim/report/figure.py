@@ -5,16 +5,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from textwrap import fill
+from typing import Any, Literal
 
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
 from spectrim.report.table import provenance_bytes
 from spectrim.tools import files
+
+Share = Literal["none", "y", "all"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,19 @@ SERIES = (
     Series("compact", "verified", "compact, verified", "#009E73", "o"),
 )
 FIRST, SECOND = "#0072B2", "#D55E00"  # of two quantities of the same runs
+# Colours for many curves: the palette above, then muted colours by Paul Tol that differ from it.
+PALETTE = (
+    *("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288"),
+    *("#882255", "#999933", "#117733", "#8C564B", "#777777", "#AA4499", "#44AA99"),
+)
+WIDTH = 7.0  # inches; so wide a page shows a figure unscaled, with letters of 9 pt
+LETTERS = 88  # characters of a title that fit on one line of this width
 # The type is Any because matplotlib types each key of its settings separately.
 STYLE: Any = {
     "font.size": 9,
-    "axes.titlesize": 10,
+    "axes.titlesize": 9,
+    "figure.titlesize": 10,
+    "legend.fontsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -60,26 +72,55 @@ def _style() -> Any:
 
 
 @contextmanager
-def panels(rows: int, columns: int, width: float, height: float) -> Iterator[tuple[Figure, list[Axes]]]:
-    """Yield a figure of ``rows × columns`` panels, each ``width × height`` inches, and its axes; needs no display."""
+def panels(
+    count: int, columns: int, height: float, title: str, share: Share = "none"
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """Yield a figure of ``WIDTH`` inches and its ``count`` panels, each ``height`` inches high; needs no display.
+
+    ``title``: the one message of the figure.
+    ``share``: ``"y"`` for one vertical axis in all panels, ``"all"`` for one of each kind.
+    """
+    columns = min(columns, count)
+    rows = -(-count // columns)
     with matplotlib.rc_context(_style()):
-        figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        yield figure, list(axes.flat)
+        canvas = Figure(figsize=(WIDTH, rows * height), layout="constrained")
+        canvas.suptitle(fill(title.replace(" %", "\u00a0%"), LETTERS), x=0.01, ha="left")
+        axes = list(canvas.subplots(rows, columns, squeeze=False, sharey=share != "none", sharex=share == "all").flat)
+        for unused in axes[count:]:
+            unused.set_axis_off()
+        for index, axis in enumerate(axes[:count]):
+            _label_outer(axis, share, left=index % columns == 0, lowest=index + columns >= count)
+        yield canvas, axes[:count]
 
 
-def losses(axis: Axes, label: str = "test loss") -> None:
-    """Label the loss axis after everything is drawn. Make it logarithmic if the losses span a factor of 2 or more."""
-    low, high = axis.dataLim.intervaly
-    if low <= 0 or high < 2 * low:
-        axis.set_ylabel(f"{label} (nats)")
-        return
-    axis.set(yscale="log", ylabel=f"{label} (nats, log scale)")
-    low, high = axis.get_ylim()
-    steps = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100)
-    axis.set_yticks([step for step in steps if low <= step <= high])
-    axis.yaxis.set_major_formatter(ScalarFormatter())
-    axis.yaxis.set_minor_formatter(NullFormatter())
+def _label_outer(axis: Axes, share: Share, left: bool, lowest: bool) -> None:
+    """Leave the labels of a shared axis to the outer panels. The lowest panel of a column is an outer one."""
+    if share != "none":
+        axis.yaxis.label.set_visible(left)
+        axis.tick_params(labelleft=left)
+    if share == "all":
+        axis.xaxis.label.set_visible(lowest)
+        axis.tick_params(labelbottom=lowest)
+
+
+def losses(axes: Sequence[Axes], label: str = "test loss") -> None:
+    """Make the loss axis of panels that share it logarithmic, and label it. Call it after everything is drawn."""
+    low, high = (choose(axis.dataLim.intervaly[at] for axis in axes) for at, choose in enumerate((min, max)))
+    steps = (0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5, 10, 20, 50, 100)
+    for axis in axes:
+        axis.set(yscale="log", ylabel=f"{label} (nats)", ylim=(0.85 * low, 1.15 * high))
+        axis.set_yticks([step for step in steps if 0.85 * low <= step <= 1.15 * high])
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def bars(rows: pd.DataFrame, value: str, lowest: float) -> pd.DataFrame:
+    """Return the lengths of error bars below and above the values of a column: their standard deviation.
+
+    A single run has no bar. A bar ends at ``lowest``, since a loss that varies much would reach below zero.
+    """
+    spread = rows[f"{value}_std"].fillna(0.0)
+    return pd.DataFrame([spread.clip(upper=(rows[value] - lowest).clip(lower=0.0)), spread])
 
 
 def save(figure: Figure, name: str, folder: Path, origin: Mapping[str, Any]) -> list[Path]:
@@ -104,16 +145,15 @@ def _bytes(figure: Figure, kind: str, metadata: dict[str, None]) -> bytes:
     return stream.getvalue()
 
 
-def loss_panel(axis: Axes, rows: pd.DataFrame, model: str, share: str, label: str, line: str) -> None:
+def loss_panel(axis: Axes, rows: pd.DataFrame, model: str, share: str, label: str) -> None:
     """Draw one model's test loss against the column ``share``.
 
     The dense network is a horizontal line and truncation is a curve. Each selector is a set of points with their
-    standard deviation over the seeds.
+    standard deviation over the seeds. A bar ends at nine tenths of the dense network's loss.
 
     ``label``: label of the horizontal axis.
-    ``line``: line style of the truncation curve.
     """
-    dense = float(rows.loc[rows["algorithm"] == "dense", "test_loss"].iloc[0])
+    dense = float(rows.loc[rows["algorithm"] == DENSE.algorithm, "test_loss"].iloc[0])
     axis.axhline(dense, color=DENSE.colour, linewidth=1, label=DENSE.label)
     for series in SERIES:
         own = rows[(rows["algorithm"] == series.algorithm) & (rows["mode"] == series.mode)].sort_values(share)
@@ -122,20 +162,19 @@ def loss_panel(axis: Axes, rows: pd.DataFrame, model: str, share: str, label: st
         axis.errorbar(
             100 * own[share],
             own["test_loss"],
-            yerr=own["test_loss_std"].fillna(0.0),
+            yerr=bars(own, "test_loss", 0.9 * dense),
             color=series.colour,
             marker=series.marker,
-            linestyle=line if series.algorithm == "truncation" else "none",
-            linewidth=1.2 if line == "-" else 1,
+            linestyle="-" if series.algorithm == "truncation" else "none",
+            linewidth=1.2,
             markersize=5,
             capsize=2,
             label=series.label,
         )
     axis.set(title=model, xlabel=label, xlim=(0, 105))
-    losses(axis)
 
 
-def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """Draw one legend below all panels that names each line once."""
+def legend(figure: Figure, axes: Sequence[Axes], columns: int = 3) -> None:
+    """Draw one legend below all panels that names each line once, in ``columns`` columns."""
     handles = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
