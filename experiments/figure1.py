@@ -20,16 +20,18 @@ def build(options: Options) -> list[Path]:
     rows = frame.with_dense(command.runs(options, found, figure_data.METHODS), VALUES)
     origin = command.origin(options, found)
     models = list(dict.fromkeys(rows["model"]))
-    with figure.panels(len(models), 3, 2.1, _title(rows), share="all") as (canvas, axes):
-        for model, axis in zip(models, axes, strict=True):
-            figure.loss_panel(axis, rows[rows["model"] == model], model, "params_kept", "parameters kept (%)")
-        figure.losses(axes)
-        figure.legend(canvas, axes)
-        pictures = figure.save(canvas, options.name, options.out, origin)
+    pictures: list[Path] = []
+    for name, shown in figure.split(options.name, models, 6):
+        with figure.panels(len(shown), 3, 2.1, _title(rows), share="all") as (canvas, axes):
+            for model, axis in zip(shown, axes, strict=True):
+                figure.loss_panel(axis, rows[rows["model"] == model], model, "params_kept", "parameters kept (%)")
+            figure.losses(axes)
+            figure.legend(canvas, axes)
+            pictures += figure.save(canvas, name, options.out, origin)
     caption = "What Figure 1 shows: test loss without fine-tuning"
     notes = ["Mean ± standard deviation (ddof = 1).", *(_note(rows[rows["model"] == model], model) for model in models)]
-    shown = figure_data.table(options, rows, VALUES, caption, notes)
-    return pictures + table.save([shown], options.out, origin)
+    beside = figure_data.table(options, rows, VALUES, caption, notes)
+    return pictures + table.save([beside], options.out, origin)
 
 
 def _title(rows: pd.DataFrame) -> str:
@@ -38,8 +40,9 @@ def _title(rows: pd.DataFrame) -> str:
     if kept.empty:
         return f"No lossless or compact selection stays within {NEARLY:g} nats of the dense network's test loss"
     smallest = kept.groupby("model", sort=False)["params_kept"].min()
-    best, others = smallest.idxmin(), smallest.drop(smallest.idxmin())
-    said = f"lossless and compact selection remove up to {100 * (1 - smallest[best]):.0f} % of {best}"
+    best = str(smallest.idxmin())
+    others = smallest.drop(best)
+    said = f"lossless and compact selection remove up to {100 * (1 - smallest.min()):.0f} % of {best}"
     rest = f", at most {100 * (1 - others.min()):.0f} % of the others" if len(others) else ""
     return f"Within {NEARLY:g} nats of the dense test loss, {said}{rest}"
 

@@ -20,19 +20,21 @@ def build(options: Options) -> list[Path]:
     rows = frame.with_dense(command.runs(options, found, ["truncation"]), VALUES)
     origin = command.origin(options, found)
     models = list(dict.fromkeys(rows["model"]))
-    with figure.panels(2 * len(models), len(models), 1.9, _title(rows, models)) as (canvas, axes):
-        above, below = axes[: len(models)], axes[len(models) :]
-        for model, upper, lower in zip(models, above, below, strict=True):
-            _column(upper, lower, rows[rows["model"] == model])
-        figure.losses(below)
-        above[0].set_ylabel("weight error ‖δ‖/‖W‖")
-        for axis in below[1:]:
-            axis.set_ylabel("")
-        figure.legend(canvas, axes, 4)
-        pictures = figure.save(canvas, options.name, options.out, origin)
+    pictures: list[Path] = []
+    for name, shown in figure.split(options.name, models, 3):
+        with figure.panels(2 * len(shown), len(shown), 1.9, _title(rows, models)) as (canvas, axes):
+            above, below = axes[: len(shown)], axes[len(shown) :]
+            for model, upper, lower in zip(shown, above, below, strict=True):
+                _column(upper, lower, rows[rows["model"] == model])
+            figure.losses(below)
+            above[0].set_ylabel("weight error ‖δ‖/‖W‖")
+            for axis in below[1:]:
+                axis.set_ylabel("")
+            figure.legend(canvas, axes, 4)
+            pictures += figure.save(canvas, name, options.out, origin)
     notes = ["Rings in the figure: the lowest value of a panel.", *(_note(rows, model) for model in models)]
-    shown = figure_data.table(options, rows, VALUES, "What Figure 2 shows: plain truncation", notes)
-    return pictures + table.save([shown], options.out, origin)
+    beside = figure_data.table(options, rows, VALUES, "What Figure 2 shows: plain truncation", notes)
+    return pictures + table.save([beside], options.out, origin)
 
 
 def _title(rows: pd.DataFrame, models: Sequence[str]) -> str:
@@ -52,7 +54,7 @@ def _column(above: Axes, below: Axes, rows: pd.DataFrame) -> None:
     ):
         axis.plot(share, cut[key], color=colour, marker=marker, linewidth=1.2, markersize=5, label=label)
         lowest = int(cut[key].argmin())
-        ring: Any = {"markersize": 12, "fillstyle": "none", "color": "#000000", "linestyle": "none"}
+        ring: Any = {"markersize": 12, "fillstyle": "none", "color": "#CC79A7", "linestyle": "none"}
         axis.plot(share.iloc[lowest], cut[key].iloc[lowest], "o", label="lowest value", **ring)
         axis.margins(y=0.15)
     # The line is also drawn as points, because axhline does not count for the limits.

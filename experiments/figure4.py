@@ -1,55 +1,35 @@
-"""Figure 4, the frontier: accuracy and loss against parameters and MACs kept, a curve a selector, no fine-tuning."""
+"""Figure 4: accuracy and loss against parameters and MACs kept, one curve per selector, without fine-tuning."""
 
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 
-from spectrim.report import claims, command, compare, figure, frame, table
+from spectrim.report import claims, command, compare, figure, frontier, table
+from spectrim.report.claims import Claim
 from spectrim.report.command import Options
+from spectrim.report.frontier import CURVES, NEAR
 from spectrim.report.table import Column, Table, number
 
 PUBLISHED = Path(__file__).with_name("published.csv")
-ALDS = "ALDS, published"
-KEPT = ", BatchNorm kept"
-
-
-@dataclass(frozen=True)
-class Curve:
-    """How a selector is drawn, and its name. ``refits``: its refit moves the BatchNorm means with the factors."""
-
-    name: str
-    colour: str
-    marker: str
-    refits: bool = False
-
-
-# By the key that ``_curve`` gives, in the order of the legend.
-CURVES = {
-    "truncation": Curve(frame.SELECTORS["truncation"], "#999999", "s"),
-    "energy": Curve("energy truncation", "#E69F00", "D"),
-    "globalthreshold": Curve(frame.SELECTORS["globalthreshold"], "#56B4E9", "^"),
-    "alds": Curve(frame.SELECTORS["alds"], "#CC79A7", "v"),
-    "aimet": Curve(frame.SELECTORS["aimet"], "#8C564B", "d"),
-    "sensitivity": Curve(frame.SELECTORS["sensitivity"], "#009E73", "P"),
-    "knapsack": Curve(frame.SELECTORS["knapsack"], "#0072B2", "o"),
-    "refitted": Curve("knapsack (BALF), refitted as ours", "#332288", "x", refits=True),
-    "verified": Curve("joint, ours, loss verified", "#D55E00", "p", refits=True),
-    "joint": Curve(frame.SELECTORS["joint"], "#D55E00", "X", refits=True),
+# The figure shows one network and joint selection with its strongest rivals. Figures of their own show the rest.
+NETWORK = ("resnet20", "cifar10")
+SHOWN = {
+    "joint": "joint selection (ours)",
+    "refitted": "knapsack with our refit",
+    "knapsack": "knapsack (BALF)",
+    "sensitivity": "sensitivity (ASVD)",
+    "aimet": "greedy (AIMET)",
 }
-KEYS = (*frame.KEYS, "curve", "kept")  # the curve, and whether BatchNorm statistics stayed those of the dense network
-TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
 SHARES = {"params_kept": "parameters kept (%)", "macs_kept": "MACs kept (%)"}
-DEEPEST = 0.2  # below the dense accuracy: where the panels end; the table has it all
-LEAST = 0.05  # of the accuracy, nats of the loss: what a panel spans at the least, for what is nothing to look like it
-NEAR = 0.005  # of the parameters: how near a published size is the same size
-ABOUT = ("decomposer", "asked")
-VALUES = ("params_kept", "macs_kept", "test_accuracy", "change_test_accuracy_pp", "test_loss", "change_test_loss")
+MEASURES = {"accuracy": ("test_accuracy", 100), "loss": ("test_loss", 1)}
+DEEPEST = 0.2  # accuracy below the dense network's at which a panel ends; the table has all points
+LEAST = 0.05  # accuracy that a panel spans at least, so that a change of nothing looks like it
 COLUMNS = (
     Column("model", "model"),
     Column("variant", "selector"),
@@ -81,145 +61,132 @@ NOTES = (
 
 
 def build(options: Options) -> list[Path]:
-    """Accuracy and loss of every selector at every size, four panels a model, and the table of what is drawn."""
+    """Draw the frontier of one network, then every network and selector, and build the table of the same numbers."""
     found = command.load(options)
-    runs = _curves(command.runs(options, found, [*frame.SELECTORS, "refitted"]))
-    published = _published()
-    about = runs.drop_duplicates(["model", "data", "method"])[["model", "data", "method", "curve", "kept", *ABOUT]]
-    rows = frame.with_dense(runs, VALUES).merge(about, "left", ["model", "data", "method"])
-    rows = pd.concat([_judged(own, published) for _, own in rows.groupby("model", sort=False)])
+    published = claims.claims(compare.read_published(PUBLISHED), ["Not retrained"])
+    rows = frontier.rows(options, found, published)
     origin = command.origin(options, found, [PUBLISHED])
     models = list(dict.fromkeys(rows["model"]))
-    with figure.panels(len(models), 4, 3.6, 2.9) as (canvas, axes):
-        for index, model in enumerate(models):
-            own = rows[rows["model"] == model]
-            dense, loss = (float(own[value].iloc[0]) for value in ("test_accuracy", "test_loss"))
-            for axis, share in zip(axes[4 * index :], SHARES, strict=False):
-                _panel(axis, own, share, "test_accuracy", 100)
-                if share == "params_kept":
-                    _draw_published(axis, _of(published, own))
-                low, high = axis.get_ylim()
-                low = min(max(low, 100 * (dense - DEEPEST)), 100 * (dense - LEAST))
-                axis.set(ylabel="top-1 (%)", ylim=(low, max(high, 100 * dense + LEAST)))
-            for axis, share in zip(axes[4 * index + 2 :], SHARES, strict=False):
-                _panel(axis, own, share, "test_loss", 1)
-                figure.losses(axis)
-                axis.set_ylim(top=max(axis.get_ylim()[1], loss + LEAST))
-        figure.legend(canvas, axes)
-        pictures = figure.save(canvas, options.name, options.out, origin)
+    main = rows[(rows["network"] == NETWORK[0]) & (rows["data"] == NETWORK[1])]
+    pictures = _draw_main(main if len(main) else rows[rows["model"] == models[0]], options, origin)
+    for measure in MEASURES:
+        for share in SHARES:
+            pictures += _draw_all(rows, published, measure, share, options, origin)
     caption = f"What Figure 4 shows: accuracy and loss without fine-tuning on {', '.join(dict.fromkeys(rows['data']))}"
     notes = [*NOTES, *(_note(rows[rows["model"] == model]) for model in models)]
-    shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], "model", KEYS)
+    shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], "model", frontier.KEYS)
     return pictures + table.save([shown], options.out, origin)
 
 
-def _curves(runs: pd.DataFrame) -> pd.DataFrame:
-    """The runs with ``variant`` the curve, ``asked`` the point on it and ``method`` both, in the order of the legend.
+def _draw_main(rows: pd.DataFrame, options: Options, origin: dict[str, Any]) -> list[Path]:
+    """Draw the change of accuracy over the parameters kept, with the name of each curve at its end."""
+    shown = rows[rows["curve"].isin(SHOWN) & ~rows["kept"].astype(bool)]
+    with figure.panels(1, 1, 3.6, _title(shown, *rows.iloc[0][["network", "data"]])) as (canvas, (axis,)):
+        axis.axhline(0, color=figure.DENSE.colour, linewidth=1)
+        ends = []
+        for key, own in shown.sort_values("params_kept").groupby("curve", sort=False):
+            width = 2.2 if key == "joint" else 1.2
+            _errorbar(axis, own, "params_kept", "change_test_accuracy_pp", 1, -math.inf, width)
+            last = own.iloc[0]
+            ends.append((100 * last["params_kept"], last["change_test_accuracy_pp"], str(key)))
+        figure.label_ends(axis, [(x, y, SHOWN[key], CURVES[key].colour) for x, y, key in ends])
+        axis.annotate("dense", (100, 0), xytext=(2, 0), textcoords="offset points", va="center")
+        axis.set(xlabel=SHARES["params_kept"], ylabel="change of test accuracy (points)", xlim=(0, 100))
+        axis.set_xticks(range(30, 101, 10))
+        return figure.save(canvas, options.name, options.out, origin)
 
-    Raises ``UserError`` where one curve would be drawn through runs of different settings.
+
+def _title(shown: pd.DataFrame, network: str, data: str) -> str:
+    """Return the message: the accuracy that joint selection and its best rival lose at the smallest size of both."""
+    sized = shown[shown["target"] == "params_kept"]
+    ours, others = sized[sized["curve"] == "joint"], sized[sized["curve"] != "joint"]
+    common = set(ours["requested"]) & set(others["requested"])
+    if not common:
+        return f"{network} on {data}: change of accuracy without fine-tuning, by parameters kept"
+    size = min(common)
+    mine = ours[ours["requested"] == size].iloc[0]
+    there = others[others["requested"] == size]
+    best = there.iloc[int(there["change_test_accuracy_pp"].argmax())]
+    lost, rival = (number(-row["change_test_accuracy_pp"], 1) for row in (mine, best))
+    return (
+        f"{network} on {data} with {100 * size:g} % of its parameters: joint selection loses {lost} points of accuracy "
+        f"without fine-tuning, its best rival {rival}"
+    )
+
+
+def _draw_all(
+    rows: pd.DataFrame,
+    published: Sequence[Claim],
+    measure: str,
+    share: str,
+    options: Options,
+    origin: dict[str, Any],
+) -> list[Path]:
+    """Draw one measure of every selector over one share, one panel per model."""
+    value, scale = MEASURES[measure]
+    models = list(dict.fromkeys(rows["model"]))
+    of = {"params_kept": "parameters", "macs_kept": "MACs"}[share]
+    title = f"Test {measure} of every selector by {of} kept, without fine-tuning"
+    with figure.panels(len(models), 3, 2.4, title, share="y" if measure == "loss" else "none") as (canvas, axes):
+        for model, axis in zip(models, axes, strict=True):
+            own = rows[rows["model"] == model]
+            dense = float(own[value].iloc[0])
+            axis.axhline(scale * dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.label)
+            lowest = 0.9 * dense if measure == "loss" else 0.0
+            for _, curve in own.dropna(subset="curve").groupby(["curve", "kept"], sort=False):
+                _errorbar(axis, curve.sort_values(share), share, value, scale, lowest)
+            axis.set(title=model, xlabel=SHARES[share])
+            if measure == "accuracy":
+                if share == "params_kept":
+                    _draw_published(axis, frontier.of(published, own))
+                _limit(axis, dense)
+        if measure == "loss":
+            figure.losses(axes)
+        else:
+            for axis in axes[::3]:
+                axis.set_ylabel("top-1 (%)")
+        figure.legend(canvas, axes)
+        return figure.save(canvas, f"{options.name}_{measure}_{of.lower()}", options.out, origin)
+
+
+def _errorbar(
+    axis: Axes, own: pd.DataFrame, share: str, value: str, scale: float, lowest: float, width: float = 1.2
+) -> None:
+    """Draw one curve with its standard deviations. A curve with BatchNorm kept is dotted and darker.
+
+    ``lowest``: no bar of the value reaches below it.
     """
-    curves = [_curve(*run) for run in zip(runs["algorithm"], runs["settings"], strict=True)]
-    asked = [_asked(settings) for settings in runs["settings"]]
-    kept = [
-        not CURVES[curve].refits and settings["batch_norm"] == "keep"
-        for curve, settings in zip(curves, runs["settings"], strict=True)
-    ]
-    runs = runs.assign(
-        curve=curves,
-        kept=kept,
-        variant=[CURVES[curve].name + (KEPT if still else "") for curve, still in zip(curves, kept, strict=True)],
-        asked=[said for said, _ in asked],
-        place=[list(CURVES).index(curve) for curve in curves],
-        size=[-value for _, value in asked],
-    )
-    point = ["model", "data", "variant", "asked"]
-    frame.require_one_setting(runs, point, "{variant} at {asked} on {model}, {data}", "Figure 4 has one point")
-    runs["method"] = runs["variant"] + ", " + runs["asked"]
-    return runs.sort_values(["model", "place", "variant", "size", "first_signature"], kind="stable")
-
-
-def _curve(algorithm: str, settings: dict[str, Any]) -> str:
-    """Return the key in ``CURVES``."""
-    if algorithm == "truncation" and settings.get("algorithm.energy") is not None:
-        return "energy"
-    return "verified" if settings.get("algorithm.max_loss_increase") is not None else algorithm
-
-
-def _asked(settings: dict[str, Any]) -> tuple[str, float]:
-    """What a run was to meet, in words and as a number."""
-    given = {key: settings.get(f"algorithm.{key}", settings.get(f"algorithm.selector.{key}")) for key in TARGETS}
-    name, value = next((name, value) for name, value in given.items() if value is not None)
-    return f"{name.replace('_', ' ')} {value:g}", float(value)
-
-
-def _published() -> pd.DataFrame:
-    """Return one row per published point: model and data by their plain names, share of parameters, top-1, change."""
-    known = claims.claims(compare.read_published(PUBLISHED), ["Not retrained"])
-    return pd.DataFrame(
-        {
-            "model": claims.plain(one.model),
-            "data": claims.plain(one.data),
-            "kept": 1 - one.drop,
-            "top1": one.values["original_top1_percent"] + one.values["change_top1_pp"],
-            "change": one.values["change_top1_pp"],
-            "tolerance": one.tolerances["change_top1_pp"],
-        }
-        for one in known
+    curve, kept = CURVES[own["curve"].iloc[0]], bool(own["kept"].iloc[0])
+    axis.errorbar(
+        100 * own[share],
+        scale * own[value],
+        xerr=100 * own[f"{share}_std"].fillna(0.0),
+        yerr=scale * figure.bars(own, value, lowest),
+        color=tuple(part / 2 for part in to_rgb(curve.colour)) if kept else curve.colour,
+        marker=curve.marker,
+        linestyle=":" if kept else "-",
+        linewidth=width,
+        markersize=4.5,
+        capsize=2,
+        label=own["variant"].iloc[0],
     )
 
 
-def _of(published: pd.DataFrame, own: pd.DataFrame) -> pd.DataFrame:
-    """The published points of the net and the data of the rows ``own``."""
-    model, data = claims.plain(own["network"].iloc[0]), claims.plain(own["data"].iloc[0])
-    return published[(published["model"] == model) & (published["data"] == data)]
+def _limit(axis: Axes, dense: float) -> None:
+    """End a panel of accuracy ``DEEPEST`` below the dense network's, and let it span ``LEAST`` at least."""
+    low, high = axis.get_ylim()
+    axis.set_ylim(min(max(low, 100 * (dense - DEEPEST)), 100 * (dense - LEAST)), max(high, 100 * dense + LEAST))
 
 
-def _judged(own: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
-    """The rows of one model with the published change at their size, and for ALDS as published whether it is met."""
-    points = _of(published, own)
-    changes: list[Any] = []
-    verdicts: list[Any] = []
-    for _, row in own.iterrows():
-        near = points[(points["kept"] - row["params_kept"]).abs() <= NEAR].to_dict(orient="records")
-        point: Any = near[0] if near and row["algorithm"] != "dense" else {"change": math.nan}
-        changes.append(point["change"])
-        same = len(point) > 1 and row["curve"] == "alds" and row["kept"]
-        obtained = row["change_test_accuracy_pp"]
-        verdicts.append(compare.verdict(point["change"], obtained, point["tolerance"]) if same else None)
-    return own.assign(published=changes, verdict=verdicts)
-
-
-def _panel(axis: Axes, rows: pd.DataFrame, share: str, value: str, scale: float) -> None:
-    dense = float(rows[value].iloc[0])
-    axis.axhline(scale * dense, color="#000000", linewidth=1, label="dense")
-    for key, curve in CURVES.items():
-        for kept, line in ((False, "-"), (True, ":")):
-            own = rows[(rows["curve"] == key) & (rows["kept"] == kept)].sort_values(share)
-            if own.empty:
-                continue
-            axis.errorbar(
-                100 * own[share],
-                scale * own[value],
-                xerr=100 * own[f"{share}_std"].fillna(0.0),
-                yerr=scale * own[f"{value}_std"].fillna(0.0),
-                color=curve.colour,
-                marker=curve.marker,
-                linestyle=line,
-                linewidth=1.2,
-                markersize=4.5,
-                capsize=2,
-                label=own["variant"].iloc[0],
-            )
-    axis.set(title=rows["model"].iloc[0], xlabel=SHARES[share])
-
-
-def _draw_published(axis: Axes, points: pd.DataFrame) -> None:
-    if len(points):
-        axis.plot(100 * points["kept"], points["top1"], "k*:", linewidth=0.8, markersize=7, mfc="none", label=ALDS)
+def _draw_published(axis: Axes, points: Sequence[Claim]) -> None:
+    if points:
+        kept = [100 * (1 - point.drop) for point in points]
+        top1 = [point.values["original_top1_percent"] + point.values["change_top1_pp"] for point in points]
+        axis.plot(kept, top1, ":", color="#882255", marker="h", linewidth=1.2, markersize=5, label="ALDS, published")
 
 
 def _note(rows: pd.DataFrame) -> str:
-    """How joint selection fares, of one model, against what was published for ALDS at the same sizes."""
+    """Return, for one model, the accuracy of joint selection beside that published for ALDS at the same sizes."""
     ours = rows[(rows["curve"] == "joint") & rows["published"].notna()]
     if ours.empty:
         return ""

@@ -1,31 +1,57 @@
-"""Figure 5: the rank of every layer while SVD training selects it, and beside it what the selection saw."""
+"""Figure 5: the rank of every layer during SVD training, and the losses that the rank selection measured."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from textwrap import fill
 from typing import Any
 
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from spectrim.records.records import Record
 from spectrim.report import command, figure, frame, table, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table
 
-ACROSS = 3
 FIRST, LAST = (Column("panel", "training"),), (Column("n", "n"),)
 RANKS = (*FIRST, Column("layer", "layer"), Column("epoch", "epoch", 0), Column("rank", "rank", 1), *LAST)
 LOSSES = (*FIRST, Column("term", "term"), Column("epoch", "epoch", 0), Column("loss", "loss", 4), *LAST)
-# Terms of the loss in a record, and what they are called here.
-TERMS = {"loss": "task, in training", "orthogonality": "orthogonality", "hoyer": "hoyer", "nuclear": "nuclear"}
-TERMS_SHOWN = (*TERMS.values(), "before the cut", "after the cut", "lowest refused")
+# Columns that tell trainings apart. ``parts``: the name of the panel in parts. ``main``: whether the main figure shows
+# the training, otherwise the appendix does.
+KEYS = ("network", "data", "scratch", "setting", "epochs")
+ABOUT = (*KEYS, "parts", "main")
+EARLY = 2  # selections, as the title of the figure says
+
+
+@dataclass(frozen=True)
+class Term:
+    """A curve of the second figure. ``line``: whether its points are joined."""
+
+    name: str
+    colour: str
+    marker: str
+    line: bool = True
+
+
+# The first four are keys of the log in a record.
+TERMS = {
+    "loss": Term("task, in training", "#0072B2", "o"),
+    "orthogonality": Term("orthogonality", "#D55E00", "s"),
+    "hoyer": Term("hoyer", "#009E73", "^"),
+    "nuclear": Term("nuclear", "#CC79A7", "v"),
+    "before": Term("before the cut", "#56B4E9", "D"),
+    "after": Term("after the cut", "#E69F00", "*", line=False),
+    "refused": Term("lowest refused", "#000000", "P", line=False),
+}
+IN_TRAINING = list(TERMS)[:4]
+DEPTH = matplotlib.colormaps["viridis"]  # from the first layer to the last
 Panel = Callable[[Axes, pd.DataFrame], None]
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = "os^vD*P"
 NOTES = (
     "Mean ± standard deviation (ddof = 1) over training seeds. Epochs are counted from 1; the rank is that after the "
     "selection at the end of the epoch.",
@@ -38,49 +64,60 @@ LOSS_NOTES = (
 
 
 def build(options: Options) -> list[Path]:
-    """A panel for each way of training: a line for each layer, and in a second figure the losses; both as tables."""
+    """Draw ranks and losses of each training, six trainings in the main figures and all others in appendices."""
     found = [record for record in command.load(options) if trainings.is_training(record)]
     if not found:
         raise command.lacking(options, "svd_training")
-    about = [_about(record) for record in found]
+    shown = _shown(found)
+    about = [_about(record, shown) for record in found]
     ranks = pd.DataFrame([own | point for record, own in zip(found, about, strict=True) for point in _ranks(record)])
     losses = pd.DataFrame([own | point for record, own in zip(found, about, strict=True) for point in _losses(record)])
-    ranks = frame.over_seeds(ranks, ("panel", "layer", "epoch"), ["rank"])
-    losses = frame.over_seeds(losses, ("panel", "term", "epoch"), ["loss"])
+    ranks = frame.over_seeds(ranks, ("panel", "layer", "epoch", *ABOUT), ["rank"])
+    losses = frame.over_seeds(losses, ("panel", "term", "epoch", "key", *ABOUT), ["loss"])
     origin = command.origin(options, found)
-    drawn = _draw(ranks, _rank_panel, options.name, options, origin)
-    drawn += _draw(losses, _loss_panel, f"{options.name}_losses", options, origin)
+    drawn = _draw(ranks, _rank_panel, _rank_title(found), options.name, options, origin)
+    drawn += _draw(losses, _loss_panel, _loss_title(found), f"{options.name}_losses", options, origin)
+    caption, beside = "What Figure 5 shows: ranks under SVD training", "The losses beside Figure 5"
     tables = [
-        Table(options.name, _one_line(ranks), RANKS, "What Figure 5 shows: ranks under SVD training", NOTES, "panel"),
-        Table(f"{options.name}_losses", _one_line(losses), LOSSES, "The losses beside Figure 5", LOSS_NOTES, "panel"),
+        Table(options.name, ranks, RANKS, caption, NOTES, "panel", ABOUT),
+        Table(f"{options.name}_losses", losses, LOSSES, beside, LOSS_NOTES, "panel", ("key", *ABOUT)),
     ]
     return drawn + [path for one in tables for path in table.save([one], options.out, origin)]
 
 
-def _draw(rows: pd.DataFrame, panel: Panel, name: str, options: Options, origin: Mapping[str, Any]) -> list[Path]:
-    names = sorted(set(rows["panel"]))
-    with figure.panels(-(-len(names) // ACROSS), min(len(names), ACROSS), 2.9, 2.5) as (canvas, axes):
-        for title, axis in zip(names, axes, strict=False):
-            panel(axis, rows[rows["panel"] == title])
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.set_title("\n".join(fill(line, 44) for line in title.split("\n")), fontsize=8)
-            axis.set_xlabel("epoch")
-        for axis in axes[len(names) :]:
-            axis.set_visible(False)
-        if panel is _loss_panel:  # the same lines in every panel
-            figure.legend(canvas, axes)
-        return figure.save(canvas, name, options.out, origin)
-
-
-def _one_line(rows: pd.DataFrame) -> pd.DataFrame:
-    return rows.assign(panel=rows["panel"].str.replace("\n", ", "))
-
-
-def _about(record: Record) -> dict[str, Any]:
-    about = f"{trainings.net(record)}, {record['names']['data']}, {trainings.start(record)}"
+def _training(record: Record) -> tuple[Any, ...]:
+    """Return what one panel shows: network, data, start, setting and epochs."""
+    scratch = record["config"]["checkpoint"] is None
     epochs = record["config"]["algorithm"]["recipe"]["epochs"]
-    panel = f"{about}\n{trainings.way(record)}, {epochs} epochs"
-    return {"panel": panel, "seed": record["seed"], "calibration_seed": record["calibration_seed"]}
+    return trainings.net(record), record["names"]["data"], scratch, trainings.key(record), epochs
+
+
+def _shown(found: Sequence[Record]) -> set[tuple[Any, ...]]:
+    """Return the trainings of the main figure: for each network, the first from a trained net and from scratch.
+
+    A network is shown on the data set with the most trainings. There are at most six.
+    """
+    known = sorted({_training(record) for record in found})
+    chosen = []
+    for network in sorted({training[0] for training in known}, key=frame.model_key):
+        own = [training for training in known if training[0] == network]
+        data, _ = Counter(training[1] for training in own).most_common(1)[0]
+        for scratch in (False, True):
+            chosen += [training for training in own if training[1:3] == (data, scratch)][:1]
+    return set(chosen[:6])
+
+
+def _about(record: Record, shown: set[tuple[Any, ...]]) -> dict[str, Any]:
+    network, data, *_, epochs = training = _training(record)
+    parts = (network, data, trainings.start(record), *trainings.way(record), f"{epochs} epochs")
+    return {
+        "panel": ", ".join(parts),
+        **dict(zip(KEYS, training, strict=True)),
+        "parts": parts,
+        "main": training in shown,
+        "seed": record["seed"],
+        "calibration_seed": record["calibration_seed"],
+    }
 
 
 def _ranks(record: Record) -> list[dict[str, Any]]:
@@ -94,42 +131,103 @@ def _ranks(record: Record) -> list[dict[str, Any]]:
 def _losses(record: Record) -> list[dict[str, Any]]:
     points = []
     for entry in record["log"]:
-        terms = {label: entry[key] for key, label in TERMS.items() if key in entry}
-        if entry["bisection"]:
-            terms["before the cut"] = entry["bisection"][0]["loss"]
-            terms["after the cut"] = [step for step in entry["bisection"] if step["passed"]][-1]["loss"]
-            failed = [step["loss"] for step in entry["bisection"] if not step["passed"]]
-            if failed:
-                terms["lowest refused"] = min(failed)
-        points += [{"term": term, "epoch": entry["epoch"] + 1, "loss": loss} for term, loss in terms.items()]
+        terms = {key: entry[key] for key in IN_TRAINING if key in entry} | _cut(entry)
+        points += [
+            {"key": key, "term": TERMS[key].name, "epoch": entry["epoch"] + 1, "loss": loss}
+            for key, loss in terms.items()
+        ]
     return points
+
+
+def _cut(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return the task's loss around the selection of an epoch; nothing for an epoch without one."""
+    if not entry["bisection"]:
+        return {}
+    passed = [step["loss"] for step in entry["bisection"] if step["passed"]]
+    refused = [step["loss"] for step in entry["bisection"] if not step["passed"]]
+    around = {"before": entry["bisection"][0]["loss"], "after": passed[-1]}
+    return around | ({"refused": min(refused)} if refused else {})
+
+
+def _rank_title(found: Sequence[Record]) -> str:
+    """Return the message: the part of all removed rank that the first selections remove, as a median."""
+    parts = []
+    for record in found:
+        full = sum(layer["full_rank"] for layer in record["layers"])
+        totals = [sum(entry["ranks"].values()) for entry in record["log"] if entry["bisection"]]
+        if totals and full > totals[-1]:
+            parts.append((full - totals[min(EARLY, len(totals)) - 1]) / (full - totals[-1]))
+    if not parts:
+        return "No training removes any rank"
+    part = f"{100 * median(parts):.0f} %"
+    return f"The first two selections remove {part} of the rank that a training removes in all (median)"
+
+
+def _loss_title(found: Sequence[Record]) -> str:
+    """Return the message: how many selections moved the task's loss by less than epsilon, as the algorithm promises."""
+    moves = [
+        abs(cut["after"] - cut["before"]) < record["config"]["algorithm"]["epsilon"]
+        for record in found
+        for cut in map(_cut, record["log"])
+        if cut
+    ]
+    return f"A cut moved the loss of the task by less than ε in {sum(moves)} of {len(moves)} selections"
+
+
+def _draw(
+    rows: pd.DataFrame, panel: Panel, title: str, name: str, options: Options, origin: Mapping[str, Any]
+) -> list[Path]:
+    """Draw the main figure and, if other trainings are left, its appendix."""
+    paths = []
+    for tail, own in (("", rows[rows["main"]]), ("_appendix", rows[~rows["main"]])):
+        if len(own):
+            paths += _draw_one(own, panel, title + (", other trainings" if tail else ""), name + tail, options, origin)
+    return paths
+
+
+def _draw_one(
+    rows: pd.DataFrame, panel: Panel, title: str, name: str, options: Options, origin: Mapping[str, Any]
+) -> list[Path]:
+    order = rows.drop_duplicates("panel").sort_values(list(KEYS))
+    with figure.panels(len(order), 3, 2.4, title) as (canvas, axes):
+        for axis, (_, about) in zip(axes, order.iterrows(), strict=True):
+            panel(axis, rows[rows["panel"] == about["panel"]])
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_title(_wrapped(about["parts"]))
+            axis.set_xlabel("epoch")
+        if panel is _loss_panel:
+            figure.legend(canvas, axes, 4)
+        else:
+            for position, label in ((0.0, "first layer"), (0.5, "middle layer"), (1.0, "last layer")):
+                axes[0].plot([], [], color=DEPTH(position), marker="o", markersize=2.5, linewidth=1, label=label)
+            figure.legend(canvas, axes)
+        return figure.save(canvas, name, options.out, origin)
+
+
+def _wrapped(parts: Sequence[str]) -> str:
+    """Return a title that is broken between its parts only."""
+    return fill(", ".join(part.replace(" ", "\u00a0") for part in parts), 30)
 
 
 def _rank_panel(axis: Axes, rows: pd.DataFrame) -> None:
     groups = list(rows.groupby("layer", sort=False))
-    many = len(groups) > len(COLOURS)
-    for index, (layer, own) in enumerate(groups):
-        # Of a deep net the colour tells how deep a layer is, and only the ends are named.
-        colour = matplotlib.colormaps["viridis"](index / (len(groups) - 1)) if many else COLOURS[index]
-        label = str(layer) if not many or index in (0, len(groups) - 1) else None
-        style: Any = {"markersize": 3, "linewidth": 1, "marker": MARKERS[index % len(MARKERS)]}
-        axis.plot(own["epoch"], own["rank"], color=colour, label=label, **style)
+    for index, (_, own) in enumerate(groups):
+        colour = DEPTH(index / max(len(groups) - 1, 1))
+        axis.plot(own["epoch"], own["rank"], color=colour, linewidth=1, marker="o", markersize=2.5)
         spread = own["rank_std"].fillna(0)
         low, high = (own["rank"] - spread).clip(lower=0.5), own["rank"] + spread
         axis.fill_between(own["epoch"], low, high, color=colour, alpha=0.15)
     axis.set_yscale("log", base=2)
-    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_ylabel("rank")
-    axis.legend(fontsize=6, ncols=2)
 
 
 def _loss_panel(axis: Axes, rows: pd.DataFrame) -> None:
-    for index, term in enumerate(TERMS_SHOWN):
-        own = rows[(rows["term"] == term) & (rows["loss"] > 0)].sort_values("epoch")
+    for key, term in TERMS.items():
+        own = rows[(rows["key"] == key) & (rows["loss"] > 0)].sort_values("epoch")
         if len(own):
-            line = "none" if term in ("after the cut", "lowest refused") else "-"
-            style: Any = {"markersize": 3, "linewidth": 1, "linestyle": line, "marker": MARKERS[index]}
-            axis.plot(own["epoch"], own["loss"], color=COLOURS[index], label=term, **style)
+            style: Any = {"markersize": 3, "linewidth": 1, "linestyle": "-" if term.line else "none"}
+            axis.plot(own["epoch"], own["loss"], color=term.colour, marker=term.marker, label=term.name, **style)
     axis.set_yscale("log")
     axis.set_ylabel("loss (nats)")
 

@@ -1,8 +1,9 @@
-"""Figure 6: what a selection costs against what it reaches, a mark a selector, a panel a net, size and stage."""
+"""Figure 6: accuracy against the cost of a selection, one panel per network, stage and size."""
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,14 @@ from matplotlib.ticker import NullFormatter
 from spectrim.report import command, figure, selectors, table
 from spectrim.report.command import Options
 from spectrim.report.selectors import BUDGETS
-from spectrim.report.table import Column, Table
+from spectrim.report.table import Column, Table, number
 
 LISTED = Path(__file__).with_name("selectors.csv")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
-MARKERS = "os^vDPX*dphH8"
-DEEPEST = 0.2  # below the dense accuracy: where the panels end
-# Of each stage its cost, and what the axis is called.
-STAGES = {
-    "cut alone": ("cpu_seconds", "CPU seconds (log scale)"),
-    "trained": ("read", "images read (log scale)"),
-}
+MARKERS = "os^vDPX*dphH8<>"
+NETWORK = ("resnet20", "cifar10")  # the figure shows this one, its appendix all others
+DEEPEST = 0.2  # accuracy below the dense network's at which a panel ends
+# The cost that each stage is drawn against, and the label of the axis.
+STAGES = {"cut alone": ("cpu_seconds", "CPU seconds"), "trained": ("read", "images read")}
 COLUMNS = (
     Column("panel", "panel"),
     Column("approach", "selector"),
@@ -45,65 +43,113 @@ NOTES = (
 
 
 def build(options: Options) -> list[Path]:
-    """Accuracy against cost, a row of panels a net: cut alone at each size, then trained."""
+    """Draw accuracy against cost, one panel per network, stage and size, and build the table of the same numbers."""
     found = command.load(options)
     listed = selectors.listed(LISTED)
     rows = selectors.rows(options, found, listed)
     rows["stage"] = rows["epochs"].gt(0).map({False: "cut alone", True: "trained"})
     rows["cost"] = [row[STAGES[row["stage"]][0]] for _, row in rows.iterrows()]
-    # The sizes of one draw share much of it: by itself a selection costs what the first one did.
-    rows["cost"] = rows.groupby(["model", "data", "approach", "stage"])["cost"].transform("max")
+    # The sizes of one draw share work, so the first size costs what a selection costs by itself.
+    rows["cost"] = rows.groupby(["model", "data", "selector", "scratch", "stage"])["cost"].transform("max")
     rows = rows[rows["at"].notna() & (rows["cost"] > 0)]
     if rows.empty:
         raise command.lacking(options, "a selector that tells what it cost")
-    styles = _styles(rows, listed)
+    styles = _styles(listed)
     origin = command.origin(options, found, [LISTED])
-    nets = list(rows[["model", "data"]].drop_duplicates().itertuples(index=False, name=None))
-    shown: list[pd.DataFrame] = []
-    with figure.panels(len(nets), len(STAGES) * len(BUDGETS), 2.5, 2.6) as (canvas, axes):
-        places = iter(axes)
-        for model, data in nets:
-            net = rows[(rows["model"] == model) & (rows["data"] == data)]
-            for stage, (_, cost) in STAGES.items():
-                for size in BUDGETS:
-                    own = net[(net["at"] == size) & (net["stage"] == stage)]
-                    title = f"{model}, {data}, {100 * size:.0f} %, {stage}"
-                    axis = next(places)
-                    _panel(axis, own, title, float(net["dense_accuracy"].iloc[0]), styles)
-                    axis.set_xlabel(cost)
-                    shown.append(own.assign(panel=title))
-        figure.legend(canvas, axes)
-        pictures = figure.save(canvas, options.name, options.out, origin)
-    drawn = Table(options.name, pd.concat(shown), COLUMNS, "What Figure 6 shows: accuracy and cost", NOTES, "panel")
-    return pictures + table.save([drawn], options.out, origin)
-
-
-def _styles(rows: pd.DataFrame, listed: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Of each selector that is drawn its mark, the same whatever else is; with a black edge where from scratch."""
-    order = {name: place for place, name in enumerate(listed["selector"])}
-    found = {}
-    for _, row in (
-        rows.drop_duplicates("approach").sort_values("selector", key=lambda names: names.map(order)).iterrows()
+    panels = _panels(rows)
+    nets = [(panel.model, panel.data) for panel in panels]
+    first = NETWORK if NETWORK in nets else nets[0]
+    pictures: list[Path] = []
+    for name, own in (
+        (options.name, [panel for panel in panels if (panel.model, panel.data) == first]),
+        (f"{options.name}_appendix", [panel for panel in panels if (panel.model, panel.data) != first]),
     ):
-        place = order[row["selector"]]
-        colour = COLOURS[place % len(COLOURS)]
-        found[row["approach"]] = {
-            "color": colour,
-            "marker": MARKERS[place % len(MARKERS)],
-            "markeredgecolor": "#000000" if row["scratch"] else colour,
-            "markersize": 5.5,
-            "linestyle": "none",
-        }
+        if own:
+            pictures += _draw(own, styles, name, options, origin)
+    shown = pd.concat([panel.rows.assign(panel=panel.title) for panel in panels])
+    table_ = Table(options.name, shown, COLUMNS, "What Figure 6 shows: accuracy and cost", NOTES, "panel")
+    return pictures + table.save([table_], options.out, origin)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel: the selectors of a network at one stage and size. ``dense``: the dense network's accuracy."""
+
+    model: str
+    data: str
+    stage: str
+    size: float
+    dense: float
+    rows: pd.DataFrame
+
+    @property
+    def title(self) -> str:
+        """The title of the panel in the table."""
+        return f"{self.model}, {self.data}, {100 * self.size:.0f} %, {self.stage}"
+
+
+def _panels(rows: pd.DataFrame) -> list[Panel]:
+    """Return the panels of every network, in the order of the rows."""
+    found = []
+    for (model, data), net in rows.groupby(["model", "data"], sort=False):
+        for stage in STAGES:
+            for size in BUDGETS:
+                own = net[(net["at"] == size) & (net["stage"] == stage)]
+                found.append(Panel(str(model), str(data), stage, size, float(net["dense_accuracy"].iloc[0]), own))
     return found
 
 
-def _panel(axis: Axes, rows: pd.DataFrame, title: str, dense: float, styles: dict[str, dict[str, Any]]) -> None:
-    lowest = 0.0 if math.isnan(dense) else dense - DEEPEST
-    axis.axhline(100 * dense, color="#000000", linewidth=1, label="dense")
-    for approach, style in styles.items():  # one legend for all panels
-        axis.plot([], [], label=approach, **style)
-    for _, row in rows.iterrows():
+def _draw(
+    panels: Sequence[Panel], styles: dict[str, Any], name: str, options: Options, origin: Mapping[str, Any]
+) -> list[Path]:
+    with figure.panels(len(panels), 3, 2.6, _message(panels)) as (canvas, axes):
+        for panel, axis in zip(panels, axes, strict=True):
+            _draw_panel(axis, panel, styles)
+        for axis in axes[::3]:
+            axis.set_ylabel("top-1 (%)")
+        names = pd.concat([panel.rows for panel in panels]).drop_duplicates("approach")
+        order = names["selector"].map(list(styles).index)
+        for _, row in names.iloc[order.argsort(kind="stable")].iterrows():
+            axes[0].plot([], [], label=row["approach"], **_style(row, styles))
+        figure.legend(canvas, axes, 2)
+        return figure.save(canvas, name, options.out, origin)
+
+
+def _message(panels: Sequence[Panel]) -> str:
+    """Return the message: the accuracy and cost of joint selection beside the best other at the smallest size."""
+    panel = next(one for one in panels if (one.stage, one.size) == ("cut alone", min(BUDGETS)))
+    ours, others = (panel.rows[(panel.rows["selector"] == "joint") == same] for same in (True, False))
+    nets = ", ".join(dict.fromkeys(one.model for one in panels))
+    if ours.empty or others.empty or len({one.model for one in panels}) > 1:
+        return f"Accuracy and cost of every selector on {nets}"
+    best = others.iloc[int(others["test_accuracy"].argmax())]
+    top1, rival = (number(100 * row["test_accuracy"], 1) for row in (ours.iloc[0], best))
+    seconds, longer = (f"{row['cost']:.0f}" for row in (ours.iloc[0], best))
+    return (
+        f"{nets} cut to {100 * panel.size:.0f} %: joint selection keeps {top1} % accuracy in {seconds} CPU seconds, "
+        f"the best other selector {rival} % in {longer}"
+    )
+
+
+def _styles(listed: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Return the colour and marker of each selector. They do not depend on which selectors were run."""
+    order = sorted(listed["selector"], key=lambda name: name != "joint")  # joint selection has the first colour
+    return {
+        name: {"color": colour, "marker": marker, "markeredgecolor": colour, "markersize": 5.5, "linestyle": "none"}
+        for name, colour, marker in zip(order, figure.PALETTE, MARKERS, strict=False)
+    }
+
+
+def _style(row: "pd.Series[Any]", styles: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return styles[row["selector"]] | ({"markeredgecolor": "#000000"} if row["scratch"] else {})
+
+
+def _draw_panel(axis: Axes, panel: Panel, styles: dict[str, dict[str, Any]]) -> None:
+    lowest = 0.0 if math.isnan(panel.dense) else panel.dense - DEEPEST
+    axis.axhline(100 * panel.dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.label)
+    for _, row in panel.rows.iterrows():
         below, spread = row["test_accuracy"] < lowest, row["test_accuracy_std"]
+        hollow = {"markerfacecolor": "none"} if below else {}
         axis.errorbar(
             row["cost"],
             100 * max(row["test_accuracy"], lowest),
@@ -112,12 +158,12 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str, dense: float, styles: dic
             else [[100 * min(spread, row["test_accuracy"] - lowest)], [100 * spread]],
             capsize=2,
             clip_on=False,
-            **styles[row["approach"]] | ({"markerfacecolor": "none"} if below else {}),
+            **_style(row, styles) | hollow,
         )
-    axis.set(xscale="log", ylabel="top-1 (%)")
-    axis.xaxis.set_minor_formatter(NullFormatter())  # they overlap where an axis spans less than two decades
+    axis.set(xscale="log", xlabel=STAGES[panel.stage][1])
+    axis.xaxis.set_minor_formatter(NullFormatter())  # its labels overlap on an axis of less than two decades
     axis.set_ylim(bottom=max(axis.get_ylim()[0], 100 * lowest))
-    axis.set_title(title, fontsize=7)
+    axis.set_title(f"{panel.model}, {100 * panel.size:.0f} %, {panel.stage}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

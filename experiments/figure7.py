@@ -1,24 +1,25 @@
-"""Figure 7: what each selector keeps of every kind of layer of a language model, block after block (Table 3's runs)."""
+"""Figure 7: the share that each selector keeps of every kind of layer, block by block (records of Table 3)."""
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from spectrim.records.records import Record, class_of
+from spectrim.records.records import Record, algorithm_of
 from spectrim.report import command, figure, frame, table
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table
 
-AIMED = 0.8  # of several sizes the one that is nearest to this
-ACROSS = 2
+AIMED = 0.8  # share of the parameters; of several sizes the nearest to it is shown
+SHOWN = ("lossless", "rankselection", "joint")  # in the figure; its appendix shows the rest
 ALGORITHMS = {"lossless": "lossless", "compact": "compact", "rankselection": "rank selection", "joint": "joint, ours"}
-# The end of a layer's name, in Llama, BERT and GPT-2, and what is shown for it.
+# The end of a layer's name, in Llama, BERT and GPT-2, and the printed kind.
 KINDS = (
     (r"q_proj|\.query", "q"),
     (r"k_proj|\.key", "k"),
@@ -32,7 +33,7 @@ KINDS = (
 COLOURS = dict(
     zip(
         (kind for _, kind in KINDS),
-        ("#0072B2", "#56B4E9", "#009E73", "#000000", "#F0E442", "#CC79A7", "#E69F00", "#D55E00"),
+        ("#0072B2", "#56B4E9", "#009E73", "#000000", "#332288", "#CC79A7", "#E69F00", "#D55E00"),
         strict=True,
     )
 )
@@ -44,6 +45,7 @@ COLUMNS = (
     Column("kept", "params of the layer kept %", 1, scale=100),
     Column("n", "n"),
 )
+ABOUT = ("model", "algorithm")  # columns for the code
 NOTES = (
     "Mean ± standard deviation (ddof = 1) over the calibration seeds. A layer that stays dense keeps 100 % and counts "
     "with its full rank. Of a method with several budgets, the runs nearest to 80 % of the model's parameters.",
@@ -51,7 +53,7 @@ NOTES = (
 
 
 def build(options: Options) -> list[Path]:
-    """A panel a model and method, a line a kind of layer, and the table of what is drawn."""
+    """Draw one panel per model and method, one line per kind of layer, and build the table of the same numbers."""
     found = command.load(options)
     points = pd.DataFrame([point for record in found for point in _points(record)])
     if points.empty:
@@ -60,33 +62,58 @@ def build(options: Options) -> list[Path]:
     nearest = points.groupby(["model", "data", "place"])["off"].transform("min")
     points = points[points["off"].fillna(0) == nearest.fillna(0)].sort_values(["model", "place", "order", "block"])
     points["panel"] = points["model"] + ", " + points["method"]
-    rows = frame.over_seeds(points, ("panel", "kind", "block"), ["rank", "kept"])
-    origin, names = command.origin(options, found), list(dict.fromkeys(rows["panel"]))
-    with figure.panels(-(-len(names) // ACROSS), min(ACROSS, len(names)), 3.6, 2.4) as (canvas, axes):
-        for name, axis in zip(names, axes, strict=False):
-            _panel(axis, rows[rows["panel"] == name], name)
-        for axis in axes[len(names) :]:
-            axis.set_axis_off()
-        figure.legend(canvas, axes)
-        drawn = figure.save(canvas, options.name, options.out, origin)
-    shown = Table(options.name, rows, COLUMNS, "What Figure 7 shows: kept rank, block after block", NOTES, "panel")
+    rows = frame.over_seeds(points, ("panel", "kind", "block", *ABOUT), ["rank", "kept"])
+    rows["main"] = _main(rows)
+    origin = command.origin(options, found)
+    drawn = _draw(rows[rows["main"]], _title(rows), options.name, options, origin)
+    if not rows["main"].all():
+        title = "Parameters kept of every layer, by selectors that Figure 7 leaves out"
+        drawn += _draw(rows[~rows["main"]], title, f"{options.name}_appendix", options, origin)
+    caption = "What Figure 7 shows: kept rank, block after block"
+    shown = Table(options.name, rows, COLUMNS, caption, NOTES, "panel", (*ABOUT, "main"))
     return drawn + table.save([shown], options.out, origin)
+
+
+def _main(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows the figure shows: of each model and algorithm in ``SHOWN``, the setting that removes most."""
+    kept = rows.groupby(["model", "algorithm", "panel"], sort=False)["kept"].mean()
+    smallest = {panel for _, _, panel in kept.groupby(["model", "algorithm"]).idxmin()}
+    return rows["algorithm"].isin(SHOWN) & rows["panel"].isin(smallest)
+
+
+def _title(rows: pd.DataFrame) -> str:
+    """Return the message: the kind of layer of which joint selection keeps least, per model."""
+    joint = rows[(rows["algorithm"] == "joint") & rows["main"]]
+    said = []
+    for model, own in joint.groupby("model", sort=False):
+        kept = own.groupby("kind")["kept"].mean()
+        said.append(f"of the {kept.idxmin()} layers of {model} ({100 * kept.min():.0f} % on average)")
+    return f"Joint selection keeps least {' and '.join(said)}" if said else "Parameters kept of every layer"
+
+
+def _draw(rows: pd.DataFrame, title: str, name: str, options: Options, origin: Mapping[str, Any]) -> list[Path]:
+    names = list(dict.fromkeys(rows["panel"]))
+    with figure.panels(len(names), 3, 2.2, title, share="y") as (canvas, axes):
+        for panel, axis in zip(names, axes, strict=True):
+            _panel(axis, rows[rows["panel"] == panel], panel)
+        figure.legend(canvas, axes, len(COLOURS))
+        return figure.save(canvas, name, options.out, origin)
 
 
 def _points(record: Record) -> list[dict[str, Any]]:
     settings = record["config"]["algorithm"]
-    kind = class_of(settings)
-    if kind not in ALGORITHMS or _varied(settings) or record["config"]["decomposer"].get("embeddings"):
+    algorithm = algorithm_of(record)
+    if algorithm not in ALGORITHMS or _varied(settings) or record["config"]["decomposer"].get("embeddings"):
         return []
-    known = ALGORITHMS[kind]
     asked = settings.get("params_kept")
     gamma = f", gamma {settings['gamma']}" if "gamma" in settings else ""
     about = {
         "model": record["config"]["model"].get("name") or record["names"]["model"],
         "data": record["names"]["data"],
-        "method": known + gamma + ("" if asked is None else f", {100 * asked:g} %"),
+        "algorithm": algorithm,
+        "method": ALGORITHMS[algorithm] + gamma + ("" if asked is None else f", {100 * asked:g} %"),
         "asked": asked,
-        "place": list(ALGORITHMS).index(kind),
+        "place": list(ALGORITHMS).index(algorithm),
         "seed": record["seed"],
         "calibration_seed": record["calibration_seed"],
     }
@@ -94,12 +121,12 @@ def _points(record: Record) -> list[dict[str, Any]]:
 
 
 def _varied(settings: dict[str, Any]) -> bool:
-    """Joint selection with a refit, which changes no rank, or with another expansion than that of the other runs."""
+    """Return whether a joint selection has a refit, which changes no rank, or an unusual expansion."""
     return bool(settings.get("refit") or settings.get("interaction") or settings.get("significance", 0) is None)
 
 
 def _layer(layer: dict[str, Any]) -> list[dict[str, Any]]:
-    """One layer of a block, as a point; none where its name says no kind."""
+    """Return one layer of a block as a point; nothing if its name belongs to no kind."""
     block = re.search(r"\.(\d+)\.", layer["layer"])
     for order, (pattern, kind) in enumerate(KINDS):
         if block and re.search(f"({pattern})$", layer["layer"]):
@@ -111,14 +138,12 @@ def _layer(layer: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
     for kind, own in rows.groupby("kind", sort=False):
+        kept, spread = 100 * own["kept"], 100 * own["kept_std"].fillna(0.0)
         style: Any = {"color": COLOURS[str(kind)], "linewidth": 1.1, "marker": "o", "markersize": 2.5}
-        axis.plot(own["block"], 100 * own["kept"], label=str(kind), **style)
-        spread = 100 * own["kept_std"].fillna(0.0)
-        axis.fill_between(
-            own["block"], 100 * own["kept"] - spread, 100 * own["kept"] + spread, color=COLOURS[str(kind)], alpha=0.15
-        )
-    axis.set_title(title, fontsize=8)
-    axis.set(xlabel="block", ylabel="parameters kept (%)", ylim=(0, 105))
+        axis.plot(own["block"], kept, label=str(kind), **style)
+        low, high = (kept - spread).clip(lower=0.0), (kept + spread).clip(upper=100.0)
+        axis.fill_between(own["block"], low, high, color=COLOURS[str(kind)], alpha=0.15)
+    axis.set(title=fill(title, 30), xlabel="block", ylabel="parameters kept (%)", ylim=(0, 105))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

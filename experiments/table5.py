@@ -115,7 +115,7 @@ def _method(record: Record) -> str:
     settings, algorithm = record["config"]["algorithm"], algorithm_of(record)
     spatial = ["spatial"] if record["config"]["decomposer"].get("view") == "spatial" else []
     if algorithm == "svdtraining":
-        said = f"SVD training {trainings.start(record)}, {trainings.way(record)}"
+        said = ", ".join([f"SVD training {trainings.start(record)}", *trainings.way(record)])
     elif algorithm == "finetuning":
         said = f"{_cut(settings['selector'])}, then fine-tuned"
     else:

@@ -1,12 +1,18 @@
-"""Figures 1-3: the tables of what they show carry the verdict on S1's claim."""
+"""Figures: what every figure keeps to, and the verdicts on S1's claims beside Figures 1 to 3."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from spectrim.records import records
+from spectrim.report import figure
 
 Script = Callable[[str], ModuleType]
 
@@ -49,3 +55,68 @@ def test_figure3_without_the_runs_of_table2_draws_the_sweep_alone(
         records.write(tmp_path / "records", one)
     text = notes(script, "figure3", tmp_path / "records", tmp_path)
     assert "not comparable: no lossless or compact run" in text
+
+
+FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "figure6", "figure7")
+
+
+@pytest.fixture(scope="module")
+def canvases(script: Script, recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Figure]:
+    """Every figure that a script saves, by its name."""
+    found: dict[str, Figure] = {}
+    saved = figure.save
+
+    def keep(canvas: Figure, name: str, *rest: Any) -> list[Path]:
+        found[name] = canvas
+        return saved(canvas, name, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure, "save", keep)
+        for name in FIGURES:
+            out = tmp_path_factory.mktemp(name)
+            assert script(name).main(["--records", str(recorded), "--out", str(out)]) == 0
+    return found
+
+
+def test_every_figure_has_a_message_and_fits_a_page_with_letters_of_9_points(canvases: dict[str, Figure]) -> None:
+    assert set(FIGURES) <= set(canvases)
+    for name, canvas in canvases.items():
+        assert canvas.get_suptitle(), name
+        assert canvas.get_figwidth() == figure.WIDTH
+        small = [text.get_text() for text in canvas.findobj(Text) if text.get_text() and text.get_fontsize() < 9]
+        # Exponents of ten are set smaller by mathtext, inside a text of 9 points.
+        assert not small, (name, small)
+
+
+def test_a_main_figure_has_at_most_six_panels_and_figure_4_has_one(canvases: dict[str, Figure]) -> None:
+    shown = {
+        name: sum(axis.axison for axis in canvas.axes)
+        for name, canvas in canvases.items()
+        if not name.endswith("_appendix")
+    }
+    assert max(shown.values()) <= 6 and shown["figure4"] == 1
+
+
+def test_no_two_curves_of_a_panel_have_one_colour(canvases: dict[str, Figure]) -> None:
+    for name, canvas in canvases.items():
+        for axis in canvas.axes:
+            handles, labels = axis.get_legend_handles_labels()
+            looks = {}
+            for handle, label in zip(handles, labels, strict=True):
+                line: Any = handle[0] if isinstance(handle, tuple) else handle
+                # From scratch is the same selector: it differs in the edge of its marker.
+                looks[label] = (line.get_color(), line.get_markeredgecolor())
+            assert len(set(looks.values())) == len(looks), (name, looks)
+
+
+@pytest.mark.parametrize("name", ["figure1", "figure3", "figure4_loss_parameters", "figure4_loss_macs"])
+def test_no_axis_and_no_bar_reaches_a_loss_of_zero(canvases: dict[str, Figure], name: str) -> None:
+    for axis in canvases[name].axes:
+        if axis.axison:
+            assert axis.get_yscale() == "log" and axis.get_ylim()[0] > 0.1
+            assert all(path.vertices[:, 1].min() > 0.1 for bars in axis.collections for path in bars.get_paths())
+
+
+def test_a_bar_ends_at_the_lowest_value_and_a_single_run_has_none() -> None:
+    rows = pd.DataFrame({"loss": [3.0, 1.0, 0.5], "loss_std": [4.0, 0.25, math.nan]})
+    assert figure.bars(rows, "loss", 0.75).to_numpy().tolist() == [[2.25, 0.25, 0.0], [4.0, 0.25, 0.0]]

@@ -1,6 +1,7 @@
 """Figures: the same bytes from the same numbers, colours and markers apart."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ from spectrim.report import figure
 
 
 def draw(folder: Path) -> dict[str, bytes]:
-    with figure.panels(1, 2, 2.0, 1.5) as (canvas, axes):
+    with figure.panels(2, 2, 1.5, "A message") as (canvas, axes):
         for name, axis in zip(("one", "two"), axes, strict=True):
             axis.plot([1, 2, 3], [0.3, 1.0, 2.5], label=name)
             axis.set(title=name, xlabel="parameters kept (%)")
-            figure.losses(axis)
+        figure.losses(axes)
         paths = figure.save(canvas, "plot", folder, {"command": "python x"})
     return {path.name: path.read_bytes() for path in paths}
 
@@ -32,10 +33,27 @@ def test_every_method_has_a_colour_and_a_marker_of_its_own() -> None:
         assert len({getattr(series, own) for series in known}) == len(known)
 
 
-@pytest.mark.parametrize(("values", "scale"), [([0.30, 0.34], "linear"), ([0.3, 2.5], "log"), ([0.0, 2.5], "linear")])
-def test_losses_are_logarithmic_only_where_they_span_much(values: list[float], scale: str) -> None:
-    with figure.panels(1, 1, 2.0, 1.5) as (_, (axis,)):
-        axis.plot(values)
-        figure.losses(axis)
-        assert axis.get_yscale() == scale
-        assert ("log" in axis.get_ylabel()) == (scale == "log")
+def test_losses_of_all_panels_have_one_logarithmic_axis() -> None:
+    with figure.panels(2, 2, 1.5, "A message", share="y") as (_, axes):
+        for axis, values in zip(axes, ([0.3, 0.34], [0.3, 2.5]), strict=True):
+            axis.plot(values)
+        figure.losses(axes)
+        assert {axis.get_yscale() for axis in axes} == {"log"}
+        assert all(axis.get_ylim() == pytest.approx((0.255, 2.875)) for axis in axes)
+        assert [axis.yaxis.label.get_visible() for axis in axes] == [True, False]
+
+
+def test_the_lowest_panel_of_each_column_carries_the_labels() -> None:
+    with figure.panels(5, 3, 1.5, "A message", share="all") as (_, axes):
+        assert [axis.xaxis.label.get_visible() for axis in axes] == [False, False, True, True, True]
+
+
+def test_names_at_the_ends_do_not_overlap() -> None:
+    with figure.panels(1, 1, 3.0, "A message") as (canvas, (axis,)):
+        axis.set_ylim(0, 10)
+        figure.label_ends(
+            axis, [(1, 5.0, "lower", "#000000"), (1, 5.1, "upper", "#D55E00"), (1, 1.0, "far", "#009E73")]
+        )
+        canvas.draw_without_rendering()
+        boxes = sorted((text.get_window_extent() for text in axis.texts), key=lambda box: box.y0)
+        assert all(low.y1 <= high.y0 for low, high in pairwise(boxes))

@@ -103,6 +103,12 @@ def _label_outer(axis: Axes, share: Share, left: bool, lowest: bool) -> None:
         axis.tick_params(labelbottom=lowest)
 
 
+def split(name: str, models: Sequence[str], most: int) -> list[tuple[str, Sequence[str]]]:
+    """Return the figure ``name`` with its first ``most`` models, and an appendix with the others if there are any."""
+    parts = [(name, models[:most]), (f"{name}_appendix", models[most:])]
+    return [(part, own) for part, own in parts if own]
+
+
 def losses(axes: Sequence[Axes], label: str = "test loss") -> None:
     """Make the loss axis of panels that share it logarithmic, and label it. Call it after everything is drawn."""
     low, high = (choose(axis.dataLim.intervaly[at] for axis in axes) for at, choose in enumerate((min, max)))
@@ -178,3 +184,19 @@ def legend(figure: Figure, axes: Sequence[Axes], columns: int = 3) -> None:
     """Draw one legend below all panels that names each line once, in ``columns`` columns."""
     handles = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
+
+
+def label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Write the name of each curve to the left of its left end, in its colour.
+
+    ``ends``: x, y, name and colour of each curve. Names that would overlap are moved apart, the highest stays.
+    """
+    low, high = axis.get_ylim()
+    gap = (high - low) * 0.06
+    free = high
+    for x, y, name, colour in sorted(ends, key=lambda end: -end[1]):
+        free = min(y, free)
+        axis.annotate(
+            name, (x, free), xytext=(-6, 0), textcoords="offset points", ha="right", va="center", color=colour
+        )
+        free -= gap

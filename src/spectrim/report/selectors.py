@@ -111,7 +111,7 @@ def _requested(record: Record, selector: Mapping[str, Any]) -> str:
     if selector.get("params_kept") is not None:
         return f"{100 * selector['params_kept']:g} %"
     if trainings.is_training(record):
-        return trainings.way(record)
+        return ", ".join(trainings.way(record))
     return frame.mode(selector) or "its own choice"
 
 

@@ -49,8 +49,8 @@ def key(record: Record) -> tuple[str, float, float, int, bool, float]:
     )
 
 
-def way(record: Record) -> str:
-    """Return the ``key`` of a training in words."""
+def way(record: Record) -> list[str]:
+    """Return the ``key`` of a training in words, one part per setting."""
     regulariser, strength, epsilon, cuts, priced, lr = key(record)
     parts = [f"{regulariser} {strength:g}" if strength else regulariser, f"ε {epsilon:g}"]
     parts.append(f"{cuts} cut{'s' * (cuts != 1)}")
@@ -58,4 +58,4 @@ def way(record: Record) -> str:
         parts.append("priced")
     if lr:
         parts.append(f"steps as printed, lr {lr:g}")
-    return ", ".join(parts)
+    return parts

@@ -1,0 +1,119 @@
+"""Convert records of selectors with a budget to curves of accuracy and loss over size, for Figure 4."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from spectrim.records.records import Record
+from spectrim.report import claims, command, compare, frame
+from spectrim.report.claims import Claim
+from spectrim.report.command import Options
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a selector is drawn, and its name. ``refits``: its refit moves the BatchNorm means with the factors."""
+
+    name: str
+    colour: str
+    marker: str
+    refits: bool = False
+
+
+# By the key that ``_key`` gives, in the order of the legend.
+CURVES = {
+    "truncation": Curve(frame.SELECTORS["truncation"], "#777777", "s"),
+    "energy": Curve("energy truncation", "#999933", "D"),
+    "globalthreshold": Curve(frame.SELECTORS["globalthreshold"], "#56B4E9", "^"),
+    "alds": Curve(frame.SELECTORS["alds"], "#CC79A7", "v"),
+    "aimet": Curve(frame.SELECTORS["aimet"], "#8C564B", "d"),
+    "sensitivity": Curve(frame.SELECTORS["sensitivity"], "#009E73", "P"),
+    "knapsack": Curve(frame.SELECTORS["knapsack"], "#0072B2", "o"),
+    "refitted": Curve("knapsack (BALF), refitted as ours", "#332288", "p", refits=True),
+    "verified": Curve("joint, ours, loss verified", "#E69F00", "*", refits=True),
+    "joint": Curve(frame.SELECTORS["joint"], "#D55E00", "X", refits=True),
+}
+KEPT = ", BatchNorm kept"
+NEAR = 0.005  # share of the parameters: a published size this close to a row is the same size
+TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
+VALUES = ("params_kept", "macs_kept", "test_accuracy", "change_test_accuracy_pp", "test_loss", "change_test_loss")
+POINT = ("model", "data", "method")
+# Columns for the code: the key of the curve, whether BatchNorm statistics stayed, name and value of the request.
+ABOUT = ("curve", "kept", "target", "requested")
+KEYS = (*frame.KEYS, *ABOUT)
+
+
+def rows(options: Options, found: Sequence[Record], published: Sequence[Claim]) -> pd.DataFrame:
+    """Return one row per curve and size, averaged over seeds, with each model's dense row first.
+
+    The columns are those of ``frame.with_dense``, ``KEYS``, ``decomposer``, ``asked`` (the request in words),
+    ``published`` (the published change of accuracy at this size) and ``verdict`` (on ALDS as published).
+
+    ``published``: the points of the published curve.
+    Raises ``UserError`` where one point would be drawn through runs of different settings.
+    """
+    runs = _points(command.runs(options, found, [*frame.SELECTORS, "refitted"]))
+    about = runs.drop_duplicates(list(POINT))[[*POINT, *ABOUT, "decomposer", "asked"]]
+    together = frame.with_dense(runs, VALUES).merge(about, "left", list(POINT))
+    return pd.concat([_judged(own, of(published, own)) for _, own in together.groupby("model", sort=False)])
+
+
+def of(published: Sequence[Claim], own: pd.DataFrame) -> list[Claim]:
+    """Return the published points of the network and data of the rows ``own``."""
+    names = [claims.plain(own[key].iloc[0]) for key in ("network", "data")]
+    return [point for point in published if [claims.plain(point.model), claims.plain(point.data)] == names]
+
+
+def _points(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs with ``variant`` the curve, ``asked`` the point on it and ``method`` both, in legend order."""
+    keys = [_key(*run) for run in zip(runs["algorithm"], runs["settings"], strict=True)]
+    requests = [_request(settings) for settings in runs["settings"]]
+    kept = [
+        not CURVES[key].refits and settings["batch_norm"] == "keep"
+        for key, settings in zip(keys, runs["settings"], strict=True)
+    ]
+    runs = runs.assign(
+        curve=keys,
+        kept=kept,
+        target=[target for target, _ in requests],
+        requested=[value for _, value in requests],
+        variant=[CURVES[key].name + (KEPT if still else "") for key, still in zip(keys, kept, strict=True)],
+        asked=[f"{target.replace('_', ' ')} {value:g}" for target, value in requests],
+        place=[list(CURVES).index(key) for key in keys],
+        size=[-value for _, value in requests],
+    )
+    point = ["model", "data", "variant", "asked"]
+    frame.require_one_setting(runs, point, "{variant} at {asked} on {model}, {data}", "Figure 4 has one point")
+    runs["method"] = runs["variant"] + ", " + runs["asked"]
+    return runs.sort_values(["model", "place", "variant", "size", "first_signature"], kind="stable")
+
+
+def _key(algorithm: str, settings: Mapping[str, Any]) -> str:
+    """Return the key in ``CURVES``."""
+    if algorithm == "truncation" and settings.get("algorithm.energy") is not None:
+        return "energy"
+    return "verified" if settings.get("algorithm.max_loss_increase") is not None else algorithm
+
+
+def _request(settings: Mapping[str, Any]) -> tuple[str, float]:
+    """Return the name and the value of what a run was to meet, such as ``params_kept`` and 0.5."""
+    given = {key: settings.get(f"algorithm.{key}", settings.get(f"algorithm.selector.{key}")) for key in TARGETS}
+    name, value = next((name, value) for name, value in given.items() if value is not None)
+    return name, float(value)
+
+
+def _judged(own: pd.DataFrame, points: Sequence[Claim]) -> pd.DataFrame:
+    """Add the published change of accuracy at each row's size, and whether ALDS as published meets it."""
+    changes: list[float] = []
+    verdicts: list[compare.Verdict | None] = []
+    for _, row in own.iterrows():
+        near = [point for point in points if abs(1 - point.drop - row["params_kept"]) <= NEAR]
+        point = near[0] if near and row["algorithm"] != "dense" else None
+        changes.append(math.nan if point is None else point.values["change_top1_pp"])
+        same = point is not None and row["curve"] == "alds" and row["kept"]
+        tolerance = math.nan if point is None else point.tolerances["change_top1_pp"]
+        verdicts.append(compare.verdict(changes[-1], row["change_test_accuracy_pp"], tolerance) if same else None)
+    return own.assign(published=changes, verdict=pd.Series(verdicts, index=own.index, dtype=object))
