@@ -1,13 +1,20 @@
 """Image files in ImageNet's layout."""
 
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from spectrim.data import image_folder
 from spectrim.data.image_folder import MEAN, STD, ImageFolder
 from spectrim.errors import UserError
+from spectrim.tools.torchvision_shim import prepare
 
 COLOURS = {"cat": (255, 0, 0), "dog": (0, 0, 255)}
 
@@ -81,7 +88,7 @@ def test_file_that_is_no_image(root: Path, workers: int) -> None:
 def test_bad_folders(root: Path) -> None:
     with pytest.raises(UserError, match=r"data.root is not set"):
         ImageFolder().load()
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="nowhere/train cannot be listed .No such file or directory.; an image folder"):
         settings(root / "nowhere").load()
     (root / "val" / "eel").mkdir()
     with pytest.raises(UserError, match="eel"):
@@ -93,3 +100,101 @@ def test_bad_folders(root: Path) -> None:
         settings(root, image_size=21)
     with pytest.raises(UserError, match="workers"):
         settings(root, workers=-1)
+
+
+def test_the_listing_is_that_of_torchvision(root: Path) -> None:
+    deep = root / "train" / "cat" / "b" / "c"
+    deep.mkdir(parents=True)
+    for name in ("Z.JPG", "a.webp", "notes.txt"):
+        shutil.copy(root / "train" / "cat" / "0.png", deep / name)
+    (root / "train" / "cat" / "a").symlink_to(root / "train" / "dog")
+    prepare()
+    from torchvision import datasets
+
+    theirs = datasets.ImageFolder(str(root / "train"))
+    paths, labels, classes = image_folder._listing(root, "train")
+    assert [str(root / path) for path in paths] == [path for path, _ in theirs.samples]
+    assert labels.tolist() == theirs.targets and classes == theirs.classes
+
+
+def bomb(path: Path) -> None:
+    """A small file of 400 million pixels."""
+    Image.new("1", (20_000, 20_000)).save(path)
+
+
+def broken_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.with_name("nowhere.png"))
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:60])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (bomb, r"is not a readable image \(Image size \(400000000 pixels\) exceeds limit"),
+        (broken_link, r"cannot be read \(No such file or directory\); replace or remove it$"),
+        (pipe, "is not a file; replace or remove it$"),
+        (cut_short, "is not a readable image"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_in_one_line(root: Path, spoil: Callable[[Path], None], said: str) -> None:
+    path = root / "val" / "dog" / "1.png"
+    spoil(path)
+    with pytest.raises(UserError, match=f"^{path} {said}") as refusal:
+        list(settings(root).load().test)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("hidden", ["train", "train/dog", "train/dog/deep"])
+def test_a_folder_that_cannot_be_listed_is_named_and_none_of_its_images_are_left_out(
+    root: Path, monkeypatch: pytest.MonkeyPatch, hidden: str
+) -> None:
+    (root / hidden).mkdir(exist_ok=True)
+    usual = os.scandir
+
+    def scandir(path: Any) -> Iterator[os.DirEntry]:
+        if Path(path) == root / hidden:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return usual(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=f"^{root / hidden} cannot be listed .Permission denied.; [^\n]*$"):
+        settings(root).load()
+
+
+def test_a_name_that_no_file_system_takes_ends_in_a_short_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^x{300}… cannot be listed \(File name too long\)") as refusal:
+        settings(Path("x" * 5000)).load()
+    assert len(str(refusal.value)) < 500
+
+
+def test_names_may_hold_any_bytes(root: Path) -> None:
+    before = settings(root).load().digest
+    os.rename(root / "val" / "cat" / "0.png", os.fsencode(root / "val" / "cat") + b"/\xff.png")
+    assert settings(root).load().digest != before
+
+
+def test_a_train_folder_without_classes_is_refused(root: Path) -> None:
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    with pytest.raises(UserError, match="train holds no folders; give each class a folder with its images$"):
+        settings(root).load()
+
+
+def test_more_processes_than_the_machine_can_run_are_refused(root: Path) -> None:
+    with pytest.raises(UserError, match="^data.workers=100000 is too many for [0-9]+ cores; give at most [0-9]+$"):
+        settings(root, workers=100_000).load()
+
+
+def test_a_process_that_dies_while_it_reads_ends_in_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_folder, "_read", lambda path: os._exit(1))
+    with pytest.raises(UserError, match="^a process that reads images ended [^\n]*; use fewer data.workers$"):
+        list(settings(root, workers=1).load().test)

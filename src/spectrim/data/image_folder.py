@@ -1,22 +1,27 @@
 """Image files in ImageNet's layout, ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``, read from disk on demand."""
 
 import hashlib
+import os
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from spectrim.data.images import Batch, Splits
 from spectrim.data.splits import ImageData, digest_of, draw
-from spectrim.errors import UserError
+from spectrim.errors import UserError, first_line
 from spectrim.tools.settings import settings
 from spectrim.tools.torchvision_shim import prepare
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training set
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
+WORKERS_PER_CORE = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,18 +53,28 @@ class FolderSplit(Dataset[tuple[Tensor, int]]):
         return self.transform(_read(self.root / self.paths[index])), int(self.labels[index])
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield the batches. Raises ``UserError`` where a file is not a readable image."""
+        """Yield the batches. Raises ``UserError`` where a file is not a readable image, or a worker process fails."""
         loader = DataLoader(self, self.batch_size, sampler=range(len(self.paths)), num_workers=self.workers)
         try:
             yield from loader
         except UserError as error:  # A worker's error message includes its traceback.
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("spectrim.errors.UserError: ")) from None
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that reads images ended ({first_line(error)}); use fewer data.workers"
+            ) from None
 
     def digest(self) -> str:
-        """Return the sha256 over path, size in bytes and label of every file. It does not read the images."""
+        """Return the sha256 over path, size in bytes and label of every file. It does not read the images.
+
+        Raises ``UserError`` for a broken link.
+        """
         sha = hashlib.sha256()
         for path, label in zip(self.paths, self.labels.tolist(), strict=True):
-            sha.update(f"{path}\0{(self.root / path).stat().st_size}\0{label}\n".encode())
+            line = f"{path}\0{_size(self.root / path)}\0{label}\n"
+            sha.update(line.encode("utf-8", "surrogateescape"))  # a name may hold any bytes
         return sha.hexdigest()
 
 
@@ -90,15 +105,20 @@ class ImageFolder(ImageData):
     def load(self) -> Splits:
         """Return the four splits.
 
-        Raises ``UserError`` where the folder does not exist, a class has no images, or the classes of ``val`` and
-        ``train`` differ.
+        Raises ``UserError`` where a folder is missing or cannot be listed, a class has no images, the classes of
+        ``val`` and ``train`` differ, or ``workers`` are more than the machine can run.
         """
         prepare()
         from torchvision import transforms
 
         if not self.root:
             raise UserError("data.root is not set: name a folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg")
-        root = Path(self.root).expanduser()
+        cores = os.cpu_count() or 1
+        if self.workers > WORKERS_PER_CORE * cores:
+            raise UserError(
+                f"data.workers={self.workers} is too many for {cores} cores; give at most {WORKERS_PER_CORE * cores}"
+            )
+        root = Path(os.path.expanduser(self.root))  # Path.expanduser raises for an unknown user
         train_paths, train_labels, classes = _listing(root, "train")
         test_paths, test_labels, test_classes = _listing(root, "val")
         if test_classes != classes:
@@ -138,24 +158,60 @@ class ImageFolder(ImageData):
 
 
 def _listing(root: Path, part: str) -> tuple[list[str], Tensor, list[str]]:
-    """Return relative paths, labels and class names, in torchvision's order."""
-    from torchvision import datasets
+    """Return relative paths, labels and class names, in torchvision's order.
 
-    folder = root / part
-    if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; an image folder holds train/CLASS/*.jpg and val/CLASS/*.jpg")
+    Raises ``UserError`` where a folder is missing or cannot be listed, or a class has no images.
+    """
+    paths: list[str] = []
+    labels: list[int] = []
     try:
-        found = datasets.ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
-    paths = [str(Path(path).relative_to(root)) for path, _ in found.samples]
-    return paths, torch.tensor(found.targets, dtype=torch.int64), found.classes
+        classes = sorted(entry.name for entry in os.scandir(root / part) if entry.is_dir())
+        for label, name in enumerate(classes):
+            found = list(_images(root / part / name))
+            if not found:
+                raise UserError(f"{root / part / name} has no images ({', '.join(EXTENSIONS)}); add some or remove it")
+            paths += [str(path.relative_to(root)) for path in found]
+            labels += [label] * len(found)
+    except OSError as error:
+        raise UserError(
+            f"{_shortened(error.filename)} cannot be listed ({error.strerror}); an image folder holds "
+            "train/CLASS/*.jpg and val/CLASS/*.jpg"
+        ) from None
+    if not classes:
+        raise UserError(f"{root / part} holds no folders; give each class a folder with its images")
+    return paths, torch.tensor(labels, dtype=torch.int64), classes
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    """Yield the image files below ``folder``, sorted. Raises ``OSError`` where a folder cannot be listed."""
+    for inner, _, files in sorted(os.walk(folder, onerror=_raise, followlinks=True)):
+        yield from (Path(inner, file) for file in sorted(files) if file.lower().endswith(EXTENSIONS))
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
 
 
 def _read(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a readable image ({reason}); replace or remove it") from None
+
+
+def _size(path: Path) -> int:
+    """Return the size of a file in bytes. Raises ``UserError`` for a broken link and for what is no file."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); replace or remove it") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{path} is not a file; replace or remove it")
+    return found.st_size
+
+
+def _shortened(path: object) -> str:
+    text = str(path)
+    return text if len(text) <= 300 else f"{text[:300]}…"
