@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectrim.algorithms.compact import Compact
 from spectrim.algorithms.lossless import Lossless
 from spectrim.algorithms.shared.neighbourhood import Neighbourhood
 from spectrim.batches import evaluating
@@ -196,3 +197,34 @@ def test_verified_measures_on_the_verification_split_and_takes_its_gradient_else
     assert accepted and sum(accepted) == pytest.approx(after - dense, abs=1e-6)
     with pytest.raises(UserError, match="no split 'verification'"):
         settings.compress(net, SVD(), Objective(F.cross_entropy, {"calibration": objective.splits["calibration"]}))
+
+
+class WithAuxiliary(nn.Module):
+    """Runs a layer that its loss does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.auxiliary = nn.Linear(32, 64), nn.Linear(64, 10), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        features = torch.relu(self.body(x))
+        return {"logits": self.head(features), "auxiliary": self.auxiliary(features)}
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+@pytest.mark.parametrize("selector", [Lossless, Compact])
+def test_a_layer_outside_of_the_loss_stays_dense_with_a_note(selector: Any, refresh: bool) -> None:
+    batches = [(torch.randn(8, 32), torch.randint(10, (8,)))]
+    objective = Objective(F.cross_entropy, {"calibration": batches})
+    chosen = selector(gamma=None, verified=refresh, refresh=refresh, verify_on="calibration", budget=1e9)
+    result = chosen.compress(WithAuxiliary(), SVD(), objective)
+    assert result.plan and "auxiliary" not in result.plan
+    assert "auxiliary: left dense: the calibration loss does not depend on it" in result.notes
+
+
+def test_missing_verification_batches_are_refused_before_anything_is_decomposed(
+    net: nn.Sequential, batches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SVD, "spectrum", lambda *_: pytest.fail("decomposed"))
+    with pytest.raises(UserError, match="verification"):
+        Lossless(verified=True).compress(net, SVD(), Objective(F.cross_entropy, {"calibration": batches}))

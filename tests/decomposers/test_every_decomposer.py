@@ -75,7 +75,7 @@ def test_parameters_and_macs_are_those_of_the_factored_model(
     macs, _ = layer_macs(factored, names, bench.example)
     expected = costs_of(bench, "macs")
     assert names and {name: float(expected.curves[name][rank]) for name in names} == macs
-    share = costs_of(bench, "params").share(dict.fromkeys(names, rank))
+    share = costs_of(bench, "params").achieved(dict.fromkeys(names, rank))
     assert share == pytest.approx(parameters(factored) / parameters(net))
 
 

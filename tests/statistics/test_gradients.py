@@ -7,9 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.algorithms.lossless import Lossless
 from spectrim.batches import evaluating
-from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.statistics.gradients import mean_gradients
 from spectrim.statistics.objective import Objective
@@ -49,13 +47,14 @@ class Branching(nn.Module):
         return self.head(self.branch(self.trunk(x)) if x.sum() > 0 else self.trunk(x))
 
 
-def test_a_layer_that_some_batches_do_not_use_is_named_and_may_be_left_dense() -> None:
+def test_a_batch_that_does_not_use_a_layer_counts_zero_there_and_a_layer_of_no_batch_is_left_out() -> None:
     using, without = ((sign * torch.ones(4, 6), torch.tensor([0, 1, 2, 0])) for sign in (1, -1))
-    with pytest.raises(UserError, match="^layer branch takes no part in the loss of some batch") as refusal:
-        Lossless(gamma=None).compress(Branching(), SVD(), objective([using, without]))
-    assert "\n" not in str(refusal.value)
-    advised = Lossless(gamma=None).compress(Branching(), SVD(), objective([without, using]))
-    assert "branch: left dense: the model does not call it" in advised.notes and advised.report.layer[0] == "trunk"
+    model, names = Branching(), ["trunk", "branch", "head"]
+    both = objective([using, without]).gradients(model, names)
+    alone = [objective([batch]).gradients(model, names) for batch in (using, without)]
+    assert alone[0].keys() == both.keys() == set(names) and alone[1].keys() == {"trunk", "head"}
+    for name in names:
+        torch.testing.assert_close(both[name], (alone[0][name] + alone[1].get(name, 0)) / 2)
 
 
 def test_a_loss_without_a_gradient_is_refused(net: nn.Sequential, batches: Any) -> None:

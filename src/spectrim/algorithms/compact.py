@@ -2,18 +2,17 @@
 
 from torch import Tensor
 
-from spectrim.algorithms.shared.neighbourhood import Walk
+from spectrim.algorithms.shared.walk import Walk
 from spectrim.errors import UserError
 from spectrim.tools.settings import settings
 
 
 @settings
 class Compact(Walk):
-    """In each layer the smallest rank whose first-order change of the loss is at most ``tolerance``
-    (Zhang et al., arXiv 2412.06867).
+    """Take in each layer the smallest rank whose first-order change of the loss is at most ``tolerance``.
 
-    Over ``0 < k < O*I/(O+I)`` inside the neighbourhood (``norm``, ``gamma``); a layer without such a rank stays dense.
-    The other settings are those of ``Walk``.
+    The candidates are the ranks ``0 < k < O*I/(O+I)`` inside the neighbourhood (``norm``, ``gamma``). A layer without
+    such a rank stays dense (Zhang et al., arXiv 2412.06867). The other settings are those of ``Walk``.
     """
 
     tolerance: float = 0.0
@@ -24,5 +23,5 @@ class Compact(Walk):
             raise UserError(f"tolerance must be at least 0, got {self.tolerance}")
 
     def candidates(self, curve: Tensor, ranks: Tensor) -> Tensor:
-        """The ranks whose first-order change is within the tolerance, the smallest first."""
+        """Return the ranks whose first-order change is within the tolerance, the smallest first."""
         return ranks[curve[ranks] <= self.tolerance]

@@ -1,4 +1,4 @@
-"""Compress, then train what is left: the rival of training at low rank from the start."""
+"""Compress by any selector, then train the compressed model."""
 
 import copy
 from dataclasses import replace
@@ -16,9 +16,10 @@ from spectrim.training.recipe import Recipe
 
 @settings
 class FineTuning:
-    """Any ``selector``, and after it ``recipe`` on the factored model; no layer changes its rank or its form there.
+    """Compress by ``selector``, then train the compressed model by ``recipe``. No layer changes its rank or its form.
 
-    ``state``: a file from which an interrupted training goes on; None: it begins anew.
+    ``seed``: seed of the training.
+    ``state``: the file from which an interrupted training goes on; None keeps nothing.
     """
 
     selector: Algorithm

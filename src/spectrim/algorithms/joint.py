@@ -1,4 +1,4 @@
-"""Joint: which singular components to remove, over all layers together, to second order."""
+"""Joint selection: choose the singular components to remove over all layers together, to second order."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,40 +15,40 @@ from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
-from spectrim.refit.factors import refit
+from spectrim.refit import factors
 from spectrim.statistics import paired_loss
 from spectrim.statistics.fisher import Gates, gate_gradients
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 from spectrim.tools.settings import settings
 
-SMALLEST_STEP = 1 / 64  # of the dense cost: where a search by tolerance ends
-CAUTION = 2.0  # standard errors: of some ten models that a search tries it takes the smallest, not the luckiest
-ROUNDING = 1e-9  # of a step: what it leaves of the way to the budget needs no step of its own
+SMALLEST_STEP = 1 / 64  # a share of the dense cost: a search by tolerance ends at smaller steps
+CAUTION = 2.0  # standard errors above the mean: a search tries some ten models, and one of them may pass by chance
+ROUNDING = 1e-9  # of a step: a smaller rest of the way to the budget takes no step of its own
 
 
 @settings
 class Joint:
-    """Remove the components whose predicted change of the loss per saved cost is lowest, wherever they are.
+    """Remove the components with the lowest predicted change of the loss per saved cost, in whichever layer they are.
 
-    The prediction is to second order in gates on all components (``removal``), taken anew from ``samples`` calibration
-    samples at the partly compressed model after each ``step``, a part of the dense cost. The target is exactly one of
+    The prediction is a second-order expansion in a gate on each component (``removal``). It is computed anew after each
+    step, at the partly compressed model, from ``samples`` calibration samples. Exactly one of the first four is set.
 
-    ``params_kept``, ``macs_kept``: of the whole model, in (0, 1), met from below;
-    ``milliseconds``, above 0: of one forward pass of ``batch_size`` samples, as predicted by the times of all layers
-    measured on this machine first; no layer is left in a form that was not faster than dense, nor is the whole model;
-    ``max_loss_increase``, at least 0: as few parameters as possible with the loss on the ``verification`` split, which
-    no gradient comes from, at most this much above the dense model's, and that with certainty: the mean change over
-    the samples and two standard errors of it. The more samples are there, the more can be taken away.
-
-    ``refit``: the calibration samples by which the factors that are left are fitted to the outputs of the dense layers
-    (``factors.refit``); 0: they stay as cut. For a model of class scores neither part looks at a label.
-
-    Two parts of the expansion are left out unless asked for, as measuring them takes more than some hundred images
-    (Table 9). ``significance``: take the first order too, each slope shrunk by so many standard errors over the samples
-    (``significant``), 0: as it is; a decoder is not at a minimum of its loss on other texts, and some slopes are beyond
-    chance (Table 3). ``interaction``, in [0, 1]: the part of what removed components do to one another, the entries of
-    the Fisher information off its diagonal, that is believed.
+    ``params_kept``, ``macs_kept``: the part of the whole model that is kept, in (0, 1), met from below.
+    ``milliseconds``: a budget above 0 for one forward pass of ``batch_size`` samples. All layers are timed on this
+        machine first. A layer, or the whole model, stays dense where factoring does not make it faster.
+    ``max_loss_increase``: the rise of the loss on the verification split that is allowed, at least 0. As few
+        parameters as possible are kept. A model passes if the mean rise and two standard errors of it stay within the
+        limit, so more samples allow more compression. No gradient is taken on this split.
+    ``step``: the share of the dense cost that is removed between two expansions, in (0, 1).
+    ``refit``: number of calibration samples on which the kept factors are fitted to the outputs of the dense layers
+        (``factors.refit``). 0 leaves them as they are cut. For class scores, no label is used.
+    ``significance``: add the first order, with each slope shrunk by this many standard errors (``significant``); 0 does
+        not shrink. None leaves the first order out, because a trained network is near a minimum and some hundred
+        images give too noisy slopes (Table 9). A decoder is not at a minimum on other texts (Table 3).
+    ``interaction``: the weight, in [0, 1], of the Fisher entries off the diagonal, by which components act on each
+        other. Some hundred images give too noisy estimates (Table 9), so it is 0 by default.
+    ``seed``: seed of the random directions from which the Fisher information is estimated.
     """
 
     params_kept: float | None = None
@@ -82,72 +82,79 @@ class Joint:
             raise UserError(f"samples must be at least 2, got {self.samples}")
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Select components and cut. Raises ``UserError`` for a budget out of reach or no verification split."""
+        """Select components and cut. Raises ``UserError`` for a budget out of reach or missing verification batches."""
+        if self.max_loss_increase is not None:
+            objective.given("verification")  # refused before the decomposition
         bench = Workbench.of(model, decomposer, objective)
         if self.max_loss_increase is not None:
             search = _JointSearch(self, bench, costs_of(bench, "params"))
             search.to_tolerance(self.max_loss_increase)
             return search.finish()
-        bench, costs, share = budget_of(bench, self.params_kept, self.macs_kept, self.milliseconds, self.batch_size)
+        bench, costs, requested = budget_of(bench, self.params_kept, self.macs_kept, self.milliseconds, self.batch_size)
         search = _JointSearch(self, bench, costs)
-        search.to_budget(share)
+        search.to_budget(requested)
         return search.finish()
 
 
 @dataclass
 class _Point:
-    """Where a search stands: the components still there of every layer."""
+    """A point of the search: the indices of the components kept of every layer, and the predicted change."""
 
     kept: dict[str, Tensor]
     predicted: float = 0.0
 
 
 class _JointSearch:
+    """The way from the dense model down to a budget or a tolerance. ``log`` has an entry for each step."""
+
     def __init__(self, chosen: Joint, bench: Workbench, costs: Costs) -> None:
         self.settings, self.bench, self.costs = chosen, bench, costs
         self.point = _Point({name: torch.arange(spectrum.max_rank) for name, spectrum in bench.spectra.items()})
         self.log: list[dict] = []
-        self.left: dict[str, str] = {}  # layers without gates, and why: they stay dense
+        self.without_gates: dict[str, str] = {}  # layers that stay dense, and why they have no gates
 
-    def to_budget(self, target: float) -> None:
-        self.costs.require(target)
-        steps = math.ceil((1 - target) / self.settings.step - ROUNDING)
-        with tqdm(desc="joint", total=max(0, round(100 * (1 - target))), unit="%", leave=False, disable=None) as bar:
+    def to_budget(self, requested: float) -> None:
+        """Go down to the ``requested`` share of the dense cost, in equal steps."""
+        self.costs.require(requested)
+        steps = math.ceil((1 - requested) / self.settings.step - ROUNDING)
+        total = max(0, round(100 * (1 - requested)))
+        with tqdm(desc="joint", total=total, unit="%", leave=False, disable=None) as bar:
             for done in range(1, steps + 1):
-                reached = max(target, 1 - done * self.settings.step)
-                self.point = self._advance(self.point, reached)
-                bar.update(round(100 * (1 - reached)) - bar.n)
-        if self.left and self._share(self.point) > target:
-            raise UserError(f"the budget of {target:.4g} is out of reach of joint selection: {_reasons(self.left)}")
+                share = max(requested, 1 - done * self.settings.step)
+                self.point = self._advance(self.point, share)
+                bar.update(round(100 * (1 - share)) - bar.n)
+        if self.without_gates and self._achieved(self.point) > requested:
+            reasons = _reasons(self.without_gates)
+            raise UserError(f"the budget of {requested:.4g} is out of reach of joint selection: {reasons}")
 
     def to_tolerance(self, increase: float) -> None:
-        """Step down until the verified loss is too high, then again from the last good point with half the step."""
+        """Go down until the verified loss rises too far. Then halve the step and go on from the last good point."""
         objective, step = self.bench.objective, self.settings.step
         dense = paired_loss.losses(objective, self.bench.model, "verification")
-        reached = 1.0
+        achieved = 1.0
         while step >= SMALLEST_STEP:
-            wanted = reached - step
-            candidate = self._advance(self.point, wanted) if wanted > 0 else None
+            requested = achieved - step
+            candidate = self._advance(self.point, requested) if requested > 0 else None
             change = None
             if candidate is not None:
                 change = paired_loss.change(dense, paired_loss.losses(objective, self._cut(candidate), "verification"))
             passed = change is not None and change.mean + CAUTION * change.error <= increase
             said = {} if change is None else {"verified_change": change.mean, "standard_error": change.error}
-            self.log.append({"share": wanted, **said, "passed": passed})
+            self.log.append({"share": requested, **said, "passed": passed})
             if candidate is not None and passed:
-                before, self.point, reached = reached, candidate, self._share(candidate)
-                if not reached < before:  # every layer is down to one component: nothing is left to remove
+                before, self.point, achieved = achieved, candidate, self._achieved(candidate)
+                if not achieved < before:  # every layer is down to one component: nothing is left to remove
                     return
             else:
                 step /= 2
 
-    def _advance(self, point: _Point, share: float) -> _Point:
-        """Linearise at ``point`` and remove until ``share`` of the dense cost is left."""
+    def _advance(self, point: _Point, requested: float) -> _Point:
+        """Expand the loss at ``point`` and remove components until the ``requested`` share of the cost is left."""
         errors, layers = self.settings.significance, {}
         gates = self._linearised(point)
-        self.left |= gates.left
+        self.without_gates |= gates.left
         if not gates.rows:
-            raise UserError(f"joint selection has no layer to choose from: {_reasons(self.left)}")
+            raise UserError(f"joint selection has no layer to choose from: {_reasons(self.without_gates)}")
         for name, row in gates.rows.items():
             curve = self.costs.curves[name][: len(point.kept[name]) + 1]
             J_NR = row.drawn.double()
@@ -157,31 +164,31 @@ class _JointSearch:
             together = self.settings.interaction**0.5 * J_NR if self.settings.interaction else None
             layers[name] = Gated(alone, curve, self.costs.dense[name], together)
         elsewhere = self.costs.total - sum(self.costs.dense[name] for name in layers)
-        budget = share * self.costs.total - elsewhere
-        removal = remove(layers, budget)
-        after = point.kept | {name: point.kept[name][kept] for name, kept in removal.kept.items()}
+        removal = remove(layers, requested * self.costs.total - elsewhere)
+        after = point.kept | {name: point.kept[name][own] for name, own in removal.kept.items()}
         found = _Point(after, point.predicted + removal.predicted)
-        self.log.append({"share": self._share(found), "predicted": removal.predicted})
+        self.log.append({"share": self._achieved(found), "predicted": removal.predicted})
         return found
 
     def _linearised(self, point: _Point) -> Gates:
-        """The gates at ``point``: the same whatever the budget, so that the search for another may have been there.
+        """Return the gate gradients at ``point``. They do not depend on the budget, so they are remembered.
 
-        With ``layers_at_once`` so many layers at a time are factored at full rank, which takes more than dense ones.
+        With ``layers_at_once`` only one block of layers at a time is factored at full rank, because factors of full
+        rank take more memory than a dense layer.
         """
         chosen, bench = self.settings, self.bench
         first_order = chosen.significance is not None
-        left = {name: bench.spectra[name].kept(tuple(kept.tolist())) for name, kept in point.kept.items()}
-        cut = {name for name, kept in point.kept.items() if len(kept) < bench.spectra[name].max_rank}
+        kept = {name: bench.spectra[name].kept(tuple(own.tolist())) for name, own in point.kept.items()}
+        smaller = {name for name, own in point.kept.items() if len(own) < bench.spectra[name].max_rank}
 
         def gates_of(block: Sequence[str], seen: Objective) -> Gates:
-            plan = RankPlan.of({name: own for name, own in left.items() if name in cut or name in block})
+            plan = RankPlan.of({name: own for name, own in kept.items() if name in smaller or name in block})
             factored = replacing.apply(bench.model, plan, bench.spectra, shared=True)
             return gate_gradients(factored, block, seen, chosen.samples, seed=chosen.seed, first_order=first_order)
 
         def gates() -> Gates:
-            blocks, seen = bench.objective.blocks(list(left)), bench.objective
-            if len(blocks) > 1:  # rows of two layers are held against one another: they must be of the same samples
+            blocks, seen = bench.objective.blocks(list(kept)), bench.objective
+            if len(blocks) > 1:  # rows of two layers are compared, so they must come from the same samples
                 seen = seen.held("calibration", chosen.samples)
             found = [gates_of(block, seen) for block in blocks]
             return Gates(*(dict(item for own in part for item in own.items()) for part in zip(*found, strict=True)))
@@ -191,40 +198,43 @@ class _JointSearch:
         return bench.objective.remembered(bench.model, "gates", lambda: (*key, content(here)), gates)
 
     def _keep(self, point: _Point) -> dict[str, tuple[int, ...]]:
-        """What pays: a layer whose components cost no less than the dense layer stays dense."""
-        return {name: tuple(kept.tolist()) for name, kept in point.kept.items() if self.costs.pays(name, len(kept))}
+        """Return the components to keep of each layer that gets cheaper. The other layers stay dense."""
+        return {name: tuple(own.tolist()) for name, own in point.kept.items() if self.costs.pays(name, len(own))}
 
-    def _refit(self, model: nn.Module) -> list[str]:
-        """Fit the factors of ``model`` in place. Return notes on layers that are not fitted."""
+    def _refitted(self, model: nn.Module) -> list[str]:
+        """Fit the factors of ``model`` in place. Return notes on the layers that are not fitted."""
         if not self.settings.refit:
             return []
-        return refit(model, self.bench.model, self.bench.objective, self.settings.refit)
+        return factors.refit(model, self.bench.model, self.bench.objective, self.settings.refit)
 
     def _cut(self, point: _Point) -> nn.Module:
         model = self.bench.cut(self._keep(point))
-        self._refit(model)
+        self._refitted(model)
         return model
 
-    def _share(self, point: _Point) -> float:
-        return self.costs.share({name: len(kept) for name, kept in point.kept.items()})
+    def _achieved(self, point: _Point) -> float:
+        return self.costs.achieved({name: len(own) for name, own in point.kept.items()})
 
     def finish(self) -> Compressed:
-        notes = (f"{name}: left dense: {reason}" for name, reason in self.left.items())
+        """Return the model at the point that was reached."""
+        notes = (f"{name}: left dense: {reason}" for name, reason in self.without_gates.items())
         bench = replace(self.bench, notes=(*self.bench.notes, *notes))
         compressed = bench.finish(self._keep(self.point), self.log)
-        compressed.notes.extend(self._refit(compressed.model))
-        return compressed
+        return replace(compressed, notes=[*compressed.notes, *self._refitted(compressed.model)])
 
 
-def _reasons(left: Mapping[str, str]) -> str:
-    return "; ".join(f"{name} stays dense: {reason}" for name, reason in left.items())
+def _reasons(layers: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} stays dense: {reason}" for name, reason in layers.items())
 
 
 def significant(given_NR: Tensor, errors: float) -> Tensor:
-    """The mean slope of every gate, shrunk towards zero by its standard error (positive-part James-Stein). Shape (R,).
+    """Return the mean slope of every gate, shrunk towards zero by its standard error. Shape (R,).
 
-    The greedy removal looks for the lowest of thousands of slopes, and would find those that chance made low: a slope
-    of fewer than ``errors`` standard errors counts as zero, one of many counts in full.
+    The estimator is the positive-part James-Stein one. Greedy removal takes the lowest of thousands of slopes, and
+    would find those that are low by chance. A slope below ``errors`` standard errors becomes zero, and a slope of many
+    standard errors hardly changes.
+
+    ``given_NR``: the slope of each sample, shape (N, R).
     """
     given_NR = given_NR.double()
     slope, error = given_NR.mean(0), given_NR.std(0) / math.sqrt(len(given_NR))

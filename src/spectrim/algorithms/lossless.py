@@ -1,21 +1,21 @@
-"""Lossless optimisation (S1): make the loss smaller while compressing."""
+"""Lossless optimisation (S1): compress and lower the loss."""
 
 import torch
 from torch import Tensor
 
-from spectrim.algorithms.shared.neighbourhood import Walk
+from spectrim.algorithms.shared.walk import Walk
 from spectrim.tools.settings import settings
 
 
 @settings
 class Lossless(Walk):
-    """In each layer the rank of the most negative first-order change of the loss (Zhang et al., arXiv 2412.06867).
+    """Take in each layer the rank with the most negative first-order change of the loss.
 
-    Over ``0 < k < O*I/(O+I)`` inside the neighbourhood (``norm``, ``gamma``); a layer where no rank has a negative
-    change stays dense. The settings are those of ``Walk``.
+    The candidates are the ranks ``0 < k < O*I/(O+I)`` inside the neighbourhood (``norm``, ``gamma``). A layer without a
+    rank of negative change stays dense (Zhang et al., arXiv 2412.06867). The settings are those of ``Walk``.
     """
 
     def candidates(self, curve: Tensor, ranks: Tensor) -> Tensor:
-        """The ranks of negative first-order change, the most negative first."""
+        """Return the ranks with a negative first-order change, the most negative first."""
         falling = ranks[curve[ranks] < 0]
         return falling[torch.argsort(curve[falling], stable=True)]

@@ -45,7 +45,7 @@ class Probe:
                         "rank": rank,
                         "relative_error": float(spectrum.relative_error()[rank]),
                         "max_abs_error": float(spectrum.largest_entry()[rank]),
-                        "predicted": float(predicted[name][rank]),
+                        "predicted": float(predicted[name][rank]) if name in predicted else 0.0,
                         "measured": objective.evaluate(working).loss - dense_loss,
                         "split": "calibration",
                     }

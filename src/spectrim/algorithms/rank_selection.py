@@ -1,14 +1,13 @@
-"""Rank selection (S2, Algorithms 1 and 2): one threshold on the relative singular values, found on the loss."""
+"""Rank selection (S2, Algorithms 1 and 2): find one threshold on the relative singular values of all layers."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from spectrim.algorithms.shared.bisection import bisect
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.batches import first_samples, sample_count
@@ -23,20 +22,23 @@ from spectrim.theory import bounds
 from spectrim.theory.chain import chain_of
 from spectrim.tools.settings import settings
 
-T = TypeVar("T")
-
 
 @settings
 class RankSelection:
-    """Every layer keeps the components with ``sigma_k / sigma_1 >= delta``, one ``delta`` in [0, 1] for all of them.
+    """Keep in every layer the components with ``sigma_k / sigma_1 >= delta``, with one delta in [0, 1] for all layers.
 
-    ``delta="bisect"``: the largest one found, by bisection down to ``delta_step``, in (0, 1), at which the mean loss is
-    within ``epsilon`` of the dense model's, above or below; ``relative``: epsilon is a fraction of the dense loss.
-    ``delta="theory"``: S2's Theorem 2, which asks for no search, but for cross-entropy and for a chain of Linear,
-    Conv2d and known activations. Losses are those of the first ``subset`` samples of ``split``, of all where None.
+    ``delta``: ``"bisect"`` searches for the largest delta at which the mean loss stays within ``epsilon`` of the dense
+        model's, above or below. ``"theory"`` takes the delta of S2's Theorem 2 without a search. It needs cross-entropy
+        and a chain of Linear, Conv2d and known activations.
+    ``epsilon``: the change of the loss that is allowed, above 0.
+    ``relative``: whether ``epsilon`` is a fraction of the dense loss.
+    ``delta_step``: the bisection ends when delta is known to this width, in (0, 1).
+    ``split``: the split on which the loss is measured.
+    ``subset``: number of samples of ``split`` that are used, from the first; None uses all.
 
-    A layer whose rank would lie above break-even stays dense, in what is measured as in what is returned. S2's
-    Algorithm 1 is mended: its midpoint is (l + u) / 2, and what it returns is the last delta that passed.
+    A layer stays dense where its rank would lie above break-even, in the models that are measured as in the result.
+    Two slips of S2's Algorithm 1 are corrected: the midpoint is (l + u) / 2, and the result is the last delta that
+    passed.
     """
 
     epsilon: float = 0.01
@@ -50,10 +52,11 @@ class RankSelection:
         check_bisection(self.epsilon, self.delta_step, self.subset)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Find delta and cut. The log has each delta tried: its loss, whether it passed, the part kept of all
-        components (before layers above break-even are left dense) and that of the whole model's parameters.
+        """Find delta and cut. At most ``ceil(log2(1 / delta_step)) + 1`` losses are measured.
 
-        At most ``ceil(log2(1 / delta_step)) + 1`` losses are taken, that of the dense model (delta = 0) among them.
+        The log has an entry for each delta, 0 (the dense model) among them: its loss, whether it passed, the part of
+        all components that is kept before layers above break-even are left dense, and the part of the parameters.
+
         Raises ``UserError`` for a layer without singular values, and where ``delta="theory"`` does not apply.
         """
         if self.delta == "theory":
@@ -66,12 +69,12 @@ class RankSelection:
             norm = chain.input_norm(judged.batches(self.split))
             best = search.at(min(1.0, bounds.delta(chain.stages, search.epsilon, norm, "cross_entropy")))
         else:
-            best = bisect(search.at, self.delta_step)
+            best = bisect(search.at, 0.0, 1.0, bisections(self.delta_step), "bisect")
         return replace(best or bench.finish({}), log=search.log)
 
 
 def check_bisection(epsilon: float, delta_step: float, subset: int | None) -> None:
-    """Raise ``UserError`` for settings with which Algorithm 1 cannot work."""
+    """Raise ``UserError`` for settings of Algorithm 1 that are out of range."""
     if not 0 < epsilon < math.inf:
         raise UserError(f"epsilon, a change of the loss, must be finite and above 0, got {epsilon}")
     if not 0 < delta_step < 1:
@@ -80,29 +83,25 @@ def check_bisection(epsilon: float, delta_step: float, subset: int | None) -> No
         raise UserError(f"subset must be at least 1 sample (or null, for all), got {subset}")
 
 
-def bisect(at: Callable[[float], T | None], delta_step: float) -> T | None:
-    """Algorithm 1: what ``at`` gives for the largest delta found that passes (is not None); None where none tried does.
-
-    ``at`` is called ``ceil(log2(1 / delta_step))`` times.
-    """
-    low, high, best = 0.0, 1.0, None
-    for _ in tqdm(range(math.ceil(-math.log2(delta_step))), "bisect", unit="step", leave=False, disable=None):
-        middle = (low + high) / 2
-        found = at(middle)
-        low, high, best = (low, middle, best) if found is None else (middle, high, found)
-    return best
+def bisections(delta_step: float) -> int:
+    """Return how many halvings of [0, 1] give an interval of at most ``delta_step``."""
+    return math.ceil(-math.log2(delta_step))
 
 
 def rank_at(S_R: Tensor, delta: float) -> int:
-    """Algorithm 2: the largest k with ``sigma_k / sigma_1 >= delta``, at least 1, of singular values that fall."""
+    """Return the largest k with ``sigma_k / sigma_1 >= delta``, and at least 1 (S2, Algorithm 2).
+
+    ``S_R``: singular values in descending order, shape (R,).
+    """
     return max(1, int(S_R.ge(delta * S_R[0]).sum()))
 
 
 def singular_values(name: str, spectrum: Spectrum) -> Tensor:
-    """The singular values by which layer ``name`` is cut, falling. Raises ``UserError`` where it has none.
+    """Return the singular values by which layer ``name`` is cut, in descending order. Shape (R,).
 
-    A grouped convolution is one block-diagonal matrix, cut to the same rank in every block: sigma_k is the largest k-th
-    singular value of any group, so that ``sigma_{k+1}`` is the norm of what rank k drops, as the theorems ask.
+    A grouped convolution is one block-diagonal matrix, and all its blocks are cut to the same rank. So sigma_k is the
+    largest k-th singular value of any group. Rank k then drops a matrix of norm ``sigma_{k+1}``, as the theorems need.
+    Raises ``UserError`` for a layer without singular values.
     """
     if isinstance(spectrum, MatrixSpectrum):
         return spectrum.importance.amax(0)  # of the whitened weight, where the decomposition whitens
@@ -110,7 +109,7 @@ def singular_values(name: str, spectrum: Spectrum) -> Tensor:
 
 
 class _DeltaSearch:
-    """The deltas tried on one model."""
+    """The deltas tried on one model. ``log`` has an entry for each."""
 
     def __init__(self, bench: Workbench, objective: Objective, split: str, epsilon: float, relative: bool) -> None:
         self.bench, self.objective, self.split = bench, objective, split
@@ -124,10 +123,10 @@ class _DeltaSearch:
         self._note(0.0, self.dense, True, 1.0, 1.0)
 
     def at(self, delta: float) -> Compressed | None:
-        """The model cut at ``delta``, or None where its loss is too far from the dense one."""
+        """Return the model cut at ``delta``, or None where its loss is too far from the dense one."""
         ranks = {name: rank_at(S_R, delta) for name, S_R in self.sigma.items()}
         cut = self.bench.finish(ranks)
-        if cut.plan not in self.losses:  # deltas between the same two singular values give one and the same model
+        if cut.plan not in self.losses:  # deltas between the same two singular values give the same model
             self.losses[cut.plan] = self.objective.evaluate(cut.model, self.split).loss
         loss = self.losses[cut.plan]
         passed = abs(loss - self.dense) < self.epsilon
@@ -142,7 +141,10 @@ class _DeltaSearch:
 
 
 def on_subset(objective: Objective, split: str, subset: int | None) -> Objective:
-    """The same loss on the first ``subset`` samples of ``split``, read once."""
+    """Return the same loss on the first ``subset`` samples of ``split``, which are held in memory.
+
+    Raises ``UserError`` where the split has fewer samples.
+    """
     if subset is None:
         return objective
     taken, left = [], subset

@@ -1,4 +1,6 @@
-"""Any selector, and after it the fit of the factors to the outputs of the dense layers."""
+"""Compress by any selector, then fit the factors to the outputs of the dense layers."""
+
+from dataclasses import replace
 
 from torch import nn
 
@@ -12,9 +14,9 @@ from spectrim.tools.settings import settings
 
 @settings
 class Refitted:
-    """Compress by ``selector``, then fit what is left by ``samples`` calibration samples (``factors.refit``).
+    """Compress by ``selector``, then fit the kept factors on ``samples`` calibration samples (``factors.refit``).
 
-    What joint selection does at its end, for the others: without labels and without training.
+    Joint selection ends with the same refit. It needs no labels and no training.
     """
 
     selector: Algorithm
@@ -27,5 +29,5 @@ class Refitted:
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Compress and fit. Raises ``UserError`` for an empty calibration set."""
         compressed = self.selector.compress(model, decomposer, objective)
-        compressed.notes.extend(refit(compressed.model, model, objective, self.samples))
-        return compressed
+        notes = refit(compressed.model, model, objective, self.samples)
+        return replace(compressed, notes=[*compressed.notes, *notes])

@@ -1,4 +1,4 @@
-"""SVD training with rank selection (S2, Algorithm 3): train U, S and V, and cut them between the epochs."""
+"""SVD training with rank selection (S2, Algorithm 3): train U, S and V, and cut them between epochs."""
 
 import copy
 import math
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from spectrim.algorithms.rank_selection import bisect, check_bisection, on_subset, rank_at
+from spectrim.algorithms.rank_selection import bisections, check_bisection, on_subset, rank_at
+from spectrim.algorithms.shared.bisection import bisect
 from spectrim.algorithms.shared.compressed import Compressed
-from spectrim.algorithms.shared.trained import finished, plain_svd, train_as
+from spectrim.algorithms.shared.trained import finished, plain_svd, train_by_settings
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
@@ -29,26 +30,34 @@ Ranks = dict[str, int]
 
 @settings
 class SVDTraining:
-    """Train every layer that can be factored as ``U diag(S) Vh``, selecting ranks as it goes.
+    """Train every layer that can be factored as ``U diag(S) Vh``, and lower its rank between epochs.
 
-    The loss is that of the task on the ``train`` split, plus ``orthogonality`` times the mean squared distance of
-    U^T U and V^T V from the identity (Yang et al., arXiv 2004.09031), plus ``strength`` times the ``regulariser`` of
-    each layer's singular values: their sum (``nuclear``) or that over their 2-norm (``hoyer``). The regulariser ends
-    with the last selection, since lowering ranks is all that it is for. An untrained model is trained from scratch, a
-    trained one goes on. The factors have no weight decay.
+    The loss is that of the task plus two penalties. ``orthogonality`` weighs the mean squared distance of U^T U and
+    V^T V from the identity (Yang et al., arXiv 2004.09031). ``strength`` weighs the ``regulariser`` of each layer's
+    singular values. An untrained model is trained from scratch, and a trained one goes on. The factors have no weight
+    decay.
 
-    After every epoch, or every ``every`` epochs, but not in the first ``warm_up`` nor the last ``cool_down`` epochs,
-    the factors are made orthonormal, which leaves the function as it is, and cut by the bisection of ``RankSelection``
-    (``epsilon``, ``relative``, ``delta_step``) on the task's loss over the first ``subset`` samples of ``split``; what
-    the optimizer remembers of them is cut alongside. At the end a layer above break-even is folded back to dense.
+    Between epochs the factors are made orthonormal, which does not change the function. They are then cut by the
+    bisection of ``RankSelection``, and the optimizer's state is cut with them. At the end a layer above break-even
+    becomes dense again.
 
-    ``bounded``: whether the gradients of the factors are divided by how much further than a step on the weight itself
-    theirs would move it (``svd_weights.bound_steps``). The source does not; without, a learning rate that suits the
-    dense net is too large for its factors.
-    ``priced``: whether the threshold of a layer is delta times the root of what one of its ranks costs, over that of
-    the layer whose ranks cost most parameters, so that energy is weighed against what it costs. As printed, all layers
-    share one threshold, and a layer that holds few parameters is cut as hard as one that holds many.
-    ``state``: a file from which an interrupted training goes on; None: it begins anew.
+    ``recipe``: how to train.
+    ``regulariser``: ``"nuclear"``, the sum of the singular values; ``"hoyer"``, that sum over their 2-norm; or
+        ``"none"``. It serves to lower ranks, so it ends with the last selection.
+    ``bounded``: whether to divide the gradients of the factors, so that no step moves the weight further than a step on
+        the weight itself would (``svd_weights.bound_steps``). The source does not. Without it, a learning rate that
+        suits the dense network is too large for its factors.
+    ``priced``: whether the threshold of a layer grows with the root of what one of its ranks costs. The threshold of
+        the layer with the most expensive ranks is delta. As printed, all layers share one threshold, so a small layer
+        is cut as hard as a large one.
+    ``epsilon``, ``relative``, ``delta_step``: the bisection, see ``RankSelection``.
+    ``split``: the split on which a selection measures the task's loss.
+    ``subset``: number of samples of ``split`` that are used, from the first; None uses all.
+    ``every``: number of epochs between two selections.
+    ``warm_up``: number of epochs before the first selection.
+    ``cool_down``: number of epochs after the last selection.
+    ``seed``: seed of the training.
+    ``state``: the file from which an interrupted training goes on; None keeps nothing.
     """
 
     recipe: Recipe = field(default_factory=lambda: Recipe(epochs=8, lr=0.05))
@@ -76,23 +85,25 @@ class SVDTraining:
             raise UserError("every must be at least 1, warm_up and cool_down at least 0 epochs")
 
     def selects(self, epoch: int) -> bool:
-        """Whether ranks are selected after ``epoch``, counted from 0."""
+        """Return whether ranks are selected after ``epoch``, counted from 0."""
         done = epoch + 1
         return self.warm_up < done <= self.recipe.epochs - self.cool_down and (done - self.warm_up) % self.every == 0
 
     def regularises(self, epoch: int) -> bool:
-        """Whether a selection is still to come in ``epoch`` or later: to help it is what the regulariser is for."""
+        """Return whether a selection follows ``epoch`` or a later one, so that the regulariser is of use."""
         return any(self.selects(later) for later in range(epoch, self.recipe.epochs))
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Train and cut a copy of ``model``. The log has one entry an epoch: the mean of each term of the loss, the
-        rank of each layer, and each step of the bisection (delta, loss, passed, rank_kept).
+        """Train and cut a copy of ``model``.
 
-        Raises ``UserError`` for another decomposer than ``SVD``, without a ``train`` split, and where the loss stops
-        being finite; ``state`` then holds the last good epoch.
+        The log has an entry for each epoch: the mean of each term of the loss, the rank of each layer, and each step of
+        the bisection (delta, loss, passed, rank_kept).
+
+        Raises ``UserError`` for another decomposer than ``SVD``, for missing train batches, and where the loss stops
+        being finite. ``state`` then holds the last good epoch.
         """
         decomposer = plain_svd(decomposer, "SVD training")
-        objective.given("train")  # refused now rather than after the decomposition
+        objective.given("train")  # refused before the decomposition
         bench = Workbench.of(model, decomposer, objective)
         net = copy.deepcopy(model)
         for name, spectrum in bench.spectra.items():
@@ -101,7 +112,7 @@ class SVDTraining:
                 svd_weights.bound_steps(net.get_submodule(name))
         callbacks = _Callbacks(self, net, tuple(bench.spectra), on_subset(objective, self.split, self.subset))
         factors = {part for name in callbacks.layers for part in svd_weights.factor_names(name)}
-        curve = train_as(
+        curve = train_by_settings(
             self,
             net,
             objective,
@@ -113,7 +124,7 @@ class SVDTraining:
 
 
 class _Callbacks:
-    """What happens to the factors while they train."""
+    """The penalties of the factors, and the selection of their ranks between epochs."""
 
     def __init__(self, chosen: SVDTraining, net: nn.Module, layers: Sequence[str], judged: Objective) -> None:
         self.settings, self.net, self.layers, self.judged = chosen, net, layers, judged
@@ -125,14 +136,14 @@ class _Callbacks:
         return {name: factors.S_R.shape[-1] for name, factors in self.factors().items()}
 
     def penalties(self, epoch: int) -> dict[str, Tensor]:
-        """What is added to the loss of the task, each term summed over the layers and with its weight in it."""
+        """Return the terms that are added to the loss of the task: each summed over the layers, times its weight."""
         chosen, layers = self.settings, self.factors().values()
         terms = {}
         if chosen.orthogonality:
             terms["orthogonality"] = chosen.orthogonality * _sum(linalg.orthogonality(factors) for factors in layers)
         if chosen.regulariser != "none" and chosen.strength and chosen.regularises(epoch):
             measure = linalg.hoyer if chosen.regulariser == "hoyer" else linalg.nuclear
-            # Of all groups together: a grouped convolution is one block-diagonal matrix.
+            # A grouped convolution is one block-diagonal matrix, so its groups count together.
             terms[chosen.regulariser] = chosen.strength * _sum(measure(factors.S_R.flatten()) for factors in layers)
         return terms
 
@@ -142,7 +153,7 @@ class _Callbacks:
         return {"rank": sum(ranks.values()), "ranks": ranks, "bisection": steps}
 
     def _select(self, optimizer: torch.optim.SGD) -> list[dict]:
-        """Cut all layers at the largest delta at which the loss stays within epsilon; returns what was tried."""
+        """Cut all layers at the largest delta whose loss stays within epsilon. Return the deltas tried."""
         for name in self.layers:
             svd_weights.orthogonalise(self.net.get_submodule(name), optimizer)
         full, loss = self.ranks(), self._loss()
@@ -153,19 +164,20 @@ class _Callbacks:
         def at(delta: float) -> Ranks | None:
             ranks = {name: rank_at(one.S_R.amax(0), delta * weights[name]) for name, one in self.factors().items()}
             key = tuple(ranks.values())
-            if key not in losses:  # deltas between the same two singular values give one and the same model
-                with self._cut(ranks):
+            if key not in losses:  # deltas between the same two singular values give the same model
+                with self._zeroed(ranks):
                     losses[key] = self._loss()
             passed = abs(losses[key] - loss) < epsilon
             steps.append(_step(delta, losses[key], passed, sum(key) / sum(full.values())))
             return ranks if passed else None
 
-        for name, rank in (bisect(at, self.settings.delta_step) or full).items():
+        chosen = bisect(at, 0.0, 1.0, bisections(self.settings.delta_step), "bisect") or full
+        for name, rank in chosen.items():
             svd_weights.truncate(self.net.get_submodule(name), rank, optimizer)
         return steps
 
     def _weights(self) -> dict[str, float]:
-        """What delta is multiplied by in each layer."""
+        """Return the factor of delta in each layer."""
         prices = {name: one.U_OR[..., 0].numel() + one.Vh_RI[..., 0, :].numel() for name, one in self.factors().items()}
         most = max(prices.values(), default=1)
         return {name: math.sqrt(price / most) if self.settings.priced else 1.0 for name, price in prices.items()}
@@ -175,8 +187,8 @@ class _Callbacks:
             return self.judged.evaluate(self.net, self.settings.split).loss
 
     @contextmanager
-    def _cut(self, ranks: Mapping[str, int]) -> Iterator[None]:
-        """The singular values beyond ``ranks`` set to zero, for the block."""
+    def _zeroed(self, ranks: Mapping[str, int]) -> Iterator[None]:
+        """Set the singular values beyond ``ranks`` to zero inside the block."""
         before = {name: factors.S_R.detach().clone() for name, factors in self.factors().items()}
         with torch.no_grad():
             for name, factors in self.factors().items():

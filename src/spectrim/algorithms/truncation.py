@@ -1,4 +1,4 @@
-"""The baseline: cut every layer by one common rule, without looking at the loss."""
+"""Truncation, the baseline: cut every layer by one rule, without looking at the loss."""
 
 from functools import partial
 
@@ -15,12 +15,15 @@ from spectrim.tools.settings import settings
 
 @settings
 class Truncation:
-    """Exactly one of four rules.
+    """Cut every layer by one of four rules. Exactly one is set.
 
-    ``rank``: the same rank in every layer. ``ratio``, in (0, 1]: every factored layer keeps this part of its
-    parameters. ``energy``, in (0, 1]: the smallest rank that keeps this part of the layer's squared singular values.
-    ``params_kept``, in (0, 1]: parameters of the whole compressed model over those of the dense one, met from below by
-    the largest common ``ratio`` that fits. A layer whose rank would lie above break-even stays dense.
+    ``rank``: the rank of every layer.
+    ``ratio``: the part of its parameters that every factored layer keeps, in (0, 1].
+    ``energy``: every layer takes the smallest rank that keeps this part of its squared singular values, in (0, 1].
+    ``params_kept``: the part of the whole model's parameters that is kept, in (0, 1]. The largest common ``ratio`` that
+        fits is taken.
+
+    A layer stays dense where its rank would lie above break-even.
     """
 
     rank: int | None = None
@@ -64,7 +67,7 @@ def _ranks_of_ratio(bench: Workbench, ratio: float) -> dict[str, int]:
 
 
 def rank_of_energy(spectrum: Spectrum, energy: float) -> int:
-    """The smallest rank, at least 1, that keeps the part ``energy`` of a layer's squared singular values."""
+    """Return the smallest rank, at least 1, that keeps the part ``energy`` of a layer's squared singular values."""
     dropped = spectrum.error().square()
     enough = dropped <= (1 - energy) * dropped[0] + 1e-12 * dropped[0]
     return max(1, int(enough.nonzero()[0]))

@@ -17,10 +17,11 @@ def mean_gradients(
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean loss by each weight, with ``model`` in eval mode. Every ``.grad`` is unchanged.
 
-    Raises ``UserError`` where the loss is not finite or has no gradient, a batch does not use a layer, or the split is
-    empty.
+    A batch whose loss does not depend on a weight counts zero there, such as one that does not reach an expert. A
+    weight is left out of the result if the loss of no batch depends on it.
+    Raises ``UserError`` where the loss is not finite or has no gradient, or the split is empty.
     """
-    device, seen = device_of(model), 0
+    device, seen, reached = device_of(model), 0, set[str]()
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     with evaluating(model), torch.enable_grad(), alone_trainable(model, weights.values()):
         for inputs, targets in batches:
@@ -29,20 +30,15 @@ def mean_gradients(
             count = batch_weight(loss, targets, inputs)
             for name, gradient in _of_batch(value, weights).items():
                 sums[name].add_(gradient, alpha=count)
+                reached.add(name)
             seen += count
     require_samples(seen, split)
-    return {name: total.div_(seen) for name, total in sums.items()}
+    return {name: total.div_(seen) for name, total in sums.items() if name in reached}
 
 
 def _of_batch(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the gradient of the loss of one batch by each weight. Raises ``UserError`` where there is none."""
+    """Return the gradient of the loss of one batch by each weight that it depends on."""
     if not loss.requires_grad:
         raise UserError("the loss has no gradient: the model or the loss detaches its output, or is not differentiable")
-    found = dict(zip(weights, torch.autograd.grad(loss, list(weights.values()), allow_unused=True), strict=True))
-    for name, gradient in found.items():
-        if gradient is None:
-            raise UserError(
-                f"layer {name} takes no part in the loss of some batch: let the model use it on every batch, or make "
-                "one that does not use it the first of the calibration set, and it stays dense"
-            )
-    return found
+    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    return {name: gradient for name, gradient in zip(weights, found, strict=True) if gradient is not None}

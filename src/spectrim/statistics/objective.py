@@ -114,7 +114,8 @@ class Objective:
     def gradients(self, model: nn.Module, layers: Sequence[str], split: str = "calibration") -> dict[str, Tensor]:
         """Return the gradient of the mean loss by the weight of each layer (``gradients.mean_gradients``).
 
-        It is remembered until a parameter or buffer of the model changes, so a sweep takes one pass.
+        A layer that the loss does not depend on is left out. The result is remembered until a parameter or buffer of
+        the model changes, so a sweep takes one pass.
         """
         return self.remembered(
             model,

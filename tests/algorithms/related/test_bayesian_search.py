@@ -51,9 +51,9 @@ def test_every_vector_meets_the_budget_and_wastes_none_of_it(share: float) -> No
     space = space_of(4, share)
     for vector in np.random.default_rng(0).uniform(0.01, 1, (20, 4)).tolist():
         ranks = space.ranks(vector)
-        assert space.costs.share(ranks) <= share
+        assert space.costs.achieved(ranks) <= share
         more = {name: min(rank + 1, space.tops[name]) for name, rank in ranks.items()}
-        assert space.costs.share(more) > share
+        assert space.costs.achieved(more) > share
 
 
 @pytest.mark.parametrize("kind", EITHER)

@@ -205,7 +205,7 @@ def _report(
                 "rank": rank,
                 "params_before": weight.numel(),
                 "params_after": after,
-                "predicted_change": float((gradients[name] * change).sum()),
+                "predicted_change": float((gradients[name] * change).sum()) if name in gradients else 0.0,
                 "relative_error": float(change.norm() / weight.norm().clamp_min(1e-30)),
             }
         )

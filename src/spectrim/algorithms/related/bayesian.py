@@ -65,7 +65,7 @@ class Bayesian(MaybeBudgeted):
 
         def score(ranks: Ranks) -> float:
             drop = error_or_loss(space.bench.cut(ranks), objective, self.judged_by) - dense
-            return drop + (self.penalty or 0.0) * costs.share(ranks)
+            return drop + (self.penalty or 0.0) * costs.achieved(ranks)
 
         identity = search_identity(self, bench, decomposer)
         search = BayesianSearch(space, self.evaluations, self.seed, self.state, identity)

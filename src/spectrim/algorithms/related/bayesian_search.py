@@ -112,7 +112,7 @@ class BayesianSearch:
                 if measured:
                     known[key] = scores.next(key, partial(_one, score, ranks))[0]
                 told += [Tried(vector, known[key]) for vector in self.space.alike(ratios, ranks)]
-                kept = {f"{costs.measure}_kept": costs.share(ranks)}
+                kept = {f"{costs.measure}_kept": costs.achieved(ranks)}
                 log.append({"step": step, "score": known[key], **kept, "measured": measured})
         best = min(known, key=lambda key: known[key])
         return dict(zip(self.space.tops, best, strict=True)), log

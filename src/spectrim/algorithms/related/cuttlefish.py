@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from spectrim.algorithms.shared.budget import costs_of
 from spectrim.algorithms.shared.compressed import Compressed
-from spectrim.algorithms.shared.trained import finished, plain_svd, train_as
+from spectrim.algorithms.shared.trained import finished, plain_svd, train_by_settings
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.matrix import MatrixSpectrum, View, from_matrix, to_matrix
 from spectrim.decomposers.spectrum import Decomposer
@@ -96,7 +96,7 @@ class Cuttlefish:
         bench = Workbench.of(model, decomposer, objective)
         net = copy.deepcopy(model)
         callbacks = _Callbacks(self, net, bench)
-        curve = train_as(self, net, objective, decomposer, Callbacks(after_epoch=callbacks.after_epoch))
+        curve = train_by_settings(self, net, objective, decomposer, Callbacks(after_epoch=callbacks.after_epoch))
         return finished(model, net, callbacks.ranks(), curve, decomposer, objective)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spectrim.algorithms.shared.budget import Costs, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
-from spectrim.algorithms.shared.trained import finished, plain_svd, train_as
+from spectrim.algorithms.shared.trained import finished, plain_svd, train_by_settings
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer
@@ -161,7 +161,7 @@ class GatedTraining(ABC):
         bench = Workbench.of(model, decomposer, objective)
         net = copy.deepcopy(model)
         callbacks = _Callbacks(self, net, bench)
-        curve = train_as(
+        curve = train_by_settings(
             self,
             net,
             objective,

@@ -117,7 +117,7 @@ class _Layers:
             score = self.bench.objective.remembered(
                 self.bench.model, "thresholds", lambda: key, lambda: self._measured(name, rank)
             )
-            kept = self.costs.share({name: rank})
+            kept = self.costs.achieved({name: rank})
             entry = {"step": len(self.log), "layer": name, "rank": rank, "score": score, "params_kept": kept}
             self.log[name, rank] = entry
             self.bar.update()

@@ -93,7 +93,7 @@ class Reinforced:
                 action = agent.act()
                 ranks = self._ranks(bench, costs, action.sigmoid().tolist())
                 loss, accuracy = measured.next([*ranks.values()], partial(_measure, bench, judged, ranks))
-                log.append(self._rewarded(ranks, costs.share(ranks), loss, accuracy))
+                log.append(self._rewarded(ranks, costs.achieved(ranks), loss, accuracy))
                 episodes.append((action, log[-1]["reward"]))
                 if len(episodes) == self.batch:
                     agent.learn(torch.stack([action for action, _ in episodes]), [reward for _, reward in episodes])

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from spectrim.algorithms.shared.bisection import bisect
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Spectrum
 from spectrim.errors import UserError
@@ -18,12 +19,14 @@ from spectrim.tools.settings import settings
 
 Measure = Literal["params", "macs", "milliseconds"]
 BUDGETS = ("params_kept", "macs_kept", "milliseconds")
-BISECTIONS = 60
+STEPS = 60  # of a bisection: the interval that is left is below the precision of a float
 
 
 @dataclass(frozen=True)
 class Costs:
     """What layers cost: parameters, MACs of one input, or milliseconds of one batch.
+
+    A share is the cost of a whole model over that of the dense one. A budget requests one, and ranks achieve one.
 
     ``dense``: the cost of each dense layer.
     ``curves``: the cost of each layer's factors at every rank from 0, shape (R + 1,).
@@ -38,71 +41,74 @@ class Costs:
     notes: tuple[str, ...] = ()
 
     def layer(self, name: str, rank: int) -> float:
-        """A layer whose factors cost no less than the dense one stays dense."""
+        """Return the cost of layer ``name`` at ``rank``. It stays dense where its factors cost no less."""
         return min(float(self.curves[name][rank]), self.dense[name])
 
-    def share(self, ranks: Mapping[str, int]) -> float:
-        """Cost of the whole model over that of the dense one; layers that are not in ``ranks`` are dense."""
+    def achieved(self, ranks: Mapping[str, int]) -> float:
+        """Return the share that ``ranks`` achieve. Layers that are not in ``ranks`` are dense."""
         return 1 - sum(self.dense[name] - self.layer(name, rank) for name, rank in ranks.items()) / self.total
 
     def saved(self, name: str) -> Tensor:
-        """What layer ``name`` saves at each rank from 0, as a part of the cost of the whole model. Shape (R + 1,)."""
+        """Return what layer ``name`` saves at each rank from 0, as a share of the whole model. Shape (R + 1,)."""
         return (self.dense[name] - self.curves[name].double()).clamp_min(0) / self.total
 
     def least(self) -> float:
-        """The share that is left with one component in every layer."""
-        return self.share(dict.fromkeys(self.dense, 1))
+        """Return the share that is left with one component in every layer."""
+        return self.achieved(dict.fromkeys(self.dense, 1))
 
-    def require(self, share: float) -> None:
-        """Raise ``UserError`` where no plan gets down to ``share``."""
-        if share < self.least():
-            raise UserError(f"{self._asked(share)} is out of reach: at rank 1 {self._left(self.least())} remain")
+    def require(self, requested: float) -> None:
+        """Raise ``UserError`` where no ranks achieve ``requested``."""
+        if requested < self.least():
+            raise UserError(f"{self._budget(requested)} is out of reach: at rank 1 {self._left(self.least())} remain")
 
     def pays(self, name: str, rank: int) -> bool:
-        """Whether the factors of layer ``name`` cost less than the dense layer."""
+        """Return whether the factors of layer ``name`` cost less than the dense layer."""
         return float(self.curves[name][rank]) < self.dense[name]
 
     def full(self, name: str) -> int:
-        """The rank of layer ``name`` at which nothing is dropped, so that it stays dense."""
+        """Return the rank of layer ``name`` at which nothing is dropped, so that it stays dense."""
         return len(self.curves[name]) - 1
+
+    def meet(
+        self, requested: float, ranks_at: Callable[[float], Mapping[str, int]], low: float, high: float
+    ) -> dict[str, int]:
+        """Return the ranks at the largest setting whose share is at most ``requested``, by bisection.
+
+        A layer whose factors cost no less than the dense layer gets its full rank. All layers do where the dense model
+        meets the budget.
+
+        ``ranks_at``: the ranks at a setting between ``low`` and ``high``. Those at ``low`` must cost no more than those
+            at ``high``.
+        Raises ``UserError`` where even the ranks at ``low`` cost more than requested.
+        """
+        if requested > 1:  # milliseconds beyond those of the dense model
+            return {name: self.full(name) for name in self.curves}
+        self.require(requested)
+        least, most = dict(ranks_at(low)), dict(ranks_at(high))
+        if self.achieved(most) <= requested:
+            return self._paying(most)
+        if self.achieved(least) > requested:
+            left = self._left(self.achieved(least))
+            raise UserError(f"{self._budget(requested)} is out of reach of this rule: {left} remain at the least")
+
+        def within(setting: float) -> dict[str, int] | None:
+            ranks = dict(ranks_at(setting))
+            return ranks if self.achieved(ranks) <= requested else None
+
+        found = bisect(within, low, high, STEPS)
+        return self._paying(least if found is None else found)
 
     def _paying(self, ranks: Mapping[str, int]) -> dict[str, int]:
         return {name: rank if self.pays(name, rank) else self.full(name) for name, rank in ranks.items()}
 
-    def _asked(self, share: float) -> str:
+    def _budget(self, requested: float) -> str:
+        """Return the budget as the user wrote it."""
         if self.measure == "milliseconds":
-            return f"milliseconds={share * self.total:.4g}"
-        return f"{self.measure}_kept={share}"
+            return f"milliseconds={requested * self.total:.4g}"
+        return f"{self.measure}_kept={requested}"
 
-    def _left(self, share: float) -> str:
-        return f"{share * self.total:.4g} ms" if self.measure == "milliseconds" else f"{share:.4f} of them"
-
-    def meet(
-        self, share: float, ranks_at: Callable[[float], Mapping[str, int]], low: float, high: float
-    ) -> dict[str, int]:
-        """The ranks at the largest setting between ``low`` and ``high`` that meets ``share`` from below, by bisection;
-        full ones for layers that cost no less at them than dense, and for all where the dense model meets it.
-
-        ``ranks_at`` must give a model at ``low`` that costs no more than at ``high``. Raises ``UserError`` where even
-        that at ``low`` costs more than ``share``.
-        """
-        if share > 1:  # milliseconds beyond those of the dense model
-            return {name: self.full(name) for name in self.curves}
-        self.require(share)
-        best, most = dict(ranks_at(low)), dict(ranks_at(high))
-        if self.share(most) <= share:
-            return self._paying(most)
-        if self.share(best) > share:
-            least = self._left(self.share(best))
-            raise UserError(f"{self._asked(share)} is out of reach of this rule: {least} remain at the least")
-        for _ in range(BISECTIONS):
-            middle = (low + high) / 2
-            ranks = dict(ranks_at(middle))
-            if self.share(ranks) <= share:
-                low, best = middle, ranks
-            else:
-                high = middle
-        return self._paying(best)
+    def _left(self, achieved: float) -> str:
+        return f"{achieved * self.total:.4g} ms" if self.measure == "milliseconds" else f"{achieved:.4f} of them"
 
 
 def costs_of(bench: Workbench, measure: Measure, batch_size: int = 1) -> Costs:
@@ -145,13 +151,13 @@ def _timed(bench: Workbench, batch_size: int) -> Costs:
 
 
 def _to_break_even(curve: Tensor, spectrum: Spectrum, dense: float) -> Tensor:
-    """``curve``, above break-even no less than ``dense``: more parameters than the dense layer's are never kept."""
+    """Return ``curve``, raised to ``dense`` above break-even: a layer with more parameters than dense is never kept."""
     curve[spectrum.break_even + 1 :].clamp_(min=dense)
     return curve
 
 
 def _macs_of_a_parameter(bench: Workbench) -> dict[str, list[float]]:
-    """Of each factor of each layer: the positions at which a parameter of it is used, the same at every rank."""
+    """Return, for each factor of each layer, how often one of its parameters is used. It is the same at every rank."""
     plan = RankPlan.of({name: own.kept(1) for name, own in bench.spectra.items()})
     cut = replacing.apply(bench.model, plan, bench.spectra)
     factors = {name: [f"{name}.{part}" for part, _ in cut.get_submodule(name).named_children()] for name in plan}
@@ -164,12 +170,13 @@ def _macs_of_a_parameter(bench: Workbench) -> dict[str, list[float]]:
 
 @settings
 class Budgeted:
-    """A budget of the whole model: exactly one of
+    """A budget of the whole model. Exactly one of the first three is set.
 
-    ``params_kept``, ``macs_kept``: shares of the dense model's, in (0, 1);
-    ``milliseconds``, above 0: of one forward pass of ``batch_size`` samples, by the layers' times as they are measured
-    on this machine first. A layer that is no faster at a rank than dense is never cut to it; a budget that the dense
-    model meets leaves it as it is, and so does a plan by which the whole, measured beside it, is no faster.
+    ``params_kept``: the part of the dense model's parameters, in (0, 1).
+    ``macs_kept``: the part of its MACs, in (0, 1).
+    ``milliseconds``: of one forward pass of ``batch_size`` samples, above 0. All layers are timed on this machine
+        first. No layer is cut to a rank at which it is no faster than dense. The model stays dense if it meets the
+        budget as it is, and if the compressed one, timed beside it, is no faster.
     """
 
     params_kept: float | None = 0.5
@@ -184,13 +191,13 @@ class Budgeted:
         check_budget(given, self.batch_size)
 
     def budget(self, bench: Workbench) -> tuple[Workbench, Costs, float]:
-        """See ``budget_of``."""
+        """Return the workbench, the costs in the measure of the budget, and the share requested (``budget_of``)."""
         return budget_of(bench, self.params_kept, self.macs_kept, self.milliseconds, self.batch_size)
 
 
 @settings
 class MaybeBudgeted(Budgeted):
-    """A budget as above, or none: then the rule ends by a criterion of its own."""
+    """A budget as above, or none. Without a budget the algorithm ends by a criterion of its own."""
 
     params_kept: float | None = None
 
@@ -209,7 +216,7 @@ class MaybeBudgeted(Budgeted):
 
 
 def check_budget(given: Mapping[str, float], batch_size: int) -> None:
-    """Raise ``UserError`` for a budget, by its name, that is out of range."""
+    """Raise ``UserError`` for a budget out of range. ``given``: the budgets by name."""
     for name, value in given.items():
         if name == "milliseconds" and not value > 0:
             raise UserError(f"milliseconds must be above 0, got {value}")
@@ -222,9 +229,9 @@ def check_budget(given: Mapping[str, float], batch_size: int) -> None:
 def budget_of(
     bench: Workbench, params_kept: float | None, macs_kept: float | None, milliseconds: float | None, batch_size: int
 ) -> tuple[Workbench, Costs, float]:
-    """Return the workbench, the costs in the measure of the one budget that is given, and the share to be met.
+    """Return the workbench, the costs in the measure of the one budget that is given, and the share requested.
 
-    The workbench returned differs for a budget in milliseconds: it knows the batch size and what was measured.
+    For a budget in milliseconds the workbench is a new one that holds the batch size and what was measured.
     """
     if params_kept is not None:
         return bench, costs_of(bench, "params"), params_kept

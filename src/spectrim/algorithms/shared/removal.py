@@ -1,8 +1,9 @@
 """Greedy removal of components over all layers together, by predicted change of the loss per saved cost.
 
-The prediction for a set of removed components d (entries 0 or -1) is ``c^T d + d^T F d / 2`` with the slope c and the
-Fisher information ``F = J^T J / N``, which is never formed over layers: what it does to d is ``J^T (J d) / N``. Without
-what components do to one another, that is of F the diagonal alone, each has a price of its own.
+Let d have the entry -1 for a removed component and 0 for any other. The predicted change of the loss is
+``c^T d + d^T F d / 2``, with the slope c and the Fisher information ``F = J^T J / N``. F is never formed over all
+layers, because ``F d = J^T (J d) / N``. If components do not act on each other, only the diagonal of F counts, and each
+component has a price of its own.
 """
 
 import math
@@ -13,17 +14,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# One component at a time up to twice as many gates, as small networks have; of a language model a dozen.
+# Gates for each component that is removed at once. Small networks lose one at a time, language models a dozen.
 GATES_A_LOOK = 8192
 
 
 @dataclass
 class Gated:
-    """One layer and its components still there, R of them.
+    """One layer with its R components. ``there`` tells which of them are not removed yet.
 
-    ``alone_R``: the predicted change by removing each alone. ``costs``: what the layer costs with k components, k =
-    0..R, rising; ``dense``: what it costs dense, which is what it is left as while its factors cost no less. ``J_NR``:
-    per-sample gate gradients, by which the removed change what the others do; None: they do not, in any layer.
+    ``alone_R``: the predicted change of the loss if one component alone is removed.
+    ``costs``: the cost with k components, k = 0..R, rising.
+    ``dense``: the cost of the dense layer. The layer stays dense while its factors cost no less.
+    ``J_NR``: the gate gradients of each sample, through which components act on each other. None, in all layers, means
+        that they do not.
     """
 
     alone_R: Tensor
@@ -49,7 +52,7 @@ class Gated:
 
 
 class Move(NamedTuple):
-    """Components to remove from one layer, in this order; the predicted change; the price, change per saved cost."""
+    """Components to remove from one layer, in order, the predicted change, and the price: change per saved cost."""
 
     components: list[int]
     change: float
@@ -60,21 +63,24 @@ NOTHING = Move([], 0.0, math.inf)
 
 
 class Removal(NamedTuple):
-    """What is left of each layer (indices into its components), and the predicted change of the loss."""
+    """The indices of the components kept of each layer, and the predicted change of the loss."""
 
     kept: dict[str, Tensor]
     predicted: float
 
 
 def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_once: int = 0) -> Removal:
-    """Remove components, the cheapest first, until the layers together cost no more than ``budget``.
+    """Remove components, the lowest price first, until the layers together cost no more than ``budget``.
 
-    A factored layer gives up one component at a time. A dense layer gets nothing cheaper until enough of its components
-    are gone: its move is the block of them with the lowest price, so that staying dense is weighed like anything else.
-    Every layer keeps at least one component. A block may save more than was left to save: what was removed before and
-    fits again is put back, the dearest first. ``refresh``: moves between two looks at the blocks of all dense layers;
-    the one that is about to be made is always looked at anew. ``at_once``: components of factored layers, the cheapest,
-    that go between two looks at what the others cost; 0: one in each ``GATES_A_LOOK`` gates, at least one.
+    A factored layer loses one component at a time. A dense layer gets cheaper only once enough of its components are
+    gone, so its move is the block of components with the lowest price. Staying dense is thus weighed like any other
+    choice. Every layer keeps at least one component. A block may save more than was needed. Components that fit into
+    the budget again are then put back, the highest price first.
+
+    ``refresh``: number of moves after which the blocks of all dense layers are computed anew. The block that is about
+        to be removed is always computed anew.
+    ``at_once``: number of components of factored layers that are removed before prices are computed anew. 0 means one
+        for each ``GATES_A_LOOK`` gates, and at least one.
     """
     state, moves = _State(layers), 0
     at_once = at_once or max(1, sum(layer.rank for layer in layers.values()) // GATES_A_LOOK)
@@ -87,7 +93,7 @@ def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_onc
         single = not block or blocks[block].price >= move.price
         if not single:
             price, name, move = blocks[block].price, block, state.block(block)
-            if move.price > price:  # other layers have moved since; it may no longer be the cheapest
+            if move.price > price:  # other layers have lost components since, so another move may be cheaper
                 blocks[block] = move
                 continue
             del blocks[block]
@@ -103,7 +109,7 @@ def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_onc
 
 
 class _State:
-    """The layers, and ``J d`` of all that was removed so far."""
+    """The layers, the predicted change, and ``J d`` of all components removed so far."""
 
     def __init__(self, layers: Mapping[str, Gated]) -> None:
         self.layers, self.predicted = layers, 0.0
@@ -114,14 +120,14 @@ class _State:
         return sum(layer.cost for layer in self.layers.values())
 
     def changes(self, layer: Gated) -> Tensor:
-        """Predicted change by removing each component next; infinite for those already gone. Shape (R,)."""
+        """Return the predicted change if each component is removed next; infinite for removed ones. Shape (R,)."""
         change = layer.alone_R
         if layer.J_NR is not None:
             change = change - layer.J_NR.T @ self.Jd_N / len(self.Jd_N)
         return torch.where(layer.there, change, math.inf)
 
     def best_single(self) -> tuple[str, Move]:
-        """The cheapest component of all factored layers."""
+        """Return the component with the lowest price of all factored layers."""
         best_name, best = "", NOTHING
         for name, layer in self.layers.items():
             k = layer.rank
@@ -135,7 +141,7 @@ class _State:
         return best_name, best
 
     def singles(self, count: int, excess: float) -> list[tuple[str, Move]]:
-        """The ``count`` cheapest components of all factored layers, or as few as save ``excess``; by price."""
+        """Return the ``count`` components of the lowest prices in all factored layers, or as few as save ``excess``."""
         found = []
         for name, layer in self.layers.items():
             if layer.factored and layer.rank > 1:
@@ -153,12 +159,12 @@ class _State:
         return chosen
 
     def blocks(self) -> dict[str, Move]:
-        """Of every dense layer that can become cheaper."""
+        """Return the block of every dense layer that can get cheaper."""
         found = {name: self.block(name) for name, layer in self.layers.items() if not layer.factored}
         return {name: move for name, move in found.items() if move.components}
 
     def block(self, name: str) -> Move:
-        """The removal of the lowest price that makes a dense layer cheaper."""
+        """Return the removal with the lowest price that makes a dense layer cheaper."""
         layer = self.layers[name]
         change, total, best = self.changes(layer), 0.0, NOTHING
         F_RR = None if layer.J_NR is None else layer.J_NR.T @ layer.J_NR / len(layer.J_NR)
@@ -168,7 +174,7 @@ class _State:
             total += float(change[i])
             order.append(i)
             if F_RR is not None:
-                change += F_RR[:, i]  # d_i = -1 turns -F d up by F_i
+                change += F_RR[:, i]  # d_i = -1 raises -F d by F_i
             change[i] = math.inf
             saved = layer.dense - float(layer.costs[k])
             if saved > 0 and total / saved < best.price:
@@ -176,7 +182,7 @@ class _State:
         return best
 
     def put_back(self, budget: float) -> None:
-        """Give factored layers back what lowers the predicted change most per cost, as long as it fits."""
+        """Put back the components that lower the predicted change most per cost, as long as they fit."""
         while True:
             name, move = self.best_return(budget - self.cost())
             if move.price >= 0:
@@ -184,7 +190,7 @@ class _State:
             self.make(name, move, back=True)
 
     def best_return(self, room: float) -> tuple[str, Move]:
-        """The removed component of a factored layer whose return, of at most ``room``, has the lowest price."""
+        """Return the removed component of a factored layer that costs at most ``room`` and has the lowest price."""
         best_name, best = "", NOTHING
         for name, layer in self.layers.items():
             k = layer.rank
@@ -199,25 +205,26 @@ class _State:
         return best_name, best
 
     def returns(self, layer: Gated) -> Tensor:
-        """Predicted change by the return of each removed component; infinite for those still there. Shape (R,)."""
+        """Return the predicted change if each removed component is put back; infinite for others. Shape (R,)."""
         change = -layer.alone_R
         if layer.J_NR is not None:
             change = change + (layer.J_NR.T @ self.Jd_N + layer.J_NR.square().sum(0)) / len(self.Jd_N)
         return torch.where(layer.there, math.inf, change)
 
     def make(self, name: str, move: Move, back: bool = False) -> None:
+        """Remove the components of ``move``, or put them ``back``."""
         self.layers[name].there[move.components] = back
         effect = self.effect(name, move)
         self.Jd_N += effect if back else -effect
         self.predicted += move.change
 
     def effect(self, name: str, move: Move) -> Tensor:
-        """``-J d`` of what is to be removed; of no samples where components do nothing to one another."""
+        """Return ``-J d`` of the components of ``move``; empty if components do not act on each other. Shape (N,)."""
         J_NR = self.layers[name].J_NR
         return self.Jd_N if J_NR is None else J_NR[:, move.components].sum(1)
 
     def make_all(self, moves: Sequence[tuple[str, Move]]) -> None:
-        """Several of which each was looked at as if it were the only one: what two of them do together comes on top."""
+        """Make several moves that were each predicted alone, and add what they do together to the prediction."""
         before, alone = self.Jd_N.clone(), 0.0
         for name, move in moves:
             alone += float(self.effect(name, move).square().sum())

@@ -1,4 +1,4 @@
-"""Training inside an algorithm: what it may start from, a loss that breaks said in one line, and what it ends in."""
+"""Training inside an algorithm: how it starts, and the compressed model that it ends in."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
@@ -27,8 +27,8 @@ def train(
 ) -> list[dict]:
     """Train ``net`` in place on the ``train`` split of ``objective``, as ``fit`` does, and return the curve.
 
-    Raises ``UserError`` without a train split and where the loss stops being finite; ``state`` then holds the last good
-    epoch.
+    Raises ``UserError`` for missing train batches, and where the loss stops being finite. ``state`` then holds the last
+    good epoch.
     """
     try:
         return fit(net, objective.given("train"), training, callbacks, state)
@@ -37,22 +37,22 @@ def train(
         raise UserError(f"{error}; {kept}") from error
 
 
-def train_as(
-    chosen: Any,
+def train_by_settings(
+    algorithm: Any,
     net: nn.Module,
     objective: Objective,
     decomposer: SVD,
     callbacks: Callbacks,
     undecayed: Collection[str] = (),
 ) -> list[dict]:
-    """``train`` by the ``recipe``, ``seed`` and ``state`` of the algorithm ``chosen``, which has these three.
+    """Train ``net`` by the settings ``recipe``, ``seed`` and ``state`` of ``algorithm``, and return the curve.
 
-    Its class and its other settings tell its state from that of another training.
+    The class and the other settings of the algorithm tell its state from that of another training.
     """
-    own = {key: value for key, value in asdict(chosen).items() if key not in ("recipe", "seed", "state")}
-    identity = own | {"method": type(chosen).__name__, "view": decomposer.view}
-    training = Training(chosen.recipe, chosen.seed, objective.loss, undecayed)
-    return train(net, objective, training, callbacks, state_file(chosen.state, objective, identity))
+    own = {key: value for key, value in asdict(algorithm).items() if key not in ("recipe", "seed", "state")}
+    identity = own | {"method": type(algorithm).__name__, "view": decomposer.view}
+    training = Training(algorithm.recipe, algorithm.seed, objective.loss, undecayed)
+    return train(net, objective, training, callbacks, state_file(algorithm.state, objective, identity))
 
 
 def state_file(path: str | None, objective: Objective, identity: Mapping[str, Any] | None = None) -> StateFile | None:
@@ -71,9 +71,10 @@ def plain_svd(decomposer: Decomposer, method: str) -> SVD:
 def finished(
     given: nn.Module, net: nn.Module, ranks: Mapping[str, int], curve: list[dict], decomposer: SVD, objective: Objective
 ) -> Compressed:
-    """What became of ``given``: ``net``, whose parametrised layers have come to ``ranks``; others stay dense.
+    """Return the compressed model of a training that turned ``given`` into ``net``.
 
-    To cut a weight at the rank that it has changes nothing but its form.
+    ``ranks``: the rank that each parametrised layer of ``net`` has reached. Cutting it to that rank changes its form
+        only. The other layers stay dense.
     """
     for name in ranks:
         svd_weights.fold(net.get_submodule(name))
@@ -82,7 +83,7 @@ def finished(
 
 
 def in_modes_of(given: nn.Module, net: nn.Module) -> None:
-    """Put every module of ``net`` that ``given`` has too into the mode it has there."""
+    """Put every module of ``net`` into the mode of the module of the same name in ``given``, if there is one."""
     modes = {name: module.training for name, module in given.named_modules()}
     for name, module in net.named_modules():
         module.training = modes.get(name, module.training)

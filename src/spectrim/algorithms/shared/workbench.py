@@ -75,9 +75,15 @@ class Workbench:
         return cls(model, decomposer, objective, example, MappingProxyType(spectra), tuple(notes))
 
     def first_order(self, split: str = "calibration", model: nn.Module | None = None) -> dict[str, Tensor]:
-        """``<G, delta_k>`` of every layer at every rank. With ``model`` (partly factored), of its dense layers."""
+        """Return the first-order change ``<G, delta_k>`` of the loss for each layer at every rank, shape (R + 1,).
+
+        A layer that the loss does not depend on is left out.
+
+        ``split``: the split from which the gradient G comes.
+        ``model``: a partly factored copy whose dense layers are meant; None: the model of the workbench.
+        """
         if model is None:
-            if split not in self._curves:  # the gradients may come in blocks, which nobody remembers
+            if split not in self._curves:
                 self._curves[split] = self.first_order(split, self.model)
             return dict(self._curves[split])
         dense = [name for name in self.spectra if isinstance(model.get_submodule(name), dense_kinds())]
@@ -141,7 +147,7 @@ class Workbench:
                     "rank": rank,
                     "params_before": weight.numel(),  # type: ignore[operator]
                     "params_after": weight.numel() if rank is None else spectrum.cost(rank),  # type: ignore[operator]
-                    "predicted_change": value_at(predicted[name], which),
+                    "predicted_change": value_at(predicted[name], which) if name in predicted else 0.0,
                     "relative_error": math.sqrt(max(0.0, value_at(spectrum.relative_error().square(), which))),
                 }
             )
