@@ -1,6 +1,5 @@
 """The pages: their links lead somewhere, their code compiles, their names exist, and the README stays short."""
 
-import copy
 import re
 import sys
 from collections.abc import Iterator
@@ -130,15 +129,3 @@ def test_the_worked_examples_work(examples: dict[str, Any], net: Any, objective:
     with pytest.raises(spectrim.UserError, match="missing.safetensors holds no data set"):
         data.load()
     assert examples["experiments/mine.py"].build
-
-
-def test_the_ten_lines_of_the_readme_run(
-    net: Any, batches: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (code,) = blocks(ROOT / "README.md", "python")
-    assert len(code.splitlines()) <= 10
-    given = {"model": net, "loader": batches, "build_dense_model": lambda: copy.deepcopy(net)}
-    exec(compile(code, "README.md", "exec"), given)
-    assert (tmp_path / "small.safetensors").is_file() and "relative_error" in capsys.readouterr().out
-    assert given["result"].params_kept <= 0.5

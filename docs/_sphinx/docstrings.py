@@ -12,7 +12,7 @@ ENTRY = re.compile(r"((?:``[^`]+``(?:,? and |, )?)+(?:[^`:]*)): (\S.*)")
 def entries(lines: list[str]) -> list[str]:
     """Turn the entries ``name: text`` of a docstring into a definition list, and leave all other lines as they are.
 
-    An entry opens at the margin and runs to the next entry or to the next empty line.
+    An entry opens at the margin and runs to the next entry, to the next empty line, or to what is raised.
     """
     made: list[str] = []
     inside = False
@@ -21,11 +21,12 @@ def entries(lines: list[str]) -> list[str]:
         if found:
             made += ["", found[1], f"    {found[2]}"]
             inside = True
-        elif inside and line.strip():
+        elif inside and line.strip() and not line.startswith("Raises "):
             made.append(f"    {line.strip()}")
         else:
-            inside = False
+            made += [""] if inside and line.strip() else []
             made.append(line)
+            inside = False
     return made
 
 

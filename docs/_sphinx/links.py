@@ -31,7 +31,7 @@ def _target(app: Sphinx, text: str, short: dict[str, set[str]]) -> str | None:
         return None
     if text.startswith("spectrim."):
         return text if text in app.env.domains.python_domain.objects else None
-    if "." not in text and not re.match("[A-Z].*[a-z]", text):
+    if "." not in text and not re.match("[A-Z]..", text):
         return None
     public = {full for full in short[text] if full.count(".") == 1}
     candidates = public or short[text]

@@ -22,11 +22,31 @@ FILE = re.compile(r"(table|figure)(\d+)(?:_(\w+))?$")
 def contents(index: str) -> str:
     """Make the contents of the site from the lists of the index page: a caption and links to pages."""
     parts = []
-    for caption, links in re.findall(r"^([^\n]+):\n\n((?:- \[.*\n(?:  .*\n)*)+)", index, re.MULTILINE):
+    for caption, links in re.findall(r"^## (.*)\n\n((?:- \[.*\n(?:  .*\n)*)+)", index, re.MULTILINE):
         pages = re.findall(r"^- \[([^\]]+)\]\(([^)]+)\)", links, re.MULTILINE)
         entries = "\n".join(f"{title} <{re.sub(r'[.](md|rst)$', '', path)}>" for title, path in pages)
         parts.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n")
     return "\n".join(parts)
+
+
+def width_class(text: str) -> str:
+    """Return the class of a cell: a short one stays on one line, a long one gets room."""
+    return "short" if len(text) <= 26 else "long" if len(text) > 60 else ""
+
+
+def table_page(markdown: str) -> str:
+    """Render the page of a table as HTML: some thousand cells take seconds as a tree of nodes."""
+    page = MARKDOWN.render(markdown)
+    page = page.replace("<table>", '<div class="table-wrapper"><table class="docutils">')
+    page = page.replace("</table>", "</table></div>")
+    return re.sub(r"<td([^>]*)>(.*?)</td>", lambda td: f'<td class="{width_class(td[2])}"{td[1]}>{td[2]}</td>', page)
+
+
+def _widths(app: Sphinx, doctree: nodes.document) -> None:
+    for cell in doctree.findall(nodes.entry):
+        found = width_class(cell.astext())
+        if found:
+            cell["classes"].append(found)
 
 
 def title_of(name: str) -> str:
@@ -44,11 +64,7 @@ def _read(app: Sphinx, docname: str, source: list[str]) -> None:
     elif docname.startswith("results/"):
         figure = Path(app.srcdir, "results", "figures", f"{Path(docname).name}.png")
         shown = f"\n![{title_of(figure.stem)}](../figures/{figure.name})\n" if figure.exists() else ""
-        # As HTML: a table of some thousand cells takes seconds as a tree of nodes.
-        table = MARKDOWN.render(source[0]).replace(
-            "<table>", '<div class="table-wrapper docutils"><table class="docutils">'
-        )
-        table = table.replace("</table>", "</table></div>")
+        table = table_page(source[0])
         title = title_of(Path(docname).name)
         source[0] = f"---\norphan: true\n---\n# {title}\n{shown}\n~~~{{raw}} html\n{table}\n~~~\n"
 
@@ -85,6 +101,7 @@ def _redirect(app: Sphinx, error: Exception | None) -> None:
 
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", _read)
+    app.connect("doctree-read", _widths)
     app.connect("build-finished", _redirect)
     app.add_directive("package", Package)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
