@@ -278,3 +278,15 @@ def test_experts_whose_tokens_depend_on_the_values_are_left_as_cut_with_a_note()
             assert note.startswith("inside: not refitted: ")
             assert compressed.inside.first.weight.equal(as_cut[0])
         assert not compressed.after.first.weight.equal(as_cut[1])
+
+
+def test_of_a_model_that_was_compressed_before_the_new_factors_alone_are_fitted() -> None:
+    whole = nn.Sequential(nn.Flatten(), nn.Linear(4 * 7 * 6, 24), nn.ReLU(), nn.Linear(24, 6)).eval()
+    spectrum = SVD().spectrum(whole[1])
+    once = replacing.apply(whole, RankPlan.of({"1": spectrum.kept(12)}), {"1": spectrum})
+    inner = SVD().spectrum(once.get_submodule("1.first"))
+    again = replacing.apply(once, RankPlan.of({"1.first": inner.kept(6)}), {"1.first": inner})
+    before = {name: tensor.clone() for name, tensor in again.state_dict().items()}
+    refit(again, once, objective(), samples=100)
+    changed = {name for name, tensor in again.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"1.first.first.weight", "1.first.second.weight"}

@@ -43,7 +43,7 @@ def refit(
     """
     device = device_of(compressed)
     batches = [to_device(inputs, device) for inputs, _ in objective.first(split, samples, "read")]
-    layers, followers, notes = _laid_out(compressed, batches)
+    layers, followers, notes = _laid_out(compressed, dense, batches)
     with tqdm(desc="refit", total=len(layers), unit="layer", leave=False, disable=None) as bar:
 
         def met(name: str, flows: "_Flows") -> None:
@@ -96,14 +96,17 @@ class _Flows:
     masks: list[Tensor | None]
 
 
-def _laid_out(model: nn.Module, batches: Sequence[Inputs]) -> tuple[list[str], dict[str, str], list[str]]:
+def _laid_out(
+    model: nn.Module, dense: nn.Module, batches: Sequence[Inputs]
+) -> tuple[list[str], dict[str, str], list[str]]:
     """Return the layers to fit in the order of their calls, the BatchNorm that each feeds, and notes on the others.
 
     A layer is fitted where every batch calls it once, on rows that do not depend on the values of the batch. Those of
     an expert do: the compressed model and the dense one send it different tokens.
     """
     kinds = FactoredLinear, FactoredConv2d, TuckerConv2d
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    before = {name for name, module in dense.named_modules() if isinstance(module, kinds)}  # by an earlier compression
+    layers = {name: own for name, own in model.named_modules() if isinstance(own, kinds) and name not in before}
     outputs: dict[str, Tensor] = {}  # of the last pass
     followers: dict[str, str] = {}
     calls = Counter[str]()
