@@ -107,8 +107,8 @@ def test_one_is_factored_where_that_is_asked_for_and_nothing_forbids_it(model: R
     layers, left = find_layers.factorable(Peculiar(), objective.example(), embeddings=True)
     assert list(layers) == ["token", "body", "head"]
     assert left == {
-        "place": "the numbers that it looks up are not among the inputs",
-        "cast": "the numbers that it looks up are not among the inputs",
+        "place": "the ids that it looks up are not among the inputs",
+        "cast": "the ids that it looks up are not among the inputs",
         "bounded": "it renormalises what it looks up, or has gradients of its own kind",
         "read": "the model reads its weight",
         "tied": "its weight is shared with another layer",

@@ -14,6 +14,7 @@ from spectrim.decomposers.svd import SVD
 from spectrim.losses import Loss
 from spectrim.statistics.batchnorm import BatchNorm, require
 from spectrim.statistics.objective import Objective
+from spectrim.surgery.given_model import eager, unchanged
 
 
 def compress(
@@ -43,15 +44,18 @@ def compress(
     ``layers_at_once``: number of layers whose gradients are held in memory at once. Fewer layers take more passes over
         the calibration batches (``objective.Objective``). All layers by default.
 
-    The given model keeps its weights, mode and device. The copy lies on the same device.
+    The given model keeps its weights, buffers, attributes, mode and device. The copy lies on the same device. A model
+    from ``torch.compile`` is unwrapped, and the copy is not compiled.
     Raises ``UserError`` in one line for anything that cannot be compressed as asked.
     """
     require(batch_norm)
+    model = eager(model)
     further = {"verification": verification, "train": train}
     splits = {name: batches for name, batches in further.items() if batches is not None}
     objective = Objective(loss, {"calibration": calibration, **splits}, layers_at_once)
-    compressed = (algorithm or Lossless()).compress(model, decomposer or SVD(), objective)
-    return compressed.settle(batch_norm, objective)
+    with unchanged(model):
+        compressed = (algorithm or Lossless()).compress(model, decomposer or SVD(), objective)
+        return compressed.settle(batch_norm, objective)
 
 
 def load(path: str | Path, *, into: nn.Module) -> nn.Module:
@@ -61,4 +65,5 @@ def load(path: str | Path, *, into: nn.Module) -> nn.Module:
     ``into``: the model, built dense as before compression.
     Raises ``UserError`` where the file is missing, cut short, altered, or of another architecture.
     """
+    into = eager(into)
     return sharded.load(path, into) if Path(path).is_dir() else single_file.load(path, into)

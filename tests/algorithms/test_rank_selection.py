@@ -39,7 +39,7 @@ def select(net: nn.Module, objective: Objective, view: Any = "channel", **given:
 def sharp(net: nn.Sequential) -> nn.Sequential:
     """Singular values that fall fast, so that there is something to select, and logits that feel it."""
     for layer in (net[0], net[3], net[6], net[8]):
-        factors = SVD().spectrum(layer).factors
+        factors = SVD().spectrum(layer).svd
         S_R = factors.S_R[:, :1] * 0.6 ** torch.arange(factors.S_R.shape[-1])
         layer.weight.data = (factors.U_OR * S_R[:, None] @ factors.Vh_RI).reshape(layer.weight.shape).float()
     for layer in (net[3], net[6], net[8]):

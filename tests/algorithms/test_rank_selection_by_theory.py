@@ -26,7 +26,7 @@ def chain() -> nn.Sequential:
     """A chain with a spectrum so sharp that the theorem grants something."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 5))
     for layer in (model[0], model[4]):
-        factors = SVD().spectrum(layer).factors
+        factors = SVD().spectrum(layer).svd
         S_R = 0.1 * 1e-3 ** torch.arange(factors.S_R.shape[-1]).double().clamp_max(3)
         layer.weight.data = (factors.U_OR * S_R[:, None] @ factors.Vh_RI).reshape(layer.weight.shape).float()
     return model

@@ -73,7 +73,7 @@ def test_costs_count_the_parameters_and_rise(make: Any) -> None:
 def test_each_rank_drops_the_side_that_loses_least_for_each_parameter_saved(make: Any) -> None:
     layer = make().double()
     spectrum = spectrum_of(layer)
-    C, U, V = spectrum.factors
+    C, U, V = spectrum.tucker
     assert spectrum.ranks[1] == (1, 1) and spectrum.ranks[-1] == (U.shape[2], V.shape[2])
 
     def energy(p: int, q: int) -> float:

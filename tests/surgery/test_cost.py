@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from spectrim.factored.layers import FactoredConv2d, FactoredLinear
 from spectrim.models.small import LeNet5
-from spectrim.surgery.cost import Cost, latency, model_cost
+from spectrim.surgery.cost import Cost, model_cost
 
 # 28x28 -> conv 5x5 -> 24x24 -> pool -> 12x12 -> conv 5x5 -> 8x8 -> pool -> 4x4 x 50 = 800 -> 500 -> 10
 LENET_PARAMS = (20 * 25 + 20) + (50 * 20 * 25 + 50) + (500 * 800 + 500) + (10 * 500 + 10)
@@ -75,5 +75,23 @@ def test_measuring_leaves_the_mode(net: nn.Sequential) -> None:
     modes = [module.training for module in net.modules()]
     x = torch.randn(2, 3, 8, 8)
     model_cost(net, x)
-    assert latency(net, x, seconds=0) > 0
     assert [module.training for module in net.modules()] == modes
+
+
+class Queries(nn.Module):
+    """Hands a view of a parameter to a layer, as models with learnt queries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 6, 8))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.query.expand(len(x), -1, -1)) + x
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_a_view_of_a_parameter_may_be_an_input(requires_grad: bool) -> None:
+    model = Queries().requires_grad_(requires_grad)
+    assert model_cost(model, torch.randn(3, 6, 5)) == Cost(6 * 8 + 8 * 5 + 5, 6 * 8 * 5)
+    assert all(parameter.requires_grad == requires_grad for parameter in model.parameters())

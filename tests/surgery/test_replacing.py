@@ -1,4 +1,4 @@
-"""What can be replaced, what a plan makes of a model, and that a file gives the same model back or is refused."""
+"""What a plan makes of a model, and what a factored layer takes over from the dense one."""
 
 import copy
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from spectrim.batches import evaluating
 from spectrim.decomposers.spectrum import Spectrum, spectrum_of
@@ -34,57 +33,6 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
         return model(x)
 
 
-class Peculiar(nn.Module):
-    """Every way of using a layer that forbids replacing it, beside one (``plain``) that does not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plain = nn.Linear(16, 16)
-        self.read, self.looked_at, self.listed = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
-        self.uncalled = nn.Linear(16, 16)
-        self.tied, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.other.weight = self.tied.weight
-        self.twice = self.again = nn.Linear(16, 16)
-        self.parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
-        self.pruned = prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5)
-        self.own = Scaled(16, 16)
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.plain(x) + x @ self.read.weight
-        if self.looked_at.weight.dtype == torch.float32:
-            x = self.looked_at(x)
-        x = self.listed(x) + torch.stack(list(self.listed.parameters())[:1]).sum()
-        for layer in (self.tied, self.other, self.twice, self.again, self.parametrised, self.pruned, self.own):
-            x = layer(x)
-        return self.attention(x, x, x)[0].sum(1)
-
-
-class Scaled(nn.Linear):
-    """A linear layer that does something else."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return 2 * super().forward(input)
-
-
-def test_only_what_can_be_replaced_is_factorable() -> None:
-    layers, left = find_layers.factorable(Peculiar(), torch.randn(2, 3, 16))
-    assert list(layers) == ["plain"]
-    assert left == {
-        "read": "the model reads its weight",
-        "looked_at": "the model reads its weight",
-        "listed": "the model reads its weight",
-        "uncalled": "the model does not call it",
-        "tied": "its weight is shared with another layer",
-        "other": "its weight is shared with another layer",
-        "twice": "its weight is shared with another layer",
-        "parametrised": "its weight is computed from other parameters",
-        "pruned": "its weight is computed from other parameters",
-        "own": "Scaled has a forward of its own",
-        "attention.out_proj": "the model reads its weight",
-    }
-
-
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_transformer_still_runs_after_its_layers_are_factored(gradients: bool) -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 64, batch_first=True)).eval()
@@ -95,23 +43,6 @@ def test_a_transformer_still_runs_after_its_layers_are_factored(gradients: bool)
     assert "0" in plan and "1.self_attn.out_proj" in left
     with torch.set_grad_enabled(gradients):
         torch.testing.assert_close(whole(x), model(x), atol=1e-5, rtol=1e-5)
-
-
-def test_looking_at_a_model_leaves_no_trace(net: nn.Sequential) -> None:
-    before, mode = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
-    patched = (nn.Module.__getattr__, nn.Linear.forward, nn.Conv2d.forward)
-    find_layers.factorable(net, torch.randn(2, 3, 8, 8))
-    with pytest.raises(UserError, match="at layer 0: "):
-        find_layers.factorable(net, torch.randn(2, 4, 8, 8))
-    assert (nn.Module.__getattr__, nn.Linear.forward, nn.Conv2d.forward) == patched
-    assert [m.training for m in net.modules()] == mode
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-
-
-@pytest.mark.parametrize("model", [nn.Linear(9, 9), nn.Conv2d(9, 9, 3)])
-def test_a_model_that_is_one_layer_is_refused_with_the_way_out(model: nn.Module) -> None:
-    with pytest.raises(UserError, match=r"pass torch.nn.Sequential\(model\)"):
-        find_layers.factorable(model, torch.randn(2, 9, 9, 9))
 
 
 @pytest.mark.parametrize("view", ["channel", "spatial"])
@@ -154,3 +85,35 @@ def test_a_replaced_layer_takes_the_mode_of_the_one_before(net: nn.Sequential) -
 def test_a_plan_with_an_unknown_layer_is_refused(net: nn.Sequential) -> None:
     with pytest.raises(UserError, match="the plan names 'head'"):
         replacing.apply(net, RankPlan.of({"head": Kept(2, PlainForm("linear"))}), spectra_of(net))
+
+
+class Scaled(nn.Linear):
+    """A linear layer with a setting and a link to another module, which the model reads."""
+
+    def __init__(self, link: nn.Module) -> None:
+        super().__init__(8, 8)
+        self.gain, self.link = 2.0, (link,)
+
+
+class Linked(nn.Module):
+    """Reads from its layer the module that the layer links to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.body = Scaled(self.norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        (norm,) = self.body.link
+        return norm(self.body.gain * self.body(x))
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_link_of_a_layer_leads_to_the_module_of_the_copy(rank: int) -> None:
+    model = Linked().eval()
+    spectra: Any = {"body": SVD().spectrum(model.body)}
+    compressed = replacing.apply(model, RankPlan.of({"body": Kept(rank, PlainForm("linear"))}), spectra)
+    assert compressed.body.gain == 2.0 and compressed.body.link[0] is compressed.norm is not model.norm
+    x = torch.randn(4, 8)
+    expected = model.norm(2 * (x @ compressed.body.weight.T + model.body.bias))
+    torch.testing.assert_close(compressed(x), expected)

@@ -68,7 +68,7 @@ def test_nothing_is_left_once_nobody_needs_it(net: nn.Module, objective: Objecti
     kept = bench.spectra["3"]
     del bench
     gc.collect()
-    assert isinstance(kept, MatrixSpectrum) and kept.factors.U_OR.isfinite().all()  # one that is left holds the folder
+    assert isinstance(kept, MatrixSpectrum) and kept.svd.U_OR.isfinite().all()  # one that is left holds the folder
     del kept
     gc.collect()
     assert not list(temporary.iterdir())

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from spectrim.checkpoints.single_file import tensors_of_state
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery.replacing import replace
@@ -169,7 +170,7 @@ def _require_same_shapes(source: Sharded, model: nn.Module, factored: Mapping[st
 
     Of a shared tensor one name is enough.
     """
-    state = {name: value for name, value in model.state_dict().items() if name.rpartition(".")[0] not in factored}
+    state = {n: value for n, value in tensors_of_state(model).items() if n.rpartition(".")[0] not in factored}
     own = {f"{layer}.{name}": value for layer, new in factored.items() for name, value in new.state_dict().items()}
     found = source.entries
     there = {value.data_ptr() for name, value in state.items() if name in found}

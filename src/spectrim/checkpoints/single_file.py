@@ -98,11 +98,16 @@ def read_metadata(path: str | Path) -> dict[str, str]:
     return metadata
 
 
+def tensors_of_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state without what is no tensor, as the extra state of a module may be."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
 def _architecture(model: nn.Module) -> str:
     """Names and shapes of the model's state, and which of the tensors are one and the same."""
     shapes: dict[str, Any] = {}
     first: dict[tuple[int, torch.Size], str] = {}
-    for name, value in model.state_dict().items():
+    for name, value in tensors_of_state(model).items():
         place = (value.data_ptr(), value.shape)
         shared = value.numel() and place in first
         shapes[name] = first[place] if shared else list(value.shape)
@@ -114,7 +119,7 @@ def _stored(model: nn.Module) -> dict[str, Tensor]:
     """The model's state, each shared tensor once under its first name."""
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
-    for name, value in model.state_dict().items():
+    for name, value in tensors_of_state(model).items():
         place = (value.data_ptr(), value.shape)
         if value.numel() and place in seen:
             continue

@@ -19,21 +19,21 @@ View = Literal["channel", "spatial"]
 class MatrixSpectrum(Spectrum):
     """The spectrum of a weight read as one matrix a group, or as ``subspaces`` matrices a group side by side.
 
-    ``factors``: U (g, O, R), S (g, R), Vh (g, R, I), where g counts all the matrices. U and Vh may lie on disk.
+    ``svd``: U (g, O, R), S (g, R), Vh (g, R, I), where g counts all the matrices. U and Vh may lie on disk.
     """
 
-    def __init__(self, layer: DenseLayer, view: View, factors: linalg.SVD, subspaces: int = 1) -> None:
+    def __init__(self, layer: DenseLayer, view: View, svd: linalg.SVD, subspaces: int = 1) -> None:
         # Only the shape of the layer is kept: the layer itself would keep every decomposed model alive.
         self.template = layer.without_weights()
-        self.view, self.subspaces, self.S_R = view, subspaces, factors.S_R
-        self.shape = (*factors.U_OR.shape[:2], factors.Vh_RI.shape[-1])  # matrices, outputs and inputs of each
-        self._vectors: tuple[Tensor, Tensor] | SpilledTensors = (factors.U_OR, factors.Vh_RI)
+        self.view, self.subspaces, self.S_R = view, subspaces, svd.S_R
+        self.shape = (*svd.U_OR.shape[:2], svd.Vh_RI.shape[-1])  # matrices, outputs and inputs of each
+        self._vectors: tuple[Tensor, Tensor] | SpilledTensors = (svd.U_OR, svd.Vh_RI)
         self.bias = None if layer.bias is None else layer.bias.detach().clone()
         self.device = layer.weight.device
         self._largest: Tensor | None = None
 
     @property
-    def factors(self) -> linalg.SVD:
+    def svd(self) -> linalg.SVD:
         """The decomposition, from memory, or read from disk at each access."""
         if not isinstance(self._vectors, SpilledTensors):
             return linalg.SVD(self._vectors[0], self.S_R, self._vectors[1])
@@ -73,12 +73,12 @@ class MatrixSpectrum(Spectrum):
 
     def largest_entry(self) -> Tensor:
         if self._largest is None:
-            self._largest = linalg.largest_entry_of_error(self.factors).double().cpu()
+            self._largest = linalg.largest_entry_of_error(self.svd).double().cpu()
         return self._largest
 
     def first_order(self, gradient: Tensor) -> Tensor:
         G = to_matrix(gradient, self.template, self.view, self.subspaces).to(self.S_R)
-        return linalg.first_order_change(self.factors, G).double().sum(0).cpu()
+        return linalg.first_order_change(self.svd, G).double().sum(0).cpu()
 
     def sizes(self, rank: int) -> tuple[int, ...]:
         groups, outputs, inputs = self.shape
@@ -86,7 +86,7 @@ class MatrixSpectrum(Spectrum):
 
     def factor(self, keep: Keep) -> FactoredLayer:
         chosen = _components(keep, self.max_rank)
-        U, S, Vh = self.factors
+        U, S, Vh = self.svd
         root = S[:, chosen].sqrt()  # the two factors share the singular values: equal norms, no overflow in half
         B, A = U[:, :, chosen] * root[:, None, :], root[:, :, None] * Vh[:, chosen, :]
         layer = self.form.layer_for(self.template.module, len(chosen)).to_empty(device=self.device)

@@ -4,6 +4,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from io import BytesIO
 from types import MappingProxyType
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
@@ -119,16 +120,29 @@ class Decomposer(Protocol):
         """Decompose ``layer``: a Linear, a Conv2d, or with ``embeddings`` an Embedding."""
 
 
-def content(tensors: Iterable[Tensor]) -> str:
-    """Return a digest of the values.
+def content(values: Iterable[Any]) -> str:
+    """Return a digest of ``values``: tensors, or the extra state of a module, which may be anything.
 
-    Neither address nor version is enough: both may stay the same while ``weight.data`` is written to.
+    Neither address nor version of a tensor is enough: both may stay the same while ``weight.data`` is written to.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}{tensor.device}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for value in values:
+        _add(digest, value)
     return digest.hexdigest()
+
+
+def _add(digest: hashlib.blake2b, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}{value.device}".encode())
+        plain = value.detach().dequantize() if value.is_quantized else value.detach().to_dense()
+        digest.update(plain.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        _add(digest, list(value.items()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            _add(digest, part)
+    else:
+        digest.update(value.getvalue() if isinstance(value, BytesIO) else repr(value).encode())
 
 
 _known: "WeakKeyDictionary[nn.Module, dict[Any, Spectrum]]" = WeakKeyDictionary()

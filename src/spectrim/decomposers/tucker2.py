@@ -85,11 +85,11 @@ class Tucker2Spectrum(Spectrum):
     squared norms and inner products add up over them as for an SVD. But only the leading k of them make a layer.
     """
 
-    def __init__(self, layer: DenseLayer, factors: Tucker) -> None:
-        self.template, self.factors = layer.without_weights(), factors
+    def __init__(self, layer: DenseLayer, tucker: Tucker) -> None:
+        self.template, self.tucker = layer.without_weights(), tucker
         self.bias = None if layer.bias is None else layer.bias.detach().clone()
         self.device = layer.weight.device
-        energy_PQ = factors.C_PQHW.square().sum((0, 3, 4))
+        energy_PQ = tucker.C_PQHW.square().sum((0, 3, 4))
         self.ranks = [(0, 0), *_schedule(energy_PQ, *self._shape()[1:])]
         self.energy_R = self._by_component(energy_PQ)
         self.costs = [self.cost(rank) for rank in range(len(self.ranks))]
@@ -107,7 +107,7 @@ class Tucker2Spectrum(Spectrum):
         return linalg.tail_sums(self.energy_R).sqrt()
 
     def first_order(self, gradient: Tensor) -> Tensor:
-        C, U, V = self.factors
+        C, U, V = self.tucker
         G = gradient.to(C).unflatten(0, (len(C), -1))
         product = C * torch.einsum("goihw,gop,giq->gpqhw", G, U, V)
         return -linalg.tail_sums(self._by_component(product.sum((0, 3, 4))))
@@ -115,7 +115,7 @@ class Tucker2Spectrum(Spectrum):
     def largest_entry(self) -> Tensor:
         # Built up from the last component, one update a rank: about as many operations as the decomposition.
         if self._largest is None:
-            C, U, V = self.factors
+            C, U, V = self.tucker
             C = C.flatten(3)
             change = torch.zeros(len(C), U.shape[1], V.shape[1], C.shape[3], dtype=C.dtype, device=C.device)
             largest = torch.zeros(len(self.ranks), dtype=torch.float64)
@@ -145,7 +145,7 @@ class Tucker2Spectrum(Spectrum):
     def factor(self, keep: Keep) -> FactoredLayer:
         rank = self._leading(keep)
         p, q = self.ranks[rank]
-        C, U, V = self.factors
+        C, U, V = self.tucker
         layer = TuckerForm(p, q).layer_for(self.template.module, rank).to_empty(device=self.device)
         weights = V[:, :, :q].transpose(1, 2), C[:, :p, :q], U[:, :, :p]
         layer.fill(
@@ -163,7 +163,7 @@ class Tucker2Spectrum(Spectrum):
 
     def _shape(self) -> tuple[int, int, int, int]:
         """Return the number of groups, the outputs and inputs of each, and the entries of the kernel."""
-        C, U, V = self.factors
+        C, U, V = self.tucker
         return len(C), U.shape[1], V.shape[1], C.shape[3] * C.shape[4]
 
     def _by_component(self, values_PQ: Tensor) -> Tensor:

@@ -95,8 +95,8 @@ class WhitenedSpectrum(MatrixSpectrum):
     ``importance`` (g, R), the singular values of the whitened weight, orders the components. The s_i need not fall.
     """
 
-    def __init__(self, layer: DenseLayer, view: View, factors: linalg.SVD, importance: Tensor) -> None:
-        super().__init__(layer, view, factors)
+    def __init__(self, layer: DenseLayer, view: View, svd: linalg.SVD, importance: Tensor) -> None:
+        super().__init__(layer, view, svd)
         self._importance = importance
 
     @property
@@ -116,10 +116,8 @@ class EmbeddingSpectrum(WhitenedSpectrum):
     ``order``: all ids, those of the ``whole_rows`` rows first.
     """
 
-    def __init__(
-        self, layer: DenseLayer, factors: linalg.SVD, importance: Tensor, order: Tensor, whole_rows: int
-    ) -> None:
-        super().__init__(layer, "channel", factors, importance)
+    def __init__(self, layer: DenseLayer, svd: linalg.SVD, importance: Tensor, order: Tensor, whole_rows: int) -> None:
+        super().__init__(layer, "channel", svd, importance)
         weight = layer.weight.detach()
         self.order, self.rows, self.norm = order, weight[order[:whole_rows]].clone(), weight.double().norm().cpu()
 

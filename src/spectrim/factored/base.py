@@ -3,7 +3,7 @@
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,9 @@ class FactoredLayer(nn.Module, ABC):
     attributes of the dense layer, those of a subclass included.
     """
 
-    first: Factor
-    second: Factor
+    if TYPE_CHECKING:  # torch.jit.script cannot read annotations of modules
+        first: Factor
+        second: Factor
     __jit_unused_properties__ = ("factors", "weight", "bias")
 
     @property

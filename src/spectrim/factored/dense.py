@@ -110,7 +110,7 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in TORCH_OWN}
 
 
-def with_article(module: nn.Module) -> str:
-    """Return the name of the class of ``module`` for a message."""
-    name = type(module).__name__
+def with_article(value: object) -> str:
+    """Return the name of the class of ``value``, for a message."""
+    name = type(value).__name__
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"

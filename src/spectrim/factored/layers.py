@@ -26,8 +26,6 @@ class FactoredLinear(FactoredLayer):
     With several ``subspaces``, each part of the input features has an A of its own with ``rank`` outputs.
     """
 
-    second: nn.Linear
-
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool = True, subspaces: int = 1) -> None:
         super().__init__()
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
@@ -38,7 +36,7 @@ class FactoredLinear(FactoredLayer):
             if subspaces == 1
             else BlockLinear(in_features, middle, subspaces)
         )
-        self.second = nn.Linear(middle, out_features, bias=bias)
+        self.second: nn.Linear = nn.Linear(middle, out_features, bias=bias)
 
     @classmethod
     def shaped_like(cls, dense: nn.Module, rank: int, subspaces: int = 1) -> "FactoredLinear":
@@ -68,17 +66,14 @@ class FactoredEmbedding(FactoredLayer):
     whose number in the buffer ``place`` (num_embeddings,) is below it. A holds the rows of all other ids.
     """
 
-    first: nn.Embedding
-    second: nn.Linear
-    place: Tensor
-
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, whole_rows: int = 0) -> None:
         super().__init__()
         self.rank, self.whole_rows = rank, whole_rows
-        self.first = nn.Embedding(num_embeddings - whole_rows, rank)
-        self.second = nn.Linear(rank, embedding_dim, bias=False)
+        self.first: nn.Embedding = nn.Embedding(num_embeddings - whole_rows, rank)
+        self.second: nn.Linear = nn.Linear(rank, embedding_dim, bias=False)
         if whole_rows:
             self.whole = nn.Embedding(whole_rows, embedding_dim)
+            self.place: Tensor
             self.register_buffer("place", torch.empty(num_embeddings, dtype=torch.int32))
 
     @classmethod
@@ -117,13 +112,11 @@ class FactoredConv2d(FactoredLayer):
     input channels of a group has ``rank`` channels of its own, and the second convolution sees all of them.
     """
 
-    first: nn.Conv2d
-    second: nn.Conv2d
-
     def __init__(self, first: nn.Conv2d, second: nn.Conv2d, view: str) -> None:
         super().__init__()
-        self.first, self.second, self.view = first, second, view
-        self.rank = first.out_channels // first.groups
+        self.first: nn.Conv2d = first
+        self.second: nn.Conv2d = second
+        self.view, self.rank = view, first.out_channels // first.groups
 
     @classmethod
     def shaped_like(cls, dense: nn.Conv2d, rank: int, view: str, subspaces: int = 1) -> "FactoredConv2d":
@@ -157,12 +150,11 @@ class TuckerConv2d(FactoredLayer):
     The second has the stride, padding and dilation of the dense one, the third its bias (Kim et al., arXiv 1511.06530).
     """
 
-    first: nn.Conv2d
-    second: nn.Conv2d
-
     def __init__(self, first: nn.Conv2d, second: nn.Conv2d, third: nn.Conv2d) -> None:
         super().__init__()
-        self.first, self.second, self.third = first, second, third
+        self.first: nn.Conv2d = first
+        self.second: nn.Conv2d = second
+        self.third = third
 
     @classmethod
     def shaped_like(cls, dense: nn.Conv2d, outputs: int, inputs: int) -> "TuckerConv2d":

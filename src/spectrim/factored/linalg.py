@@ -157,11 +157,6 @@ def tail_sums(values_R: Tensor) -> Tensor:
     return torch.cat([sums, torch.zeros_like(sums[..., :1])], -1)
 
 
-def truncation_error(S_R: Tensor) -> Tensor:
-    """Frobenius norm of ``W_k - W`` for every rank k (Eckart-Young): the root of the dropped energy."""
-    return tail_sums(S_R.square()).sqrt()
-
-
 def gate_gradient(factors: SVD, G_OI: Tensor) -> Tensor:
     """``c_i = sigma_i * u_i^T G v_i``, the derivative of the loss by a gate on component i. Shape (..., R)."""
     return factors.S_R * torch.einsum("...or,...oi,...ri->...r", factors.U_OR, G_OI, factors.Vh_RI)

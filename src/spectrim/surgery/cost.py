@@ -1,7 +1,5 @@
-"""What a model costs: parameters, multiply-accumulates, milliseconds."""
+"""What a model costs: parameters and multiply-accumulates."""
 
-import statistics
-import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,11 +8,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectrim.batches import Inputs, batch_size, device_of, evaluating, forward, to_device
+from spectrim.batches import Inputs, alone_trainable, batch_size, device_of, evaluating, forward, to_device
 
 
 class Cost(NamedTuple):
-    """Of a whole model: parameters (shared ones once), and multiply-accumulates (MACs) of one input."""
+    """The cost of a whole model: parameters, shared ones once, and multiply-accumulates (MACs) of one input."""
 
     params: int
     macs: int
@@ -28,15 +26,15 @@ def model_cost(model: nn.Module, example: Inputs) -> Cost:
 
 
 def parameters(model: nn.Module) -> int:
-    """Numbers in the parameters of the whole model, shared ones once."""
+    """Count the numbers in the parameters of the whole model, shared ones once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def layer_macs(model: nn.Module, layers: Sequence[str], example: Inputs) -> tuple[dict[str, float], float]:
-    """MACs of one input in each of ``layers``, with all that is inside it, and in the whole model."""
+    """Count the MACs of one input in each of ``layers``, with their submodules, and in the whole model."""
     counter, twice = _counted(model, example), 2 * batch_size(example)
     root, counts = type(model).__name__, counter.get_flop_counts()
-    # What multiplies nothing, as an embedding, is not counted.
+    # The counter has no entry for a layer without products, as an embedding.
     own = {name: counts.get(f"{root}.{name}", {}) for name in layers}
     return {name: sum(found.values()) / twice for name, found in own.items()}, counter.get_total_flops() / twice
 
@@ -47,26 +45,16 @@ def _counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into torch's fused transformer layer
     try:
-        # Nor into every kernel of attention; by plain products the same number is reached.
-        with evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        # It does not see into every kernel of attention either. Plain products reach the same number. And it fails on
+        # an argument that requires a gradient without having a history, as a view of a parameter under no_grad.
+        with (
+            evaluating(model),
+            torch.no_grad(),
+            alone_trainable(model, ()),
+            sdpa_kernel(SDPBackend.MATH),
+            counter,
+        ):
             forward(model, inputs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     return counter
-
-
-def latency(model: nn.Module, inputs: Inputs, seconds: float = 1.0) -> float:
-    """Median milliseconds of one forward pass on ``inputs``, over at least five runs and about ``seconds``."""
-    device = device_of(model)
-    inputs = to_device(inputs, device)
-    times: list[float] = []
-    with evaluating(model), torch.inference_mode():
-        forward(model, inputs)
-        deadline = time.perf_counter() + seconds
-        while len(times) < 5 or time.perf_counter() < deadline:
-            started = time.perf_counter()
-            forward(model, inputs)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            times.append(1000 * (time.perf_counter() - started))
-    return statistics.median(times)

@@ -11,55 +11,83 @@ from torch.overrides import TorchFunctionMode
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, tensors_of, to_device
 from spectrim.errors import UserError
-from spectrim.factored.dense import dense_kinds
+from spectrim.factored.dense import dense_kinds, with_article
+from spectrim.surgery.given_model import eager, unchanged
 
 
 def factorable(
     model: nn.Module, example: Inputs, embeddings: bool = False
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers (``layers.dense_kinds``) that can be replaced, in the model's order, and why each other one is not.
+    """Find the layers that can be replaced, in the model's order, and the reason why each other one stays dense.
 
-    A layer stays dense where it or its weight is shared, where its class has a ``forward`` of its own, where the model
-    does not call it on ``example`` (one batch of inputs), or where the model reads its weight without calling it, as
-    attention does with its output projection. So does an embedding that renormalises what it looks up, or whose ids are
-    not among the inputs: positions, which calibration may not have reached. Without ``embeddings`` none is looked at.
-    Raises ``UserError`` where the whole model is one such layer: it has no parent in which it could be replaced.
+    The model runs once on ``example``, one batch of inputs. A layer stays dense if the model does not call it or reads
+    its weight itself, as attention does with its output projection. ``_reason`` lists the other cases. An embedding
+    also stays dense if its ids are not among the inputs, as for positions: calibration may not reach all of them.
+
+    ``embeddings``: whether embeddings are replaced too.
+
+    Raises ``UserError`` for a model that ``eager`` refuses, for a compiled one, and for a model that is a single layer
+    and so has no parent in which the layer could be replaced.
     """
+    if eager(model) is not model:
+        raise UserError("the model is compiled; pass the eager one, model._orig_mod")
     kinds = dense_kinds()
     if isinstance(model, kinds):
         raise UserError(f"the model is a single {type(model).__name__}; pass torch.nn.Sequential(model) instead")
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     layers: dict[str, nn.Module] = {}
-    left: dict[str, str] = {}
+    dense: dict[str, str] = {}
     for name, module in model.named_modules():
         if not isinstance(module, kinds) or (isinstance(module, nn.Embedding) and not embeddings):
             continue
-        if places[module] > 1 or owners[id(module.weight)] > 1:
-            left[name] = "its weight is shared with another layer"
-        elif type(module).forward not in [kind.forward for kind in kinds]:
-            left[name] = f"{type(module).__name__} has a forward of its own"
-        elif torch.nn.utils.parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
-            left[name] = "its weight is computed from other parameters"
-        elif isinstance(module, nn.Embedding) and not _is_plain(module):
-            left[name] = "it renormalises what it looks up, or has gradients of its own kind"
+        if places[module] > 1 or owners[id(module._parameters.get("weight"))] > 1:
+            dense[name] = "its weight is shared with another layer"
+        elif reason := _reason(module):
+            dense[name] = reason
         else:
             layers[name] = module
     for name, reason in _unfit_for_replacement(model, layers, example).items():
         del layers[name]
-        left[name] = reason
-    return layers, left
+        dense[name] = reason
+    return layers, dense
 
 
-def _is_plain(embedding: nn.Embedding) -> bool:
-    return embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
+def _reason(module: nn.Module) -> str | None:
+    """Return why a layer stays dense, whatever the model does with it; None for a layer that can be replaced."""
+    kinds = dense_kinds()
+    weight = module._parameters.get("weight")  # module.weight might compute it, and that may change the module
+    if type(module).forward not in [kind.forward for kind in kinds] or "forward" in vars(module):
+        return f"{type(module).__name__} has a forward of its own"
+    if torch.nn.utils.parametrize.is_parametrized(module) or weight is None:
+        return "its weight is computed from other parameters"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is {with_article(weight)}"
+    if not weight.is_floating_point():
+        return f"its weight is of {weight.dtype}"
+    if module._parameters.keys() - {"weight", "bias"} or module._buffers or module._modules:
+        return "it holds more than a weight and a bias"
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
+        return "it renormalises what it looks up, or has gradients of its own kind"
+    return None
+
+
+def in_one_line(reasons: Mapping[str, str]) -> str:
+    """Return the reasons why layers stay dense, each with at most three of its layers by name."""
+    layers: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        layers.setdefault(reason, []).append(name)
+    few = {reason: ", ".join(names[:3]) + (" and more" if names[3:] else "") for reason, names in layers.items()}
+    return "; ".join(f"{names}: {reason}" for reason, names in few.items())
 
 
 class _Watch(TorchFunctionMode):
-    """Notes which layers are called, and whose weight is used or looked up while their own ``forward`` is not running.
+    """Notes how a model uses ``layers`` while it runs on ``inputs``.
 
-    And which embeddings are called on anything but a part of ``inputs``. Without hooks: nn.TransformerEncoderLayer,
-    which then reads the weights of its layers, does not where it sees any.
+    ``called``: the layers that are called. ``read``: the layers whose weight or bias is used while their own
+    ``forward`` is not running. ``on_others``: the embeddings that are called on anything but a part of ``inputs``.
+
+    It uses no hooks: nn.TransformerEncoderLayer reads the weights of its layers only where it sees none.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], inputs: Inputs) -> None:
@@ -78,7 +106,7 @@ class _Watch(TorchFunctionMode):
 
     @contextmanager
     def of_modules(self) -> Iterator[None]:
-        """Watch calls of Linear and Conv2d, and ``layer.weight`` and ``layer.bias``, inside the block."""
+        """Watch calls of dense layers, and ``layer.weight`` and ``layer.bias``, inside the block."""
         look_up = nn.Module.__getattr__
 
         def looked_up(module: nn.Module, attribute: str) -> Any:
@@ -119,8 +147,8 @@ class _Watch(TorchFunctionMode):
 def _unfit_for_replacement(model: nn.Module, layers: Mapping[str, nn.Module], example: Inputs) -> dict[str, str]:
     inputs = to_device(example, device_of(model))
     watch = _Watch(layers, inputs)
-    with evaluating(model), torch.no_grad(), watch.of_modules(), watch:
+    with unchanged(model), evaluating(model), torch.no_grad(), watch.of_modules(), watch:
         forward(model, inputs)
     unfit = {name: "the model does not call it" for name in layers if name not in watch.called}
-    unfit |= {name: "the numbers that it looks up are not among the inputs" for name in watch.on_others}
+    unfit |= {name: "the ids that it looks up are not among the inputs" for name in watch.on_others}
     return unfit | {name: "the model reads its weight" for name in layers if name in watch.read}

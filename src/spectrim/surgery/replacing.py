@@ -1,4 +1,4 @@
-"""From a plan to a model: layers replaced by their factors."""
+"""From a plan to a model: layers replaced by factored ones."""
 
 import copy
 from collections.abc import Mapping
@@ -9,33 +9,44 @@ from torch import nn
 
 from spectrim.decomposers.spectrum import Spectrum
 from spectrim.errors import UserError
+from spectrim.factored.base import FactoredLayer
 from spectrim.factored.plan import RankPlan
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` at the dotted ``name``, in place, in the mode and the memory format of the one that was there."""
+    """Put ``layer`` at the dotted ``name`` of ``model``, in place, as ``in_place_of`` the layer that was there."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, in_place_of(model.get_submodule(name), layer))
 
 
 def in_place_of(before: nn.Module, layer: nn.Module) -> nn.Module:
-    """``layer`` itself, in the mode and the memory format of ``before``."""
+    """Return ``layer``, with the mode, the memory format and, if it is factored, the attributes of ``before``."""
     layer.train(before.training)
     if isinstance(before, nn.Conv2d) and not before.weight.is_contiguous():
         layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if isinstance(layer, FactoredLayer):
+        layer.adopt(before)
     return layer
 
 
 def apply(model: nn.Module, plan: RankPlan, spectra: Mapping[str, Spectrum], *, shared: bool = False) -> nn.Module:
-    """A copy of ``model`` with the layers of ``plan`` factored. Raises ``UserError`` for a layer not in ``spectra``.
+    """Return a copy of ``model`` with the layers of ``plan`` factored.
 
-    What is replaced is not copied first: memory holds the model and the copy, which may be half its size. ``shared``:
-    its other parameters are those of ``model`` themselves, for a copy that only looks.
+    A replaced layer is not copied first, so memory holds the model and the copy, which may be half its size.
+
+    ``shared``: the copy shares the other parameters with ``model``, for a copy that is only measured.
+
+    Raises ``UserError`` for a layer that is not in ``spectra``.
     """
     copies: dict[int, Any] = {id(own): own for own in model.parameters()} if shared else {}
+    factored: list[tuple[nn.Module, FactoredLayer]] = []
     for name, kept in plan.items():
         if name not in spectra:
             raise UserError(f"the plan names {name!r}, which is not a layer of this model that can be factored")
-        layer = model.get_submodule(name)
-        copies[id(layer)] = in_place_of(layer, spectra[name].factor(kept.keep))
-    return copy.deepcopy(model, copies)
+        before, layer = model.get_submodule(name), spectra[name].factor(kept.keep)
+        copies[id(before)] = in_place_of(before, layer)
+        factored.append((before, layer))
+    result = copy.deepcopy(model, copies)
+    for before, layer in factored:  # an attribute may lead to another module, which is the one of the copy from now on
+        layer.adopt(before, copies)
+    return result

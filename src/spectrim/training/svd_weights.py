@@ -19,7 +19,7 @@ class SVDWeight(nn.Module):
     def __init__(self, spectrum: MatrixSpectrum) -> None:
         super().__init__()
         self.template, self.view = spectrum.template, spectrum.view
-        self.start: linalg.SVD | None = spectrum.factors
+        self.start: linalg.SVD | None = spectrum.svd
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """What a weight is begun with: the factors of its spectrum, given once."""

@@ -51,8 +51,8 @@ def test_no_allocation_of_the_budget_has_a_smaller_largest_error(wide: nn.Sequen
 
     def error(name: str, subspaces: int) -> Any:
         spectrum = SubspaceSVD(subspaces).spectrum(wide.get_submodule(name))
-        whole = SVD().spectrum(wide.get_submodule(name)).factors.S_R.max()
-        return spectrum, [*(spectrum.factors.S_R.amax(0) / whole).tolist(), 0.0]
+        whole = SVD().spectrum(wide.get_submodule(name)).svd.S_R.max()
+        return spectrum, [*(spectrum.svd.S_R.amax(0) / whole).tolist(), 0.0]
 
     forms = {name: kept.form for name, kept in result.plan.items()}
     subspaces = {name: form.subspaces for name, form in forms.items() if isinstance(form, PlainForm)}

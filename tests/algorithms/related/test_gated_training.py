@@ -84,7 +84,7 @@ def test_haloc_mixes_truncations_by_their_probabilities() -> None:
     assert ranks == (int(0.4 * 120 / 22), int(0.8 * 120 / 22), 10)
     torch.manual_seed(5)
     chances = nn.functional.gumbel_softmax(one.parameter.detach(), dim=0)
-    U, S, Vh = (part[0] for part in spectrum.factors)
+    U, S, Vh = (part[0] for part in spectrum.svd)
     cuts = [(U[:, :k] * S[:k] @ Vh[:k]).float() for k in ranks]
     torch.manual_seed(5)
     mixed = sum(float(p) * cut for p, cut in zip(chances, cuts, strict=True))

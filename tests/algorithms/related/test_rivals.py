@@ -101,7 +101,7 @@ def test_global_threshold_has_the_least_largest_relative_error(net: nn.Sequentia
     """Of all allocations of the budget none has a smaller largest sigma_(k+1) / sigma_1 (ALDS, section 3.3)."""
     result = GlobalThreshold(params_kept=0.5).compress(net, SVD(), objective)
     spectra = {name: spectrum_of(net.get_submodule(name), SVD()) for name in ("0", "3", "6", "8")}
-    relative = {name: s.factors.S_R.amax(0) / s.factors.S_R.max() for name, s in spectra.items()}  # type: ignore[attr-defined]
+    relative = {name: s.svd.S_R.amax(0) / s.svd.S_R.max() for name, s in spectra.items()}  # type: ignore[attr-defined]
     largest = max(float(relative[name][kept.rank]) for name, kept in result.plan.items())
     dense = sum(parameter.numel() for parameter in net.parameters())
     total = dense

@@ -212,7 +212,7 @@ class _Callbacks:
         for name in names:
             spectrum = bench.spectra[name]
             assert isinstance(spectrum, MatrixSpectrum)  # the decomposer is the plain SVD
-            U_OR, S_R, Vh_RI = spectrum.factors
+            U_OR, S_R, Vh_RI = spectrum.svd
             initial = random_stable_rank(U_OR.shape[-2], Vh_RI.shape[-1])
             if chosen.reference == "start":
                 initial = max(1.0, float(linalg.stable_rank(S_R).max()))  # that of a zero matrix is 0

@@ -15,7 +15,7 @@ from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.statistics.batchnorm import SAMPLES, BatchNorm, reestimate
 from spectrim.statistics.objective import Objective
-from spectrim.surgery.cost import Cost, model_cost
+from spectrim.surgery.cost import Cost, model_cost, parameters
 
 
 @runtime_checkable
@@ -61,7 +61,7 @@ class Compressed:
     @property
     def params_kept(self) -> float:
         """Parameters of the whole compressed model over those of the whole dense one."""
-        return self.cost.params / self.dense_cost.params
+        return parameters(self.model) / parameters(self.dense)
 
     @property
     def macs_kept(self) -> float:

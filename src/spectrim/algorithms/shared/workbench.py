@@ -63,15 +63,16 @@ class Workbench:
         """
         example = objective.example()
         layers, left = find_layers.factorable(model, example, decomposer.embeddings)
-        notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
         spectra: dict[str, Spectrum] = {}
         for name, spectrum in _decomposed(model, decomposer, objective, layers).items():
             if spectrum.break_even:
                 spectra[name] = spectrum
             else:
-                notes.append(f"{name}: left dense: no rank is below break-even")
+                left[name] = "no rank is below break-even"
         if not spectra:
-            raise UserError("this model has nothing to factor: no Linear or Conv2d layer gets smaller at any rank")
+            reasons = find_layers.in_one_line(left) or f"it has no {' or '.join(k.__name__ for k in dense_kinds())}"
+            raise UserError(f"this model has nothing to factor: {reasons}")
+        notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
         return cls(model, decomposer, objective, example, MappingProxyType(spectra), tuple(notes))
 
     def first_order(self, split: str = "calibration", model: nn.Module | None = None) -> dict[str, Tensor]:

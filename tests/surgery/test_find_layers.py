@@ -1,0 +1,155 @@
+"""Which layers can be replaced, why the others stay dense, and that a model is not changed by being looked at."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+import spectrim
+from spectrim.errors import UserError
+from spectrim.surgery import find_layers
+
+
+class Peculiar(nn.Module):
+    """Every way of using a layer that forbids replacing it, beside one (``plain``) that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain = nn.Linear(16, 16)
+        self.read, self.looked_at, self.listed = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.uncalled = nn.Linear(16, 16)
+        self.tied, self.other = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.other.weight = self.tied.weight
+        self.twice = self.again = nn.Linear(16, 16)
+        self.parametrised = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.pruned = prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.5)
+        self.own = Scaled(16, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.plain(x) + x @ self.read.weight
+        if self.looked_at.weight.dtype == torch.float32:
+            x = self.looked_at(x)
+        x = self.listed(x) + torch.stack(list(self.listed.parameters())[:1]).sum()
+        for layer in (self.tied, self.other, self.twice, self.again, self.parametrised, self.pruned, self.own):
+            x = layer(x)
+        return self.attention(x, x, x)[0].sum(1)
+
+
+class Scaled(nn.Linear):
+    """A linear layer that does something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_only_what_can_be_replaced_is_factorable() -> None:
+    layers, left = find_layers.factorable(Peculiar(), torch.randn(2, 3, 16))
+    assert list(layers) == ["plain"]
+    assert left == {
+        "read": "the model reads its weight",
+        "looked_at": "the model reads its weight",
+        "listed": "the model reads its weight",
+        "uncalled": "the model does not call it",
+        "tied": "its weight is shared with another layer",
+        "other": "its weight is shared with another layer",
+        "twice": "its weight is shared with another layer",
+        "parametrised": "its weight is computed from other parameters",
+        "pruned": "its weight is computed from other parameters",
+        "own": "Scaled has a forward of its own",
+        "attention.out_proj": "the model reads its weight",
+    }
+
+
+def test_looking_at_a_model_leaves_no_trace(net: nn.Sequential) -> None:
+    before, mode = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+    patched = (nn.Module.__getattr__, nn.Linear.forward, nn.Conv2d.forward)
+    find_layers.factorable(net, torch.randn(2, 3, 8, 8))
+    with pytest.raises(UserError, match="at layer 0: "):
+        find_layers.factorable(net, torch.randn(2, 4, 8, 8))
+    assert (nn.Module.__getattr__, nn.Linear.forward, nn.Conv2d.forward) == patched
+    assert [m.training for m in net.modules()] == mode
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("model", [nn.Linear(9, 9), nn.Conv2d(9, 9, 3)])
+def test_a_model_that_is_one_layer_is_refused_with_the_way_out(model: nn.Module) -> None:
+    with pytest.raises(UserError, match=r"pass torch.nn.Sequential\(model\)"):
+        find_layers.factorable(model, torch.randn(2, 9, 9, 9))
+
+
+class WithGain(nn.Linear):
+    """A linear layer with a parameter of its own, which its model multiplies by."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 16)
+        self.gain = nn.Parameter(torch.ones(16))
+
+
+def patched() -> nn.Linear:
+    """A linear layer whose forward was replaced on the instance, as by libraries that move weights between devices."""
+    layer = nn.Linear(16, 16)
+    dense = layer.forward
+    layer.forward = lambda x: 2 * dense(x)  # type: ignore[method-assign]
+    return layer
+
+
+class Packed(nn.Parameter):
+    """A parameter that means something else than its values, as that of a quantised layer."""
+
+
+def packed() -> nn.Linear:
+    layer = nn.Linear(16, 16)
+    layer.weight = Packed(layer.weight.data)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.Linear(16, 16, dtype=torch.complex64), "its weight is of torch.complex64"),
+        (WithGain(), "it holds more than a weight and a bias"),
+        (patched(), "Linear has a forward of its own"),
+        (packed(), "its weight is a Packed"),
+    ],
+)
+def test_a_layer_of_another_kind_stays_dense_beside_one_that_does_not(layer: nn.Module, reason: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Identity(), layer)
+    model[1].forward = lambda x: x.to(layer.weight.dtype)  # type: ignore[assignment, union-attr]
+    layers, dense = find_layers.factorable(model, torch.randn(2, 16))
+    assert list(layers) == ["0"] and dense == {"2": reason}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_computed_weight_is_not_computed_by_looking(training: bool) -> None:
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(16, 16)), nn.Linear(16, 16)).train(training)
+    before = copy.deepcopy(model.state_dict())
+    layers, dense = find_layers.factorable(model, torch.randn(2, 16))
+    assert list(layers) == ["1"] and dense == {"0": "its weight is computed from other parameters"}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Own(nn.Linear):
+    """A linear layer that computes the same in a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def test_where_no_layer_is_left_the_error_gives_the_reasons() -> None:
+    model = nn.Sequential(*(Own(16, 16) for _ in range(5)), nn.Linear(16, 16, dtype=torch.complex64).requires_grad_())
+    model[4].register_forward_hook(lambda _, __, output: output.to(torch.complex64))
+    data: Any = [(torch.randn(4, 16), torch.zeros(4).long())]
+    with pytest.raises(UserError, match="nothing to factor") as refusal:
+        spectrim.compress(model, calibration=data, algorithm=spectrim.Truncation(ratio=0.5))
+    reasons = "0, 1, 2 and more: Own has a forward of its own; 5: its weight is of torch.complex64"
+    assert str(refusal.value).endswith(reasons)
+
+
+def test_a_model_without_layers_is_refused_by_their_names() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 4, 1))
+    with pytest.raises(UserError, match="nothing to factor: it has no Linear or Conv2d"):
+        spectrim.compress(model, calibration=[(torch.randn(2, 4, 4), torch.zeros(2, 4).long())])

@@ -1,0 +1,146 @@
+"""A model whose layers cannot be replaced is refused in one line, and one that runs is left as it was."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectrim
+from spectrim.errors import UserError
+from spectrim.surgery import find_layers
+from spectrim.surgery.given_model import eager, unchanged
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def data() -> Any:
+    return [(torch.randn(8, 16), torch.randint(0, 4, (8,)))]
+
+
+def compress(model: Any, **more: Any) -> spectrim.Compressed:
+    return spectrim.compress(model, calibration=data(), algorithm=spectrim.Truncation(ratio=0.5), **more)
+
+
+def test_a_compiled_model_is_unwrapped() -> None:
+    model = plain()
+    compiled = torch.compile(model, backend="eager")
+    assert eager(compiled) is model and eager(model) is model  # type: ignore[arg-type]
+    ours, theirs = compress(compiled), compress(model)
+    assert type(ours.model) is nn.Sequential and ours.plan == theirs.plan
+    x = torch.randn(3, 16)
+    assert torch.equal(ours.model(x), theirs.model(x)) and ours.dense is model
+    with pytest.raises(UserError, match=r"pass the eager one, model\._orig_mod"):
+        find_layers.factorable(compiled, x)  # type: ignore[arg-type]
+
+
+def with_compiled_part() -> nn.Module:
+    return nn.Sequential(nn.Linear(16, 16), torch.compile(nn.Linear(16, 4), backend="eager"))  # type: ignore[arg-type]
+
+
+def compiled_in_place() -> nn.Module:
+    model = plain()
+    model.compile(backend="eager")
+    return model
+
+
+def scripted() -> nn.Module:
+    with pytest.warns(DeprecationWarning):
+        return torch.jit.script(plain())
+
+
+def traced() -> nn.Module:
+    with pytest.warns(DeprecationWarning):
+        return torch.jit.trace(plain(), torch.randn(2, 16))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (with_compiled_part, "its part 1 is compiled"),
+        (compiled_in_place, "the model is compiled"),
+        (scripted, "a scripted or traced model has no layers to replace"),
+        (traced, "a scripted or traced model has no layers to replace"),
+        (lambda: torch.export.export(plain(), (torch.randn(2, 16),)).module(), "an exported model has no layers"),
+        (lambda: torch.export.export(plain(), (torch.randn(2, 16),)), "is an ExportedProgram, not a torch.nn.Module"),
+        (lambda: nn.Linear, "the model is a type, not a torch.nn.Module"),
+        (lambda: plain().to("meta"), "0.weight of the model is on the meta device"),
+        (lambda: nn.Sequential(nn.Linear(16, 4), nn.LazyLinear(4)), "1.weight of the model has no shape yet"),
+    ],
+)
+def test_a_model_without_layers_or_values_is_refused_in_one_line(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(UserError, match=said) as refusal:
+        compress(make())
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_traced_graph_that_calls_its_layers_is_compressed() -> None:
+    model = torch.fx.symbolic_trace(plain())
+    result = compress(model)
+    assert result.plan and result.model(torch.randn(2, 16)).shape == (2, 4)
+
+
+def test_a_file_is_not_loaded_into_a_model_without_values(tmp_path: Any) -> None:
+    compress(plain()).save(tmp_path / "small.safetensors")
+    with pytest.raises(UserError, match="0.weight of the model is on the meta device"):
+        spectrim.load(tmp_path / "small.safetensors", into=plain().to("meta"))
+
+
+class Restless(nn.Module):
+    """A model whose every forward pass leaves traces of all kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.calls, self.seen = 0, torch.zeros(16)
+        self.register_buffer("counted", torch.zeros(()))
+        self.register_buffer("rebound", torch.zeros(16), persistent=False)
+        self.register_buffer("missing", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.counted += 1
+        self.rebound = self.rebound + x.mean(0)
+        self.kept = torch.relu(self.body(x))
+        self.register_buffer("late", x.mean(0).detach())
+        return self.head(self.kept)
+
+
+def traces(model: Restless) -> tuple[Any, ...]:
+    return model.calls, float(model.counted), hasattr(model, "kept"), *sorted(dict(model.named_buffers()))
+
+
+def test_a_model_that_keeps_traces_is_left_as_it_was() -> None:
+    model = Restless()
+    before, rebound = traces(model), model.rebound
+    with unchanged(model):
+        model(torch.randn(2, 16))
+        assert traces(model) != before
+    assert traces(model) == before and model.rebound is rebound and not rebound.any()
+    assert list(model.state_dict()) == list(Restless().state_dict()) and model.missing is None
+    find_layers.factorable(model, torch.randn(2, 16))
+    assert traces(model) == before
+
+
+def test_it_is_left_as_it_was_where_the_block_fails() -> None:
+    model = Restless()
+    before = traces(model)
+    with pytest.raises(RuntimeError), unchanged(model):
+        model(torch.randn(2, 16))
+        raise RuntimeError
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compression_changes_neither_state_nor_mode(training: bool) -> None:
+    model = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16)), nn.ReLU(), nn.Linear(16, 4)
+    ).train(training)
+    before = copy.deepcopy(model.state_dict())
+    compress(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training == training for module in model)
