@@ -248,7 +248,7 @@ def test_a_whitened_weight_is_cut_by_its_own_singular_values(sharp: nn.Sequentia
 
 def test_a_spectrum_without_singular_values_is_refused(net: nn.Sequential) -> None:
     class Cores(Spectrum):
-        max_rank, form, break_even = 3, "channel", 2
+        max_rank, break_even = 3, 2
         error = largest_entry = first_order = sizes = factor = kept = None  # type: ignore[assignment]
 
     with pytest.raises(UserError, match="layer 0: rank selection needs singular values; Cores has none"):
