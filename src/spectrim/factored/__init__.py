@@ -1,1 +1,1 @@
-"""The mathematics of factors, the layers made of them, and the plan that says which."""
+"""The mathematics of factors, factored layers and their forms, and the plan of what each layer keeps."""

@@ -1,7 +1,7 @@
 """The mathematics on matrices: one SVD gives the error and the first-order change of every rank.
 
-Shape suffixes: O outputs, I inputs, R = min(O, I) singular components; leading dimensions ``...`` are groups. A curve
-has R + 1 entries: entry k belongs to rank k, from nothing kept (0) to everything kept (R).
+Shape suffixes: O outputs, I inputs, R = min(O, I) singular components. Leading dimensions ``...`` are groups. A curve
+has R + 1 entries. Entry k belongs to rank k: nothing is kept at 0, everything at R.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from spectrim.errors import UserError
 
-BLOCK_BYTES, BLOCK_ROWS = 1 << 21, 64  # the part of a large matrix that is multiplied at a time, at least these rows
+BLOCK_BYTES, BLOCK_ROWS = 1 << 21, 64  # size of the blocks that a large matrix is multiplied in, and their least rows
 
 
 class SVD(NamedTuple):
-    """``W_OI = U_OR @ diag(S_R) @ Vh_RI``, singular values falling."""
+    """``W_OI = U_OR @ diag(S_R) @ Vh_RI``, with singular values in falling order."""
 
     U_OR: Tensor
     S_R: Tensor
@@ -26,10 +26,12 @@ class SVD(NamedTuple):
 
 
 def svd(W_OI: Tensor) -> SVD:
-    """Reduced singular value decomposition of one matrix or of a batch ``(..., O, I)``, in the precision of ``W_OI``.
+    """Return the reduced SVD of one matrix or of a batch ``(..., O, I)``, in the precision of ``W_OI``.
 
-    LAPACK's divide and conquer may fail to converge on matrices that its slower QR iteration (gesvd) handles; the
-    latter, in float64, is the fallback. Raises ``UserError`` where the matrix holds NaN or infinity.
+    LAPACK's divide and conquer may fail to converge on matrices that its slower QR iteration (gesvd) handles. QR
+    iteration in float64 is the fallback.
+
+    Raises ``UserError`` where the matrix holds NaN or infinity.
     """
     require_finite(W_OI)
     try:
@@ -39,38 +41,43 @@ def svd(W_OI: Tensor) -> SVD:
 
 
 def truncated(read: Callable[[], Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """The best approximation of rank k, ``B_OR @ A_RI``, of a large W_OI that ``read`` gives anew at each call.
+    """Return the best approximation of rank k of a large matrix W, as the factors B (O, k) and A (k, I) of ``B @ A``.
 
-    B and A are in the precision of W and share its singular values: ``B = U sqrt(S)``, ``A = sqrt(S) Vh``. They come
-    from the leading eigenvectors of the smaller Gram matrix in float64. Squaring the singular values costs half of the
-    digits, and float64 has more than twice those of float32: an error of about 1e-8 sigma_1, as in an SVD in float32.
-    Memory: W with its Gram matrix, then that with k eigenvectors, then W, these and the factors; never all of them.
-    With k below break-even it is at most three times W in float32, for a square W. Raises ``UserError`` where W holds
-    NaN or infinity.
+    ``read``: returns W_OI. It is called several times, so that W need not stay in memory.
+    ``rank``: the rank k.
+
+    ``B = U sqrt(S)`` and ``A = sqrt(S) Vh``, in the precision of W. They come from the leading eigenvectors of the
+    smaller Gram matrix in float64. Squaring the singular values costs half of the digits, and float64 has more than
+    twice the digits of float32. The error is about 1e-8 sigma_1, as for an SVD in float32.
+
+    Memory: W with its Gram matrix, then that with k eigenvectors, then W with these and the factors. For a square W and
+    k below break-even this is at most three times W in float32.
+
+    Raises ``UserError`` where W holds NaN or infinity.
     """
     try:
         vectors = _leading_eigenvectors(gram(read()), rank, "evr")
-    except scipy.linalg.LinAlgError:  # QR iteration hardly ever fails, and takes its time
+    except scipy.linalg.LinAlgError:  # QR iteration is slower and hardly ever fails
         vectors = _leading_eigenvectors(gram(read()), rank, "ev")
     return _projected(read(), vectors)
 
 
 def gram(W_OI: Tensor) -> Tensor:
-    """``W W^T`` or ``W^T W``, whichever is smaller, in float64. Raises ``UserError`` where W holds NaN or infinity."""
+    """Return the smaller of ``W W^T`` and ``W^T W`` in float64. Raises ``UserError`` for NaN or infinity."""
     tall = _tall(W_OI)
     C_SS = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
     for rows in _blocks(tall):
         part = rows.double()
         C_SS.addmm_(part.T, part)
-    require_finite(C_SS.diagonal())  # its sums of squares are finite where all of W is
+    require_finite(C_SS.diagonal())  # these sums of squares are finite if all of W is
     return C_SS
 
 
 def _leading_eigenvectors(C_SS: Tensor, rank: int, driver: str) -> Tensor:
-    """Of the ``rank`` largest eigenvalues, rising. C is overwritten. Shape (S, R)."""
+    """Return the eigenvectors of the ``rank`` largest eigenvalues, in rising order, shape (S, R). C is overwritten."""
     size = len(C_SS)
     _, vectors = scipy.linalg.eigh(
-        C_SS.numpy().T,  # of a symmetric matrix itself, in the order that LAPACK overwrites without a copy
+        C_SS.numpy().T,  # C is symmetric; in this memory order LAPACK overwrites it without a copy
         subset_by_index=(size - rank, size - 1) if driver == "evr" else None,
         driver=driver,
         overwrite_a=True,
@@ -80,7 +87,7 @@ def _leading_eigenvectors(C_SS: Tensor, rank: int, driver: str) -> Tensor:
 
 
 def _projected(W_OI: Tensor, V_SR: Tensor) -> tuple[Tensor, Tensor]:
-    """The two factors of the projection of W on ``V_SR``, which is overwritten."""
+    """Return the two factors of the projection of W on ``V_SR``, which is overwritten."""
     tall, wide, dtype = _tall(W_OI), W_OI.shape[0] < W_OI.shape[1], W_OI.dtype
     US_MR = torch.empty(tall.shape[0], V_SR.shape[1], dtype=torch.promote_types(dtype, torch.float32))
     energy_R = torch.zeros(V_SR.shape[1], dtype=torch.float64)
@@ -90,8 +97,8 @@ def _projected(W_OI: Tensor, V_SR: Tensor) -> tuple[Tensor, Tensor]:
         energy_R += part.square().sum(0)
         US_MR[done : done + len(part)] = part
         done += len(part)
-    del W_OI, tall, rows  # its memory is wanted for the factors
-    root_R = energy_R.pow(0.25)  # of the singular values, which are the norms of these columns
+    del W_OI, tall, rows  # the factors need its memory
+    root_R = energy_R.pow(0.25)  # root of the singular values, which are the norms of these columns
     US_MR /= torch.where(root_R > 0, root_R, 1.0).to(US_MR.dtype)
     V_SR *= root_R
     B_OR, A_IR = (factor.to(dtype).flip(1) for factor in ((V_SR, US_MR) if wide else (US_MR, V_SR)))
@@ -99,7 +106,7 @@ def _projected(W_OI: Tensor, V_SR: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tall(W_OI: Tensor) -> Tensor:
-    """W, or its transpose where that has more rows."""
+    """Return W, or its transpose if that has more rows."""
     return W_OI if W_OI.shape[0] >= W_OI.shape[1] else W_OI.T
 
 
@@ -122,9 +129,10 @@ def _svd_by_qr_iteration(W_OI: Tensor) -> SVD:
 
 
 def whitened(W_OI: Tensor, C: Tensor, ridge: float) -> Tensor:
-    """``W C^(1/2)``, ``C`` a second moment of shape (..., I, I), or (..., I) its diagonal where it has nothing else.
+    """Return ``W C^(1/2)``.
 
-    Raises ``UserError`` as ``square_root`` does, which says what the ridge is.
+    ``C``: a second moment of shape (..., I, I), or only its diagonal, shape (..., I).
+    ``ridge``: as in ``square_root``. Raises ``UserError`` as ``square_root`` does.
     """
     if C.ndim == W_OI.ndim:
         return W_OI @ square_root(C, ridge)
@@ -132,9 +140,9 @@ def whitened(W_OI: Tensor, C: Tensor, ridge: float) -> Tensor:
 
 
 def square_root(C_II: Tensor, ridge: float) -> Tensor:
-    """The symmetric root of a second moment plus ``ridge`` times its mean eigenvalue. Shape (..., I, I).
+    """Return the symmetric root of a second moment plus ``ridge`` times its mean eigenvalue. Shape (..., I, I).
 
-    Raises ``UserError`` where it holds NaN or infinity.
+    Raises ``UserError`` where the moment holds NaN or infinity.
     """
     if not torch.isfinite(C_II).all():
         raise UserError(
@@ -146,34 +154,37 @@ def square_root(C_II: Tensor, ridge: float) -> Tensor:
 
 
 def _floor(values: Tensor, ridge: float) -> Tensor:
-    """``ridge`` times the mean eigenvalue; inputs that are always zero weigh all directions alike."""
+    """Return ``ridge`` times the mean eigenvalue, or ``ridge`` if that is 0, as for inputs that are always zero."""
     mean = values.mean(-1, keepdim=True)
     return ridge * torch.where(mean > 0, mean, 1.0)
 
 
 def tail_sums(values_R: Tensor) -> Tensor:
-    """Sum of what rank k drops, for every k: entry k is the sum over i > k. Shape (..., R) to (..., R + 1)."""
+    """Sum the values that rank k drops, for every k: entry k is the sum over i > k. Shape (..., R) to (..., R + 1)."""
     sums = values_R.flip(-1).cumsum(-1).flip(-1)
     return torch.cat([sums, torch.zeros_like(sums[..., :1])], -1)
 
 
 def gate_gradient(factors: SVD, G_OI: Tensor) -> Tensor:
-    """``c_i = sigma_i * u_i^T G v_i``, the derivative of the loss by a gate on component i. Shape (..., R)."""
+    """Return ``c_i = sigma_i * u_i^T G v_i``, the derivative of the loss by a gate on component i. Shape (..., R)."""
     return factors.S_R * torch.einsum("...or,...oi,...ri->...r", factors.U_OR, G_OI, factors.Vh_RI)
 
 
 def first_order_change(factors: SVD, G_OI: Tensor) -> Tensor:
-    """``<G, W_k - W>`` for every rank k: the total differential of the loss (S1, Lemma 1) along a truncation.
+    """Return ``<G, W_k - W>`` for every rank k: the total differential of the loss (S1, Lemma 1) along a truncation.
 
-    ``G_OI`` is the gradient of the loss by ``W_OI``. Equals minus the tail sum of the gate gradients.
+    It equals minus the tail sum of the gate gradients.
+
+    ``G_OI``: the gradient of the loss by ``W_OI``.
     """
     return -tail_sums(gate_gradient(factors, G_OI))
 
 
 def largest_entry_of_error(factors: SVD) -> Tensor:
-    """``max |W_k - W|`` over all entries and groups, for every rank k. Shape (R + 1,).
+    """Return ``max |W_k - W|`` over all entries and groups, for every rank k. Shape (R + 1,).
 
-    Built up from the smallest component, one rank-one update a rank: as many operations as the SVD itself.
+    The difference is built up from the smallest component by one rank-one update a rank. This takes as many operations
+    as the SVD itself.
     """
     U, S, Vh = (part.reshape(-1, *part.shape[-dims:]) for part, dims in zip(factors, (2, 1, 2), strict=True))
     difference = torch.zeros(U.shape[0], U.shape[1], Vh.shape[2], dtype=U.dtype, device=U.device)
@@ -185,27 +196,27 @@ def largest_entry_of_error(factors: SVD) -> Tensor:
 
 
 def break_even_rank(outputs: int, inputs: int) -> int:
-    """The largest k with ``k < O*I / (O + I)``: above it two factors hold at least as many numbers as the matrix."""
+    """Return the largest k with ``k < O*I / (O + I)``. Above it two factors hold at least as many numbers as W."""
     return -(-outputs * inputs // (outputs + inputs)) - 1
 
 
 def stable_rank(S_R: Tensor) -> Tensor:
-    """``sum sigma^2 / sigma_1^2``, between 1 and the rank; 0 for a zero matrix. Shape (..., R) to (...)."""
+    """Return ``sum sigma^2 / sigma_1^2``, between 1 and the rank; 0 for a zero matrix. Shape (..., R) to (...)."""
     return S_R.square().sum(-1) / S_R[..., 0].square().clamp_min(torch.finfo(S_R.dtype).tiny)
 
 
 def nuclear(S_R: Tensor) -> Tensor:
-    """``||sigma||_1``. Shape (..., R) to (...)."""
+    """Return ``||sigma||_1``. Shape (..., R) to (...)."""
     return S_R.abs().sum(-1)
 
 
 def hoyer(S_R: Tensor) -> Tensor:
-    """``||sigma||_1 / ||sigma||_2`` (S2): 1 where a single component carries all, sqrt(R) for a flat spectrum."""
+    """Return ``||sigma||_1 / ||sigma||_2`` (S2): 1 for a single component, sqrt(R) for a flat spectrum."""
     return S_R.abs().sum(-1) / S_R.norm(dim=-1).clamp_min(torch.finfo(S_R.dtype).tiny)
 
 
 def orthogonality(factors: SVD) -> Tensor:
-    """``(||U^T U - 1||_F^2 + ||V^T V - 1||_F^2) / R^2`` (Yang et al., arXiv 2004.09031), over groups. A scalar."""
+    """Return ``(||U^T U - 1||_F^2 + ||V^T V - 1||_F^2) / R^2``, summed over groups (Yang et al., arXiv 2004.09031)."""
     rank = factors.S_R.shape[-1]
     eye = torch.eye(rank, dtype=factors.S_R.dtype, device=factors.S_R.device)
     of_U = factors.U_OR.transpose(-1, -2) @ factors.U_OR - eye
@@ -214,9 +225,11 @@ def orthogonality(factors: SVD) -> Tensor:
 
 
 def orthogonalised(factors: SVD) -> SVD:
-    """The singular value decomposition of ``U diag(S) Vh`` for any U, S and Vh of R components, without forming it.
+    """Return the SVD of ``U diag(S) Vh`` for any U, S and Vh of R components, in float64, without forming the product.
 
-    QR of both factors, then the SVD of the R x R core between them. In float64. Raises ``UserError`` for NaN.
+    It takes the QR decomposition of U and of V, then the SVD of the R x R core between them.
+
+    Raises ``UserError`` for NaN or infinity.
     """
     U, S, Vh = (part.double() for part in factors)
     Q_OR, of_U = torch.linalg.qr(U)
@@ -226,10 +239,10 @@ def orthogonalised(factors: SVD) -> SVD:
 
 
 def carried(velocity: SVD, before: SVD, after: SVD) -> SVD:
-    """The velocity of ``before`` as one of ``after``, its orthogonalised form: the same motion of the matrix.
+    """Transfer the velocity of ``before`` to ``after``, its orthogonalised form, so that the matrix moves as before.
 
-    With ``U' = U T`` and ``V' = V Q`` it is exactly ``dU T`` and ``dV Q``. What ``dS`` becomes, ``T^-1 dS Q^-T``, need
-    not be diagonal; its diagonal is kept. In float64.
+    With ``U' = U T`` and ``V' = V Q`` the new velocities are exactly ``dU T`` and ``dV Q``. The velocity of S,
+    ``T^-1 dS Q^-T``, need not be diagonal, and only its diagonal is kept. In float64.
     """
     U, _, Vh = (part.double() for part in before)
     dU, dS, dVh = (part.double() for part in velocity)

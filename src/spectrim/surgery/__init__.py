@@ -1,1 +1,1 @@
-"""Layers of a model found, replaced, and their cost counted or timed."""
+"""Find and replace the layers of a model, and count or time what they cost."""

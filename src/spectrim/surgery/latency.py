@@ -1,4 +1,4 @@
-"""What layers take here: milliseconds measured at a few ranks, and the curve over every rank through them."""
+"""Milliseconds of layers on this machine: measured at a few ranks and interpolated to every rank."""
 
 import math
 import statistics
@@ -16,47 +16,51 @@ from spectrim.surgery import replacing
 
 Clock = Callable[[nn.Module, Inputs], float]  # milliseconds of one forward pass of the module on the inputs
 
-RANKS = 5  # at which the factors of a layer are measured
-ROUNDS = 5  # in which the model and all layers take turns: the fastest counts, for what else a machine does only adds
-TURNS = 15  # of whole models that are compared: the median counts, for one lucky pass makes a model the fastest
-SECONDS = 0.02  # of one measurement, at least
-LEAST_SLOPE = 0.1  # of a curve anywhere, as a part of its mean slope
+RANKS = 5  # number of ranks at which a factored layer is measured
+ROUNDS = 5  # the model and all layers take turns; the fastest round counts, because other load only adds time
+TURNS = 15  # whole models take turns; the median counts, because one lucky pass could make any model the fastest
+SECONDS = 0.02  # the least duration of one measurement
+LEAST_SLOPE = 0.1  # the least slope of a curve, as a fraction of its mean slope
 
 
 class LayerTimes(NamedTuple):
-    """Milliseconds of one layer in one forward pass: ``dense``, and ``factored`` at each of ``ranks``, rising."""
+    """Milliseconds of one layer in one forward pass: ``dense``, and ``factored`` at each of the rising ``ranks``."""
 
     dense: float
     ranks: tuple[int, ...]
     factored: tuple[float, ...]
 
     def curve(self, max_rank: int) -> Tensor:
-        """At every rank, 0 without any: linear between the measured ones, level above the last. float64, rising."""
+        """Interpolate linearly to every rank, with 0 at rank 0 and a constant above the last measured rank.
+
+        Returns a float64 tensor with ``max_rank + 1`` entries.
+        """
         between = np.interp(range(1, max_rank + 1), self.ranks, rising(self.ranks, self.factored))
         return torch.tensor([0.0, *between], dtype=torch.float64)
 
 
 class Times(NamedTuple):
-    """Of a model's layers, by name, and ``outside``: of all that its forward pass does beside them."""
+    """Times of the layers of a model by name, and the milliseconds of its forward pass ``outside`` of them."""
 
     layers: dict[str, LayerTimes]
     outside: float
 
     @property
     def total(self) -> float:
-        """Milliseconds of the dense model."""
+        """The milliseconds of the dense model."""
         return self.outside + sum(times.dense for times in self.layers.values())
 
 
 def measured(
     model: nn.Module, spectra: Mapping[str, Spectrum], example: Inputs, batch_size: int, clock: Clock | None = None
 ) -> Times:
-    """Time the layers of ``spectra``, each on what it is given when ``model`` sees ``batch_size`` samples.
+    """Time the layers of ``spectra``, dense and factored, on the inputs that each gets when ``model`` runs.
 
-    ``example`` is cut to that size, or repeated. Layers that are alike, in what they are, what they are given and how
-    they are factored, are measured once. ``clock``: ``milliseconds``, where none is given. The layers of a model may
-    run faster inside of it, on inputs still in the cache, than by themselves: where they add up to more than the whole,
-    nothing counts as outside of them.
+    Layers with the same class, settings, inputs and factors are measured once. Layers may run faster inside of the
+    model, with inputs still in the cache, than alone. If they add up to more than the model, ``outside`` is 0.
+
+    ``example``: inputs, shortened or repeated to ``batch_size`` samples.
+    ``clock``: ``milliseconds`` by default.
     """
     clock = clock or milliseconds
     inputs = to_device(repeated(example, batch_size), device_of(model))
@@ -80,9 +84,9 @@ def measured(
 
 
 def in_turns(models: Sequence[nn.Module], example: Inputs, batch_size: int) -> list[float]:
-    """Milliseconds of one forward pass of each model on ``batch_size`` samples, the median over ``TURNS`` of them.
+    """Return the milliseconds of one forward pass of each model on ``batch_size`` samples: the median of ``TURNS``.
 
-    In turns, so that whatever else the machine does meets all of them alike.
+    The models take turns, so that other load on the machine affects all of them alike.
     """
     inputs = to_device(repeated(example, batch_size), device_of(models[0]))
     turns = [[milliseconds(one, inputs) for one in models] for _ in range(TURNS)]
@@ -90,8 +94,8 @@ def in_turns(models: Sequence[nn.Module], example: Inputs, batch_size: int) -> l
 
 
 def milliseconds(module: nn.Module, inputs: Inputs) -> float:
-    """Median of one forward pass in eval mode, with as many threads as torch uses now."""
-    # Here, not above: it imports torch's compiler of extensions, which takes its time and warns of a missing CUDA.
+    """Return the median milliseconds of one forward pass in eval mode, with the current number of threads of torch."""
+    # Imported here because it imports torch's compiler of extensions, which is slow and warns of a missing CUDA.
     from torch.utils.benchmark import Timer
 
     names = {"forward": forward, "module": module, "inputs": inputs}
@@ -102,15 +106,15 @@ def milliseconds(module: nn.Module, inputs: Inputs) -> float:
 
 
 def ranks_to_measure(most: int) -> tuple[int, ...]:
-    """``RANKS`` of them from 1 to ``most``, evenly; each once."""
+    """Return up to ``RANKS`` evenly spaced ranks from 1 to ``most``, each once."""
     return tuple(sorted({round(rank) for rank in np.linspace(1, most, RANKS)}))
 
 
 def rising(ranks: Sequence[int], times: Sequence[float]) -> list[float]:
-    """``times`` with each of them raised to where it lies above the one before.
+    """Return ``times`` with each one raised, where needed, above the one before.
 
-    Raised, never lowered: no rank is promised to be faster than it was measured. By at least ``LEAST_SLOPE`` of the
-    mean slope a rank: what is removed from a layer always saves something, so that one on a plateau is not stuck there.
+    None is lowered, so that no rank is promised to be faster than measured. The rise is at least ``LEAST_SLOPE`` of the
+    mean slope for each rank. So each removed component saves some time, and a search is not stuck on a plateau.
     """
     span = max(1, ranks[-1] - ranks[0])
     slope = max(LEAST_SLOPE * (times[-1] - times[0]), 1e-3 * times[0]) / span
@@ -121,7 +125,7 @@ def rising(ranks: Sequence[int], times: Sequence[float]) -> list[float]:
 
 
 def _inputs_of(model: nn.Module, names: Sequence[str], inputs: Inputs) -> dict[str, list[tuple]]:
-    """What each layer is called with, once a call."""
+    """Return the arguments of each layer, one tuple for each call."""
     given: dict[str, list[tuple]] = {name: [] for name in names}
 
     def note(name: str, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -136,7 +140,7 @@ def _inputs_of(model: nn.Module, names: Sequence[str], inputs: Inputs) -> dict[s
 
 
 def _kind(layer: nn.Module, spectrum: Spectrum, ranks: Sequence[int], given: Sequence[tuple]) -> Any:
-    """What the times of a layer depend on."""
+    """Return everything that the times of a layer depend on."""
     factors = tuple((spectrum.sizes(rank), spectrum.kept(rank).form) for rank in ranks)
     inputs = tuple((x.shape, x.stride(), x.dtype) for call in given for x in call)
     weight: Any = layer.weight
