@@ -11,6 +11,7 @@ from torch import nn
 
 import spectrim
 from spectrim.algorithms.shared.budget import costs_of
+from spectrim.algorithms.shared.measurement import Measurement
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.batches import evaluating
 from spectrim.cli import run
@@ -108,6 +109,9 @@ def test_any_algorithm_takes_it_or_says_why_not(
     cfg = compose(f"decomposer={name}", f"algorithm={algorithm}")
     selector, decomposer = (targets.build(configuration.plain(cfg[group])) for group in ("algorithm", "decomposer"))
     selector = brief(selector)
+    if isinstance(selector, Measurement):
+        assert selector.measure(net, decomposer, objective).rows
+        return
     if (name, algorithm) in REFUSED:
         with pytest.raises(spectrim.UserError, match=REFUSALS) as refusal:
             selector.compress(net, decomposer, objective)
