@@ -8,11 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spectrim.batches import pairs
 from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
 from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.language import perplexity
-from spectrim.losses import IGNORED, fisher_direction, logits_of, span_loss, token_loss
+from spectrim.losses import (
+    IGNORED,
+    TokenLoss,
+    default_loss,
+    fisher_direction,
+    label_loss,
+    logits_of,
+    loss_of,
+    span_loss,
+    token_loss,
+)
 from spectrim.statistics.fisher import gate_gradients
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
@@ -176,3 +188,48 @@ def test_the_fisher_information_of_answers_is_that_of_the_mean_over_both_ends() 
             exact += chance * torch.outer(row, row) / 2
     found = rows.T @ rows / len(rows)
     torch.testing.assert_close(found, exact, rtol=0.15, atol=0.05 * float(exact.diagonal().max()))
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_labels_of_tokens_lie_as_far_ahead_as_is_said(ahead: int) -> None:
+    logits, targets = torch.randn(3, 7, 5), torch.randint(0, 5, (3, 7))
+    targets[0, 5:] = -100
+    loss, pairs = TokenLoss(ahead=ahead), [(n, t) for n in range(3) for t in range(7 - ahead)]
+    wanted = [(logits[n, t], targets[n, t + ahead]) for n, t in pairs if targets[n, t + ahead] != -100]
+    expected = torch.stack([F.cross_entropy(row, target) for row, target in wanted]).mean()
+    torch.testing.assert_close(loss({"logits": logits}, targets), expected)
+    assert loss.count(targets) == len(wanted)
+    assert loss.predictions(logits, targets).equal(torch.stack([row for row, _ in wanted]))
+
+
+@pytest.mark.parametrize(
+    ("task", "loss"),
+    [
+        ("ForCausalLM", token_loss),
+        ("ForTokenClassification", label_loss),
+        ("ForMaskedLM", label_loss),
+        ("ForQuestionAnswering", span_loss),
+        ("ForSequenceClassification", F.cross_entropy),
+        (None, F.cross_entropy),
+    ],
+)
+def test_a_model_that_names_its_task_has_the_loss_of_it(task: str | None, loss: Any) -> None:
+    model = nn.Linear(2, 2)
+    model.loss_type = task  # type: ignore[assignment]
+    assert default_loss(model) is loss
+
+
+def test_a_loss_module_of_torch_is_given_the_logits() -> None:
+    logits, targets = torch.randn(4, 3), torch.arange(4) % 3
+    assert loss_of(nn.CrossEntropyLoss(), {"logits": logits}, targets).equal(F.cross_entropy(logits, targets))
+
+
+def test_batches_of_collators_are_pairs() -> None:
+    ids, labels = torch.zeros(4, 6, dtype=torch.int64), torch.arange(4)
+    (pair,) = pairs([{"input_ids": ids, "labels": labels}], "calibration")
+    assert pair[0].keys() == {"input_ids"} and pair[1] is labels
+    ends = {"start_positions": labels, "end_positions": labels + 1}
+    (pair,) = pairs([{"input_ids": ids, **ends}], "calibration")
+    assert pair[0].keys() == {"input_ids"} and pair[1].tolist() == [[n, n + 1] for n in range(4)]
+    with pytest.raises(UserError, match="a mapping that holds labels"):
+        list(pairs([{"input_ids": ids}], "calibration"))

@@ -90,7 +90,10 @@ class Trial:
         sys.stderr.flush()
         self.pid = os.fork()
         if not self.pid:
-            _child(work, folder, fault, write)
+            try:
+                _child(work, folder, fault, write)
+            finally:  # a signal may come before the work has begun: nothing of the parent may run here
+                os._exit(128 + signal.SIGINT)
         os.close(write)
 
     def end(self) -> Ending:
@@ -109,8 +112,8 @@ class Trial:
             time.sleep(0.002)
         with os.fdopen(self.read, "rb") as pipe:
             said = (pipe.read() or b"").decode(errors="replace")
-        message, _, calls = said.rpartition(CALLS)
-        return Ending(os.waitstatus_to_exitcode(status), int(calls or 0), message or said)
+        message, _, calls = said.partition(CALLS)
+        return Ending(os.waitstatus_to_exitcode(status), int(calls) if calls.isdigit() else 0, message)
 
 
 def run(work: Callable[[Path], Any], folder: Path, fault: Fault = NONE) -> Ending:

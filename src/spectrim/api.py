@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import nn
 
 from spectrim.algorithms.lossless import Lossless
@@ -11,7 +10,7 @@ from spectrim.batches import Batches
 from spectrim.checkpoints import sharded, single_file
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
-from spectrim.losses import Loss
+from spectrim.losses import Loss, default_loss
 from spectrim.statistics.batchnorm import BatchNorm, require
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.given_model import eager, unchanged
@@ -23,7 +22,7 @@ def compress(
     calibration: Batches,
     verification: Batches | None = None,
     train: Batches | None = None,
-    loss: Loss = F.cross_entropy,
+    loss: Loss | None = None,
     algorithm: Algorithm | None = None,
     decomposer: Decomposer | None = None,
     batch_norm: BatchNorm = "keep",
@@ -36,7 +35,8 @@ def compress(
     ``verification``: other held-out batches, for algorithms that measure what they chose. A loss measured on the
         samples that chose the ranks is too low.
     ``train``: batches with a length, for algorithms that train.
-    ``loss``: ``loss(model_output, targets)``, a scalar, the mean over the batch.
+    ``loss``: ``loss(model_output, targets)``, a scalar, the mean over the batch. By default cross-entropy; for a model
+        of transformers the one of its task: next tokens, labels of tokens, or answers.
     ``algorithm``: the selector; ``Lossless()`` by default.
     ``decomposer``: ``SVD()``, the channel view, by default.
     ``batch_norm``: ``"keep"`` leaves the statistics of every BatchNorm as they are. ``"follow"`` shifts them by what
@@ -52,7 +52,7 @@ def compress(
     model = eager(model)
     further = {"verification": verification, "train": train}
     splits = {name: batches for name, batches in further.items() if batches is not None}
-    objective = Objective(loss, {"calibration": calibration, **splits}, layers_at_once)
+    objective = Objective(loss or default_loss(model), {"calibration": calibration, **splits}, layers_at_once)
     with unchanged(model):
         compressed = (algorithm or Lossless()).compress(model, decomposer or SVD(), objective)
         return compressed.settle(batch_norm, objective)

@@ -125,14 +125,27 @@ class Pairs:
 
 
 def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
-    """Yield the batches. Raises ``UserError`` for a batch that is not a pair ``(inputs, targets)``."""
+    """Yield the batches as pairs ``(inputs, targets)``.
+
+    A mapping that holds ``labels``, or ``start_positions`` and ``end_positions``, is a batch as the collators of
+    transformers make it: these become the targets. Raises ``UserError`` for any other batch that is not a pair.
+    """
     for batch in batches:
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
+        pair = _from_collator(batch) if isinstance(batch, Mapping) else batch
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise UserError(
                 f"a batch of the {split} set is a {type(batch).__name__}, not a pair: give (inputs, targets), "
-                "several inputs as a tuple or a mapping of their own"
+                "several inputs as a tuple or a mapping of their own; or a mapping that holds labels"
             )
-        yield batch
+        yield pair[0], pair[1]
+
+
+def _from_collator(batch: Mapping[str, Any]) -> tuple[Inputs, Any] | None:
+    for names in (("labels",), ("start_positions", "end_positions")):
+        if all(name in batch for name in names):
+            inputs = {name: value for name, value in batch.items() if name not in names}
+            return inputs, batch[names[0]] if len(names) == 1 else torch.stack([batch[name] for name in names], 1)
+    return None
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.loss import _Loss
 
 from spectrim.errors import UserError, first_line
 
@@ -21,31 +22,38 @@ def logits_of(outputs: Any) -> Any:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """Mean cross-entropy, in nats, of the next token, over all predicted tokens of a batch.
+    """Mean cross-entropy, in nats, of the next token, or of a label at each token, over a batch.
 
     Perplexity is ``exp`` of this mean over all predicted tokens of a split. ``Objective`` computes that mean by
     weighting each batch by its ``count``, so sequences may differ in length.
 
     ``outputs``: logits of shape (N, T, V), or a mapping that holds them as ``logits``.
-    ``targets``: token ids, int64 of shape (N, T), with ``IGNORED`` at padding on the right. The loss shifts them by
-    one position, so the first token of a sequence is never predicted.
+    ``targets``: token ids, int64 of shape (N, T), with ``IGNORED`` at padding on the right.
+    ``ahead``: how far ahead the target of a position lies. With 1 the first token of a sequence is never predicted.
+        With 0 the targets are labels of the tokens, as in token classification or in masked language models.
     """
 
+    ahead: int = 1
+
     def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
-        logits = logits_of(outputs)[:, :-1].flatten(0, 1).float()
-        return F.cross_entropy(logits, targets[:, 1:].flatten(), ignore_index=IGNORED)
+        logits = self._predicting(outputs).flatten(0, 1).float()
+        return F.cross_entropy(logits, targets[:, self.ahead :].flatten(), ignore_index=IGNORED)
 
     def count(self, targets: Tensor) -> int:
         """Return the number of predicted tokens."""
         return int(self.predicted(targets).sum())
 
     def predicted(self, targets: Tensor) -> Tensor:
-        """Return which tokens after the first are predicted, bool of shape (N, T - 1)."""
-        return targets[:, 1:] != IGNORED
+        """Return which targets are predicted, bool of shape (N, T - ahead)."""
+        return targets[:, self.ahead :] != IGNORED
+
+    def _predicting(self, outputs: Any) -> Tensor:
+        logits = logits_of(outputs)
+        return logits[:, : logits.shape[1] - self.ahead]
 
     def predictions(self, outputs: Any, targets: Tensor) -> Tensor:
         """Return the logits of every predicted token, float32 of shape (tokens, V)."""
-        return logits_of(outputs)[:, :-1][self.predicted(targets)].float()
+        return self._predicting(outputs)[self.predicted(targets)].float()
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
         if targets.numel() and int(targets.max()) >= classes:
             raise UserError(f"target {int(targets.max())} does not fit a model with {classes} classes")
     try:
-        value = loss(scores if loss is F.cross_entropy else outputs, targets)
+        value = loss(scores if loss is F.cross_entropy or isinstance(loss, _Loss) else outputs, targets)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise UserError(f"the loss failed on these outputs and targets: {first_line(error)}") from error
     if not isinstance(value, Tensor) or value.ndim:
@@ -120,4 +128,15 @@ def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:
     return v - p * v.sum(-1, keepdim=True)
 
 
-token_loss, span_loss = TokenLoss(), SpanLoss()
+token_loss, label_loss, span_loss = TokenLoss(), TokenLoss(ahead=0), SpanLoss()
+OF_TASKS = {
+    "ForCausalLM": token_loss,
+    "ForMaskedLM": label_loss,
+    "ForTokenClassification": label_loss,
+    "ForQuestionAnswering": span_loss,
+}
+
+
+def default_loss(model: nn.Module) -> Loss:
+    """Return the loss that a model of transformers is trained by, as far as it is known; else cross-entropy."""
+    return OF_TASKS.get(str(getattr(model, "loss_type", None)), F.cross_entropy)
