@@ -1,6 +1,7 @@
 """The page on the architecture tells of the floors that the import contract has, in its order."""
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -20,3 +21,8 @@ def test_the_package_has_at_most_twelve_modules_at_its_root_and_no_file_above_30
     source = ROOT / "src" / "spectrim"
     assert len(list(source.glob("*.py"))) <= 12
     assert [str(path) for path in source.rglob("*.py") if len(path.read_text().splitlines()) > 300] == []
+
+
+def test_the_picture_is_the_one_that_its_script_draws() -> None:
+    script = runpy.run_path(str(ROOT / "docs" / "draw_architecture.py"))
+    assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == script["drawn"]()
