@@ -1,4 +1,4 @@
-"""How a data set is cut."""
+"""How a data set is split."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ import torch
 from spectrim.data.digits import Digits
 from spectrim.data.images import Splits
 from spectrim.data.sources import Arrays
-from spectrim.data.splits import ImageData, cut, draw
+from spectrim.data.splits import ImageData, draw_indices, split_arrays
 from spectrim.errors import UserError
 from spectrim.tools.settings import settings
 
@@ -27,7 +27,7 @@ class Numbered(ImageData):
     def load(self) -> Splits:
         images = torch.zeros(TRAIN, 1, 2, 2, dtype=torch.uint8)
         arrays = Arrays(images, torch.arange(TRAIN), images[:TEST], 1000 + torch.arange(TEST))
-        return cut(self, arrays, "numbered", (0.0,), (1.0,))
+        return split_arrays(self, arrays, "numbered", (0.0,), (1.0,))
 
 
 def numbers(data: ImageData) -> tuple[list[int], list[int], list[int]]:
@@ -117,4 +117,4 @@ def test_settings_out_of_range(arguments: dict, message: str) -> None:
 )
 def test_pools_too_small(data: ImageData, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        draw(data, TRAIN, TEST)
+        draw_indices(data, TRAIN, TEST)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectrim.data.splits import Pools, draw
+from spectrim.data.splits import Pools, draw_indices
 from spectrim.data.text import TextSplit, TextSplits, Tokens, classified, identity_of
 from spectrim.errors import UserError
 from spectrim.fetch import pretrained
@@ -62,26 +62,26 @@ class Classes(Pools, ABC):
         tokenizer = pretrained.tokenizer(self.tokenizer)
         pretrained.require_padding(tokenizer, self.tokenizer)
         train, test = self.texts()
-        drawn = draw(self, len(train[0]), len(test[0]))
+        indices = draw_indices(self, len(train[0]), len(test[0]))
         if not 1 <= self.test_size <= len(test[0]):
             raise UserError(f"test_size must lie in 1..{len(test[0])}, got {self.test_size}")
-        source = test if drawn.drawn_from == "test set" else train
+        source = test if indices.from_test else train
 
-        def split(given: Labelled, indices: list[int], part: str) -> TextSplit:
-            texts, labels = [given[0][index] for index in indices], [given[1][index] for index in indices]
+        def split(given: Labelled, chosen: list[int], part: str) -> TextSplit:
+            texts, labels = [given[0][index] for index in chosen], [given[1][index] for index in chosen]
             identity = identity_of(tokenizer, self.context, texts, labels)
             make = lambda: self.encoded(tokenizer, texts, labels)  # noqa: E731
             return TextSplit(make, identity, self.batch_size, f"{self.title} {part}")
 
         return TextSplits(
             name=self.title,
-            train=split(train, drawn.train.tolist(), "train"),
-            calibration=split(source, drawn.calibration.tolist(), "calibration"),
-            verification=split(source, drawn.verification.tolist(), "verification"),
+            train=split(train, indices.train.tolist(), "train"),
+            calibration=split(source, indices.calibration.tolist(), "calibration"),
+            verification=split(source, indices.verification.tolist(), "verification"),
             test=split(test, list(range(self.test_size)), "test"),
             description=(
                 f"{self.title}, {self.noun} cut off after {self.context} tokens ({self.tokenizer}): "
-                f"train {len(drawn.train):,}, calibration {self.calibration_size:,}, "
+                f"train {len(indices.train):,}, calibration {self.calibration_size:,}, "
                 f"verification {self.verification_size:,}, test {self.test_size:,}"
             ),
             loss=self.loss,

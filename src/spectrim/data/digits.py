@@ -5,7 +5,7 @@ from sklearn.datasets import load_digits
 
 from spectrim.data.images import Splits
 from spectrim.data.sources import Arrays
-from spectrim.data.splits import ImageData, cut
+from spectrim.data.splits import ImageData, split_arrays
 from spectrim.tools.settings import settings
 
 MEAN, STD = (0.3055,), (0.3756,)
@@ -30,4 +30,4 @@ class Digits(ImageData):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         test_count = round(TEST_FRACTION * len(labels))
         test, train = order[:test_count].sort().values, order[test_count:].sort().values
-        return cut(self, Arrays(images[train], labels[train], images[test], labels[test]), "digits", MEAN, STD)
+        return split_arrays(self, Arrays(images[train], labels[train], images[test], labels[test]), "digits", MEAN, STD)

@@ -64,9 +64,9 @@ class _Labelled(_OnHub, Classes):
         """Return texts and labels of the rows of one part."""
 
     def texts(self) -> tuple[Labelled, Labelled]:
-        return self._drawn("train"), self._drawn(self.test_part)
+        return self._shuffled("train"), self._shuffled(self.test_part)
 
-    def _drawn(self, name: str) -> Labelled:
+    def _shuffled(self, name: str) -> Labelled:
         """Return one part in a fixed random order, because some sets are sorted by class or topic."""
         texts, labels = self.part(rows(self.dataset, self.subset, name), name)
         order = shuffled(range(len(texts)), 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from spectrim.data.images import Batch, Splits
-from spectrim.data.splits import ImageData, digest_of, draw
+from spectrim.data.splits import ImageData, digest_of, draw_indices
 from spectrim.errors import UserError, first_line
 from spectrim.tools.settings import settings
 from spectrim.tools.torchvision_shim import prepare
@@ -124,7 +124,7 @@ class ImageFolder(ImageData):
         if test_classes != classes:
             odd = sorted(set(classes) ^ set(test_classes))
             raise UserError(f"{root}: train and val hold different classes ({', '.join(odd[:4])})")
-        drawn = draw(self, len(train_paths), len(test_paths))
+        indices = draw_indices(self, len(train_paths), len(test_paths))
         transform = transforms.Compose(
             [
                 transforms.Resize(self.resize),
@@ -134,15 +134,14 @@ class ImageFolder(ImageData):
             ]
         )
 
-        def split(paths: list[str], labels: Tensor, indices: Tensor, name: str) -> FolderSplit:
-            chosen = tuple(paths[index] for index in indices.tolist())
-            return FolderSplit(root, chosen, labels[indices], transform, self.batch_size, self.workers, name)
+        def split(paths: list[str], labels: Tensor, own: Tensor, name: str) -> FolderSplit:
+            chosen = tuple(paths[index] for index in own.tolist())
+            return FolderSplit(root, chosen, labels[own], transform, self.batch_size, self.workers, name)
 
-        from_test = drawn.drawn_from == "test set"
-        paths, labels = (test_paths, test_labels) if from_test else (train_paths, train_labels)
-        train = split(train_paths, train_labels, drawn.train, "image_folder train")
-        calibration = split(paths, labels, drawn.calibration, "image_folder calibration")
-        verification = split(paths, labels, drawn.verification, "image_folder verification")
+        paths, labels = (test_paths, test_labels) if indices.from_test else (train_paths, train_labels)
+        train = split(train_paths, train_labels, indices.train, "image_folder train")
+        calibration = split(paths, labels, indices.calibration, "image_folder calibration")
+        verification = split(paths, labels, indices.verification, "image_folder verification")
         test = split(test_paths, test_labels, torch.arange(len(test_paths)), "image_folder test")
         return Splits(
             name="image_folder",

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from spectrim.data.images import Splits
 from spectrim.data.sources import Source, load
-from spectrim.data.splits import ImageData, cut
+from spectrim.data.splits import ImageData, split_arrays
 from spectrim.tools.settings import settings
 
 
@@ -24,4 +24,4 @@ class PublicSet(ImageData):
         self.check()
 
     def load(self) -> Splits:
-        return cut(self, load(self.source), self.source.name, self.mean, self.std)
+        return split_arrays(self, load(self.source), self.source.name, self.mean, self.std)

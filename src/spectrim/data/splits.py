@@ -9,7 +9,7 @@ are sorted in ascending order.
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -65,16 +65,19 @@ class ImageData(Pools, ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Drawn:
-    """Sorted index sets. ``train`` indexes the training set; the other two index the set ``drawn_from``."""
+class SplitIndices:
+    """Sorted index sets. ``train`` indexes the training set.
+
+    ``calibration``, ``verification``: indices into the test set if ``from_test``, else into the training set.
+    """
 
     train: Tensor
     calibration: Tensor
     verification: Tensor
-    drawn_from: Literal["training set", "test set"]
+    from_test: bool
 
 
-def draw(data: Pools, train_count: int, test_count: int) -> Drawn:
+def draw_indices(data: Pools, train_count: int, test_count: int) -> SplitIndices:
     """Draw the indices of the splits. Raises ``UserError`` where a pool is too small."""
     if not 0 <= data.held_out < train_count:
         raise UserError(
@@ -94,21 +97,21 @@ def draw(data: Pools, train_count: int, test_count: int) -> Drawn:
     calibration, verification = (
         pool[part.sort().values] for part in shuffled[:wanted].tensor_split([data.calibration_size])
     )
-    return Drawn(train, calibration, verification, "test set" if data.calibration_from == "test" else "training set")
+    return SplitIndices(train, calibration, verification, from_test=data.calibration_from == "test")
 
 
-def cut(data: ImageData, arrays: Arrays, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Splits:
+def split_arrays(data: ImageData, arrays: Arrays, name: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Splits:
     """Split ``arrays`` by the settings in ``data``.
 
     ``mean``, ``std``: statistics of the training set, one value per channel, on the scale [0, 1].
     """
-    drawn = draw(data, len(arrays.train_labels), len(arrays.test_labels))
+    indices = draw_indices(data, len(arrays.train_labels), len(arrays.test_labels))
     whole = ImageSplit(arrays.train_images, arrays.train_labels, mean, std, data.batch_size, f"{name} train")
     test = ImageSplit(arrays.test_images, arrays.test_labels, mean, std, data.batch_size, f"{name} test")
-    source = test if drawn.drawn_from == "test set" else whole
-    train = whole.subset(drawn.train, whole.name)
-    calibration = source.subset(drawn.calibration, f"{name} calibration")
-    verification = source.subset(drawn.verification, f"{name} verification")
+    source = test if indices.from_test else whole
+    train = whole.subset(indices.train, whole.name)
+    calibration = source.subset(indices.calibration, f"{name} calibration")
+    verification = source.subset(indices.verification, f"{name} verification")
     return Splits(
         name=name,
         train=train,

@@ -134,7 +134,7 @@ class _Followed:
     def __init__(self, tracker: WandB, signature: str, group: str, job_type: str, config: Mapping[str, Any]) -> None:
         self.run: Any = None
         self.delivered = False
-        self.drawn: set[str] = set()
+        self.defined: set[str] = set()
         if _Followed.given_up:
             return
         with self._at_no_risk():
@@ -159,9 +159,9 @@ class _Followed:
         with self._at_no_risk():
             if self.run:
                 # Undefined, W&B draws a metric against its own count of calls.
-                for key in sorted(axes.keys() - self.drawn):
+                for key in sorted(axes.keys() - self.defined):
                     self.run.define_metric(key, step_metric=axes[key])
-                self.drawn |= axes.keys()
+                self.defined |= axes.keys()
                 self.run.log(payload)
 
     def table(self, name: str, frame: "pd.DataFrame") -> None:

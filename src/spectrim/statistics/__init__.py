@@ -1,1 +1,1 @@
-"""What is measured of a model on data: losses, gradients, second moments, Fisher information."""
+"""Measure a model on data: losses, gradients, second moments and Fisher information."""

@@ -1,4 +1,4 @@
-"""BatchNorm statistics of a compressed model, without labels."""
+"""Adapt the BatchNorm statistics of a compressed model, without labels."""
 
 from functools import partial
 from typing import Literal, get_args
@@ -11,32 +11,32 @@ from spectrim.decomposers.spectrum import content
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 
-# What becomes of the statistics once an algorithm is done: they stay the dense model's, or follow the compression.
+# After compression the statistics either stay those of the dense model or follow the change.
 BatchNorm = Literal["keep", "follow"]
-SAMPLES = 2000  # calibration samples that they follow by
+SAMPLES = 2000  # calibration samples from which they follow
 
-Statistics = tuple[Tensor, Tensor]  # mean and variance of every channel
-EPSILON = 1e-6  # of a variance, so that a dead channel of the dense model divides nothing by zero
+Statistics = tuple[Tensor, Tensor]  # mean and variance of each channel
+EPSILON = 1e-6  # added to a variance, because that of a dead channel is zero
 
 
 def reestimate(
     compressed: nn.Module, dense: nn.Module, objective: Objective, samples: int, split: str = "calibration"
 ) -> None:
-    """Shift the statistics of every BatchNorm of ``compressed``, in place, by what compression changed.
+    """Shift the statistics of every BatchNorm of ``compressed``, in place, by the effect of compression.
 
-    Both models see the same images; the statistics move as the batch mean and the batch variance moved from the dense
-    model to the compressed one. What the two share cancels: the noise of a small set, and that training images were
-    cropped and flipped while these are not. A model that was not compressed keeps its statistics exactly, where
-    re-estimating them from the same images would change it. Each layer is corrected before the next one is measured.
-    ``dense`` and its statistics stay as they are.
+    Both models see the same samples. The running statistics move as the statistics of the batch differ between the two
+    models. Effects that both models share cancel: the noise of a small sample, and the missing augmentation. A model
+    that was not compressed therefore keeps its statistics exactly. Each layer is corrected before the next one is
+    measured. ``dense`` is not changed.
 
+    ``samples``: number of samples of ``split`` to read.
     Raises ``UserError`` for an empty split.
     """
     mine, theirs = norms_of(compressed), norms_of(dense)
     shared = {name: norm for name, norm in mine.items() if name in theirs}
     if not shared:
         return
-    known: dict[str, dict[str, Statistics]] = objective.remembered(  # a search compresses one model many times
+    known: dict[str, dict[str, Statistics]] = objective.remembered(  # because a search compresses one model many times
         dense, "norms", lambda: content(dense.state_dict().values()), dict
     )
     corrections = {name: _Correction(theirs[name]) for name in shared}
@@ -44,7 +44,7 @@ def reestimate(
     device, passed = device_of(compressed), dict[str, dict[str, Statistics]]()
     with hooked(handles), evaluating(compressed), torch.no_grad():
         for inputs, _ in objective.first(split, samples, "batch norm"):
-            batch = content(tensors_of(inputs))  # a loader that shuffles gives others each time
+            batch = content(tensors_of(inputs))  # A loader that shuffles gives other batches each time.
             inputs = to_device(inputs, device)
             passed[batch] = known[batch] if batch in known else _seen(dense, inputs)
             for name in shared:
@@ -57,20 +57,20 @@ def reestimate(
 
 
 def require(choice: str) -> None:
-    """Raise ``UserError`` where ``choice`` is none."""
+    """Raise ``UserError`` where ``choice`` is not a value of ``BatchNorm``."""
     if choice not in get_args(BatchNorm):
         raise UserError(f"batch_norm is one of {', '.join(get_args(BatchNorm))}, not {choice!r}")
 
 
 def copy_statistics(source: nn.Module, into: nn.Module) -> None:
-    """Give every BatchNorm of ``into`` the statistics, and what is learned, of the one of the same name."""
+    """Copy the state of every BatchNorm of ``source`` to the one of the same name in ``into``."""
     norms = norms_of(source)
     for name, norm in norms_of(into).items():
         norm.load_state_dict(norms[name].state_dict())
 
 
 def norms_of(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    """The BatchNorm layers that keep running statistics, by name."""
+    """Return the BatchNorm layers with running statistics, by name."""
     kind = nn.modules.batchnorm._BatchNorm
     return {
         name: module
@@ -80,7 +80,7 @@ def norms_of(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
 
 
 def _seen(dense: nn.Module, inputs: Inputs) -> dict[str, Statistics]:
-    """The statistics that each BatchNorm of ``dense`` sees of these inputs."""
+    """Return the statistics of the inputs of each BatchNorm of ``dense``, by name."""
     found: dict[str, Statistics] = {}
 
     def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -93,15 +93,15 @@ def _seen(dense: nn.Module, inputs: Inputs) -> dict[str, Statistics]:
 
 
 def _statistics(x: Tensor) -> Statistics:
-    """Mean and variance of every channel. Shape (N, C, ...) to twice (C,)."""
+    """Return mean and variance of each channel, both of shape (C,), for inputs of shape (N, C, ...)."""
     channels = x.detach().transpose(0, 1).flatten(1)
     return channels.mean(1), channels.var(1, unbiased=False)
 
 
 class _Correction:
-    """A hook that corrects one BatchNorm for the batch at hand, and averages the corrections over the batches."""
+    """A hook that corrects one BatchNorm for the current batch, and averages the corrections over all batches."""
 
-    seen_by_dense: Statistics  # of the batch at hand
+    seen_by_dense: Statistics  # of the current batch
 
     def __init__(self, dense: nn.modules.batchnorm._BatchNorm) -> None:
         assert dense.running_mean is not None and dense.running_var is not None
@@ -118,6 +118,7 @@ class _Correction:
         self.batches += 1
 
     def settle(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        """Set the mean of the corrections."""
         if self.batches:
             self._set(norm, self.mean_sum / self.batches, self.var_sum / self.batches)
 
