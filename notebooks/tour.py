@@ -14,8 +14,9 @@
 # %% [markdown]
 # # A tour of spectrim
 #
-# Load a trained network, look at the spectra of its layers, compress it three ways, compare. It needs no network:
-# the data are scikit-learn's 8x8 digits, the checkpoint lies in `results/checkpoints`.
+# This notebook loads a trained network, plots the spectra of its layers, compresses it in four ways and compares the
+# results. Nothing is downloaded: the data are the 8x8 digits of scikit-learn, and the checkpoint is in
+# `results/checkpoints`.
 
 # %%
 from pathlib import Path
@@ -40,7 +41,8 @@ test.evaluate(model, "test")
 # %% [markdown]
 # ## Spectra
 #
-# Each layer is decomposed once; from then on every rank is a cut. A flat curve means that the layer needs its rank.
+# Each layer is decomposed once, which gives its error at every rank. A curve that falls slowly means that the layer
+# needs most of its rank.
 
 # %%
 decomposer = spectrim.SVD()
@@ -49,21 +51,28 @@ for name in ("layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1", "layer3.2.con
     spectrum = spectrum_of(model.get_submodule(name), decomposer)
     error = spectrum.relative_error()
     axes.plot([k / spectrum.max_rank for k in range(len(error))], error, label=name)
-axes.set(xlabel="rank / full rank", ylabel=r"$\|W_k - W\|_F \, / \, \|W\|_F$", title="What truncation does to a weight")
+axes.set(xlabel="rank / full rank", ylabel=r"$\|W_k - W\|_F \, / \, \|W\|_F$", title="Truncation error of a weight")
 axes.legend()
 figure.tight_layout()
 
 # %% [markdown]
-# ## Three ways to compress
+# ## Four ways to compress
 #
-# The calibration images are held out of the training set, and so are the verification images, on which the verified
-# form measures what it chose; the test images are looked at only afterwards. The *predicted* change is the first-order
-# one on the calibration images, to be read beside the *measured* one.
+# - Truncation cuts every layer by the same ratio and reads no data.
+# - Joint selection removes components over all layers together, by their effect on the loss, and fits what is left.
+# - Lossless and compact optimisation choose the rank of each layer by the first-order change of the loss.
+#
+# Calibration and verification images were held out of the training. Selectors take gradients on the calibration images.
+# A verified selector measures what it chose on the verification images. The test images are read only for the table.
+#
+# The table shows the first-order change of the loss that is predicted on the calibration images, and the change that is
+# measured on the test images.
 
 # %%
 before = test.evaluate(model, "test")
 algorithms = {
     "truncation to 70 %": spectrim.Truncation(params_kept=0.7),
+    "joint to 70 %": spectrim.Joint(params_kept=0.7),
     "lossless, one-shot": spectrim.Lossless(gamma=0.1),
     "compact, verified": spectrim.Compact(gamma=0.1, verified=True),
 }
@@ -94,18 +103,21 @@ comparison = pd.DataFrame(rows).set_index("method").round(4)
 comparison
 
 # %% [markdown]
-# ## What was kept, layer by layer
+# ## The report
+#
+# The report has one row per layer that can be factored. A layer without a rank stays dense.
 
 # %%
-results["compact, verified"].report.round(4)
+results["joint to 70 %"].report.round(4)
 
 # %% [markdown]
-# ## To disk and back
+# ## Save and load
 #
-# The file holds the plan; the dense architecture, built anew, is factored by it and filled. Nothing is unpickled.
+# The file holds the factors and the plan. `spectrim.load` takes a dense model, factors it by the plan and fills it.
+# Nothing is unpickled.
 
 # %%
 path = root / "build" / "tour.safetensors"
-results["compact, verified"].save(path)
+results["joint to 70 %"].save(path)
 again = spectrim.load(path, into=ResNet(20, in_channels=1)).eval()
-assert test.evaluate(again, "test") == test.evaluate(results["compact, verified"].model.eval(), "test")
+assert test.evaluate(again, "test") == test.evaluate(results["joint to 70 %"].model.eval(), "test")

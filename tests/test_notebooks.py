@@ -20,7 +20,7 @@ def test_every_cell_runs(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         plt.close("all")
     comparison = made["comparison"]
-    assert len(comparison) == 3
+    assert len(comparison) == 4
     assert (comparison["params kept %"] <= 100).all()
 
 
