@@ -88,12 +88,11 @@ class Trial:
         os.set_blocking(self.read, False)
         sys.stdout.flush()
         sys.stderr.flush()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # none may come before the work has begun
         self.pid = os.fork()
         if not self.pid:
-            try:
-                _child(work, folder, fault, write)
-            finally:  # a signal may come before the work has begun: nothing of the parent may run here
-                os._exit(128 + signal.SIGINT)
+            _child(work, folder, fault, write, blocked)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         os.close(write)
 
     def end(self) -> Ending:
@@ -121,7 +120,7 @@ def run(work: Callable[[Path], Any], folder: Path, fault: Fault = NONE) -> Endin
     return Trial(work, folder, fault).end()
 
 
-def _child(work: Callable[[Path], Any], folder: Path, fault: Fault, told: int) -> None:
+def _child(work: Callable[[Path], Any], folder: Path, fault: Fault, told: int, blocked: set[signal.Signals]) -> None:
     """Run in the forked process, which never returns."""
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):
@@ -135,6 +134,7 @@ def _child(work: Callable[[Path], Any], folder: Path, fault: Fault, told: int) -
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault.largest, fault.largest))
         sys.addaudithook(watch)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         work(folder)
     except UserError as error:
         code = REFUSED
