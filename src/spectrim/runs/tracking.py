@@ -1,6 +1,6 @@
-"""Where a run is followed while it happens: nowhere, or Weights & Biases. Tracking never stops or fails a run.
+"""Report a run to a dashboard, Weights & Biases, or to nobody. Tracking never stops or fails a run.
 
-Tables and figures are made of our own records alone, so whatever is lost here is lost to the dashboard only.
+Tables and figures are made from records only, so what gets lost here is missing on the dashboard only.
 """
 
 import os
@@ -15,62 +15,65 @@ from spectrim.tools.settings import settings
 if TYPE_CHECKING:
     import pandas as pd
 
-# Seconds to wait for the server, at the start and at the end of a run. Past that the run goes on without it.
+# Seconds to wait for the server at the start and at the end of a run. After that the run continues without it.
 PATIENCE = 15.0
 
 
 class Handle(Protocol):
-    """What a run is told while it happens."""
+    """The receiver of a run's numbers."""
 
     delivered: bool
-    """Once the run is over: whether somebody was told all of it."""
+    """After the run: whether all of it was delivered."""
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Numbers of one step, drawn against the step and, where one of them is ``rank``, against the rank too.
+        """Report the numbers of one step, which are plotted against the step.
 
-        A text under ``layer`` gives that layer a curve of its own; numbers by name, such as the rank of every layer,
-        give one a name; other texts are not drawn.
+        If ``rank`` is among them, they are also plotted against it, with a curve for each text under ``layer``. A
+        mapping of names to numbers, such as the rank of every layer, gives a curve for each name. Other texts are not
+        plotted.
         """
 
     def table(self, name: str, frame: "pd.DataFrame") -> None:
-        """A table, such as the rank of every layer."""
+        """Report a table, such as the rank of every layer."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """What is left to say when the run is over: one value a name."""
+        """Report the final values of the run by name."""
 
 
 class Silent:
-    """A handle that tells nobody."""
+    """A handle that reports to nobody."""
 
     delivered = False
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def table(self, name: str, frame: "pd.DataFrame") -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 @settings
 class NoTracking:
-    """No tracking; needs no package and no network."""
+    """No tracking. It needs no package and no network."""
 
     @contextmanager
     def run(self, signature: str, group: str, job_type: str, config: Mapping[str, Any]) -> Iterator[Handle]:
-        """A run that nobody follows."""
+        """Yield a handle that reports to nobody."""
         yield Silent()
 
 
 @settings
 class WandB:
-    """Weights & Biases.
+    """Tracking by Weights & Biases.
 
-    ``mode`` "offline" writes below ``dir``/wandb without any network, to be sent later by ``wandb sync``; "online"
-    sends to the server that ``wandb login`` chose. A package, a login or a server that is missing costs one line of
-    warning, and the rest of the process is not tracked.
+    If the package, the login or the server is missing, one warning is printed and the rest of the process is not
+    tracked.
+
+    ``mode``: "offline" writes below ``dir``/wandb without a network, for ``wandb sync`` to send later. "online" sends
+    to the server that ``wandb login`` chose.
     """
 
     project: str = "spectrim"
@@ -80,9 +83,11 @@ class WandB:
 
     @contextmanager
     def run(self, signature: str, group: str, job_type: str, config: Mapping[str, Any]) -> Iterator[Handle]:
-        """Follow one run, known by its ``signature``: the same run again adds to what is there.
+        """Yield a handle for one run. A run with a known ``signature`` adds to the earlier one.
 
-        ``group``: the table or figure it belongs to; ``job_type``: the algorithm; ``config``: the resolved settings.
+        ``group``: the table or figure to which it belongs.
+        ``job_type``: the algorithm.
+        ``config``: the resolved settings.
         """
         handle = _Followed(self, signature, group, job_type, config)
         failed = True
@@ -93,14 +98,14 @@ class WandB:
             handle.finish(exit_code=int(failed))
 
     def start(self, signature: str, group: str, job_type: str, config: Mapping[str, Any]) -> Any:
-        """The run as W&B gives it. Raises whatever W&B raises."""
-        # Read when wandb is imported: error reports look up a host name, also in offline mode.
+        """Start a run of W&B and return it. Raises what W&B raises."""
+        # wandb reads it when it is imported: error reports look up a host name, also in offline mode.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         Path(self.dir).mkdir(parents=True, exist_ok=True)
         wandb.setup(wandb.Settings(silent=True))
-        # Asked without a prompt, which would wait for a person.
+        # A prompt would wait for a person.
         if self.mode == "online" and not wandb.login(prompt=False, verify=False):
             raise PermissionError("nobody is logged in; do so with `wandb login`, or set tracking.mode=offline")
         return wandb.init(
@@ -117,7 +122,7 @@ class WandB:
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                disable_git=True,  # the record holds the commit; a dirty tree's diff is nobody's business
+                disable_git=True,  # The record holds the commit, and a diff may hold private changes.
                 init_timeout=PATIENCE,
                 finish_timeout=PATIENCE,
                 finish_timeout_raises=True,
@@ -126,9 +131,9 @@ class WandB:
 
 
 class _Followed:
-    """A handle on a W&B run; from its first failure on it does nothing."""
+    """A handle on a W&B run. After its first failure it does nothing."""
 
-    # Of the process, not of one run: a grid waits for a server that is away once, not at every run.
+    # Shared by all runs of the process, so that a grid waits only once for a server that does not answer.
     given_up = False
 
     def __init__(self, tracker: WandB, signature: str, group: str, job_type: str, config: Mapping[str, Any]) -> None:
@@ -158,7 +163,7 @@ class _Followed:
             payload |= against
         with self._at_no_risk():
             if self.run:
-                # Undefined, W&B draws a metric against its own count of calls.
+                # Without this W&B plots a metric against its own count of calls.
                 for key in sorted(axes.keys() - self.defined):
                     self.run.define_metric(key, step_metric=axes[key])
                 self.defined |= axes.keys()
@@ -169,7 +174,7 @@ class _Followed:
             if self.run:
                 import wandb
 
-                # Objects, so that a missing rank is None and not a NaN in a column of numbers.
+                # Of type object, so that a missing rank is None instead of NaN.
                 rows = frame.astype(object).where(frame.notna(), None).to_numpy()
                 self.run.log({name: wandb.Table(columns=[str(column) for column in frame.columns], data=rows)})
 
@@ -179,7 +184,7 @@ class _Followed:
                 self.run.summary.update(dict(values))
 
     def finish(self, exit_code: int) -> None:
-        """Hand over what is left, waiting for the server no longer than ``PATIENCE``."""
+        """Deliver what is left. Wait for the server at most ``PATIENCE`` seconds."""
         with self._at_no_risk():
             if self.run:
                 self.run.finish(exit_code=exit_code)
@@ -187,7 +192,7 @@ class _Followed:
 
     @contextmanager
     def _at_no_risk(self) -> Iterator[None]:
-        # Every Exception, whatever it is: W&B raises its own, the network's, the disk's and its service's.
+        # Catch every exception: those of W&B, its service, the network and the disk.
         try:
             yield
         except Exception as error:

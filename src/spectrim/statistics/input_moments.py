@@ -1,4 +1,4 @@
-"""The second moment of what flows into each layer, from one forward pass."""
+"""Second moments of the inputs of layers, from one forward pass."""
 
 from collections.abc import Mapping, Sequence
 
@@ -19,13 +19,15 @@ def input_moments(
     samples: int,
     split: str = "calibration",
 ) -> dict[str, dict[str, Tensor]]:
-    """``E[x x^T]`` of every layer in each of its views, over samples and positions: layer to view to (g, I, I).
+    """Return ``E[x x^T]`` over samples and positions: layer → view → float64 (g, I, I) on the layer's device.
 
-    Of an embedding the diagonal alone, (g, I): how often each id comes (``_Counted``). float64, on the layer's device.
-    ``views``: layer to the views of its weight, which say what one input is: a vector of a Linear, a patch of
-    I/g * kh * kw numbers in the channel view of a convolution, a row of I/g * kw in the spatial one. Taken over whole
-    batches until ``samples`` are reached; positions that ``attention_mask`` among the inputs calls padding are left
-    out. Raises ``UserError`` for an empty split.
+    An embedding has the diagonal only, of shape (g, I): the frequency of each id (``_Counted``). Positions that
+    ``attention_mask`` among the inputs marks as padding do not count.
+
+    ``views``: layer → the views of its weight. A view determines what one input x is: a vector of a Linear, a patch of
+    I/g * kh * kw numbers in the channel view of a convolution, a row of I/g * kw numbers in the spatial view.
+    ``samples``: number of samples to read, in whole batches.
+    Raises ``UserError`` for an empty split.
     """
     layers = {name: model.get_submodule(name) for name in views}
     gathered = {name: {view: _gatherer(layers[name], view) for view in own} for name, own in views.items()}
@@ -41,13 +43,13 @@ def input_moments(
     return {name: {view: one.mean() for view, one in own.items()} for name, own in gathered.items()}
 
 
-Positions = tuple[Tensor, ...]  # of what a convolution puts out: indices of sample, row and column
+Positions = tuple[Tensor, ...]  # in the output of a convolution: indices of sample, row and column
 
 
 class Rows:
-    """Inputs and outputs of a layer as rows of numbers, shape (g, rows, I) and (g, rows, O), one row a position.
+    """Reshapes inputs and outputs of a layer to rows, (g, rows, I) and (g, rows, O), one row per position.
 
-    The x of a convolution are what the first factor in the given view sees; ``at``: of some positions alone.
+    The input rows of a convolution are the patches that the first factor in the given view sees.
     """
 
     def __init__(self, layer: nn.Module, view: str) -> None:
@@ -59,17 +61,21 @@ class Rows:
             self.first = FactoredConv2d.shaped_like(dense.module, size, view).first
 
     def inputs(self, x: Tensor, mask: Tensor | None = None, at: Positions | None = None) -> Tensor:
-        """The rows of inputs ``x``; of a Linear without the positions that ``mask`` calls padding."""
+        """Return the rows of inputs ``x``.
+
+        ``mask``: 0 at the padding of a Linear's inputs, which is left out.
+        ``at``: the only positions to return, for a convolution.
+        """
         if self.first is None:
             return self.outputs(x, mask)
         patches = _patches(self.first, x)
         if at is not None:
             return self._grouped(patches.permute(0, 2, 3, 1, 4, 5)[at])
-        rows = patches.permute(1, 4, 5, 0, 2, 3).flatten(3).flatten(0, 2)  # one copy, in the order of the weight
+        rows = patches.permute(1, 4, 5, 0, 2, 3).flatten(3).flatten(0, 2)  # a single copy, in the order of the weight
         return rows.unflatten(0, (self.groups, -1)).mT
 
     def outputs(self, y: Tensor, mask: Tensor | None = None, at: Positions | None = None) -> Tensor:
-        """The rows of outputs ``y``, likewise."""
+        """Return the rows of outputs ``y``; ``mask`` and ``at`` as for inputs."""
         if at is not None:
             return self._grouped(y.permute(0, 2, 3, 1)[at])
         if self.first is not None:
@@ -83,8 +89,8 @@ class Rows:
 
 
 def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """What the kernel of ``layer`` sees at each position, a view: (N, C, rows, columns, kh, kw)."""
-    around = layer._reversed_padding_repeated_twice  # left, right, top, bottom, in whatever form it was given
+    """Return the patch that the kernel of ``layer`` sees at each position: a view (N, C, rows, columns, kh, kw)."""
+    around = layer._reversed_padding_repeated_twice  # left, right, top, bottom, also where padding is "same"
     if any(around):
         x = F.pad(x, list(around), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
     for axis, size, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation, strict=True):
@@ -93,7 +99,7 @@ def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def mask_of(inputs: Inputs) -> Tensor | None:
-    """Where ``attention_mask`` among the inputs says which positions are no padding."""
+    """Return ``attention_mask`` of the inputs, which is 0 at padding, or None if they have none."""
     return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
 
 
@@ -102,7 +108,7 @@ def _gatherer(layer: nn.Module, view: str) -> "_Gathered | _Counted":
 
 
 class _Gathered:
-    """A hook that sums x x^T."""
+    """A hook that sums ``x x^T`` over the inputs of one layer."""
 
     def __init__(self, layer: nn.Module, view: str) -> None:
         self.count, self.sum, self.rows = 0, torch.zeros(0), Rows(layer, view)
@@ -115,11 +121,12 @@ class _Gathered:
         self.count += x.shape[1]
 
     def mean(self) -> Tensor:
+        """Return the mean of ``x x^T``."""
         return self.sum / max(self.count, 1)
 
 
 class _Counted:
-    """A hook that counts how often each of ``size`` ids is looked up."""
+    """A hook that counts how often each of ``size`` ids is looked up in an embedding."""
 
     def __init__(self, size: int) -> None:
         self.counts = torch.zeros(size, dtype=torch.int64)
@@ -132,8 +139,11 @@ class _Counted:
         self.counts = self.counts.to(ids.device) + torch.bincount(ids.flatten(), minlength=len(self.counts))
 
     def mean(self) -> Tensor:
-        """The frequencies, of ids that did not come too: together they have as much as those that came once (Good
-        1953), here spread over all ids alike, for nothing tells which of them will."""
+        """Return the estimated frequency of each id, of shape (1, size), also of ids that were not seen.
+
+        The unseen ids together are as frequent as the ids that were seen once (Good 1953). This share is spread evenly
+        over all ids, because nothing tells which of them will come.
+        """
         total, size = max(int(self.counts.sum()), 1), len(self.counts)
         new = int((self.counts == 1).sum()) / total
         return ((1 - new) * self.counts.double() / total + new / size).unsqueeze(0)

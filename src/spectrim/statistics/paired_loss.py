@@ -1,4 +1,4 @@
-"""By how much one model's loss lies above another's on the same samples, and how certain that is."""
+"""The change of the loss between two models on the same samples, and its standard error."""
 
 from typing import NamedTuple
 
@@ -13,23 +13,23 @@ from spectrim.statistics.objective import Objective
 
 
 class Losses(NamedTuple):
-    """Of each sample its mean loss and what it counts for: 1, or its tokens to be predicted. float64, shape (N,)."""
+    """Mean loss and weight of each sample, float64 of shape (N,). A weight is 1, or a number of predicted tokens."""
 
     values: Tensor
     weights: Tensor
 
 
 class Change(NamedTuple):
-    """The mean change of the loss, as two of ``Objective.evaluate`` differ, and the standard error of that mean."""
+    """The mean change of the loss, as two results of ``Objective.evaluate`` differ, and its standard error."""
 
     mean: float
     error: float
 
 
 def losses(objective: Objective, model: nn.Module, split: str) -> Losses:
-    """The loss of each sample of ``split``, the model in eval mode.
+    """Return the loss of each sample of ``split``, with ``model`` in eval mode.
 
-    Raises ``UserError`` for fewer than two samples: nothing then tells chance from change.
+    Raises ``UserError`` for fewer than two samples, which have no standard error.
     """
     device, values, weights = device_of(model), list[float](), list[int]()
     with evaluating(model), torch.inference_mode():
@@ -48,7 +48,10 @@ def losses(objective: Objective, model: nn.Module, split: str) -> Losses:
 
 
 def change(before: Losses, after: Losses) -> Change:
-    """From ``before`` to ``after``, two models on the same samples. What a sample is hard for both does not blur it."""
+    """Return the change from ``before`` to ``after``, the losses of two models on the same samples.
+
+    Pairing by sample removes the variance that both models share.
+    """
     weights, steps = before.weights, after.values - before.values
     mean = (weights * steps).sum() / weights.sum()
     spread = (weights * (steps - mean)).square().sum() * len(steps) / (len(steps) - 1)

@@ -1,4 +1,4 @@
-"""A model as the chain of layers that the theorems are about, or one line on why it is none."""
+"""Read a model as the chain of layers to which the theorems of S2 apply."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -16,7 +16,7 @@ from spectrim.errors import UserError
 from spectrim.theory.bounds import Stage
 from spectrim.theory.lipschitz import convolution_gain, lipschitz
 
-# What a model may call without a module, and the module of the same name and the same arguments.
+# Functions that a model may call, and the module with the same arguments.
 _FUNCTIONS: dict[Any, type[nn.Module]] = {
     F.relu: nn.ReLU,
     torch.relu: nn.ReLU,
@@ -36,13 +36,13 @@ NEEDED = "the bounds need a chain of Linear, Conv2d and known activations"
 
 
 class Chain(NamedTuple):
-    """``stages`` in the order of the network, and the Lipschitz constant of what comes before the first of them."""
+    """The stages of a network in their order, and the Lipschitz constant ``lead`` of what precedes the first."""
 
     stages: tuple[Stage, ...]
     lead: float
 
     def input_norm(self, batches: Iterable[tuple[Inputs, Any]]) -> float:
-        """The largest 2-norm, over all samples, of what the first stage can be given (S2's B)."""
+        """Return a bound on the 2-norm of the inputs of the first stage, over all samples (B of S2)."""
         norms = [inputs.double().flatten(1).norm(dim=1).max().item() for inputs, _ in batches]
         if not norms:
             raise UserError("the split is empty; give at least one batch of (inputs, targets)")
@@ -50,10 +50,12 @@ class Chain(NamedTuple):
 
 
 def chain_of(model: nn.Module, decomposer: Decomposer, example: Inputs) -> Chain:
-    """Read ``model`` as a chain; ``example`` is one batch of inputs.
+    """Read ``model`` as a chain.
 
-    Raises ``UserError`` where the model branches or calls what no constant is known for, where an activation does not
-    map 0 to 0, and for another decomposer than ``SVD``: only there is ``sigma_{k+1}`` the norm of what rank k drops.
+    ``example``: one batch of inputs.
+    Raises ``UserError`` where the model branches, where it calls a function without a known constant, or where an
+    activation does not map 0 to 0. Another decomposer than ``SVD`` is refused, because ``sigma_{k+1}`` is the norm of
+    the dropped part only for the SVD.
     """
     if not isinstance(decomposer, SVD):
         raise UserError(f"the bounds hold for the plain SVD, not for {type(decomposer).__name__}")
@@ -64,7 +66,7 @@ def chain_of(model: nn.Module, decomposer: Decomposer, example: Inputs) -> Chain
     lead = 1.0
     with evaluating(model), torch.no_grad():
         for name, module in _steps(model):
-            y = module(x.clone())  # some activations write into their input
+            y = module(x.clone())  # Some activations write to their input.
             if type(module) in (nn.Linear, nn.Conv2d):
                 stages.append(_stage(name, module, decomposer, y))
             elif stages:
@@ -92,14 +94,14 @@ def _stage(name: str, layer: Any, decomposer: SVD, output: Tensor) -> Stage:
     gain = convolution_gain(layer, decomposer.view) if isinstance(layer, nn.Conv2d) else 1.0
     bias = 0.0
     if layer.bias is not None:
-        positions = output.numel() // layer.bias.numel()  # the bias is added at each of them
+        positions = output.numel() // layer.bias.numel()  # the bias is added to each of them
         bias = math.sqrt(positions) * float(layer.bias.detach().double().norm())
-    # Groups are the blocks of one matrix: its norm, and that of what a common rank drops, is that of the worst block.
+    # Groups are the blocks of one matrix, so its norm is that of the worst block. The same holds for the dropped part.
     return Stage(name, gain * spectrum.S_R.amax(0).double().cpu(), 1.0, bias)
 
 
 def _steps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that ``model`` calls one after the other, each on the output of the one before."""
+    """Yield the modules that ``model`` calls one after the other, each on the output of the one before."""
     before: fx.Node | None = None
     for node in _graph(model).nodes:
         if node.op == "placeholder" and before is None:
@@ -117,7 +119,7 @@ def _steps(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _graph(model: nn.Module) -> fx.Graph:
     try:
         return fx.Tracer().trace(model)
-    except Exception as error:  # the model's own code runs on stand-ins for tensors: it may fail in any way
+    except Exception as error:  # The code of the model runs on placeholders for tensors and may fail in any way.
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{NEEDED}; this model cannot be read as one: {said}") from error
 

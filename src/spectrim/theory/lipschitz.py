@@ -1,4 +1,4 @@
-"""Lipschitz constants in the 2-norm: of activations and pooling, and of a convolution by its singular values."""
+"""Lipschitz constants in the 2-norm, of activations, pooling and convolutions."""
 
 import math
 from collections.abc import Callable
@@ -9,14 +9,14 @@ from torch import nn
 from spectrim.decomposers.matrix import View
 from spectrim.errors import UserError
 
-# The largest slope. GELU's is taken at the square root of 2: Phi(x) + x phi(x) there, in closed form. The others that
-# are no round number (the tanh form of GELU, SiLU, Mish) have none: the maximum was found numerically, on a grid of
-# step 5e-6, and is rounded up in the ninth digit, so that the constant is a bound. The tests find them anew.
+# The largest slope. That of GELU is Phi(x) + x phi(x) at x = sqrt(2). Those of the tanh form of GELU, of SiLU and of
+# Mish have no closed form: the maximum on a grid of step 5e-6, rounded up in the ninth digit, is a bound. The tests
+# compute them again.
 _GELU = {"none": 0.5 * (1 + math.erf(1)) + math.exp(-1) / math.sqrt(math.pi), "tanh": 1.128993069}
 _CONSTANT: dict[type[nn.Module], float] = {
     nn.Identity: 1.0,
     nn.Flatten: 1.0,
-    nn.Dropout: 1.0,  # in eval mode, as everything here
+    nn.Dropout: 1.0,  # in eval mode, like all of these
     nn.Dropout2d: 1.0,
     nn.ReLU: 1.0,
     nn.ReLU6: 1.0,
@@ -34,13 +34,15 @@ _CONSTANT: dict[type[nn.Module], float] = {
 
 
 def lipschitz(module: nn.Module) -> float:
-    """A rho with ``||a(x) - a(y)|| <= rho ||x - y||`` for whole samples x and y, in eval mode.
+    """Return a rho with ``||a(x) - a(y)|| <= rho ||x - y||`` for whole samples x and y, in eval mode.
 
-    Elementwise activations: the largest slope. Max pooling: the root of how many windows share an input, 1 where they
-    do not overlap. Average pooling: that root times the 2-norm of a window's weights. Raises ``UserError`` for a module
-    that is not in the table, or not pooled as the formulas suppose.
+    For an elementwise activation it is the largest slope. For max pooling it is the root of the number of windows that
+    share an input, which is 1 without overlap. For average pooling it is that root times the 2-norm of the weights of a
+    window.
+
+    Raises ``UserError`` for a module without a known constant.
     """
-    kind = type(module)  # a subclass may compute anything
+    kind = type(module)  # not isinstance, because a subclass may compute anything
     if kind in _CONSTANT:
         return _CONSTANT[kind]
     if kind in _OF_SETTINGS:
@@ -49,24 +51,29 @@ def lipschitz(module: nn.Module) -> float:
 
 
 def overlap(kernel: int, stride: int, dilation: int = 1) -> int:
-    """How many windows read one and the same input, at most, along one axis: ``ceil(kernel * gcd / stride)``.
+    """Return the largest number of windows that read the same input along one axis, ``ceil(kernel * gcd / stride)``.
 
-    An input is read at offset i of a window where i * dilation has a given remainder by the stride; of the offsets,
-    every (stride / gcd)-th has it, gcd that of stride and dilation. ``kernel`` of them where the stride is 1.
+    A window reads the input at offset i if i * dilation has a given remainder modulo the stride. This holds for every
+    (stride / gcd)-th offset, where gcd is that of stride and dilation. At stride 1 it holds for all ``kernel`` offsets.
     """
     step = stride // math.gcd(stride, dilation)
     return -(-kernel // step)
 
 
 def convolution_gain(layer: nn.Conv2d, view: View) -> float:
-    """What the singular values of a convolution's matrix ``view`` are multiplied by to bound the norm of the map.
+    """Return the factor by which the singular values of ``view`` bound the norm of a convolution.
 
-    An extension of S2, whose theorems are about matrix products. Channel view: each output is the matrix times a patch,
-    and an input lies in at most ``overlap`` patches an axis, so the map's norm is at most ``sqrt(N_h N_w) sigma_1``.
-    Spatial view: the rows first, ``sqrt(N_w) sigma_1``, then kh of them are added: ``sqrt(kh N_w) sigma_1``. At stride
-    1 both are ``sqrt(kh kw)``, which holds at every stride. Zero padding (numbers or ``same``) adds nothing to a norm.
-    It holds as well for the difference of two such maps, hence for a truncation. Groups are the blocks of one matrix,
-    whose singular values are those of all groups. Raises ``UserError`` for padding that repeats inputs.
+    This extends S2, whose theorems are about matrix products. Let N_h and N_w be the ``overlap`` along each axis.
+
+    Channel view: each output is the matrix times a patch, and an input lies in at most N_h N_w patches. The norm is at
+    most ``sqrt(N_h N_w) sigma_1``. Spatial view: the norm of the row convolution is at most ``sqrt(N_w) sigma_1``, and
+    kh of its rows are added: ``sqrt(kh N_w) sigma_1``. At stride 1 both are ``sqrt(kh kw) sigma_1``, which is a bound
+    at every stride.
+
+    The bound also holds for the difference of two such maps, hence for a truncation. Zero padding does not add to a
+    norm. Groups are the blocks of one matrix, whose singular values are those of all groups.
+
+    Raises ``UserError`` for padding that repeats inputs.
     """
     if layer.padding_mode != "zeros":
         raise UserError(f"padding_mode={layer.padding_mode} repeats inputs; the bounds know zero padding only")
@@ -98,11 +105,11 @@ def _max_pool(module: nn.MaxPool2d) -> float:
 
 def _avg_pool(module: nn.AvgPool2d) -> float:
     kh, kw = _pair(module.kernel_size)
-    square = 1 / (kh * kw)  # of the 2-norm of a window's weights
+    square = 1 / (kh * kw)  # squared 2-norm of the weights of a window
     if module.divisor_override:
         square = kh * kw / module.divisor_override**2
     elif module.ceil_mode or (_pair(module.padding) != (0, 0) and not module.count_include_pad):
-        square = 1.0  # a window at the border may divide by as little as 1
+        square = 1.0  # A window at the border may divide by 1.
     return math.sqrt(square * _windows(module.kernel_size, module.stride, 1))
 
 

@@ -1,1 +1,1 @@
-"""Training: the recipe, the loop, its state on disk, layers trained as U, S and Vh."""
+"""Train models: the recipe, the loop, its state on disk, and layers trained as U, S and Vh."""

@@ -1,4 +1,4 @@
-"""A step of training recorded as a CUDA graph: a small net spends most of a step on launching its kernels."""
+"""Record a training step as a CUDA graph, because a small network spends most of a step on launching kernels."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from spectrim.batches import Inputs
 from spectrim.errors import UserError
 
-WARM = 3  # steps before the recording, in which libraries choose their kernels and make room
+WARM = 3  # steps before the recording, in which libraries choose kernels and allocate memory
 
 
 @dataclass(frozen=True)
 class _Recording:
-    """``given``: where the kernels find inputs and targets; ``gradients``: where they leave those of the parameters,
-    None for one that the step gives no gradient."""
+    """A recorded step.
+
+    ``given``: the memory from which the kernels read inputs and targets.
+    ``result``: the memory to which they write the result of the step.
+    ``gradients``: the memory to which they write the gradient of each parameter; None where the step gives none.
+    """
 
     graph: torch.cuda.CUDAGraph
     given: tuple[Tensor, Tensor]
@@ -26,7 +30,7 @@ class _Recording:
     gradients: list[Tensor | None]
 
     def fill(self, inputs: Tensor, targets: Tensor) -> bool:
-        """Whether they have the recorded shapes; they then are what the next replay works on."""
+        """Copy a batch to where the next replay reads it. Return False if its shapes are not the recorded ones."""
         if inputs.shape != self.given[0].shape or targets.shape != self.given[1].shape:
             return False
         self.given[0].copy_(inputs)
@@ -35,13 +39,14 @@ class _Recording:
 
 
 class Replayed:
-    """``step(inputs, targets)``, on a GPU recorded once it has run a few times and replayed from then on.
+    """Calls ``step(inputs, targets)``. On a GPU the step is recorded after a few calls and replayed from then on.
 
-    The step must be a pure sequence of kernels: what it computes in goes nowhere but into its result and the gradients
-    of ``parameters``, and what it changes stays where it is. Steps of several ``kind``s may take turns: each has its
-    recording. A result is overwritten by the next call. On the processor, where inputs are no single tensor, where
-    shapes change, and where a step cannot be recorded since it looks at a value on the way, ``step`` is called as it
-    is; the numbers are the same.
+    The numbers are the same. Steps of different ``kind`` may alternate; each kind has its own recording. The next call
+    overwrites the result of the one before.
+
+    ``step``: a sequence of kernels that writes only to its result, to the gradients of ``parameters``, and in place to
+    tensors that stay where they are. It runs without a recording on a CPU, for inputs that are not a single tensor, for
+    shapes that change, and where it reads the value of a tensor on the way.
     """
 
     def __init__(self, step: Callable[[Inputs, Any], Any], parameters: Iterable[nn.Parameter] = ()) -> None:
@@ -73,7 +78,7 @@ class Replayed:
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
                 result = self.step(*given)
-        except (RuntimeError, UserError):  # a value was asked for, and while recording nothing is computed
+        except (RuntimeError, UserError):  # The step read a value, but nothing is computed while recording.
             self._forget()
             torch.cuda.synchronize()
         else:
@@ -87,7 +92,7 @@ class Replayed:
 
 @contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """On a GPU a stream that can be recorded, as the default one cannot; what was asked for before is waited for."""
+    """Run the block on a CUDA stream of its own, since the default one cannot be recorded. On a CPU do nothing."""
     if device.type != "cuda":
         yield
         return

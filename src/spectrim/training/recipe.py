@@ -9,12 +9,16 @@ from spectrim.tools.settings import settings
 
 @settings
 class Recipe:
-    """How a net is trained.
+    """How a network is trained by SGD.
 
-    The learning rate rises linearly from ``lr / 10`` to ``lr`` over the first ``warmup`` fraction of the steps, then
-    falls linearly to zero. Each image is flipped with probability ½ and cropped at its own offset out of itself padded
-    by ``crop_padding`` zeros. ``image_sizes`` lists (fraction of the epochs, side in pixels): early epochs on smaller
-    images cost less; the last entry should be the full side. ``precision`` is ``bfloat16`` (autocast) or ``float32``.
+    The learning rate rises linearly from ``lr / 10`` to ``lr``, then falls linearly to zero.
+
+    ``warmup``: fraction of the steps in which the learning rate rises.
+    ``flip``: whether each image is flipped with probability ½.
+    ``crop_padding``: number of zeros around each image, from which it is cropped at a random offset.
+    ``image_sizes``: pairs (fraction of the epochs, side in pixels). Early epochs on smaller images cost less. Epochs
+    after the last pair use the full side.
+    ``precision``: ``bfloat16`` (autocast) or ``float32``.
     """
 
     epochs: int
@@ -48,13 +52,13 @@ class Recipe:
             raise UserError(f"precision is bfloat16 or float32, got {self.precision}")
 
     def learning_rate(self, progress: float) -> float:
-        """The learning rate after a fraction ``progress`` of the training."""
+        """Return the learning rate after a fraction ``progress`` of the training."""
         if progress < self.warmup:
             return self.lr * (0.1 + 0.9 * progress / self.warmup)
         return self.lr * max(0.0, 1 - progress) / (1 - self.warmup)
 
     def image_size(self, epoch: int, full: int) -> int:
-        """The side of the images in ``epoch`` (counted from 0), in pixels."""
+        """Return the side of the images in ``epoch``, in pixels. Epochs count from 0."""
         reached = 0.0
         for fraction, side in self.image_sizes:
             reached += fraction

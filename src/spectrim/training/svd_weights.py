@@ -1,4 +1,4 @@
-"""Layers that are trained as U, S and Vh: unfolded from dense ones, cut while they train, folded back at the end."""
+"""Train layers as U, S and Vh: unfold dense weights, truncate them during training, fold them back at the end."""
 
 from collections.abc import Iterable
 
@@ -11,9 +11,9 @@ from spectrim.factored import linalg
 
 
 class SVDWeight(nn.Module):
-    """The weight of a Linear or Conv2d as ``U diag(S) Vh``, with U (g, O, R), S (g, R) and Vh (g, R, I) its parameters.
+    """A parametrization of the weight of a Linear or Conv2d as ``U diag(S) Vh``.
 
-    The layer itself stays what it is: stride, padding, groups and bias are its own.
+    The parameters are U (g, O, R), S (g, R) and Vh (g, R, I). Stride, padding, groups and bias stay in the layer.
     """
 
     def __init__(self, spectrum: MatrixSpectrum) -> None:
@@ -22,7 +22,7 @@ class SVDWeight(nn.Module):
         self.start: linalg.SVD | None = spectrum.svd
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """What a weight is begun with: the factors of its spectrum, given once."""
+        """Return the initial parameters, which are the factors of the spectrum. It can be called once."""
         assert self.start is not None
         parts, self.start = tuple(part.to(weight).contiguous() for part in self.start), None
         return parts
@@ -34,23 +34,22 @@ class SVDWeight(nn.Module):
 
 
 def unfold(layer: nn.Module, spectrum: MatrixSpectrum) -> None:
-    """Let the weight of ``layer`` be trained as the factors of ``spectrum``, in place."""
+    """Replace the weight of ``layer`` by the factors of ``spectrum`` as trained parameters, in place."""
     set_parametrization(layer, SVDWeight(spectrum))
 
 
 def set_parametrization(layer: nn.Module, weight: nn.Module) -> None:
-    """Let the weight of ``layer`` be computed by ``weight`` from other parameters, which are trained, in place."""
+    """Let the module ``weight`` compute the weight of ``layer`` from trained parameters of its own, in place."""
     parametrize.register_parametrization(layer, "weight", weight.to(layer.weight.device))  # type: ignore[arg-type]
     for part in parametrization_of(layer).parameters():
         part.requires_grad_(True)
 
 
 def bound_steps(layer: nn.Module) -> None:
-    """Let no step on a factor of an unfolded layer move its weight further than one on the weight itself would.
+    """Bound the gradients of the factors, so that no step moves the weight further than a step on the weight would.
 
-    With ``W = sum_i s_i u_i v_i^T`` a step on u_i moves W by ``s_i^2 |v_i|^2`` times the gradient's part there, one on
-    v_i by ``s_i^2 |u_i|^2`` and one on s_i by ``|u_i|^2 |v_i|^2``: where such a product is above 1, the gradient is
-    divided by it.
+    With ``W = sum_i s_i u_i v_i^T``, a step on u_i moves W by ``s_i^2 |v_i|^2`` times the projected gradient. The same
+    factor is ``s_i^2 |u_i|^2`` for v_i and ``|u_i|^2 |v_i|^2`` for s_i. Where it is above 1, it divides the gradient.
     """
     U_OR, S_R, Vh_RI = svd_of(layer)
 
@@ -74,29 +73,32 @@ def bound_steps(layer: nn.Module) -> None:
 
 
 def fold(layer: nn.Module) -> None:
-    """Make the weight of ``layer`` an ordinary parameter again, in place."""
+    """Multiply the factors of ``layer`` and make its weight an ordinary parameter again, in place."""
     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 
 
 def parametrization_of(layer: nn.Module) -> nn.Module:
-    """The module that computes the weight of ``layer``; its parameters are ``original0`` and so on."""
+    """Return the module that computes the weight of ``layer``. Its parameters are ``original0`` and so on."""
     return layer.get_submodule("parametrizations.weight")
 
 
 def svd_of(layer: nn.Module) -> linalg.SVD:
-    """The parameters of an unfolded layer."""
+    """Return the parameters of an unfolded layer."""
     own = parametrization_of(layer)
     return linalg.SVD(*(own.get_parameter(f"original{i}") for i in range(3)))
 
 
 def factor_names(name: str) -> list[str]:
-    """Names, among the parameters of the model, of the factors of its unfolded layer ``name``."""
+    """Return the names of the factors of the unfolded layer ``name`` among the parameters of the model."""
     return [f"{name}.parametrizations.weight.original{i}" for i in range(3)]
 
 
 @torch.no_grad()
 def orthogonalise(layer: nn.Module, optimizer: torch.optim.SGD) -> None:
-    """Make U and Vh orthonormal and S fall, in place; the function of the layer and its velocity stay as they are."""
+    """Make U and Vh orthonormal and S descending, in place.
+
+    The product of the factors and the velocity of that product do not change.
+    """
     parts = svd_of(layer)
     after = linalg.orthogonalised(parts)
     velocity = _velocity(optimizer, parts)
@@ -108,17 +110,17 @@ def orthogonalise(layer: nn.Module, optimizer: torch.optim.SGD) -> None:
 
 @torch.no_grad()
 def truncate(layer: nn.Module, rank: int, optimizer: torch.optim.SGD) -> None:
-    """Keep the leading ``rank`` components, of the parameters and of what the optimizer remembers of them, in place."""
+    """Keep the leading ``rank`` components of the parameters and of their momentum, in place."""
     parts = svd_of(layer)
     velocity = _velocity(optimizer, parts)
     for part, value in zip(parts, _leading(parts, rank), strict=True):
-        part.grad, part.data = None, value  # the same parameter to the optimizer
+        part.grad, part.data = None, value  # The optimizer knows the parameter by its identity.
     if velocity is not None:
         _set_velocity(optimizer, parts, _leading(velocity, rank))
 
 
 def _velocity(optimizer: torch.optim.SGD, parts: linalg.SVD) -> linalg.SVD | None:
-    """The momentum of ``parts``; None where a part has none yet."""
+    """Return the momentum of ``parts``, or None if a part has none yet."""
     buffers = [optimizer.state[part].get("momentum_buffer") for part in parts]
     known = [buffer for buffer in buffers if buffer is not None]
     return linalg.SVD(*known) if len(known) == len(buffers) else None
