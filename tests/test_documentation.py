@@ -1,19 +1,11 @@
 """The pages: their links lead somewhere, their code compiles, their names exist, and the README stays short."""
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from pkgutil import resolve_name
-from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
-
-import spectrim
-from spectrim.algorithms.shared.compressed import Algorithm
-from spectrim.decomposers.spectrum import Decomposer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -104,28 +96,3 @@ def test_every_module_that_the_architecture_names_exists() -> None:
     paths = re.findall(r"`((?:\w+/)+\w+\.py)`", text_of(ROOT / "docs" / "architecture.md"))
     assert len(paths) > 5
     assert [path for path in paths if not (ROOT / "src" / "spectrim" / path).is_file()] == []
-
-
-@pytest.fixture
-def examples(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the Python files on the page on extensions define, by the path that each of them names."""
-    made: dict[str, Any] = {}
-    for number, code in enumerate(blocks(ROOT / "docs" / "extending.md", "python")):
-        module = ModuleType(f"example{number}")
-        monkeypatch.setitem(sys.modules, module.__name__, module)  # where dataclasses look for it
-        exec(compile(code, module.__name__, "exec"), module.__dict__)
-        made[code.partition("\n")[0].removeprefix("# ")] = module
-    return made
-
-
-def test_the_worked_examples_work(examples: dict[str, Any], net: Any, objective: Any) -> None:
-    algorithm: Algorithm = examples["src/spectrim/algorithms/mine.py"].SmallError(0.5)
-    decomposer: Decomposer = examples["src/spectrim/decomposers/mine.py"].ViewBySide()
-    compressed = algorithm.compress(net, decomposer, objective)
-    assert compressed.plan and compressed.params_kept < 1
-    model = examples["src/spectrim/models/mine.py"].TwoLayers(num_classes=3, in_channels=2, image_size=4)
-    assert model(torch.zeros(5, 2, 4, 4)).shape == (5, 3)
-    data = examples["src/spectrim/data/mine.py"].TensorFile(path="missing.safetensors")
-    with pytest.raises(spectrim.UserError, match="missing.safetensors holds no data set"):
-        data.load()
-    assert examples["experiments/mine.py"].build

@@ -56,6 +56,9 @@ def decoder(word_folder: Path) -> tuple[nn.Module, Any]:
 
 
 def test_no_page_with_code_is_left_out() -> None:
+    kinds = {(page.name, kind) for page in PAGES for kind, _ in BLOCK.findall(page.read_text(encoding="utf-8"))}
+    assert {kind for _, kind in kinds} == {"", "python", "yaml"}
+    assert {page for page, kind in kinds if kind == "yaml"} == ELSEWHERE
     with_code = {page.name for page in PAGES if blocks(page, "python")}
     assert with_code - ELSEWHERE == {"README.md", "faq.md", "language_models.md", "large_models.md", "own_network.md"}
 
