@@ -114,6 +114,7 @@ def test_layers_that_must_stay_dense_are_noted(tmp_path: Path) -> None:
     )
     assert list(result.plan) == ["body"]
     assert result.notes == [
+        "attention: left dense: MultiheadAttention is not factored",
         "head: left dense: its weight is shared with another layer",
         "attention.out_proj: left dense: the model reads its weight",
         "spare: left dense: the model does not call it",

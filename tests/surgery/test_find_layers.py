@@ -60,6 +60,7 @@ def test_only_what_can_be_replaced_is_factorable() -> None:
         "parametrised": "its weight is computed from other parameters",
         "pruned": "its weight is computed from other parameters",
         "own": "Scaled has a forward of its own",
+        "attention": "MultiheadAttention is not factored",
         "attention.out_proj": "the model reads its weight",
     }
 
@@ -149,7 +150,29 @@ def test_where_no_layer_is_left_the_error_gives_the_reasons() -> None:
     assert str(refusal.value).endswith(reasons)
 
 
-def test_a_model_without_layers_is_refused_by_their_names() -> None:
+def test_a_model_without_layers_is_refused_with_what_it_has() -> None:
     model = nn.Sequential(nn.Conv1d(4, 4, 1))
-    with pytest.raises(UserError, match="nothing to factor: it has no Linear or Conv2d"):
+    with pytest.raises(UserError, match="nothing to factor: 0: Conv1d is not factored"):
         spectrim.compress(model, calibration=[(torch.randn(2, 4, 4), torch.zeros(2, 4).long())])
+
+
+class Queries(nn.Module):
+    """A model with modules of other kinds, among them itself, for it holds a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(1, 6, 16))
+        self.over, self.along, self.norm = nn.Conv1d(6, 6, 1), nn.LSTM(16, 16), nn.LayerNorm(16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.along(self.over(x + self.query))[0].mean(1)))
+
+
+def test_modules_of_other_kinds_that_hold_a_matrix_are_named() -> None:
+    layers, dense = find_layers.factorable(Queries(), torch.randn(2, 6, 16))
+    assert list(layers) == ["head"] and dense == {
+        "Queries": "Queries is not factored",
+        "over": "Conv1d is not factored",
+        "along": "LSTM is not factored",
+    }

@@ -117,3 +117,51 @@ def test_a_link_of_a_layer_leads_to_the_module_of_the_copy(rank: int) -> None:
     x = torch.randn(4, 8)
     expected = model.norm(2 * (x @ compressed.body.weight.T + model.body.bias))
     torch.testing.assert_close(compressed(x), expected)
+
+
+class Caught(nn.Module):
+    """Keeps what a hook catches of its layer, as models that return the features of inner layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.body.register_forward_hook(self.catch)
+
+    def catch(self, layer: nn.Module, inputs: Any, output: Tensor) -> None:
+        self.features = output
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(self.body(x)), self.features
+
+
+def test_the_hooks_of_a_layer_go_on_working_on_the_copy() -> None:
+    model = Caught()
+    spectra: Any = {"body": SVD().spectrum(model.body)}
+    compressed = replacing.apply(model, RankPlan.of({"body": Kept(2, PlainForm("linear"))}), spectra)
+    x = torch.randn(4, 8)
+    assert torch.equal(compressed(x)[1], compressed.body(x)) and not hasattr(model, "features")
+
+
+def test_a_hook_can_still_be_removed_after_a_replacement_in_place() -> None:
+    model, seen = nn.Sequential(nn.Linear(8, 8)), list[int]()
+    handle = model[0].register_forward_hook(lambda *_: seen.append(1))
+    replacing.replace(model, "0", SVD().spectrum(model[0]).factor(2))
+    model(torch.randn(1, 8))
+    handle.remove()
+    model(torch.randn(1, 8))
+    assert seen == [1]
+
+
+@pytest.mark.parametrize(("weight", "bias"), [(True, True), (False, True), (True, False), (False, False)])
+def test_what_is_frozen_stays_frozen(weight: bool, bias: bool) -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8))
+    model[0].weight.requires_grad_(weight)
+    model[0].bias.requires_grad_(bias)
+    spectra: Any = {"0": SVD().spectrum(model[0])}
+    compressed = replacing.apply(model, RankPlan.of({"0": Kept(2, PlainForm("linear"))}), spectra)
+    replacing.replace(model, "0", spectra["0"].factor(3))
+    replacing.replace(model, "0", spectra["0"].factor(2))  # a factored layer in the place of another
+    for net in (compressed, model):
+        (layer,) = net
+        assert (layer.first.weight.requires_grad, layer.second.weight.requires_grad) == (weight, weight)
+        assert layer.bias.requires_grad == bias and layer.in_features == 8

@@ -76,11 +76,13 @@ class FactoredLayer(nn.Module, ABC):
     def adopt(self, dense: nn.Module, memo: dict[int, Any] | None = None) -> None:
         """Offer the attributes of ``dense`` and of its class, except those that this layer has itself.
 
+        ``dense``: the dense layer, or another factored layer in its place.
         ``memo``: as for ``copy.deepcopy``; the attributes are then copied with it, otherwise they are shared.
         """
-        attributes = attributes_of(dense)
+        known = isinstance(dense, FactoredLayer)
+        attributes = dense._adopted if known else attributes_of(dense)
         self._adopted = attributes if memo is None else copy.deepcopy(attributes, memo)
-        self._adopted_class = type(dense)
+        self._adopted_class = dense._adopted_class if known else type(dense)
 
     def __getattr__(self, name: str) -> Any:
         try:

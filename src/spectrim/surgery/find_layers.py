@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.overrides import TorchFunctionMode
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, tensors_of, to_device
@@ -23,6 +24,7 @@ def factorable(
     The model runs once on ``example``, one batch of inputs. A layer stays dense if the model does not call it or reads
     its weight itself, as attention does with its output projection. ``_reason`` lists the other cases. An embedding
     also stays dense if its ids are not among the inputs, as for positions: calibration may not reach all of them.
+    Modules of other kinds that hold a matrix, as Conv1d and LSTM do, are named too.
 
     ``embeddings``: whether embeddings are replaced too.
 
@@ -39,7 +41,11 @@ def factorable(
     layers: dict[str, nn.Module] = {}
     dense: dict[str, str] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, kinds) or (isinstance(module, nn.Embedding) and not embeddings):
+        if not isinstance(module, kinds):
+            if _holds_a_matrix(module):
+                dense[name or type(model).__name__] = f"{type(module).__name__} is not factored"
+            continue
+        if isinstance(module, nn.Embedding) and not embeddings:
             continue
         if places[module] > 1 or owners[id(module._parameters.get("weight"))] > 1:
             dense[name] = "its weight is shared with another layer"
@@ -53,13 +59,20 @@ def factorable(
     return layers, dense
 
 
+def _holds_a_matrix(module: nn.Module) -> bool:
+    """Whether ``module`` itself has a parameter with more than one dimension, as a Conv1d or an LSTM does."""
+    if isinstance(module, ParametrizationList):  # its layer has a reason of its own
+        return False
+    return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+
+
 def _reason(module: nn.Module) -> str | None:
     """Return why a layer stays dense, whatever the model does with it; None for a layer that can be replaced."""
     kinds = dense_kinds()
     weight = module._parameters.get("weight")  # module.weight might compute it, and that may change the module
     if type(module).forward not in [kind.forward for kind in kinds] or "forward" in vars(module):
         return f"{type(module).__name__} has a forward of its own"
-    if torch.nn.utils.parametrize.is_parametrized(module) or weight is None:
+    if is_parametrized(module) or weight is None:
         return "its weight is computed from other parameters"
     if type(weight) is not nn.Parameter:
         return f"its weight is {with_article(weight)}"

@@ -10,6 +10,7 @@ from torch import nn
 from spectrim.decomposers.spectrum import Spectrum
 from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
+from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import RankPlan
 
 
@@ -19,13 +20,25 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, in_place_of(model.get_submodule(name), layer))
 
 
+HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
+
+
 def in_place_of(before: nn.Module, layer: nn.Module) -> nn.Module:
-    """Return ``layer``, with the mode, the memory format and, if it is factored, the attributes of ``before``."""
+    """Return ``layer``, with the mode, the memory format, the hooks and, if factored, the attributes of ``before``.
+
+    A layer whose weight or bias is frozen has frozen factors or a frozen bias.
+    """
     layer.train(before.training)
+    vars(layer).update({name: vars(before)[name] for name in HOOKS})
     if isinstance(before, nn.Conv2d) and not before.weight.is_contiguous():
         layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if isinstance(layer, FactoredLayer):
         layer.adopt(before)
+        old = before if isinstance(before, FactoredLayer) else DenseLayer.of(before)
+        weight = before.first.weight if isinstance(before, FactoredLayer) else old.weight
+        layer.requires_grad_(weight.requires_grad)
+        if layer.bias is not None and old.bias is not None:
+            layer.bias.requires_grad_(old.bias.requires_grad)
     return layer
 
 
@@ -47,6 +60,7 @@ def apply(model: nn.Module, plan: RankPlan, spectra: Mapping[str, Spectrum], *, 
         copies[id(before)] = in_place_of(before, layer)
         factored.append((before, layer))
     result = copy.deepcopy(model, copies)
-    for before, layer in factored:  # an attribute may lead to another module, which is the one of the copy from now on
+    for before, layer in factored:  # an attribute or a hook may lead to another module: here to the one of the copy
         layer.adopt(before, copies)
+        vars(layer).update({name: copy.deepcopy(vars(before)[name], copies) for name in HOOKS})
     return result
