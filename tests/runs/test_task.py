@@ -8,7 +8,7 @@ from spectrim.cli import run
 from spectrim.errors import UserError
 from spectrim.runs import task
 
-TRUNCATION = "algorithm=truncation"
+TRUNCATION, JOINT = "algorithm=truncation", "algorithm=joint"
 
 
 def test_the_test_split_of_other_data_is_measured_too(compose: Any, digits: list[str]) -> None:
@@ -31,3 +31,27 @@ def test_what_is_no_data_set_is_said_in_one_line(compose: Any, digits: list[str]
     with pytest.raises(UserError, match="is no data set; name one as") as refusal:
         run.run(compose(*digits, TRUNCATION, given))
     assert "\n" not in str(refusal.value)
+
+
+def test_a_record_holds_the_samples_that_its_selection_reads_alone(compose: Any, digits: list[str]) -> None:
+    """Neither what ran before in the process nor its order changes the number, which Tables 1 and 6 print."""
+    settings = {
+        "joint": [JOINT, "algorithm.params_kept=0.6"],
+        "smaller": [JOINT, "algorithm.params_kept=0.5"],
+        "sensitivity": ["algorithm=sensitivity"],
+        "truncation": [TRUNCATION],
+    }
+
+    def recorded(names: list[str], folder: str) -> dict[str, Any]:
+        common = [*digits, "decomposer=whitened_channel", f"name={folder}", "data.calibration_size=50"]
+        runs = {name: run.run(compose(*common, *settings[name])) for name in names}
+        return {name: (one["samples_read"], one["reporting"]["samples_read"]) for name, one in runs.items()}
+
+    alone = {}
+    for name in settings:
+        task._cached.cache_clear()
+        alone |= recorded([name], f"alone_{name}")
+    task._cached.cache_clear()
+    assert recorded(list(settings), "first") == alone
+    assert recorded(list(settings)[::-1], "then") == alone
+    assert alone["joint"] != alone["truncation"]

@@ -45,7 +45,7 @@ class FolderSplit(Dataset[tuple[Tensor, int]]):
     name: str = "images"
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return -(-len(self.paths) // self.batch_size)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:

@@ -23,7 +23,7 @@ class Split(Protocol):
         ...
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         ...
 
     def __iter__(self) -> Iterator[Batch]:
@@ -62,7 +62,7 @@ class ImageSplit:
             raise UserError(f"{self.name}: batch_size must be at least 1, got {self.batch_size}")
 
     def __len__(self) -> int:
-        """Number of batches."""
+        """Return the number of batches."""
         return -(-len(self.labels) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
