@@ -58,12 +58,16 @@ def compress(
         return compressed.settle(batch_norm, objective)
 
 
-def load(path: str | Path, *, into: nn.Module) -> nn.Module:
+def load(path: str | Path, *, into: nn.Module, sha256: str | None = None) -> nn.Module:
     """Factor ``into`` by the plan saved at ``path``, fill it with the saved weights, and return it.
 
     ``path``: a file that ``Compressed.save`` wrote, or a folder that ``compress_checkpoint`` wrote.
-    ``into``: the model, built dense as before compression.
+    ``into``: the model, built dense as before compression. It decides precision and device of the weights; from the
+        meta device they go to the CPU.
+    ``sha256``: all 64 hex digits of the digest that the file must have, or the ``spectrim.json`` of a folder. The file
+        itself holds a digest too, which shows damage; only a digest that you got elsewhere shows intent.
+
     Raises ``UserError`` where the file is missing, cut short, altered, or of another architecture.
     """
     into = eager(into)
-    return sharded.load(path, into) if Path(path).is_dir() else single_file.load(path, into)
+    return sharded.load(path, into, sha256) if Path(path).is_dir() else single_file.load(path, into, sha256)

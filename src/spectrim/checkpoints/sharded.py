@@ -1,18 +1,15 @@
 """A checkpoint in a folder of safetensors files: what lies there, what of it was compressed, and into a model."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from spectrim.checkpoints.single_file import tensors_of_state
+from spectrim.checkpoints.filling import fill
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
-from spectrim.surgery.replacing import replace
 from spectrim.tools import digests, files
 from spectrim.tools.safetensors_stream import Entry, Shard
 
@@ -137,50 +134,32 @@ class Manifest:
         return name in self.finished and path.is_file() and digests.of_file(path) == self.finished[name]["result"]
 
 
-def load(folder: str | Path, into: nn.Module) -> nn.Module:
-    """The model of a folder that ``compress_checkpoint`` wrote: ``into``, built dense, factored by the plan and filled.
+def load(folder: str | Path, into: nn.Module, sha256: str | None = None) -> nn.Module:
+    """Factor ``into`` by the plan of a folder from ``compress_checkpoint``, fill it, and return it.
 
-    Memory: the model and one tensor. Raises ``UserError`` where the folder is unfinished, altered or of another
-    architecture; ``into`` is then as it was.
+    One tensor at a time is held in addition to the model.
+
+    ``into``: the model, built dense. It decides precision and device; on the meta device, the weights go to the CPU.
+    ``sha256``: digest that the folder's ``spectrim.json`` must have, if given. That file holds those of the shards.
+
+    Raises ``UserError`` where the folder is unfinished, altered or of another architecture; ``into`` is then unchanged.
     """
-    manifest = Manifest.read(Path(folder))
+    plan, shards = verified(Path(folder), sha256)
+    return fill(into, plan, shards, folder)
+
+
+def verified(folder: Path, sha256: str | None = None) -> tuple[RankPlan, list[Shard]]:
+    """Return the plan and the shards of a compressed checkpoint.
+
+    ``sha256``: as for ``load``.
+
+    Raises ``UserError`` where the folder is unfinished or altered.
+    """
+    if sha256 is not None:
+        digests.require(folder / MANIFEST, sha256)
+    manifest = Manifest.read(folder)
     source = Sharded.at(folder)
     for name in tqdm(source.shards, "verify", unit="shard", leave=False, disable=None):
         if not manifest.intact(name):
             raise UserError(f"{source.folder / name} was altered or is unfinished: compress the checkpoint again")
-    factored = {}
-    for name, kept in manifest.plan.items():
-        try:
-            factored[name] = kept.form.layer_for(into.get_submodule(name), kept.rank)
-        except (AttributeError, UserError) as error:
-            raise UserError(f"{folder} is of another architecture, layer {name!r}: {error}") from None
-    _require_same_shapes(source, into, factored)
-    for name, layer in factored.items():
-        replace(into, name, layer)
-    state = into.state_dict()
-    with torch.no_grad():
-        for shard in tqdm(source.shards.values(), "load", unit="shard", leave=False, disable=None):
-            for name in shard.entries:
-                state[name].copy_(shard.read(name))
-    return into
-
-
-def _require_same_shapes(source: Sharded, model: nn.Module, factored: Mapping[str, nn.Module]) -> None:
-    """Raise ``UserError`` where the checkpoint is not that of ``model`` with these layers in it.
-
-    Of a shared tensor one name is enough.
-    """
-    state = {n: value for n, value in tensors_of_state(model).items() if n.rpartition(".")[0] not in factored}
-    own = {f"{layer}.{name}": value for layer, new in factored.items() for name, value in new.state_dict().items()}
-    found = source.entries
-    there = {value.data_ptr() for name, value in state.items() if name in found}
-    for name, value in (state | own).items():
-        if name in found and found[name].shape != tuple(value.shape):
-            raise UserError(
-                f"{source.folder} is of another architecture: {name} has shape {list(found[name].shape)} there and "
-                f"{list(value.shape)} in {type(model).__name__}"
-            )
-        if name not in found and (name in own or value.data_ptr() not in there):
-            raise UserError(f"{source.folder} is of another architecture: it lacks {name}")
-    for name in sorted(found.keys() - state.keys() - own.keys()):
-        raise UserError(f"{source.folder} is of another architecture: {type(model).__name__} has no {name}")
+    return manifest.plan, list(source.shards.values())

@@ -1,0 +1,143 @@
+"""Fill a dense model from a compressed checkpoint: factor its layers, compare all names and shapes, then copy."""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spectrim.errors import UserError
+from spectrim.factored.plan import RankPlan
+from spectrim.surgery.replacing import replace
+from spectrim.tools.safetensors_stream import Shard
+
+
+def fill(
+    model: nn.Module,
+    plan: RankPlan,
+    shards: Sequence[Shard],
+    where: str | Path,
+    *,
+    architecture: str | None = None,
+    as_stored: bool = False,
+    filled: Collection[str] = (),
+) -> nn.Module:
+    """Factor the layers of ``model`` by ``plan``, fill it with the tensors of ``shards``, and return it.
+
+    One tensor at a time is held in addition to the model. A tensor of ``model`` on the meta device is placed on the
+    CPU; any other stays on its device.
+
+    ``where``: the checkpoint, for messages.
+    ``architecture``: the digest that ``architecture_of`` must give for the factored model; None: any.
+    ``as_stored``: whether the numbers keep the precision of the checkpoint. By default they get that of ``model``.
+    ``filled``: names of tensors that ``model`` holds already, so that the checkpoint need not.
+
+    Raises ``UserError`` where the checkpoint is of another architecture; ``model`` is then unchanged.
+    """
+    with _factored(model, plan, where):
+        if architecture is not None and architecture_of(model) != architecture:
+            raise UserError(f"{where} is of another architecture than {type(model).__name__} as built here")
+        _require_same_tensors(model, shards, where, filled)
+        _require_no_buffer_left_on_meta(model)
+    state, aliases = tensors_of(model), names_of_shared(model)
+    with torch.no_grad():
+        for shard in tqdm(shards, "load", unit="shard", leave=False, disable=None):
+            for name in shard.entries:
+                _put(model, aliases[name], state[name], shard.read(name), as_stored)
+    return model
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of the model's state, without the extra state that a module may add."""
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+
+
+def names_of_shared(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return for each name in the model's state all names of the same tensor, the first one first.
+
+    Tied parameters have several names.
+    """
+    groups: dict[object, list[str]] = {}
+    for name, value in tensors_of(model).items():
+        # An address would not do, as all tensors on the meta device have the address 0.
+        place = (value.untyped_storage()._cdata, value.storage_offset(), value.shape) if value.numel() else name
+        groups.setdefault(place, []).append(name)
+    return {name: tuple(names) for names in groups.values() for name in names}
+
+
+def architecture_of(model: nn.Module) -> str:
+    """Return a digest of the names and shapes of the model's state, and of which tensors are shared."""
+    state, aliases = tensors_of(model), names_of_shared(model)
+    first = {name: aliases[name][0] for name in state}
+    shapes = {name: list(value.shape) if first[name] == name else first[name] for name, value in state.items()}
+    return hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _factored(model: nn.Module, plan: RankPlan, where: str | Path) -> Iterator[None]:
+    """Replace the layers of ``plan`` by factored ones; put the dense ones back where the block raises."""
+    dense: dict[str, nn.Module] = {}
+    new: dict[str, nn.Module] = {}
+    for name, kept in plan.items():
+        try:
+            dense[name] = model.get_submodule(name)
+            new[name] = kept.form.layer_for(dense[name], kept.rank)
+        except (AttributeError, UserError) as error:
+            raise UserError(f"{where} is of another architecture, layer {name!r}: {error}") from None
+    try:
+        for name, layer in new.items():
+            replace(model, name, layer)
+        yield
+    except BaseException:
+        for name, layer in dense.items():
+            replace(model, name, layer)
+        raise
+
+
+def _require_same_tensors(
+    model: nn.Module, shards: Sequence[Shard], where: str | Path, filled: Collection[str]
+) -> None:
+    """Raise ``UserError`` where names or shapes differ. One name of a shared tensor is enough.
+
+    A factored layer begins as uninitialised memory, which a missing tensor would leave in the model.
+    """
+    state, aliases = tensors_of(model), names_of_shared(model)
+    found = {name: entry.shape for shard in shards for name, entry in shard.entries.items()}
+    for name, value in state.items():
+        if name in found and found[name] != tuple(value.shape):
+            raise UserError(
+                f"{where} is of another architecture: {name} has shape {list(found[name])} there and "
+                f"{list(value.shape)} in {type(model).__name__}"
+            )
+        if not any(alias in found or alias in filled for alias in aliases[name]):
+            raise UserError(f"{where} is of another architecture: it lacks {name}")
+    for name in sorted(found.keys() - state.keys()):
+        raise UserError(f"{where} is of another architecture: {type(model).__name__} has no {name}")
+
+
+def _require_no_buffer_left_on_meta(model: nn.Module) -> None:
+    held = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in held:
+            raise UserError(
+                f"the buffer {name} of the model is on the meta device, and no checkpoint holds it; "
+                "build the model on another device"
+            )
+
+
+def _put(model: nn.Module, names: Sequence[str], old: Tensor, value: Tensor, as_stored: bool) -> None:
+    """Copy ``value`` into the tensor ``old`` of the model, or put a new tensor at all of its ``names``."""
+    dtype = value.dtype if as_stored else old.dtype
+    if not old.is_meta and old.dtype == dtype:
+        old.copy_(value)
+        return
+    new = value.to(device="cpu" if old.is_meta else old.device, dtype=dtype)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    for name in names:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, new)
