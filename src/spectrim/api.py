@@ -69,5 +69,5 @@ def load(path: str | Path, *, into: nn.Module, sha256: str | None = None) -> nn.
 
     Raises ``UserError`` where the file is missing, cut short, altered, or of another architecture.
     """
-    into = eager(into)
+    into = eager(into, values=False)
     return sharded.load(path, into, sha256) if Path(path).is_dir() else single_file.load(path, into, sha256)

@@ -10,11 +10,11 @@ from spectrim.errors import UserError
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
 
 
-def eager(model: nn.Module) -> nn.Module:
+def eager(model: nn.Module, values: bool = True) -> nn.Module:
     """Return ``model``, or the model that ``torch.compile`` wrapped in it.
 
     Raises ``UserError`` for a model whose layers cannot be replaced (scripted, traced, exported, or with a compiled
-    part) and for one without values (lazy layers, parameters on the meta device).
+    part), for one with lazy layers, and with ``values`` for one with parameters on the meta device.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is {with_article(model)}, not a torch.nn.Module; pass the eager model")
@@ -31,7 +31,7 @@ def eager(model: nn.Module) -> nn.Module:
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if torch.nn.parameter.is_lazy(value):
             raise UserError(f"{name} of the model has no shape yet; run the model once on a batch first")
-        if value.is_meta:
+        if value.is_meta and values:
             raise UserError(f"{name} of the model is on the meta device, without values; give a model with values")
     return model
 
