@@ -186,6 +186,16 @@ def test_a_full_disk_leaves_no_record(
     assert run.run(compose(*digits))["signature"]
 
 
+def test_a_recorded_run_removes_what_a_kill_right_after_its_record_left(
+    compose: Any, digits: list[str], tmp_path: Path
+) -> None:
+    cfg = compose(*digits, "algorithm=truncation", f"unfinished={tmp_path}")
+    left = tmp_path / f"{run.run(cfg)['signature']}.state.safetensors"
+    left.touch()
+    run.run(cfg)
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("key", ["records", "unfinished"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_selection(
     compose: Any, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str

@@ -37,16 +37,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     signature = records.signature(records.identity(settings))
     tracker = targets.build(configuration.plain(cfg.tracking), "run")
     path = records.path_of(folder, name, signature)
+    state = Path(configuration.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
     if path.exists():
         print(f"{name} {signature}: already recorded", file=sys.stderr)
         record = records.read(path)
     else:
         files.require_writable(path)
-        state = Path(configuration.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
         record = _measured(cfg, settings, signature, checkpoint, state)
         records.write(folder, record)
-        state.unlink(missing_ok=True)
         _say(record)
+    state.unlink(missing_ok=True)  # Here too, because a kill may have come right after the record.
     _track(tracker, record, path.with_suffix(".tracked"))
     return record
 

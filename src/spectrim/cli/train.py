@@ -32,7 +32,9 @@ def train(cfg: DictConfig) -> Path:
     A checkpoint that exists is left alone: remove it to train anew.
     """
     path, unfinished = Path(configuration.text(cfg, "checkpoint")), Path(configuration.text(cfg, "unfinished"))
+    state = unfinished / f"{path.stem}.state.safetensors"
     if path.is_file():
+        state.unlink(missing_ok=True)  # left by a kill right after the checkpoint was written
         print(f"{path} exists already")
         return path
     settings = {key: configuration.plain(cfg[key]) for key in ("model", "data", "shape", "recipe")}
@@ -42,7 +44,7 @@ def train(cfg: DictConfig) -> Path:
     if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
         raise UserError(f"threads={cfg.threads!r} is not a whole number of at least 1, or null")
     files.require_writable(path)
-    beside, state = path.with_suffix(".json"), unfinished / f"{path.stem}.state.safetensors"
+    beside = path.with_suffix(".json")
     files.require_writable(beside, state)
     recipe: Recipe = targets.build(settings["recipe"], "learning_rate")
     splits: Splits | TextSplits = targets.build(settings["data"], "load").load()
