@@ -96,3 +96,13 @@ def test_every_module_that_the_architecture_names_exists() -> None:
     paths = re.findall(r"`((?:\w+/)+\w+\.py)`", text_of(ROOT / "docs" / "architecture.md"))
     assert len(paths) > 5
     assert [path for path in paths if not (ROOT / "src" / "spectrim" / path).is_file()] == []
+
+
+def test_every_selector_of_another_paper_is_in_the_module_of_its_yaml() -> None:
+    rows = dict(re.findall(r"^\| `([A-Z]\w+)` \| `(\w+)` \|", text_of(ROOT / "docs" / "algorithms.md"), re.MULTILINE))
+    for name, module in rows.items():
+        assert resolve_name(f"spectrim.algorithms.related.{module}.{name}") is not None
+        assert (ROOT / "conf" / "algorithm" / f"{module}.yaml").is_file()
+    modules = {path.stem for path in (ROOT / "src" / "spectrim" / "algorithms" / "related").glob("*.py")}
+    configured = {path.stem for path in (ROOT / "conf" / "algorithm").glob("*.yaml")}
+    assert set(rows.values()) == modules & configured
