@@ -1,6 +1,8 @@
 """Compressed language models on disk, as a folder like that of transformers' ``save_pretrained``; and perplexity."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,12 +10,13 @@ import torch
 from torch import nn
 
 from spectrim.batches import Batches
-from spectrim.checkpoints import sharded, single_file
+from spectrim.checkpoints import hub_names, sharded, single_file
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
-from spectrim.fetch import pretrained
+from spectrim.fetch import by_configuration, pretrained
 from spectrim.losses import token_loss
 from spectrim.statistics.objective import Objective
+from spectrim.tools.safetensors_stream import DTYPES, Shard
 
 # Not transformers' own model.safetensors: its from_pretrained would drop the factors and give layers drawn at random.
 WEIGHTS = "spectrim.safetensors"
@@ -38,50 +41,39 @@ def save(folder: str | Path, model: nn.Module, plan: RankPlan, tokenizer: Any = 
 
 
 def load(folder: str | Path) -> tuple[nn.Module, Any]:
-    """The model that ``save`` or ``compress_checkpoint`` wrote, in eval mode, and its tokenizer (None without one).
+    """Return the model that ``save`` or ``compress_checkpoint`` wrote, in eval mode, and its tokenizer or None.
 
-    The dense model is built from the configuration, factored as the plan says and filled. Raises ``UserError`` where
-    the folder does not hold such a model, or a file of it is cut short or altered.
+    The model is built from its configuration without weights, factored by the plan, and filled in the precision of the
+    checkpoint. Memory holds the compressed model and one tensor.
+
+    Names in the checkpoint are those of the file that was compressed; transformers' own rules find their place in the
+    model. What transformers merges, such as the experts of a mixture, becomes dense again.
+
+    Raises ``UserError`` where the folder does not hold such a model, or one of its files is cut short or altered.
     """
     folder = Path(folder)
-    streamed = (folder / sharded.MANIFEST).is_file()
-    beside = folder / sharded.BESIDE if streamed else folder
-    model = sharded.load(folder, _dense(beside)) if streamed else single_file.load(folder / WEIGHTS, _saved(folder))
+    if (folder / sharded.MANIFEST).is_file():
+        beside = folder / sharded.BESIDE
+        plan, shards = sharded.verified(folder)
+        model = by_configuration.model_without_weights(beside, None, _precision(shards))
+        hub_names.fill(model, plan, shards, folder)
+    else:
+        beside, path = folder, folder / WEIGHTS
+        kind = single_file.read_metadata(path).get("class", "")
+        model = by_configuration.model_without_weights(folder, kind, _precision([Shard.at(path)]))
+        single_file.load(path, model, as_stored=True)
     has_tokenizer = (beside / "tokenizer_config.json").is_file()
     return model.eval(), pretrained.tokenizer(str(beside)) if has_tokenizer else None
 
 
-def _saved(folder: Path) -> nn.Module:
-    """The dense model whose class ``save`` noted, untrained."""
-    kind = _kind(single_file.read_metadata(folder / WEIGHTS).get("class", ""), folder / WEIGHTS)
-    return kind(pretrained.opened("AutoConfig", str(folder)))
-
-
-def _dense(folder: Path) -> nn.Module:
-    """The model whose configuration lies in ``folder``, untrained: of the class that it names, or else a decoder."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no {path.name}; build the model yourself: spectrim.load(…, into=model)")
-    config = pretrained.opened("AutoConfig", str(folder))
-    for name in getattr(config, "architectures", None) or []:
-        return _kind(name, path)(config)
-    try:  # a configuration that was saved without its model, as that of smollm2, names none
-        return pretrained.library().AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=False
-        )
-    except ValueError:
-        raise UserError(
-            f"{path} names no class of transformers under architectures, nor is it that of a decoder"
-        ) from None
-
-
-def _kind(name: str, source: Path) -> Any:
-    """The class of transformers of this name, which ``source`` gives."""
-    transformers = pretrained.library()
-    kind = getattr(transformers, name, None)
-    if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
-        raise UserError(f"{source} names {name!r}, which is no model of transformers {transformers.__version__}")
-    return kind
+def _precision(shards: Sequence[Shard]) -> torch.dtype:
+    """Return the precision in which most numbers of a checkpoint are stored."""
+    sizes: Counter[str] = Counter()
+    for shard in shards:
+        for entry in shard.entries.values():
+            sizes[entry.dtype] += entry.nbytes
+    stored = [DTYPES[name] for name, _ in sizes.most_common() if name in ("F64", "F32", "F16", "BF16")]
+    return stored[0] if stored else torch.float32
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> str:

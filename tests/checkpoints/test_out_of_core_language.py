@@ -72,8 +72,12 @@ def test_what_cannot_be_loaded_without_a_model_is_said_in_one_line(dense: Any, t
             language.load(out)
         assert "\n" not in str(refusal.value)
 
-    config.write_text(json.dumps(whole | {"architectures": ["AutoModel"]}))
-    refuses("names 'AutoModel', which is no model of transformers")
+    for named, said in ((["AutoModel"], "'AutoModel'"), ([5], "5"), (5, "5"), ("no_such_class", "'no_such_class'")):
+        config.write_text(json.dumps(whole | {"architectures": named}))
+        refuses(f"names {said}, which is no model of transformers")
+    for change in ({"hidden_size": -4, "n_embd": -4}, {"num_attention_heads": 7, "n_head": 7}):
+        config.write_text(json.dumps(whole | change))
+        refuses("that can be built|cannot be opened by")
     config.write_text(json.dumps({"model_type": "vit"}))
     refuses("names no class of transformers under architectures, nor is it that of a decoder")
     config.write_text(json.dumps({"model_type": "opt", "num_hidden_layers": 1, "hidden_size": 24}))

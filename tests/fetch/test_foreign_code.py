@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from spectrim import language
 from spectrim.errors import UserError
-from spectrim.fetch import pretrained
+from spectrim.fetch import by_configuration, pretrained
 from spectrim.models.language import answerer, causal_lm, classifier
 
 pytest.importorskip("transformers")
@@ -31,7 +31,7 @@ USES: dict[str, Callable[[str], Any]] = {
     "a decoder": causal_lm,
     "a classifier": classifier,
     "an answerer": answerer,
-    "a compressed folder": lambda folder: language._dense(Path(folder)),
+    "a compressed folder": lambda folder: by_configuration.model_without_weights(Path(folder), None, torch.float32),
 }
 
 

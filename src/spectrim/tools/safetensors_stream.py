@@ -93,6 +93,12 @@ class Shard:
         starts = {name: 8 + length + begin for name, (begin, _) in placed.items()}
         return cls(path, {name: entry for name, (_, entry) in placed.items()}, starts, metadata)
 
+    def renamed(self, names: Mapping[str, str]) -> "Shard":
+        """Return the same file with the tensors in ``names``, an old name to a new one, and without all others."""
+        kept = {new: old for old, new in names.items() if old in self.entries}
+        entries = {new: self.entries[old] for new, old in kept.items()}
+        return Shard(self.path, entries, {new: self.starts[old] for new, old in kept.items()}, self.metadata)
+
     def read(self, name: str) -> Tensor:
         """One tensor. Raises ``UserError`` for a type of number that is not among ``DTYPES``."""
         entry = self.entries[name]
