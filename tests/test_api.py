@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim
+from spectrim.algorithms.related.global_threshold import GlobalThreshold
 from spectrim.batches import evaluating
+from spectrim.runs import configuration
+from spectrim.runs.named import named
 
 
 def logits(model: nn.Module, x: Any) -> Tensor:
@@ -180,5 +184,133 @@ def test_a_model_is_trained_at_low_rank_saved_and_loaded(net: nn.Sequential, bat
     result.save(tmp_path / "small.safetensors")
     model = spectrim.load(tmp_path / "small.safetensors", into=dense)
     torch.testing.assert_close(logits(model, batches[0][0]), logits(result.model, batches[0][0]))
-    with pytest.raises(spectrim.UserError, match="there is no split 'train'"):
+    with pytest.raises(spectrim.UserError, match="^train batches are missing; pass train="):
         spectrim.compress(net, calibration=batches, algorithm=algorithm)
+
+
+X = torch.randn(8, 32)
+UNLABELLED: Any = [None, [X], [(X,)], [(X, None)]]
+LABEL_FREE = [
+    spectrim.Truncation(ratio=0.5),
+    spectrim.Truncation(params_kept=0.6),
+    "evbmf",
+    "global_threshold",
+    "knapsack",
+    "alds",
+]
+
+
+def perceptron() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+@pytest.mark.parametrize("algorithm", LABEL_FREE, ids=str)
+@pytest.mark.parametrize("calibration", UNLABELLED, ids=["none", "inputs", "one of a kind", "no targets"])
+def test_what_measures_no_loss_needs_no_labels(algorithm: Any, calibration: Any) -> None:
+    model = perceptron()
+    result = spectrim.compress(model, calibration=calibration, algorithm=algorithm)
+    labelled = spectrim.compress(model, calibration=[(X, torch.randint(10, (8,)))], algorithm=algorithm)
+    assert result.plan == labelled.plan and result.params_kept == labelled.params_kept
+    assert torch.equal(logits(result.model, X), logits(labelled.model, X))
+    predicted = "predicted_change"
+    assert result.report[predicted].isna().all() and labelled.report[predicted].notna().all()
+    pd.testing.assert_frame_equal(result.report.drop(columns=predicted), labelled.report.drop(columns=predicted))
+    with pytest.raises(spectrim.UserError, match="calibration batches"):
+        result.predicted_change  # noqa: B018
+
+
+def test_without_inputs_macs_are_not_known() -> None:
+    result = spectrim.compress(perceptron(), algorithm=spectrim.Truncation(ratio=0.5))
+    with pytest.raises(spectrim.UserError, match="pass calibration="):
+        result.macs_kept  # noqa: B018
+    with pytest.raises(spectrim.UserError, match="^macs_kept runs the model; pass calibration="):
+        spectrim.compress(perceptron(), algorithm=GlobalThreshold(params_kept=None, macs_kept=0.5))
+
+
+def test_without_inputs_what_torch_itself_may_read_stays_dense() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 64, batch_first=True), nn.Linear(16, 16))
+    result = spectrim.compress(model, algorithm=spectrim.Truncation(rank=2))
+    assert list(result.plan) == ["1"] and result.model(torch.randn(2, 3, 16)).shape == (2, 3, 16)
+    assert "0.linear1: left dense: a TransformerEncoderLayer may read its weight" in " ".join(result.notes)
+
+
+def test_a_selection_that_needs_targets_says_that_they_are_missing() -> None:
+    for algorithm in (None, spectrim.RankSelection()):
+        with pytest.raises(spectrim.UserError, match="^the calibration batches have no targets, which the loss needs"):
+            spectrim.compress(perceptron(), calibration=[X], algorithm=algorithm)
+
+
+def test_a_loss_of_the_outputs_alone_needs_no_targets() -> None:
+    result = spectrim.compress(
+        perceptron(),
+        calibration=[X],
+        loss=lambda outputs, _: outputs.square().mean(),
+        algorithm=spectrim.Compact(gamma=None, tolerance=1e9),
+    )
+    assert result.plan and isinstance(result.predicted_change, float)
+
+
+def test_the_report_takes_its_gradient_when_it_is_read(net: nn.Sequential, batches: Any) -> None:
+    calls = []
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        calls.append(1)
+        return F.cross_entropy(outputs, targets)
+
+    result = spectrim.compress(net, calibration=batches, loss=loss, algorithm=spectrim.Truncation(rank=2))
+    assert not calls
+    assert result.report is result.report and result.reporting["samples_read"] == {"calibration": 39}
+    assert len(calls) == len(batches)
+    changed = spectrim.compress(net, calibration=batches, loss=loss, algorithm=spectrim.Truncation(rank=2))
+    with torch.no_grad():
+        net[0].weight.mul_(2)
+    with pytest.raises(spectrim.UserError, match="the given model has changed since it was compressed"):
+        changed.predicted_change  # noqa: B018
+
+
+def test_algorithms_and_decomposers_are_known_by_their_names(net: nn.Sequential, batches: Any) -> None:
+    by_name = spectrim.compress(net, calibration=batches, algorithm="compact_verified", verification=batches)
+    verified = spectrim.Compact(verified=True, gamma=0.1, tries=3)
+    assert by_name.plan == spectrim.compress(net, calibration=batches, algorithm=verified, verification=batches).plan
+    by_name = spectrim.compress(net, calibration=batches, algorithm="joint", decomposer="whitened_spatial")
+    spelt_out = spectrim.compress(
+        net, calibration=batches, algorithm=spectrim.Joint(params_kept=0.5), decomposer=spectrim.WhitenedSVD("spatial")
+    )
+    assert by_name.plan == spelt_out.plan
+
+
+@pytest.mark.parametrize("group", ["algorithm", "decomposer"])
+def test_every_name_is_known(group: str) -> None:
+    for path in Path(configuration.CONF, group).glob("*.yaml"):
+        if path.stem == "fine_tuning":
+            with pytest.raises(spectrim.UserError, match="^algorithm='fine_tuning' needs settings of its own"):
+                named(group, path.stem)
+        else:
+            made = named(group, path.stem)
+            assert hasattr(made, "compress") or hasattr(made, "measure") or hasattr(made, "spectrum")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "said"),
+    [
+        ("algorithm", "jointt", "^algorithm='jointt' is unknown; known are aimet, alds, .*joint, joint_cut"),
+        ("decomposer", "svd", "^decomposer='svd' is unknown; known are best_view, svd_channel"),
+        ("algorithm", spectrim.Truncation, r"^algorithm=Truncation is a class; pass an instance, Truncation\(…\)$"),
+        ("decomposer", spectrim.SVD, "^decomposer=SVD is a class; pass an instance"),
+        ("algorithm", spectrim.SVD(), "^algorithm=.* is no algorithm; pass an instance or its name$"),
+        ("decomposer", 3, "^decomposer=3 is no decomposer; pass an instance or its name$"),
+        ("algorithm", "probe", "^algorithm=Probe measures and compresses nothing; call "),
+        ("loss", 3, "^loss=3 is not loss"),
+        ("loss", nn.CrossEntropyLoss, "^loss=CrossEntropyLoss is not loss"),
+        ("algorithm", spectrim.Compact(verified=True), "^verification batches are missing; pass verification="),
+        ("algorithm", spectrim.SVDTraining(), "^train batches are missing; pass train="),
+        ("calibration", None, "^calibration batches are missing; pass calibration="),
+        ("calibration", (X, X), "^the calibration set is one batch; give a list of batches"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_named_in_one_line(
+    net: nn.Sequential, batches: Any, argument: str, value: Any, said: str
+) -> None:
+    with pytest.raises(spectrim.UserError, match=said) as refusal:
+        spectrim.compress(net, **{"calibration": batches, argument: value})
+    assert "\n" not in str(refusal.value)

@@ -1,15 +1,18 @@
 """The one-call interface: any module, any iterable of batches, any algorithm."""
 
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from spectrim.algorithms.lossless import Lossless
 from spectrim.algorithms.shared.compressed import Algorithm, Compressed
+from spectrim.algorithms.shared.measurement import Measurement
 from spectrim.batches import Batches
 from spectrim.checkpoints import sharded, single_file
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
 from spectrim.losses import Loss, default_loss
 from spectrim.statistics.batchnorm import BatchNorm, require
 from spectrim.statistics.objective import Objective
@@ -19,26 +22,29 @@ from spectrim.surgery.given_model import eager, unchanged
 def compress(
     model: nn.Module,
     *,
-    calibration: Batches,
+    calibration: Batches | None = None,
     verification: Batches | None = None,
     train: Batches | None = None,
     loss: Loss | None = None,
-    algorithm: Algorithm | None = None,
-    decomposer: Decomposer | None = None,
+    algorithm: Algorithm | str | None = None,
+    decomposer: Decomposer | str | None = None,
     batch_norm: BatchNorm = "keep",
     layers_at_once: int | None = None,
 ) -> Compressed:
     """Return a compressed copy of ``model``. No weight is trained unless ``algorithm`` is one that trains.
 
-    ``calibration``: held-out batches ``(inputs, targets)`` that can be iterated again and again. Inputs are a tensor, a
-        tuple of positional arguments or a mapping of keyword arguments.
+    ``calibration``: held-out batches that can be iterated again and again. A batch is a pair ``(inputs, targets)``.
+        Inputs are a tensor, a tuple of positional arguments or a mapping of keyword arguments. An algorithm that does
+        not measure the loss takes batches without targets: ``(inputs, None)``, or a tensor or mapping of inputs alone.
+        One that does not run the model, such as ``Truncation``, works without any.
     ``verification``: other held-out batches, for algorithms that measure what they chose. A loss measured on the
         samples that chose the ranks is too low.
     ``train``: batches with a length, for algorithms that train.
     ``loss``: ``loss(model_output, targets)``, a scalar, the mean over the batch. By default cross-entropy; for a model
         of transformers the one of its task: next tokens, labels of tokens, or answers.
-    ``algorithm``: the selector; ``Lossless()`` by default.
-    ``decomposer``: ``SVD()``, the channel view, by default.
+    ``algorithm``: the selector, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default.
+    ``decomposer``: the decomposer, or its name on the command line, such as ``"whitened_channel"``; ``SVD()``, the
+        channel view, by default.
     ``batch_norm``: ``"keep"`` leaves the statistics of every BatchNorm as they are. ``"follow"`` shifts them by what
         compression changed on calibration batches (``batchnorm.reestimate``), without labels.
     ``layers_at_once``: number of layers whose gradients are held in memory at once. Fewer layers take more passes over
@@ -50,12 +56,36 @@ def compress(
     """
     require(batch_norm)
     model = eager(model)
-    further = {"verification": verification, "train": train}
-    splits = {name: batches for name, batches in further.items() if batches is not None}
-    objective = Objective(loss or default_loss(model), {"calibration": calibration, **splits}, layers_at_once)
+    selector = Lossless() if algorithm is None else _instance("algorithm", algorithm)
+    views = SVD() if decomposer is None else _instance("decomposer", decomposer)
+    if isinstance(loss, type) or not (loss is None or callable(loss)):
+        raise UserError(f"loss={_said(loss)} is not loss(outputs, targets); pass a function or an instance of torch.nn")
+    given = {"calibration": calibration, "verification": verification, "train": train}
+    splits = {name: batches for name, batches in given.items() if batches is not None}
+    objective = Objective(loss or default_loss(model), splits, layers_at_once)
     with unchanged(model):
-        compressed = (algorithm or Lossless()).compress(model, decomposer or SVD(), objective)
-        return compressed.settle(batch_norm, objective)
+        return selector.compress(model, views, objective).settle(batch_norm, objective)
+
+
+def _instance(argument: str, value: Any) -> Any:
+    """Return the algorithm or decomposer that the user gave as ``argument``, by name or as an instance."""
+    if isinstance(value, str):
+        from spectrim.runs.named import named  # hydra takes a second to import, and an instance does not need it
+
+        value = named(argument, value)
+    if isinstance(value, type):
+        raise UserError(f"{argument}={value.__name__} is a class; pass an instance, {value.__name__}(…)")
+    if isinstance(value, Measurement):
+        call = f"{type(value).__name__}(…).measure(model, decomposer, objective)"
+        raise UserError(f"{argument}={type(value).__name__} measures and compresses nothing; call {call}")
+    kind: Any = {"algorithm": Algorithm, "decomposer": Decomposer}[argument]
+    if not isinstance(value, kind):
+        raise UserError(f"{argument}={_said(value)} is no {argument}; pass an instance or its name")
+    return value
+
+
+def _said(value: Any) -> str:
+    return value.__name__ if isinstance(value, type) else repr(value)[:40]
 
 
 def load(path: str | Path, *, into: nn.Module, sha256: str | None = None) -> nn.Module:

@@ -125,19 +125,25 @@ class Pairs:
 
 
 def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
-    """Yield the batches as pairs ``(inputs, targets)``.
+    """Yield the batches as pairs ``(inputs, targets)``. A tensor, a mapping or a sequence of one is inputs alone.
 
     A mapping that holds ``labels``, or ``start_positions`` and ``end_positions``, is a batch as the collators of
-    transformers make it: these become the targets. Raises ``UserError`` for any other batch that is not a pair.
+    transformers make it: these become the targets. Raises ``UserError`` for any other batch.
     """
     for batch in batches:
-        pair = _from_collator(batch) if isinstance(batch, Mapping) else batch
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
+        if isinstance(batch, Mapping):
+            yield _from_collator(batch) or (batch, None)
+        elif isinstance(batch, Tensor | PackedSequence):
+            yield batch, None
+        elif isinstance(batch, tuple | list) and len(batch) == 1:  # as a TensorDataset of inputs gives
+            yield batch[0], None
+        elif isinstance(batch, tuple | list) and len(batch) == 2:
+            yield batch[0], batch[1]
+        else:
             raise UserError(
                 f"a batch of the {split} set is a {type(batch).__name__}, not a pair: give (inputs, targets), "
                 "several inputs as a tuple or a mapping of their own; or a mapping that holds labels"
             )
-        yield pair[0], pair[1]
 
 
 def _from_collator(batch: Mapping[str, Any]) -> tuple[Inputs, Any] | None:

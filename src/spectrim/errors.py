@@ -8,6 +8,10 @@ class UserError(ValueError):
     """
 
 
+class MissingInput(UserError):
+    """Batches, or targets in them, that the user did not give."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of the message of ``error``, or the name of its class if the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)

@@ -47,7 +47,7 @@ def test_it_is_the_same_on_every_run_and_after_a_kill(net: nn.Module, objective:
 
 
 def test_what_it_cannot_work_with_is_one_line(net: nn.Module, batches: Any) -> None:
-    with pytest.raises(UserError, match="there is no split 'train'"):
+    with pytest.raises(UserError, match="^train batches are missing; pass train="):
         FineTuning(Truncation(ratio=0.6), RECIPE).compress(
             net, SVD(), Objective(F.cross_entropy, {"calibration": batches})
         )

@@ -195,7 +195,7 @@ def test_verified_measures_on_the_verification_split_and_takes_its_gradient_else
     assert after <= dense
     accepted = [step["measured"] for step in compressed.log if step["accepted"]]
     assert accepted and sum(accepted) == pytest.approx(after - dense, abs=1e-6)
-    with pytest.raises(UserError, match="no split 'verification'"):
+    with pytest.raises(UserError, match="^verification batches are missing"):
         settings.compress(net, SVD(), Objective(F.cross_entropy, {"calibration": objective.splits["calibration"]}))
 
 

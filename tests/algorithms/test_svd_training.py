@@ -192,7 +192,7 @@ def test_settings_that_cannot_work_are_one_line(bad: dict, said: str) -> None:
 def test_what_it_cannot_start_from_is_one_line(net: nn.Module, objective: Objective, batches: Any) -> None:
     with pytest.raises(UserError, match="needs the plain SVD .*, not WhitenedSVD"):
         chosen().compress(net, WhitenedSVD(), objective)
-    with pytest.raises(UserError, match="there is no split 'train'"):
+    with pytest.raises(UserError, match="^train batches are missing; pass train="):
         chosen().compress(net, SVD(), Objective(F.cross_entropy, {"calibration": batches}))
     with pytest.raises(UserError, match="subset=999 is more than the"):
         chosen(subset=999).compress(net, SVD(), objective)

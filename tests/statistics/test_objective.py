@@ -168,7 +168,7 @@ def test_what_models_have_seen_is_counted(net: nn.Sequential, objective: Objecti
 
 def test_what_rank_selection_sees_of_a_part_is_counted(net: nn.Sequential, objective: Objective) -> None:
     RankSelection(subset=20, delta_step=0.4).compress(net, SVD(), objective)
-    assert objective.read["calibration"] >= 39 + 2 * 20 and (objective.read["calibration"] - 39) % 20 == 0
+    assert objective.read["calibration"] >= 2 * 20 and objective.read["calibration"] % 20 == 0
 
 
 def test_an_objective_on_other_batches_counts_what_is_read_with_the_first(net: nn.Sequential, batches: Any) -> None:

@@ -14,7 +14,7 @@ def read(batches: Any) -> SplitReader:
 
 
 def test_a_selector_cannot_see_a_split_it_was_not_given(batches: Any) -> None:
-    with pytest.raises(UserError, match="no split 'test' here; known are calibration"):
+    with pytest.raises(UserError, match="^test batches are missing; pass test="):
         read(batches).batches("test")
 
 
@@ -23,7 +23,7 @@ def test_batches_that_can_be_read_only_once_are_refused(batches: Any) -> None:
         read(batch for batch in batches)
 
 
-@pytest.mark.parametrize("batch", [torch.zeros(2, 3, 8, 8), {"x": 1}, (1, 2, 3), ()])
+@pytest.mark.parametrize("batch", ["a text", 3, (1, 2, 3), ()])
 def test_a_batch_that_is_no_pair_is_said_in_one_line(batch: Any) -> None:
     with pytest.raises(UserError, match="^a batch of the calibration set is a .*, not a pair: give") as refusal:
         list(read([batch]).counted("calibration"))
@@ -56,3 +56,19 @@ def test_an_empty_split_is_refused_where_samples_are_needed() -> None:
     for call in (read([]).example, lambda split: list(read([]).first(split, 1, "few"))):
         with pytest.raises(UserError, match="^the calibration set is empty; give at least one batch"):
             call("calibration")
+
+
+X = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize("batch", [X, {"x": X}, [X], (X,), (X, None)])
+def test_inputs_alone_are_a_batch_without_targets(batch: Any) -> None:
+    ((inputs, targets),) = read([batch]).counted("calibration")
+    assert targets is None and (inputs["x"] if isinstance(inputs, dict) else inputs) is X
+
+
+@pytest.mark.parametrize("batches", [X, {"x": X}, (X, X), "a text", 3, None])
+def test_what_is_no_list_of_batches_is_said_in_one_line(batches: Any) -> None:
+    with pytest.raises(UserError, match="^the calibration set is .*; give a list of batches") as refusal:
+        read(batches)
+    assert "\n" not in str(refusal.value)

@@ -66,7 +66,7 @@ class BoundProbe:
 def _bound(bench: Workbench, batches: Batches) -> tuple[Bound, list[str]]:
     """Return the bound of Theorem 1, or one that is None everywhere and a note that says why."""
     try:
-        chain = chain_of(bench.model, bench.decomposer, bench.example)
+        chain = chain_of(bench.model, bench.decomposer, bench.example_for("the bound"))
     except UserError as error:
         return lambda ranks: None, [f"no bound: {error}"]
     norm, stages = chain.input_norm(batches), chain.stages

@@ -94,7 +94,9 @@ def _found(
     """Let a selector compress the model of the task, or a measurement measure it."""
     if isinstance(algorithm, Measurement):
         return algorithm.measure(given.model, decomposer, given.objective)
-    return algorithm.compress(given.model, decomposer, given.objective).settle(batch_norm, given.objective)
+    compressed = algorithm.compress(given.model, decomposer, given.objective).settle(batch_norm, given.objective)
+    compressed.reporter()  # made now, so that its time and its samples count here
+    return compressed
 
 
 def _resumable(algorithm: dict[str, Any], state: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from io import BytesIO
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -102,6 +102,7 @@ class Spectrum(ABC):
         return curve / curve[0].clamp_min(1e-300)
 
 
+@runtime_checkable
 class Decomposer(Protocol):
     """Settings of a decomposition. They are hashable, because they are part of the key of a remembered spectrum."""
 

@@ -84,7 +84,9 @@ class Task:
 
     @cached_property
     def _dense_cost(self) -> Cost:
-        return model_cost(self.model, self.objective.example())
+        example = self.objective.example()
+        assert example is not None  # every task has a calibration split
+        return model_cost(self.model, example)
 
     def _dense_numbers(self) -> dict[str, Any]:
         if "calibration" not in self.dense:

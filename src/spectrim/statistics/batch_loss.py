@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from spectrim.batches import Inputs, sample_count
-from spectrim.errors import UserError
+from spectrim.errors import MissingInput, UserError
 from spectrim.losses import Loss, TokenLoss, loss_of
 
 
@@ -16,8 +16,17 @@ def batch_weight(loss: Loss, targets: Any, inputs: Inputs = None) -> int:
 
 
 def finite_loss(loss: Loss, outputs: Any, targets: Any, split: str) -> Tensor:
-    """Return the mean loss of a batch. Raises ``UserError`` where it fails on these targets or is not finite."""
-    value = loss_of(loss, outputs, targets)
+    """Return the mean loss of a batch.
+
+    Raises ``UserError`` where it fails on these targets or is not finite, and ``MissingInput`` where it fails without.
+    """
+    try:
+        value = loss_of(loss, outputs, targets)
+    except UserError:
+        if targets is None:
+            message = f"the {split} batches have no targets, which the loss needs; give (inputs, targets)"
+            raise MissingInput(message) from None
+        raise
     if not torch.isfinite(value):
         raise UserError(f"the loss on the {split} split is {value.item()}; check the model's weights and the inputs")
     return value

@@ -99,8 +99,8 @@ class Objective:
         """
         return self.on({split: list(self._reader.until(split, samples))})
 
-    def example(self) -> Inputs:
-        """Return the inputs of the first calibration batch. Raises ``UserError`` for an empty split."""
+    def example(self) -> Inputs | None:
+        """Return the inputs of the first calibration batch; None where there is no calibration split."""
         return self._reader.example("calibration")
 
     def evaluate(self, model: nn.Module, split: str = "calibration") -> Evaluation:

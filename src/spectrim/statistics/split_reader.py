@@ -4,12 +4,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from spectrim.batches import Batches, Inputs, Pairs, sample_count
-from spectrim.errors import UserError
+from spectrim.errors import MissingInput, UserError
 
 Batch = tuple[Inputs, Any]
+# What a user has to pass for each split that a selector may read.
+KINDS = {
+    "calibration": "batches of (inputs, targets), or of inputs alone where no loss is measured",
+    "verification": "batches of (inputs, targets) that calibration= does not hold",
+    "train": "batches of (inputs, targets) with a length",
+}
 
 
 class SplitReader:
@@ -18,26 +25,34 @@ class SplitReader:
     ``splits``: name → batches ``(inputs, targets)``.
     ``read``: counter to add to, by name of the split; a new one by default.
 
-    Raises ``UserError`` for a generator, which can be read only once, and for an object that is not iterable.
+    Raises ``UserError`` for a generator, which can be read only once, for a single batch, and for an object that is not
+    iterable.
     """
 
     def __init__(self, splits: Mapping[str, Batches], read: Counter[str] | None = None) -> None:
         self.splits = dict(splits)
         self.read = Counter[str]() if read is None else read
         for name, batches in self.splits.items():
-            if not isinstance(batches, Iterable):
+            if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
                 raise UserError(f"the {name} set is a {type(batches).__name__}; give a list of batches or a DataLoader")
+            if isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
+                raise UserError(f"the {name} set is one batch; give a list of batches, such as [(inputs, targets)]")
             if isinstance(batches, Iterator):
                 raise UserError(f"the {name} set can be read only once; give a list or a DataLoader, not a generator")
 
     def given(self, split: str) -> Batches:
-        """Return the split as it was given. Raises ``UserError`` where there is none of this name."""
+        """Return the split as it was given. Raises ``MissingInput`` where there is none of this name."""
         if split not in self.splits:
-            raise UserError(f"there is no split {split!r} here; known are {', '.join(sorted(self.splits))}")
+            raise MissingInput(f"{split} batches are missing; pass {split}=, {KINDS.get(split, 'batches')}")
         return self.splits[split]
 
-    def example(self, split: str) -> Inputs:
-        """Return the inputs of the first batch, which is not counted. Raises ``UserError`` for an empty split."""
+    def example(self, split: str) -> Inputs | None:
+        """Return the inputs of the first batch, which is not counted; None where the split is not given.
+
+        Raises ``UserError`` for an empty split.
+        """
+        if split not in self.splits:
+            return None
         for inputs, _ in self.batches(split):
             return inputs
         raise _empty(split)

@@ -17,7 +17,7 @@ from spectrim.surgery.given_model import eager, unchanged
 
 
 def factorable(
-    model: nn.Module, example: Inputs, embeddings: bool = False
+    model: nn.Module, example: Inputs | None, embeddings: bool = False
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Find the layers that can be replaced, in the model's order, and the reason why each other one stays dense.
 
@@ -25,6 +25,8 @@ def factorable(
     its weight itself, as attention does with its output projection. ``_reason`` lists the other cases. An embedding
     also stays dense if its ids are not among the inputs, as for positions: calibration may not reach all of them.
     Modules of other kinds that hold a matrix, as Conv1d and LSTM do, are named too.
+    Without an example the model is not run. A layer then stays dense if a module of torch holds it, which may read its
+    weight, and so does every embedding.
 
     ``embeddings``: whether embeddings are replaced too.
 
@@ -53,7 +55,8 @@ def factorable(
             dense[name] = reason
         else:
             layers[name] = module
-    for name, reason in _unfit_for_replacement(model, layers, example).items():
+    unfit = _held_by_torch(model, layers) if example is None else _unfit_for_replacement(model, layers, example)
+    for name, reason in unfit.items():
         del layers[name]
         dense[name] = reason
     return layers, dense
@@ -155,6 +158,19 @@ class _Watch(TorchFunctionMode):
     def _note(self, owner: str | None) -> None:
         if owner is not None and owner != self.running[-1]:
             self.read.add(owner)
+
+
+def _held_by_torch(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the layers that may only be replaced if a run shows that nothing reads their weights or ids, and why."""
+    found = {}
+    for name, layer in layers.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        containers = nn.Sequential | nn.ModuleList | nn.ModuleDict
+        if type(parent).__module__.startswith("torch.") and not isinstance(parent, containers):
+            found[name] = f"{with_article(parent)} may read its weight, which a run on calibration= would show"
+        elif isinstance(layer, nn.Embedding):
+            found[name] = "a run on calibration= would show which ids it looks up"
+    return found
 
 
 def _unfit_for_replacement(model: nn.Module, layers: Mapping[str, nn.Module], example: Inputs) -> dict[str, str]:

@@ -143,7 +143,7 @@ def test_settings_that_cannot_work_are_one_line(bad: dict, said: str) -> None:
 def test_what_it_cannot_work_with_is_one_line(net: nn.Module, objective: Objective, batches: Any) -> None:
     with pytest.raises(UserError, match="Cuttlefish needs the plain SVD .*, not WhitenedSVD"):
         Cuttlefish(recipe=RECIPE).compress(net, WhitenedSVD(), objective)
-    with pytest.raises(UserError, match="there is no split 'train'"):
+    with pytest.raises(UserError, match="^train batches are missing; pass train="):
         Cuttlefish(recipe=RECIPE).compress(net, SVD(), Objective(objective.loss, {"calibration": batches}))
     with pytest.raises(UserError, match="dense_first=9 leaves none of 4 layers"):
         Cuttlefish(recipe=RECIPE, dense_first=9).compress(net, SVD(), objective)

@@ -198,7 +198,7 @@ def test_what_cannot_work_is_one_line(method: Any, net: nn.Module, objective: Ob
         match=f"{method.__name__} needs the plain SVD .*, not WhitenedSVD",
     ):
         method(recipe=RECIPE).compress(net, WhitenedSVD(), objective)
-    with pytest.raises(UserError, match="there is no split 'train'"):
+    with pytest.raises(UserError, match="^train batches are missing; pass train="):
         method(recipe=RECIPE).compress(net, SVD(), Objective(objective.loss, {"calibration": batches}))
     with pytest.raises(UserError, match="params_kept=0.05 is out of reach"):
         method(recipe=RECIPE, params_kept=0.05).compress(net, SVD(), objective)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.layer_report import reporter
 from spectrim.algorithms.shared.trained import plain_svd
-from spectrim.algorithms.shared.workbench import reported
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
 from spectrim.factored import linalg
@@ -75,16 +75,14 @@ class AIMET:
         log: list[dict] = []
         theirs = self._run(model, layers, tuple(example.shape[1:]), objective, log)
         compressed, kept = _in_our_layers(model, theirs, layers)
-        report, spent = reported(lambda: _report(model, compressed, layers, objective), objective)
         return Compressed(
             model=compressed,
             plan=RankPlan.of(kept),
-            report=report,
+            reporter=reporter(lambda: (_report(model, compressed, layers, objective), ""), objective),
             dense=model,
             example=example,
             log=log,
             notes=[f"{name}: left dense: {reason}" for name, reason in left.items()],
-            reporting=spent,
         )
 
     def _run(

@@ -124,7 +124,7 @@ def costs_of(bench: Workbench, measure: Measure, batch_size: int = 1) -> Costs:
         each = {name: [1.0] * len(spectrum.sizes(1)) for name, spectrum in bench.spectra.items()}
         total = float(parameters(bench.model))
     else:
-        dense, total = layer_macs(bench.model, list(bench.spectra), bench.example)
+        dense, total = layer_macs(bench.model, list(bench.spectra), bench.example_for("macs_kept"))
         each = _macs_of_a_parameter(bench)
     curves = {}
     for name, spectrum in bench.spectra.items():
@@ -135,7 +135,7 @@ def costs_of(bench: Workbench, measure: Measure, batch_size: int = 1) -> Costs:
 
 
 def _timed(bench: Workbench, batch_size: int) -> Costs:
-    times = latency.measured(bench.model, bench.spectra, bench.example, batch_size)
+    times = latency.measured(bench.model, bench.spectra, bench.example_for("a budget in milliseconds"), batch_size)
     dense = {name: own.dense for name, own in times.layers.items()}
     curves = {
         name: _to_break_even(times.layers[name].curve(spectrum.max_rank), spectrum, dense[name])
@@ -161,7 +161,7 @@ def _macs_of_a_parameter(bench: Workbench) -> dict[str, list[float]]:
     plan = RankPlan.of({name: own.kept(1) for name, own in bench.spectra.items()})
     cut = replacing.apply(bench.model, plan, bench.spectra)
     factors = {name: [f"{name}.{part}" for part, _ in cut.get_submodule(name).named_children()] for name in plan}
-    macs, _ = layer_macs(cut, [factor for own in factors.values() for factor in own], bench.example)
+    macs, _ = layer_macs(cut, [factor for own in factors.values() for factor in own], bench.example_for("macs_kept"))
     return {
         name: [macs[factor] / size for factor, size in zip(factors[name], own.sizes(1), strict=True)]
         for name, own in bench.spectra.items()

@@ -8,10 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 import pandas as pd
 from torch import nn
 
+from spectrim.algorithms.shared.layer_report import Reporter
 from spectrim.batches import Inputs
 from spectrim.checkpoints import single_file
 from spectrim.decomposers.spectrum import Decomposer
-from spectrim.errors import UserError
+from spectrim.errors import MissingInput, UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.statistics.batchnorm import SAMPLES, BatchNorm, reestimate
 from spectrim.statistics.objective import Objective
@@ -30,33 +31,48 @@ class Algorithm(Protocol):
 class Compressed:
     """A compressed model, how it was made, and what it costs.
 
-    ``report``: one row a layer that could be factored: layer, shape, full_rank, break_even, rank (None: left dense),
-    params_before, params_after, predicted_change (of the calibration loss, to first order), relative_error.
-    ``log``: the steps of the algorithm; ``notes``: which layers could not be factored, and why; ``trained``: whether
-    the weights left are no longer those of the given model. ``reporting``: what the report took, which no selection
-    needs: seconds, cpu_seconds and samples_read of each split; where the selector had taken the gradients, next to
-    nothing.
+    ``plan``: what is kept of each layer that is factored.
+    ``reporter``: makes ``report``.
+    ``dense``: the given model.
+    ``example``: the inputs of the first calibration batch; None where none were given.
+    ``log``: the steps of the algorithm.
+    ``notes``: which layers stay dense and why, and what else is worth knowing.
+    ``trained``: whether the weights that are left differ from those of the given model.
     """
 
     model: nn.Module
     plan: RankPlan
-    report: pd.DataFrame
+    reporter: Reporter = field(repr=False)
     dense: nn.Module = field(repr=False)
-    example: Inputs = field(repr=False)
+    example: Inputs | None = field(repr=False)
     log: list[dict] = field(default_factory=list, repr=False)
     notes: list[str] = field(default_factory=list)
     trained: bool = False
-    reporting: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def report(self) -> pd.DataFrame:
+        """One row for each layer that could be factored.
+
+        layer, shape, full_rank, break_even, rank (missing: left dense), params_before, params_after, predicted_change
+        (of the calibration loss, to first order) and relative_error (of the weight). It is made when it is first read.
+        predicted_change takes a gradient then, and is NaN where that fails, for want of targets for example.
+        """
+        return self.reporter().layers
+
+    @property
+    def reporting(self) -> dict[str, Any]:
+        """What the report took: seconds, cpu_seconds, and samples_read by split. No selection needs it."""
+        return self.reporter().spent
 
     @cached_property
     def cost(self) -> Cost:
         """Parameters and MACs of the compressed model."""
-        return model_cost(self.model, self.example)
+        return model_cost(self.model, self._example())
 
     @cached_property
     def dense_cost(self) -> Cost:
         """Parameters and MACs of the given model."""
-        return model_cost(self.dense, self.example)
+        return model_cost(self.dense, self._example())
 
     @property
     def params_kept(self) -> float:
@@ -70,13 +86,24 @@ class Compressed:
 
     @property
     def predicted_change(self) -> float:
-        """First-order change of the calibration loss, summed over the factored layers."""
-        return float(self.report.loc[self.report["rank"].notna(), "predicted_change"].sum())
+        """First-order change of the calibration loss, summed over the factored layers.
+
+        Raises ``UserError`` where it could not be predicted, with the reason.
+        """
+        report = self.reporter()
+        if report.unpredicted:
+            raise UserError(report.unpredicted)
+        return float(report.layers.loc[report.layers["rank"].notna(), "predicted_change"].sum())
+
+    def _example(self) -> Inputs:
+        if self.example is None:
+            raise MissingInput("MACs are counted by running the model; pass calibration=, batches of its inputs")
+        return self.example
 
     def settle(self, batch_norm: BatchNorm, objective: Objective) -> "Compressed":
-        """Itself, its BatchNorm statistics re-estimated on calibration samples where ``batch_norm`` is ``follow``.
+        """Re-estimate the BatchNorm statistics on calibration samples if ``batch_norm`` is ``follow``; return itself.
 
-        Raises ``UserError`` after a training, whose statistics are its own.
+        Raises ``UserError`` after a training, which has statistics of its own.
         """
         if batch_norm == "follow" and self.trained:
             raise UserError("batch_norm=follow compares with the given model, which a training leaves: use keep")
@@ -85,5 +112,5 @@ class Compressed:
         return self
 
     def save(self, path: str | Path) -> None:
-        """Write the compressed model as safetensors; ``spectrim.load(path, into=dense_model)`` reads it back."""
+        """Write the compressed model as safetensors. ``spectrim.load(path, into=dense_model)`` reads it back."""
         single_file.save(path, self.model, self.plan)

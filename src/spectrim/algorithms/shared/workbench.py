@@ -1,44 +1,32 @@
 """What an algorithm works on: the layers of a model, each decomposed, and the model made of what it keeps."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 import pandas as pd
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.decomposed import decomposed
+from spectrim.algorithms.shared.layer_report import reporter
 from spectrim.batches import Inputs
-from spectrim.decomposers.spectrum import (
-    NO_MOMENTS,
-    Decomposer,
-    Keep,
-    Moments,
-    Spectrum,
-    content,
-    rank_of,
-    spectrum_of,
-    value_at,
-)
-from spectrim.errors import UserError
+from spectrim.decomposers.spectrum import Decomposer, Keep, Spectrum, rank_of, value_at
+from spectrim.errors import MissingInput, UserError
 from spectrim.factored.dense import dense_kinds
 from spectrim.factored.plan import RankPlan
-from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, latency, replacing
-from spectrim.tools.profiling import Timed
-from spectrim.tools.spill import SpillFolder
+from spectrim.surgery.given_model import unchanged
+from spectrim.surgery.trial_run import failing_layers
 
 
 @dataclass(frozen=True, eq=False)
 class Workbench:
     """A model opened for an algorithm: each layer that can be factored is decomposed once. Nothing in it changes.
 
-    ``example``: the inputs of the first calibration batch.
+    ``example``: the inputs of the first calibration batch; None where none were given.
     ``spectra``: the spectrum of each layer that can be factored, by name, in the model's order.
     ``notes``: one line for each layer that stays dense, with the reason, and what a budget measured.
     ``timed_at``: the batch size of a budget in milliseconds; None where there is no such budget. ``finish`` then
@@ -48,7 +36,7 @@ class Workbench:
     model: nn.Module
     decomposer: Decomposer
     objective: Objective
-    example: Inputs
+    example: Inputs | None
     spectra: Mapping[str, Spectrum]
     notes: tuple[str, ...]
     timed_at: int | None = None
@@ -64,11 +52,13 @@ class Workbench:
         example = objective.example()
         layers, left = find_layers.factorable(model, example, decomposer.embeddings)
         spectra: dict[str, Spectrum] = {}
-        for name, spectrum in _decomposed(model, decomposer, objective, layers).items():
+        for name, spectrum in decomposed(model, decomposer, objective, layers).items():
             if spectrum.break_even:
                 spectra[name] = spectrum
             else:
                 left[name] = "no rank is below break-even"
+        left |= _failing(model, spectra, dict.fromkeys(spectra, 1), example)
+        spectra = {name: spectrum for name, spectrum in spectra.items() if name not in left}
         if not spectra:
             reasons = find_layers.in_one_line(left) or f"it has no {' or '.join(k.__name__ for k in dense_kinds())}"
             raise UserError(f"this model has nothing to factor: {reasons}")
@@ -98,22 +88,30 @@ class Workbench:
         more components than break-even, stays dense.
         """
         kept, notes = self._faster(self._below_break_even(keep))
+        for name, reason in _failing(self.model, self.spectra, kept, self.example).items():
+            del kept[name]
+            notes.append(f"{name}: left dense: {reason}")
         plan = self._plan(kept)
-        report, spent = reported(lambda: self._report(kept), self.objective)  # before the copy: gradients take room too
+        versions = _versions(self.model)
         return Compressed(
             model=replacing.apply(self.model, plan, self.spectra),
             plan=plan,
-            report=report,
+            reporter=reporter(lambda: self._report(kept, versions), self.objective),
             dense=self.model,
             example=self.example,
             log=log or [],
             notes=[*self.notes, *notes],
-            reporting=spent,
         )
 
     def cut(self, keep: Mapping[str, Keep]) -> nn.Module:
         """Return the model of ``finish`` without a report, to be measured and thrown away."""
         return replacing.apply(self.model, self._plan(self._below_break_even(keep)), self.spectra)
+
+    def example_for(self, purpose: str) -> Inputs:
+        """Return ``example``. Raises ``MissingInput`` where there is none; ``purpose`` says what needs it."""
+        if self.example is None:
+            raise MissingInput(f"{purpose} runs the model; pass calibration=, batches of its inputs")
+        return self.example
 
     def _below_break_even(self, keep: Mapping[str, Keep]) -> dict[str, Keep]:
         return {name: which for name, which in keep.items() if rank_of(which) <= self.spectra[name].break_even}
@@ -123,7 +121,7 @@ class Workbench:
         if self.timed_at is None or not kept:
             return kept, []
         small = replacing.apply(self.model, self._plan(kept), self.spectra)
-        dense, ours = latency.in_turns([self.model, small], self.example, self.timed_at)
+        dense, ours = latency.in_turns([self.model, small], self.example_for("a budget in milliseconds"), self.timed_at)
         notes = [f"as a whole, measured in turns: {ours:.4g} ms against {dense:.4g} ms dense"]
         if ours < dense:
             return kept, notes
@@ -132,8 +130,20 @@ class Workbench:
     def _plan(self, kept: Mapping[str, Keep]) -> RankPlan:
         return RankPlan.of({name: self.spectra[name].kept(which) for name, which in kept.items()})
 
-    def _report(self, kept: Mapping[str, Keep]) -> pd.DataFrame:
-        predicted = self.first_order()
+    def _predicted(self, versions: tuple[int, ...]) -> tuple[dict[str, Tensor], str]:
+        """Return the first order for the report, and why there is none; empty where there is one."""
+        if "calibration" not in self._curves and _versions(self.model) != versions:
+            return {}, "the given model has changed since it was compressed, so that nothing can be predicted now"
+        try:
+            with unchanged(self.model):
+                return self.first_order(), ""
+        except UserError as error:
+            return {}, str(error)
+
+    def _report(self, kept: Mapping[str, Keep], versions: tuple[int, ...]) -> tuple[pd.DataFrame, str]:
+        """Return the report, and why it predicts nothing; empty where it does (``layer_report``)."""
+        predicted, unpredicted = self._predicted(versions)
+        outside = math.nan if unpredicted else 0.0
         rows = []
         for name, spectrum in self.spectra.items():
             weight, keep = self.model.get_submodule(name).weight, kept.get(name)
@@ -148,62 +158,28 @@ class Workbench:
                     "rank": rank,
                     "params_before": weight.numel(),  # type: ignore[operator]
                     "params_after": weight.numel() if rank is None else spectrum.cost(rank),  # type: ignore[operator]
-                    "predicted_change": value_at(predicted[name], which) if name in predicted else 0.0,
+                    "predicted_change": value_at(predicted[name], which) if name in predicted else outside,
                     "relative_error": math.sqrt(max(0.0, value_at(spectrum.relative_error().square(), which))),
                 }
             )
-        return pd.DataFrame(rows).astype({"rank": "Int64"})
+        return pd.DataFrame(rows).astype({"rank": "Int64"}), unpredicted
 
 
-def reported(make: Callable[[], pd.DataFrame], objective: Objective) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The report, and what it took (``Compressed.reporting``)."""
-    before = Counter(objective.read)
-    with Timed() as spent:
-        report = make()
-    read = dict(objective.read - before)
-    return report, {"seconds": spent.seconds, "cpu_seconds": spent.cpu_seconds, "samples_read": read}
-
-
-def _decomposed(
-    model: nn.Module, decomposer: Decomposer, objective: Objective, layers: Mapping[str, nn.Module]
-) -> dict[str, Spectrum]:
-    """Return the spectrum of every layer.
-
-    Plain spectra are cached for each layer. Whitened ones are cached all together in the memory of ``objective``,
-    because their moments take a pass through the model.
-    """
-    if not decomposer.samples:
-        return _spectra(model, decomposer, objective, layers)
-    return objective.remembered(
-        model,
-        "whitened",
-        lambda: (decomposer, tuple(layers), content(model.state_dict().values())),
-        lambda: _spectra(model, decomposer, objective, layers),
-    )
-
-
-def _spectra(
-    model: nn.Module, decomposer: Decomposer, objective: Objective, layers: Mapping[str, nn.Module]
-) -> dict[str, Spectrum]:
-    """Decompose the layers in the blocks of ``objective``. With ``layers_at_once`` the factors are kept on disk."""
-    folder = None if objective.layers_at_once is None else SpillFolder()
-    found: dict[str, Spectrum] = {}
-    with tqdm(desc="decompose", total=len(layers), unit="layer", leave=False, disable=None) as bar:
-        for block in objective.blocks(list(layers)):
-            views = {name: decomposer.views(layers[name]) for name in block}
-            moments: Mapping[str, Moments] = {}
-            if decomposer.samples:
-                moments = input_moments(model, views, objective, decomposer.samples)
-            for name in block:
-                found[name] = _spectrum(name, layers[name], decomposer, moments.get(name, NO_MOMENTS))
-                if folder:
-                    found[name].spill(folder)
-                bar.update()
+def _failing(
+    model: nn.Module, spectra: Mapping[str, Spectrum], kept: Mapping[str, Keep], example: Inputs | None
+) -> dict[str, str]:
+    """Return the layers of ``kept`` with which the model fails once they are factored, and the reason of each."""
+    found: dict[str, str] = {}
+    while example is not None and (rest := {name: keep for name, keep in kept.items() if name not in found}):
+        plan = RankPlan.of({name: spectra[name].kept(keep) for name, keep in rest.items()})
+        failing = failing_layers(replacing.apply(model, plan, spectra, shared=True), rest, example)
+        if not failing:
+            break
+        found |= {name: f"the model fails with it factored: {reason}" for name, reason in failing.items()}
     return found
 
 
-def _spectrum(name: str, layer: nn.Module, decomposer: Decomposer, moments: Moments) -> Spectrum:
-    try:
-        return spectrum_of(layer, decomposer, moments)
-    except UserError as error:
-        raise UserError(f"layer {name}: {error}") from None
+def _versions(model: nn.Module) -> tuple[int, ...]:
+    """Return a count of the changes of each parameter and buffer. It tells most changes, at no cost."""
+    values = [*model.parameters(), *model.buffers()]
+    return tuple(-1 if value.is_inference() else value._version for value in values)

@@ -1,0 +1,57 @@
+"""The spectra of the layers of a model: remembered, and taken in blocks of layers where memory is short."""
+
+from collections.abc import Mapping
+
+from torch import nn
+from tqdm import tqdm
+
+from spectrim.decomposers.spectrum import NO_MOMENTS, Decomposer, Moments, Spectrum, content, spectrum_of
+from spectrim.errors import UserError
+from spectrim.statistics.input_moments import input_moments
+from spectrim.statistics.objective import Objective
+from spectrim.tools.spill import SpillFolder
+
+
+def decomposed(
+    model: nn.Module, decomposer: Decomposer, objective: Objective, layers: Mapping[str, nn.Module]
+) -> dict[str, Spectrum]:
+    """Return the spectrum of every layer.
+
+    Plain spectra are cached for each layer. Whitened ones are cached all together in the memory of ``objective``,
+    because their moments take a pass through the model.
+    """
+    if not decomposer.samples:
+        return _spectra(model, decomposer, objective, layers)
+    return objective.remembered(
+        model,
+        "whitened",
+        lambda: (decomposer, tuple(layers), content(model.state_dict().values())),
+        lambda: _spectra(model, decomposer, objective, layers),
+    )
+
+
+def _spectra(
+    model: nn.Module, decomposer: Decomposer, objective: Objective, layers: Mapping[str, nn.Module]
+) -> dict[str, Spectrum]:
+    """Decompose the layers in the blocks of ``objective``. With ``layers_at_once`` the factors are kept on disk."""
+    folder = None if objective.layers_at_once is None else SpillFolder()
+    found: dict[str, Spectrum] = {}
+    with tqdm(desc="decompose", total=len(layers), unit="layer", leave=False, disable=None) as bar:
+        for block in objective.blocks(list(layers)):
+            views = {name: decomposer.views(layers[name]) for name in block}
+            moments: Mapping[str, Moments] = {}
+            if decomposer.samples:
+                moments = input_moments(model, views, objective, decomposer.samples)
+            for name in block:
+                found[name] = _spectrum(name, layers[name], decomposer, moments.get(name, NO_MOMENTS))
+                if folder:
+                    found[name].spill(folder)
+                bar.update()
+    return found
+
+
+def _spectrum(name: str, layer: nn.Module, decomposer: Decomposer, moments: Moments) -> Spectrum:
+    try:
+        return spectrum_of(layer, decomposer, moments)
+    except UserError as error:
+        raise UserError(f"layer {name}: {error}") from None

@@ -1,0 +1,45 @@
+"""Algorithms and decomposers by the names that the command line uses: those of the files in ``conf``."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from spectrim.errors import UserError
+from spectrim.runs import targets
+from spectrim.runs.configuration import CONF
+
+
+def named(group: str, name: str) -> Any:
+    """Return the object that ``conf/GROUP/NAME.yaml`` describes.
+
+    A setting that refers to the rest of a run, such as its seed or the recipe of its model, has the default of its
+    class. Raises ``UserError`` for an unknown name, and for a class that needs such a setting.
+    """
+    known = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"{group}={name!r} is unknown; known are {', '.join(known)}")
+    try:
+        return targets.build(_settings(group, name))
+    except UserError as error:
+        raise UserError(f"{group}={name!r} needs settings of its own; pass an instance ({error})") from error
+
+
+def _settings(group: str, name: str) -> dict[str, Any]:
+    """Read the settings of one file and of those in its list of defaults."""
+    read: Any = OmegaConf.to_container(OmegaConf.load(Path(CONF, group, f"{name}.yaml")), resolve=False)
+    settings: dict[str, Any] = {}
+    for default in read.pop("defaults", []):
+        if isinstance(default, str):  # another file of the same group
+            settings |= _settings(group, default)
+            continue
+        ((place, option),) = default.items()  # such as /algorithm@selector: truncation
+        other, _, key = place.removeprefix("/").partition("@")
+        if not _refers(option):
+            settings[key] = _settings(other, option)
+    return settings | {key: value for key, value in read.items() if not _refers(value)}
+
+
+def _refers(value: Any) -> bool:
+    """Return whether a setting is an interpolation, whose value only a whole run has."""
+    return isinstance(value, str) and "${" in value
