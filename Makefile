@@ -17,52 +17,8 @@ PYTEST_ARGS ?= -q
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LAUNCHER := $(if $(JOBS),hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)) device=$(DEVICE)
 
-# A table or figure is made by experiments/NAME.py of the records of its grids, conf/experiment/GRID.yaml.
-RESULTS := table1 table2 table3 table4 table5 table6 table7 table8 table9 figure1 figure2 figure3 figure4 figure5 figure6 figure7
-# A grid of Table 1 is two files: a net, and what runs on it.
-on_nets = $(foreach net,lenet5 resnet20 vgg19_half,$(foreach grid,$(1),[table1_$(net),$(grid)]))
-GRIDS_table1 := $(call on_nets,table1 table1_own)
-# Grids that search or train: hours. `reproduce-` takes the committed records for them, `make search-table1` and
-# `make train-svd` run them.
-TRAININGS_table1 := $(call on_nets,table1_threshold table1_search table1_fine_tuning table1_fine_tuning_search table1_training table1_svd_training) \
-    [table1_lenet5,table1_scratch] [table1_lenet5,table1_scratch_svd]
-GRIDS_table2 := $(foreach nets,table2 table2_resnet20,$(nets)_baseline $(nets) $(nets)_verified)
-# As those of Table 1: what is quick is run, and the committed records stand for the rest, hours on a processor.
-GRIDS_table3 := [table3_minilm,table3_truncation]
-TRAININGS_table3 := $(foreach grid,table3 table3_embeddings table3_embeddings_uniform table3_refit table3_expansion \
-        table3_interaction table3_plain table3_selection_minilm,[table3_minilm,$(grid)]) \
-    $(foreach grid,table3 table3_expansion table3_plain table3_selection table3_truncation,[table3_smollm2,$(grid)])
-GRIDS_table4 := table4 table4_truncation
-GRIDS_table5 := table5_baseline table5_baseline_global table5_selection table5_resnet20_baseline table5_resnet20_selection \
-    table5_vgg19_half_baseline
-TRAININGS_table5 := table5 table5_epsilon table5_tight table5_scratch table5_printed table5_fashion \
-    table5_fine_tuning table5_tight_long \
-    table5_resnet20 $(addprefix table5_resnet20_,more long regularisers fine_tuning uncut scratch) \
-    $(addprefix table5_vgg19_half,_fine_tuning _scratch) table5_vgg19_half
-GRIDS_table6 := table6 table6_plain table6_layers table6_width table6_calibration table6_calibration_joint
-# Searches of many minutes, run once, for Figure 4.
-TRAININGS_table6 := figure4_aimet figure4_sensitivity
-RECORDS_table6 := figure4
-GRIDS_table7 := table7 table7_leakage
-GRIDS_table8 := table8 table8_untrained table8_selection
-GRIDS_table9 := table9 table9_expansion table9_effort table9_decomposers
-GRIDS_figure1 := $(GRIDS_table2)
-GRIDS_figure4 := figure4 figure4_refitted figure4_rivals figure4_truncation figure4_energy figure4_alds \
-    figure4_nets figure4_nets_rivals figure4_lossless
-# In an environment of its own (`make rivals`), or of many minutes a run: the committed records stand for them, as for
-# the trainings.
-TRAININGS_figure4 := figure4_aimet figure4_sensitivity figure4_lossless_nets
-GRIDS_figure5 := $(GRIDS_table5)
-TRAININGS_figure5 := $(TRAININGS_table5)
-GRIDS_figure6 := $(GRIDS_table1)
-TRAININGS_figure6 := $(TRAININGS_table1)
-# Where the records of the trainings lie: under the name of the table where nothing else is said.
-RECORDS_figure5 := table5
-RECORDS_figure6 := table1
-RECORDS_figure7 := table3
-GRIDS_figure7 := $(GRIDS_table3)
-TRAININGS_figure7 := $(TRAININGS_table3)
-GRIDS_figure3 := figure3 $(GRIDS_table2)
+# The tables and figures. experiments/index.toml says which grids each is made of; experiments/grids.py reads it.
+RESULTS := $(shell sed -n 's/^\[\(.*\)\]$$/\1/p' experiments/index.toml)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -105,32 +61,35 @@ rivals: $(STAMP)  ## .venv-rivals: AIMET from its wheel, whose dependencies stay
 
 reproduce-NAME:  ## run the grids of a table or figure, write results/, compare with the committed records
 	@echo "NAME is one of: $(RESULTS)"
-# A grid that was interrupted goes on where it stopped; `make clean` makes it start anew.
-# No file names are looked for (-f): a grid in brackets is not a pattern.
-run_grids = @set -ef; for grid in $(1); do $(BIN)/spectrim -m experiment=$$grid records=build/records $(LAUNCHER); done
-# The committed record of a training stands for it, unless its settings have changed since. Some `cp -n` call a file that
-# is there already a failure.
+# $(call run_grids,NAME [--quick|--long]): run the grids of NAME. A grid that was interrupted continues where it stopped;
+# `make clean` makes it start anew.
+run_grids = @set -e; grids=$$($(BIN)/python experiments/grids.py $(1)); \
+    for grid in $$grids; do $(BIN)/spectrim -m experiment=$$grid records=build/records $(LAUNCHER); done
+# $(call copy_records,NAME): put the committed records of the long grids of NAME into build/records. A copied record stands
+# for its run, unless the settings have changed since. Some `cp -n` report a file that exists as a failure.
+copy_records = @set -e; mkdir -p build/records; folders=$$($(BIN)/python experiments/grids.py $(1) --long | cut -d/ -f1 | sort -u); \
+    for folder in $$folders; do cp -R -n results/records/$$folder build/records/ || true; done
 $(RESULTS:%=reproduce-%): reproduce-%: $(STAMP)
-	$(call run_grids,$(or $(GRIDS_$*),$*))
-	$(if $(TRAININGS_$*),@mkdir -p build/records && cp -R -n results/records/$(or $(RECORDS_$*),$*) build/records/ || true)
-	$(call run_grids,$(TRAININGS_$*))
+	$(call run_grids,$* --quick)
+	$(call copy_records,$*)
+	$(call run_grids,$* --long)
 	$(BIN)/python experiments/$*.py --records build/records --out results --against results/records
 
 reproduce-table3 reproduce-figure7: install-language
 
-reproduce: $(RESULTS:%=reproduce-%)  ## every table and figure
+# Figure 4 first: Table 6 copies its whole folder of records, and a copied record is not made again.
+reproduce: reproduce-figure4 $(RESULTS:%=reproduce-%)  ## every table and figure
 
 table-NAME:  ## a table or figure from the committed records: no run, no torch
 	@echo "NAME is one of: $(RESULTS)"
 $(RESULTS:%=table-%): table-%: $(STAMP)
 	$(BIN)/python experiments/$*.py --records results/records --out results
 
-# The grids of every table and figure, a line each.
-list-grids:
-	@:$(foreach grid,$(sort $(foreach name,$(RESULTS),$(or $(GRIDS_$(name)),$(name)) $(TRAININGS_$(name)))),$(info $(grid)))
+list-grids:  ## the grids of every table and figure, one a line
+	@$(or $(wildcard $(BIN)/python),$(firstword $(PYTHON3))) experiments/grids.py
 
-check-records: $(STAMP)  ## each committed record is met by a cell of a grid, and each cell by a record
-	@$(MAKE) -s list-grids | $(BIN)/python experiments/check_records.py --records results/records
+check-records: $(STAMP)  ## check that every cell of every grid has a record, and every record a cell
+	@$(BIN)/python experiments/grids.py | $(BIN)/python experiments/check_records.py --records results/records
 
 train: $(STAMP)  ## the committed checkpoints that are missing (hours on two cores)
 	$(BIN)/spectrim-train -m model=resnet20 seed=0,1,2
@@ -145,12 +104,12 @@ train-language: install-language  ## the committed checkpoint of MiniLM where it
 	$(BIN)/spectrim-train model=minilm data=imdb stored_as=float16
 
 train-svd: $(STAMP)  ## the trainings behind Table 5 and Figure 5 anew (hours on two cores), then both
-	$(call run_grids,$(GRIDS_table5) $(TRAININGS_table5))
+	$(call run_grids,table5)
 	$(BIN)/python experiments/table5.py --records build/records --out results --against results/records
 	$(BIN)/python experiments/figure5.py --records build/records --out results --against results/records
 
 search-table1: $(STAMP)  ## all of Table 1 and Figure 6 anew, searches and trainings too (days on one core)
-	$(call run_grids,$(GRIDS_table1) $(TRAININGS_table1))
+	$(call run_grids,table1)
 	$(BIN)/python experiments/table1.py --records build/records --out results
 	$(BIN)/python experiments/figure6.py --records build/records --out results
 

@@ -1,6 +1,8 @@
 """Every yaml composes and each of its keys is a parameter of its target; nothing foreign is ever made."""
 
 import inspect
+import json
+import re
 import shlex
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -81,32 +83,68 @@ def test_every_choice_of_settings_is_built(compose: Any, group: str, option: str
     assert type(targets.build(settings)).__name__ == settings["_target_"].rpartition(".")[2]
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize("experiment", configuration.experiments())
 def test_every_experiment_composes(compose: Any, experiment: str) -> None:
     cfg = compose(f"experiment={experiment}")
+    assert cfg.name == (experiment if experiment.startswith("imagenet/") else experiment.partition("/")[0])
     assert cfg.hydra.sweeper.params
     for override in cfg.hydra.sweeper.params:
         group, _, key = override.partition(".")
         assert OmegaConf.select(cfg, f"{group}.{key}" if key else group) is not None or key
 
 
-GRIDS_OF_TABLE1 = [one for one in options("experiment") if one.startswith("table1")]
-NETS_OF_TABLE1 = ["table1_lenet5", "table1_resnet20", "table1_vgg19_half"]
+@pytest.mark.parametrize("experiment", configuration.experiments())
+def test_the_head_of_an_experiment_says_its_table_and_its_time(experiment: str) -> None:
+    text = (configuration.EXPERIMENTS / f"{experiment}.yaml").read_text()
+    head = text.partition("\ndefaults:")[0].removeprefix("# @package _global_\n")
+    (name,) = re.findall(r"(table|figure)(\d)|$", experiment)[:1]
+    assert head.startswith(f"# {name[0].capitalize()} {name[1]}" if any(name) else "# `make smoke`")
+    assert re.search(r"\b(seconds?|minutes?|hours?)\b", head)
 
 
-@pytest.mark.parametrize("grid", sorted(set(GRIDS_OF_TABLE1) - set(NETS_OF_TABLE1)))
-def test_a_grid_of_table1_runs_on_every_net(compose: Any, grid: str) -> None:
-    for net in NETS_OF_TABLE1:
-        both = f"experiment=[{net},{grid}]"
-        cfg = compose(both)
-        params = {key: str(values).split(",")[-1] for key, values in cfg.hydra.sweeper.params.items()}
-        last = compose(both, *(f"{key}={value}" for key, value in params.items()))
-        assert last.name == "table1" and last.data.calibration_seed == 2
-        assert last.names.model.removesuffix("_untrained") == net.removeprefix("table1_")
-        settings = configuration.plain(last.algorithm)
-        targets.build(settings)
-        assert settings.get("seed", 2) == 2
-        assert last.batch_norm == ("keep" if "recipe" in settings else "follow")
+def test_a_part_of_grids_is_no_grid() -> None:
+    names = configuration.experiments()
+    assert "table5/lenet5/svd_training" in names and not any("/_" in one for one in names)
+
+
+@pytest.mark.parametrize("experiment", [one for one in configuration.experiments() if one.startswith("table1/")])
+def test_a_grid_of_table1_is_the_same_on_every_net(compose: Any, experiment: str) -> None:
+    _, net, grid = experiment.split("/")
+    cfg = compose(f"experiment={experiment}")
+    params = {key: str(values).split(",")[-1] for key, values in cfg.hydra.sweeper.params.items()}
+    last = compose(f"experiment={experiment}", *(f"{key}={value}" for key, value in params.items()))
+    assert last.data.calibration_seed == 2
+    assert last.names.model == net + "_untrained" * grid.endswith("from_scratch")
+    settings = configuration.plain(last.algorithm)
+    targets.build(settings)
+    assert settings.get("seed", 2) == 2
+    assert last.batch_norm == ("keep" if "recipe" in settings else "follow")
+    resnet = compose(f"experiment=table1/resnet20/{grid.removesuffix('_from_scratch')}")
+    own = {key: values for key, values in cfg.hydra.sweeper.params.items() if "seed" not in key}
+    assert own.items() <= resnet.hydra.sweeper.params.items()
+
+
+def test_the_commands_of_committed_records_name_grids() -> None:
+    """Records were made before the grids lay in folders; their commands stay valid."""
+    former = 0
+    for path in (Path(__file__).parents[1] / "results" / "records").rglob("*.json"):
+        words = shlex.split(json.loads(path.read_text())["provenance"]["command"])
+        present = configuration.present_names(words)
+        named = [word.removeprefix("experiment=") for word in present if word.startswith("experiment=")]
+        assert named and set(named) <= set(configuration.experiments())
+        assert named[0].startswith(path.parent.name)
+        former += present != words
+    assert former > 1000
+
+
+def test_a_present_name_stays_and_an_unknown_one_is_left_to_hydra() -> None:
+    words = ["-m", "experiment=table4/truncation", "experiment=nosuch", "model=table2", "+experiment=table2"]
+    assert configuration.present_names(words) == words
+    given = ["experiment=[table1_lenet5, table1_own]", "experiment=table2"]
+    assert configuration.present_names(given) == [
+        "experiment=table1/lenet5/own_sizes",
+        "experiment=table2/other_nets/one_shot",
+    ]
 
 
 @pytest.mark.parametrize("option", [o for o in options("model") if o not in ("torchvision", "smollm2")])

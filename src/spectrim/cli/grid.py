@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from spectrim.cli.termination import STATUS, Terminated, terminable
 from spectrim.errors import UserError
-from spectrim.runs.configuration import innermost, invocation
+from spectrim.runs.configuration import check_choices, innermost, invocation, present_names
 from spectrim.tools import malloc
 
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
@@ -40,6 +40,7 @@ def cell(program: str) -> Iterator[None]:
     malloc.give_back()  # fragments of the last run fit nothing of the next one and would add up
     malloc.keep()
     try:
+        check_choices()
         yield
     except Exception as error:
         if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
@@ -74,6 +75,7 @@ def command_line(job: Callable[[], Any]) -> None:
     SIGTERM with 143."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us, to print them in one line
     stderr = _Stderr(sys.stderr)
+    _rename_arguments()
     with TemporaryDirectory(prefix="spectrim-") as folder:
         os.environ[FAILURES] = folder
         try:
@@ -99,6 +101,14 @@ def command_line(job: Callable[[], Any]) -> None:
             raise
         finally:
             del os.environ[FAILURES]
+
+
+def _rename_arguments() -> None:
+    """Replace the former name of a grid in ``sys.argv``, and say so."""
+    for index, (given, present) in enumerate(zip(sys.argv, present_names(sys.argv), strict=True)):
+        if given != present:
+            print(f"spectrim: {given} is named {present} now", file=sys.stderr)
+            sys.argv[index] = present
 
 
 def _before_ours(error: Exception) -> bool:

@@ -1,21 +1,60 @@
 """A composed configuration: where it lies, its nodes as plain values, the command that gives it, and its errors."""
 
 import shlex
+from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 
 from spectrim.errors import UserError
 
 _CHECKOUT = Path(__file__).resolve().parents[3] / "conf"
 CONF = str(_CHECKOUT if _CHECKOUT.is_dir() else Path(__file__).resolve().parents[1] / "conf")
+EXPERIMENTS = Path(CONF) / "experiment"
+# Lines ``FORMER NAME``: committed records state their command with the former name of a grid.
+FORMER_NAMES = EXPERIMENTS / "former_names.txt"
+NEAR = 8  # the most grids that an error lists
 
 
 def plain(node: DictConfig) -> dict[str, Any]:
     """Resolve the interpolations of a node and return plain dicts, lists, numbers and strings."""
     return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)  # type: ignore[return-value]
+
+
+def experiments() -> list[str]:
+    """Return the names of all grids. A file or folder that begins with an underscore is a part of grids."""
+    found = (path.relative_to(EXPERIMENTS).with_suffix("") for path in EXPERIMENTS.rglob("*.yaml"))
+    return sorted(path.as_posix() for path in found if not any(part.startswith("_") for part in path.parts))
+
+
+def present_names(words: Sequence[str]) -> list[str]:
+    """Return the words of a command with the former name of a grid replaced by its present one."""
+    return [_present_name(word) if word.startswith("experiment=") else word for word in words]
+
+
+def _present_name(word: str) -> str:
+    given = word.partition("=")[2]
+    if (EXPERIMENTS / f"{given}.yaml").is_file():
+        return word
+    lines = FORMER_NAMES.read_text(encoding="utf-8").splitlines()
+    known = dict(line.split() for line in lines if not line.startswith("#"))
+    return f"experiment={known.get(given.replace(' ', ''), given)}"
+
+
+def check_choices() -> None:
+    """Refuse a single run of a grid that leaves a swept setting open: it would belong to no grid."""
+    if not HydraConfig.initialized():
+        return
+    composed = HydraConfig.get()
+    given = {word.lstrip("+").partition("=")[0] for word in composed.overrides.task}
+    left = [key for key in composed.sweeper.get("params") or {} if key not in given]
+    if left:
+        name = composed.runtime.choices.get("experiment")
+        raise UserError(f"experiment={name} is a grid over {', '.join(left)}: add -m, or give each of them one value")
 
 
 def check_seed(cfg: DictConfig) -> None:
@@ -37,10 +76,22 @@ def invocation(program: str) -> str:
 
 
 def innermost(error: BaseException) -> str:
-    """The message of the first ``UserError`` in the chain, else what was said, in one line."""
+    """Return the message of the first ``UserError`` in the chain, else what the error says, in one line."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, UserError):
             return str(cause)
+        if isinstance(cause, MissingConfigException) and str(cause.missing_cfg_file).startswith("experiment/"):
+            return _unknown_experiment(str(cause.missing_cfg_file).removeprefix("experiment/"))
         cause = cause.__cause__
     return " ".join(str(error).partition("Config search path:")[0].split()) or type(error).__name__
+
+
+def _unknown_experiment(name: str) -> str:
+    names = experiments()
+    below = [one for one in names if one.startswith(f"{name.strip('/')}/")]
+    ending = [one for one in names if one.endswith(f"/{name.strip('/')}")]
+    near = below or ending or get_close_matches(name, names, 5, 0.5)
+    listed = ", ".join(near[:NEAR]) + ", …" * (len(near) > NEAR)
+    said = "is a folder of grids" if below else "is no grid"
+    return f"experiment={name} {said}: {f'choose {listed}' if near else f'the grids lie in {EXPERIMENTS}'}"
