@@ -23,8 +23,11 @@ from tqdm import tqdm
 
 from spectrim.cli.termination import STATUS, Terminated, terminable
 from spectrim.errors import UserError
+from spectrim.runs import composition
 from spectrim.runs.configuration import check_choices, innermost, invocation, present_names
 from spectrim.tools import malloc
+
+composition.guard()  # here, because joblib's workers import this module before they compose a cell
 
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
 # Environment variable: the folder into which each failed run of a grid writes its line, from any worker process.

@@ -1,0 +1,138 @@
+"""Check a configuration as soon as Hydra has composed it, before Hydra builds or configures anything from it.
+
+Hydra builds callbacks, a launcher and a sweeper, sets up logging and sets environment variables from its own node,
+``hydra``. Any yaml can write there, so without these checks a yaml alone could run code.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spectrim.errors import UserError
+from spectrim.runs import targets
+
+# The launchers and sweepers that may stand in the node ``hydra``; the others of Hydra's plugins are not tested here.
+PLUGINS = (
+    "hydra._internal.core_plugins.basic_launcher.BasicLauncher",
+    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    "hydra_plugins.hydra_joblib_launcher.joblib_launcher.JoblibLauncher",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.LocalLauncher",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
+)
+# What logging may build, and the streams that it may write to; ``logging.config`` would call anything.
+HANDLERS = ("logging.StreamHandler", "logging.NullHandler")
+STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+MOST_CELLS = 10_000  # Hydra composes every cell before the first run: this many take a quarter of an hour
+
+
+def guard() -> None:
+    """Make every composition of this process pass ``check`` first, also those of a single cell in a worker."""
+    usual: Callable[..., DictConfig] = ConfigLoaderImpl.load_configuration
+    if hasattr(usual, "__wrapped__"):
+        return
+
+    @wraps(usual)
+    def checked(*args: Any, **kwargs: Any) -> DictConfig:
+        cfg = usual(*args, **kwargs)
+        check(cfg, kwargs.get("run_mode"))
+        return cfg
+
+    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
+
+
+def check(cfg: DictConfig, mode: RunMode | None = None) -> None:
+    """Refuse a composed configuration that could run foreign code, or that asks for absurdly much.
+
+    ``mode``: whether a single run or a sweep is composed.
+    Raises ``UserError`` in one line.
+    """
+    for key in cfg:
+        if key != "hydra" and OmegaConf.is_config(cfg._get_node(key)):
+            targets.check_targets(OmegaConf.to_container(cfg._get_node(key), resolve=False), f"config.{key}")
+    _check_plugins(OmegaConf.to_container(cfg.hydra, resolve=False), "hydra")
+    for part in ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging"):
+        _check_plugins(_resolved(cfg.hydra, part), f"hydra.{part}")
+    for part in ("hydra_logging", "job_logging"):
+        _check_logging(_resolved(cfg.hydra, part), f"hydra.{part}")
+    for name, value in cfg.hydra.job.env_set.items():
+        if os.environ.get(name) != value:
+            raise UserError(f"hydra.job.env_set.{name} is refused: set environment variables in the shell")
+    _check_jobs(cfg.hydra.launcher)
+    if mode is RunMode.MULTIRUN:
+        check_sweep([*_params(cfg), *cfg.hydra.overrides.task])
+
+
+def _resolved(node: DictConfig, key: str) -> Any:
+    """Return a node without interpolations, which may hide what is built. Refuse one that cannot be resolved yet."""
+    found = node[key]
+    try:
+        return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+    except OmegaConfBaseException as error:
+        raise UserError(f"hydra.{key} is refused: {' '.join(str(error).split())}") from error
+
+
+def _check_plugins(node: Any, where: str) -> None:
+    if isinstance(node, dict):
+        if "_target_" in node and node["_target_"] not in PLUGINS:
+            raise UserError(f"{where}._target_={node['_target_']} is refused: it is no launcher or sweeper of Hydra")
+        for key, value in node.items():
+            _check_plugins(value, f"{where}.{key}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            _check_plugins(value, f"{where}[{index}]")
+
+
+def _check_logging(node: Any, where: str) -> None:
+    """Refuse what ``logging.config.dictConfig`` would import and call: a class, a factory ``()``, a reference."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            if key in ("()", ".") or (key == "class" and value not in HANDLERS):
+                raise UserError(f"{where}.{key}={value} is refused: use hydra/job_logging=stdout or none")
+            _check_logging(value, f"{where}.{key}")
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            _check_logging(value, f"{where}[{index}]")
+    elif isinstance(node, str) and node.startswith(("ext://", "cfg://")) and node not in STREAMS:
+        raise UserError(f"{where}={node} is refused: use hydra/job_logging=stdout or none")
+
+
+def _check_jobs(launcher: DictConfig) -> None:
+    jobs, cores = launcher.get("n_jobs"), os.cpu_count() or 1
+    if type(jobs) is int and jobs > max(16, 4 * cores):  # runs that share a GPU may outnumber the cores
+        raise UserError(f"hydra.launcher.n_jobs={jobs} is too many for {cores} cores; give at most {max(16, 4 * cores)}")
+
+
+def _params(cfg: DictConfig) -> list[str]:
+    return [f"{key}={values}" for key, values in (cfg.hydra.sweeper.get("params") or {}).items()]
+
+
+def check_sweep(overrides: Sequence[str]) -> None:
+    """Refuse a sweep of too many cells before its values are listed, and a sweep over experiments, which loses them."""
+    swept = {one.get_key_element(): one for one in OverridesParser.create().parse_overrides(list(overrides))}
+    if "experiment" in swept and swept["experiment"].is_sweep_override():
+        raise UserError(f"{swept['experiment'].input_line} sweeps no grid: give one experiment a command")
+    cells = math.prod(_count(one) for one in swept.values())
+    if cells > MOST_CELLS:
+        raise UserError(f"the sweep has {cells} cells, more than {MOST_CELLS}: sweep fewer values")
+
+
+def _count(override: Override) -> int:
+    """Return the number of values of an override, without listing those of a range."""
+    value = override.value()
+    if not override.is_sweep_override():
+        return 1
+    if not isinstance(value, RangeSweep):
+        return len(getattr(value, "list", [])) or 1
+    try:
+        return max(0, math.ceil((value.stop - value.start) / value.step))  # type: ignore[operator]
+    except (TypeError, ArithmeticError, ValueError) as error:
+        raise UserError(f"{override.input_line} has no end: give range(START, STOP, STEP)") from error
