@@ -253,6 +253,15 @@ def test_records_that_cannot_be_written_are_said_in_one_line(
         (["name=null"], "name=None is not text"),
         (["records=null"], "records=None is not text"),
         (["checkpoint=[1]"], "checkpoint=[1] is not text"),
+        (
+            ["experiment=table9/refit"],
+            "experiment=table9/refit is a grid over seed, algorithm.refit: add -m, or give each",
+        ),
+        (["experiment=table9/refit", "seed=0"], "experiment=table9/refit is a grid over algorithm.refit: add -m"),
+        (["experiment=table9/refits"], "experiment=table9/refits is no grid: choose table9/refit, table9/"),
+        (["experiment=knapsack"], "experiment=knapsack is no grid: choose figure4/other_nets/knapsack\n"),
+        (["experiment=table5/"], "experiment=table5/ is a folder of grids: choose table5/lenet5/fine_tuning, "),
+        (["experiment=qqqq"], "experiment=qqqq is no grid: the grids lie in "),
         (["checkpoint=/nosuch/file"], "there is no checkpoint at /nosuch/file"),
     ],
 )
@@ -272,6 +281,21 @@ def test_a_mistake_is_one_line_and_status_1(
     assert ending.value.code == 1
     assert message in said and said.startswith("spectrim: ") and said.count("\n") == 1
     assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_former_name_of_a_grid_runs_it_and_says_the_present_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    small = ["model.depth=2", "seed=0", f"records={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["spectrim", *QUIET, "experiment=table8_untrained", *small])
+    run.main()
+    assert (
+        "spectrim: experiment=table8_untrained is named experiment=table8/bounds_untrained now\n"
+        in capsys.readouterr().err
+    )
+    (record,) = records.read_all(tmp_path, "table8")
+    committed = Path(__file__).parents[2] / "results" / "records" / "table8" / f"{record['signature']}.json"
+    assert committed.is_file() and "experiment=table8/bounds_untrained" in record["provenance"]["command"]
 
 
 def test_blocks_of_layers_change_neither_the_plan_nor_the_signature(compose: Any, digits: list[str]) -> None:

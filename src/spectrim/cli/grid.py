@@ -116,7 +116,10 @@ def _rename_arguments() -> None:
 
 def _before_ours(error: Exception) -> bool:
     """Whether Hydra raised the error before it called our code: an override, a launcher setting, its folder."""
-    homes = [str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
+    homes = [
+        name.partition(".")[0] for name in modules if name != composition.__name__
+    ]  # which Hydra's own frames pass
     return "hydra" in homes and "spectrim" not in homes[homes.index("hydra") :]
 
 

@@ -57,7 +57,7 @@ def check(cfg: DictConfig, mode: RunMode | None = None) -> None:
     """
     for key in cfg:
         if key != "hydra" and OmegaConf.is_config(cfg._get_node(key)):
-            targets.check_targets(OmegaConf.to_container(cfg._get_node(key), resolve=False), f"config.{key}")
+            targets.check_targets(OmegaConf.to_container(cfg._get_node(key), resolve=False), f"config.{key!s}")
     _check_plugins(OmegaConf.to_container(cfg.hydra, resolve=False), "hydra")
     for part in ("callbacks", "launcher", "sweeper", "hydra_logging", "job_logging"):
         _check_plugins(_resolved(cfg.hydra, part), f"hydra.{part}")
@@ -108,7 +108,9 @@ def _check_logging(node: Any, where: str) -> None:
 def _check_jobs(launcher: DictConfig) -> None:
     jobs, cores = launcher.get("n_jobs"), os.cpu_count() or 1
     if type(jobs) is int and jobs > max(16, 4 * cores):  # runs that share a GPU may outnumber the cores
-        raise UserError(f"hydra.launcher.n_jobs={jobs} is too many for {cores} cores; give at most {max(16, 4 * cores)}")
+        raise UserError(
+            f"hydra.launcher.n_jobs={jobs} is too many for {cores} cores; give at most {max(16, 4 * cores)}"
+        )
 
 
 def _params(cfg: DictConfig) -> list[str]:
