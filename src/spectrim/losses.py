@@ -129,7 +129,7 @@ def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 token_loss, label_loss, span_loss = TokenLoss(), TokenLoss(ahead=0), SpanLoss()
-OF_TASKS = {
+OF_TASKS: dict[str, Loss] = {
     "ForCausalLM": token_loss,
     "ForMaskedLM": label_loss,
     "ForTokenClassification": label_loss,
