@@ -10,6 +10,9 @@ from torch.nn.utils import parametrizations, prune
 
 import spectrim
 from spectrim.errors import UserError
+from spectrim.factored.base import OWN_NAMES
+from spectrim.factored.dense import attributes_of
+from spectrim.factored.forms import Form
 from spectrim.surgery import find_layers
 
 
@@ -98,6 +101,12 @@ def patched() -> nn.Linear:
     return layer
 
 
+def ranked() -> nn.Linear:
+    layer = nn.Linear(16, 16)
+    layer.rank = 3  # type: ignore[assignment]
+    return layer
+
+
 class Packed(nn.Parameter):
     """A parameter that means something else than its values, as that of a quantised layer."""
 
@@ -115,6 +124,7 @@ def packed() -> nn.Linear:
         (WithGain(), "it holds more than a weight and a bias"),
         (patched(), "Linear has a forward of its own"),
         (packed(), "its weight is a Packed"),
+        (ranked(), "a factored layer has an attribute rank of its own"),
     ],
 )
 def test_a_layer_of_another_kind_stays_dense_beside_one_that_does_not(layer: nn.Module, reason: str) -> None:
@@ -176,3 +186,21 @@ def test_modules_of_other_kinds_that_hold_a_matrix_are_named() -> None:
         "over": "Conv1d is not factored",
         "along": "LSTM is not factored",
     }
+
+
+def test_a_scripted_part_stays_as_it_is() -> None:
+    with pytest.warns(DeprecationWarning):
+        part = torch.jit.script(nn.Linear(16, 16))
+    model = nn.Sequential(nn.Linear(16, 16), part)
+    data: Any = [(torch.randn(4, 16), torch.zeros(4).long())]
+    result = spectrim.compress(model, calibration=data, algorithm=spectrim.Truncation(ratio=0.5))
+    assert list(result.plan) == ["0"] and any(note.startswith("1: left dense") for note in result.notes)
+
+
+def test_the_names_of_factored_layers_are_reserved() -> None:
+    makers = [nn.Linear(8, 8), nn.Conv2d(8, 8, 3), nn.Embedding(8, 8)]
+    forms = {"linear": 0, "spatial": 1, "tucker 2x2": 1, "embedding but 2": 2}
+    for text, place in forms.items():
+        layer = Form.from_text(text).layer_for(makers[place], 2)
+        public = {name for name in (*vars(layer), *layer._modules, *layer._buffers) if not name.startswith("_")}
+        assert public - attributes_of(makers[place]).keys() - {"training"} <= OWN_NAMES

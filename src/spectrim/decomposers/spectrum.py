@@ -1,4 +1,4 @@
-"""What every decomposer gives: all ranks of one layer at once. Spectra are remembered while the layer is unchanged."""
+"""The spectrum of a layer: all of its ranks at once. It is remembered while the layer is unchanged."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""What every factored layer offers, beside the map of the dense layer."""
+"""The base of all factored layers: their factors, and the attributes of the dense layer."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -28,6 +28,26 @@ class BlockLinear(nn.Module):
 
 
 Factor = nn.Linear | BlockLinear | nn.Conv2d | nn.Embedding
+
+
+# The names that factored layers use for themselves. A dense layer with such an attribute cannot be replaced by one.
+OWN_NAMES = frozenset(
+    [
+        "first",
+        "second",
+        "third",
+        "whole",
+        "place",
+        "rank",
+        "view",
+        "whole_rows",
+        "stored_transposed",
+        "factors",
+        "product",
+        "fill",
+        "adopt",
+    ]
+)
 
 
 class FactoredLayer(nn.Module, ABC):

@@ -43,8 +43,8 @@ class Form(ABC):
     def layer_for(self, dense: nn.Module, rank: int) -> FactoredLayer:
         """Return the uninitialised factored layer of this form that replaces ``dense``.
 
-        Raises ``UserError`` where ``dense`` cannot take this form, and, before memory is taken, where ``rank`` or a
-        number of the form is larger than the layer allows. They may come from a file.
+        ``rank`` and the numbers of the form may come from a file. They are checked before memory is taken. Raises
+        ``UserError`` where ``dense`` cannot take this form, or where a number is larger than the layer allows.
         """
 
     def refuse(self, dense: nn.Module) -> UserError:

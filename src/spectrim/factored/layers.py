@@ -105,8 +105,8 @@ class FactoredConv2d(FactoredLayer):
     """A convolution as two. ``rank`` counts the channels between them, in each group and subspace.
 
     ``view="channel"``: a kh x kw convolution into ``groups * rank`` channels, then 1x1. ``view="spatial"``: a 1 x kw
-    convolution, then kh x 1, each with its own half of stride, padding and dilation (Jaderberg et al., arXiv 1405.3866,
-    scheme 2). ``view="vertical"``: the same two in the other order. The second holds the bias.
+    convolution, then kh x 1 (Jaderberg et al., arXiv 1405.3866, scheme 2). Each has its own half of stride, padding and
+    dilation. ``view="vertical"``: the same two in the other order. The second holds the bias.
 
     ``subspaces`` are groups of the first convolution alone (Liebenwein et al., arXiv 2107.11442). Each part of the
     input channels of a group has ``rank`` channels of its own, and the second convolution sees all of them.

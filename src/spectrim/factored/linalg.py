@@ -41,7 +41,7 @@ def svd(W_OI: Tensor) -> SVD:
 
 
 def truncated(read: Callable[[], Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """Return the best approximation of rank k of a large matrix W, as the factors B (O, k) and A (k, I) of ``B @ A``.
+    """Return the factors B (O, k) and A (k, I) of the best approximation ``B @ A`` of rank k of a large matrix W.
 
     ``read``: returns W_OI. It is called several times, so that W need not stay in memory.
     ``rank``: the rank k.

@@ -1,4 +1,4 @@
-"""What is kept of each layer: immutable, comparable, and JSON."""
+"""A plan says what is kept of each layer. It is immutable and comparable, and JSON holds it in files."""
 
 import json
 from collections.abc import Iterator, Mapping

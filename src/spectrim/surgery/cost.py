@@ -1,4 +1,4 @@
-"""What a model costs: parameters and multiply-accumulates."""
+"""Count the parameters and the multiply-accumulates of a model."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

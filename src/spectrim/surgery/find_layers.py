@@ -1,4 +1,4 @@
-"""Which layers of a model can be replaced by factored ones, and why each other one cannot."""
+"""Find the layers of a model that can be replaced by factored ones, and why each other one cannot."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, tensors_of, to_device
 from spectrim.errors import UserError
-from spectrim.factored.dense import dense_kinds, with_article
+from spectrim.factored.base import OWN_NAMES
+from spectrim.factored.dense import attributes_of, dense_kinds, with_article
 from spectrim.surgery.given_model import eager, unchanged
 
 
@@ -30,8 +31,8 @@ def factorable(
 
     ``embeddings``: whether embeddings are replaced too.
 
-    Raises ``UserError`` for a model that ``eager`` refuses, for a compiled one, and for a model that is a single layer
-    and so has no parent in which the layer could be replaced.
+    Raises ``UserError`` for a compiled model and for one that ``eager`` refuses. Raises it also for a model that is a
+    single layer: it has no parent in which the layer could be replaced.
     """
     if eager(model) is not model:
         raise UserError("the model is compiled; pass the eager one, model._orig_mod")
@@ -63,7 +64,7 @@ def factorable(
 
 
 def _holds_a_matrix(module: nn.Module) -> bool:
-    """Whether ``module`` itself has a parameter with more than one dimension, as a Conv1d or an LSTM does."""
+    """Return whether ``module`` itself has a parameter with more than one dimension, as a Conv1d or an LSTM does."""
     if isinstance(module, ParametrizationList):  # its layer has a reason of its own
         return False
     return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
@@ -83,6 +84,8 @@ def _reason(module: nn.Module) -> str | None:
         return f"its weight is of {weight.dtype}"
     if module._parameters.keys() - {"weight", "bias"} or module._buffers or module._modules:
         return "it holds more than a weight and a bias"
+    if taken := OWN_NAMES & attributes_of(module).keys():
+        return f"a factored layer has an attribute {min(taken)} of its own"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
         return "it renormalises what it looks up, or has gradients of its own kind"
     return None

@@ -1,4 +1,4 @@
-"""What the given model must be, and how it stays as it was while it runs."""
+"""Refuse a model whose layers cannot be replaced, and leave a model that runs as it was."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +13,10 @@ from spectrim.factored.dense import attributes_of, dense_kinds, with_article
 def eager(model: nn.Module, values: bool = True) -> nn.Module:
     """Return ``model``, or the model that ``torch.compile`` wrapped in it.
 
-    Raises ``UserError`` for a model whose layers cannot be replaced (scripted, traced, exported, or with a compiled
-    part), for one with lazy layers, and with ``values`` for one with parameters on the meta device.
+    ``values``: whether the model must have values, which one on the meta device has not.
+
+    Raises ``UserError`` for a model whose layers cannot be replaced: scripted, traced, exported, or compiled in part.
+    Raises it also for a model with lazy layers, and for one without values that are needed.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is {with_article(model)}, not a torch.nn.Module; pass the eager model")
@@ -45,9 +47,11 @@ def _is_compiled(module: nn.Module) -> bool:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore the buffers and the plain attributes of every module when the block ends.
 
-    A forward pass may count its calls, update a buffer or keep an activation. Memory: a copy of the buffers.
+    A forward pass may count its calls, update a buffer or keep an activation. Scripted parts are not restored. Memory:
+    a copy of the buffers.
     """
-    before = [(module, attributes_of(module), dict(module.named_buffers(recurse=False))) for module in model.modules()]
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = [(module, attributes_of(module), dict(module.named_buffers(recurse=False))) for module in modules]
     values = {id(buffer): _copy(buffer) for _, _, buffers in before for buffer in buffers.values()}
     try:
         yield

@@ -13,14 +13,14 @@ from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import RankPlan
 
+# The attributes in which a module of torch holds its hooks on calls.
+HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
+
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put ``layer`` at the dotted ``name`` of ``model``, in place, as ``in_place_of`` the layer that was there."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, in_place_of(model.get_submodule(name), layer))
-
-
-HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
 
 
 def in_place_of(before: nn.Module, layer: nn.Module) -> nn.Module:
