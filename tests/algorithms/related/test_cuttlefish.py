@@ -82,6 +82,41 @@ def test_ranks_are_those_of_the_stable_ranks_at_the_switch(net: nn.Module, objec
     assert "0" in everything.log[-1]["ranks"]
 
 
+def watched(outputs: int, inputs: int) -> tuple[nn.Linear, cuttlefish._Watched]:
+    layer = nn.Linear(inputs, outputs, bias=False)
+    spectrum = SVD().spectrum(layer)
+    return layer, cuttlefish._Watched(layer, cuttlefish._DenseThenFactors(spectrum, "channel", 1.0, epochs=1))
+
+
+def test_the_switch_shares_the_singular_values_evenly_between_the_best_factors_of_the_rank() -> None:
+    layer, one = watched(7, 5)
+    U, S, Vh = torch.linalg.svd(layer.weight.detach(), full_matrices=False)
+    one.factor(3, torch.optim.SGD(layer.parameters(), lr=0.1))
+    torch.testing.assert_close(layer.weight.detach(), U[:, :3] * S[:3] @ Vh[:3])
+    for gram in (one.left[0].T @ one.left[0], one.right[0] @ one.right[0].T):
+        torch.testing.assert_close(gram.detach(), S[:3].diag(), atol=1e-5, rtol=1e-5)
+
+
+def test_no_bounded_step_on_a_factor_moves_the_weight_further_than_its_own_gradient() -> None:
+    """The loss is <W, G>. The factors are large, so that an unbounded step would move the weight far."""
+    layer, one = watched(7, 5)
+    one.bound_steps()
+    one.factor(1, torch.optim.SGD(layer.parameters(), lr=0.1))
+    G_OI, lr = torch.randn(7, 5), 1e-3
+    with torch.no_grad():
+        one.left.mul_(5.0)
+        one.right.mul_(7.0)
+    (layer.weight * G_OI).sum().backward()
+    before = layer.weight.detach().clone()
+    for part in (one.left, one.right):
+        start, gradient = part.detach().clone(), part.grad
+        assert gradient is not None
+        with torch.no_grad():
+            part.sub_(lr * gradient)
+            assert 0 < (layer.weight - before).norm() <= lr * G_OI.norm() * (1 + 1e-3)
+            part.copy_(start)
+
+
 def test_from_its_own_start_a_net_that_stands_still_keeps_all_its_rank(net: nn.Module, objective: Objective) -> None:
     result = Cuttlefish(recipe=STILL, reference="start").compress(net, SVD(), objective)
     assert result.params_kept == 1 and not result.plan

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from spectrim.algorithms.related import evbmf
 from spectrim.algorithms.related.evbmf import EVBMF, evb_rank
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.tucker2 import Tucker2
@@ -31,6 +32,20 @@ def test_finds_exactly_the_planted_rank_and_none_in_noise(outputs: int, inputs: 
                 S_R = planted(outputs, inputs, rank, noise, seed)
                 assert evb_rank(S_R, outputs, inputs) == rank
                 assert evb_rank(S_R, inputs, outputs) == rank
+
+
+@pytest.mark.parametrize("a", [0.05, 0.4, 1.0])
+def test_a_component_is_kept_exactly_where_that_lowers_the_free_energy(a: float) -> None:
+    """At the threshold the two free energies are equal (Nakajima et al. 2013); above it, keeping is the lower one."""
+    threshold = evbmf._threshold(a)
+
+    def gained_by_keeping(x: float) -> float:
+        kept, dropped = (evbmf._free_energy(0.0, np.array([x]), a, bound) for bound in (0.0, np.inf))
+        return dropped - kept
+
+    assert gained_by_keeping(threshold) == pytest.approx(0, abs=1e-9)
+    assert gained_by_keeping(0.99 * threshold) < 0 < gained_by_keeping(1.01 * threshold)
+    assert threshold > (1 + np.sqrt(a)) ** 2  # the largest that noise looks, in the limit (Marchenko and Pastur)
 
 
 @pytest.mark.parametrize(("values", "rank"), [([0, 0, 0], 0), ([1, 1, 1], 0), ([5, 0, 0], 1), ([3], 0)])

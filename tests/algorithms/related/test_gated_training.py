@@ -1,5 +1,6 @@
 """l0 gates and HALOC: what their papers say of them, their budgets, and that a kill costs no more than an epoch."""
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from spectrim.algorithms.related import gated_training
 from spectrim.algorithms.related.gated_training import GatedLayer, GatedTraining, GatedWeight
 from spectrim.algorithms.related.haloc import HALOC
 from spectrim.algorithms.related.l0_gates import L0Gates
+from spectrim.algorithms.shared.budget import Costs, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
@@ -94,6 +97,43 @@ def test_haloc_mixes_truncations_by_their_probabilities() -> None:
     layer.eval()
     torch.testing.assert_close(layer.weight.detach(), cuts[0])
     assert float((cuts[2] - dense).abs().max()) < 1e-6
+
+
+def layers_of_two(method: GatedTraining) -> tuple[dict[str, GatedLayer], Costs]:
+    """Two gated layers with logits drawn at random, and what they cost."""
+    net = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8))
+    objective = Objective(nn.functional.cross_entropy, {"calibration": [(torch.randn(4, 12), torch.zeros(4).long())]})
+    costs = costs_of(Workbench.of(net, SVD(), objective), "params")
+    layers = {name: gated(method, net.get_submodule(name)) for name in costs.dense}
+    for name, one in layers.items():
+        one.gate.set_saved(costs.saved(name))
+        with torch.no_grad():
+            one.parameter.copy_(torch.randn(len(one.parameter)))
+    return layers, costs
+
+
+def test_haloc_pays_for_the_expected_cost_of_the_whole_model_above_the_budget() -> None:
+    method = HALOC(ratios=(0.3, 0.6))
+    layers, costs = layers_of_two(method)
+    expected = 0.0
+    choices = [list(zip(one.gate.ranks, one.parameter.softmax(0).tolist(), strict=True)) for one in layers.values()]
+    for (rank, p), (other, q) in itertools.product(*choices):
+        expected += p * q * costs.achieved(dict(zip(layers, (rank, other), strict=True)))
+    assert 0.3 < expected < 1
+    assert method.penalty(layers, None).item() == pytest.approx(expected, rel=1e-5)
+    assert method.penalty(layers, 0.25).item() == pytest.approx(expected - 0.25, rel=1e-5)
+    assert method.penalty(layers, 0.999).item() == 0
+
+
+def test_the_penalty_on_l0_gates_rests_while_the_open_ones_meet_the_budget() -> None:
+    method = L0Gates()
+    layers, costs = layers_of_two(method)
+    for one in layers.values():
+        with torch.no_grad():
+            one.parameter[2:] = -3.0  # closed
+    share = costs.achieved({name: int(one.eval_gates().count_nonzero()) for name, one in layers.items()})
+    assert method.penalty(layers, share + 0.01).item() == 0
+    assert method.penalty(layers, share - 0.01).item() == method.penalty(layers, None).item() > 0
 
 
 def test_haloc_updates_weights_and_probabilities_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,3 +110,22 @@ def test_global_threshold_has_the_least_largest_relative_error(net: nn.Sequentia
         if needed <= spectrum.break_even:
             total -= net.get_submodule(name).weight.numel() - spectrum.cost(needed)  # type: ignore[operator]
     assert total > 0.5 * dense
+
+
+def test_the_frobenius_threshold_prunes_the_smallest_singular_values_of_all_layers() -> None:
+    """Every component that is kept is larger, in parts of its weight's norm, than every one that is dropped."""
+    net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    one_large = torch.cat([torch.ones(1), torch.linspace(0.6, 0.1, 15)])
+    relative = {}
+    for (name, layer), S_R in zip(
+        net.named_children(), (0.6 ** torch.arange(16), 0.8 ** torch.arange(16), one_large), strict=True
+    ):
+        U, _, Vh = torch.linalg.svd(torch.randn(16, 16))
+        layer.weight.data = 3 * U @ S_R.diag() @ Vh
+        relative[name] = (S_R / S_R.norm()).tolist()
+    objective = Objective(nn.functional.cross_entropy, {"calibration": [(torch.randn(4, 16), torch.zeros(4).long())]})
+    plan = GlobalThreshold(params_kept=0.55, norm="frobenius").compress(net, SVD(), objective).plan
+    kept = min(relative[name][own.rank - 1] for name, own in plan.items())
+    dropped = max(relative[name][own.rank] for name, own in plan.items())
+    assert len(plan) == 3 and kept > dropped
+    assert plan != GlobalThreshold(params_kept=0.55).compress(net, SVD(), objective).plan  # the spectral norm

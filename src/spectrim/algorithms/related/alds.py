@@ -51,7 +51,7 @@ class ALDS(Budgeted):
         decomposer = plain_svd(decomposer, "ALDS")
         if decomposer.embeddings:
             raise UserError("ALDS cannot split embeddings into subspaces: use a decomposer with embeddings=false")
-        bench, costs, share = self.budget(Workbench.of(model, decomposer, objective))
+        bench, costs, requested = self.budget(Workbench.of(model, decomposer, objective))
         splits = {count: SubspaceSVD(count, decomposer.view, decomposer.precision) for count in {1, *self.subspaces}}
         benches = {count: Workbench.of(model, split, objective) for count, split in splits.items()}
         options = {name: [Option(costs.dense[name], 0.0, 1, own.max_rank)] for name, own in bench.spectra.items()}
@@ -65,7 +65,7 @@ class ALDS(Budgeted):
         def places_at(kept: float) -> dict[str, int]:
             return {name: 1 + sum(option.error > 1 - kept for option in own) for name, own in fronts.items()}
 
-        places = replace(costs, curves=curves).meet(share, places_at, low=0.0, high=1.0)
+        places = replace(costs, curves=curves).meet(requested, places_at, low=0.0, high=1.0)
         chosen = {name: fronts[name][place - 1] for name, place in places.items()}
         taken = {name: benches[option.subspaces].spectra[name] for name, option in chosen.items()}
         split = replace(bench, spectra={**bench.spectra, **taken})

@@ -59,8 +59,8 @@ class Bayesian(MaybeBudgeted):
         Raises ``UserError`` for a budget out of reach, without class scores, and for the state of another search.
         """
         bench = Workbench.of(model, decomposer, objective)
-        bench, costs, share = self.budget(bench) if self.has_budget else (bench, costs_of(bench, "params"), None)
-        space = Space(bench, costs, share)
+        bench, costs, requested = self.budget(bench) if self.has_budget else (bench, costs_of(bench, "params"), None)
+        space = Space(bench, costs, requested)
         dense = error_or_loss(model, objective, self.judged_by)
 
         def score(ranks: Ranks) -> float:

@@ -38,13 +38,13 @@ class Space:
 
     The ratio 1 stands for one rank above break-even, at which a layer stays dense.
 
-    ``share``: the part of the dense model's cost to keep. The largest common factor on all ratios meets it from below.
-        None: the ratios are not scaled.
+    ``requested``: the part of the dense model's cost to keep. The largest common factor on all ratios meets it from
+        below. None: the ratios are not scaled.
     """
 
     bench: Workbench
     costs: Costs
-    share: float | None
+    requested: float | None
 
     @cached_property
     def tops(self) -> Ranks:
@@ -58,9 +58,9 @@ class Space:
             pairs = zip(self.tops.items(), ratios, strict=True)
             return {name: min(top, max(1, round(factor * ratio * top))) for (name, top), ratio in pairs}
 
-        if self.share is None:
+        if self.requested is None:
             return scaled(1.0)
-        met = self.costs.meet(self.share, scaled, 0.0, 1 / SMALLEST)
+        met = self.costs.meet(self.requested, scaled, 0.0, 1 / SMALLEST)
         return {name: min(top, met[name]) for name, top in self.tops.items()}
 
     def alike(self, ratios: tuple[float, ...], ranks: Mapping[str, int]) -> list[tuple[float, ...]]:
@@ -70,7 +70,7 @@ class Space:
         counts.
         """
         moved = tuple(max(SMALLEST, ranks[name] / top) for name, top in self.tops.items())
-        return [ratios] if self.share is None else [ratios, moved]
+        return [ratios] if self.requested is None else [ratios, moved]
 
 
 @dataclass(frozen=True)

@@ -65,13 +65,13 @@ class EVBMF(MaybeBudgeted):
         log: list[dict] = [{"layer": name, "analytic_rank": found[name], "rank": ranks[name]} for name in found]
         if not self.has_budget:
             return bench.finish(ranks, log)
-        bench, costs, share = self.budget(bench)
+        bench, costs, requested = self.budget(bench)
 
         def scaled(factor: float) -> dict[str, int]:
             return {name: min(full[name], max(1, round(factor * rank))) for name, rank in ranks.items()}
 
         most = max(full[name] / rank for name, rank in ranks.items())
-        return bench.finish(costs.meet(share, scaled, low=0.0, high=most), log)
+        return bench.finish(costs.meet(requested, scaled, low=0.0, high=most), log)
 
 
 def analytic_rank(name: str, spectrum: Spectrum) -> int:

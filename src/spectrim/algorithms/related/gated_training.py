@@ -134,7 +134,7 @@ class GatedTraining(ABC):
         """Return the gates of one layer. ``weight``: the number of parameters of its dense weight."""
 
     @abstractmethod
-    def penalty(self, layers: Mapping[str, "GatedLayer"], share: float | None) -> Tensor:
+    def penalty(self, layers: Mapping[str, "GatedLayer"], requested: float | None) -> Tensor:
         """Return the price of open gates, a scalar.
 
         On a GPU it is recorded with the step. It must not depend on the value of a tensor through Python, nor change
@@ -146,7 +146,7 @@ class GatedTraining(ABC):
         return learning
 
     @abstractmethod
-    def kept(self, layers: Mapping[str, "GatedLayer"], costs: Costs, share: float | None) -> dict[str, Tensor]:
+    def kept(self, layers: Mapping[str, "GatedLayer"], costs: Costs, requested: float | None) -> dict[str, Tensor]:
         """Return the final factor on each component of each layer, 0 for a component that is dropped. Shape (R,)."""
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
@@ -223,7 +223,7 @@ class _Callbacks:
     def __init__(self, chosen: GatedTraining, net: nn.Module, bench: Workbench) -> None:
         self.chosen, self.net = chosen, net
         self.costs = costs_of(bench, "params" if chosen.macs_kept is None else "macs")
-        self.share = chosen.params_kept if chosen.macs_kept is None else chosen.macs_kept
+        self.requested = chosen.params_kept if chosen.macs_kept is None else chosen.macs_kept
         self.layers: dict[str, GatedLayer] = {}
         for name, spectrum in bench.spectra.items():
             assert isinstance(spectrum, MatrixSpectrum)  # the decomposer is the plain SVD
@@ -233,8 +233,9 @@ class _Callbacks:
             svd_weights.set_parametrization(layer, GatedWeight(spectrum, gate))
             svd_weights.bound_steps(layer)
             self.layers[name] = GatedLayer(layer, chosen.rate)
-        if self.share is not None:
-            chosen.kept(self.layers, self.costs, self.share)  # raises before the training if the budget is out of reach
+        if self.requested is not None:
+            # Raises before the training if the budget is out of reach.
+            chosen.kept(self.layers, self.costs, self.requested)
 
     @property
     def without_gates(self) -> bool:
@@ -258,7 +259,7 @@ class _Callbacks:
     def penalties(self, epoch: int) -> dict[str, Tensor]:
         if self.without_gates:
             return {}
-        return {"penalty": self.chosen.strength * self.chosen.penalty(self.layers, self.share)}
+        return {"penalty": self.chosen.strength * self.chosen.penalty(self.layers, self.requested)}
 
     def before_step(self) -> Learning:
         for gated in self.layers.values():
@@ -268,7 +269,7 @@ class _Callbacks:
 
     def after_epoch(self, epoch: int, net: nn.Module, optimizer: torch.optim.SGD) -> dict[str, Any]:
         if epoch + 1 == self.chosen.gated_epochs:
-            for name, gates in self.chosen.kept(self.layers, self.costs, self.share).items():
+            for name, gates in self.chosen.kept(self.layers, self.costs, self.requested).items():
                 self.layers[name].absorb_gates(gates, optimizer)
         open_gates = {name: int(gated.eval_gates().count_nonzero()) for name, gated in self.layers.items()}
         ranks = self.ranks() if self.without_gates else open_gates

@@ -29,7 +29,7 @@ class GlobalThreshold(Budgeted):
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Find the threshold and cut. Raises ``UserError`` for a budget out of reach."""
-        bench, costs, share = self.budget(Workbench.of(model, decomposer, objective))
+        bench, costs, requested = self.budget(Workbench.of(model, decomposer, objective))
         relative = {
             layer: self._relative(singular_values(layer, spectrum)) for layer, spectrum in bench.spectra.items()
         }
@@ -37,7 +37,7 @@ class GlobalThreshold(Budgeted):
         def ranks_at(kept: float) -> dict[str, int]:
             return {layer: max(1, int(values.gt(1 - kept).sum())) for layer, values in relative.items()}
 
-        return bench.finish(costs.meet(share, ranks_at, low=0.0, high=1.0))
+        return bench.finish(costs.meet(requested, ranks_at, low=0.0, high=1.0))
 
     def _relative(self, S_R: Tensor) -> Tensor:
         return S_R / (S_R[0] if self.norm == "spectral" else S_R.norm()).clamp_min(1e-300)

@@ -58,24 +58,24 @@ class HALOC(GatedTraining):
         smaller = sorted(rank for rank in ranks if rank <= spectrum.break_even)
         return _Candidates([*smaller, spectrum.max_rank], self.temperature)
 
-    def penalty(self, layers: Mapping[str, GatedLayer], share: float | None) -> Tensor:
+    def penalty(self, layers: Mapping[str, GatedLayer], requested: float | None) -> Tensor:
         expected = [gated.logits.softmax(0) @ gated.gate.saved.to(gated.logits) for gated in layers.values()]
-        return (1 - torch.stack(expected).sum() - (share or 0.0)).clamp_min(0)
+        return (1 - torch.stack(expected).sum() - (requested or 0.0)).clamp_min(0)
 
     def next_learning(self, learning: Learning) -> Learning:
         return Learning.WEIGHTS if learning is Learning.GATES else Learning.GATES
 
-    def kept(self, layers: Mapping[str, GatedLayer], costs: Costs, share: float | None) -> dict[str, Tensor]:
+    def kept(self, layers: Mapping[str, GatedLayer], costs: Costs, requested: float | None) -> dict[str, Tensor]:
         gates = {name: _candidates(gated) for name, gated in layers.items()}
         chances = {name: gated.parameter.detach().softmax(0).double().cpu() for name, gated in layers.items()}
-        if share is None:
+        if requested is None:
             return {name: gates[name].reached[int(own.argmax())] for name, own in chances.items()}
         at_least = {name: own.flip(0).cumsum(0).flip(0) for name, own in chances.items()}
 
         def ranks_at(doubt: float) -> dict[str, int]:
             return {name: gates[name].ranks[max(0, int(own.ge(1 - doubt).sum()) - 1)] for name, own in at_least.items()}
 
-        ranks = costs.meet(share, ranks_at, low=0.0, high=1.0)
+        ranks = costs.meet(requested, ranks_at, low=0.0, high=1.0)
         return {name: gate.reached[gate.ranks.index(ranks[name])] for name, gate in gates.items()}
 
 

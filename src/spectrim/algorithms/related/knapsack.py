@@ -24,7 +24,7 @@ class Knapsack(Budgeted):
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Allocate and cut. Raises ``UserError`` for a budget out of reach."""
-        bench, costs, share = self.budget(Workbench.of(model, decomposer, objective))
+        bench, costs, requested = self.budget(Workbench.of(model, decomposer, objective))
         errors = {layer: relative_energy(spectrum) for layer, spectrum in bench.spectra.items()}
 
         def allocate(log_saving: float) -> dict[str, int]:
@@ -33,7 +33,7 @@ class Knapsack(Budgeted):
                 layer: _cheapest(errors[layer], costs.curves[layer], costs.dense[layer], multiplier) for layer in errors
             }
 
-        return bench.finish(costs.meet(share, allocate, low=-12.0, high=12.0))
+        return bench.finish(costs.meet(requested, allocate, low=-12.0, high=12.0))
 
 
 def relative_energy(spectrum: Spectrum) -> Tensor:

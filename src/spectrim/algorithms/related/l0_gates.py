@@ -50,21 +50,21 @@ class L0Gates(GatedTraining):
     def gate(self, spectrum: MatrixSpectrum, weight: int) -> Gate:
         return _ClampedNormal(spectrum.max_rank, self.sigma)
 
-    def penalty(self, layers: Mapping[str, GatedLayer], share: float | None) -> Tensor:
+    def penalty(self, layers: Mapping[str, GatedLayer], requested: float | None) -> Tensor:
         logits = torch.cat([gated.logits for gated in layers.values()])
         penalty = torch.special.ndtr((logits + OFFSET) / self.sigma).mean()
-        if share is None:
+        if requested is None:
             return penalty
         saved = [
             gated.gate.saved.index_select(0, gated.eval_gates().count_nonzero().clamp_min(1).reshape(1))
             for gated in layers.values()
         ]
-        return penalty * (1 - torch.cat(saved).sum() > share)
+        return penalty * (1 - torch.cat(saved).sum() > requested)
 
-    def kept(self, layers: Mapping[str, GatedLayer], costs: Costs, share: float | None) -> dict[str, Tensor]:
+    def kept(self, layers: Mapping[str, GatedLayer], costs: Costs, requested: float | None) -> dict[str, Tensor]:
         mu = {name: gated.parameter.detach() for name, gated in layers.items()}
         gates = {name: _one_at_least(gated.eval_gates(), mu[name]) for name, gated in layers.items()}
-        if share is None:
+        if requested is None:
             return gates
 
         def ranks_at(depth: float) -> dict[str, int]:
@@ -72,7 +72,7 @@ class L0Gates(GatedTraining):
             return {name: max(1, int((gates[name].gt(0) & own.ge(-depth)).sum().item())) for name, own in mu.items()}
 
         extremes = [float(value) for own in mu.values() for value in own.aminmax()]
-        ranks = costs.meet(share, ranks_at, low=-max(extremes) - 1, high=-min(extremes))
+        ranks = costs.meet(requested, ranks_at, low=-max(extremes) - 1, high=-min(extremes))
         return {name: gate * _leading(mu[name], ranks[name]) for name, gate in gates.items()}
 
 

@@ -61,7 +61,7 @@ class LayerThreshold(MaybeBudgeted):
         without class scores.
         """
         bench = Workbench.of(model, decomposer, objective)
-        bench, costs, share = self.budget(bench) if self.has_budget else (bench, costs_of(bench, "params"), None)
+        bench, costs, requested = self.budget(bench) if self.has_budget else (bench, costs_of(bench, "params"), None)
         layers = _Layers(self, bench)
 
         def ranks_at(place: float) -> dict[str, int]:
@@ -72,8 +72,8 @@ class LayerThreshold(MaybeBudgeted):
             if self.tolerance is not None:
                 chosen = layers.ranks(self.tolerance)
             else:
-                assert share is not None
-                chosen = costs.meet(share, ranks_at, low=0.0, high=1.0)
+                assert requested is not None
+                chosen = costs.meet(requested, ranks_at, low=0.0, high=1.0)
         return bench.finish(chosen, [*layers.log.values()])
 
 

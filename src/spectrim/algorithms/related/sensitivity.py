@@ -47,7 +47,7 @@ class Sensitivity(Budgeted):
         The log holds each measurement: layer, rank and change of the calibration loss. Raises ``UserError`` for a
         budget out of reach of the ratios.
         """
-        bench, costs, share = self.budget(Workbench.of(model, decomposer, objective))
+        bench, costs, requested = self.budget(Workbench.of(model, decomposer, objective))
         log = objective.remembered(
             model,
             "sensitivity",
@@ -68,7 +68,7 @@ class Sensitivity(Budgeted):
             }
             return {layer: risen[layer][count - 1][1] for layer, count in within.items() if count}
 
-        return bench.finish(costs.meet(share, ranks_at, low=0.0, high=1.0), [*log])
+        return bench.finish(costs.meet(requested, ranks_at, low=0.0, high=1.0), [*log])
 
     def _measure(self, bench: Workbench) -> list[dict]:
         working = replacing.apply(bench.model, RankPlan(), {})
