@@ -1,5 +1,6 @@
 """A checkpoint compressed tensor by tensor is the one that would have been compressed in memory."""
 
+import errno
 import json
 import resource
 import shutil
@@ -137,6 +138,7 @@ def test_finished_shards_are_not_made_again_and_altered_ones_are(folder: Path, t
     out = tmp_path / "out"
     spectrim.compress_checkpoint(folder, out, ratio=0.4)
     before = contents(out)
+    assert before.keys() == {*shard_names(3), INDEX, "spectrim.json"}  # nothing else is left, not even the lock
     first, second, _ = (out / name for name in shard_names(3))
     changed = second.stat().st_ino
     first.write_bytes(before[first.name][:-1] + b"?")
@@ -242,7 +244,7 @@ def test_the_folder_itself_and_foreign_folders_are_left_alone(folder: Path, tmp_
     other.mkdir()
     (other / "thesis.tex").write_text("")
     refuses("other holds other files", folder, other, ratio=0.5)
-    refuses("cannot write to .*thesis.tex", folder, other / "thesis.tex" / "out", ratio=0.5)
+    refuses("cannot write .*thesis.tex.*: Not a directory", folder, other / "thesis.tex" / "out", ratio=0.5)
     assert contents(folder) == before and [path.name for path in other.iterdir()] == ["thesis.tex"]
 
 
@@ -256,6 +258,56 @@ def test_a_weight_with_nan_is_named_and_its_shard_not_written(model: Net, tmp_pa
     assert not (out / file).exists() and not list(out.glob(".*tmp")) and not (out / INDEX).exists()
     with pytest.raises(spectrim.UserError):
         spectrim.load(out, into=model)
+
+
+def test_a_disk_that_is_too_small_is_said_before_the_first_layer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spectrim.compress_checkpoint(folder, tmp_path / "whole", ratio=0.5)
+    needed = sum(value.nbytes for file in shard_names(3) for value in load_file(tmp_path / "whole" / file).values())
+    usual = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(linalg, "truncated", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usual._replace(free=needed - 1))
+    refuses("do not fit on the disk; free some space", folder, tmp_path / "out", ratio=0.5)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usual._replace(free=needed))
+    spectrim.compress_checkpoint(folder, tmp_path / "out", ratio=0.5)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usual._replace(free=0))  # all of it is there
+    spectrim.compress_checkpoint(folder, tmp_path / "out", ratio=0.5)
+
+
+def test_a_folder_that_cannot_be_listed_loses_no_tokenizer(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files in it may be opened all the same, and a pattern would find none of them."""
+    (folder / "tokenizer.json").write_text("{}")
+    usual = Path.iterdir
+
+    def listed(self: Path) -> Any:
+        if self == folder:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return usual(self)
+
+    monkeypatch.setattr(Path, "iterdir", listed)
+    refuses("cannot list .*dense: Permission denied; make it readable", folder, tmp_path / "out", ratio=0.5)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize("content", [DEEP, "null", "5", "[]", '{"weight_map": 5}', '{"weight_map": {"a": 5}}', ""])
+def test_json_of_nonsense_is_said_in_one_line(folder: Path, tmp_path: Path, content: str) -> None:
+    out = tmp_path / "out"
+    spectrim.compress_checkpoint(folder, out, plan=PLAN)
+    (out / "spectrim.json").write_text(content)
+    with pytest.raises(spectrim.UserError, match="spectrim.json cannot be read") as refusal:
+        spectrim.load(out, into=Net())
+    assert "\n" not in str(refusal.value)
+    (folder / "config.json").write_text(content if "weight_map" not in content else "[]")
+    refuses("config.json is no configuration of a model", folder, tmp_path / "other", ratio=0.5)
+    (folder / INDEX).write_text(content)
+    refuses("is not an index of shards", folder, tmp_path / "other", ratio=0.5)
 
 
 def test_a_full_disk_is_said_in_one_line_and_the_rest_follows_later(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint that is larger than memory: compressed one tensor at a time, from shards to shards."""
+"""Compress a checkpoint that is larger than memory: one tensor at a time, from shards to shards."""
 
 import json
 import math
@@ -20,13 +20,13 @@ from spectrim.tools import digests, files, safetensors_stream
 from spectrim.tools.safetensors_stream import Entry, Shard
 
 FACTORED = ("F64", "F32", "F16", "BF16")
-# 2-D weights that are looked up, not multiplied by; nothing but its name tells one from the weight of a linear layer.
+# Weights with two dimensions that are looked up, not multiplied by. Only the name tells them from linear layers.
 EMBEDDINGS = ("*embed*", "*wte", "*wpe", "*shared", "*relative_attention_bias")
-# Linear layers that are transformers' Conv1D, whose weight is stored as (inputs, outputs): the model_type of their
-# models and their names. Other models have nn.Linear under the same names.
+# Layers of transformers' class Conv1D, whose weight is stored as (inputs, outputs): the model types that have them and
+# their names. Other models have nn.Linear under the same names.
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D = ("*c_attn", "*q_attn", "*c_proj", "*c_fc")
-# What transformers saves beside the weights, and reads configuration and tokenizer from.
+# Files of configuration and tokenizer that transformers saves beside the weights.
 CONFIG = "config.json"
 COMPANIONS = (
     *(CONFIG, "generation_config.json", "chat_template*"),
@@ -43,24 +43,29 @@ def compress_checkpoint(
     dense: Sequence[str] = EMBEDDINGS,
     transposed: Sequence[str] | None = None,
 ) -> RankPlan:
-    """Truncate the linear layers of the checkpoint in ``folder`` by SVD, one at a time, and return what was kept.
+    """Truncate the linear layers of a checkpoint by SVD, one at a time, and return what was kept.
 
-    ``folder`` holds ``model.safetensors``, or shards and their ``model.safetensors.index.json``; ``out`` gets the same
-    files. Exactly one of ``ratio``, in (0, 1): every factored layer keeps this part of its parameters, as in
-    ``Truncation``; and ``plan``: the rank of each layer, by its name in the model. A layer is a tensor ``NAME.weight``
-    of shape (outputs, inputs), as in nn.Linear; its factors are called as in ``FactoredLinear`` and have its precision.
-    A layer whose rank would not make it smaller stays dense, and with ``ratio`` also one whose name matches a pattern
-    of ``dense``. One whose name matches a pattern of ``transposed`` is stored as (inputs, outputs); None: those of the
-    models that ``config.json`` tells to have such layers, GPT-2 and its kin. Everything else is copied byte by byte,
-    configuration and tokenizer of transformers into ``out/pretrained``.
+    A layer is a tensor ``NAME.weight`` of shape (outputs, inputs), as in ``nn.Linear``. Its factors are named as in
+    ``FactoredLinear`` and have its precision. A layer stays dense where its rank would not make it smaller. All other
+    tensors are copied byte by byte; configuration and tokenizer of transformers go to ``out/pretrained``.
 
-    Memory: at most three times the largest layer in float32, and some tens of MB (``linalg.truncated``). Each shard is
-    written whole or not at all and recorded in ``out/spectrim.json`` with its digest. The same call after a kill goes
-    on where it stopped; the index comes last. ``spectrim.load(out, into=model)`` reads the result, or without a model
+    Memory: at most three times the largest layer in float32, and some tens of MB (``linalg.truncated``).
+
+    Each shard is written atomically, and ``out/spectrim.json`` then records its digest. The same call after a kill goes
+    on with the next shard. Load the result with ``spectrim.load(out, into=model)``, or without a model with
     ``spectrim.language.load(out)``.
 
+    ``folder``: holds ``model.safetensors``, or shards and their ``model.safetensors.index.json``.
+    ``out``: a new or empty folder, which gets the same files.
+    ``plan``: rank of each layer, by its name in the file.
+    ``ratio``: share in (0, 1) of its parameters that each layer keeps, as in ``Truncation``. Give either this or
+        ``plan``.
+    ``dense``: with ``ratio``, patterns of the names of layers that stay dense.
+    ``transposed``: patterns of the names of layers whose weight is stored as (inputs, outputs). By default those of
+        GPT-2 and its kin, where ``config.json`` names such a model.
+
     Raises ``UserError`` for a checkpoint that is incomplete or pickled, a weight that holds NaN or infinity, a plan of
-    other layers, an ``out`` that holds anything else, or a full disk.
+    other layers, an ``out`` that holds anything else, and a disk that the result does not fit on.
     """
     if (plan is None) == (ratio is None):
         raise UserError("give exactly one of plan and ratio")
@@ -74,11 +79,17 @@ def compress_checkpoint(
     )
     patterns = _transposed(source.folder) if transposed is None else transposed
     flipped = {name for name in wanted if any(fnmatch(name, pattern) for pattern in patterns)}
-    Manifest.begun(out, wanted)  # before a lock is left in a folder that is not ours
+    begun = Manifest.begun(out, wanted)  # Refuse a foreign folder before a lock is made in it.
+    results = {name: _results(shard, wanted, flipped) for name, shard in source.shards.items()}
+    missing = sum(e.nbytes for name in results.keys() - begun.finished.keys() for e in results[name].values())
+    files.require_writable(out / MANIFEST, out / BESIDE / CONFIG, nbytes=missing)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / ".lock", timeout=0):
-            _write_all(source, Manifest.begun(out, wanted), flipped)
+            try:
+                _write_all(source, Manifest.begun(out, wanted), results, flipped)
+            finally:
+                (out / ".lock").unlink(missing_ok=True)
     except Timeout:
         raise UserError(f"another process is writing to {out}; wait for it or give another folder") from None
     except OSError as error:
@@ -87,17 +98,17 @@ def compress_checkpoint(
 
 
 def _transposed(folder: Path) -> Sequence[str]:
-    """The patterns of the layers that ``config.json`` says are stored transposed; without that file there are none."""
+    """Return the patterns of layers that are stored transposed in a model of the type that ``config.json`` names."""
     path = folder / CONFIG
     try:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = files.read_json(path) if path.is_file() else {}
         return CONV1D if known.get("model_type") in CONV1D_MODELS else ()
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no configuration of a model ({error}); fetch it again") from None
 
 
 def _linear(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The weights that may be those of linear layers, by the layer's name."""
+    """Return the weights that may belong to linear layers, by the layer's name."""
     named = {name.removesuffix(".weight"): entry for name, entry in entries.items() if name.endswith(".weight")}
     return {name: entry for name, entry in named.items() if len(entry.shape) == 2 and entry.dtype in FACTORED}
 
@@ -129,43 +140,46 @@ def _below_break_even(ranks: Mapping[str, int], layers: Mapping[str, Entry]) -> 
     return RankPlan.of({name: Kept(rank, PlainForm("linear")) for name, rank in pays.items()})
 
 
-def _write_all(source: Sharded, manifest: Manifest, flipped: Collection[str]) -> None:
-    """The shards that are missing, what lies beside them, and then the index, which several shards are nothing without.
+def _write_all(
+    source: Sharded, manifest: Manifest, results: Mapping[str, Mapping[str, Entry]], flipped: Collection[str]
+) -> None:
+    """Write the missing shards, then configuration and tokenizer, and last the index.
 
-    ``flipped``: the layers whose weight is stored transposed.
+    ``results``: tensors of each compressed shard.
+    ``flipped``: layers whose weight is stored transposed.
     """
     manifest.write()
-    places: dict[str, str] = {}
     total = sum(entry.nbytes for entry in source.entries.values())
     with tqdm(desc="compress", total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         for name, shard in source.shards.items():
-            entries = {
-                new: e for old in _ordered(shard) for new, e in _entries(old, shard, manifest.plan, flipped).items()
-            }
             if manifest.has(name, shard.path):
                 bar.update(sum(entry.nbytes for entry in shard.entries.values()))
-            else:
-                digest = digests.of_file(shard.path)
-                contents = _contents(shard, manifest.plan, flipped, bar)
-                result = safetensors_stream.write(manifest.folder / name, entries, contents, shard.metadata)
-                manifest.finished[name] = {"source": digest, "result": result}
-                manifest.write()
-            places |= dict.fromkeys(entries, name)
+                continue
+            digest = digests.of_file(shard.path)
+            contents = _contents(shard, manifest.plan, flipped, bar)
+            result = safetensors_stream.write(manifest.folder / name, results[name], contents, shard.metadata)
+            manifest.finished[name] = {"source": digest, "result": result}
+            manifest.write()
     _copy_companions(source.folder, manifest.folder / BESIDE)
     if source.indexed:
-        size = sum(e.nbytes for name in source.shards for e in Shard.at(manifest.folder / name).entries.values())
+        places = {tensor: name for name, entries in results.items() for tensor in entries}
+        size = sum(entry.nbytes for entries in results.values() for entry in entries.values())
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
         files.write({manifest.folder / INDEX: (json.dumps(index, indent=2) + "\n").encode()})
 
 
 def _copy_companions(folder: Path, to: Path) -> None:
-    beside = {path for pattern in COMPANIONS for path in folder.glob(pattern) if path.suffix not in PICKLES}
+    beside = [
+        path
+        for path in files.listed(folder)
+        if any(fnmatch(path.name, one) for one in COMPANIONS) and path.suffix not in PICKLES and path.is_file()
+    ]
     if beside:
-        files.write({to / path.name: path.read_bytes() for path in sorted(beside)})
+        files.write({to / path.name: path.read_bytes() for path in beside})
 
 
 def _ordered(shard: Shard) -> list[str]:
-    """Wide numbers first, as the format wants them: each then begins at a multiple of its width."""
+    """Return the tensors of a shard, wide numbers first, so that each begins at a multiple of its number's width."""
 
     def width(name: str) -> float:
         _, shape, nbytes = shard.entries[name]
@@ -174,8 +188,13 @@ def _ordered(shard: Shard) -> list[str]:
     return sorted(shard.entries, key=width, reverse=True)
 
 
+def _results(shard: Shard, plan: RankPlan, flipped: Collection[str]) -> dict[str, Entry]:
+    """Return the tensors of the compressed shard, in the order in which ``_contents`` yields them."""
+    return {new: entry for old in _ordered(shard) for new, entry in _entries(old, shard, plan, flipped).items()}
+
+
 def _entries(name: str, shard: Shard, plan: RankPlan, flipped: Collection[str]) -> dict[str, Entry]:
-    """What becomes of one tensor, by name and in the order in which it is written."""
+    """Return what one tensor becomes: two factors of a layer's weight, or the tensor itself."""
     layer, _, part = name.rpartition(".")
     entry = shard.entries[name]
     if layer in plan and part == "weight":

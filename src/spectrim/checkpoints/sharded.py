@@ -1,4 +1,4 @@
-"""A checkpoint in a folder of safetensors files: what lies there, what of it was compressed, and into a model."""
+"""A checkpoint in a folder of safetensors files: its shards, the record of its compression, and loading."""
 
 import json
 from dataclasses import dataclass, field
@@ -15,8 +15,8 @@ from spectrim.tools.safetensors_stream import Entry, Shard
 
 FORMAT = "spectrim-shards-1"
 MANIFEST = "spectrim.json"
-# The folder with what lies beside the weights of a model of transformers: were its configuration beside the factors,
-# from_pretrained would take them for a dense model and draw the layers that it misses at random.
+# The folder for the configuration and the tokenizer of transformers. With the configuration beside the factors,
+# from_pretrained would take them for a dense model and initialise its missing layers at random.
 BESIDE = "pretrained"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -25,7 +25,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class Sharded:
-    """A checkpoint in a folder: ``model.safetensors``, or several files and their index."""
+    """A checkpoint in a folder: ``model.safetensors``, or several files and their index.
+
+    ``indexed``: whether there is an index.
+    """
 
     folder: Path
     shards: dict[str, Shard]
@@ -33,17 +36,21 @@ class Sharded:
 
     @classmethod
     def at(cls, folder: str | Path) -> "Sharded":
-        """Raises ``UserError`` where files, index and tensors do not agree, or where all there is are pickles."""
+        """Read the headers of the checkpoint in ``folder``.
+
+        Raises ``UserError`` where files, index and tensors do not agree, and where the folder holds only pickles.
+        """
         folder = Path(folder)
         if not (folder / INDEX).is_file():
             if not (folder / SINGLE).is_file():
                 raise UserError(_nothing_in(folder))
             return cls(folder, {SINGLE: Shard.at(folder / SINGLE)}, False)
         places = _weight_map(folder / INDEX)
-        files = sorted(set(places.values()))
-        for name in sorted({path.name for path in folder.glob("model*.safetensors")} - set(files)):
+        names = sorted(set(places.values()))
+        there = {path.name for path in files.listed(folder) if path.match("model*.safetensors")}
+        for name in sorted(there - set(names)):
             raise UserError(f"{folder / name} is not in {INDEX}: the two are not of one checkpoint; fetch both again")
-        found = {name: Shard.at(folder / name) for name in files}
+        found = {name: Shard.at(folder / name) for name in names}
         for name, shard in found.items():
             listed = {tensor for tensor, file in places.items() if file == name}
             for tensor in sorted(listed ^ shard.entries.keys()):
@@ -52,22 +59,24 @@ class Sharded:
 
     @property
     def entries(self) -> dict[str, Entry]:
-        """Every tensor of every shard."""
+        """All tensors of all shards."""
         return {name: entry for shard in self.shards.values() for name, entry in shard.entries.items()}
 
 
 def _nothing_in(folder: Path) -> str:
+    """Return why ``folder`` holds no checkpoint."""
     if not folder.exists():
         return f"there is no folder {folder}; give the one that holds {SINGLE} or {INDEX}"
-    for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
+    for path in files.listed(folder) if folder.is_dir() else [folder]:
         if path.suffix in PICKLES:
             return f"{path} may be a pickle, which can run any code and is never read; convert it to safetensors"
     return f"{folder} holds neither {SINGLE} nor {INDEX}"
 
 
 def _weight_map(index: Path) -> dict[str, str]:
+    """Return the file of each tensor."""
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = files.read_json(index)["weight_map"]
         if not places or any(Path(file).name != file for file in places.values()):
             raise ValueError("a shard is a file beside its index")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -77,7 +86,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 @dataclass
 class Manifest:
-    """What of a checkpoint lies compressed in a folder: its plan and, by shard, the sha256 of source and result."""
+    """The record of a compression in its folder.
+
+    ``finished``: the sha256 of ``source`` and ``result`` of each finished shard.
+    """
 
     folder: Path
     plan: RankPlan
@@ -85,9 +97,9 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Raises ``UserError`` where the folder has none that can be read."""
+        """Read the manifest in ``folder``. Raises ``UserError`` where there is none, or it cannot be read."""
         try:
-            plain = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            plain = files.read_json(folder / MANIFEST)
             if plain["format"] != FORMAT:
                 raise ValueError(f"format {plain['format']}, this version reads {FORMAT}")
             finished = {
@@ -96,12 +108,12 @@ class Manifest:
             return cls(folder, RankPlan.from_json(json.dumps(plain["plan"])), finished)
         except FileNotFoundError:
             raise UserError(f"{folder} is not a compressed checkpoint: it holds no {MANIFEST}") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{folder / MANIFEST} cannot be read ({error}); compress into an empty folder") from None
 
     @classmethod
     def begun(cls, folder: Path, plan: RankPlan) -> "Manifest":
-        """That of ``folder``, left by a run of the same plan, or a new one; nothing is written yet.
+        """Return the manifest that a run with the same plan left in ``folder``, or a new one. It writes nothing.
 
         Raises ``UserError`` where the folder holds anything else.
         """
@@ -110,7 +122,7 @@ class Manifest:
             if found.plan != plan:
                 raise UserError(f"{folder} was begun with another plan or ratio; give that again, or another folder")
             return found
-        if folder.exists() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        if folder.is_dir() and any(not path.name.startswith(".") for path in files.listed(folder)):
             raise UserError(f"{folder} holds other files; give a new folder or an empty one")
         return cls(folder, plan)
 
@@ -119,9 +131,9 @@ class Manifest:
         files.write({self.folder / MANIFEST: (json.dumps(plain, indent=1) + "\n").encode()})
 
     def has(self, name: str, source: Path) -> bool:
-        """Whether the shard was made of the file ``source`` and is as it was written.
+        """Return whether the shard was made from the file ``source`` and is unchanged since.
 
-        Raises ``UserError`` where it was made of another file of that name.
+        Raises ``UserError`` where it was made from another file of that name.
         """
         made = self.finished.get(name)
         if made and made["source"] != digests.of_file(source):
@@ -129,7 +141,7 @@ class Manifest:
         return bool(made) and self.intact(name)
 
     def intact(self, name: str) -> bool:
-        """Whether the shard is as it was written."""
+        """Return whether the shard is as it was written."""
         path = self.folder / name
         return name in self.finished and path.is_file() and digests.of_file(path) == self.finished[name]["result"]
 

@@ -134,7 +134,7 @@ def read(path: Path) -> Record:
     """Read one record. Raises ``UserError`` where the file is missing, truncated, or not a record of this schema."""
     path = Path(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = files.read_json(path)
     except OSError as error:
         raise UserError(f"cannot read the record {path}: {error.strerror}") from error
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import platform
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 from spectrim.errors import UserError
 
@@ -101,6 +103,25 @@ def require_writable(*paths: Path, nbytes: int = 0) -> None:
                 raise OSError(errno.ENOSPC, f"{nbytes / 2**20:,.0f} MiB do not fit on the disk")
         except OSError as error:
             raise refusal(path, error) from None
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file. Raises ``ValueError`` where it is not JSON, and ``OSError``."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def listed(folder: Path) -> list[Path]:
+    """Return what lies in ``folder``, sorted. ``Path.glob`` would find nothing in a folder that cannot be listed.
+
+    Raises ``UserError`` where it cannot be listed.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot list {folder}: {error.strerror or error}; make it readable") from None
 
 
 def refusal(path: Path, error: OSError) -> UserError:
