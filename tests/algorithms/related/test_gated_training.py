@@ -168,7 +168,7 @@ def test_a_budget_is_met_from_below(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_settling_leaves_the_function_of_the_gates_without_noise(method: Any) -> None:
+def test_absorbed_gates_leave_the_function_of_the_gates_without_noise(method: Any) -> None:
     layer = nn.Linear(12, 10)
     one = gated(method(), layer)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
