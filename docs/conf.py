@@ -50,6 +50,7 @@ nitpick_ignore_regex = [
 ]
 
 html_theme = "furo"
+pygments_dark_style = "monokai"
 html_title = f"spectrim {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -147,6 +147,13 @@ def test_every_target_in_a_text_or_a_table_exists() -> None:
     assert {name for name in named if not re.search("NAME|mine", name)} <= make_targets()
 
 
+def test_every_target_with_a_description_has_a_row() -> None:
+    described = re.findall(r"^([a-z][\w-]*):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = set(re.findall(r"`make ([\w-]+)`", (ROOT / "docs" / "getting_started.md").read_text(encoding="utf-8")))
+    assert len(described) > 15
+    assert {target for target in described if not target.endswith("NAME")} - rows == {"help"} - rows
+
+
 LINES = shell_lines()
 
 

@@ -43,7 +43,8 @@ def _signature(
 
 def _skip(app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any) -> bool | None:
     foreign = not str(getattr(obj, "__module__", None) or "spectrim").startswith("spectrim")
-    return True if foreign else None
+    empty = str(getattr(obj, "__doc__", "")).startswith("Alias for field number")  # of a NamedTuple
+    return True if foreign or empty else None
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
