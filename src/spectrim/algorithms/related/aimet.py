@@ -4,8 +4,11 @@
 each ratio ``i / candidates`` by the calibration accuracy. A bisection on a common score finds the ratios that meet the
 target. Its decomposition is a plain SVD into kh x 1, then 1 x kw.
 
-What differs here: the target is corrected for the parameters that AIMET does not count (BatchNorm, biases), scores are
-remembered from one target to the next, and the factors are put into the factored layers of this package.
+What differs here:
+
+- The target is corrected for the parameters that AIMET does not count (BatchNorm, biases).
+- Scores are remembered from one target to the next.
+- The factors are put into the factored layers of this package.
 """
 
 import contextlib

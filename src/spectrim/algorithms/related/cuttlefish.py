@@ -53,8 +53,8 @@ class Cuttlefish:
     ``window``: at least 1; the number of epochs over which a slope is taken.
     ``latest``: in (0, 1]; the part of the epochs after which the switch comes in any case.
     ``dense_first``: the number of layers, from the first, that stay dense.
-    ``reference``: the stable rank at initialisation: that of the given model (``start``, as in the paper if the model
-        is untrained), or that of a random matrix of the same shape (``random``, which also suits a trained model).
+    ``reference``: the source of the stable rank at initialisation. ``start``: the given model, as in the paper if it is
+        untrained. ``random``: a random matrix of the same shape, which also suits a trained model.
     ``bounded``: whether the gradient of a factor is divided by the squared norms of the other factor's components,
         where these are above 1. The learning rate at the switch suits the dense network and may be too large for its
         factors.
@@ -88,8 +88,8 @@ class Cuttlefish:
 
         The log has one entry per epoch: the ranks of the layers, dense ones at full rank, and their scaled stable
         ranks. Raises ``UserError`` for a decomposer other than ``SVD``, without a ``train`` split, for a budget out of
-        reach, if ``dense_first`` leaves no layer, and if the loss stops being finite; ``state`` then holds the last
-        good epoch.
+        reach, and if ``dense_first`` leaves no layer. It also raises it if the loss stops being finite; ``state`` then
+        holds the last good epoch.
         """
         decomposer = plain_svd(decomposer, "Cuttlefish")
         objective.given("train")  # raises before the decomposition

@@ -1,7 +1,7 @@
 """Choose a rank ratio for each layer by reinforcement learning (Cheng et al.).
 
-Cheng et al., ICASSP 2020: an agent visits the layers. The state holds a layer's shape, cost and index, the action is
-its rank ratio, and the reward is the accuracy less ``strength`` times the parameters kept.
+Cheng et al., ICASSP 2020: an agent visits the layers. The state holds a layer's shape, cost and index. The
+action is its rank ratio, and the reward is the accuracy less ``strength`` times the parameters kept.
 
 What differs here:
 
@@ -160,8 +160,8 @@ class Agent:
 def states_of(bench: Workbench) -> Tensor:
     """Return the state of each layer. Shape (layers, features).
 
-    It holds the logarithms of the layer's outputs, inputs and cost of one component, each standardised over the layers,
-    and its index as a one-hot vector.
+    It holds the logarithms of the layer's outputs, inputs and cost of one component, each standardised over the layers.
+    Its index follows as a one-hot vector.
     """
     rows = []
     for name, spectrum in bench.spectra.items():
