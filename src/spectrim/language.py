@@ -1,4 +1,4 @@
-"""Compressed language models on disk, as a folder like that of transformers' ``save_pretrained``; and perplexity."""
+"""Save, load and use compressed language models. A folder holds what transformers' ``save_pretrained`` writes."""
 
 import math
 from collections import Counter
@@ -16,17 +16,20 @@ from spectrim.factored.plan import RankPlan
 from spectrim.fetch import by_configuration, pretrained
 from spectrim.losses import token_loss
 from spectrim.statistics.objective import Objective
+from spectrim.tools import files
 from spectrim.tools.safetensors_stream import DTYPES, Shard
 
-# Not transformers' own model.safetensors: its from_pretrained would drop the factors and give layers drawn at random.
+# Not model.safetensors: from_pretrained would drop the factors and initialise the layers at random.
 WEIGHTS = "spectrim.safetensors"
 
 
 def save(folder: str | Path, model: nn.Module, plan: RankPlan, tokenizer: Any = None) -> None:
-    """Write a compressed model of transformers with its plan, its configuration and its tokenizer, where one is given.
+    """Write a compressed model of transformers, its plan, its configuration and its tokenizer. Nothing is pickled.
 
-    ``model`` and ``plan``: of what ``spectrim.compress`` returns. Nothing in the folder is pickled. Raises
-    ``UserError`` where ``model`` is none of transformers, or the folder cannot be written.
+    ``model``, ``plan``: those that ``spectrim.compress`` returned.
+    ``tokenizer``: None: the folder gets none.
+
+    Raises ``UserError`` where ``model`` is not from transformers, or the folder cannot be written.
     """
     folder = Path(folder)
     if not isinstance(model, pretrained.library().PreTrainedModel):
@@ -37,7 +40,7 @@ def save(folder: str | Path, model: nn.Module, plan: RankPlan, tokenizer: Any = 
             if part is not None:
                 part.save_pretrained(folder)
     except OSError as error:
-        raise UserError(f"{folder} could not be written ({error})") from None
+        raise files.refusal(folder / "config.json", error) from None
 
 
 def load(folder: str | Path) -> tuple[nn.Module, Any]:
@@ -77,9 +80,10 @@ def _precision(shards: Sequence[Shard]) -> torch.dtype:
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> str:
-    """``tokens`` tokens that a decoder writes after ``prompt``, each the likeliest, end of text or not.
+    """Return ``tokens`` tokens that a decoder writes after ``prompt``, each the most likely, even after an end of text.
 
-    Raises ``UserError`` for a prompt without a token, and for one after which the model has too few positions.
+    Raises ``UserError`` for a prompt without a token or with a token that the model does not know, and where the model
+    has too few positions.
     """
     inputs = tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]
@@ -88,6 +92,12 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> str:
         raise UserError("the prompt holds no token; give some text")
     if length + tokens > longest:
         raise UserError(f"{length} tokens of prompt and {tokens} more exceed the {longest} positions of the model")
+    known = getattr(cast(Any, model).get_input_embeddings(), "num_embeddings", math.inf)
+    largest = int(inputs["input_ids"].max())
+    if largest >= known:
+        raise UserError(
+            f"the tokenizer gives the id {largest}, the model knows {known} ids; take the model's tokenizer"
+        )
     written = cast(Any, model).generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -100,7 +110,7 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> str:
 
 
 def perplexity(model: nn.Module, batches: Batches) -> float:
-    """``exp`` of the mean loss a token (``losses.TokenLoss``) over batches of (inputs, token ids).
+    """Return ``exp`` of the mean loss per token (``losses.TokenLoss``) over batches of (inputs, token ids).
 
     Raises ``UserError`` where there is nothing to predict.
     """

@@ -150,3 +150,6 @@ def test_a_prompt_that_nothing_can_follow_is_said_in_one_line(tiny: Any, word_fo
         with pytest.raises(UserError, match=message) as refusal:
             language.generate(tiny("gpt2"), tokenizer, prompt, 2)
         assert "\n" not in str(refusal.value)
+    tokenizer.add_tokens([f"more{n}" for n in range(20)])
+    with pytest.raises(UserError, match="the tokenizer gives the id 7[0-9], the model knows 61 ids"):
+        language.generate(tiny("gpt2"), tokenizer, "w1 more19", 2)

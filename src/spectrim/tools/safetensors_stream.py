@@ -1,8 +1,8 @@
-"""Safetensors files a tensor at a time: memory for one of them, whatever the size of the file.
+"""Read and write safetensors files one tensor at a time, in memory for one tensor whatever the size of the file.
 
-The safetensors library maps a file whole and writes one from tensors that all lie in memory. The format is the length
-of a header, the header in JSON, and the numbers (its documentation, "Format"): little enough to be read and written in
-pieces. What is written here is what that library reads.
+The safetensors library maps a file as a whole, and writes one only from tensors that are all in memory. The format is
+simple: the length of a header, the header in JSON, and the numbers (its documentation, "Format"). The library reads
+what this module writes.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch import Tensor
 from spectrim.errors import UserError
 from spectrim.tools import files
 
-BLOCK_BYTES = 1 << 22  # what is copied is held this much at a time
+BLOCK_BYTES = 1 << 22  # size of the blocks that are copied
 HEADER_BYTES = 100_000_000  # the longest header that the format admits
 DTYPES = {
     "F64": torch.float64,
@@ -47,7 +47,11 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """A tensor in a file: its type by the format's name, its shape and its bytes."""
+    """A tensor in a file.
+
+    ``dtype``: name of the type in the format.
+    ``nbytes``: size in bytes.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -55,13 +59,16 @@ class Entry(NamedTuple):
 
     @classmethod
     def of(cls, dtype: str, *shape: int) -> "Entry":
-        """An entry of one of the ``DTYPES``."""
+        """Return an entry of one of the ``DTYPES``."""
         return cls(dtype, shape, math.prod(shape) * DTYPES[dtype].itemsize)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file of which only the header is held. ``starts``: where in the file each tensor begins."""
+    """A safetensors file, of which only the header is in memory.
+
+    ``starts``: position in the file at which each tensor begins.
+    """
 
     path: Path
     entries: dict[str, Entry]
@@ -70,7 +77,7 @@ class Shard:
 
     @classmethod
     def at(cls, path: Path) -> "Shard":
-        """The file at ``path``. Raises ``UserError`` where it is missing, cut short or no safetensors file."""
+        """Read the header of a file. Raises ``UserError`` where it is missing, cut short or no safetensors file."""
         try:
             with path.open("rb") as file:
                 length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
@@ -100,7 +107,7 @@ class Shard:
         return Shard(self.path, entries, {new: self.starts[old] for new, old in kept.items()}, self.metadata)
 
     def read(self, name: str) -> Tensor:
-        """One tensor. Raises ``UserError`` for a type of number that is not among ``DTYPES``."""
+        """Return one tensor. Raises ``UserError`` for a type of number that is not among ``DTYPES``."""
         entry = self.entries[name]
         if entry.dtype not in DTYPES:
             raise UserError(f"{self.path}: {name} is of type {entry.dtype}; known are {', '.join(DTYPES)}")
@@ -112,7 +119,7 @@ class Shard:
         return tensor
 
     def pieces(self, name: str) -> Iterator[bytes]:
-        """The bytes of one tensor, block after block."""
+        """Yield the bytes of one tensor in blocks."""
         left = self.entries[name].nbytes
         with self.path.open("rb") as file:
             file.seek(self.starts[name])
@@ -125,7 +132,7 @@ class Shard:
 
 
 def _placed(fields: Mapping[str, Any]) -> tuple[int, Entry]:
-    """Where the numbers of a tensor begin, and the tensor. Raises ``ValueError`` where shape and bytes disagree."""
+    """Return the position of a tensor and its entry. Raises ``ValueError`` where shape and bytes disagree."""
     begin, end = fields["data_offsets"]
     dtype, shape, nbytes = fields["dtype"], tuple(fields["shape"]), end - begin
     if not all(type(number) is int and number >= 0 for number in (begin, nbytes, *shape)):
@@ -136,7 +143,7 @@ def _placed(fields: Mapping[str, Any]) -> tuple[int, Entry]:
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor as bytes."""
+    """Return the numbers of a tensor on the CPU as bytes."""
     return tensor.flatten().view(torch.uint8).numpy().data
 
 
@@ -180,6 +187,7 @@ def write(
 
 
 def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    """Return the length of the header and the header."""
     fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, entry in entries.items():
