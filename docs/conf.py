@@ -44,7 +44,7 @@ toc_object_entries_show_parents = "hide"
 nitpicky = True
 nitpick_ignore_regex = [
     # Types of other packages: their inventories lie on the network.
-    (r"py:.*", r"(torch|tqdm|np|numpy|pd|pandas|collections|pathlib|typing|matplotlib|argparse|omegaconf|PIL)\..*"),
+    (r"py:.*", r"(?!spectrim\.)\w+\..*"),
     # Type variables have no page.
     (r"py:class", r"spectrim\..*\.[A-Z]"),
 ]
