@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from spectrim.report import command, compare, figure, figure_data, frame, table
 from spectrim.report.command import Options
 
+PAPER = ("model", "method", "layers_kept", "relative_error", "test_loss", "n")
 VALUES = ("layers_kept", "relative_error", "test_loss", "change_test_loss", "params_kept")
 
 
@@ -34,7 +35,7 @@ def build(options: Options) -> list[Path]:
             pictures += figure.save(canvas, name, options.out, origin)
     notes = ["Rings in the figure: the lowest value of a panel.", *(_note(rows, model) for model in models)]
     beside = figure_data.table(options, rows, VALUES, "What Figure 2 shows: plain truncation", notes)
-    return pictures + table.save([beside], options.out, origin)
+    return pictures + table.save([beside, beside.paper(PAPER)], options.out, origin)
 
 
 def _title(rows: pd.DataFrame, models: Sequence[str]) -> str:

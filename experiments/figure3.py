@@ -15,6 +15,7 @@ from spectrim.report.table import number
 OURS = "table2"
 # A network that keeps more than this share of its parameters is practically the original, so its loss decides nothing.
 NOTICEABLE = 0.999
+PAPER = ("model", "method", "layers_kept", "test_loss", "change_test_loss", "n")
 VALUES = ("layers_kept", "test_loss", "change_test_loss", "params_kept")
 
 
@@ -42,7 +43,7 @@ def build(options: Options) -> list[Path]:
     ]
     caption = "What Figure 3 shows: loss against rank"
     shown = figure_data.table(options, rows, VALUES, caption, notes, ("densenet", "vgg"))
-    return pictures + table.save([shown], options.out, origin)
+    return pictures + table.save([shown, shown.paper(PAPER)], options.out, origin)
 
 
 def _title(rows: pd.DataFrame) -> str:

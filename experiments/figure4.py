@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from spectrim.report import claims, command, compare, figure, frontier, table
+from spectrim.report import claims, command, compare, figure, frame, frontier, table
 from spectrim.report.claims import Claim
 from spectrim.report.command import Options
 from spectrim.report.frontier import CURVES, NEAR
@@ -28,6 +28,8 @@ SHOWN = {
 }
 SHARES = {"params_kept": "parameters kept (%)", "macs_kept": "MACs kept (%)"}
 MEASURES = {"accuracy": ("test_accuracy", 100), "loss": ("test_loss", 1)}
+SIZES = (0.826, 0.7, 0.5, 0.4, 0.3)  # shares of the parameters, the columns of the excerpt
+AT_MOST_OFF = 0.02  # share of the parameters: how near a row must be to a column
 DEEPEST = 0.2  # accuracy below the dense network's at which a panel ends; the table has all points
 LEAST = 0.05  # accuracy that a panel spans at least, so that a change of nothing looks like it
 COLUMNS = (
@@ -68,14 +70,37 @@ def build(options: Options) -> list[Path]:
     origin = command.origin(options, found, [PUBLISHED])
     models = list(dict.fromkeys(rows["model"]))
     main = rows[(rows["network"] == NETWORK[0]) & (rows["data"] == NETWORK[1])]
-    pictures = _draw_main(main if len(main) else rows[rows["model"] == models[0]], options, origin)
+    main = main if len(main) else rows[rows["model"] == models[0]]
+    pictures = _draw_main(main, options, origin)
     for measure in MEASURES:
         for share in SHARES:
             pictures += _draw_all(rows, published, measure, share, options, origin)
     caption = f"What Figure 4 shows: accuracy and loss without fine-tuning on {', '.join(dict.fromkeys(rows['data']))}"
     notes = [*NOTES, *(_note(rows[rows["model"] == model]) for model in models)]
     shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], "model", frontier.KEYS)
-    return pictures + table.save([shown], options.out, origin)
+    return pictures + table.save([shown, _paper(options.name, main)], options.out, origin)
+
+
+def _paper(name: str, rows: pd.DataFrame) -> Table:
+    """Return the change of accuracy of one network as an excerpt: a row per selector, a column per size."""
+    lines: dict[str, dict[str, Any]] = {}
+    for row in rows[rows["curve"].notna() & (rows["curve"] != "verified")].to_dict(orient="records"):
+        near = [size for size in SIZES if abs(row["params_kept"] - size) <= AT_MOST_OFF]
+        for size in near[:1]:
+            line = lines.setdefault(row["variant"], {"variant": row["variant"]})
+            for tail in ("", "_std"):
+                line[f"{size:g}{tail}"] = row[f"change_test_accuracy_pp{tail}"]
+    keys = [f"{size:g}{tail}" for size in SIZES for tail in ("", "_std")]
+    data = pd.DataFrame(list(lines.values())).reindex(columns=["variant", *keys])
+    columns = [Column("variant", "Δ top-1 (points) at")]
+    columns += [Column(f"{size:g}", f"{100 * size:g} %", 2, signed=True) for size in SIZES]
+    network, on = rows[["network", "data"]].iloc[0]
+    caption = f"Change of accuracy by parameters kept, {network} on {on}, without fine-tuning"
+    notes = [
+        f"A dash: no size of this selector is within {100 * AT_MOST_OFF:g} points of the column's.",
+        frame.seeds_note(rows),
+    ]
+    return Table(f"{name}_paper", data, columns, caption, notes, excerpt=True)
 
 
 def _draw_main(rows: pd.DataFrame, options: Options, origin: dict[str, Any]) -> list[Path]:

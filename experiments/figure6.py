@@ -33,6 +33,7 @@ COLUMNS = (
     Column("test_accuracy", "top-1 %", 2, scale=100),
     Column("n", "n"),
 )
+PAPER = ("panel", "approach", "params_kept", "cpu_seconds", "read", "test_accuracy")
 NOTES = (
     "Mean ± standard deviation (ddof = 1) over the runs; n as in Table 1, whose notes hold here too. Cut alone: "
     "against the CPU seconds of decomposition, selection and cut. Trained: against the images read to select, "
@@ -67,8 +68,8 @@ def build(options: Options) -> list[Path]:
         if own:
             pictures += _draw(own, styles, name, options, origin)
     shown = pd.concat([panel.rows.assign(panel=panel.title) for panel in panels])
-    table_ = Table(options.name, shown, COLUMNS, "What Figure 6 shows: accuracy and cost", NOTES, "panel")
-    return pictures + table.save([table_], options.out, origin)
+    beside = Table(options.name, shown, COLUMNS, "What Figure 6 shows: accuracy and cost", NOTES, "panel")
+    return pictures + table.save([beside, beside.paper(PAPER)], options.out, origin)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from spectrim.report.table import Column, Table, number, save
 
 LISTED = Path(__file__).with_name("selectors.csv")
 # Whether a row of ``selectors.rows`` is of a model as it was cut, or after a training.
+PAPER = ("approach", "cut_50", "cut_30", "trained_50", "trained_30", "cut_cpu_seconds")
+SIZES_PAPER = ("block", "approach", "epochs", "params_kept", "test_accuracy", "cpu_seconds")
 STAGES = {"cut": "", "trained": ", trained"}
 COLUMNS = (
     Column("block", "net, data"),
@@ -85,10 +88,18 @@ def build(options: Options) -> list[Path]:
     notes = [*(note.format(epochs=_epochs(rows)) for note in NOTES), *_own_sizes(rows), *footnotes]
     rows["block"] = rows["model"] + ", " + rows["data"]
     tables = [
-        Table(options.name, pd.DataFrame(blocks), COLUMNS, caption, notes, group="block"),
+        Table(options.name, pd.DataFrame(blocks), COLUMNS, caption, notes, "block", ("model", "selector")),
         Table(f"{options.name}_sizes", rows, SIZES, f"{caption}: every size", SIZES_NOTES, group="block"),
     ]
-    return save(tables, options.out, command.origin(options, found, [LISTED]))
+    nets = [_paper(tables[0], str(model)) for model in dict.fromkeys(rows["model"])]
+    return save([*tables, *nets, tables[1].paper(SIZES_PAPER)], options.out, command.origin(options, found, [LISTED]))
+
+
+def _paper(table: Table, model: str) -> Table:
+    """Return the excerpt of one network. Its caption is the network with its dense accuracy."""
+    own = table.data[table.data["model"] == model]
+    excerpt = replace(table, data=own.assign(approach=own["selector"]), group=None).paper(PAPER)
+    return replace(excerpt, name=f"{excerpt.name}_{model}", caption=str(own["block"].iloc[0]))
 
 
 def _block(own: pd.DataFrame, listed: pd.DataFrame, net: str) -> list[dict[str, Any]]:
@@ -103,6 +114,8 @@ def _block(own: pd.DataFrame, listed: pd.DataFrame, net: str) -> list[dict[str, 
             approach = selector["approach"] + (", from scratch" if scratch else "")
             lines.append(
                 {
+                    "model": own["model"].iloc[0],
+                    "selector": approach,
                     "block": f"{net}{said}" if selector["layers"] else f"{net}: not in the source",
                     "approach": approach + (f" ({selector['mark']})" if selector["mark"] else ""),
                     **{label: selector[label] or None for label in ("layers", "strategy", "timing")},

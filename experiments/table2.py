@@ -39,6 +39,10 @@ COLUMNS = (
     Column("published", "published Δ loss at drop (S1b Table 4)"),
     Column("verdict", "test loss not above dense"),
 )
+PAPER = ("model", "method", "params_kept", "predicted_change", "change_test_loss", "test_accuracy")
+PAPER_NOTE = (
+    "Δ = compressed − dense, predicted on the calibration split and measured on the test split. No fine-tuning."
+)
 CLAIM_COLUMNS = (
     Column("source", "source"),
     Column("published", "published"),
@@ -95,7 +99,10 @@ def build(options: Options) -> list[Path]:
         f"Claims, tested on {data}",
         [SOURCES, *CLAIM_NOTES],
     )
-    return save([table, judged], options.out, command.origin(options, found, [PUBLISHED]))
+    # Of the truncations an excerpt has the mildest one.
+    mildest = rows["params_kept"] == rows.groupby(["model", "algorithm"])["params_kept"].transform("max")
+    excerpt = table.paper(PAPER, (rows["algorithm"] != "truncation") | mildest, [PAPER_NOTE, frame.seeds_note(rows)])
+    return save([table, excerpt, judged], options.out, command.origin(options, found, [PUBLISHED]))
 
 
 def _unverified(rows: pd.DataFrame) -> list[str]:

@@ -27,6 +27,7 @@ KINDS = {
     "interaction": "joint, ours, interaction",
 }
 ALGORITHMS = ("truncation", "lossless", "compact", "rankselection", "joint")
+PAPER = ("net", "method", "params_kept", "perplexity", "test_accuracy")
 ABOUT = ("algorithm", "kind", "embedding", "requested")  # columns that the code reads and the table prints as method
 AIMED, HALF, POINTS = 0.8, 0.5, 0.2  # parameters kept; part of the rise of whitened SVD; percentage points
 KEPT = ("params_kept", "macs_kept")
@@ -75,7 +76,7 @@ def build(options: Options) -> list[Path]:
     values = [*VALUES, "perplexity", "rise", *(f"{what}_{name}" for name in others for what in ("perplexity", "rise"))]
     rows = frame.over_seeds(pd.concat([_dense(runs, values), runs]), ("model", "data", "method", *ABOUT), values)
     rows["order"] = (rows["model"] + rows["data"]).map({key: at for at, key in enumerate(runs["model"] + runs["data"])})
-    rows = rows.sort_values("order", kind="stable").drop(columns="order")
+    rows = rows.sort_values("order", kind="stable", ignore_index=True).drop(columns="order")
     rows.loc[rows["algorithm"] == "dense", [f"{value}_std" for value in KEPT]] = math.nan
     rows["net"] = rows["model"] + ", " + rows["data"]
     rows["verdict"] = claims.loss_verdicts(rows)
@@ -89,7 +90,12 @@ def build(options: Options) -> list[Path]:
         group="net",
         hidden=ABOUT,
     )
-    return save([table], options.out, command.origin(options, found, [PUBLISHED]))
+    factored = (rows["params_kept"] < 1) | (rows["algorithm"] == "dense")
+    shown = factored & (rows["requested"].isna() | (rows["requested"] == AIMED))
+    keys = [*PAPER[:-1], *(f"perplexity_{name}" for name in others[:1]), PAPER[-1]]
+    notes = ["No fine-tuning.", frame.seeds_note(rows, "net")]
+    excerpt = table.paper(keys, shown.reindex(table.data.index, fill_value=False), notes)
+    return save([table, excerpt], options.out, command.origin(options, found, [PUBLISHED]))
 
 
 def _described(runs: pd.DataFrame) -> pd.DataFrame:

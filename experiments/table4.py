@@ -46,6 +46,7 @@ COLUMNS = (
     Column("n", "n"),
     Column("verdict", "test loss not above dense"),
 )
+PAPER = ("variant", "method", "params_kept", "test_accuracy", "change_test_loss", "verdict")
 NOTES = (
     "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (pairs: each training "
     "seed with a calibration draw of its own).",
@@ -73,7 +74,9 @@ def build(options: Options) -> list[Path]:
     caption = f"One selector over several decompositions, without fine-tuning, on {data}"
     notes = [*NOTES, *_summary(rows)]
     table = Table(options.name, rows, COLUMNS, caption, notes, group="model", hidden=frame.KEYS)
-    return save([table], options.out, command.origin(options, found))
+    return save(
+        [table, table.paper(PAPER, notes=[frame.seeds_note(rows)])], options.out, command.origin(options, found)
+    )
 
 
 def _summary(rows: pd.DataFrame) -> list[str]:

@@ -32,6 +32,8 @@ COLUMNS = (
     Column("seconds", "seconds", 0),
     Column("n", "n"),
 )
+PAPER = ("net", "method", "epochs", "params_kept", "test_accuracy", "change_pp")
+PAPER_NOTE = "Mean ± standard deviation (ddof = 1) over training seeds. Δ: to the dense network of the same seed."
 NOTES = (
     "Mean ± standard deviation (ddof = 1) over training seeds; n = training seeds × calibration seeds. Params kept: of "
     "the whole model. Δ: to the dense net of the same seed, which the rows from a trained net start from. Epochs: of "
@@ -74,7 +76,9 @@ def build(options: Options) -> list[Path]:
     table.loc[table["stage"] == DENSE, ["params_kept_std"]] = math.nan
     caption = "SVD training with rank selection against training first and truncating after"
     shown = Table(options.name, table, COLUMNS, caption, [*NOTES, SOURCES], group="net", hidden=["stage"])
-    return save([shown], options.out, command.origin(options, found, [PUBLISHED]))
+    return save(
+        [shown, shown.paper(PAPER, notes=[PAPER_NOTE])], options.out, command.origin(options, found, [PUBLISHED])
+    )
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -52,6 +52,8 @@ GROWTH = (
     Column("added_times", "added MiB, times", 1),
     Column("n", "n"),
 )
+PAPER = ("model", "selector", "params_kept", "cpu_seconds", "read", "added_mib")
+GROWTH_PAPER = ("along", "selector", "sizes", "times", "exponent", "read_times")
 NOTES = (
     "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds. Seconds: of the "
     "selection alone, decomposition and cut included, without loading, evaluating and the predicted change of the loss "
@@ -90,10 +92,12 @@ def build(options: Options) -> list[Path]:
     notes = [*NOTES, *_searched(rows), *(_claim(one, rows) for one in published)]
     caption = f"What a selection costs, on {data}"
     tables = [Table(options.name, rows, COLUMNS, caption, notes, group="model", hidden=KEYS)]
+    tables.append(tables[0].paper(PAPER))
     growth = pd.DataFrame([row for along in SIZES for row in _growth(rows[rows["untrained"]], along)])
     if len(growth):
         caption = f"How the cost of a selection grows, on {data}"
-        tables.append(Table(f"{options.name}_growth", growth, GROWTH, caption, GROWTH_NOTES, group="along"))
+        shown = Table(f"{options.name}_growth", growth, GROWTH, caption, GROWTH_NOTES, group="along")
+        tables += [shown, shown.paper(GROWTH_PAPER)]
     return save(tables, options.out, command.origin(options, found, [PUBLISHED]))
 
 

@@ -69,9 +69,12 @@ def build(options: Options) -> list[Path]:
     leakage = runs[runs["algorithm"].isin(claims.PROMISING)]
     if not leakage.empty:
         caption = f"What calibrating on other data buys, on {', '.join(dict.fromkeys(leakage['data']))}"
-        tables.append(
-            Table(f"{options.name}_leakage", _leakage(leakage), LEAKAGE, caption, [LEAKAGE_NOTE], "model", KEYS)
-        )
+        rows = _leakage(leakage)
+        table = Table(f"{options.name}_leakage", rows, LEAKAGE, caption, [LEAKAGE_NOTE], "model", KEYS)
+        tables += [
+            table,
+            table.paper(("model", "method", "calibration_from", "change_test_loss", "bought", "params_kept")),
+        ]
     if not tables:
         raise command.lacking(options, "probe, lossless or compact")
     return save(tables, options.out, command.origin(options, found, [PUBLISHED]))
@@ -103,17 +106,17 @@ def _probe_tables(name: str, probes: pd.DataFrame, published: pd.DataFrame) -> l
     ]
     first = (Column("split", "split"), Column("size", "size of the change"), Column("bin", "between"))
     notes = [PROBED, f"Models: {', '.join(models)}, taken together.", _first_order(probes, published)]
-    return [
-        Table(name, bins, (*first, *MEASURES), "When the first order predicts the loss", notes, group="size"),
-        Table(
-            f"{name}_models",
-            pd.DataFrame(totals),
-            (Column("model", "model"), Column("split", "split"), *MEASURES),
-            "Predicted against measured change of the loss, per model, over all sizes of the change",
-            [PROBED],
-            group="model",
-        ),
-    ]
+    by_size = Table(name, bins, (*first, *MEASURES), "When the first order predicts the loss", notes, group="size")
+    by_model = Table(
+        f"{name}_models",
+        pd.DataFrame(totals),
+        (Column("model", "model"), Column("split", "split"), *MEASURES),
+        "Predicted against measured change of the loss, per model, over all sizes of the change",
+        [PROBED],
+        group="model",
+    )
+    agreement = ("count", "sign_agreement", "ratio", "rank_correlation")
+    return [by_size, by_size.paper(("size", "bin", *agreement)), by_model, by_model.paper(("model", *agreement))]
 
 
 def _bin(low: float, high: float) -> str:

@@ -37,6 +37,10 @@ SELECTION = (
     Column("needed", "ε at which Theorem 2 grants the δ of bisection", 0),
     Column("n", "n"),
 )
+PAPERS = {
+    "net": ("net", "depth", "ratio", "measured", "bound", "tightness"),
+    "depth": ("depth", "epsilon", "delta_theory", "delta_bisect", "kept_theory", "kept_bisect"),
+}
 SEEDS = "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds."
 BOUND_NOTES = (
     "Multilayer perceptrons without biases, ReLU, width 64, of as many linear layers as the depth; every layer cut to "
@@ -70,6 +74,7 @@ def build(options: Options) -> list[Path]:
         tables.append(Table(f"{options.name}_selection", rows, SELECTION, caption, notes, group="depth"))
     if not tables:
         raise command.lacking(options, "bound_probe with a bound, or rank_selection by theory and by bisection")
+    tables += [one.paper(PAPERS[str(one.group)]) for one in tables]
     return save(tables, options.out, command.origin(options, found))
 
 

@@ -45,6 +45,7 @@ COLUMNS = (
     Column("seconds", "seconds", 0),
     Column("n", "n"),
 )
+PAPER = ("model", "method", "params_kept", "test_accuracy", "change_test_loss", "to_default")
 NOTES = (
     "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (pairs: each training "
     "seed with a calibration draw of its own). No fine-tuning; the test split is looked at once, after the selection. "
@@ -75,7 +76,9 @@ def build(options: Options) -> list[Path]:
     rows.loc[dense, ["to_default", "to_default_std", "seconds", "seconds_std"]] = float("nan")
     caption = f"What each part of joint selection is worth, at one budget, on {', '.join(dict.fromkeys(rows['data']))}"
     table = Table(options.name, rows, COLUMNS, caption, NOTES, group="model", hidden=frame.KEYS)
-    return save([table], options.out, command.origin(options, found))
+    return save(
+        [table, table.paper(PAPER, notes=[frame.seeds_note(rows)])], options.out, command.origin(options, found)
+    )
 
 
 def _changes(settings: Mapping[str, Any]) -> list[str]:

@@ -42,7 +42,7 @@ def test_rows_are_those_of_the_source_then_further_ones_below_a_rule(rows: pd.Da
     assert beside[["layers", "strategy", "timing"]].isna().all(axis=None)
     assert own["block"].iloc[0] == "resnet20, cifar10 (dense 91.00 ± 0.00 %)"
     text = (folder / "tables" / "table1.tex").read_text()
-    assert text.count("\\midrule") == 4 and text.isascii()
+    assert text.partition("\\endhead")[2].count("\\midrule") == 3 and text.isascii()
 
 
 def test_labels_are_the_sources_and_the_footnotes_say_where_they_do_not_fit(rows: pd.DataFrame, folder: Path) -> None:

@@ -284,6 +284,16 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) ->
     return pd.DataFrame(rows)
 
 
+def seeds_note(rows: pd.DataFrame, by: str = "model") -> str:
+    """Return a note that gives the n of the compressed rows of each model, for a table without a column for it."""
+    compressed = rows[rows["algorithm"] != "dense"]
+    found = {str(name): ", ".join(dict.fromkeys(own["n"])) for name, own in compressed.groupby(by, sort=False)}
+    said = "; ".join(f"{name}: {n}" for name, n in found.items()) if len(set(found.values())) > 1 else ""
+    return (
+        f"Mean ± standard deviation over training seeds × calibration seeds ({said or next(iter(found.values()), '')})."
+    )
+
+
 def spelled_n(group: pd.DataFrame) -> str:
     """Describe the seeds of a group of runs.
 

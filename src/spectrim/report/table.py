@@ -3,43 +3,18 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from spectrim.report import latex
 from spectrim.tools import files
 
 ABSENT = "–"
 HUGE = 1e6  # larger numbers that are not counts are printed with an exponent
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "%": r"\%",
-    "_": r"\_",
-    "&": r"\&",
-    "#": r"\#",
-    "$": r"\$",
-    "±": r"$\pm$",
-    "−": "$-$",
-    "≤": r"$\le$",
-    "≥": r"$\ge$",
-    "<": "$<$",
-    ">": "$>$",
-    "×": r"$\times$",
-    "Δ": r"$\Delta$",
-    "δ": r"$\delta$",
-    "ε": r"$\varepsilon$",
-    "ρ": r"$\rho$",
-    "σ": r"$\sigma$",
-    "√": r"$\surd$",
-    "₁": "$_1$",
-    "∞": r"$\infty$",
-    "‖": r"$\|$",
-    "|": r"$|$",
-    "→": r"$\to$",
-    "–": "--",
-}
+PAPER = 6  # columns of an excerpt for a paper
 
 
 @dataclass(frozen=True)
@@ -87,6 +62,7 @@ class Table:
 
     ``group``: key of a column whose repeated values are printed once.
     ``hidden``: columns of ``data`` that only code reads; the csv omits them.
+    ``excerpt``: whether it repeats rows of another table, which has their csv and provenance.
     """
 
     name: str
@@ -96,6 +72,7 @@ class Table:
     notes: Sequence[str] = ()
     group: str | None = None
     hidden: Sequence[str] = ()
+    excerpt: bool = False
 
     def printed(self) -> pd.DataFrame:
         """Return the cells as text, under their headers."""
@@ -121,39 +98,46 @@ class Table:
         return "\n\n".join([f"**{self.caption}**", body, *self.notes]) + "\n"
 
     def latex(self) -> str:
-        """Return a LaTeX ``table`` with booktabs rules, a rule between groups, and the notes below."""
-        printed = self.printed().map(latex).rename(columns=latex)
-        align = "".join("l" if column.digits is None else "r" for column in self.columns)
-        text = printed.style.hide(axis="index").to_latex(
-            hrules=True,
-            column_format=align,
-            caption=latex(self.caption),
-            label=f"tab:{self.name}",
-            position_float="centering",
+        """Return a LaTeX table that fits the page, with a rule between groups and the notes below."""
+        printed = self.printed()
+        return latex.table(
+            list(printed.columns),
+            printed.to_numpy().tolist(),
+            [column.digits is not None for column in self.columns],
+            self._starts(printed),
+            self.caption,
+            f"tab:{self.name}",
+            self.notes,
         )
-        if self.group is not None:
-            text = _ruled(text, printed.iloc[:, [column.key for column in self.columns].index(self.group)])
-        notes = "".join(f"\n\\par\\smallskip\\footnotesize {latex(note)}" for note in self.notes)
-        return "% needs \\usepackage{booktabs}\n" + text.replace("\n\\end{table}", f"{notes}\n\\end{{table}}")
+
+    def _starts(self, printed: pd.DataFrame) -> list[int]:
+        """Return the index of the first row of every group but the first."""
+        if self.group is None:
+            return []
+        names = printed.iloc[:, [column.key for column in self.columns].index(self.group)]
+        return [index for index, name in enumerate(names) if index and name]
 
     def csv(self) -> str:
         """Return the numbers in full precision, under the column names of the frame."""
         return self.data.drop(columns=list(self.hidden)).to_csv(index=False, lineterminator="\n")
 
+    def paper(self, keys: Sequence[str], rows: "pd.Series[bool] | None" = None, notes: Sequence[str] = ()) -> "Table":
+        """Return an excerpt for a paper, which is saved as Markdown and LaTeX.
 
-def latex(text: str) -> str:
-    """Escape plain text for LaTeX."""
-    return "".join(LATEX.get(character, character) for character in text)
-
-
-def _ruled(text: str, groups: "pd.Series[str]") -> str:
-    """Insert a rule above each row that begins a group, except the first."""
-    before, rule, after = text.partition("\\midrule\n")
-    rows = after.split("\n")
-    for index, name in reversed(list(enumerate(groups))):
-        if index and name:
-            rows.insert(index, "\\midrule")
-    return before + rule + "\n".join(rows)
+        ``keys``: of the columns, at most ``PAPER``.
+        ``rows``: which rows it shows; all by default.
+        """
+        assert len(keys) <= PAPER, f"{self.name}: an excerpt has at most {PAPER} columns"
+        known = {column.key: column for column in self.columns}
+        return replace(
+            self,
+            name=f"{self.name}_paper",
+            data=self.data if rows is None else self.data[rows],
+            columns=[known[key] for key in keys],
+            notes=notes,
+            group=self.group if self.group in keys else None,
+            excerpt=True,
+        )
 
 
 def save(tables: Sequence[Table], folder: Path, origin: Mapping[str, Any]) -> list[Path]:
@@ -164,10 +148,11 @@ def save(tables: Sequence[Table], folder: Path, origin: Mapping[str, Any]) -> li
     contents: dict[Path, bytes] = {}
     for table in tables:
         place = folder / "tables" / table.name
-        contents[place.with_name(f"{table.name}.csv")] = table.csv().encode()
         contents[place.with_name(f"{table.name}.md")] = table.markdown().encode()
         contents[place.with_name(f"{table.name}.tex")] = table.latex().encode()
-        contents[place.with_name(f"{table.name}.provenance.json")] = provenance_bytes(table.name, origin)
+        if not table.excerpt:
+            contents[place.with_name(f"{table.name}.csv")] = table.csv().encode()
+            contents[place.with_name(f"{table.name}.provenance.json")] = provenance_bytes(table.name, origin)
     files.write(contents)
     return list(contents)
 
