@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from matplotlib.axes import Axes
 
-from spectrim.report import command, compare, figure, figure_data, frame, table
+from spectrim.report import averages, command, compare, figure, figure_data, table
 from spectrim.report.command import Options
 
 PAPER = ("model", "method", "layers_kept", "relative_error", "test_loss", "n")
@@ -18,7 +18,7 @@ VALUES = ("layers_kept", "relative_error", "test_loss", "change_test_loss", "par
 def build(options: Options) -> list[Path]:
     """Draw error above and loss below, one column per model, and build the table of the same numbers."""
     found = command.load(options)
-    rows = frame.with_dense(command.runs(options, found, ["truncation"]), VALUES)
+    rows = averages.with_dense(command.runs(options, found, ["truncation"]), VALUES)
     origin = command.origin(options, found)
     models = list(dict.fromkeys(rows["model"]))
     pictures: list[Path] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from spectrim.records import records
-from spectrim.report import claims, command, compare, figure, figure_data, frame, table
+from spectrim.report import averages, claims, command, compare, figure, figure_data, table
 from spectrim.report.command import Options
 from spectrim.report.table import number
 
@@ -27,7 +27,7 @@ def build(options: Options) -> list[Path]:
         [one for one in records.read_all(options.records, OURS) if _selected(one, models)] if options.default else []
     )
     used = [*found, *beside]
-    rows = frame.with_dense(command.runs(options, used, figure_data.METHODS), VALUES)
+    rows = averages.with_dense(command.runs(options, used, figure_data.METHODS), VALUES)
     origin = command.origin(options, used)
     with figure.panels(len(models), 2, 2.6, _title(rows), share="all") as (canvas, axes):
         for model, axis in zip(models, axes, strict=True):

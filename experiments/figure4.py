@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from spectrim.report import claims, command, compare, figure, frame, frontier, table
+from spectrim.report import averages, claims, command, compare, figure, frontier, table
 from spectrim.report.claims import Claim
 from spectrim.report.command import Options
 from spectrim.report.frontier import CURVES, NEAR
@@ -98,7 +98,7 @@ def _paper(name: str, rows: pd.DataFrame) -> Table:
     caption = f"Change of accuracy by parameters kept, {network} on {on}, without fine-tuning"
     notes = [
         f"A dash: no size of this selector is within {100 * AT_MOST_OFF:g} points of the column's.",
-        frame.seeds_note(rows),
+        averages.seeds_note(rows),
     ]
     return Table(f"{name}_paper", data, columns, caption, notes, excerpt=True)
 

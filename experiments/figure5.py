@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from spectrim.records.records import Record
-from spectrim.report import command, figure, frame, table, trainings
+from spectrim.report import averages, command, figure, frame, table, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table
 
@@ -72,8 +72,8 @@ def build(options: Options) -> list[Path]:
     about = [_about(record, shown) for record in found]
     ranks = pd.DataFrame([own | point for record, own in zip(found, about, strict=True) for point in _ranks(record)])
     losses = pd.DataFrame([own | point for record, own in zip(found, about, strict=True) for point in _losses(record)])
-    ranks = frame.over_seeds(ranks, ("panel", "layer", "epoch", *ABOUT), ["rank"])
-    losses = frame.over_seeds(losses, ("panel", "term", "epoch", "key", *ABOUT), ["loss"])
+    ranks = averages.over_seeds(ranks, ("panel", "layer", "epoch", *ABOUT), ["rank"])
+    losses = averages.over_seeds(losses, ("panel", "term", "epoch", "key", *ABOUT), ["loss"])
     origin = command.origin(options, found)
     drawn = _draw(ranks, _rank_panel, _rank_title(found), options.name, options, origin)
     drawn += _draw(losses, _loss_panel, _loss_title(found), f"{options.name}_losses", options, origin)

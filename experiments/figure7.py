@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from spectrim.records.records import Record, algorithm_of
-from spectrim.report import command, figure, frame, table
+from spectrim.report import averages, command, figure, table
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table
 
@@ -62,7 +62,7 @@ def build(options: Options) -> list[Path]:
     nearest = points.groupby(["model", "data", "place"])["off"].transform("min")
     points = points[points["off"].fillna(0) == nearest.fillna(0)].sort_values(["model", "place", "order", "block"])
     points["panel"] = points["model"] + ", " + points["method"]
-    rows = frame.over_seeds(points, ("panel", "kind", "block", *ABOUT), ["rank", "kept"])
+    rows = averages.over_seeds(points, ("panel", "kind", "block", *ABOUT), ["rank", "kept"])
     rows["main"] = _main(rows)
     origin = command.origin(options, found)
     drawn = _draw(rows[rows["main"]], _title(rows), options.name, options, origin)

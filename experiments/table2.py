@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.report import claims, command, compare, frame
+from spectrim.report import averages, claims, command, compare, frame
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, number, save
 
@@ -78,7 +78,7 @@ def build(options: Options) -> list[Path]:
     found = command.load(options)
     runs = command.runs(options, found, ALGORITHMS)
     published = compare.read_published(PUBLISHED)
-    rows = frame.with_dense(runs, VALUES)
+    rows = averages.with_dense(runs, VALUES)
     rows["published"] = [_published(published, row) for _, row in rows.iterrows()]
     rows["verdict"] = claims.loss_verdicts(rows, ALGORITHMS)
     models, data = list(dict.fromkeys(rows["model"])), ", ".join(dict.fromkeys(rows["data"]))
@@ -101,7 +101,7 @@ def build(options: Options) -> list[Path]:
     )
     # Of the truncations an excerpt has the mildest one.
     mildest = rows["params_kept"] == rows.groupby(["model", "algorithm"])["params_kept"].transform("max")
-    excerpt = table.paper(PAPER, (rows["algorithm"] != "truncation") | mildest, [PAPER_NOTE, frame.seeds_note(rows)])
+    excerpt = table.paper(PAPER, (rows["algorithm"] != "truncation") | mildest, [PAPER_NOTE, averages.seeds_note(rows)])
     return save([table, excerpt, judged], options.out, command.origin(options, found, [PUBLISHED]))
 
 

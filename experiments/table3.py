@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from spectrim.records.records import CLASS, Record
-from spectrim.report import claims, command, compare, frame
+from spectrim.report import averages, claims, command, compare, frame
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, number, save
 
@@ -74,7 +74,7 @@ def build(options: Options) -> list[Path]:
     runs = _described(command.runs(options, found, ALGORITHMS))
     others = _add_perplexities(runs, found)
     values = [*VALUES, "perplexity", "rise", *(f"{what}_{name}" for name in others for what in ("perplexity", "rise"))]
-    rows = frame.over_seeds(pd.concat([_dense(runs, values), runs]), ("model", "data", "method", *ABOUT), values)
+    rows = averages.over_seeds(pd.concat([_dense(runs, values), runs]), ("model", "data", "method", *ABOUT), values)
     rows["order"] = (rows["model"] + rows["data"]).map({key: at for at, key in enumerate(runs["model"] + runs["data"])})
     rows = rows.sort_values("order", kind="stable", ignore_index=True).drop(columns="order")
     rows.loc[rows["algorithm"] == "dense", [f"{value}_std" for value in KEPT]] = math.nan
@@ -93,7 +93,7 @@ def build(options: Options) -> list[Path]:
     factored = (rows["params_kept"] < 1) | (rows["algorithm"] == "dense")
     shown = factored & (rows["requested"].isna() | (rows["requested"] == AIMED))
     keys = [*PAPER[:-1], *(f"perplexity_{name}" for name in others[:1]), PAPER[-1]]
-    notes = ["No fine-tuning.", frame.seeds_note(rows, "net")]
+    notes = ["No fine-tuning.", averages.seeds_note(rows, "net")]
     excerpt = table.paper(keys, shown.reindex(table.data.index, fill_value=False), notes)
     return save([table, excerpt], options.out, command.origin(options, found, [PUBLISHED]))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from spectrim.report import claims, command, frame
+from spectrim.report import averages, claims, command, frame
 from spectrim.report.command import Options
 from spectrim.report.compare import Word
 from spectrim.report.table import Column, Table, save
@@ -68,14 +68,16 @@ def build(options: Options) -> list[Path]:
     order = list(DECOMPOSITIONS)
     place = runs["decomposer"].map(lambda name: order.index(name) if name in order else len(order))
     runs = runs.assign(method=runs["decomposer"].map(lambda name: DECOMPOSITIONS.get(name, name)), place=place)
-    rows = frame.with_dense(runs.sort_values(["model", "variant", "place", "first_signature"], kind="stable"), VALUES)
+    rows = averages.with_dense(
+        runs.sort_values(["model", "variant", "place", "first_signature"], kind="stable"), VALUES
+    )
     rows["verdict"] = claims.loss_verdicts(rows)
     data = ", ".join(dict.fromkeys(rows["data"]))
     caption = f"One selector over several decompositions, without fine-tuning, on {data}"
     notes = [*NOTES, *_summary(rows)]
     table = Table(options.name, rows, COLUMNS, caption, notes, group="model", hidden=frame.KEYS)
     return save(
-        [table, table.paper(PAPER, notes=[frame.seeds_note(rows)])], options.out, command.origin(options, found)
+        [table, table.paper(PAPER, notes=[averages.seeds_note(rows)])], options.out, command.origin(options, found)
     )
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from spectrim.errors import UserError
 from spectrim.records.records import Record, algorithm_of, class_of
-from spectrim.report import claims, command, compare, frame, trainings
+from spectrim.report import averages, claims, command, compare, frame, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
 
@@ -69,7 +69,9 @@ def build(options: Options) -> list[Path]:
     for (model, data), own in runs.groupby(["model", "data"]):
         own = own.iloc[sorted(range(len(own)), key=own["order"].tolist().__getitem__)]
         both = pd.concat([dense[(dense["model"] == model) & (dense["data"] == data)], own])
-        rows += frame.over_seeds(both, ("model", "data", "method", "epochs", "stage"), VALUES).to_dict(orient="records")
+        rows += averages.over_seeds(both, ("model", "data", "method", "epochs", "stage"), VALUES).to_dict(
+            orient="records"
+        )
         rows += _published(published, str(model), str(data))
     table = pd.DataFrame(rows)
     table["net"] = table["model"] + ", " + table["data"]

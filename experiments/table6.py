@@ -10,7 +10,7 @@ import pandas as pd
 
 from spectrim.records import records
 from spectrim.records.records import Record
-from spectrim.report import claims, command, compare, frame
+from spectrim.report import averages, claims, command, compare, frame
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, number, save
 
@@ -86,7 +86,7 @@ def build(options: Options) -> list[Path]:
         raise command.lacking(options, "a selector that tells how many samples it read")
     runs = runs.sort_values(["untrained", "model", "images", "place", "selector"], kind="stable")
     by = ("model", "data", "images", "selector", "decomposer", "layers", "width", "untrained", "place", *KEYS)
-    rows = frame.over_seeds(runs, by, VALUES)
+    rows = averages.over_seeds(runs, by, VALUES)
     published = claims.claims(compare.read_published(PUBLISHED), ["Table 6"])
     data = ", ".join(dict.fromkeys(rows["data"]))
     notes = [*NOTES, *_searched(rows), *(_claim(one, rows) for one in published)]

@@ -11,7 +11,7 @@ import pandas as pd
 
 from spectrim.records import records
 from spectrim.records.records import Record
-from spectrim.report import claims, command, compare, frame
+from spectrim.report import averages, claims, command, compare, frame
 from spectrim.report.command import Options
 from spectrim.report.compare import Verdict, Word
 from spectrim.report.table import Column, Table, save
@@ -167,7 +167,7 @@ def _leakage(runs: pd.DataFrame) -> pd.DataFrame:
     )
     values = ("change_test_loss", "change_test_accuracy_pp", "params_kept")
     by = ("model", "data", "setting", "method", "calibration_from", *KEYS)
-    rows = frame.over_seeds(named, by, values)
+    rows = averages.over_seeds(named, by, values)
     held = rows[rows["calibration_from"] == HELD_OUT].set_index(["model", "setting"])["change_test_loss"]
     base = [held.get((model, setting), math.nan) for model, setting in zip(rows["model"], rows["setting"], strict=True)]
     rows["bought"] = rows["change_test_loss"] - base

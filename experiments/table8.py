@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from spectrim.records.records import Record, algorithm_of
-from spectrim.report import command, compare, frame
+from spectrim.report import averages, command, compare
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
 
@@ -64,11 +64,11 @@ def build(options: Options) -> list[Path]:
     moves, pairs = _moves(found), _pairs(found)
     tables = []
     if not moves.empty:
-        rows = frame.over_seeds(moves, ("net", "depth", "ratio"), _values(BOUNDS, moves))
+        rows = averages.over_seeds(moves, ("net", "depth", "ratio"), _values(BOUNDS, moves))
         caption = "How far truncation moves the outputs and the loss, and how far it may by S2's theorems, on digits"
         tables.append(Table(options.name, rows, BOUNDS, caption, [*BOUND_NOTES, _theorems(moves), SOURCE], group="net"))
     if not pairs.empty:
-        rows = frame.over_seeds(pairs, ("depth", "epsilon"), _values(SELECTION, pairs))
+        rows = averages.over_seeds(pairs, ("depth", "epsilon"), _values(SELECTION, pairs))
         caption = "Rank selection by the δ of Theorem 2 and by that of bisection, at the same ε, on digits"
         notes = [*SELECTION_NOTES, _promise(pairs), SOURCE]
         tables.append(Table(f"{options.name}_selection", rows, SELECTION, caption, notes, group="depth"))

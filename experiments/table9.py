@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectrim.report import command, frame
+from spectrim.report import averages, command, frame
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
 
@@ -71,13 +71,15 @@ def build(options: Options) -> list[Path]:
     keys = zip(runs["model"], runs["seed"], runs["calibration_seed"], strict=True)
     runs["to_default"] = runs["test_loss"] - [float(losses.get(key, float("nan"))) for key in keys]
     runs.loc[runs["changes"] == 0, "to_default"] = float("nan")
-    rows = frame.with_dense(runs.sort_values(["model", "changes", "method", "first_signature"], kind="stable"), VALUES)
+    rows = averages.with_dense(
+        runs.sort_values(["model", "changes", "method", "first_signature"], kind="stable"), VALUES
+    )
     dense = rows["algorithm"] == "dense"
     rows.loc[dense, ["to_default", "to_default_std", "seconds", "seconds_std"]] = float("nan")
     caption = f"What each part of joint selection is worth, at one budget, on {', '.join(dict.fromkeys(rows['data']))}"
     table = Table(options.name, rows, COLUMNS, caption, NOTES, group="model", hidden=frame.KEYS)
     return save(
-        [table, table.paper(PAPER, notes=[frame.seeds_note(rows)])], options.out, command.origin(options, found)
+        [table, table.paper(PAPER, notes=[averages.seeds_note(rows)])], options.out, command.origin(options, found)
     )
 
 

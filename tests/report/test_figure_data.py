@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from spectrim.errors import UserError
-from spectrim.report import command, figure_data, frame
+from spectrim.report import averages, command, figure_data, frame
 
 
 def options(folder: Path) -> command.Options:
@@ -25,7 +25,7 @@ def test_only_runs_of_the_algorithms_asked_for_are_taken(record: Any, tmp_path: 
 def test_the_table_has_the_values_in_their_order_and_names_what_is_missing(record: Any, tmp_path: Path) -> None:
     found = [record("vgg11", "truncation"), record("densenet22", "truncation")]
     values = ("params_kept", "test_loss")
-    rows = frame.with_dense(frame.runs(found), values)
+    rows = averages.with_dense(frame.runs(found), values)
     table = figure_data.table(
         options(tmp_path), rows, values, "What is shown", ["A note."], ("densenet", "resnet", "vgg")
     )

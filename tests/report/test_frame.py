@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 
 from spectrim.errors import UserError
@@ -100,51 +99,6 @@ def test_a_torchvision_model_goes_by_its_own_name(record: Make) -> None:
     one = record("torchvision")
     one["config"]["model"]["name"] = "resnet50"
     assert frame.runs([one])["model"][0] == "resnet50"
-
-
-def test_mean_and_deviation_over_seeds_are_those_of_numpy(record: Make) -> None:
-    changes = [0.1, 0.4, 0.2]
-    runs = frame.runs([record(calibration_seed=index, change=change) for index, change in enumerate(changes)])
-    (row,) = frame.over_seeds(runs, ["model", "method"], ["change_test_loss"]).to_dict(orient="records")
-    assert row["change_test_loss"] == pytest.approx(np.mean(changes))
-    assert row["change_test_loss_std"] == pytest.approx(np.std(changes, ddof=1))
-    assert (row["runs"], row["n"]) == (3, "1 × 3")
-
-
-def test_a_single_run_has_no_deviation(record: Make) -> None:
-    row = frame.over_seeds(frame.runs([record()]), ["model", "method"], ["test_loss"]).iloc[0]
-    assert math.isnan(row["test_loss_std"]) and row["n"] == "1 × 1"
-
-
-def test_n_says_where_a_run_is_missing(record: Make) -> None:
-    runs = frame.runs([record(seed=seed, calibration_seed=draw) for seed, draw in ((0, 0), (0, 1), (1, 0))])
-    assert frame.spelled_n(runs) == "2 × 2 (3 runs)"
-
-
-def test_n_says_where_each_training_seed_has_a_draw_of_its_own(record: Make) -> None:
-    runs = frame.runs([record(seed=seed, calibration_seed=seed) for seed in (0, 1, 2)])
-    assert frame.spelled_n(runs) == "3 pairs"
-    assert frame.spelled_n(runs[:1]) == "1 × 1"
-
-
-def test_the_dense_row_counts_training_seeds_not_calibration_draws(grid: Make) -> None:
-    rows = frame.with_dense(frame.runs(grid(["resnet20"])), ["test_loss", "change_test_loss", "params_kept"])
-    dense = rows.iloc[0]
-    assert (dense["method"], dense["n"], dense["runs"], dense["params_kept"]) == ("dense", "2", 2, 1.0)
-    assert dense["test_loss"] == pytest.approx(0.302)
-    assert dense["test_loss_std"] == pytest.approx(np.std([0.300, 0.304], ddof=1))
-    assert math.isnan(dense["change_test_loss"]) and math.isnan(dense["params_kept_std"])
-    assert set(rows.loc[rows["variant"].str.startswith("lossless"), "n"]) == {"2 × 3"}
-
-
-def test_a_model_on_two_data_sets_is_told_apart(record: Make) -> None:
-    other = record(change=0.5)
-    other["names"] = other["names"] | {"data": "mnist"}
-    other["config"] = other["config"] | {"data": other["config"]["data"] | {"_class_": "MNIST"}}
-    rows = frame.with_dense(frame.runs([record(change=0.1), other]), ["change_test_loss"])
-    compressed = rows[rows["method"] != "dense"].set_index("model")["change_test_loss"]
-    assert compressed.to_dict() == pytest.approx({"resnet20 on cifar10": 0.1, "resnet20 on mnist": 0.5})
-    assert list(rows["n"]) == ["1", "1 × 1"] * 2
 
 
 def test_families_without_a_model_are_named() -> None:

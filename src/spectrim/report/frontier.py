@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from spectrim.records.records import Record
-from spectrim.report import claims, command, compare, frame
+from spectrim.report import averages, claims, command, compare, frame
 from spectrim.report.claims import Claim
 from spectrim.report.command import Options
 
@@ -49,7 +49,7 @@ KEYS = (*frame.KEYS, *ABOUT)
 def rows(options: Options, found: Sequence[Record], published: Sequence[Claim]) -> pd.DataFrame:
     """Return one row per curve and size, averaged over seeds, with each model's dense row first.
 
-    The columns are those of ``frame.with_dense``, ``KEYS``, ``decomposer``, ``asked`` (the request in words),
+    The columns are those of ``averages.with_dense``, ``KEYS``, ``decomposer``, ``asked`` (the request in words),
     ``published`` (the published change of accuracy at this size) and ``verdict`` (on ALDS as published).
 
     ``published``: the points of the published curve.
@@ -57,7 +57,7 @@ def rows(options: Options, found: Sequence[Record], published: Sequence[Claim]) 
     """
     runs = _points(command.runs(options, found, [*frame.SELECTORS, "refitted"]))
     about = runs.drop_duplicates(list(POINT))[[*POINT, *ABOUT, "decomposer", "asked"]]
-    together = frame.with_dense(runs, VALUES).merge(about, "left", list(POINT))
+    together = averages.with_dense(runs, VALUES).merge(about, "left", list(POINT))
     return pd.concat([_judged(own, of(published, own)) for _, own in together.groupby("model", sort=False)])
 
 

@@ -10,7 +10,7 @@ import pandas as pd
 from spectrim.errors import UserError
 from spectrim.records import records
 from spectrim.records.records import Record
-from spectrim.report import command, frame, trainings
+from spectrim.report import averages, command, frame, trainings
 from spectrim.report.command import Options
 
 BUDGETS = (0.7, 0.5, 0.3)  # shares of the parameters kept
@@ -60,7 +60,7 @@ def rows(options: Options, found: Sequence[Record], selectors: pd.DataFrame) -> 
     runs["place"] = runs["selector"].map(order)
     runs["size"] = -runs["params_kept"]
     runs = runs.sort_values(["model", "data", "place", "scratch", "epochs", "size", "asked"], kind="stable")
-    together = frame.over_seeds(runs, BY, VALUES)
+    together = averages.over_seeds(runs, BY, VALUES)
     together["approach"] = together["selector"].map(selectors.set_index("selector")["approach"])
     together.loc[together["scratch"], "approach"] += ", from scratch"
     together["at"] = _stands_for(together)
@@ -139,4 +139,4 @@ def _dense(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the mean accuracy of each network's trained dense networks, one per seed."""
     nets = runs.dropna(subset="dense_accuracy").drop_duplicates(["model", "data", "seed"])
     columns = ["model", "data", "dense_accuracy", "dense_accuracy_std"]
-    return frame.over_seeds(nets, ("model", "data"), ["dense_accuracy"]).reindex(columns=columns)
+    return averages.over_seeds(nets, ("model", "data"), ["dense_accuracy"]).reindex(columns=columns)
