@@ -17,7 +17,7 @@ from spectrim.algorithms.truncation import Truncation
 from spectrim.cli import run
 from spectrim.errors import UserError
 from spectrim.records import records
-from spectrim.runs import configuration
+from spectrim.runs import configuration, signing
 
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
 
@@ -146,7 +146,7 @@ def test_committed_records_are_those_of_todays_configuration(compose: Any, exper
     (first, *_) = sorted((Path(__file__).parents[2] / "results" / "records" / experiment).glob("*.json"))
     record = json.loads(first.read_text())
     cfg = compose(*configuration.present_names(shlex.split(record["provenance"]["command"])[1:]))
-    settings = records.identity(run.scientific(cfg) | {"checkpoint": record["config"]["checkpoint"]})
+    settings = records.identity(signing.scientific(cfg) | {"checkpoint": record["config"]["checkpoint"]})
     assert settings == record["config"]
     assert records.signature(settings) == record["signature"] == first.stem
 

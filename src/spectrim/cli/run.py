@@ -19,18 +19,17 @@ from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.records import records
 from spectrim.records.provenance import provenance
-from spectrim.runs import configuration, targets, task
+from spectrim.runs import configuration, signing, targets, task
 from spectrim.statistics import batchnorm
 from spectrim.tools import digests, files
 from spectrim.tools.device import device_called
 from spectrim.tools.profiling import Phases
 
-SCIENTIFIC = ("model", "data", "shape", "decomposer", "algorithm", "seed")
-
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Return the record of one run: the one on disk, or else a new one, which is written."""
-    settings = scientific(cfg)
+    settings = signing.scientific(cfg)
+    batchnorm.require(cfg.batch_norm)
     folder, name = Path(configuration.text(cfg, "records")), configuration.text(cfg, "name")
     checkpoint = _checkpoint(cfg)
     settings["checkpoint"] = None if checkpoint is None else digests.of_file(checkpoint)
@@ -105,26 +104,6 @@ def _resumable(algorithm: dict[str, Any], state: Path) -> dict[str, Any]:
         return algorithm
     files.require_writable(state)
     return {**algorithm, "state": str(state)}
-
-
-def scientific(cfg: DictConfig) -> dict[str, Any]:
-    """What a run is signed by, with the digest of its checkpoint. Raises ``UserError`` for what it may not hold."""
-    settings = {
-        key: configuration.plain(cfg[key]) if isinstance(cfg[key], DictConfig) else cfg[key] for key in SCIENTIFIC
-    }
-    targets.check_targets(settings)
-    configuration.check_seed(cfg)
-    batchnorm.require(cfg.batch_norm)
-    return settings | {"batch_norm": cfg.batch_norm, "also": _also(cfg.also) if cfg.also else {}}
-
-
-def _also(nodes: Any) -> dict[str, Any]:
-    """The settings of each data set whose test split is measured too, by its name."""
-    given: Any = configuration.plain(nodes) if isinstance(nodes, DictConfig) else {"": None}
-    for name, node in given.items():
-        if not isinstance(node, dict) or not isinstance(node.get("data"), dict):
-            raise UserError(f"also.{name} is no data set; name one as +data@also.NAME=sotu")
-    return {name: node["data"] for name, node in given.items()}
 
 
 def _checkpoint(cfg: DictConfig) -> Path | None:

@@ -10,7 +10,6 @@ from omegaconf import DictConfig, ListConfig
 
 from spectrim.errors import UserError
 from spectrim.runs.configuration import innermost
-from spectrim.tools import torchvision_shim
 
 PACKAGES = ("spectrim.", "torch.", "torchvision.")
 # The modules that hold the parts of a run. Other modules of these packages run commands, load libraries and write
@@ -75,6 +74,8 @@ def build(settings: dict[str, Any], *can: str) -> Any:
     """
     check_targets(settings)
     if "torchvision." in str(settings):
+        from spectrim.tools import torchvision_shim  # here, because it imports torch, which a check of names does not need
+
         torchvision_shim.prepare()
         # torchvision fetches weights without asking torch.load for tensors alone.
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
