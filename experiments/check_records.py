@@ -12,6 +12,7 @@ from pathlib import Path
 from hydra.initialize import initialize_config_dir
 from tqdm import tqdm
 
+from spectrim.records.records import is_record
 from spectrim.runs import configuration
 from spectrim.runs.cells import cells
 
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     print(f"error: {grid} needs the checkpoint {cell.checkpoint}; see `make train`", file=sys.stderr)
                     return 1
                 met[cell.experiment, cell.signature] = grid
-    there = {(str(path.parent.relative_to(folder)), path.stem) for path in folder.rglob("*.json")}
+    files = filter(is_record, folder.rglob("*.json"))
+    there = {(str(path.parent.relative_to(folder)), path.stem) for path in files}
     for name, signature in sorted(met.keys() - there):
         print(f"{name}/{signature}: a cell of {met[name, signature]} that has no record")
     for name, signature in sorted(there - met.keys()):

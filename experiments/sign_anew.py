@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder in folders:
             if not folder.is_dir():
                 raise UserError(f"there is no folder {folder}; give one of records, or of checkpoints")
-        signed = [sign(path) for folder in folders for path in sorted(folder.rglob("*.json"))]
+        found = [path for folder in folders for path in sorted(folder.rglob("*.json")) if records.is_record(path)]
+        signed = [sign(path) for path in found]
     except (UserError, OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

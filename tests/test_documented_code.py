@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spectrim.fetch import pretrained
+from spectrim.runs.configuration import grids_called
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -171,5 +172,5 @@ def test_a_line_for_a_shell_can_be_given(page: str, line: str) -> None:
         assert all(option in said for option in arguments if option.startswith("--"))
     else:
         # The tests of the documented commands compose these.
-        assert program in {"spectrim", "spectrim-train"}
-        assert any("=" in word for word in words)
+        assert program in {"spectrim", "spectrim-train", "spectrim-grid"}
+        assert any("=" in word for word in words) or (program == "spectrim-grid" and grids_called(words[1]))

@@ -154,6 +154,22 @@ def test_a_target_anywhere_is_refused(compose: Any) -> None:
             compose(f"{where}._target_=os.system")
 
 
+def test_only_the_command_line_puts_commands_into_the_script_of_slurm(compose: Any, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    given = ["hydra/launcher=submitit_slurm", "hydra.launcher.setup=[module load cuda]"]
+    assert compose(*given).hydra.launcher.setup == ["module load cuda"]
+    (tmp_path / "experiment").mkdir()
+    for line, said in {
+        "setup: ['touch x']": "setup is refused in a yaml: give it on the command line",
+        "additional_parameters: {wrap: 'touch x'}": "additional_parameters is refused in a yaml",
+        'comment: "a\\ntouch x"': "comment is refused: it has more than one line",
+    }.items():
+        head = "# @package _global_\ndefaults: [override /hydra/launcher: submitit_slurm]\n"
+        (tmp_path / "experiment" / "evil.yaml").write_text(f"{head}hydra: {{launcher: {{{line}}}}}\n")
+        with pytest.raises(UserError, match=f"^hydra.launcher.{said}"):
+            compose("experiment=evil", f"hydra.searchpath=[file://{tmp_path}]")
+
+
 def test_logging_that_cannot_be_checked_is_refused(compose: Any) -> None:
     with pytest.raises(UserError, match="^hydra.job_logging is refused: "):
         compose("hydra/job_logging=default")

@@ -1,5 +1,6 @@
 """A grid of runs on the command line: each failed run in one line, workers that end with their parent."""
 
+import json
 import os
 import signal
 import sys
@@ -23,9 +24,10 @@ from tqdm import tqdm
 
 from spectrim.cli.termination import STATUS, Terminated, terminable
 from spectrim.errors import UserError
+from spectrim.records.records import failure_path
 from spectrim.runs import composition
 from spectrim.runs.configuration import check_choices, innermost, invocation, present_names
-from spectrim.tools import malloc
+from spectrim.tools import files, malloc
 
 composition.guard()  # here, because joblib's workers import this module before they compose a cell
 
@@ -46,7 +48,7 @@ def cell(program: str) -> Iterator[None]:
         check_choices()
         yield
     except Exception as error:
-        if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
+        if not _in_grid():
             raise
         fault = not isinstance(error, MISTAKES)
         said = f"{type(error).__name__ + ': ' if fault else ''}{innermost(error)} (in {invocation(program)})"
@@ -56,6 +58,24 @@ def cell(program: str) -> Iterator[None]:
             if fault:
                 (folder / "fault").write_text(format_exc())
         raise UserError(said) from None
+
+
+@contextmanager
+def failure_noted(record: Path) -> Iterator[None]:
+    """Leave the reason of a failed cell beside the place of its record, until the cell succeeds."""
+    note = failure_path(record)
+    try:
+        yield
+    except Exception as error:
+        if _in_grid():
+            with suppress(UserError):  # A disk that is full must not hide the error.
+                files.write({note: (json.dumps({"reason": innermost(error)}, indent=1) + "\n").encode()})
+        raise
+    note.unlink(missing_ok=True)
+
+
+def _in_grid() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 @cache

@@ -42,8 +42,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         record = records.read(path)
     else:
         files.require_writable(path)
-        record = _measured(cfg, settings, signature, checkpoint, state)
-        records.write(folder, record)
+        with grid.failure_noted(path):
+            record = _measured(cfg, settings, signature, checkpoint, state)
+            records.write(folder, record)
         _say(record)
     state.unlink(missing_ok=True)  # Here too, because a kill may have come right after the record.
     _track(tracker, record, path.with_suffix(".tracked"))

@@ -175,4 +175,14 @@ def read_all(folder: Path, experiment: str) -> list[Record]:
     It ignores the temporary files of a killed run, which end in ``.tmp``.
     """
     place = path_of(folder, experiment, "any").parent
-    return sorted(map(read, place.glob("*.json")), key=first_signature)
+    return sorted(map(read, filter(is_record, place.glob("*.json"))), key=first_signature)
+
+
+def failure_path(record: Path) -> Path:
+    """Return the path of the note on a failed run. It lies beside the place of its record."""
+    return record.with_suffix(".failed.json")
+
+
+def is_record(path: Path) -> bool:
+    """Return whether a JSON file in a folder of records is a record, by its name. A note on a failed run is none."""
+    return "." not in path.stem

@@ -31,6 +31,7 @@ PLUGINS = (
 # What logging may build, and the streams that it may write to; ``logging.config`` would call anything.
 HANDLERS = ("logging.StreamHandler", "logging.NullHandler")
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+SHELL = ("setup", "additional_parameters")  # of the launcher for Slurm: lines of a shell script
 MOST_CELLS = 10_000  # Hydra composes every cell before the first run: this many take a quarter of an hour
 
 
@@ -41,18 +42,26 @@ def guard() -> None:
         return
 
     @wraps(usual)
-    def checked(*args: Any, **kwargs: Any) -> DictConfig:
-        cfg = usual(*args, **kwargs)
-        check(cfg, kwargs.get("run_mode"))
+    def checked(
+        self: ConfigLoaderImpl,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        *more: Any,
+        **named: Any,
+    ) -> DictConfig:
+        cfg = usual(self, config_name, overrides, run_mode, *more, **named)
+        check(cfg, run_mode, overrides)
         return cfg
 
     ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
 
 
-def check(cfg: DictConfig, mode: RunMode | None = None) -> None:
+def check(cfg: DictConfig, mode: RunMode | None = None, words: Sequence[str] = ()) -> None:
     """Refuse a composed configuration that could run foreign code, or that asks for absurdly much.
 
     ``mode``: whether a single run or a sweep is composed.
+    ``words``: the overrides of the command line. They are the user's own, so they may do more than a yaml.
     Raises ``UserError`` in one line.
     """
     for key in cfg:
@@ -67,6 +76,7 @@ def check(cfg: DictConfig, mode: RunMode | None = None) -> None:
         if os.environ.get(name) != value:
             raise UserError(f"hydra.job.env_set.{name} is refused: set environment variables in the shell")
     _check_jobs(cfg.hydra.launcher)
+    _check_shell(_resolved(cfg.hydra, "launcher"), words)
     if mode is RunMode.MULTIRUN:
         check_sweep([*_params(cfg), *cfg.hydra.overrides.task])
 
@@ -111,6 +121,16 @@ def _check_jobs(launcher: DictConfig) -> None:
         raise UserError(
             f"hydra.launcher.n_jobs={jobs} is too many for {cores} cores; give at most {max(16, 4 * cores)}"
         )
+
+
+def _check_shell(launcher: dict[str, Any], words: Sequence[str]) -> None:
+    """Refuse what would put commands of a yaml into the script that Slurm runs."""
+    for key in SHELL:
+        if launcher.get(key) and not any(word.lstrip("+").startswith(f"hydra.launcher.{key}") for word in words):
+            raise UserError(f"hydra.launcher.{key} is refused in a yaml: give it on the command line")
+    for key, value in launcher.items():
+        if isinstance(value, str) and len(value.splitlines()) > 1:
+            raise UserError(f"hydra.launcher.{key} is refused: it has more than one line")
 
 
 def _params(cfg: DictConfig) -> list[str]:

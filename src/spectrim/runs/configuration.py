@@ -31,6 +31,17 @@ def experiments() -> list[str]:
     return sorted(path.as_posix() for path in found if not any(part.startswith("_") for part in path.parts))
 
 
+def grids_called(name: str) -> list[str]:
+    """Return the grid of this name, or all grids of a folder. Raises ``UserError`` where there is neither."""
+    names = experiments()
+    below = [one for one in names if one.startswith(f"{name.strip('/')}/")]
+    present = present_names([f"experiment={name}"])[0].partition("=")[2]
+    found = [name] if name in names else below or [present] * (present in names)
+    if not found:
+        raise UserError(unknown_experiment(name))
+    return found
+
+
 def present_names(words: Sequence[str]) -> list[str]:
     """Return the words of a command with the former name of a grid replaced by its present one."""
     return [_present_name(word) if word.startswith("experiment=") else word for word in words]
@@ -82,12 +93,13 @@ def innermost(error: BaseException) -> str:
         if isinstance(cause, UserError):
             return str(cause)
         if isinstance(cause, MissingConfigException) and str(cause.missing_cfg_file).startswith("experiment/"):
-            return _unknown_experiment(str(cause.missing_cfg_file).removeprefix("experiment/"))
+            return unknown_experiment(str(cause.missing_cfg_file).removeprefix("experiment/"))
         cause = cause.__cause__
     return " ".join(str(error).partition("Config search path:")[0].split()) or type(error).__name__
 
 
-def _unknown_experiment(name: str) -> str:
+def unknown_experiment(name: str) -> str:
+    """Return the line that tells which grids have a name near to an unknown one."""
     names = experiments()
     below = [one for one in names if one.startswith(f"{name.strip('/')}/")]
     ending = [one for one in names if one.endswith(f"/{name.strip('/')}")]

@@ -74,7 +74,9 @@ def build(settings: dict[str, Any], *can: str) -> Any:
     """
     check_targets(settings)
     if "torchvision." in str(settings):
-        from spectrim.tools import torchvision_shim  # here, because it imports torch, which a check of names does not need
+        from spectrim.tools import (
+            torchvision_shim,
+        )  # here, because it imports torch, which a check of names does not need
 
         torchvision_shim.prepare()
         # torchvision fetches weights without asking torch.load for tensors alone.

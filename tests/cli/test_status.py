@@ -1,0 +1,129 @@
+"""How far a grid is: what is done, what failed and why, what is missing, and the hours that it takes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spectrim.algorithms.bound_probe import BoundProbe
+from spectrim.cli import run, status
+from spectrim.errors import UserError
+from spectrim.records import records
+
+QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
+GRID = "table8/bounds_untrained"
+
+
+def told(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, list[str]]:
+    """Exit status and lines of the command."""
+    capsys.readouterr()
+    ended = status.main(["status", *arguments])
+    captured = capsys.readouterr()
+    return ended, (captured.out + captured.err).splitlines()
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``sweep(words)``: run a part of the grid."""
+
+    def swept(*words: str) -> None:
+        monkeypatch.setattr(
+            sys, "argv", ["spectrim", "-m", f"experiment={GRID}", f"records={tmp_path}", *words, *QUIET]
+        )
+        run.main()
+
+    return swept
+
+
+def test_a_failed_cell_is_told_with_its_reason_until_it_succeeds(
+    sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    usual = BoundProbe.measure
+
+    def failing(self: BoundProbe, model: Any, *given: Any) -> Any:
+        if len(list(model.parameters())) > 2:
+            raise UserError("no luck with deep nets")
+        return usual(self, model, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BoundProbe, "measure", failing)
+        with pytest.raises(SystemExit):
+            sweep("model.depth=2,3", "seed=0")
+    assert len(records.read_all(tmp_path, "table8")) == 1  # a note is no record
+    ended, lines = told(capsys, GRID, "--records", str(tmp_path))
+    assert ended == 1 and len(lines) == 16
+    assert re.fullmatch(f"{GRID}: 1 of 15 cells done, 1 failed, 13 missing, 0.00 hours left", lines[0])
+    assert re.fullmatch(r"  done    model.depth=2 seed=0 \(\d+ s\)", lines[1])
+    assert lines[2] == "  missing model.depth=2 seed=1"
+    assert lines[4] == "  failed  model.depth=3 seed=0: no luck with deep nets"
+    (note,) = tmp_path.rglob("*.failed.json")
+    assert json.loads(note.read_text()) == {"reason": "no luck with deep nets"}
+
+    sweep("model.depth=2,3", "seed=0")
+    assert not list(tmp_path.rglob("*.failed.json"))
+    assert told(capsys, GRID, "--records", str(tmp_path))[1][4].startswith("  done    model.depth=3 seed=0 (")
+
+
+def test_a_single_run_that_fails_leaves_no_note(
+    tmp_path: Path, digits: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["spectrim", *digits, "algorithm=truncation", "algorithm.ratio=2", *QUIET])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "ratio must lie in" in capsys.readouterr().err and not list(tmp_path.rglob("*.json"))
+
+
+def test_a_grid_of_committed_records_is_done(capsys: pytest.CaptureFixture) -> None:
+    ended, lines = told(capsys, "table8", "--records", "results/records")
+    assert ended == 0
+    assert lines == [
+        "table8/bounds: 15 of 15 cells done",
+        "table8/bounds_untrained: 15 of 15 cells done",
+        "table8/rank_selection: 60 of 60 cells done",
+    ]
+
+
+def test_a_missing_checkpoint_and_a_damaged_record_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "table8"
+    folder.mkdir()
+    for path in sorted(Path("results/records/table8").glob("*.json")):
+        (folder / path.name).write_text("{")
+    lines = told(capsys, GRID, "--records", str(tmp_path))[1]
+    assert lines[0].startswith(f"{GRID}: 0 of 15 cells done, 15 failed")
+    assert all(line.endswith(".json is damaged: delete it") for line in lines[1:])
+    monkeypatch.chdir(tmp_path)
+    lines = told(capsys, "table8/bounds")[1]
+    assert lines[0] == "table8/bounds: 0 of 15 cells done, 15 missing, hours left unknown"
+    assert lines[1].endswith(
+        ": its checkpoint results/checkpoints/table8/bias_free_mlp2-digits-seed0.safetensors is missing"
+    )
+
+
+def test_the_hours_are_those_of_the_cells_that_are_left() -> None:
+    done, same, new = (
+        status.State("done", seconds=1800.0),
+        status.State("missing", seconds=5400.0),
+        status.State("failed"),
+    )
+    assert status.hours_left([done, done]) == 0
+    assert status.hours_left([done, same]) == 1.5
+    assert status.hours_left([done, same, new]) == 1.5 + 1.0
+    assert status.hours_left([new]) is None
+
+
+def test_an_unknown_grid_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    ended, lines = told(capsys, "table9/refits")
+    assert ended == 1 and len(lines) == 1
+    assert lines[0].startswith("spectrim-grid: experiment=table9/refits is no grid: choose table9/refit")
+
+
+def test_it_does_not_load_torch() -> None:
+    command = [sys.executable, "-c", "import sys, spectrim.cli.status; print(*sys.modules)"]
+    modules = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert not modules & {"torch", "torchvision", "pandas", "wandb"}
