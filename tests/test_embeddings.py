@@ -27,7 +27,8 @@ DECOMPOSERS = {
     "but some": spectrim.WhitenedSVD(view="channel", samples=24, embeddings=True, whole=0.4),
 }
 FORMS = {"plain": EmbeddingForm(), "whitened": EmbeddingForm(), "but some": EmbeddingForm(whole_rows=4)}
-ALGORITHMS = sorted(path.stem for path in (Path(configuration.CONF) / "algorithm").glob("*.yaml"))
+MEASUREMENTS = "probe", "bound_probe"  # they compress nothing
+ALGORITHMS = sorted({path.stem for path in (Path(configuration.CONF) / "algorithm").glob("*.yaml")} - {*MEASUREMENTS})
 # One knows images alone, the other splits the inputs of layers.
 REFUSED = ("aimet", "alds")
 # What is trained as U, S and V starts from a plain SVD.
