@@ -231,5 +231,6 @@ def test_batches_of_collators_are_pairs() -> None:
     ends = {"start_positions": labels, "end_positions": labels + 1}
     (pair,) = pairs([{"input_ids": ids, **ends}], "calibration")
     assert pair[0].keys() == {"input_ids"} and pair[1].tolist() == [[n, n + 1] for n in range(4)]
+    assert list(pairs([{"input_ids": ids}], "calibration")) == [({"input_ids": ids}, None)]
     with pytest.raises(UserError, match="a mapping that holds labels"):
-        list(pairs([{"input_ids": ids}], "calibration"))
+        list(pairs([(ids, labels, labels)], "calibration"))
