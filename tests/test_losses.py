@@ -116,7 +116,7 @@ def test_the_fisher_information_of_the_gates_is_that_of_the_mean_token(batches: 
         replacing.apply(model, plan, {"layer": spectrum}),
         Objective(token_loss, {"calibration": data}),
     )
-    draws = [gate_gradients(factored, ["layer"], objective, 2, seed=seed).rows["layer"].drawn for seed in range(800)]
+    draws = [gate_gradients(factored, ["layer"], objective, 2, seed=seed).rows["layer"].fisher for seed in range(800)]
     found = torch.stack([rows.T @ rows / len(rows) for rows in draws]).mean(0)
     # By hand: the derivative of the logits by gate i is U_i * s_i * (V_i . x).
     inputs = data[0][0]["input_ids"][:, :-1].flatten()
@@ -175,7 +175,7 @@ def test_the_fisher_information_of_answers_is_that_of_the_mean_over_both_ends() 
     spectrum = SVD().spectrum(net.body)
     model = replacing.apply(net, RankPlan.of({"body": Kept(6, spectrum.form)}), {"body": spectrum})
     many = Objective(span_loss, {"calibration": [(x.expand(6000, -1, -1), torch.zeros(6000, 2, dtype=torch.long))]})
-    rows = gate_gradients(model, ["body"], many, samples=6000, seed=1).rows["body"].drawn
+    rows = gate_gradients(model, ["body"], many, samples=6000, seed=1).rows["body"].fisher
     exact = torch.zeros(6, 6)
     for end in ("start_logits", "end_logits"):
         p = model(x)[end].detach().softmax(1)[0]

@@ -91,7 +91,7 @@ def test_gates_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     apart = gate_gradients(model, names, Objective(F.cross_entropy, splits, layers_at_once=1), samples=6).rows
     assert held == [1] * (2 * 3 * 2)  # batches; given targets, drawn directions and the check of the rows; layers
     for name in names:
-        assert apart[name].given.equal(whole[name].given) and apart[name].drawn.equal(whole[name].drawn)
+        assert apart[name].given.equal(whole[name].given) and apart[name].fisher.equal(whole[name].fisher)
 
 
 def test_drawn_directions_give_the_fisher_information_and_are_seeded() -> None:
@@ -107,11 +107,11 @@ def test_drawn_directions_give_the_fisher_information_and_are_seeded() -> None:
         own = gate_gradients(model, ["conv", "fc"], one, samples=1).rows
         J = torch.cat([own[name].given for name in ("conv", "fc")], 1)
         exact = exact + weight * J.T @ J
-    J = torch.cat([rows[name].drawn for name in ("conv", "fc")], 1)
+    J = torch.cat([rows[name].fisher for name in ("conv", "fc")], 1)
     found = J.T @ J / 4000
     assert float((found - exact).norm() / exact.norm()) < 0.1
     again = gate_gradients(model, ["fc"], many, samples=4000, seed=1).rows["fc"]
-    assert again.drawn.equal(rows["fc"].drawn)
+    assert again.fisher.equal(rows["fc"].fisher)
 
 
 def test_without_the_first_order_one_backward_pass_less_gives_the_same_directions(
@@ -125,18 +125,18 @@ def test_without_the_first_order_one_backward_pass_less_gives_the_same_direction
     alone = gate_gradients(model, ["conv", "fc"], data, samples=6, first_order=False).rows
     assert len(passes) == 2 * 3 + 2 * 2
     for name, own in alone.items():
-        assert own.drawn.equal(both[name].drawn) and own.given.shape == (0, own.drawn.shape[1])
+        assert own.fisher.equal(both[name].fisher) and own.given.shape == (0, own.fisher.shape[1])
 
 
 def test_a_loss_without_classes_takes_the_given_targets() -> None:
     model, _ = factored(Net().eval())
     data = [(x, torch.randn(3, 3)) for x, _ in batches()]
     rows = gate_gradients(model, ["fc"], Objective(F.mse_loss, {"calibration": data}), samples=6).rows["fc"]
-    assert rows.drawn.equal(rows.given)
+    assert rows.fisher.equal(rows.given)
     alone = gate_gradients(
         model, ["fc"], Objective(F.mse_loss, {"calibration": data}), samples=6, first_order=False
     ).rows
-    assert alone["fc"].drawn.equal(rows.drawn) and not len(alone["fc"].given)
+    assert alone["fc"].fisher.equal(rows.fisher) and not len(alone["fc"].given)
 
 
 def test_frozen_models_positions_and_the_number_of_samples() -> None:
@@ -153,7 +153,7 @@ def test_frozen_models_positions_and_the_number_of_samples() -> None:
     model = replacing.apply(net, RankPlan.of({"layer": Kept(3, PlainForm("linear"))}), spectra).requires_grad_(False)
     data = [(torch.randn(2, 7, 4), torch.tensor([0, 1])) for _ in range(5)]
     rows = gate_gradients(model, ["layer"], Objective(F.cross_entropy, {"calibration": data}), samples=3).rows["layer"]
-    assert rows.given.shape == rows.drawn.shape == (4, 3)  # whole batches
+    assert rows.given.shape == rows.fisher.shape == (4, 3)  # whole batches
     assert not model.layer.first._forward_hooks
 
 

@@ -12,7 +12,8 @@ from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.losses import fisher_direction
 from spectrim.statistics import fisher
-from spectrim.statistics.fisher import MIXED, OUTSIDE, Gates, gate_gradients
+from spectrim.statistics.fisher import Gates, gate_gradients
+from spectrim.statistics.gate_rows import MIXED, OUTSIDE
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.sample_rows import ENOUGH, Layout, RowOwners, sample_weights, scattered
 from spectrim.surgery import replacing
@@ -118,7 +119,7 @@ def test_a_layer_outside_the_loss_is_left_out_and_one_that_a_batch_does_not_reac
     reached, other = x - x.mean() + 1, x - x.mean() - 1
     gates = gates_of(Routed("expert"), [(reached, y), (other, y)])
     assert not gates.left
-    assert gates.rows["first"].drawn[:COUNT].any() and not gates.rows["first"].drawn[COUNT:].any()
+    assert gates.rows["first"].fisher[:COUNT].any() and not gates.rows["first"].fisher[COUNT:].any()
 
 
 def test_a_loss_of_other_outputs_than_scores_tells_its_samples_too() -> None:

@@ -157,7 +157,7 @@ class _JointSearch:
             raise UserError(f"joint selection has no layer to choose from: {_reasons(self.without_gates)}")
         for name, row in gates.rows.items():
             curve = self.costs.curves[name][: len(point.kept[name]) + 1]
-            J_NR = row.drawn.double()
+            J_NR = row.fisher.double()
             alone = J_NR.square().mean(0) / 2
             if errors is not None:
                 alone -= significant(row.given, errors)
