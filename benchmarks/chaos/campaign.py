@@ -80,10 +80,7 @@ def trials(draw: random.Random, quick: bool) -> Iterator[tuple[str, str, str | N
 
 def _of(target: Target, draw: random.Random, quick: bool, scratch: Path) -> Iterator[tuple[str, str, str | None]]:
     """Faults at calls that change files: all of them, or as many as a campaign has time for."""
-    folder = _fresh(target, scratch)
-    started = time.monotonic()
-    calls, seconds = faults.run(target.work, folder).calls, time.monotonic() - started
-    unbroken = targets.contents(folder)
+    calls, seconds, unbroken = _unbroken(target, scratch)
     slow = seconds > 3
     number = QUICK_TRIALS if quick else TRIALS // 4 if slow else TRIALS
     planned = [Fault(at, error=error) for error in ERRORS for at in _drawn(draw, calls, number)]
@@ -100,9 +97,7 @@ def _of_moments(
     target: Target, draw: random.Random, number: int, scratch: Path
 ) -> Iterator[tuple[str, str, str | None]]:
     """Signals at random moments, for work in several processes, whose calls nobody can number."""
-    folder, started = _fresh(target, scratch), time.monotonic()
-    faults.run(target.work, folder)
-    unbroken, seconds = targets.contents(folder), time.monotonic() - started
+    _, seconds, unbroken = _unbroken(target, scratch)
     for one in SIGNALS:
         for _ in range(number):
             fault = Fault(signal=one, after=draw.uniform(0, seconds))
@@ -121,6 +116,15 @@ def _fresh(target: Target, scratch: Path) -> Path:
     return place / "work"
 
 
+def _unbroken(target: Target, scratch: Path) -> tuple[int, float, dict[str, bytes]]:
+    """Run the work without a fault; return its calls that change files, its seconds and its files."""
+    folder, started = _fresh(target, scratch), time.monotonic()
+    end = faults.run(target.work, folder)
+    if end.code != DONE:
+        raise RuntimeError(f"{target.name} fails without a fault: {end.message}")
+    return end.calls, time.monotonic() - started, targets.contents(folder)
+
+
 def attacked(target: Target, fault: Fault, unbroken: dict[str, bytes], scratch: Path) -> str | None:
     """Return what is wrong after ``fault`` and another run; None if nothing is."""
     folder = _fresh(target, scratch)
@@ -135,10 +139,8 @@ def attacked(target: Target, fault: Fault, unbroken: dict[str, bytes], scratch: 
 
 def crowded(target: Target, scratch: Path) -> str | None:
     """Run the work twice at once in one folder; return what is wrong then."""
+    _, _, unbroken = _unbroken(target, scratch)
     folder = _fresh(target, scratch)
-    if faults.run(target.work, folder).code != DONE:
-        return "fails alone"
-    unbroken, folder = targets.contents(folder), _fresh(target, scratch)
     both = [faults.Trial(target.work, folder, faults.NONE) for _ in range(2)]
     for end in [trial.end() for trial in both]:
         complaint = end.fits(faults.NONE)

@@ -6,7 +6,9 @@ much time, and a model that a file is to be loaded into stays as it was where th
 
 import json
 import random
+import re
 import resource
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +26,7 @@ from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.records import records
 
+READ = "files read: "
 MEMORY = 3 << 30  # bytes that a reader may add to what the process has
 NASTY: list[Any] = [
     None, True, "", "\0", "x" * 5000, -1, 0, 2**31, 2**64, 10**400, 1e308, float("inf"), float("nan"), [], {}, [[]],
@@ -97,18 +100,20 @@ def trials(draw: random.Random, quick: bool) -> Iterator[tuple[str, str, str | N
             examples, first = 40 if quick else 4000, draw.randrange(2**32)
             end = faults.run(lambda place, r=reader, n=examples, s=first: _search(r, place, n, s), folder)
             complaint = None if end.code == faults.DONE else end.message or f"status {end.code}"
-            for _ in range(examples - 1):
+            read = re.search(rf"{READ}(\d+)", end.message)  # a search ends at the first file that brings it down
+            for _ in range(int(read[1]) - 1 if read else 0):
                 yield reader.name, "damaged file", None
             yield reader.name, "damaged file", complaint
 
 
 def _search(reader: Reader, folder: Path, examples: int, first: int) -> None:
-    """Read damaged files until one brings down the reader. Raises what it raised."""
+    """Read damaged files until one brings down the reader. Raises what it raised, and says how many it read."""
     path = folder / reader.file
     whole = path.read_bytes()
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() if _has_proc() else used
-    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    if Path("/proc/self/statm").exists():
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
+    read = 0
 
     @seed(first)
     @settings(
@@ -120,6 +125,8 @@ def _search(reader: Reader, folder: Path, examples: int, first: int) -> None:
     )
     @given(st.data())
     def attempt(data: st.DataObject) -> None:
+        nonlocal read
+        read += 1
         path.write_bytes(_damaged(whole, data))
         try:
             with torch.random.fork_rng():
@@ -127,16 +134,15 @@ def _search(reader: Reader, folder: Path, examples: int, first: int) -> None:
         except UserError as refused:
             assert len(str(refused).splitlines()) == 1, f"more than one line: {refused}"
 
-    attempt()
-
-
-def _has_proc() -> bool:
-    return Path("/proc/self/statm").exists()
+    try:
+        attempt()
+    finally:
+        print(f"{READ}{read}", file=sys.stderr)
 
 
 def _damaged(whole: bytes, data: st.DataObject) -> bytes:
     start, header = _json_within(whole)
-    if header is not None and data.draw(st.booleans()):
+    if data.draw(st.booleans()):
         changed = json.dumps(_changed(header, data)).encode()
         if start:  # the header of a safetensors file, with its length in front
             length = int.from_bytes(whole[:8], "little")
@@ -154,7 +160,7 @@ def _damaged(whole: bytes, data: st.DataObject) -> bytes:
 
 
 def _json_within(whole: bytes) -> tuple[int, Any]:
-    """Return where the JSON of a file begins, and its value; None where there is none."""
+    """Return where the JSON of a file begins, and its value."""
     try:
         return 0, json.loads(whole)
     except ValueError:
