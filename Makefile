@@ -103,7 +103,7 @@ train: $(STAMP)  ## the committed checkpoints that are missing (hours on two cor
 train-language: install-language  ## the committed checkpoint of MiniLM where it is missing (an hour or two on two cores)
 	$(BIN)/spectrim-train model=minilm data=imdb stored_as=float16
 
-train-svd: $(STAMP)  ## the trainings behind Table 5 and Figure 5 anew (hours on two cores), then both
+train-svd: $(STAMP)  ## the trainings behind Table 5 and Figure 5 anew (hours on a GPU, days on two cores), then both
 	$(call run_grids,table5)
 	$(BIN)/python experiments/table5.py --records build/records --out results --against results/records
 	$(BIN)/python experiments/figure5.py --records build/records --out results --against results/records

@@ -14,19 +14,19 @@ WIDTH, ROW, TOP, LEFT, LANE = 1180, 36, 48, 20, 380  # pixels; the way of a run 
 COLOURS = {14: "#fdf1dc", 8: "#e3eefa", 6: "#e6f4ea", 1: "#f2f2f2"}  # of this floor and those above it
 INK, WAY, PALE = "#222222", "#c2410c", "#666666"
 
-# The floor of each station of a run, its label, and on which side of the station the label stands.
+# The folder of each station of a run, its label, and on which side of the station the label stands.
 STATIONS = (
-    (16, "compose the configuration,|sign it, look for its record", "right"),
-    (15, "build the task", "right"),
-    (5, "the network|and its data", "below"),
-    (13, "open a|workbench", "above"),
-    (9, "decompose|each layer", "below"),
-    (11, "a gradient:|first order|of every rank", "right"),
-    (13, "choose a plan", "above"),
-    (10, "replace|the layers", "below"),
-    (15, "measure dense|and compressed", "above"),
-    (6, "write one|record", "below"),
-    (7, "a script makes|the table", "above"),
+    ("cli", "compose the configuration,|sign it, look for its record", "right"),
+    ("runs", "build the task", "right"),
+    ("models", "the network|and its data", "below"),
+    ("algorithms", "open a|workbench", "above"),
+    ("decomposers", "decompose|each layer", "below"),
+    ("statistics", "a gradient:|first order|of every rank", "right"),
+    ("algorithms", "choose a plan", "above"),
+    ("surgery", "replace|the layers", "below"),
+    ("runs", "measure dense|and compressed", "above"),
+    ("records", "write one|record", "below"),
+    ("report", "a script makes|the table", "above"),
 )
 
 
@@ -69,7 +69,8 @@ def drawn() -> str:
             text(LEFT + 50, middle[number] + 5, names, 14, more='font-family="Menlo, Consolas, monospace"'),
         ]
     step = (WIDTH - LEFT - LANE - 60) / (len(STATIONS) - 1)
-    places = [(LANE + 20 + step * place, middle[floor]) for place, (floor, _, _) in enumerate(STATIONS)]
+    floor_of = {folder: number for number, names in rows for folder in names.split(" · ")}
+    places = [(LANE + 20 + step * place, middle[floor_of[folder]]) for place, (folder, _, _) in enumerate(STATIONS)]
     for (x, y), (to_x, to_y) in pairwise(places):
         length = ((to_x - x) ** 2 + (to_y - y) ** 2) ** 0.5
         near, far = 12 / length, 1 - 14 / length

@@ -1,7 +1,7 @@
 """Text of a compressed language model: ``python experiments/generate.py FOLDER "Once upon a time" --dense smollm2``.
 
 FOLDER is what ``spectrim.language.save`` or ``spectrim.compress_checkpoint`` wrote. With ``--dense`` the dense model
-writes too, the two take turns, and their decoding speed at batch size 1 is said, also as a ratio.
+writes too. The script times both in turns at batch size 1 and prints the ratio.
 """
 
 import argparse

@@ -98,6 +98,14 @@ def test_every_module_that_the_architecture_names_exists() -> None:
     assert [path for path in paths if not (ROOT / "src" / "spectrim" / path).is_file()] == []
 
 
+def test_every_name_that_the_architecture_puts_into_a_module_is_defined_there() -> None:
+    named = re.findall(r"`(\w+)` in `((?:\w+/)+\w+\.py)`", text_of(ROOT / "docs" / "architecture.md"))
+    assert len(named) > 3
+    for name, path in named:
+        source = (ROOT / "src" / "spectrim" / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(def|class) {name}\b", source, re.MULTILINE), (name, path)
+
+
 def test_every_selector_of_another_paper_is_in_the_module_of_its_yaml() -> None:
     rows = dict(re.findall(r"^\| `([A-Z]\w+)` \| `(\w+)` \|", text_of(ROOT / "docs" / "algorithms.md"), re.MULTILINE))
     for name, module in rows.items():

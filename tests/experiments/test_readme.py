@@ -1,7 +1,7 @@
 """The tables in the README and in docs are those of results/."""
 
-import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,12 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def readme() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "experiments/readme.py")
-    assert spec is not None and spec.loader is not None
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
-    return readme
+def readme(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("readme")
 
 
 PAGES = {

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,3 +100,4 @@ def test_the_committed_records_of_a_grid_are_met(
     script("check_records").main([])
     said = capsys.readouterr().out
     assert "of figure3 that has no record" not in said and "figure3/" not in said
+    assert re.search(r"^([1-9]\d*) cells, \d+ records, \1 of both$", said, re.MULTILINE)
