@@ -26,7 +26,10 @@ from faults import DONE, ERRORS, SIGNALS, Fault
 from targets import Target
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
+from spectrim.records.provenance import provenance
+from spectrim.report.table import provenance_bytes
+from spectrim.tools import files
+
 QUICK_TRIALS, TRIALS, MOMENTS = 2, 40, 12  # a kind of fault and writer
 
 
@@ -49,9 +52,13 @@ def main() -> None:
     print(table.to_markdown(index=False))
     print(f"{tried.total():,} tried, {failed.total()} failed, {time.monotonic() - started:.0f} s")
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        table.to_csv(options.out / "chaos.csv", index=False)
-        (options.out / "chaos.md").write_text(_page(table), encoding="utf-8")
+        origin = provenance(" ".join(sys.argv), None, None) | {"seed": options.seed, "quick": options.quick}
+        contents = {
+            "chaos.csv": table.to_csv(index=False),
+            "chaos.md": _page(table),
+            "chaos.provenance.json": provenance_bytes("chaos", origin).decode(),
+        }
+        files.write({options.out / name: text.encode() for name, text in contents.items()})
     sys.exit(bool(failed))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.hooks import RemovableHandle
 
 from spectrim.errors import UserError, first_line
@@ -31,18 +31,18 @@ def forward(model: nn.Module, inputs: Inputs) -> Any:
     except UserError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        where = _failing_layer(model, error)
+        where = next(iter(running(model, error)), "")  # empty: the model itself
         raise UserError(
             f"the model failed on inputs of shape {_shapes(inputs)}{where and f', at layer {where}'}: "
             f"{first_line(error)}; give a model and inputs that fit each other"
         ) from error
 
 
-def _failing_layer(model: nn.Module, error: Exception) -> str:
-    """Return the name of the innermost module that was running; empty if that is the model itself."""
-    names = {module: name for name, module in model.named_modules()}
-    running = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
-    return next((names[own] for own in reversed(running) if isinstance(own, nn.Module) and own in names), "")
+def running(model: nn.Module, error: BaseException) -> list[str]:
+    """Return the names of the modules of ``model`` that were running when ``error`` was raised, the innermost first."""
+    places = {id(module): name for name, module in model.named_modules()}
+    modules = [id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__)]
+    return [places[module] for module in reversed(modules) if module in places]
 
 
 def _shapes(inputs: Inputs) -> str:
@@ -80,22 +80,56 @@ def of_one_sample(inputs: Inputs) -> Inputs:
     return _sampled(inputs, torch.zeros(count, dtype=torch.int64), count)
 
 
-def _sampled(values: Any, chosen: Tensor, count: int) -> Any:
-    """Take the ``chosen`` samples. What has no dimension of ``count`` in front belongs to all samples, and stays."""
+def of_one_row(inputs: Inputs) -> Inputs:
+    """Return inputs of the same shapes in which all rows, and all ids, are the first one."""
+    return _with_tensors(inputs, _of_one_row)
+
+
+def _of_one_row(tensor: Tensor) -> Tensor:
+    if not tensor.numel():
+        return tensor
+    vectors = tensor.is_floating_point() and tensor.ndim > 1
+    return (tensor.flatten(0, -2) if vectors else tensor.flatten())[:1].expand(tensor.shape)
+
+
+def aliased(outputs: Any) -> Any:
+    """Return outputs of equal values that depend on the given ones, and not on one another."""
+    return _with_tensors(outputs, lambda tensor: tensor.view_as(tensor))
+
+
+def _with_tensors(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change every tensor, also the one inside of a packed sequence."""
+    return _mapped(
+        values, lambda own: own._replace(data=change(own.data)) if isinstance(own, PackedSequence) else change(own)
+    )
+
+
+def _sampled(values: Any, chosen: Tensor, count: int, inside: bool = False) -> Any:
+    """Take the ``chosen`` samples. Values whose first dimension is not ``count`` belong to all samples and stay.
+
+    ``inside``: whether ``values`` lie in a sequence or mapping of several arguments.
+    """
+    if isinstance(values, PackedSequence):
+        padded, lengths = pad_packed_sequence(values, batch_first=True)
+        taken = padded[chosen.to(padded.device)]
+        return pack_padded_sequence(taken, lengths[chosen], batch_first=True, enforce_sorted=False)
     if isinstance(values, Tensor):
         return values[chosen.to(values.device)] if values.ndim and len(values) == count else values
-    if isinstance(values, tuple | list) and len(values) == count and not _are_batched(values, count):
+    if isinstance(values, tuple | list) and _are_samples(values, count, inside):
         return _rebuilt(values, [values[index] for index in chosen.tolist()])
     if isinstance(values, Mapping):
-        items = {key: _sampled(value, chosen, count) for key, value in values.items()}
-        return type(values)(**items) if hasattr(values, "to_tuple") else items  # an output of transformers stays one
+        return _renamed(values, {key: _sampled(value, chosen, count, inside=True) for key, value in values.items()})
     if isinstance(values, tuple | list):
-        return _rebuilt(values, [_sampled(value, chosen, count) for value in values])
+        return _rebuilt(values, [_sampled(value, chosen, count, inside=True) for value in values])
     return values
 
 
-def _are_batched(values: Sequence[Any], count: int) -> bool:
-    return all(isinstance(value, Tensor) and value.ndim and len(value) == count for value in values)
+def _are_samples(values: Sequence[Any], count: int, inside: bool) -> bool:
+    """Return whether a sequence holds one item a sample, rather than one an argument or a task."""
+    batched = [isinstance(value, Tensor) and value.ndim > 0 and len(value) == count for value in values]
+    if isinstance(values, list):  # among several arguments a list holds samples, as ``batch_size`` reads it
+        return len(values) == count and (inside or not all(batched))
+    return len(values) == count and not any(batched)
 
 
 def _rebuilt(values: Any, items: list[Any]) -> Any:
@@ -103,14 +137,24 @@ def _rebuilt(values: Any, items: list[Any]) -> Any:
     return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
 
 
+def _renamed(values: Mapping[str, Any], items: dict[str, Any]) -> Any:
+    """Return ``items`` in an output of transformers where ``values`` are one; in a dict otherwise."""
+    return type(values)(**items) if hasattr(values, "to_tuple") else items
+
+
 def _mapped(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
     if isinstance(inputs, Tensor | PackedSequence):
         return change(inputs)
     if isinstance(inputs, Mapping):
-        return {key: _mapped(value, change) for key, value in inputs.items()}
+        return _renamed(inputs, {key: _mapped(value, change) for key, value in inputs.items()})
     if isinstance(inputs, tuple | list):
         return _rebuilt(inputs, [_mapped(value, change) for value in inputs])
     return inputs
+
+
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return what a layer is called on, whether by position or by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,8 +213,8 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
 def sample_count(targets: Any, inputs: Inputs = None) -> int:
     """Return the number of samples of a batch.
 
-    ``targets``: a tensor or a mapping of tensors, whose first dimension counts; a sequence of tensors, one a task, or
-    of anything, one a sample; or None. ``inputs`` decide where the targets leave it open.
+    ``targets``: a tensor or a mapping of tensors, whose first dimension is the number of samples; a sequence with one
+    tensor per task or one item per sample; or None. ``inputs`` decide where this is ambiguous.
     """
     if targets is None:
         return batch_size(inputs)

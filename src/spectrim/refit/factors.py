@@ -1,8 +1,7 @@
-"""Factors fitted once more, by least squares, to what the dense layers put out. No labels are used."""
+"""Fit the factors of a compressed model to the outputs of the dense layers, by least squares and without labels."""
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,18 +11,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, of_one_sample, to_device
+from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, to_device
 from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
-from spectrim.factored.layers import FactoredConv2d, FactoredLinear, TuckerConv2d
+from spectrim.factored.layers import FactoredLinear
 from spectrim.refit.layer_barrier import Lockstep
+from spectrim.refit.layers_to_fit import layers_to_fit
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.input_moments import Positions, Rows, mask_of
 from spectrim.statistics.objective import Objective
 
-RIDGE = 1e-3  # of the mean second moment of an input: how much a change of the weight itself is held against a fit
+RIDGE = 1e-3  # penalty on a change of the weight, as a part of the inputs' mean second moment
 ITERATIONS = 60
-POSITIONS = 32768  # of a convolution, drawn from those of all samples: what lies beside one another is much the same
+POSITIONS = 32768  # number of positions of a convolution over all samples; neighbouring positions are nearly alike
 
 
 def refit(
@@ -43,7 +43,7 @@ def refit(
     """
     device = device_of(compressed)
     batches = [to_device(inputs, device) for inputs, _ in objective.first(split, samples, "read")]
-    layers, followers, notes = _laid_out(compressed, dense, batches)
+    layers, followers, notes = layers_to_fit(compressed, dense, batches)
     with tqdm(desc="refit", total=len(layers), unit="layer", leave=False, disable=None) as bar:
 
         def met(name: str, flows: "_Flows") -> None:
@@ -79,7 +79,7 @@ class _Moments(NamedTuple):
     y_gO: Tensor
 
     def centred(self) -> "_Moments":
-        """Of the deviations from the means."""
+        """Return the second moments of the deviations from the means."""
         x, y = self.x_gI, self.y_gO
         return self._replace(
             xx_gII=self.xx_gII - x.unsqueeze(2) * x.unsqueeze(1), yx_gOI=self.yx_gOI - y.unsqueeze(2) * x.unsqueeze(1)
@@ -88,57 +88,15 @@ class _Moments(NamedTuple):
 
 @dataclass
 class _Flows:
-    """Of every batch what flows into a layer of the compressed model, what flows out of it in the dense one, and where
-    the batch is no padding (None: nowhere is any)."""
+    """What one layer sees in each batch.
+
+    ``x``: its input in the compressed model. ``y``: its output in the dense model. ``masks``: 0 at padding (None: no
+    padding).
+    """
 
     x: list[Tensor]
     y: list[Tensor]
     masks: list[Tensor | None]
-
-
-def _laid_out(
-    model: nn.Module, dense: nn.Module, batches: Sequence[Inputs]
-) -> tuple[list[str], dict[str, str], list[str]]:
-    """Return the layers to fit in the order of their calls, the BatchNorm that each feeds, and notes on the others.
-
-    A layer is fitted where every batch calls it once, on rows that do not depend on the values of the batch. Those of
-    an expert do: the compressed model and the dense one send it different tokens.
-    """
-    kinds = FactoredLinear, FactoredConv2d, TuckerConv2d
-    before = {name for name, module in dense.named_modules() if isinstance(module, kinds)}  # by an earlier compression
-    layers = {name: own for name, own in model.named_modules() if isinstance(own, kinds) and name not in before}
-    outputs: dict[str, Tensor] = {}  # of the last pass
-    followers: dict[str, str] = {}
-    calls = Counter[str]()
-
-    def called(name: str, _: nn.Module, __: tuple, output: Tensor) -> None:
-        outputs.setdefault(name, output)
-        calls[name] += 1
-
-    def fed(norm: str, _: nn.Module, inputs: tuple) -> None:
-        followers.update({name: norm for name, output in outputs.items() if inputs[0] is output})
-
-    handles = [module.register_forward_hook(partial(called, name)) for name, module in layers.items()]
-    handles += [norm.register_forward_pre_hook(partial(fed, name)) for name, norm in norms_of(model).items()]
-    order: list[str] = []
-    shapes: list[dict[str, torch.Size]] = []
-    unfit: dict[str, str] = {}
-    with hooked(handles), evaluating(model), torch.no_grad():
-        for inputs in (*batches, of_one_sample(batches[0])):
-            forward(model, inputs)
-            order = order or list(outputs)
-            shapes.append({name: output.shape for name, output in outputs.items()})
-            unfit |= {name: "it is not called once on every batch" for name in layers if calls[name] != 1}
-            outputs.clear()
-            calls.clear()
-    for name in order:
-        if name not in unfit and shapes[0][name] != shapes[-1][name]:
-            unfit[name] = "its rows depend on the values of the batch"
-    return (
-        [name for name in order if name not in unfit],
-        followers,
-        [f"{name}: not refitted: {why}" for name, why in unfit.items()],
-    )
 
 
 def _in_step(
@@ -149,7 +107,7 @@ def _in_step(
 ) -> None:
     """Pass the batches through both models and call ``met`` at each layer, before any of the passes goes on.
 
-    So one pass serves all layers, and each sees what those before it have become. Each pass has modules of its own over
+    One pass serves all layers; each sees the earlier ones already fitted. Each pass has modules of its own over
     the same weights: what a model keeps on itself during a pass does not reach another batch. Memory: what flows at a
     layer, for all batches. Raises ``UserError`` where a batch does not come by all layers in their order.
     """
@@ -172,7 +130,9 @@ def _in_step(
         for name in layers:
             layer = own.get_submodule(name)
             if model is models[0]:
-                layer.register_forward_pre_hook(lambda _, inputs, name=name: arrived(name, inputs[0]))
+                layer.register_forward_pre_hook(
+                    lambda _, args, kwargs, name=name: arrived(name, first_argument(args, kwargs)), with_kwargs=True
+                )
             else:
                 layer.register_forward_hook(lambda _, __, output, name=name: arrived(name, output))
         with torch.no_grad(), autocast():
@@ -199,8 +159,8 @@ def _moments(dense: nn.Module, flows: _Flows) -> _Moments:
     rows = Rows(dense, "channel" if isinstance(dense, nn.Conv2d) else "linear")
     sums: list[Tensor] = []
     count = 0
-    drawn = _positions(flows.y) if isinstance(dense, nn.Conv2d) else [None] * len(flows.y)
-    for x, y, mask, at in zip(flows.x, flows.y, flows.masks, drawn, strict=True):
+    positions = _positions(flows.y) if isinstance(dense, nn.Conv2d) else [None] * len(flows.y)
+    for x, y, mask, at in zip(flows.x, flows.y, flows.masks, positions, strict=True):
         x, y = rows.inputs(x, mask, at), rows.outputs(y, mask, at)
         parts = [part.double() for part in (x.mT @ x, y.mT @ x, x.sum(1), y.sum(1))]
         sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
@@ -209,20 +169,20 @@ def _moments(dense: nn.Module, flows: _Flows) -> _Moments:
 
 
 def _positions(outputs: Sequence[Tensor]) -> list[Positions | None]:
-    """Of each batch the positions to be fitted, ``POSITIONS`` in all and as many a sample; None: every one."""
+    """Return the positions to fit in each batch, ``POSITIONS`` in all and as many a sample; None: every one."""
     part = POSITIONS / sum(y[:, 0].numel() for y in outputs)
     if part >= 1:
         return [None] * len(outputs)
-    generator, drawn = torch.Generator().manual_seed(0), list[Positions | None]()
+    generator, positions = torch.Generator().manual_seed(0), list[Positions | None]()
     for y in outputs:
         size = y[:, 0].shape
         chosen = torch.randperm(size.numel(), generator=generator)[: math.ceil(part * size.numel())]
-        drawn.append(torch.unravel_index(chosen.to(y.device), size))
-    return drawn
+        positions.append(torch.unravel_index(chosen.to(y.device), size))
+    return positions
 
 
 def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
-    """Give the factors the weights that fit best near those that they have; the matrix they amount to, (g, O, I)."""
+    """Set the factors to the best fit near their current weights. Return their product, of shape (g, O, I)."""
     factors = layer.factors
     kept = [factor.weight.detach() for factor in factors]
     weights = [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
@@ -248,7 +208,7 @@ def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
         )
 
         def error() -> Tensor:
-            """``E ||y - W x||^2`` and the ridge, but for what no weight changes; one product gives the gradient too."""
+            """Return the error plus the ridge term, up to a constant. The same product gives the gradient."""
             optimizer.zero_grad()
             W = layer.product(weights)
             Wxx = W.detach() @ xx
@@ -263,7 +223,10 @@ def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
 
 
 def _fit_linear(layer: FactoredLinear, xx_II: Tensor, yx_OI: Tensor) -> Tensor:
-    """The best of its rank, in closed form: the least-squares fit, projected on its leading outputs (Izenman 1975)."""
+    """Set the best factors of their rank in closed form, and return their product.
+
+    It is the least-squares fit, projected on its leading outputs (Izenman 1975).
+    """
     W = torch.linalg.solve(xx_II, yx_OI.mT).mT
     U = torch.linalg.eigh(W @ xx_II @ W.mT).eigenvectors[:, -layer.rank :]
     with torch.no_grad():

@@ -1,12 +1,13 @@
 """Adapt the BatchNorm statistics of a compressed model, without labels."""
 
+from collections.abc import Iterator
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, tensors_of, to_device
+from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, hooked, tensors_of, to_device
 from spectrim.decomposers.spectrum import content
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
@@ -36,19 +37,21 @@ def reestimate(
     shared = {name: norm for name, norm in mine.items() if name in theirs}
     if not shared:
         return
-    known: dict[str, dict[str, Statistics]] = objective.remembered(  # because a search compresses one model many times
-        dense, "norms", lambda: content(dense.state_dict().values()), dict
+    known: dict[str, dict[str, list[Statistics]]] = (
+        objective.remembered(  # because a search compresses one model many times
+            dense, "norms", lambda: content(dense.state_dict().values()), dict
+        )
     )
     corrections = {name: _Correction(theirs[name]) for name in shared}
-    handles = [norm.register_forward_pre_hook(corrections[name]) for name, norm in shared.items()]
-    device, passed = device_of(compressed), dict[str, dict[str, Statistics]]()
+    handles = [norm.register_forward_pre_hook(corrections[name], with_kwargs=True) for name, norm in shared.items()]
+    device, passed = device_of(compressed), dict[str, dict[str, list[Statistics]]]()
     with hooked(handles), evaluating(compressed), torch.no_grad():
         for inputs, _ in objective.first(split, samples, "batch norm"):
             batch = content(tensors_of(inputs))  # A loader that shuffles gives other batches each time.
             inputs = to_device(inputs, device)
             passed[batch] = known[batch] if batch in known else _seen(dense, inputs)
             for name in shared:
-                corrections[name].seen_by_dense = passed[batch][name]
+                corrections[name].seen_by_dense = iter(passed[batch].get(name, ()))
             forward(compressed, inputs)
     known.clear()
     known.update(passed)
@@ -62,13 +65,6 @@ def require(choice: str) -> None:
         raise UserError(f"batch_norm is one of {', '.join(get_args(BatchNorm))}, not {choice!r}")
 
 
-def copy_statistics(source: nn.Module, into: nn.Module) -> None:
-    """Copy the state of every BatchNorm of ``source`` to the one of the same name in ``into``."""
-    norms = norms_of(source)
-    for name, norm in norms_of(into).items():
-        norm.load_state_dict(norms[name].state_dict())
-
-
 def norms_of(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     """Return the BatchNorm layers with running statistics, by name."""
     kind = nn.modules.batchnorm._BatchNorm
@@ -79,14 +75,15 @@ def norms_of(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
     }
 
 
-def _seen(dense: nn.Module, inputs: Inputs) -> dict[str, Statistics]:
-    """Return the statistics of the inputs of each BatchNorm of ``dense``, by name."""
-    found: dict[str, Statistics] = {}
+def _seen(dense: nn.Module, inputs: Inputs) -> dict[str, list[Statistics]]:
+    """Return the statistics of the inputs of each BatchNorm of ``dense``, by name, one entry a call."""
+    found: dict[str, list[Statistics]] = {}
 
-    def watch(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        found[name] = _statistics(inputs[0])
+    def watch(name: str, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.setdefault(name, []).append(_statistics(first_argument(args, kwargs)))
 
-    handles = [norm.register_forward_pre_hook(partial(watch, name)) for name, norm in norms_of(dense).items()]
+    norms = norms_of(dense).items()
+    handles = [norm.register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name, norm in norms]
     with hooked(handles), evaluating(dense):
         forward(dense, inputs)
     return found
@@ -99,28 +96,31 @@ def _statistics(x: Tensor) -> Statistics:
 
 
 class _Correction:
-    """A hook that corrects one BatchNorm for the current batch, and averages the corrections over all batches."""
+    """A hook that corrects one BatchNorm for the current batch, and averages the corrections over all calls."""
 
-    seen_by_dense: Statistics  # of the current batch
+    seen_by_dense: Iterator[Statistics]  # in the current batch, one entry a call
 
     def __init__(self, dense: nn.modules.batchnorm._BatchNorm) -> None:
         assert dense.running_mean is not None and dense.running_var is not None
         self.mean, self.var = dense.running_mean.clone(), dense.running_var.clone()
-        self.mean_sum, self.var_sum, self.batches = torch.zeros_like(self.mean), torch.zeros_like(self.var), 0
+        self.mean_sum, self.var_sum, self.calls = torch.zeros_like(self.mean), torch.zeros_like(self.var), 0
 
-    def __call__(self, norm: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...]) -> None:
-        (mean, var), (dense_mean, dense_var) = _statistics(inputs[0]), self.seen_by_dense
+    def __call__(self, norm: nn.modules.batchnorm._BatchNorm, args: tuple, kwargs: dict[str, Any]) -> None:
+        dense = next(self.seen_by_dense, None)
+        if dense is None:  # the dense model does not come here
+            return
+        (mean, var), (dense_mean, dense_var) = _statistics(first_argument(args, kwargs)), dense
         ratio = (var + EPSILON) / (dense_var + EPSILON)
         corrected = mean + (self.mean - dense_mean) * ratio.sqrt(), self.var * ratio
         self._set(norm, *corrected)
         self.mean_sum += corrected[0]
         self.var_sum += corrected[1]
-        self.batches += 1
+        self.calls += 1
 
     def settle(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         """Set the mean of the corrections."""
-        if self.batches:
-            self._set(norm, self.mean_sum / self.batches, self.var_sum / self.batches)
+        if self.calls:
+            self._set(norm, self.mean_sum / self.calls, self.var_sum / self.calls)
 
     @staticmethod
     def _set(norm: nn.modules.batchnorm._BatchNorm, mean: Tensor, var: Tensor) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.batches import (
+    aliased,
     alone_trainable,
     device_of,
     evaluating,
@@ -38,8 +39,9 @@ class GateGradients(NamedTuple):
     ``F = J^T J / N`` is the Fisher information of cross-entropy (Amari 1998; Kunstner et al., arXiv 1905.12558, on why
     not the given targets). Where the outputs are not class scores, these are the given ones.
 
-    A row of a language model sums over the tokens of its sequence, each with a direction of its own. Two tokens have
-    nothing in common in expectation, so a scale of the rows makes ``F`` that of the mean over tokens.
+    A row of a language model sums over the tokens of its sequence, each with a direction of its own. The directions of
+    two tokens are independent, so cross terms vanish in expectation. The rows are scaled so that ``F`` is that of the
+    mean over tokens.
     """
 
     given: Tensor
@@ -79,7 +81,7 @@ def gate_gradients(
     with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first(split, samples, "linearise"):
             count = sample_count(targets, inputs)
-            outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
+            outputs, targets = aliased(forward(model, to_device(inputs, device))), to_device(targets, device)
             loss = _by_outputs(finite_loss(objective.loss, outputs, targets, split) * count, outputs, count)
             scores = _along_scores(objective, outputs, targets, generator, count)
             along = gates.rows(scores or loss, count, keep=first_order and scores is not None)
@@ -103,7 +105,7 @@ def _first(name: str, module: nn.Module) -> nn.Module:
 def _along_scores(
     objective: Objective, outputs: Any, targets: Any, generator: torch.Generator, count: int
 ) -> Weighed | None:
-    """The scores along a random direction; None where the outputs are no scores."""
+    """Return the sum of the scores along random directions, as a function of weights; None without scores."""
     scores = _scores(objective, outputs, targets)
     if scores is None:
         return None
@@ -119,26 +121,26 @@ def _along_scores(
 
 
 def _scores(objective: Objective, outputs: Any, targets: Any) -> Tensor | None:
-    """One row of scores a prediction, with at least one a sample; None where the outputs are no scores."""
+    """Return one row of scores for each prediction; None where the outputs are no scores."""
     if isinstance(objective.loss, TokenLoss | SpanLoss):
         return objective.loss.predictions(outputs, targets)
     return logits_of(outputs).float() if are_scores(outputs, targets) else None
 
 
 def _owners_of_scores(objective: Objective, targets: Any, rows: int, count: int) -> Tensor:
-    """The sample of every row of scores. int64 of shape (rows,)."""
+    """Return the sample of every row of scores. int64 of shape (rows,)."""
     if isinstance(objective.loss, TokenLoss):
         return objective.loss.predicted(targets).nonzero()[:, 0]
     if isinstance(objective.loss, SpanLoss):
         return torch.arange(rows) % count
-    return torch.arange(rows) // (rows // count)
+    return torch.arange(rows)
 
 
 def _by_outputs(loss: Tensor, outputs: Any, count: int) -> Weighed:
-    """The loss itself; with weights, its gradient by the outputs of every sample is weighed.
+    """Return a function of weights: without them the loss, with them a quantity that weighs its samples.
 
-    Where the outputs do not say which dimension holds the samples, the weights change nothing: no layer is then found
-    to keep its samples apart.
+    The gradient of that quantity by the outputs of a sample is the loss's own times the sample's weight. If no output
+    dimension has the size of the batch, the weights do nothing and every layer counts as mixed.
     """
     tensors = [tensor for tensor in tensors_of(outputs) if tensor.requires_grad]
 

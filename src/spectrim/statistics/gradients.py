@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.batches import alone_trainable, device_of, evaluating, forward, to_device
-from spectrim.errors import UserError
 from spectrim.losses import Loss
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.split_reader import Batch, require_samples
@@ -19,7 +18,7 @@ def mean_gradients(
 
     A batch whose loss does not depend on a weight counts zero there, such as one that does not reach an expert. A
     weight is left out of the result if the loss of no batch depends on it.
-    Raises ``UserError`` where the loss is not finite or has no gradient, or the split is empty.
+    Raises ``UserError`` where the loss is not finite or the split is empty.
     """
     device, seen, reached = device_of(model), 0, set[str]()
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
@@ -38,7 +37,7 @@ def mean_gradients(
 
 def _of_batch(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradient of the loss of one batch by each weight that it depends on."""
-    if not loss.requires_grad:
-        raise UserError("the loss has no gradient: the model or the loss detaches its output, or is not differentiable")
+    if not loss.requires_grad:  # it depends on none of them
+        return {}
     found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     return {name: gradient for name, gradient in zip(weights, found, strict=True) if gradient is not None}

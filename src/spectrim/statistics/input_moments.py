@@ -1,12 +1,13 @@
 """Second moments of the inputs of layers, from one forward pass."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, to_device
+from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, hooked, to_device
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.layers import FactoredConv2d
 from spectrim.statistics.objective import Objective
@@ -32,7 +33,11 @@ def input_moments(
     layers = {name: model.get_submodule(name) for name in views}
     gathered = {name: {view: _gatherer(layers[name], view) for view in own} for name, own in views.items()}
     hooks = [one for own in gathered.values() for one in own.values()]
-    handles = [layers[name].register_forward_pre_hook(one) for name, own in gathered.items() for one in own.values()]
+    handles = [
+        layers[name].register_forward_pre_hook(one, with_kwargs=True)
+        for name, own in gathered.items()
+        for one in own.values()
+    ]
     device = device_of(model)
     with hooked(handles), evaluating(model), torch.inference_mode():
         for inputs, _ in objective.first(split, samples, "moments"):
@@ -114,8 +119,8 @@ class _Gathered:
         self.count, self.sum, self.rows = 0, torch.zeros(0), Rows(layer, view)
         self.mask: Tensor | None = None
 
-    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = self.rows.inputs(inputs[0], self.mask)
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = self.rows.inputs(first_argument(args, kwargs), self.mask)
         added = (x.transpose(1, 2) @ x).double()
         self.sum = added if not self.count else self.sum + added
         self.count += x.shape[1]
@@ -132,8 +137,8 @@ class _Counted:
         self.counts = torch.zeros(size, dtype=torch.int64)
         self.mask: Tensor | None = None
 
-    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        ids = inputs[0]
+    def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        ids = first_argument(args, kwargs)
         if self.mask is not None and self.mask.shape == ids.shape:
             ids = ids[self.mask.bool()]
         self.counts = self.counts.to(ids.device) + torch.bincount(ids.flatten(), minlength=len(self.counts))

@@ -17,6 +17,7 @@ from spectrim.statistics.split_reader import Batch, SplitReader
 from spectrim.tools.memo import Memory
 
 T = TypeVar("T")
+NO_GRADIENT = "the loss has no gradient: the model or the loss detaches its output, or is not differentiable"
 
 
 class Objective:
@@ -115,14 +116,17 @@ class Objective:
         """Return the gradient of the mean loss by the weight of each layer (``gradients.mean_gradients``).
 
         A layer that the loss does not depend on is left out. The result is remembered until a parameter or buffer of
-        the model changes, so a sweep takes one pass.
+        the model changes, so a sweep takes one pass. Raises ``UserError`` where the loss depends on no layer.
         """
-        return self.remembered(
+        found = self.remembered(
             model,
             "gradients",
             lambda: (split, tuple(layers), content(model.state_dict().values())),
             lambda: self._mean_gradients(model, layers, split),
         )
+        if not found:
+            raise UserError(NO_GRADIENT)
+        return found
 
     def each_gradient(
         self, model: nn.Module, layers: Sequence[str], split: str = "calibration"
@@ -134,8 +138,13 @@ class Objective:
         if self.layers_at_once is None:
             yield from self.gradients(model, layers, split).items()
             return
+        any_found = False
         for block in self.blocks(layers):
-            yield from self._mean_gradients(model, block, split).items()
+            for item in self._mean_gradients(model, block, split).items():
+                any_found = True
+                yield item
+        if not any_found:
+            raise UserError(NO_GRADIENT)
 
     def blocks(self, layers: Sequence[str]) -> list[Sequence[str]]:
         """Return ``layers`` in blocks of ``layers_at_once``."""

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from spectrim.batches import device_of, evaluating, forward, one_sample, sample_count, to_device
 from spectrim.errors import UserError
-from spectrim.losses import logits_of
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.objective import Objective
 
@@ -34,7 +33,7 @@ def losses(objective: Objective, model: nn.Module, split: str) -> Losses:
     device, values, weights = device_of(model), list[float](), list[int]()
     with evaluating(model), torch.inference_mode():
         for inputs, targets in objective.counted(split):
-            outputs, targets = logits_of(forward(model, to_device(inputs, device))), to_device(targets, device)
+            outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
             count = sample_count(targets, inputs)
             for index in range(count):
                 wanted = one_sample(targets, index, count)

@@ -1,12 +1,11 @@
 """Run a factored model once, and find the layers at which it fails."""
 
 from collections.abc import Collection
-from traceback import walk_tb
 
 import torch
 from torch import nn
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, running, to_device
 from spectrim.errors import UserError, first_line
 from spectrim.surgery.given_model import unchanged
 
@@ -31,9 +30,7 @@ def failing_layers(model: nn.Module, factored: Collection[str], example: Inputs)
 
 def _running(model: nn.Module, factored: Collection[str], error: BaseException) -> list[str]:
     """Return the factored layers that were running when ``error`` was raised, or those of the module that was."""
-    places = {id(module): name for name, module in model.named_modules()}
-    modules = [id(frame.f_locals.get("self")) for frame, _ in walk_tb(error.__traceback__)]
-    names = [places[module] for module in reversed(modules) if module in places]  # the innermost first
+    names = running(model, error)
     for name in names:
         own = [layer for layer in factored if f"{name}.".startswith(f"{layer}.")]
         if own:

@@ -1,0 +1,83 @@
+"""Tell which layers a refit can fit, from the passes of its batches through the compressed model."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.batches import Inputs, evaluating, first_argument, forward, hooked, of_one_row, of_one_sample
+from spectrim.errors import UserError
+from spectrim.factored.layers import FactoredConv2d, FactoredLinear, TuckerConv2d
+from spectrim.statistics.batchnorm import norms_of
+
+
+def layers_to_fit(
+    model: nn.Module, dense: nn.Module, batches: Sequence[Inputs]
+) -> tuple[list[str], dict[str, str], list[str]]:
+    """Return the layers to fit in the order of their calls, the BatchNorm that each feeds, and notes on the others.
+
+    A layer is fitted where every batch calls it once, on rows that do not depend on the values of the batch. Those of
+    an expert do: the compressed model and the dense one send it different tokens.
+    """
+    kinds = FactoredLinear, FactoredConv2d, TuckerConv2d
+    before = {name for name, module in dense.named_modules() if isinstance(module, kinds)}  # by an earlier compression
+    layers = {name: own for name, own in model.named_modules() if isinstance(own, kinds) and name not in before}
+    passes = [_pass(model, layers, inputs) for inputs in batches]
+    first, alike = passes[0], _pass_of_equal_rows(model, layers, batches[0])
+    unfit: dict[str, str] = {}
+    for name in layers:
+        if any(one.calls[name] != 1 for one in passes):
+            unfit[name] = "it is not called once on every batch"
+        elif alike is not None and first.shapes[name] != alike.shapes.get(name):
+            unfit[name] = "its rows depend on the values of the batch"
+    shared = {norm for one in passes for norm in norms_of(model) if one.calls[norm] > 1}
+    return (
+        [name for name in first.shapes if name not in unfit],
+        {name: norm for one in passes for name, norm in one.followers.items() if norm not in shared},
+        [f"{name}: not refitted: {why}" for name, why in unfit.items()],
+    )
+
+
+@dataclass
+class _Pass:
+    """What one forward pass shows: the shape that each layer puts out, in the order of the calls; the BatchNorm that
+    each layer feeds; and how often each layer and each BatchNorm is called."""
+
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    followers: dict[str, str] = field(default_factory=dict)
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+def _pass(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> _Pass:
+    seen, outputs = _Pass(), dict[str, Tensor]()
+
+    def called(name: str, _: nn.Module, __: tuple, output: Tensor) -> None:
+        outputs.setdefault(name, output)
+        seen.shapes.setdefault(name, output.shape)
+        seen.calls[name] += 1
+
+    def fed(norm: str, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = first_argument(args, kwargs)
+        seen.followers.update({name: norm for name, output in outputs.items() if x is output})
+        seen.calls[norm] += 1
+
+    handles = [module.register_forward_hook(partial(called, name)) for name, module in layers.items()]
+    handles += [
+        norm.register_forward_pre_hook(partial(fed, name), with_kwargs=True) for name, norm in norms_of(model).items()
+    ]
+    with hooked(handles), evaluating(model), torch.no_grad():
+        forward(model, inputs)
+    return seen
+
+
+def _pass_of_equal_rows(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> _Pass | None:
+    """Return a pass on inputs of the same shapes in which all rows, or all samples, are equal; None if both fail."""
+    for alike in (of_one_row, of_one_sample):
+        with suppress(UserError):
+            return _pass(model, layers, alike(inputs))
+    return None
