@@ -22,7 +22,7 @@ RESULTS := $(shell sed -n 's/^\[\(.*\)\]$$/\1/p' experiments/index.toml)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records list-grids lint format docs readme bench chaos notebook lock clean
+.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records verify index list-grids lint format docs readme bench chaos notebook lock clean
 .PHONY: $(RESULTS:%=reproduce-%) $(RESULTS:%=table-%)
 
 help:  ## this list
@@ -87,6 +87,12 @@ $(RESULTS:%=table-%): table-%: $(STAMP)
 
 list-grids:  ## the grids of every table and figure, one a line
 	@$(or $(wildcard $(BIN)/python),$(firstword $(PYTHON3))) experiments/grids.py
+
+verify: $(STAMP)  ## rebuild every table, figure and page from the records and compare byte for byte; PASS or what differs
+	@$(BIN)/python experiments/verify.py
+
+index: $(STAMP)  ## results/index anew: the runs that each table and figure needs (minutes)
+	@$(BIN)/python experiments/grids.py | $(BIN)/python experiments/check_records.py --records results/records --write
 
 check-records: $(STAMP)  ## check that every cell of every grid has a record, and every record a cell
 	@$(BIN)/python experiments/grids.py | $(BIN)/python experiments/check_records.py --records results/records
