@@ -38,7 +38,7 @@ FAILURES = "SPECTRIM_FAILURES"
 
 @contextmanager
 def cell(program: str) -> Iterator[None]:
-    """Guard one run. In a grid the other runs go on after a failure; ``command_line`` names the failed ones at the end."""
+    """Guard one run. In a grid the others go on after a failure; ``command_line`` names the failed ones at the end."""
     parent = parent_process()
     if parent is not None and parent.pid is not None:
         _obey(parent.pid)  # not os.getppid(), which is another process once the parent was killed
