@@ -1,9 +1,9 @@
-# GNU make and a POSIX shell. Everything runs in an environment of its own, made on first use from requirements.lock.
-#   make reproduce-table2 JOBS=2          two runs of a grid at a time
-#   make test TORCH_INDEX=ADDRESS         take torch and torchvision from another package index: on Linux the default
-#                                         one may hold the CUDA build of several GB; the CPU build lies on PyTorch's own
+# This file needs GNU make and a POSIX shell. Every target runs in .venv, which is made on first use from requirements.lock.
+#   make reproduce-table2 JOBS=2          run two cells of a grid at a time
+#   make test TORCH_INDEX=ADDRESS         take torch and torchvision from another package index. On Linux the default
+#                                         one may hold the CUDA build of several GB; PyTorch's own has the CPU build.
 #   make test PYTHON3=python3.12          make the environment with this Python (3.11 to 3.13)
-#   make train-svd DEVICE=cuda            on a GPU
+#   make train-svd DEVICE=cuda            run on a GPU
 VENV ?= .venv
 RIVALS ?= .venv-rivals
 BIN := $(VENV)/bin
@@ -22,17 +22,17 @@ RESULTS := $(shell sed -n 's/^\[\(.*\)\]$$/\1/p' experiments/index.toml)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records list-grids lint format docs readme bench chaos notebook lock clean
+.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records verify index list-grids lint format docs readme bench chaos notebook lock clean
 .PHONY: $(RESULTS:%=reproduce-%) $(RESULTS:%=table-%)
 
-help:  ## this list
+help:  ## print this list
 	@echo "make TARGET"
 	@sed -n 's/^\([A-Za-z0-9-]*\):.*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
 	@echo "NAME is one of: $(RESULTS)"
 
-install: $(STAMP)  ## the environment in .venv (every other target makes it where it is missing)
+install: $(STAMP)  ## make the environment in .venv; every other target does so where it is missing
 
-# An installation that was cut short is begun anew; an environment that is only out of date is brought up to date.
+# An interrupted installation starts anew. An environment that is only out of date is updated.
 $(STAMP): requirements.lock pyproject.toml
 	@set -e; \
 	if [ -e $(UNFINISHED) ] || ! $(PIP) --version >/dev/null 2>&1; then \
@@ -50,16 +50,16 @@ $(STAMP): requirements.lock pyproject.toml
 	@rm -f $(UNFINISHED)
 	@touch $@
 
-install-language: $(STAMP)  ## what language models need, besides: transformers and what that needs
+install-language: $(STAMP)  ## add transformers and what language models need
 	@$(PIP) install -q -r requirements-language.lock
 
-rivals: $(STAMP)  ## .venv-rivals: AIMET from its wheel, whose dependencies stay out of .venv, with spectrim beside it
+rivals: $(STAMP)  ## make .venv-rivals, with AIMET from its wheel and spectrim; .venv stays free of AIMET's dependencies
 	$(BIN)/python -m venv $(RIVALS)
 	@$(RIVALS)/bin/python -m pip --disable-pip-version-check install -q -r requirements.lock -r requirements-rivals.lock \
 	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@$(RIVALS)/bin/python -m pip --disable-pip-version-check install -q --no-deps --no-build-isolation -e .
 
-reproduce-NAME:  ## run the grids of a table or figure, write results/, compare with the committed records
+reproduce-NAME:  ## run the grids of a table or figure, build it in results/ and compare with the committed records
 	@echo "NAME is one of: $(RESULTS)"
 # $(call run_grids,NAME [--quick|--long]): run the grids of NAME. A grid that was interrupted continues where it stopped;
 # `make clean` makes it start anew.
@@ -78,20 +78,26 @@ $(RESULTS:%=reproduce-%): reproduce-%: $(STAMP)
 reproduce-table3 reproduce-figure7: install-language
 
 # Figure 4 first: Table 6 copies its whole folder of records, and a copied record is not made again.
-reproduce: reproduce-figure4 $(RESULTS:%=reproduce-%)  ## every table and figure
+reproduce: reproduce-figure4 $(RESULTS:%=reproduce-%)  ## do that for every table and figure
 
-table-NAME:  ## a table or figure from the committed records: no run, no torch
+table-NAME:  ## build a table or figure from the committed records, without a run and without torch
 	@echo "NAME is one of: $(RESULTS)"
 $(RESULTS:%=table-%): table-%: $(STAMP)
 	$(BIN)/python experiments/$*.py --records results/records --out results
 
-list-grids:  ## the grids of every table and figure, one a line
+list-grids:  ## print the grids of every table and figure, one a line
 	@$(or $(wildcard $(BIN)/python),$(firstword $(PYTHON3))) experiments/grids.py
+
+verify: $(STAMP)  ## rebuild every table, figure and page from the records and compare byte for byte; PASS or what differs
+	@$(BIN)/python experiments/verify.py
+
+index: $(STAMP)  ## results/index anew: the runs that each table and figure needs (minutes)
+	@$(BIN)/python experiments/grids.py | $(BIN)/python experiments/check_records.py --records results/records --write
 
 check-records: $(STAMP)  ## check that every cell of every grid has a record, and every record a cell
 	@$(BIN)/python experiments/grids.py | $(BIN)/python experiments/check_records.py --records results/records
 
-train: $(STAMP)  ## the committed checkpoints that are missing (hours on two cores)
+train: $(STAMP)  ## train the committed checkpoints that are missing (hours on two cores)
 	$(BIN)/spectrim-train -m model=resnet20 seed=0,1,2
 	$(BIN)/spectrim-train -m model=resnet56,resnext20,densenet22
 	$(BIN)/spectrim-train -m model=lenet5 data=mnist,fashion_mnist seed=0,1,2
@@ -100,7 +106,7 @@ train: $(STAMP)  ## the committed checkpoints that are missing (hours on two cor
 	$(BIN)/spectrim-train -m model=bias_free_mlp data=digits model.depth=2,3,4,5,6 seed=0,1,2 threads=1 \
 	    'names.model=bias_free_mlp$${model.depth}' checkpoints=results/checkpoints/table8
 
-train-language: install-language  ## the committed checkpoint of MiniLM where it is missing (an hour or two on two cores)
+train-language: install-language  ## train the committed checkpoint of MiniLM if it is missing (one or two hours on two cores)
 	$(BIN)/spectrim-train model=minilm data=imdb stored_as=float16
 
 train-svd: $(STAMP)  ## the trainings behind Table 5 and Figure 5 anew (hours on a GPU, days on two cores), then both
@@ -108,50 +114,50 @@ train-svd: $(STAMP)  ## the trainings behind Table 5 and Figure 5 anew (hours on
 	$(BIN)/python experiments/table5.py --records build/records --out results --against results/records
 	$(BIN)/python experiments/figure5.py --records build/records --out results --against results/records
 
-search-table1: $(STAMP)  ## all of Table 1 and Figure 6 anew, searches and trainings too (days on one core)
+search-table1: $(STAMP)  ## run all grids of Table 1 and Figure 6, searches and trainings too, and build both (days on one core)
 	$(call run_grids,table1)
 	$(BIN)/python experiments/table1.py --records build/records --out results
 	$(BIN)/python experiments/figure6.py --records build/records --out results
 
-smoke: $(STAMP)  ## two minutes on small digits, no network: train, every algorithm, a table in build/smoke
+smoke: $(STAMP)  ## train, run every algorithm and build a table in build/smoke: two minutes, no network
 	$(BIN)/spectrim-train model=mlp data=digits checkpoints=build/checkpoints
 	$(BIN)/spectrim -m experiment=smoke records=build/records
 	$(BIN)/python experiments/table2.py --experiment smoke --records build/records --out build/smoke
 
-test: $(STAMP)  ## the tests
+test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## ruff, mypy, the layers of the imports
+lint: $(STAMP)  ## run ruff, mypy and the check of the import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src experiments docs/_sphinx
 	$(BIN)/lint-imports
 
-format: $(STAMP)  ## what ruff can mend by itself
+format: $(STAMP)  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP)  ## the site in build/site: the pages, the tables and the reference; a dead link inside is an error
+docs: $(STAMP)  ## build the site in build/site from the pages, the tables and the docstrings; a dead link is an error
 	rm -rf build/site build/doctrees  # a source page is not made anew where it exists
 	$(BIN)/python -m sphinx -q -W --keep-going -j 2 -c docs -d build/doctrees . build/site
 	@echo "open build/site/index.html"
 
-readme: $(STAMP)  ## the tables that README and docs show, copied into them from results/tables
+readme: $(STAMP)  ## copy the tables in results/tables into the pages that show them
 	$(BIN)/python experiments/readme.py
 
-bench: $(STAMP)  ## the benchmarks, into results/benchmarks
+bench: $(STAMP)  ## run the benchmarks into results/benchmarks
 	$(BIN)/python benchmarks/run.py
 
-chaos: $(STAMP)  ## kill, starve and crowd every writer, damage every file that is read: some 20 minutes
+chaos: $(STAMP)  ## kill, starve and crowd every writer and damage every file that is read (20 minutes)
 	$(BIN)/python benchmarks/chaos/campaign.py --out results/benchmarks
 
 notebook: $(STAMP)  ## run the notebooks
 	$(BIN)/jupytext --to ipynb notebooks/*.py
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
-# torch and torchvision are the pair to pin, without the local name (+cpu) of the build that happens to be here.
+# Pin torch and torchvision without the local name (+cpu) of the installed build.
 FREEZE := build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/^\(torch[a-z]*==[0-9.]*\)+.*/\1/'
-lock:  ## the lock files anew: the newest of everything that pyproject.toml admits, in a fresh environment
+lock:  ## write the lock files anew, with the newest versions that pyproject.toml allows
 	$(firstword $(PYTHON3)) -m venv --clear build/lock
 	build/lock/bin/python -m pip install -q torch==2.13.0 torchvision==0.28.0 -e '.[dev]'
 	@{ sed -n '/^#/p' requirements.lock; $(FREEZE); } > build/requirements.lock

@@ -1,7 +1,7 @@
-"""Text of a compressed language model: ``python experiments/generate.py FOLDER "Once upon a time" --dense smollm2``.
+"""Write text with a compressed language model: ``python experiments/generate.py FOLDER "Once upon a time"``.
 
-FOLDER is what ``spectrim.language.save`` or ``spectrim.compress_checkpoint`` wrote. With ``--dense`` the dense model
-writes too. The script times both in turns at batch size 1 and prints the ratio.
+FOLDER was written by ``spectrim.language.save`` or ``spectrim.compress_checkpoint``. With ``--dense smollm2`` the dense
+model writes too. Then the script prints the decoding speed of both at batch size 1, and their ratio.
 """
 
 import argparse
@@ -21,7 +21,7 @@ PROMPT = "The best film that I have seen this year is"
 
 
 def speeds(models: Sequence[nn.Module], tokenizer: object, prompt: str, tokens: int, rounds: int) -> list[list[float]]:
-    """Tokens a second of each model in each round, the prompt's own pass included. They take turns."""
+    """Return the tokens a second of each model in each round. The models take turns; the pass of the prompt counts."""
     found: list[list[float]] = [[] for _ in models]
     for _ in range(rounds):
         for model, own in zip(models, found, strict=True):
@@ -32,10 +32,10 @@ def speeds(models: Sequence[nn.Module], tokenizer: object, prompt: str, tokens: 
 
 
 def say(options: argparse.Namespace) -> None:
-    """Print the text, and with a dense model its text and the two speeds."""
+    """Print text and speed of the compressed model, and of the dense one if it is named."""
     small, tokenizer = language.load(options.folder)
     if tokenizer is None and options.dense is None:
-        raise UserError(f"{options.folder} holds no tokenizer; name a model that has it by --dense")
+        raise UserError(f"{options.folder} holds no tokenizer; name a model that has one by --dense")
     tokenizer = tokenizer or pretrained.tokenizer(options.dense)
     models = {"compressed": small} | ({} if options.dense is None else {"dense": causal_lm(options.dense)})
     for name, model in models.items():
@@ -51,13 +51,15 @@ def say(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
-    parser = argparse.ArgumentParser(description="Text of a compressed language model, and how fast it is written.")
-    parser.add_argument("folder", help="of the compressed model")
+    """Parse the options and print. Return the exit status."""
+    parser = argparse.ArgumentParser(description="Write text with a compressed language model.")
+    parser.add_argument("folder", help="folder of the compressed model")
     parser.add_argument("prompt", nargs="?", default=PROMPT)
     parser.add_argument("--dense", help="the dense model: smollm2, a folder, or a name of the hub")
-    parser.add_argument("--tokens", type=int, default=32, help="to be written (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of the measurement (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=32, help="number of tokens to write (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="number of measurements of the speed (default: %(default)s)"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.tokens < 1 or options.rounds < 1:

@@ -1,8 +1,8 @@
 """Sign records of an older version anew: ``python experiments/sign_anew.py results/records results/checkpoints``.
 
-A record of schema 1 names classes by the path of their module. It is written again by today's schema, under today's
-signature; the old signature stays in ``former_signature``, and the mark ``.tracked`` goes with it. The record beside a
-checkpoint has no signature; its classes are renamed alike. What is signed already is left as it is.
+A record of schema 1 names classes by the path of their module. This script writes it again by the present schema and
+signature. The old signature stays in ``former_signature``, and the mark ``.tracked`` moves along. The record beside a
+checkpoint has no signature; only its classes are renamed. Records of the present schema stay as they are.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from spectrim.tools import files
 
 
 def sign(path: Path) -> bool:
-    """Sign the file at ``path`` anew. Return whether there was anything to do."""
+    """Sign the record at ``path`` anew. Return whether it changed."""
     old = json.loads(path.read_text(encoding="utf-8"))
     if "signature" not in old:
         return _rename_classes(path, old)
@@ -26,8 +26,8 @@ def sign(path: Path) -> bool:
     new = records.read(path)
     content, written = records.encode(new), path.with_name(f"{new['signature']}.json")
     if written.exists() and written.read_bytes() != content:
-        raise UserError(f"{path} and {written} are one and the same run: delete one of them")
-    files.write({written: content})  # again after a kill that came before the old file was removed
+        raise UserError(f"{path} and {written} are records of the same run: delete one of them")
+    files.write({written: content})  # also after a kill that came before the old file was removed
     mark = path.with_suffix(".tracked")
     if mark.exists():
         mark.replace(written.with_suffix(".tracked"))
@@ -43,9 +43,9 @@ def _rename_classes(path: Path, record: dict) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the script; the exit status."""
+    """Sign the records of all folders. Return the exit status."""
     parser = argparse.ArgumentParser(description="Sign records of an older version anew.")
-    parser.add_argument("folders", nargs="+", type=Path, help="of records, or of checkpoints and their records")
+    parser.add_argument("folders", nargs="+", type=Path, help="folder of records, or of checkpoints and their records")
     folders = parser.parse_args(arguments).folders
     try:
         for folder in folders:

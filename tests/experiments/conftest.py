@@ -1,15 +1,18 @@
 """The scripts in ``experiments/`` as modules, and a folder of made-up records for them."""
 
 import importlib.util
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from spectrim.records import records
+from spectrim.report import coverage
 
 ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "experiments"))  # as for a script there, which may import its neighbours
 
 
 def module(path: Path) -> ModuleType:
@@ -40,3 +43,11 @@ def recorded(factory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
     for one in factory.everything():
         records.write(folder, one)
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_index() -> Iterator[None]:
+    """Made-up records are of no grid, so the scripts expect no runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coverage, "INDEX", Path("no/such/index.csv"))
+        yield

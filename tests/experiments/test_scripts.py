@@ -85,7 +85,7 @@ def test_records_of_another_kind_are_a_clear_error(
 def test_a_script_runs_as_it_is_typed_and_without_torch(name: str, recorded: Path, tmp_path: Path) -> None:
     code = (
         "import runpy, sys\n"
-        f"sys.argv = ['{name}.py', *{arguments(recorded, tmp_path)!r}]\n"
+        f"sys.argv = ['{name}.py', *{arguments(recorded, tmp_path, '--index', 'none.csv')!r}]\n"
         "try:\n"
         f"    runpy.run_path({str(ROOT / 'experiments' / f'{name}.py')!r}, run_name='__main__')\n"
         "except SystemExit as end:\n"

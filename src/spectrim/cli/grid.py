@@ -1,4 +1,4 @@
-"""A grid of runs on the command line: each failed run in one line, workers that end with their parent."""
+"""Run a grid on the command line: report each failed run in one line, and end workers with their parent."""
 
 import json
 import os
@@ -38,11 +38,11 @@ FAILURES = "SPECTRIM_FAILURES"
 
 @contextmanager
 def cell(program: str) -> Iterator[None]:
-    """Guard one run. In a grid a failed run is noted and the others go on; ``command_line`` names it at the end."""
+    """Guard one run. In a grid the others go on after a failure; ``command_line`` names the failed ones at the end."""
     parent = parent_process()
     if parent is not None and parent.pid is not None:
         _obey(parent.pid)  # not os.getppid(), which is another process once the parent was killed
-    malloc.give_back()  # fragments of the last run fit nothing of the next one and would add up
+    malloc.give_back()  # memory fragments of the last run would add up
     malloc.keep()
     try:
         check_choices()
@@ -149,7 +149,7 @@ def _end(line: str, status: int) -> NoReturn:
 
 
 class _Stderr:
-    """stderr without the line that Hydra writes about a failed job: we print one line of our own."""
+    """Drop the line that Hydra writes to stderr about a failed job: we print one line of our own."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream, self.withheld = stream, ""

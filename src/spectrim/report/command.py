@@ -4,7 +4,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import pandas as pd
 from spectrim.errors import UserError
 from spectrim.records import provenance, records
 from spectrim.records.records import Record
-from spectrim.report import compare, frame
+from spectrim.report import compare, coverage, frame
+from spectrim.report.coverage import Coverage
 from spectrim.tools import digests
 
 
@@ -27,6 +28,8 @@ class Options:
     ``records``: folder of all records.
     ``out``: folder that receives ``tables/`` and ``figures/``.
     ``against``: folder of the committed records to compare with, or None.
+    ``index``: file that lists the runs of each table and figure.
+    ``partial``: whether a table may lack runs of its grids.
     ``command``: the command line, for the provenance.
     """
 
@@ -36,6 +39,8 @@ class Options:
     records: Path
     out: Path
     against: Path | None
+    index: Path
+    partial: bool
     command: str
 
     @property
@@ -50,7 +55,8 @@ def run(
 ) -> int:
     """Parse the options, build, and print the written paths. Return the exit status.
 
-    A ``UserError`` is printed as one line on stderr and gives exit status 1.
+    A ``UserError`` is printed as one line on stderr and gives exit status 1. Missing runs give exit status 1 too,
+    unless ``--partial`` is given. The table is written all the same, and says how many are missing.
     """
     options = parse(script, experiment, str(build.__doc__ or ""), arguments)
     try:
@@ -58,15 +64,34 @@ def run(
         committed = None if options.against is None else records.read_all(options.against, options.experiment)
         for path in build(options):
             print(path)
+        lacks = _say_missing(options)
         if committed is None:
-            return 0
+            return lacks
         if not committed:
             raise UserError(f"nothing was compared: {options.against} holds no records of {options.experiment}")
         before, after = frame.runs(committed), frame.runs(load(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return compare.summarise(compare.differences(before, after), len(before))
+    return max(lacks, compare.summarise(compare.differences(before, after), len(before)))
+
+
+def _say_missing(options: Options) -> int:
+    """Print how many runs are missing. Return 1 if that is an error."""
+    missing = covered(options).note
+    if missing:
+        print(
+            f"{options.script}: {missing.rstrip('.')}" + ("" if options.partial else "; allow it by --partial"),
+            file=sys.stderr,
+        )
+    return int(bool(missing) and not options.partial)
+
+
+def covered(options: Options) -> Coverage:
+    """Return how the records meet the grids of the script. Records of another experiment have no grids to meet."""
+    if not options.default:
+        return Coverage(0, 0)
+    return coverage.of(options.script, options.experiment, options.records, options.index)
 
 
 def parse(script: str, experiment: str, description: str, arguments: Sequence[str] | None) -> Options:
@@ -78,11 +103,23 @@ def parse(script: str, experiment: str, description: str, arguments: Sequence[st
     parser.add_argument(
         "--against", type=Path, help="folder of committed records: list what differs, exit 1 if any does"
     )
+    parser.add_argument("--index", type=Path, default=coverage.INDEX, help="file of the runs that each table needs")
+    parser.add_argument("--partial", action="store_true", help="exit 0 even if runs of the grids are missing")
     given = sys.argv[1:] if arguments is None else list(arguments)
     parsed = parser.parse_args(given)
     command = shlex.join(["python", f"experiments/{script}.py", *given])
     default = parsed.experiment == experiment
-    return Options(script, parsed.experiment, default, parsed.records, parsed.out, parsed.against, command)
+    return Options(
+        script,
+        parsed.experiment,
+        default,
+        parsed.records,
+        parsed.out,
+        parsed.against,
+        parsed.index,
+        parsed.partial,
+        command,
+    )
 
 
 def load(options: Options) -> list[Record]:
@@ -125,6 +162,7 @@ def origin(options: Options, found: Sequence[Record], read: Sequence[Path] = ())
         for record in found
     }
     return {
+        "coverage": asdict(covered(options)),
         "command": options.command,
         "commit": commit,
         "dirty": dirty,

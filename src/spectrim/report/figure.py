@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
+from spectrim.report import coverage
 from spectrim.report.table import provenance_bytes
 from spectrim.tools import files
 
@@ -132,9 +133,11 @@ def bars(rows: pd.DataFrame, value: str, lowest: float) -> pd.DataFrame:
 def save(figure: Figure, name: str, folder: Path, origin: Mapping[str, Any]) -> list[Path]:
     """Write a figure under ``folder/figures``, either all files or none. Return their paths.
 
-    Call it inside ``panels``, because it needs that style. The files hold no date and no program version, so equal
-    records give equal bytes.
+    A figure that lacks runs says so in its corner. Call this inside ``panels``, because it needs that style. The files
+    hold no date and no program version, so equal records give equal bytes.
     """
+    if missing := coverage.note(origin):
+        figure.supxlabel(missing, x=0.99, ha="right", color=SECOND)
     place = folder / "figures" / name
     contents = {
         place.with_name(f"{name}.png"): _bytes(figure, "png", {"Software": None}),

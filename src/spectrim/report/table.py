@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.report import latex
+from spectrim.report import coverage, latex
 from spectrim.tools import files
 
 ABSENT = "–"
@@ -143,10 +143,11 @@ class Table:
 def save(tables: Sequence[Table], folder: Path, origin: Mapping[str, Any]) -> list[Path]:
     """Write tables under ``folder/tables``, either all or none. Return the paths.
 
-    ``origin``: provenance of the tables, from ``command.origin``.
+    ``origin``: provenance of the tables, from ``command.origin``. The first note says how many runs it lacks, if any.
     """
     contents: dict[Path, bytes] = {}
-    for table in tables:
+    missing = [note] if (note := coverage.note(origin)) else []
+    for table in (replace(one, notes=[*missing, *one.notes]) for one in tables):
         place = folder / "tables" / table.name
         contents[place.with_name(f"{table.name}.md")] = table.markdown().encode()
         contents[place.with_name(f"{table.name}.tex")] = table.latex().encode()

@@ -1,4 +1,4 @@
-"""A composed configuration: where it lies, its nodes as plain values, the command that gives it, and its errors."""
+"""Read a composed configuration: its nodes as plain values, the names of grids, the command, and errors in one line."""
 
 import shlex
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from spectrim.errors import UserError
 _CHECKOUT = Path(__file__).resolve().parents[3] / "conf"
 CONF = str(_CHECKOUT if _CHECKOUT.is_dir() else Path(__file__).resolve().parents[1] / "conf")
 EXPERIMENTS = Path(CONF) / "experiment"
-# Lines ``FORMER NAME``: committed records state their command with the former name of a grid.
+# Each line holds a former and a present name. The commands in committed records use the former ones.
 FORMER_NAMES = EXPERIMENTS / "former_names.txt"
 NEAR = 8  # the most grids that an error lists
 
@@ -49,7 +49,7 @@ def present_names(words: Sequence[str]) -> list[str]:
 
 def _present_name(word: str) -> str:
     given = word.partition("=")[2]
-    if (EXPERIMENTS / f"{given}.yaml").is_file():
+    if given in experiments():
         return word
     lines = FORMER_NAMES.read_text(encoding="utf-8").splitlines()
     known = dict(line.split() for line in lines if not line.startswith("#"))
@@ -69,7 +69,7 @@ def check_choices() -> None:
 
 
 def check_seed(cfg: DictConfig) -> None:
-    """Refuse a seed that torch would silently read as another one (true, 1.5) or that its generators do not take."""
+    """Refuse a seed that torch would silently read as another one (true, 1.5), or that its generators refuse."""
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed={cfg.seed!r} is not a whole number in 0..{2**32 - 1}")
 
@@ -82,7 +82,7 @@ def text(cfg: DictConfig, key: str) -> str:
 
 
 def invocation(program: str) -> str:
-    """Return the shell command that makes this one run, also inside a grid."""
+    """Return the shell command of this run, also for a cell of a grid."""
     return shlex.join([program, *HydraConfig.get().overrides.task]) if HydraConfig.initialized() else program
 
 

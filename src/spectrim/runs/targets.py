@@ -1,4 +1,4 @@
-"""Which classes a configuration may name, and the objects that are built from it."""
+"""Build objects from a configuration, which may name only the classes that are allowed here."""
 
 import os
 from pkgutil import resolve_name
@@ -45,7 +45,7 @@ def _refusal(target: str) -> str:
     if not target.startswith(PACKAGES):
         return "only spectrim, torch and torchvision may be used"
     if target.startswith(UNPICKLING):
-        return "it may run code from a file, nothing is unpickled"
+        return "it may run code from a file; nothing is unpickled"
     if not target.startswith(PLACES) or any(part.startswith("_") for part in target.split(".")):
         return f"it is no part of a run; those come from {', '.join(place[:-1] for place in PLACES)}"
     return ""
@@ -74,9 +74,8 @@ def build(settings: dict[str, Any], *can: str) -> Any:
     """
     check_targets(settings)
     if "torchvision." in str(settings):
-        from spectrim.tools import (
-            torchvision_shim,
-        )  # here, because it imports torch, which a check of names does not need
+        # Imported here, because it needs torch, which a check of names does not.
+        from spectrim.tools import torchvision_shim
 
         torchvision_shim.prepare()
         # torchvision fetches weights without asking torch.load for tensors alone.
