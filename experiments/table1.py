@@ -98,7 +98,9 @@ def build(options: Options) -> list[Path]:
 def _paper(table: Table, model: str) -> Table:
     """Return the excerpt of one network. Its caption is the network with its dense accuracy."""
     own = table.data[table.data["model"] == model]
-    excerpt = replace(table, data=own.assign(approach=own["selector"]), group=None).paper(PAPER)
+    n = ", ".join(dict.fromkeys(own["n"].dropna()))
+    notes = [f"Mean ± standard deviation over training seeds × calibration seeds ({n})."]
+    excerpt = replace(table, data=own.assign(approach=own["selector"]), group=None).paper(PAPER, notes=notes)
     return replace(excerpt, name=f"{excerpt.name}_{model}", caption=str(own["block"].iloc[0]))
 
 
