@@ -1,4 +1,4 @@
-"""Error and first-order change of every rank: one pass against starting over at each rank."""
+"""Time the curves of error and first-order change over all ranks: one pass, or a new start at each rank."""
 
 import time
 from statistics import mean, median
@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 def benchmark(quick: bool) -> Outcome:
-    """A 3x3 convolution with 512 channels in and out, in the channel view: a 512 x 4608 matrix in float64."""
+    """Time the curves of a 3x3 convolution with 512 channels: a 512 x 4608 matrix in float64, in the channel view."""
     channels, sampled, repeats = (32, 4, 3) if quick else (512, 8, 3)
     torch.manual_seed(0)
     layer = nn.Conv2d(channels, channels, 3, bias=False)

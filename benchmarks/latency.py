@@ -1,4 +1,4 @@
-"""Milliseconds of a factored layer against the dense one, layer by layer, at about the same share of its MACs."""
+"""Time factored layers beside the dense ones, layer by layer, at about the same share of the MACs."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -38,7 +38,7 @@ COLUMNS = (
 
 
 def benchmark(quick: bool) -> Outcome:
-    """Every kind of layer (weight, stride, groups, input) of four networks, at batch 1 and 128, in both views."""
+    """Time every kind of layer (weight, stride, groups, input) of four networks, at two batch sizes, in both views."""
     models, batches, rounds = (MODELS[:1], (1, 2), 1) if quick else (MODELS, (1, 128), 3)
     rows = [
         {"model": model, **kind, "batch": batch, **measured}
@@ -69,7 +69,7 @@ def benchmark(quick: bool) -> Outcome:
 
 
 def _kinds(model: str, limit: int | None) -> Iterator[tuple[nn.Module, Tensor, dict[str, Any]]]:
-    """One layer of each kind with an input of it, as a batch of one, and what tells the kind."""
+    """Yield one layer of each kind, an input of it as a batch of one, and its kind."""
     network = untrained(model)
     image = torch.randn(1, 3, 32, 32)
     layers, _ = find_layers.factorable(network, image)
@@ -90,7 +90,7 @@ def _kinds(model: str, limit: int | None) -> Iterator[tuple[nn.Module, Tensor, d
 
 
 def _kind(layer: nn.Module, x: Tensor) -> dict[str, Any]:
-    """What the time of a layer depends on."""
+    """Return the sizes that the time of a layer depends on."""
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     stride, groups = (layer.stride[0], layer.groups) if isinstance(layer, nn.Conv2d) else (1, 1)
     shape, taken = "×".join(map(str, layer.weight.shape)), "×".join(map(str, x.shape[1:]))
@@ -98,7 +98,7 @@ def _kind(layer: nn.Module, x: Tensor) -> dict[str, Any]:
 
 
 def _measured(layer: nn.Module, x: Tensor, rounds: int) -> list[dict[str, Any]]:
-    """One row a view."""
+    """Return one row per view."""
     if isinstance(layer, nn.Conv2d):
         x = x.contiguous(memory_format=torch.channels_last)
     dense_macs = model_cost(layer, x).macs

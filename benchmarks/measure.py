@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, targets, images of noise, the models of the configuration."""
+"""Shared code of the benchmarks: clocks, targets, images of noise, and models of the configuration."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from spectrim.runs import configuration, targets
 
 @dataclass(frozen=True)
 class Target:
-    """A bound that a measured ratio should keep. ``digits``: of the printed numbers; ``unit``: behind them."""
+    """A bound that a measured ratio should keep. ``digits`` and ``unit``: of the printed numbers."""
 
     what: str
     measured: float
@@ -31,7 +31,7 @@ class Target:
         return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
     def line(self) -> str:
-        """Printed plainly, a missed one as missed."""
+        """Return the target as one line, which says whether it is met or missed."""
         verdict, side = "met" if self.met else "MISSED", "at least" if self.at_least else "at most"
         measured, bound = f"{self.measured:.{self.digits}f}", f"{self.bound:g}"
         return f"Target {verdict}: {self.what}: {measured} {self.unit}, {side} {bound} wanted."
@@ -39,7 +39,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one benchmark gives. ``data``: digest or description of what it ran on; ``settings``: sizes and repeats."""
+    """The result of one benchmark. ``data``: digest or description of its data; ``settings``: sizes and repeats."""
 
     table: Table
     targets: Sequence[Target]
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
+    """Return the wall-clock seconds of one call."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -56,7 +56,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 @contextmanager
 def clocked(owner: Any, name: str) -> Iterator[list[float]]:
-    """Seconds of every call of ``owner.name`` (a method of a class, a function of a module) inside the block."""
+    """Yield the seconds of every call of ``owner.name`` inside the block. It is a method or a function of a module."""
     original, times = getattr(owner, name), list[float]()
 
     def timed(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +74,7 @@ def clocked(owner: Any, name: str) -> Iterator[list[float]]:
 
 
 def noise_images(count: int, batch_size: int) -> ImageSplit:
-    """3x32x32 images of noise in ten classes: the time of a pass does not depend on what they show."""
+    """Return 3x32x32 images of noise in ten classes, since the time of a pass does not depend on the pictures."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 10, (count,), generator=generator)
@@ -82,7 +82,7 @@ def noise_images(count: int, batch_size: int) -> ImageSplit:
 
 
 def untrained(model: str) -> nn.Module:
-    """The network of ``conf/model/MODEL.yaml`` for CIFAR-10 with random weights, channels last as in a run."""
+    """Return the network of ``conf/model/MODEL.yaml`` for CIFAR-10, with random weights, channels last as in a run."""
     with initialize_config_dir(configuration.CONF, version_base="1.3"):
         settings = configuration.plain(compose("config", [f"model={model}", "data=cifar10"]).model)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The memory that a compression takes: the peak of a fresh process, over the size of the model that it compresses."""
+"""Measure the memory of a compression: the peak of a fresh process over the size of the model."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ BOUND = 2.5
 
 
 def benchmark(quick: bool) -> Outcome:
-    """Each method on a decoder of the shapes of SmolLM2-135M, ``BLOCK`` layers at once; the first also with all."""
+    """Measure each method on a decoder with the shapes of SmolLM2-135M, ``BLOCK`` layers at once."""
     shapes, methods = ((2, 96, 256, 500), METHODS[:1]) if quick else ((30, 576, 1536, 49152), METHODS)
     rows = []
     for method, at_once in [(METHODS[0], None), *((method, BLOCK) for method in methods)]:

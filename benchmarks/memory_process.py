@@ -1,4 +1,4 @@
-"""One compression in a process of its own, for ``memory.py``: its peak of memory as JSON. Linux."""
+"""Run one compression for ``memory.py`` in a process of its own, and print its peak of memory as JSON. Linux."""
 
 import json
 import sys
@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids (N, T) to logits (N, T, V); the head is the embedding."""
+    """A decoder that maps token ids (N, T) to logits (N, T, V); its head is the embedding."""
 
     def __init__(self, depth: int, width: int, inner: int, vocabulary: int) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
 
 
 def main() -> None:
-    """Entry of the process."""
+    """Run the compression and print its memory."""
     method, (at_once, *shapes) = sys.argv[1], json.loads(sys.argv[2])
     torch.manual_seed(0)
     phases = Phases()

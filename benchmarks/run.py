@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
-    """Entry of ``make bench``."""
+    """Run the benchmarks, as ``make bench`` does."""
     options = _options()
     folder = options.folder or ROOT / ("build/benchmarks" if options.quick else "results/benchmarks")
     for name in options.names or BENCHMARKS:

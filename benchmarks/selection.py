@@ -1,4 +1,4 @@
-"""What selecting costs: whole one-shot lossless selection against the gradient pass that it cannot do without."""
+"""Time a whole one-shot lossless selection beside its gradient pass, which it cannot do without."""
 
 from statistics import median
 
@@ -22,7 +22,7 @@ COLUMNS = (
 
 
 def benchmark(quick: bool) -> Outcome:
-    """ResNet-56 on 2000 images of noise. Nothing is remembered: model and objective are new at every measurement."""
+    """Time ResNet-56 on images of noise. Nothing is remembered: model and objective are new at every measurement."""
     model, images, batch_size, repeats = ("resnet20", 32, 16, 2) if quick else ("resnet56", 2000, 500, 3)
     calibration = noise_images(images, batch_size)
     _select(model, noise_images(8, 8))  # the first call of each kernel is slow, and neither side should pay for it
@@ -55,7 +55,7 @@ def _select(model: str, calibration: ImageSplit) -> float:
 
 
 def _once(model: str, calibration: ImageSplit) -> dict[str, float]:
-    """Seconds of the gradient pass, of the whole selection, and of the selection's parts."""
+    """Return the seconds of the gradient pass, of the whole selection, and of its parts."""
     network, objective = _fresh(model, calibration)
     layers = list(find_layers.factorable(network, objective.example())[0])
     alone = seconds(lambda: objective.gradients(network, layers))

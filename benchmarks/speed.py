@@ -1,4 +1,4 @@
-"""Whole networks cut to a budget of milliseconds: predicted against measured, eager and compiled, beside dense."""
+"""Time networks cut to a budget of milliseconds: predicted and measured, eager and compiled, beside dense."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +45,7 @@ COLUMNS = (
 
 
 def benchmark(quick: bool) -> Outcome:
-    """Joint selection by time, at batch 1 and 128, of trained networks of CIFAR-10."""
+    """Time joint selection with a budget of time, at two batch sizes, on trained networks for CIFAR-10."""
     models, batches, shares = (("resnet20",), (2,), (0.9,)) if quick else (MODELS, BATCHES, SHARES)
     rows: list[dict[str, Any]] = []
     digests = []
@@ -77,7 +77,7 @@ def benchmark(quick: bool) -> Outcome:
 
 
 def _trained(model: str, data: str) -> Task:
-    """The network of a committed checkpoint, with its splits, as a run has it."""
+    """Return the network of a committed checkpoint with its splits, as a run has it."""
     with initialize_config_dir(configuration.CONF, version_base="1.3"):
         cfg = compose("config", [f"model={model}", f"data={data}"])
     path = ROOT / f"results/checkpoints/{model}-{data}-seed0.safetensors"
@@ -95,7 +95,7 @@ def _times(judged: Task, batch: int) -> latency.Times:
 
 
 def _cut(judged: Task, dense: Any, batch: int, milliseconds: float, quick: bool) -> dict[str, Any]:
-    """What becomes of one budget. ``dense``: the dense model compiled."""
+    """Return the row of one budget. ``dense``: the dense model, compiled."""
     try:
         chosen = Joint(milliseconds=milliseconds, batch_size=batch)
         compressed = chosen.compress(judged.model, DECOMPOSER, judged.objective)

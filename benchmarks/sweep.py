@@ -1,4 +1,4 @@
-"""A sweep of twenty ranks in one process, on the command line's own path: how much of its time is not evaluation."""
+"""Time a sweep of ranks in one process, as the command line runs it, to see how much is not evaluation."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 def benchmark(quick: bool) -> Outcome:
-    """``spectrim -m model=resnet20 algorithm=truncation algorithm.rank=1,2,…,20``, all of it."""
+    """Time ``spectrim -m model=resnet20 algorithm=truncation algorithm.rank=1,2,…,20`` as a whole."""
     model, data, ranks = ("resnet20", "digits", 3) if quick else ("resnet20", "cifar10", 20)
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
@@ -67,7 +67,7 @@ def benchmark(quick: bool) -> Outcome:
 
 
 def _command(arguments: Sequence[str]) -> None:
-    """The command ``spectrim`` in this process."""
+    """Run the command ``spectrim`` in this process."""
     typed, sys.argv = sys.argv, ["spectrim", *arguments]
     try:
         run.main()
@@ -83,7 +83,7 @@ def _parts(
     decompositions: Sequence[float],
     countings: Sequence[float],
 ) -> pd.DataFrame:
-    """Disjoint parts of ``total`` seconds, from the clocks and from the phases that the records hold."""
+    """Return disjoint parts of ``total`` seconds, from the clocks and from the phases in the records."""
     phase = {
         name: sum(record["phases"][name]["seconds"] for record in records) for name in ("load", "select", "evaluate")
     }

@@ -28,7 +28,7 @@ def build(options: Options) -> list[Path]:
             figure.losses(axes)
             figure.legend(canvas, axes)
             pictures += figure.save(canvas, name, options.out, origin)
-    caption = "What Figure 1 shows: test loss without fine-tuning"
+    caption = "Numbers of Figure 1: test loss without fine-tuning"
     notes = ["Mean ± standard deviation (ddof = 1).", *(_note(rows[rows["model"] == model], model) for model in models)]
     beside = figure_data.table(options, rows, VALUES, caption, notes)
     return pictures + table.save([beside], options.out, origin)

@@ -33,8 +33,8 @@ def build(options: Options) -> list[Path]:
                 axis.set_ylabel("")
             figure.legend(canvas, axes, 4)
             pictures += figure.save(canvas, name, options.out, origin)
-    notes = ["Rings in the figure: the lowest value of a panel.", *(_note(rows, model) for model in models)]
-    beside = figure_data.table(options, rows, VALUES, "What Figure 2 shows: plain truncation", notes)
+    notes = ["A ring in the figure marks the lowest value of a panel.", *(_note(rows, model) for model in models)]
+    beside = figure_data.table(options, rows, VALUES, "Numbers of Figure 2: plain truncation", notes)
     return pictures + table.save([beside, beside.paper(PAPER)], options.out, origin)
 
 

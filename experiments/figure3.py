@@ -37,11 +37,11 @@ def build(options: Options) -> list[Path]:
         figure.legend(canvas, axes)
         pictures = figure.save(canvas, options.name, options.out, origin)
     notes = [
-        "Rank / break-even rank: share of their parameters kept by the layers that can be factored; above 100 % a "
-        "factored layer would be larger than the dense one. A layer left dense counts 100 %.",
+        "Rank / break-even rank is the share of parameters that the factorable layers keep. Above 100 % a factored "
+        "layer would be larger than the dense one. A layer that stays dense counts 100 %.",
         *(_note(rows[rows["model"] == model], model) for model in models),
     ]
-    caption = "What Figure 3 shows: loss against rank"
+    caption = "Numbers of Figure 3: loss against rank"
     shown = figure_data.table(options, rows, VALUES, caption, notes, ("densenet", "vgg"))
     return pictures + table.save([shown, shown.paper(PAPER)], options.out, origin)
 

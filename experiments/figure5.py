@@ -53,13 +53,14 @@ IN_TRAINING = list(TERMS)[:4]
 DEPTH = matplotlib.colormaps["viridis"]  # from the first layer to the last
 Panel = Callable[[Axes, pd.DataFrame], None]
 NOTES = (
-    "Mean ± standard deviation (ddof = 1) over training seeds. Epochs are counted from 1; the rank is that after the "
-    "selection at the end of the epoch.",
+    "Each number is a mean ± standard deviation (ddof = 1) over training seeds. Epochs are counted from 1. The rank is "
+    "that after the selection at the end of the epoch.",
 )
 LOSS_NOTES = (
-    "Mean ± standard deviation (ddof = 1) over training seeds. Task, orthogonality and the regulariser, each with its "
-    "weight in the loss: means over the epoch. Before and after the cut: the task's loss that the selection at the end "
-    "of the epoch measured, in eval mode; lowest refused: of the truncations that it tried and that moved it too far.",
+    "Each number is a mean ± standard deviation (ddof = 1) over training seeds. Task, orthogonality and regulariser "
+    "are means over the epoch, each with its weight in the loss.",
+    "Before and after the cut are the losses of the task that the selection at the end of the epoch measured, in eval "
+    "mode. Lowest refused is the lowest loss of a truncation that the selection tried and that moved the loss too far.",
 )
 
 
@@ -77,7 +78,7 @@ def build(options: Options) -> list[Path]:
     origin = command.origin(options, found)
     drawn = _draw(ranks, _rank_panel, _rank_title(found), options.name, options, origin)
     drawn += _draw(losses, _loss_panel, _loss_title(found), f"{options.name}_losses", options, origin)
-    caption, beside = "What Figure 5 shows: ranks under SVD training", "The losses beside Figure 5"
+    caption, beside = "Numbers of Figure 5: ranks during SVD training", "Losses during the trainings of Figure 5"
     tables = [
         Table(options.name, ranks, RANKS, caption, NOTES, "panel", ABOUT),
         Table(f"{options.name}_losses", losses, LOSSES, beside, LOSS_NOTES, "panel", ("key", *ABOUT)),

@@ -25,7 +25,7 @@ STAGES = {"cut alone": ("cpu_seconds", "CPU seconds"), "trained": ("read", "imag
 COLUMNS = (
     Column("panel", "panel"),
     Column("approach", "selector"),
-    Column("asked", "asked for"),
+    Column("asked", "requested"),
     Column("epochs", "epochs", 0),
     Column("params_kept", "params kept %", 1, scale=100),
     Column("cpu_seconds", "CPU seconds", 1),
@@ -35,11 +35,11 @@ COLUMNS = (
 )
 PAPER = ("panel", "approach", "params_kept", "cpu_seconds", "read", "test_accuracy")
 NOTES = (
-    "Mean ± standard deviation (ddof = 1) over the runs; n as in Table 1, whose notes hold here too. Cut alone: "
-    "against the CPU seconds of decomposition, selection and cut. Trained: against the images read to select, "
-    "beyond those of the training steps. A size that a selector chose itself stands for the nearest budget, as there.",
-    f"The panels end {100 * DEEPEST:.0f} pp below the dense net: a hollow mark on that edge lies below it. A black "
-    "edge: trained from scratch.",
+    "Each number is a mean ± standard deviation (ddof = 1) over the runs. The column n and the sizes are those of "
+    "Table 1, whose notes apply. Cut alone shows the CPU seconds of decomposition, selection and cut. Trained shows "
+    "the images read to select, without those of the training steps.",
+    f"The panels end {100 * DEEPEST:.0f} points below the dense network. A hollow marker on that edge lies below it. A "
+    "black edge marks a training from scratch.",
 )
 
 
@@ -68,7 +68,7 @@ def build(options: Options) -> list[Path]:
         if own:
             pictures += _draw(own, styles, name, options, origin)
     shown = pd.concat([panel.rows.assign(panel=panel.title) for panel in panels])
-    beside = Table(options.name, shown, COLUMNS, "What Figure 6 shows: accuracy and cost", NOTES, "panel")
+    beside = Table(options.name, shown, COLUMNS, "Numbers of Figure 6: accuracy and cost", NOTES, "panel")
     return pictures + table.save([beside, beside.paper(PAPER)], options.out, origin)
 
 

@@ -47,8 +47,9 @@ COLUMNS = (
 )
 ABOUT = ("model", "algorithm")  # columns for the code
 NOTES = (
-    "Mean ± standard deviation (ddof = 1) over the calibration seeds. A layer that stays dense keeps 100 % and counts "
-    "with its full rank. Of a method with several budgets, the runs nearest to 80 % of the model's parameters.",
+    "Each number is a mean ± standard deviation (ddof = 1) over the calibration seeds. A layer that stays dense "
+    f"keeps 100 % and its full rank. Of a method with several budgets, the runs nearest to {100 * AIMED:.0f} % of the "
+    "parameters are shown.",
 )
 
 
@@ -69,7 +70,7 @@ def build(options: Options) -> list[Path]:
     if not rows["main"].all():
         title = "Parameters kept of every layer, by selectors that Figure 7 leaves out"
         drawn += _draw(rows[~rows["main"]], title, f"{options.name}_appendix", options, origin)
-    caption = "What Figure 7 shows: kept rank, block after block"
+    caption = "Numbers of Figure 7: kept rank, block by block"
     shown = Table(options.name, rows, COLUMNS, caption, NOTES, "panel", (*ABOUT, "main"))
     return drawn + table.save([shown], options.out, origin)
 

@@ -1,12 +1,14 @@
-"""Copy tables into README and docs, between markers: ``python experiments/readme.py [--check]``."""
+"""Copy tables and numbers into README and docs, between markers: ``python experiments/readme.py [--check]``."""
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import quoted
 
 from spectrim.errors import UserError
 from spectrim.tools import files
@@ -71,8 +73,22 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
 }
 
 
+# A number inside a sentence; its name is a key of ``quoted.NUMBERS``.
+NUMBER = re.compile(r"<!-- =(\w+) -->[^<]*<!-- = -->")
+
+
 def filled(page: str, text: str, results: Path) -> str:
-    """Return a page with every block made anew. Raises ``UserError`` where a marker is missing."""
+    """Return a page with every block and number made anew.
+
+    Raises ``UserError`` where the marker of a block is missing, or where a number has no known name.
+    """
+
+    def number(found: re.Match[str]) -> str:
+        if found[1] not in quoted.NUMBERS:
+            raise UserError(f"{page} quotes {found[1]}, which quoted.py does not know")
+        return f"<!-- ={found[1]} -->{quoted.NUMBERS[found[1]](results)}<!-- = -->"
+
+    text = NUMBER.sub(number, text)
     for name, make in PAGES[page].items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, found, rest = text.partition(start)

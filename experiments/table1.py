@@ -1,4 +1,4 @@
-"""Table 1: the eight rank selectors of the second source with its three labels, measured at equal sizes."""
+"""Table 1: the rank selectors that S2 lists, with its labels, at equal sizes."""
 
 import math
 import sys
@@ -9,13 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.report import command, selectors
+from spectrim.report import averages, command, selectors
 from spectrim.report.command import Options
 from spectrim.report.selectors import BUDGETS, NEAR
 from spectrim.report.table import Column, Table, number, save
 
 LISTED = Path(__file__).with_name("selectors.csv")
-# Whether a row of ``selectors.rows`` is of a model as it was cut, or after a training.
+# The two stages of a row, and the end of their column headers.
 PAPER = ("approach", "cut_50", "cut_30", "trained_50", "trained_30", "cut_cpu_seconds")
 SIZES_PAPER = ("block", "approach", "epochs", "params_kept", "test_accuracy", "cpu_seconds")
 STAGES = {"cut": "", "trained": ", trained"}
@@ -38,7 +38,7 @@ COLUMNS = (
 SIZES = (
     Column("block", "net, data"),
     Column("approach", "selector"),
-    Column("asked", "asked for"),
+    Column("asked", "requested"),
     Column("epochs", "epochs", 0),
     Column("params_kept", "params kept %", 1, scale=100),
     Column("test_accuracy", "top-1 %", 2, scale=100),
@@ -50,30 +50,29 @@ SIZES = (
     Column("n", "n"),
 )
 NOTES = (
-    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (pairs: each training "
-    "seed with a calibration draw of its own). Params kept: of the whole model; a budget is met from below. A dash: no "
-    "run. All decompose alike, by a plain SVD, which those that train need; joint selection and knapsack are meant for "
-    "a whitened one.",
-    "Labels: as the source prints them, none for what it does not list. Layers' ranks: whether each depends on the "
-    "others.",
-    "Cut alone: BatchNorm statistics follow the cut without labels, for every selector, since PARS does so. Trained: "
-    "{epochs}. Those that train while they select start from the same trained net and get as many epochs as the others "
-    "get after the cut, so that the epochs are equal in all.",
-    "CPU seconds and images read: of one selection by itself, with decomposition and cut. The sizes of one draw share "
-    "decompositions, gates and measurements of single layers, so it is the size that cost most, the first. No seconds "
-    "where a GPU computed, for several runs shared it. Images: of calibration and verification, and those that were "
-    "read to select while training, each as often as it was read; not those of the training steps, of which every row "
-    "has the same epochs.",
+    averages.NOTE,
+    "Params kept counts the whole model. No selector exceeds its budget. A dash means that there is no run. All "
+    "selectors use a plain SVD, because those that train need it. Joint selection and knapsack are made for a whitened "
+    "decomposition.",
+    "The labels are those that the source prints. A selector that the source does not list has none. Layers' ranks "
+    "says whether the rank of a layer depends on the other layers.",
+    "Cut alone: the BatchNorm statistics are estimated again after the cut, without labels, for every selector. "
+    "Trained: {epochs}. A selector that trains while it selects has as many epochs as the others have after the cut.",
+    "CPU seconds and images read are those of one selection, with decomposition and cut. The sizes of one calibration "
+    "draw share work, so the largest cost of a draw is shown. Runs on a GPU shared it, so their seconds are not shown. "
+    "Images read include calibration, verification and images that a training reads to select. They do not include the "
+    "images of training steps.",
 )
 SIZES_NOTES = (
-    "As Table 1, each size by itself. Epochs: of training after the cut or while selecting, 0: cut alone; in all where "
-    "from scratch. Seconds: of selection and training together, of a later size of one draw what it does not "
-    "share with the first; none where several runs shared a GPU.",
+    "This table shows each size of Table 1 by itself. Epochs are those after the cut or during selection; 0 means that "
+    "the network was cut alone. A training from scratch counts all its epochs.",
+    "Seconds are those of selection and training together. A later size of one draw does not count the work that it "
+    "shares with the first. Runs that shared a GPU have none.",
 )
 
 
 def build(options: Options) -> list[Path]:
-    """The selectors in the source's order with its labels and what they reach, and below them further ones."""
+    """Build the table of selectors in the source's order, its excerpts, and the table of every size."""
     found = command.load(options)
     listed = selectors.listed(LISTED)
     rows = selectors.rows(options, found, listed)
@@ -98,12 +97,14 @@ def build(options: Options) -> list[Path]:
 def _paper(table: Table, model: str) -> Table:
     """Return the excerpt of one network. Its caption is the network with its dense accuracy."""
     own = table.data[table.data["model"] == model]
-    excerpt = replace(table, data=own.assign(approach=own["selector"]), group=None).paper(PAPER)
+    n = ", ".join(dict.fromkeys(own["n"].dropna()))
+    notes = [f"Mean ± standard deviation over training seeds × calibration seeds ({n})."]
+    excerpt = replace(table, data=own.assign(approach=own["selector"]), group=None).paper(PAPER, notes=notes)
     return replace(excerpt, name=f"{excerpt.name}_{model}", caption=str(own["block"].iloc[0]))
 
 
 def _block(own: pd.DataFrame, listed: pd.DataFrame, net: str) -> list[dict[str, Any]]:
-    """A line for each selector that is listed, with runs or without, and one for each that trains from scratch."""
+    """Return one line per listed selector, with or without runs, and one per selector that trains from scratch."""
     dense, spread = (float(own[key].iloc[0]) for key in ("dense_accuracy", "dense_accuracy_std"))
     said = "" if math.isnan(dense) else f" (dense {number(100 * dense, 2)}"
     said += ("" if math.isnan(spread) else f" ± {100 * spread:.2f}") + (" %)" if said else "")
@@ -126,7 +127,7 @@ def _block(own: pd.DataFrame, listed: pd.DataFrame, net: str) -> list[dict[str, 
 
 
 def _reached(runs: pd.DataFrame) -> dict[str, Any]:
-    """Top-1 at each budget and the cost by itself, cut alone and trained; NaN without runs."""
+    """Return the accuracy at each budget and the cost, for the cut alone and after training; NaN without runs."""
     line: dict[str, Any] = {}
     for stage in STAGES:
         own = runs[(runs["epochs"] > 0) == (stage == "trained")]
@@ -141,7 +142,7 @@ def _reached(runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def _epochs(rows: pd.DataFrame) -> str:
-    """For how long was trained, beyond the trained nets and from scratch."""
+    """Return the epochs of training, from trained networks and from scratch, in words."""
     beyond, scratch = (sorted(set(own["epochs"]) - {0}) for own in (rows[~rows["scratch"]], rows[rows["scratch"]]))
     said = [f"{' or '.join(map(str, beyond))} epochs beyond the trained net"] if beyond else []
     said += [f"{' or '.join(map(str, scratch))} epochs from scratch"] if scratch else []
@@ -149,15 +150,15 @@ def _epochs(rows: pd.DataFrame) -> str:
 
 
 def _own_sizes(rows: pd.DataFrame) -> list[str]:
-    """The sizes that were not asked for, and where they are printed."""
+    """Return a note on the sizes that selectors chose themselves, with the columns that show them."""
     own = rows[rows["budget"].isna()]
     said = [
         f"{row['model']}, {row['approach']}, {row['asked']}: {100 * row['params_kept']:.1f} %"
         + (" (in no column)" if math.isnan(row["at"]) else f" (at {100 * row['at']:.0f} %)")
         for _, row in own.iterrows()
     ]
-    rule = f"in the column of the nearest budget within {100 * NEAR:g} % of the parameters, the nearest of several"
-    return [f"Sizes that a selector chose itself, {rule}: {'; '.join(said)}."] if said else []
+    rule = f"They stand in the column of the nearest budget, if it is within {100 * NEAR:g} % of the parameters."
+    return [f"Some selectors choose their size. {rule} {'; '.join(said)}."] if said else []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -55,21 +55,21 @@ SOURCES = (
     "S1b: the same authors, Compression for Better, arXiv 2412.06868."
 )
 NOTES = (
-    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (a dense net: "
-    "training seeds; pairs: each training seed with a calibration draw of its own), a single run has no deviation. "
-    "Runs of one training seed share a checkpoint, so where n is 1 × 3 the deviation is that of the calibration draw.",
-    "Δ = compressed − dense. Params and MACs kept: of the whole model. Predicted: first-order change of the "
-    "calibration loss summed over the layers, to be held against the measured one beside it. Calibration is held out "
-    "of the training data, and so are the 1,000 other images that verified rows measure on; no selector sees the test "
-    "split. No fine-tuning.",
-    "Published: ImageNet nets of the same family, loss on the split that S1b also calibrates on; its drop is not "
-    "defined. Another data set and scale, so only the claim is judged: the loss is not above the original's.",
+    averages.NOTE,
+    "A dense network has one run per training seed. Runs of one training seed share a checkpoint, so with n = 1 × 3 "
+    "the deviation is that of the calibration draw.",
+    "Δ = compressed − dense. Params and MACs kept count the whole model. Predicted is the first-order change of the "
+    "calibration loss, summed over the layers; the measured change stands beside it. Calibration and verification "
+    "images are held out of the training data. No selector sees the test split. There is no fine-tuning.",
+    "Published numbers are those of ImageNet networks of the same family, on the split that S1b also calibrates on. "
+    "S1b does not define its drop. Data set and scale differ, so the verdict is on the claim alone: the loss is not "
+    "above the original's.",
 )
 CLAIM_NOTES = (
-    "Another data set and scale than the source's, unless the data are ImageNet: judged is the claim that the "
-    "compressed loss is not above the original's at the published drop, read as the share of parameters removed from "
-    "the whole model.",
-    "Read in the claim's favour: of a model's lossless and compact rows, one whose mean test loss meets it is enough.",
+    "Unless the data are ImageNet, data set and scale differ from the source's. The verdict is then on the claim "
+    "alone: the compressed loss is not above the original's at the published drop. The drop is read as the share of "
+    "parameters removed from the whole model.",
+    "The reading favours the claim: one lossless or compact row of a model is enough, if its mean test loss meets it.",
 )
 
 
@@ -109,7 +109,11 @@ def _unverified(rows: pd.DataFrame) -> list[str]:
     """Return a note that names the models without a verified run, if other models have one."""
     verified = rows[rows["mode"] == "verified"]["model"]
     without = [model for model in dict.fromkeys(rows["model"]) if model not in set(verified)]
-    return [f"Not run verified, which takes longest on the deepest nets: {', '.join(without)}."] if without else []
+    return (
+        [f"Verified selection, which takes longest on deep networks, was not run on: {', '.join(without)}."]
+        if without
+        else []
+    )
 
 
 def _published(published: pd.DataFrame, row: "pd.Series[Any]") -> str | None:

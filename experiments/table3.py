@@ -49,21 +49,22 @@ LAST = (
     Column("verdict", "test loss not above dense"),
 )
 NOTES = (
-    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds. Δ = compressed − "
-    "dense; losses in nats, of a language model a token. Perplexity: exp of that loss; rise: over the dense model's. "
-    "The first perplexity is of the corpus that calibration is drawn from (other documents), the next of another "
-    "corpus. Params and MACs kept: of the whole model; embeddings are parameters, but multiply nothing. No "
-    "fine-tuning; no selector sees a test split.",
-    "Uniform ratio: every layer keeps the same part of its parameters. Whitened: by the second moment of the layer's "
-    "inputs on the calibration data, as in SVD-LLM (arXiv 2403.07378), without its update of the weights after. "
-    "Refitted: layer by layer the factors are fitted, by least squares and without labels, to what the dense layers "
-    "put out, from the inputs that the compressed model really has. No first order: by the Fisher information alone, "
-    "where the others take a slope of four standard errors and more. Interaction: with what removed components do to "
-    "one another, of a thousand samples where the others take half. Embedding too: the rows of the tokens that make "
-    "nine tenths of the calibration data stay as they are, and those of all others are factored, weighed by how often "
-    "each comes; elsewhere the embedding stays dense.",
-    "Published: as printed in the source for BERT, at its own drop, which it does not define; nothing of it was run "
-    "here. Top-1 of SQuAD is exact match.",
+    averages.NOTE,
+    "Δ = compressed − dense. Losses are in nats; those of language models are per token. Perplexity is the "
+    "exponential of that loss, and rise is its increase over the dense model's. The first perplexity is that of the "
+    "corpus of the calibration data, on other documents. Params and MACs kept count the whole model. Embeddings have "
+    "parameters but no MACs. There is no fine-tuning, and no selector sees a test split.",
+    "Uniform ratio: every layer keeps the same share of its parameters. Whitened: each layer is weighed by the second "
+    "moment of its inputs on the calibration data, as in SVD-LLM (arXiv 2403.07378), without its update of the "
+    "weights.",
+    "Refitted: layer by layer, least squares fits the factors to the outputs of the dense layers, without labels. The "
+    "inputs are those of the compressed model. No first order: the Fisher information alone; the other rows also use "
+    "slopes that are beyond chance. Interaction: the effects of removed components on each other are included, from "
+    "more samples.",
+    "Embedding too: the rows of frequent tokens stay as they are. The rows of all other tokens are factored, each "
+    "weighed by how often its token occurs. In all other rows the embedding stays dense.",
+    "Published rows are as printed in S1b for BERT, at a drop that it does not define. Nothing of it was run here. "
+    "Top-1 of SQuAD is exact match.",
     "S1b: Zhang et al., Compression for Better, arXiv 2412.06868.",
 )
 

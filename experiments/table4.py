@@ -48,13 +48,12 @@ COLUMNS = (
 )
 PAPER = ("variant", "method", "params_kept", "test_accuracy", "change_test_loss", "verdict")
 NOTES = (
-    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (pairs: each training "
-    "seed with a calibration draw of its own).",
-    "Δ = compressed − dense. Params and MACs kept: of the whole model. Predicted: first-order change of the "
-    "calibration loss summed over the layers. No fine-tuning; no selector sees the test split. BatchNorm statistics "
-    "stay those of the dense net.",
-    "A selector of S1 asks of a decomposition only how far each rank changes the weight, so it takes any. Truncation "
-    "keeps the same part of every layer whatever the loss: beside it stands what the decomposition alone is worth.",
+    averages.NOTE,
+    "Δ = compressed − dense. Params and MACs kept count the whole model. Predicted is the first-order change of the "
+    "calibration loss, summed over the layers. There is no fine-tuning, and no selector sees the test split. BatchNorm "
+    "statistics stay those of the dense network.",
+    "A selector of S1 needs only the weight change at each rank, so it takes any decomposition. Truncation keeps the "
+    "same share of every layer whatever the loss is. It shows the worth of the decomposition alone.",
     "S1: Zhang et al., Lossless Model Compression via Joint Low-Rank Factorization Optimization, arXiv 2412.06867.",
 )
 
@@ -73,7 +72,7 @@ def build(options: Options) -> list[Path]:
     )
     rows["verdict"] = claims.loss_verdicts(rows)
     data = ", ".join(dict.fromkeys(rows["data"]))
-    caption = f"One selector over several decompositions, without fine-tuning, on {data}"
+    caption = f"One selector with several decompositions, without fine-tuning, on {data}"
     notes = [*NOTES, *_summary(rows)]
     table = Table(options.name, rows, COLUMNS, caption, notes, group="model", hidden=frame.KEYS)
     return save(

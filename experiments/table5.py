@@ -33,18 +33,18 @@ COLUMNS = (
     Column("n", "n"),
 )
 PAPER = ("net", "method", "epochs", "params_kept", "test_accuracy", "change_pp")
-PAPER_NOTE = "Mean ± standard deviation (ddof = 1) over training seeds. Δ: to the dense network of the same seed."
+PAPER_NOTE = "Mean ± standard deviation over training seeds. Δ is the change to the dense network of the same seed."
 NOTES = (
-    "Mean ± standard deviation (ddof = 1) over training seeds; n = training seeds × calibration seeds. Params kept: of "
-    "the whole model. Δ: to the dense net of the same seed, which the rows from a trained net start from. Epochs: of "
-    "training beyond that net, or in all where from scratch. Seconds: of compression, training included, on one core; "
-    "none where a GPU trained several nets at a time.",
-    "SVD training: U, S and V are trained, and after each epoch but the last few cut as far as the loss on the "
-    "training images moves by less than ε. Rows of other methods were asked for a budget near what that left. Steps as "
-    "printed: without the bound on how far a step on a factor moves its layer, at the learning rate that this needs. "
-    "Cuts: epochs at whose end ranks were selected. Priced: energy weighed against the parameters that it costs. "
-    "Spatial: convolutions as two of kh x 1 and 1 x kw; otherwise as kh x kw and 1 x 1.",
-    "Published rows: as printed in the source, with its own dense net; nothing of theirs was run here.",
+    averages.NOTE,
+    "Params kept counts the whole model. Δ is the change to the dense network of the same seed; rows from a trained "
+    "net start from it. Epochs are those after that network, or all epochs from scratch. Seconds are those of "
+    "compression and training on one core. Networks that shared a GPU have none.",
+    "SVD training trains U, Σ and V. After each epoch but the last few it cuts them as far as the loss on the training "
+    "images moves by less than ε. Other methods were given a budget near the size that this left.",
+    "Cuts counts the epochs that end with a rank selection. Priced: energy is weighed against its cost in parameters. "
+    "Steps as printed: no bound on how far a step on a factor moves its layer, at the learning rate that this needs. "
+    "Spatial: a convolution becomes one of kh x 1 and one of 1 x kw; otherwise one of kh x kw and one of 1 x 1.",
+    "Published rows are as printed in the source, with its own dense network. Nothing of them was run here.",
 )
 SOURCES = (
     "S2: low-rank SVD training with rank selection, Algorithms 1 to 3. DLRT: Schotthöfer et al., arXiv 2205.13571. "
@@ -76,7 +76,7 @@ def build(options: Options) -> list[Path]:
     table = pd.DataFrame(rows)
     table["net"] = table["model"] + ", " + table["data"]
     table.loc[table["stage"] == DENSE, ["params_kept_std"]] = math.nan
-    caption = "SVD training with rank selection against training first and truncating after"
+    caption = "SVD training with rank selection, beside truncation after training"
     shown = Table(options.name, table, COLUMNS, caption, [*NOTES, SOURCES], group="net", hidden=["stage"])
     return save(
         [shown, shown.paper(PAPER, notes=[PAPER_NOTE])], options.out, command.origin(options, found, [PUBLISHED])

@@ -55,25 +55,25 @@ GROWTH = (
 PAPER = ("model", "selector", "params_kept", "cpu_seconds", "read", "added_mib")
 GROWTH_PAPER = ("along", "selector", "sizes", "times", "exponent", "read_times")
 NOTES = (
-    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds. Seconds: of the "
-    "selection alone, decomposition and cut included, without loading, evaluating and the predicted change of the loss "
-    "in the report where nothing else reads its gradients; on the machine that the provenance names. CPU seconds: of "
-    "all threads, which least feel what else the machine does. Params kept: of the whole model; lossless, compact and "
-    "rank selection choose it themselves.",
-    "Images read: of calibration, verification and training, each as often as it was read: a pass for a loss, for "
-    "gradients, or for the inputs of the layers counts once. What only the report reads is left out; of lossless and "
-    "compact the same pass is the selection.",
-    "AIMET and sensitivity: their runs for Figure 4. A search by measurement is the same whatever size is asked for: "
-    "of a seed the run counts that made it. They ran beside other work, with pauses: read their CPU seconds.",
-    "Peak: resident memory of the whole process, the report included. Added: by how much the peak lies above what lay "
-    "there when the selection began; memory that an earlier run of the process gave back may be used again unseen.",
+    averages.NOTE,
+    "Seconds are those of the selection, with decomposition and cut. Loading, evaluation and the report are not "
+    "counted. CPU seconds add up all threads, so other work on the machine changes them least. The provenance names "
+    "the machine. Params kept counts the whole model. Lossless, compact and rank selection choose their size "
+    "themselves.",
+    "Images read include calibration, verification and training images, each as often as it was read. A pass for a "
+    "loss, for gradients or for the inputs of the layers counts once. Passes that only the report needs are not "
+    "counted.",
+    "AIMET and sensitivity are the runs of Figure 4. Their search is the same for every size, so the run of each seed "
+    "that made the search is shown. They ran beside other work: compare CPU seconds.",
+    "Peak is the resident memory of the whole process, with the report. Added is the peak above the memory at the "
+    "start of the selection. Memory that an earlier run gave back may be used again without being seen.",
 )
 GROWTH_NOTES = (
-    "Untrained nets, every selector on one decomposition. Layers: those that can be factored. Exponent: slope of a "
-    "line through the logarithms of seconds and size; 1 is proportional. Joint selection reads as many calibration "
-    "images as it is told to, here all of them.",
-    "Who reads no images does not grow with them. Of a layer of width W the MACs grow as the square, the decomposition "
-    "as the cube.",
+    "The networks are untrained, and every selector uses one decomposition. Layers counts those that can be factored. "
+    "The exponent is the slope of the least-squares line through log(seconds) over log(size); 1 means proportional. "
+    "Joint selection reads all calibration images here.",
+    "A selector that reads no images does not grow with them. For a layer of width W, MACs grow as W squared and the "
+    "decomposition as W cubed.",
 )
 
 
@@ -90,12 +90,12 @@ def build(options: Options) -> list[Path]:
     published = claims.claims(compare.read_published(PUBLISHED), ["Table 6"])
     data = ", ".join(dict.fromkeys(rows["data"]))
     notes = [*NOTES, *_searched(rows), *(_claim(one, rows) for one in published)]
-    caption = f"What a selection costs, on {data}"
+    caption = f"Cost of a selection, on {data}"
     tables = [Table(options.name, rows, COLUMNS, caption, notes, group="model", hidden=KEYS)]
     tables.append(tables[0].paper(PAPER))
     growth = pd.DataFrame([row for along in SIZES for row in _growth(rows[rows["untrained"]], along)])
     if len(growth):
-        caption = f"How the cost of a selection grows, on {data}"
+        caption = f"Growth of the cost of a selection, on {data}"
         shown = Table(f"{options.name}_growth", growth, GROWTH, caption, GROWTH_NOTES, group="along")
         tables += [shown, shown.paper(GROWTH_PAPER)]
     return save(tables, options.out, command.origin(options, found, [PUBLISHED]))
@@ -210,8 +210,8 @@ def _claim(claim: claims.Claim, rows: pd.DataFrame) -> str:
     here = "no run of ours" if math.isnan(times) else f"{number(times, 1)} times compact, one-shot"
     return (
         f"{claim.source}: {minutes:g} min against {search:g} min of a search over SVD ranks, "
-        f"{number(search / minutes, 1)} times: not comparable: its model is not named. Here sensitivity, a search at "
-        f"nine ratios a layer: {here}."
+        f"{number(search / minutes, 1)} times: not comparable: its model is not named. Sensitivity, a search over "
+        f"ratios of each layer, costs here: {here}."
     )
 
 

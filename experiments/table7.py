@@ -22,7 +22,7 @@ SIZES = {
     "max_abs_error": ("largest entry |δ|", (0, 1e-3, 8e-3, 2e-2, 5e-2, 2e-1, math.inf)),
     "relative_error": ("‖δ‖/‖W‖", (0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, math.inf)),
 }
-# What we ask before we say that the first order holds.
+# The agreement that we require before we say that the first order holds.
 SIGN_AGREEMENT = 0.9
 RATIO = (0.5, 2.0)
 HELD_OUT = "held_out"
@@ -49,12 +49,13 @@ LEAKAGE = (
     Column("n", "n (training × calibration seeds)"),
 )
 LEAKAGE_NOTE = (
-    "Held out: images kept out of the training data. Test: the split that is reported, which is leakage, run for this "
-    "table alone. Δ = compressed − dense; a negative number in the column against held out is what the other split "
-    "bought."
+    "Held out: images kept out of the training data. Test: the split that is reported, which is leakage; only this "
+    "table does that. Δ = compressed − dense. A negative number against held out is a gain from calibrating on the "
+    "other split."
 )
 PROBED = (
-    "One layer truncated at a time, all others dense; Δ loss predicted and measured on the same split, the gradient's."
+    "One layer is truncated at a time, and all others stay dense. The change of the loss is predicted and measured on "
+    "the split of the gradient."
 )
 
 
@@ -68,7 +69,7 @@ def build(options: Options) -> list[Path]:
         tables += _probe_tables(options.name, probes, compare.read_published(PUBLISHED))
     leakage = runs[runs["algorithm"].isin(claims.PROMISING)]
     if not leakage.empty:
-        caption = f"What calibrating on other data buys, on {', '.join(dict.fromkeys(leakage['data']))}"
+        caption = f"Effect of calibrating on other data, on {', '.join(dict.fromkeys(leakage['data']))}"
         rows = _leakage(leakage)
         table = Table(f"{options.name}_leakage", rows, LEAKAGE, caption, [LEAKAGE_NOTE], "model", KEYS)
         tables += [
@@ -105,13 +106,20 @@ def _probe_tables(name: str, probes: pd.DataFrame, published: pd.DataFrame) -> l
         for split, own in probes[probes["model"] == model].groupby("split")
     ]
     first = (Column("split", "split"), Column("size", "size of the change"), Column("bin", "between"))
-    notes = [PROBED, f"Models: {', '.join(models)}, taken together.", _first_order(probes, published)]
-    by_size = Table(name, bins, (*first, *MEASURES), "When the first order predicts the loss", notes, group="size")
+    notes = [PROBED, f"The rows take these models together: {', '.join(models)}.", _first_order(probes, published)]
+    by_size = Table(
+        name,
+        bins,
+        (*first, *MEASURES),
+        "Agreement of the first order with the measured loss, by size of the change",
+        notes,
+        group="size",
+    )
     by_model = Table(
         f"{name}_models",
         pd.DataFrame(totals),
         (Column("model", "model"), Column("split", "split"), *MEASURES),
-        "Predicted against measured change of the loss, per model, over all sizes of the change",
+        "Agreement of the first order with the measured loss, per model, over all sizes of the change",
         [PROBED],
         group="model",
     )

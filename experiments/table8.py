@@ -41,21 +41,23 @@ PAPERS = {
     "net": ("net", "depth", "ratio", "measured", "bound", "tightness"),
     "depth": ("depth", "epsilon", "delta_theory", "delta_bisect", "kept_theory", "kept_bisect"),
 }
-SEEDS = "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds."
 BOUND_NOTES = (
-    "Multilayer perceptrons without biases, ReLU, width 64, of as many linear layers as the depth; every layer cut to "
-    "the same part of its full rank. ‖ΔX‖: 2-norm by which the logits of an image move, the largest of the calibration "
-    "images. Δ loss: of their mean cross-entropy, whose bound is √2 times that of ‖ΔX‖.",
-    SEEDS,
+    "The networks are multilayer perceptrons with ReLU and without biases; depth counts their linear layers. Every "
+    "layer is cut to the same share of its full rank. ‖ΔX‖ is the 2-norm of the change of an image's logits; the "
+    "largest over the calibration images is shown. Δ loss is the change of the mean cross-entropy, whose bound is √2 "
+    "times that of ‖ΔX‖.",
+    averages.NOTE,
 )
 SELECTION_NOTES = (
-    "The trained nets. A layer keeps the components with σ/σ₁ ≥ δ (ranks kept: their part of all), and stays dense "
-    "where their number is above break-even (params kept: of the whole model). Δ loss: of the calibration images, on "
-    "which both choose; |Δ loss| < ε is what both promise there. The δ of Theorem 2 is proportional to ε: the last "
-    "column is ε × δ by bisection / δ of Theorem 2, in nats.",
-    SEEDS,
+    "The networks are the trained ones. A layer keeps the components with σ/σ₁ ≥ δ; ranks kept is their share. It "
+    "stays dense if their number is above break-even. Params kept counts the whole model. Δ loss is that of the "
+    "calibration images, on which both choose; both promise |Δ loss| < ε there. The δ of Theorem 2 is proportional to "
+    "ε, so the last column is ε × δ by bisection / δ of Theorem 2, in nats.",
+    averages.NOTE,
 )
-SOURCE = "S2: Theorem 1, the outputs under truncation; Theorem 2, the δ that keeps the cross-entropy within ε."
+SOURCE = (
+    "S2: Theorem 1 bounds the outputs under truncation. Theorem 2 gives the δ that keeps the cross-entropy within ε."
+)
 
 
 def build(options: Options) -> list[Path]:
@@ -65,11 +67,11 @@ def build(options: Options) -> list[Path]:
     tables = []
     if not moves.empty:
         rows = averages.over_seeds(moves, ("net", "depth", "ratio"), _values(BOUNDS, moves))
-        caption = "How far truncation moves the outputs and the loss, and how far it may by S2's theorems, on digits"
+        caption = "Change of outputs and loss under truncation, and its bounds by S2's theorems, on digits"
         tables.append(Table(options.name, rows, BOUNDS, caption, [*BOUND_NOTES, _theorems(moves), SOURCE], group="net"))
     if not pairs.empty:
         rows = averages.over_seeds(pairs, ("depth", "epsilon"), _values(SELECTION, pairs))
-        caption = "Rank selection by the δ of Theorem 2 and by that of bisection, at the same ε, on digits"
+        caption = "Rank selection by the δ of Theorem 2 and by bisection, at the same ε, on digits"
         notes = [*SELECTION_NOTES, _promise(pairs), SOURCE]
         tables.append(Table(f"{options.name}_selection", rows, SELECTION, caption, notes, group="depth"))
     if not tables:
@@ -148,7 +150,7 @@ def _promise(pairs: pd.DataFrame) -> str:
     """Judge whether the loss stayed within epsilon at the delta of Theorem 2, and count the runs that it left whole."""
     kept = pairs["change_theory"].abs() < pairs["epsilon"]
     idle = int((pairs["rank_theory"] == 1).sum())
-    why = f"{int(kept.sum())} of {len(pairs)} runs; in {idle} of them that δ drops not one component"
+    why = f"{int(kept.sum())} of {len(pairs)} runs; in {idle} of them that δ drops no component"
     return f"|Δ loss| < ε at the δ of Theorem 2: {compare.judged(bool(kept.all()), why)}."
 
 

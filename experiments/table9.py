@@ -35,7 +35,7 @@ VALUES = (
 )
 COLUMNS = (
     Column("model", "model"),
-    Column("method", "what is different"),
+    Column("method", "change"),
     Column("params_kept", "params kept %", 1, scale=100),
     Column("test_accuracy", "top-1 %", 2, scale=100),
     Column("change_test_accuracy_pp", "Δ top-1 to dense pp", 2, signed=True),
@@ -47,13 +47,13 @@ COLUMNS = (
 )
 PAPER = ("model", "method", "params_kept", "test_accuracy", "change_test_loss", "to_default")
 NOTES = (
-    "Mean ± standard deviation (ddof = 1) over the runs; n = training seeds × calibration seeds (pairs: each training "
-    "seed with a calibration draw of its own). No fine-tuning; the test split is looked at once, after the selection. "
-    "Δ to the default: to the run of the same seed with the default settings, so that its deviation says how far a "
-    "difference is one. Seconds: of the whole run, measured beside other runs on the same machine.",
-    "The first order as far as it is certain: each slope is shrunk by four standard errors over the samples. "
-    "Interaction of components: the Fisher information off its diagonal. No refit: factors stay as cut. Five "
-    "linearisations: after each tenth of the parameters anew, where otherwise all is removed at once.",
+    averages.NOTE,
+    "There is no fine-tuning. The test split is used once, after the selection. Δ to the default is the change to the "
+    "run of the same seed with the default settings, so its deviation shows how certain a difference is. Seconds are "
+    "those of the whole run, measured beside other runs on the same machine.",
+    "The first order as far as it is certain: each slope is shrunk by several standard errors over the samples. "
+    "Interaction of components: the Fisher information off its diagonal is included. No refit: the factors stay as "
+    "cut. Five linearisations: the expansion is made anew several times, not once.",
 )
 
 
@@ -76,7 +76,7 @@ def build(options: Options) -> list[Path]:
     )
     dense = rows["algorithm"] == "dense"
     rows.loc[dense, ["to_default", "to_default_std", "seconds", "seconds_std"]] = float("nan")
-    caption = f"What each part of joint selection is worth, at one budget, on {', '.join(dict.fromkeys(rows['data']))}"
+    caption = f"Ablation of joint selection at one budget, on {', '.join(dict.fromkeys(rows['data']))}"
     table = Table(options.name, rows, COLUMNS, caption, NOTES, group="model", hidden=frame.KEYS)
     return save(
         [table, table.paper(PAPER, notes=[averages.seeds_note(rows)])], options.out, command.origin(options, found)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 import pytest
 
 from spectrim.errors import UserError
@@ -58,3 +59,29 @@ def test_a_marker_that_is_missing_is_named(readme: ModuleType, marker: str) -> N
     text = (ROOT / "docs/results.md").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="lacks the markers <!-- claims --> and <!-- /claims -->"):
         readme.filled("docs/results.md", text.replace(marker, ""), ROOT / "results")
+
+
+def test_every_known_number_stands_on_a_page_and_no_other(readme: ModuleType) -> None:
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+    assert set(re.findall(r"<!-- =(\w+) -->", text)) == set(readme.quoted.NUMBERS)
+    assert len(re.findall(r"<!-- =\w+ -->", text)) == len(readme.NUMBER.findall(text))
+
+
+def test_a_number_is_read_from_the_table(readme: ModuleType, tmp_path: Path) -> None:
+    readme.PAGES = {"page.md": {}}
+    text = "It is <!-- =vgg_rival -->+9.99<!-- = --> points."
+    assert readme.filled("page.md", text, ROOT / "results") == "It is <!-- =vgg_rival -->+0.32<!-- = --> points."
+    with pytest.raises(UserError, match=r"page\.md quotes nothing, which quoted\.py does not know"):
+        readme.filled("page.md", "<!-- =nothing -->1<!-- = -->", ROOT / "results")
+    with pytest.raises(UserError, match=r"cannot read .*table5\.csv"):
+        readme.filled("page.md", text, tmp_path)
+
+
+def test_a_row_that_is_no_longer_there_is_named(readme: ModuleType) -> None:
+    with pytest.raises(UserError, match=r"table9\.csv has no row with method a new name"):
+        readme.quoted.rows(ROOT / "results", "table9", method="a new name")
+    with pytest.raises(UserError, match=r"table9\.csv has no column colour"):
+        readme.quoted.rows(ROOT / "results", "table9", colour="red")
+    span = readme.quoted.span
+    assert (span(pd.Series([1.04, 0.98]), 1, " %"), span(pd.Series([1.0, 1.01]), 1)) == ("1.0 %", "1.0")
+    assert span(pd.Series([2.0, -1.0]), 1, " %") == "−1.0 to 2.0 %"

@@ -104,7 +104,7 @@ def test_a_model_without_records_is_left_out_and_named(
         records.write(tmp_path / "records", one)
     assert script(name).main(arguments(tmp_path / "records", tmp_path)) == 0
     text = (tmp_path / "tables" / f"{name}.md").read_text()
-    assert "Left out, for want of records:" in text and "vgg" in text.splitlines()[-1]
+    assert "There are no records of:" in text and "vgg" in text.splitlines()[-1]
 
 
 def test_a_rerun_is_compared_with_the_committed_records(

@@ -71,7 +71,7 @@ def test_theory_and_bisection_stand_side_by_side(made: Callable, factory: Module
     }.items():
         assert rows[column].tolist() == pytest.approx([value, value]), column
     text = (tables / "table8_selection.md").read_text()
-    assert "holds: 4 of 4 runs; in 4 of them that δ drops not one component" in text
+    assert "holds: 4 of 4 runs; in 4 of them that δ drops no component" in text
     assert (tables / "table8_selection.tex").read_text().isascii()
 
 

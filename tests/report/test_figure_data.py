@@ -31,4 +31,4 @@ def test_the_table_has_the_values_in_their_order_and_names_what_is_missing(recor
     )
     assert [column.key for column in table.columns] == ["model", "method", *values, "n"]
     assert table.caption == f"What is shown on {found[0]['names']['data']}"
-    assert table.notes == ["A note.", "Left out, for want of records: resnet."]
+    assert table.notes == ["A note.", "There are no records of: resnet."]

@@ -103,7 +103,7 @@ def test_a_torchvision_model_goes_by_its_own_name(record: Make) -> None:
 
 def test_families_without_a_model_are_named() -> None:
     assert frame.missing(["resnet20", "ResNeXt101", "DenseNet169", "VGG-19"]) == []
-    assert frame.missing(["resnet20"]) == ["Left out, for want of records: resnext, densenet, vgg."]
+    assert frame.missing(["resnet20"]) == ["There are no records of: resnext, densenet, vgg."]
 
 
 def test_no_records_make_an_empty_frame() -> None:

@@ -8,6 +8,11 @@ import pandas as pd
 
 from spectrim.report.frame import KEYS
 
+NOTE = (
+    "Each number is a mean ± standard deviation (ddof = 1) over the runs; a single run has no deviation. The column n "
+    "gives training seeds × calibration seeds. In pairs, each training seed has its own calibration draw."
+)
+
 
 def with_dense(frame: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
     """Average runs over seeds: one row per model and method, each model's dense row first.

@@ -219,7 +219,7 @@ def missing(models: Iterable[str], families: Sequence[str] = FAMILIES) -> list[s
     """Return a note that lists the families without a model, or no note if every family has one."""
     present = {family(model) for model in models}
     absent = [name for name in families if name not in present]
-    return [f"Left out, for want of records: {', '.join(absent)}."] if absent else []
+    return [f"There are no records of: {', '.join(absent)}."] if absent else []
 
 
 def model_key(model: str) -> tuple[Any, ...]:

@@ -1,0 +1,181 @@
+"""Numbers that sentences of README and docs quote, each read from a committed table.
+
+A sentence holds ``<!-- =NAME -->text<!-- = -->``; ``readme.py`` writes the number of that name between the markers.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from spectrim.errors import UserError
+from spectrim.report.table import number
+
+NETWORKS = ("resnet20", "resnet56", "resnext20", "densenet22")  # those of Table 2 without VGG-19
+Rows = pd.DataFrame
+
+
+def rows(results: Path, table: str, **where: Any) -> Rows:
+    """Return the rows of a table's csv with these values. Raises ``UserError`` where there are none.
+
+    ``where``: by column, a value, or a list of values.
+    """
+    path = results / "tables" / f"{table}.csv"
+    try:
+        found = pd.read_csv(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    for column, value in where.items():
+        if column not in found:
+            raise UserError(f"{path} has no column {column}")
+        found = found[found[column].isin(value if isinstance(value, list | tuple) else [value])]
+    if found.empty:
+        raise UserError(f"{path} has no row with {', '.join(f'{key} {value}' for key, value in where.items())}")
+    return found
+
+
+def span(values: "pd.Series[float]", digits: int, unit: str = "") -> str:
+    """Return the lowest and the highest value, or one number if they are printed alike."""
+    low, high = (number(float(value), digits) for value in (values.min(), values.max()))
+    return (low if low == high else f"{low} to {high}") + unit
+
+
+def removed(found: Rows, digits: int = 0) -> str:
+    """Return the share of the parameters that some rows remove, in percent."""
+    return span(100 * (1 - found["params_kept"]), digits, " %")
+
+
+def selected(results: Path, models: Any, setting: str) -> Rows:
+    """Return the rows of lossless and compact selection with a setting, such as ``verified``, in Table 2."""
+    return rows(results, "table2", model=models, method=[f"{name}, {setting}" for name in ("lossless", "compact")])
+
+
+def whitened(results: Path) -> str:
+    """Return the rise of the loss with a whitened decomposition over that with the plain one, in Table 4."""
+    cut = rows(results, "table4", variant=["truncation, params kept 0.5", "truncation, params kept 0.75"])
+    rise: dict[Any, float] = cut.set_index(["variant", "method"])["change_test_loss"].to_dict()
+    names = ("SVD, channel view", "SVD, spatial view", "SVD, better view of each layer")
+    parts = [
+        100 * rise[variant, f"whitened {name}"] / rise[variant, name] for variant in cut["variant"] for name in names
+    ]
+    return span(pd.Series(parts), 0, " %")
+
+
+def kept_loss(results: Path) -> str:
+    """Return with how many decompositions the selector of Table 4 kept the loss."""
+    found = rows(results, "table4").dropna(subset="verdict")
+    return f"{(found['verdict'] == 'holds').sum()} of {len(found)}"
+
+
+def cost(results: Path, rival: str) -> float:
+    """Return the CPU seconds of joint selection over those of a rival, on the trained network of Table 6."""
+    found = rows(results, "table6", untrained=False, selector=["joint, ours", rival]).set_index("selector")
+    return float(found["cpu_seconds"]["joint, ours"] / found["cpu_seconds"][rival])
+
+
+def tolerant(results: Path, tolerance: str, model: Any = None) -> Rows:
+    """Return the rows of joint selection with a tolerance of the loss, in Figure 4."""
+    where: dict[str, Any] = {"variant": "joint, ours, loss verified", "asked": f"max loss increase {tolerance}"}
+    return rows(results, "figure4", **where, **({} if model is None else {"model": model}))
+
+
+def within(results: Path) -> str:
+    """Return how many networks stay within a tolerance of 0.01 nats on the test images."""
+    found = tolerant(results, "0.01")
+    return f"{(found['change_test_loss'] <= 0.01).sum()} of {len(found)}"
+
+
+def untouched(results: Path) -> str:
+    """Return how many networks a tolerance of zero leaves as they are."""
+    found = tolerant(results, "0")
+    return f"{(found['params_kept'] == 1).sum()} of {len(found)}"
+
+
+def at(results: Path, model: str, variant: str, share: str) -> Any:
+    """Return one row of Figure 4 at a requested share of the parameters."""
+    return rows(results, "figure4", model=model, variant=variant, asked=f"params kept {share}").iloc[0]
+
+
+def points(row: Any) -> str:
+    """Return the change of accuracy of a row in points."""
+    return number(row["change_test_accuracy_pp"], 2, True)
+
+
+def trained(results: Path, net: str, methods: Any, epochs: int | None = None) -> Rows:
+    """Return the rows of Table 5 for a network and methods."""
+    where: dict[str, Any] = {"net": net, "method": methods} | ({} if epochs is None else {"epochs": epochs})
+    return rows(results, "table5", **where)
+
+
+def svd_trained(results: Path, net: str, settings: list[str], epochs: int | None = None) -> Rows:
+    """Return the rows of SVD training from a trained network in Table 5."""
+    return trained(results, net, [f"SVD training from a trained net, {one}" for one in settings], epochs)
+
+
+def fine_tuned(results: Path, net: str, share: str, tail: str = "") -> Any:
+    """Return the row of Table 5 of one threshold over all layers with fine-tuning after it."""
+    return trained(results, net, f"global threshold, params kept {share}, then fine-tuned{tail}").iloc[0]
+
+
+LENET, RESNET, VGG = "lenet5, mnist", "resnet20, cifar10", "vgg19_half, cifar10"
+SIX_CUTS = ["hoyer 0.01, ε 0.1, 6 cuts", "none, ε 0.1, 6 cuts", "nuclear 0.001, ε 0.1, 6 cuts"]
+PRICED = "hoyer 0.005, ε 0.06, 4 cuts, priced, spatial"
+VGG_CUTS = [f"{one}, ε 0.03, 3 cuts, priced, spatial" for one in ("hoyer 0.01", "none", "nuclear 0.001")]
+
+
+def change(found: Rows) -> str:
+    """Return the change of accuracy of some rows of Table 5, in points."""
+    low, high = (number(float(value), 2, True) for value in (found["change_pp"].min(), found["change_pp"].max()))
+    return low if low == high else f"{low} to {high}"
+
+
+def epochs(results: Path) -> str:
+    """Return the epochs of training after a cut, in Table 1."""
+    found = rows(results, "table1_sizes", scratch=False)
+    return span(found.loc[found["epochs"] > 0, "epochs"], 0)
+
+
+NUMBERS: dict[str, Callable[[Path], str]] = {
+    "vgg_stated": lambda results: removed(selected(results, "vgg19_half", "one-shot, gamma 0.008")),
+    "others_stated": lambda results: removed(selected(results, NETWORKS, "one-shot, gamma 0.008"), 1),
+    "others_wide": lambda results: removed(selected(results, NETWORKS, "one-shot, gamma 0.03")),
+    "others_wide_loss": lambda results: number(
+        float(selected(results, NETWORKS, "one-shot, gamma 0.03")["change_test_loss"].abs().max()), 4
+    ),
+    "vgg_verified": lambda results: removed(selected(results, "vgg19_half", "verified")),
+    "densenet_verified": lambda results: removed(selected(results, "densenet22", "verified")),
+    "whitened": whitened,
+    "kept_loss": kept_loss,
+    "vgg_joint_30": lambda results: points(at(results, "vgg19_half", "joint, ours", "0.3")),
+    "cost_aimet": lambda results: f"{100 * cost(results, 'AIMET, greedy'):.1f} %",
+    "cost_knapsack": lambda results: number(cost(results, "knapsack (BALF)"), 1),
+    "tolerant_resnet20": lambda results: removed(tolerant(results, "0.01", "resnet20")),
+    "tolerant_resnet56": lambda results: removed(tolerant(results, "0.01", "resnet56")),
+    "tolerant_vgg": lambda results: removed(tolerant(results, "0.01", "vgg19_half")),
+    "within": within,
+    "untouched": untouched,
+    "vgg_joint_50_loss": lambda results: number(
+        float(at(results, "vgg19_half", "joint, ours", "0.5")["change_test_loss"]), 6, True
+    ),
+    "alds_kept": lambda results: points(at(results, "resnet20", "ALDS, BatchNorm kept", "0.5")),
+    "alds_published": lambda results: number(
+        float(at(results, "resnet20", "ALDS, BatchNorm kept", "0.5")["published"]), 2, True
+    ),
+    "alds_follow": lambda results: points(at(results, "resnet20", "ALDS", "0.5")),
+    "epochs": epochs,
+    "lenet_kept": lambda results: span(100 * svd_trained(results, LENET, SIX_CUTS)["params_kept"], 1, " %"),
+    "lenet_change": lambda results: change(svd_trained(results, LENET, SIX_CUTS)),
+    "lenet_rival_6": lambda results: number(fine_tuned(results, LENET, "0.06")["change_pp"], 2, True),
+    "lenet_rival_3": lambda results: number(fine_tuned(results, LENET, "0.03")["change_pp"], 2, True),
+    "lenet_tight": lambda results: change(svd_trained(results, LENET, ["nuclear 0.004, ε 0.2, 8 cuts"], 16)),
+    "resnet_removed": lambda results: removed(svd_trained(results, RESNET, [PRICED])),
+    "resnet_change": lambda results: change(svd_trained(results, RESNET, [PRICED])),
+    "resnet_rival_50": lambda results: number(fine_tuned(results, RESNET, "0.5", ", spatial")["change_pp"], 2, True),
+    "resnet_rival_25": lambda results: number(fine_tuned(results, RESNET, "0.25", ", spatial")["change_pp"], 2, True),
+    "resnet_uncut": lambda results: change(trained(results, RESNET, "truncation, ratio 1, then fine-tuned, spatial")),
+    "resnet_published": lambda results: change(trained(results, RESNET, "published: ALDS: arXiv 2107.11442")),
+    "vgg_kept": lambda results: span(100 * svd_trained(results, VGG, VGG_CUTS)["params_kept"], 0, " %"),
+    "vgg_change": lambda results: change(svd_trained(results, VGG, VGG_CUTS)),
+    "vgg_rival": lambda results: number(fine_tuned(results, VGG, "0.1", ", spatial")["change_pp"], 2, True),
+}
