@@ -1,6 +1,5 @@
 """Factors fitted once more, by least squares, to what the dense layers put out. No labels are used."""
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from spectrim.refit.layer_barrier import Lockstep
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.input_moments import Positions, Rows, mask_of
 from spectrim.statistics.objective import Objective
+from spectrim.surgery.given_model import copied
 
 RIDGE = 1e-3  # of the mean second moment of an input: how much a change of the weight itself is held against a fit
 ITERATIONS = 60
@@ -186,7 +186,7 @@ def _in_step(
 
 def _over_same_weights(model: nn.Module) -> nn.Module:
     """Return a copy of the modules of ``model`` with the same parameters and buffers, not copies of them."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    return copied(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def _autocast_of(device: torch.device) -> Callable[[], torch.autocast]:
