@@ -314,3 +314,164 @@ def test_an_argument_of_the_wrong_kind_is_named_in_one_line(
     with pytest.raises(spectrim.UserError, match=said) as refusal:
         spectrim.compress(net, **{"calibration": batches, argument: value})
     assert "\n" not in str(refusal.value)
+
+
+def test_layers_that_the_user_names_stay_dense(net: nn.Sequential, batches: Any) -> None:
+    for algorithm in (spectrim.Truncation(rank=2), "joint", "evbmf"):
+        result = spectrim.compress(net, calibration=batches, algorithm=algorithm, exclude=["0", "re:8$"])
+        assert set(result.plan) <= {"3", "6"} and result.plan
+        assert {"0: left dense: exclude= names it", "8: left dense: exclude= names it"} <= set(result.notes)
+        only = spectrim.compress(net, calibration=batches, algorithm=spectrim.Truncation(rank=2), include=["6"])
+        assert list(only.plan) == ["6"]
+    with pytest.raises(spectrim.UserError, match="^exclude: 'fc' matches no module of this model"):
+        spectrim.compress(net, calibration=batches, exclude=["fc"])
+    with pytest.raises(spectrim.UserError, match="^this model has nothing to factor: .*exclude= names it"):
+        spectrim.compress(net, calibration=batches, exclude=["*"])
+
+
+BUDGETED: Any = [
+    spectrim.Truncation(params_kept=0.6),
+    spectrim.Joint(params_kept=0.6, samples=30),
+    spectrim.Joint(macs_kept=0.6, samples=30),
+    GlobalThreshold(params_kept=0.6),
+    "knapsack",
+    "alds",
+]
+
+
+@pytest.mark.parametrize("algorithm", BUDGETED, ids=str)
+def test_a_rank_that_the_user_sets_counts_in_the_budget(net: nn.Sequential, batches: Any, algorithm: Any) -> None:
+    result = spectrim.compress(net, calibration=batches, algorithm=algorithm, overrides={"6": 3, "8": 2})
+    assert result.plan["6"].rank == 3 and result.plan["8"].rank == 2
+    report = result.report.set_index("layer")
+    assert report["rank"]["6"] == 3 and report["params_after"]["6"] == 3 * (256 + 24)
+    free = spectrim.compress(net, calibration=batches, algorithm=algorithm)
+    asked = "macs_kept" if getattr(algorithm, "macs_kept", None) else "params_kept"
+    assert getattr(result, asked) <= getattr(algorithm, asked, 0.5) and getattr(free, asked) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ({"fc": 2}, "^overrides: 'fc' is no layer of this model"),
+        ({"1": 2}, "^overrides: '1' cannot be factored: it is no layer with a matrix"),
+        ({"8": 5}, r"^overrides\['8'\]=5 is above 4, the largest rank at which it gets smaller"),
+        ({"8": 0}, r"^overrides\['8'\]=0 is not a rank; give a whole number of at least 1"),
+    ],
+)
+def test_a_rank_that_cannot_be_is_refused(net: nn.Sequential, batches: Any, overrides: Any, said: str) -> None:
+    with pytest.raises(spectrim.UserError, match=said):
+        spectrim.compress(net, calibration=batches, algorithm=spectrim.Truncation(rank=2), overrides=overrides)
+
+
+def test_a_training_keeps_a_rank_that_the_user_sets(net: nn.Sequential, batches: Any) -> None:
+    recipe = spectrim.Recipe(epochs=1, lr=0.01, precision="float32")
+    algorithm = spectrim.SVDTraining(recipe=recipe, epsilon=0.1, delta_step=0.1)
+    result = spectrim.compress(net, calibration=batches, train=batches, algorithm=algorithm, overrides={"6": 3})
+    assert result.plan["6"].rank == 3 and result.model[6].rank == 3
+    assert not torch.equal(result.model[6].bias, net[6].bias)
+
+
+def test_a_plan_is_followed(net: nn.Sequential, batches: Any) -> None:
+    joint = spectrim.compress(net, calibration=batches, algorithm=spectrim.Joint(params_kept=0.6, refit=0, samples=30))
+    again = spectrim.compress(net, calibration=batches, plan=joint.plan)
+    assert again.plan == joint.plan
+    x = batches[0][0]
+    assert torch.equal(logits(again.model, x), logits(joint.model, x))
+    by_hand = spectrim.compress(net, plan={"6": 3, "0": 2})
+    assert {name: kept.rank for name, kept in by_hand.plan.items()} == {"6": 3, "0": 2}
+    read = spectrim.RankPlan.from_json(joint.plan.to_json())
+    assert spectrim.compress(net, calibration=batches, plan=read).plan == joint.plan
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"plan": {"1": 2}}, "^plan: '1' cannot be factored: there is no such layer"),
+        ({"plan": {"3": 2}, "exclude": ["3"]}, "^plan: '3' cannot be factored: left dense: exclude= names it"),
+        ({"plan": {"8": 5}}, r"^plan\['8'\]: rank 5 is above 4, the largest that makes it smaller"),
+        ({"plan": {"8": 1.5}}, r"^plan\['8'\]=1.5 is not a rank"),
+        ({"plan": 3}, "^plan=3 is no plan"),
+        ({"plan": {"8": 2}, "algorithm": "joint"}, "^plan= says what to keep, and so would algorithm="),
+    ],
+)
+def test_a_plan_that_cannot_be_followed_is_refused(net: nn.Sequential, batches: Any, given: Any, said: str) -> None:
+    with pytest.raises(spectrim.UserError, match=said):
+        spectrim.compress(net, calibration=batches, **given)
+
+
+def test_a_plan_of_another_decomposer_names_the_form(net: nn.Sequential, batches: Any) -> None:
+    spatial = spectrim.compress(
+        net, calibration=batches, algorithm=spectrim.Truncation(rank=2), decomposer=spectrim.SVD("spatial")
+    )
+    with pytest.raises(spectrim.UserError, match=r"^plan\['0'\] is of form 'spatial'; .* this one gives 'channel'"):
+        spectrim.compress(net, calibration=batches, plan=spatial.plan)
+    assert spectrim.compress(net, plan=spatial.plan, decomposer="svd_spatial").plan == spatial.plan
+
+
+class Remembering(nn.Module):
+    """Keeps activations on itself, in a container and from a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.seen = nn.Linear(32, 64), nn.Linear(64, 10), dict[str, Tensor]()
+        self.head.register_forward_pre_hook(lambda module, inputs: self.seen.update(head=inputs[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = [torch.relu(self.body(x))]
+        return self.head(self.features[0])
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        "lossless",
+        "compact_verified",
+        "joint",
+        "rank_selection",
+        "truncation",
+        spectrim.SVDTraining(spectrim.Recipe(epochs=1, lr=0.01)),
+        spectrim.FineTuning(spectrim.Compact(gamma=None, tolerance=1e9), spectrim.Recipe(epochs=1, lr=0.01)),
+    ],
+    ids=str,
+)
+def test_a_model_may_keep_its_activations(algorithm: Any) -> None:
+    model, batches = Remembering(), [(X, torch.randint(10, (8,)))]
+    model(X)
+    result = spectrim.compress(model, calibration=batches, verification=batches, train=batches, algorithm=algorithm)
+    assert model.features[0].requires_grad  # what the user's own pass has left there
+    assert isinstance(result.report, pd.DataFrame) and logits(result.model, X).shape == (8, 10)
+    copy.deepcopy(result.model)
+
+
+@pytest.mark.parametrize("algorithm", [None, "joint", "truncation"])
+def test_inference_mode_changes_nothing(net: nn.Sequential, batches: Any, algorithm: Any) -> None:
+    outside = spectrim.compress(net, calibration=batches, algorithm=algorithm)
+    with torch.inference_mode():
+        inside = spectrim.compress(net, calibration=batches, algorithm=algorithm)
+    assert inside.plan == outside.plan
+    with torch.no_grad():
+        assert spectrim.compress(net, calibration=batches, algorithm=algorithm).plan == outside.plan
+
+
+def test_a_loader_that_does_not_begin_anew_is_said(net: nn.Sequential, batches: Any) -> None:
+    class Once:
+        def __init__(self) -> None:
+            self.left = iter(batches)
+
+        def __iter__(self) -> Any:
+            return self.left
+
+    with pytest.raises(spectrim.UserError, match="calibration set is empty; .* a loader that begins anew at each pass"):
+        spectrim.compress(net, calibration=Once(), algorithm="joint")
+
+
+def test_a_selection_that_factors_nothing_says_so(net: nn.Sequential, batches: Any) -> None:
+    for verified in (False, True):
+        chosen = spectrim.Lossless(gamma=1e-9, verified=verified)
+        result = spectrim.compress(net, calibration=batches, verification=batches, algorithm=chosen)
+        assert result.notes[-1].startswith("no layer is factored: 0 of 4 layers have a rank within gamma=1e-09")
+
+
+def test_the_module_of_language_models_is_an_attribute() -> None:
+    assert spectrim.language.__name__ == "spectrim.language"

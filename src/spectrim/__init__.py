@@ -50,6 +50,8 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "language":  # a module of its own
+        return import_module("spectrim.language")
     if name not in _HOME:
         raise AttributeError(f"module 'spectrim' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

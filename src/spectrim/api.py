@@ -1,10 +1,13 @@
 """The one-call interface: any module, any iterable of batches, any algorithm."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from spectrim.algorithms.by_plan import ByPlan
 from spectrim.algorithms.lossless import Lossless
 from spectrim.algorithms.shared.compressed import Algorithm, Compressed
 from spectrim.algorithms.shared.measurement import Measurement
@@ -13,10 +16,12 @@ from spectrim.checkpoints import sharded, single_file
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
+from spectrim.factored.plan import RankPlan
 from spectrim.losses import Loss, default_loss
 from spectrim.statistics.batchnorm import BatchNorm, require
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.given_model import eager, unchanged
+from spectrim.surgery.layer_choice import LayerChoice
 
 
 def compress(
@@ -28,6 +33,10 @@ def compress(
     loss: Loss | None = None,
     algorithm: Algorithm | str | None = None,
     decomposer: Decomposer | str | None = None,
+    plan: RankPlan | Mapping[str, int] | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    overrides: Mapping[str, int] | None = None,
     batch_norm: BatchNorm = "keep",
     layers_at_once: int | None = None,
 ) -> Compressed:
@@ -45,25 +54,37 @@ def compress(
     ``algorithm``: the selector, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default.
     ``decomposer``: the decomposer, or its name on the command line, such as ``"whitened_channel"``; ``SVD()``, the
         channel view, by default.
+    ``plan``: what to keep of each layer, in place of an algorithm: the plan of an earlier result, or a rank for each
+        layer by name.
+    ``include``: the layers that may be factored: names of modules, globs such as ``"layer4.*"``, or ``"re:"`` and a
+        regular expression (``LayerChoice``). All by default.
+    ``exclude``: the layers that stay dense, likewise.
+    ``overrides``: the rank of single layers by name. The algorithm chooses the ranks of the others, and a budget counts
+        all layers.
     ``batch_norm``: ``"keep"`` leaves the statistics of every BatchNorm as they are. ``"follow"`` shifts them by what
         compression changed on calibration batches (``batchnorm.reestimate``), without labels.
     ``layers_at_once``: number of layers whose gradients are held in memory at once. Fewer layers take more passes over
         the calibration batches (``objective.Objective``). All layers by default.
 
     The given model keeps its weights, buffers, attributes, mode and device. The copy lies on the same device. A model
-    from ``torch.compile`` is unwrapped, and the copy is not compiled.
+    from ``torch.compile`` is unwrapped, and the copy is not compiled. Layers that an earlier compression factored are
+    decomposed again, and stay as they are where no smaller rank is chosen.
     Raises ``UserError`` in one line for anything that cannot be compressed as asked.
     """
     require(batch_norm)
     model = eager(model)
+    if plan is not None and algorithm is not None:
+        raise UserError("plan= says what to keep, and so would algorithm=; pass one of them")
     selector = Lossless() if algorithm is None else _instance("algorithm", algorithm)
+    selector = selector if plan is None else ByPlan(plan)
     views = SVD() if decomposer is None else _instance("decomposer", decomposer)
     if isinstance(loss, type) or not (loss is None or callable(loss)):
         raise UserError(f"loss={_said(loss)} is not loss(outputs, targets); pass a function or an instance of torch.nn")
     given = {"calibration": calibration, "verification": verification, "train": train}
     splits = {name: batches for name, batches in given.items() if batches is not None}
-    objective = Objective(loss or default_loss(model), splits, layers_at_once)
-    with unchanged(model):
+    choice = LayerChoice.of(include, exclude, overrides or {})
+    objective = Objective(loss or default_loss(model), splits, layers_at_once, choice=choice)
+    with unchanged(model), torch.inference_mode(False):
         return selector.compress(model, views, objective).settle(batch_norm, objective)
 
 

@@ -19,17 +19,21 @@ from spectrim.algorithms.shared.compressed import Algorithm, Compressed
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.algorithms.truncation import Truncation
 from spectrim.batches import evaluating
+from spectrim.checkpoints import single_file
 from spectrim.cli import run
 from spectrim.decomposers.spectrum import Decomposer, content, spectrum_of
 from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
+from spectrim.decomposers.tucker2 import Tucker2
 from spectrim.errors import UserError
+from spectrim.factored.base import FactoredLayer
 from spectrim.factored.forms import Form, PlainForm
 from spectrim.records import records
 from spectrim.runs import configuration, targets
 from spectrim.statistics.batchnorm import SAMPLES, reestimate
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
+from spectrim.surgery.cost import parameters
 
 ELSEWHERE = {"aimet"}  # runs in an environment of its own; its tests have a stand-in for the wheel
 NAMES = sorted({path.stem for path in (Path(configuration.CONF) / "algorithm").glob("*.yaml")} - ELSEWHERE)
@@ -310,3 +314,27 @@ def test_a_model_with_nothing_to_factor_is_refused(algorithm: Algorithm, batches
     model(batches[0][0])
     with pytest.raises(UserError, match="nothing to factor"):
         compressed_by(algorithm, model, objective)
+
+
+@pytest.mark.parametrize("first", [SVD(), SVD("spatial"), SubspaceSVD(2), Tucker2()], ids=str)
+def test_a_compressed_model_is_compressed_again(
+    algorithm: Algorithm, net: nn.Sequential, objective: Objective, tmp_path: Path, first: Decomposer
+) -> None:
+    """What another round does not make smaller stays as it is; the plan and the file hold both rounds."""
+    dense = copy.deepcopy(net)
+    once = Truncation(ratio=0.8).compress(net, first, objective)
+    before = copy.deepcopy(once.model.state_dict())
+    twice = compressed_by(algorithm, once.model, objective)
+    assert all(torch.equal(value, before[name]) for name, value in once.model.state_dict().items())
+    assert twice.dense is once.model and twice.params_kept <= 1
+    factored = {name for name, module in twice.model.named_modules() if isinstance(module, FactoredLayer)}
+    assert factored == set(twice.plan) and not any(name.count(".") for name in twice.plan)
+    if not trains(algorithm):
+        report = twice.report
+        saved = (report["params_before"] - report["params_after"]).sum()
+        assert parameters(once.model) - parameters(twice.model) == saved
+    twice.save(tmp_path / "twice.safetensors")
+    loaded = single_file.load(tmp_path / "twice.safetensors", dense)
+    x = objective.splits["calibration"][0][0]
+    with evaluating(loaded), evaluating(twice.model), torch.no_grad():
+        torch.testing.assert_close(loaded(x), twice.model(x), rtol=0 if not trains(algorithm) else 1e-5, atol=0)

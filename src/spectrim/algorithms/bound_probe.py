@@ -1,6 +1,5 @@
 """Measure how far truncation moves the outputs, beside how far Theorem 1 lets it move them."""
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -15,6 +14,7 @@ from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
+from spectrim.surgery.given_model import copied
 from spectrim.theory import bounds
 from spectrim.theory.chain import chain_of
 from spectrim.tools.settings import settings
@@ -46,7 +46,7 @@ class BoundProbe:
         rows: list[dict] = []
         for ratio in tqdm(self.ratios, "bounds", unit="ratio", leave=False, disable=None):
             ranks = {name: max(1, round(ratio * spectrum.max_rank)) for name, spectrum in bench.spectra.items()}
-            truncated = copy.deepcopy(model)
+            truncated = copied(bench.model)
             for name, rank in ranks.items():
                 replacing.replace(truncated, name, bench.spectra[name].factor(rank))
             bound = bound_at(ranks)

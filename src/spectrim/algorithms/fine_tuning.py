@@ -1,6 +1,5 @@
 """Compress by any selector, then train the compressed model."""
 
-import copy
 from dataclasses import replace
 
 from torch import nn
@@ -9,6 +8,7 @@ from spectrim.algorithms.shared.compressed import Algorithm, Compressed
 from spectrim.algorithms.shared.trained import in_modes_of, state_file, train
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.statistics.objective import Objective
+from spectrim.surgery.given_model import copied
 from spectrim.tools.settings import settings
 from spectrim.training.fit import Training
 from spectrim.training.recipe import Recipe
@@ -34,7 +34,7 @@ class FineTuning:
         """
         objective.given("train")  # refused before the selection, not after it
         compressed = self.selector.compress(model, decomposer, objective)
-        net = copy.deepcopy(compressed.model)
+        net = copied(compressed.model)
         training = Training(self.recipe, self.seed, objective.loss)
         curve = train(net, objective, training, state=state_file(self.state, objective))
         in_modes_of(compressed.model, net)

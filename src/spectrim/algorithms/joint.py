@@ -163,7 +163,7 @@ class _JointSearch:
                 alone -= significant(row.given, errors)
             together = self.settings.interaction**0.5 * J_NR if self.settings.interaction else None
             layers[name] = Gated(alone, curve, self.costs.dense[name], together)
-        elsewhere = self.costs.total - sum(self.costs.dense[name] for name in layers)
+        elsewhere = self.costs.total - self.costs.fixed - sum(self.costs.dense[name] for name in layers)
         removal = remove(layers, requested * self.costs.total - elsewhere)
         after = point.kept | {name: point.kept[name][own] for name, own in removal.kept.items()}
         found = _Point(after, point.predicted + removal.predicted)
@@ -194,7 +194,7 @@ class _JointSearch:
             return Gates(*(dict(item for own in part for item in own.items()) for part in zip(*found, strict=True)))
 
         here = [*point.kept.values(), *bench.model.state_dict().values()]
-        key = (chosen.samples, chosen.seed, bench.decomposer, first_order)
+        key = (tuple(point.kept), chosen.samples, chosen.seed, bench.decomposer, first_order)
         return bench.objective.remembered(bench.model, "gates", lambda: (*key, content(here)), gates)
 
     def _keep(self, point: _Point) -> dict[str, tuple[int, ...]]:

@@ -1,6 +1,5 @@
 """Measure how well the first order predicts the loss, one layer and one rank at a time."""
 
-import copy
 from collections.abc import Sequence
 
 from torch import nn
@@ -12,6 +11,7 @@ from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
+from spectrim.surgery.given_model import copied
 from spectrim.tools.settings import settings
 
 
@@ -32,7 +32,7 @@ class Probe:
         """Return one row for each layer and rank. The model stays as it is."""
         bench = Workbench.of(model, decomposer, objective)
         predicted = bench.first_order()
-        working = copy.deepcopy(model)
+        working = copied(bench.model)
         dense_loss = objective.evaluate(working).loss
         rows: list[dict] = []
         for name, spectrum in tqdm(bench.spectra.items(), "probe", unit="layer", leave=False, disable=None):

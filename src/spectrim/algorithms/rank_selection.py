@@ -65,7 +65,7 @@ class RankSelection:
         judged = on_subset(objective, self.split, self.subset)
         search = _DeltaSearch(bench, judged, self.split, self.epsilon, self.relative)
         if self.delta == "theory":
-            chain = chain_of(model, decomposer, bench.example_for("delta=theory"))
+            chain = chain_of(bench.model, decomposer, bench.example_for("delta=theory"))
             norm = chain.input_norm(judged.batches(self.split))
             best = search.at(min(1.0, bounds.delta(chain.stages, search.epsilon, norm, "cross_entropy")))
         else:

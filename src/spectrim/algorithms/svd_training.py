@@ -1,6 +1,5 @@
 """SVD training with rank selection (S2, Algorithm 3): train U, S and V, and cut them between epochs."""
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,7 +104,7 @@ class SVDTraining:
         decomposer = plain_svd(decomposer, "SVD training")
         objective.given("train")  # refused before the decomposition
         bench = Workbench.of(model, decomposer, objective)
-        net = copy.deepcopy(model)
+        net = bench.to_train()
         for name, spectrum in bench.spectra.items():
             svd_weights.unfold(net.get_submodule(name), spectrum)  # type: ignore[arg-type]
             if self.bounded:

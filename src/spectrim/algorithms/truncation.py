@@ -61,8 +61,7 @@ class Truncation:
 def _ranks_of_ratio(bench: Workbench, ratio: float) -> dict[str, int]:
     ranks = {}
     for name, spectrum in bench.spectra.items():
-        dense = bench.model.get_submodule(name).weight.numel()  # type: ignore[operator]
-        ranks[name] = max(1, spectrum.rank_within(ratio * dense))
+        ranks[name] = max(1, spectrum.rank_within(ratio * bench.params_of(name)))
     return ranks
 
 

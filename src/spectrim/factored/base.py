@@ -46,6 +46,7 @@ OWN_NAMES = frozenset(
         "product",
         "fill",
         "adopt",
+        "dense_again",
     ]
 )
 
@@ -103,6 +104,22 @@ class FactoredLayer(nn.Module, ABC):
         attributes = dense._adopted if known else attributes_of(dense)
         self._adopted = attributes if memo is None else copy.deepcopy(attributes, memo)
         self._adopted_class = dense._adopted_class if known else type(dense)
+
+    @torch.no_grad()
+    def dense_again(self) -> nn.Module:
+        """Return the dense layer that this one replaced, with the product of the factors as its weight."""
+        own: dict[str, Any] = vars(self)
+        dense: nn.Module = own["_adopted_class"].__new__(own["_adopted_class"])
+        nn.Module.__init__(dense)
+        vars(dense).update(own["_adopted"])
+        weight = self.weight
+        if weight.ndim == 4 and not self.first.weight.is_contiguous():
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        dense.register_parameter("weight", nn.Parameter(weight, self.first.weight.requires_grad))
+        if not isinstance(dense, nn.Embedding):
+            bias = None if self.bias is None else nn.Parameter(self.bias.clone(), self.bias.requires_grad)
+            dense.register_parameter("bias", bias)
+        return dense
 
     def __getattr__(self, name: str) -> Any:
         try:

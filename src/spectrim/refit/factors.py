@@ -1,6 +1,5 @@
 """Fit the factors of a compressed model to the outputs of the dense layers, by least squares and without labels."""
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from spectrim.refit.layers_to_fit import layers_to_fit
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.input_moments import Positions, Rows, mask_of
 from spectrim.statistics.objective import Objective
+from spectrim.surgery.given_model import copied
 
 RIDGE = 1e-3  # penalty on a change of the weight, as a part of the inputs' mean second moment
 ITERATIONS = 60
@@ -146,7 +146,7 @@ def _in_step(
 
 def _over_same_weights(model: nn.Module) -> nn.Module:
     """Return a copy of the modules of ``model`` with the same parameters and buffers, not copies of them."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
+    return copied(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
 def _autocast_of(device: torch.device) -> Callable[[], torch.autocast]:

@@ -14,6 +14,7 @@ from spectrim.statistics.evaluation import Evaluation, evaluate, loss_within
 from spectrim.statistics.gradients import mean_gradients
 from spectrim.statistics.remembered import MEASUREMENTS, Remembered
 from spectrim.statistics.split_reader import Batch, SplitReader
+from spectrim.surgery.layer_choice import EVERY_LAYER, LayerChoice
 from spectrim.tools.memo import Memory
 
 T = TypeVar("T")
@@ -37,6 +38,7 @@ class Objective:
     of joint selection (kinds ``whitened`` and ``gates``) take room and only serve several selections.
     ``read``: counter of the samples that passed through a model, by split; a new one by default. It measures the cost
     of a selector on any machine.
+    ``choice``: which layers the user wants to be factored, and the ranks that the user has set.
 
     Raises ``UserError`` for a split that is a generator or is not iterable.
     """
@@ -48,10 +50,11 @@ class Objective:
         layers_at_once: int | None = None,
         memory: Memory | None = None,
         read: Counter[str] | None = None,
+        choice: LayerChoice = EVERY_LAYER,
     ) -> None:
         if layers_at_once is not None and (type(layers_at_once) is not int or layers_at_once < 1):
             raise UserError(f"layers_at_once must be a whole number of at least 1, or None; got {layers_at_once!r}")
-        self.loss, self.layers_at_once = loss, layers_at_once
+        self.loss, self.layers_at_once, self.choice = loss, layers_at_once, choice
         self._reader = SplitReader(splits, read)
         self._remembered = Remembered(memory or Memory(whitened=0, gates=0, **MEASUREMENTS), self.read)
 
@@ -67,7 +70,7 @@ class Objective:
 
     def on(self, splits: Mapping[str, Batches]) -> "Objective":
         """Return the same loss on other batches; the samples read are counted together."""
-        return Objective(self.loss, splits, self.layers_at_once, read=self.read)
+        return Objective(self.loss, splits, self.layers_at_once, read=self.read, choice=self.choice)
 
     def start_selection(self) -> None:
         """Set ``read`` to zero. From here on it counts as if nothing were remembered from earlier selections."""

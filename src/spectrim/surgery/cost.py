@@ -30,6 +30,13 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def layer_parameters(model: nn.Module, name: str) -> int:
+    """Count the numbers in the parameters of layer ``name``, dense or factored, without its bias."""
+    layer = model.get_submodule(name)
+    bias = getattr(layer, "bias", None)
+    return parameters(layer) - (0 if bias is None else bias.numel())
+
+
 def layer_macs(model: nn.Module, layers: Sequence[str], example: Inputs) -> tuple[dict[str, float], float]:
     """Count the MACs of one input in each of ``layers``, with their submodules, and in the whole model."""
     counter, twice = _counted(model, example), 2 * batch_size(example)

@@ -15,10 +15,11 @@ from spectrim.errors import UserError
 from spectrim.factored.base import OWN_NAMES
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
 from spectrim.surgery.given_model import eager, unchanged
+from spectrim.surgery.layer_choice import EVERY_LAYER, LayerChoice
 
 
 def factorable(
-    model: nn.Module, example: Inputs | None, embeddings: bool = False
+    model: nn.Module, example: Inputs | None, embeddings: bool = False, choice: LayerChoice = EVERY_LAYER
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Find the layers that can be replaced, in the model's order, and the reason why each other one stays dense.
 
@@ -30,6 +31,7 @@ def factorable(
     weight, and so does every embedding.
 
     ``embeddings``: whether embeddings are replaced too.
+    ``choice``: which layers the user wants to be factored.
 
     Raises ``UserError`` for a compiled model and for one that ``eager`` refuses. Raises it also for a model that is a
     single layer: it has no parent in which the layer could be replaced.
@@ -39,6 +41,7 @@ def factorable(
     kinds = dense_kinds()
     if isinstance(model, kinds):
         raise UserError(f"the model is a single {type(model).__name__}; pass torch.nn.Sequential(model) instead")
+    choice.require_known(model)
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     layers: dict[str, nn.Module] = {}
@@ -50,7 +53,9 @@ def factorable(
             continue
         if isinstance(module, nn.Embedding) and not embeddings:
             continue
-        if places[module] > 1 or owners[id(module._parameters.get("weight"))] > 1:
+        if unwanted := choice.reason(name):
+            dense[name] = unwanted
+        elif places[module] > 1 or owners[id(module._parameters.get("weight"))] > 1:
             dense[name] = "its weight is shared with another layer"
         elif reason := _reason(module):
             dense[name] = reason

@@ -1,10 +1,13 @@
-"""Refuse a model whose layers cannot be replaced, and leave a model that runs as it was."""
+"""Refuse a model whose layers cannot be replaced, leave a model that runs as it was, and copy one."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from spectrim.errors import UserError
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
@@ -70,3 +73,21 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 def _copy(buffer: Tensor) -> Tensor | None:
     return buffer.clone() if buffer.layout is torch.strided and not buffer.is_quantized else None
+
+
+def copied(model: nn.Module, known: dict[int, Any] | None = None) -> nn.Module:
+    """Return a deep copy of ``model``. An activation that it keeps is copied without its gradient history.
+
+    ``known``: objects that stand for others in the copy, by the id of the other, as for ``copy.deepcopy``.
+    """
+    with WithoutHistory():
+        return copy.deepcopy(model, known)
+
+
+class WithoutHistory(TorchFunctionMode):
+    """Lets tensors with a gradient history be copied, which torch refuses. A gradient pass leaves such activations."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            args = (args[0].detach(), *args[1:])
+        return func(*args, **(kwargs or {}))

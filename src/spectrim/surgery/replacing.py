@@ -12,6 +12,7 @@ from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import RankPlan
+from spectrim.surgery.given_model import WithoutHistory
 
 # The attributes in which a module of torch holds its hooks on calls.
 HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
@@ -59,8 +60,9 @@ def apply(model: nn.Module, plan: RankPlan, spectra: Mapping[str, Spectrum], *, 
         before, layer = model.get_submodule(name), spectra[name].factor(kept.keep)
         copies[id(before)] = in_place_of(before, layer)
         factored.append((before, layer))
-    result = copy.deepcopy(model, copies)
-    for before, layer in factored:  # an attribute or a hook may lead to another module: here to the one of the copy
-        layer.adopt(before, copies)
-        vars(layer).update({name: copy.deepcopy(vars(before)[name], copies) for name in HOOKS})
+    with WithoutHistory():
+        result = copy.deepcopy(model, copies)
+        for before, layer in factored:  # an attribute or a hook may lead to another module: here to the one of the copy
+            layer.adopt(before, copies)
+            vars(layer).update({name: copy.deepcopy(vars(before)[name], copies) for name in HOOKS})
     return result

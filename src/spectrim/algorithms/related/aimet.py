@@ -12,7 +12,6 @@ What differs here:
 """
 
 import contextlib
-import copy
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -35,6 +34,7 @@ from spectrim.factored.plan import Kept, RankPlan
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, replacing
 from spectrim.surgery.cost import parameters
+from spectrim.surgery.given_model import copied
 from spectrim.tools import torchvision_shim
 from spectrim.tools.settings import settings
 
@@ -74,7 +74,7 @@ class AIMET:
         example = objective.example()
         if not isinstance(example, Tensor):
             raise UserError("AIMET needs a model whose input is one tensor")
-        layers, left = find_layers.factorable(model, example)
+        layers, left = find_layers.factorable(model, example, choice=objective.choice)
         log: list[dict] = []
         theirs = self._run(model, layers, tuple(example.shape[1:]), objective, log)
         compressed, kept = _in_our_layers(model, theirs, layers)
@@ -106,7 +106,7 @@ class AIMET:
         except ImportError:
             raise UserError(MISSING) from None
         AimetLogger.set_level_for_all_areas(logging.WARNING)  # it logs a line for every ratio of every layer
-        subject = copy.deepcopy(model).eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        subject = copied(model).eval().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         ignored = [subject.get_submodule(n) for n, m in model.named_modules() if _is_conv(m) and n not in layers]
         greedy = GreedySelectionParameters(self._target(model), num_comp_ratio_candidates=self.candidates)
         chosen = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=ignored)
@@ -168,7 +168,7 @@ def _in_our_layers(
     model: nn.Module, theirs: nn.Module, layers: Mapping[str, nn.Module]
 ) -> tuple[nn.Module, dict[str, Kept]]:
     """Return a copy of ``model`` with the pairs of convolutions that AIMET made, and their ranks."""
-    compressed, kept = copy.deepcopy(model), {}
+    compressed, kept = copied(model), {}
     for name, dense in layers.items():
         pair = theirs.get_submodule(name)
         if not isinstance(pair, nn.Sequential):

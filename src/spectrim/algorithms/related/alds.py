@@ -53,7 +53,7 @@ class ALDS(Budgeted):
             raise UserError("ALDS cannot split embeddings into subspaces: use a decomposer with embeddings=false")
         bench, costs, requested = self.budget(Workbench.of(model, decomposer, objective))
         splits = {count: SubspaceSVD(count, decomposer.view, decomposer.precision) for count in {1, *self.subspaces}}
-        benches = {count: Workbench.of(model, split, objective) for count, split in splits.items()}
+        benches = {count: bench.decomposed_by(split) for count, split in splits.items()}
         options = {name: [Option(costs.dense[name], 0.0, 1, own.max_rank)] for name, own in bench.spectra.items()}
         for count, other in benches.items():
             curves = self.budget(other)[1].curves

@@ -19,7 +19,6 @@ What differs here:
 - The factors have no BatchNorm between them, and their product has no weight decay of its own.
 """
 
-import copy
 import math
 from dataclasses import field
 from typing import Any, Literal
@@ -94,7 +93,7 @@ class Cuttlefish:
         decomposer = plain_svd(decomposer, "Cuttlefish")
         objective.given("train")  # raises before the decomposition
         bench = Workbench.of(model, decomposer, objective)
-        net = copy.deepcopy(model)
+        net = bench.to_train()
         callbacks = _Callbacks(self, net, bench)
         curve = train_by_settings(self, net, objective, decomposer, Callbacks(after_epoch=callbacks.after_epoch))
         return finished(model, net, callbacks.ranks(), curve, decomposer, objective)

@@ -4,7 +4,6 @@ The loss is that of the task plus ``strength`` times a penalty on open gates. Af
 multiplied into S, closed components are dropped, and the factors are trained for the rest.
 """
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -159,7 +158,7 @@ class GatedTraining(ABC):
         decomposer = plain_svd(decomposer, type(self).__name__)
         objective.given("train")  # raises before the decomposition
         bench = Workbench.of(model, decomposer, objective)
-        net = copy.deepcopy(model)
+        net = bench.to_train()
         callbacks = _Callbacks(self, net, bench)
         curve = train_by_settings(
             self,

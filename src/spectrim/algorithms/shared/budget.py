@@ -28,9 +28,10 @@ class Costs:
 
     A share is the cost of a whole model over that of the dense one. A budget requests one, and ranks achieve one.
 
-    ``dense``: the cost of each dense layer.
+    ``dense``: the cost of each layer as it is given.
     ``curves``: the cost of each layer's factors at every rank from 0, shape (R + 1,).
-    ``total``: the cost of the whole dense model.
+    ``total``: the cost of the whole given model.
+    ``fixed``: what the layers save whose rank the user has set.
     ``notes``: what was measured, for the notes of the result.
     """
 
@@ -38,6 +39,7 @@ class Costs:
     dense: dict[str, float]
     curves: dict[str, Tensor]
     total: float
+    fixed: float = 0.0
     notes: tuple[str, ...] = ()
 
     def layer(self, name: str, rank: int) -> float:
@@ -46,7 +48,8 @@ class Costs:
 
     def achieved(self, ranks: Mapping[str, int]) -> float:
         """Return the share that ``ranks`` achieve. Layers that are not in ``ranks`` are dense."""
-        return 1 - sum(self.dense[name] - self.layer(name, rank) for name, rank in ranks.items()) / self.total
+        saved = sum(self.dense[name] - self.layer(name, rank) for name, rank in ranks.items())
+        return 1 - (saved + self.fixed) / self.total
 
     def saved(self, name: str) -> Tensor:
         """Return what layer ``name`` saves at each rank from 0, as a share of the whole model. Shape (R + 1,)."""
@@ -120,26 +123,33 @@ def costs_of(bench: Workbench, measure: Measure, batch_size: int = 1) -> Costs:
     if measure == "milliseconds":
         return _timed(bench, batch_size)
     if measure == "params":
-        dense = {name: float(bench.model.get_submodule(name).weight.numel()) for name in bench.spectra}  # type: ignore[operator]
-        each = {name: [1.0] * len(spectrum.sizes(1)) for name, spectrum in bench.spectra.items()}
-        total = float(parameters(bench.model))
+        dense = {name: float(bench.params_of(name)) for name in bench.all_spectra}
+        each = {name: [1.0] * len(spectrum.sizes(1)) for name, spectrum in bench.all_spectra.items()}
+        total = float(parameters(bench.given))
     else:
-        dense, total = layer_macs(bench.model, list(bench.spectra), bench.example_for("macs_kept"))
+        dense, total = layer_macs(bench.given, list(bench.all_spectra), bench.example_for("macs_kept"))
         each = _macs_of_a_parameter(bench)
     curves = {}
-    for name, spectrum in bench.spectra.items():
+    for name, spectrum in bench.all_spectra.items():
         ranks = [spectrum.sizes(rank) for rank in range(spectrum.max_rank + 1)]
         curve = torch.tensor([sum(map(mul, each[name], sizes)) for sizes in ranks])
         curves[name] = _to_break_even(curve, spectrum, dense[name])
-    return Costs(measure, dense, curves, total)
+    return _without_fixed(bench, Costs(measure, dense, curves, total))
+
+
+def _without_fixed(bench: Workbench, costs: Costs) -> Costs:
+    """Return the costs of the layers whose rank is chosen, and what the other layers save at the rank set for them."""
+    fixed = sum(costs.dense[name] - costs.layer(name, rank) for name, (_, rank) in bench.fixed.items())
+    dense = {name: costs.dense[name] for name in bench.spectra}
+    return replace(costs, dense=dense, curves={name: costs.curves[name] for name in dense}, fixed=fixed)
 
 
 def _timed(bench: Workbench, batch_size: int) -> Costs:
-    times = latency.measured(bench.model, bench.spectra, bench.example_for("a budget in milliseconds"), batch_size)
+    times = latency.measured(bench.given, bench.all_spectra, bench.example_for("a budget in milliseconds"), batch_size)
     dense = {name: own.dense for name, own in times.layers.items()}
     curves = {
         name: _to_break_even(times.layers[name].curve(spectrum.max_rank), spectrum, dense[name])
-        for name, spectrum in bench.spectra.items()
+        for name, spectrum in bench.all_spectra.items()
     }
     slow = [name for name, curve in curves.items() if float(curve[1]) >= dense[name]]
     note = (
@@ -147,7 +157,7 @@ def _timed(bench: Workbench, batch_size: int) -> Costs:
         f"layers; no rank is faster than dense in {len(slow)} of {len(dense)} layers{': ' if slow else ''}"
         + ", ".join(slow)
     )
-    return Costs("milliseconds", dense, curves, times.total, (note,))
+    return _without_fixed(bench, Costs("milliseconds", dense, curves, times.total, notes=(note,)))
 
 
 def _to_break_even(curve: Tensor, spectrum: Spectrum, dense: float) -> Tensor:
@@ -158,13 +168,14 @@ def _to_break_even(curve: Tensor, spectrum: Spectrum, dense: float) -> Tensor:
 
 def _macs_of_a_parameter(bench: Workbench) -> dict[str, list[float]]:
     """Return, for each factor of each layer, how often one of its parameters is used. It is the same at every rank."""
-    plan = RankPlan.of({name: own.kept(1) for name, own in bench.spectra.items()})
-    cut = replacing.apply(bench.model, plan, bench.spectra)
+    spectra = bench.all_spectra
+    plan = RankPlan.of({name: own.kept(1) for name, own in spectra.items()})
+    cut = replacing.apply(bench.model, plan, spectra)
     factors = {name: [f"{name}.{part}" for part, _ in cut.get_submodule(name).named_children()] for name in plan}
     macs, _ = layer_macs(cut, [factor for own in factors.values() for factor in own], bench.example_for("macs_kept"))
     return {
         name: [macs[factor] / size for factor, size in zip(factors[name], own.sizes(1), strict=True)]
-        for name, own in bench.spectra.items()
+        for name, own in spectra.items()
     }
 
 

@@ -13,6 +13,8 @@ from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
+from spectrim.surgery.cost import layer_parameters
+from spectrim.surgery.reopening import factored_layers
 from spectrim.training import svd_weights
 from spectrim.training.fit import PLAIN, Callbacks, Training, fit
 from spectrim.training.saved_state import StateFile
@@ -74,12 +76,17 @@ def finished(
     """Return the compressed model of a training that turned ``given`` into ``net``.
 
     ``ranks``: the rank that each parametrised layer of ``net`` has reached. Cutting it to that rank changes its form
-        only. The other layers stay dense.
+        only. The other layers stay dense. A layer that an earlier compression factored is cut further, if it would have
+        more parameters than in ``given`` otherwise.
     """
     for name in ranks:
         svd_weights.fold(net.get_submodule(name))
     in_modes_of(given, net)
-    return replace(Workbench.of(net, decomposer, objective).finish(ranks, curve), dense=given, trained=True)
+    bench = Workbench.of(net, decomposer, objective)
+    again = [name for name in factored_layers(given) if name in bench.spectra]
+    within = {name: max(1, bench.spectra[name].rank_within(layer_parameters(given, name))) for name in again}
+    cut = {name: min(most, ranks.get(name, most)) for name, most in within.items()}
+    return replace(bench.finish({**ranks, **cut}, curve), dense=given, trained=True)
 
 
 def in_modes_of(given: nn.Module, net: nn.Module) -> None:

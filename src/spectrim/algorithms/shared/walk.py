@@ -74,13 +74,31 @@ class Walk(ABC):
         curves = bench.first_order(self.split)
         near = Neighbourhood(self.norm, self.gamma)
         allowed = {name: near.ranks(spectrum) for name, spectrum in bench.spectra.items()}
-        for name in [name for name in bench.spectra if name not in curves]:
-            allowed[name], curves[name] = allowed[name][:0], torch.zeros(bench.spectra[name].max_rank + 1)
-            note = f"{name}: left dense: the {self.split} loss does not depend on it"
-            bench = replace(bench, notes=(*bench.notes, note))
+        outside = [name for name in bench.spectra if name not in curves]
+        allowed |= {name: allowed[name][:0] for name in outside}
+        curves |= {name: torch.zeros(bench.spectra[name].max_rank + 1) for name in outside}
         listed = {name: self.candidates(curves[name], allowed[name]) for name in bench.spectra}
-        if self.verified:
-            return self._verified(bench, curves, listed, allowed)
+        choose = self._verified if self.verified else self._one_shot
+        result = choose(bench, curves, listed, allowed)
+        notes = [f"{name}: left dense: the {self.split} loss does not depend on it" for name in outside]
+        return replace(result, notes=[*result.notes, *notes, *([] if result.plan else [self._nothing(allowed)])])
+
+    def _nothing(self, allowed: dict[str, Tensor]) -> str:
+        """Return the note on a selection that factors no layer."""
+        inside = sum(len(ranks) > 0 for ranks in allowed.values())
+        within = "" if self.gamma is None else f" within gamma={self.gamma} ({self.norm})"
+        return (
+            f"no layer is factored: {inside} of {len(allowed)} layers have a rank{within}, and none of these ranks was "
+            "chosen; to ask for a size, give a budget, as in Joint(params_kept=0.5)"
+        )
+
+    def _one_shot(
+        self,
+        bench: Workbench,
+        curves: dict[str, Tensor],
+        listed: dict[str, Tensor],
+        allowed: dict[str, Tensor],
+    ) -> Compressed:
         chosen = {name: int(ranks[0]) for name, ranks in listed.items() if len(ranks)}
         log: list[dict] = [
             {

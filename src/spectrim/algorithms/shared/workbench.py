@@ -1,8 +1,8 @@
 """What an algorithm works on: the layers of a model, each decomposed, and the model made of what it keeps."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import pandas as pd
@@ -18,7 +18,10 @@ from spectrim.factored.dense import dense_kinds
 from spectrim.factored.plan import RankPlan
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, latency, replacing
-from spectrim.surgery.given_model import unchanged
+from spectrim.surgery.cost import layer_parameters
+from spectrim.surgery.given_model import copied, unchanged
+from spectrim.surgery.layer_choice import LayerChoice
+from spectrim.surgery.reopening import factored_layers, kept_in, reopened
 from spectrim.surgery.trial_run import failing_layers
 
 
@@ -26,18 +29,24 @@ from spectrim.surgery.trial_run import failing_layers
 class Workbench:
     """A model opened for an algorithm: each layer that can be factored is decomposed once. Nothing in it changes.
 
+    ``given``: the model that the user gave.
+    ``model``: the same model, or a copy in which the layers that an earlier compression factored are dense again. An
+        algorithm works on this one. It must not change it.
     ``example``: the inputs of the first calibration batch; None where none were given.
-    ``spectra``: the spectrum of each layer that can be factored, by name, in the model's order.
+    ``spectra``: the spectrum of each layer whose rank an algorithm may choose, by name, in the model's order.
+    ``fixed``: the spectrum of each layer whose rank the user has set, and that rank.
     ``notes``: one line for each layer that stays dense, with the reason, and what a budget measured.
     ``timed_at``: the batch size of a budget in milliseconds; None where there is no such budget. ``finish`` then
         returns the dense model if the compressed one is no faster.
     """
 
+    given: nn.Module
     model: nn.Module
     decomposer: Decomposer
     objective: Objective
     example: Inputs | None
     spectra: Mapping[str, Spectrum]
+    fixed: Mapping[str, tuple[Spectrum, int]]
     notes: tuple[str, ...]
     timed_at: int | None = None
     # Gradients that come in blocks of layers are not kept by the objective. The curves made of them are kept here.
@@ -49,21 +58,52 @@ class Workbench:
 
         Raises ``UserError`` where no layer gets smaller at any rank.
         """
-        example = objective.example()
-        layers, left = find_layers.factorable(model, example, decomposer.embeddings)
+        example, opened = objective.example(), reopened(model)
+        layers, left = find_layers.factorable(opened, example, decomposer.embeddings, objective.choice)
         spectra: dict[str, Spectrum] = {}
-        for name, spectrum in decomposed(model, decomposer, objective, layers).items():
-            if spectrum.break_even:
+        for name, spectrum in decomposed(opened, decomposer, objective, layers).items():
+            if _is_smaller(model, name, spectrum, 1):
                 spectra[name] = spectrum
             else:
                 left[name] = "no rank is below break-even"
-        left |= _failing(model, spectra, dict.fromkeys(spectra, 1), example)
+        left |= _failing(opened, spectra, dict.fromkeys(spectra, 1), example)
         spectra = {name: spectrum for name, spectrum in spectra.items() if name not in left}
         if not spectra:
             reasons = find_layers.in_one_line(left) or f"it has no {' or '.join(k.__name__ for k in dense_kinds())}"
             raise UserError(f"this model has nothing to factor: {reasons}")
+        fixed = {name: (spectra.pop(name), rank) for name, rank in _overrides(objective.choice, spectra, left).items()}
         notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
-        return cls(model, decomposer, objective, example, MappingProxyType(spectra), tuple(notes))
+        return cls(
+            model,
+            opened,
+            decomposer,
+            objective,
+            example,
+            MappingProxyType(spectra),
+            MappingProxyType(fixed),
+            tuple(notes),
+        )
+
+    def decomposed_by(self, decomposer: Decomposer) -> "Workbench":
+        """Return a workbench on which another decomposer has decomposed the layers whose rank may be chosen."""
+        layers = {name: self.model.get_submodule(name) for name in self.spectra}
+        found = decomposed(self.model, decomposer, self.objective, layers)
+        spectra = {name: own for name, own in found.items() if _is_smaller(self.given, name, own, 1)}
+        return replace(self, decomposer=decomposer, spectra=MappingProxyType(spectra))
+
+    @property
+    def all_spectra(self) -> dict[str, Spectrum]:
+        """The spectra of all layers, with those whose rank the user has set, in the model's order."""
+        found = {**self.spectra, **{name: spectrum for name, (spectrum, _) in self.fixed.items()}}
+        return {name: found[name] for name, _ in self.model.named_modules() if name in found}
+
+    def params_of(self, name: str) -> int:
+        """Return the number of parameters of layer ``name`` in the given model, without its bias."""
+        return layer_parameters(self.given, name)
+
+    def to_train(self) -> nn.Module:
+        """Return a copy of ``model`` for a training: layers whose rank the user has set are factored already."""
+        return self._built({name: rank for name, (_, rank) in self.fixed.items()}, opened=self.spectra)
 
     def first_order(self, split: str = "calibration", model: nn.Module | None = None) -> dict[str, Tensor]:
         """Return the first-order change ``<G, delta_k>`` of the loss for each layer at every rank, shape (R + 1,).
@@ -77,35 +117,36 @@ class Workbench:
             if split not in self._curves:
                 self._curves[split] = self.first_order(split, self.model)
             return dict(self._curves[split])
-        dense = [name for name in self.spectra if isinstance(model.get_submodule(name), dense_kinds())]
+        spectra = self.all_spectra
+        dense = [name for name in spectra if isinstance(model.get_submodule(name), dense_kinds())]
         gradients = self.objective.each_gradient(model, dense, split)
-        return {name: self.spectra[name].first_order(gradient) for name, gradient in gradients}
+        return {name: spectra[name].first_order(gradient) for name, gradient in gradients}
 
     def finish(self, keep: Mapping[str, Keep], log: list[dict] | None = None) -> Compressed:
         """Return the compressed model.
 
-        ``keep``: what to keep of each layer, a rank or the indices of components. A layer that is absent, or that keeps
-        more components than break-even, stays dense.
+        ``keep``: what to keep of each layer, a rank or the indices of components. A layer that is absent, or that would
+        not get smaller, stays as it is. So does a layer at which the factored model fails on ``example``.
         """
-        kept, notes = self._faster(self._below_break_even(keep))
-        for name, reason in _failing(self.model, self.spectra, kept, self.example).items():
+        kept, notes = self._faster(self._smaller(keep))
+        for name, reason in _failing(self.model, self.all_spectra, kept, self.example).items():
             del kept[name]
             notes.append(f"{name}: left dense: {reason}")
-        plan = self._plan(kept)
-        versions = _versions(self.model)
+        before = {name: layer for name, layer in factored_layers(self.given).items() if name not in kept}
+        versions = _versions(self.given)
         return Compressed(
-            model=replacing.apply(self.model, plan, self.spectra),
-            plan=plan,
+            model=self._built(kept),
+            plan=RankPlan.of({**{name: kept_in(layer) for name, layer in before.items()}, **self._plan(kept)}),
             reporter=reporter(lambda: self._report(kept, versions), self.objective),
-            dense=self.model,
+            dense=self.given,
             example=self.example,
             log=log or [],
             notes=[*self.notes, *notes],
         )
 
     def cut(self, keep: Mapping[str, Keep]) -> nn.Module:
-        """Return the model of ``finish`` without a report, to be measured and thrown away."""
-        return replacing.apply(self.model, self._plan(self._below_break_even(keep)), self.spectra)
+        """Return a model that computes what that of ``finish`` does, to be measured and thrown away."""
+        return replacing.apply(self.model, self._plan(self._smaller(keep)), self.all_spectra)
 
     def example_for(self, purpose: str) -> Inputs:
         """Return ``example``. Raises ``MissingInput`` where there is none; ``purpose`` says what needs it."""
@@ -113,26 +154,38 @@ class Workbench:
             raise MissingInput(f"{purpose} runs the model; pass calibration=, batches of its inputs")
         return self.example
 
-    def _below_break_even(self, keep: Mapping[str, Keep]) -> dict[str, Keep]:
-        return {name: which for name, which in keep.items() if rank_of(which) <= self.spectra[name].break_even}
+    def _smaller(self, keep: Mapping[str, Keep]) -> dict[str, Keep]:
+        """Return what to keep of the layers that get smaller, with the ranks that the user has set."""
+        keep = {**keep, **{name: rank for name, (_, rank) in self.fixed.items()}}
+        spectra = self.all_spectra
+        return {name: own for name, own in keep.items() if _is_smaller(self.given, name, spectra[name], rank_of(own))}
+
+    def _built(self, kept: Mapping[str, Keep], opened: Container[str] = ()) -> nn.Module:
+        """Return the compressed model. A layer that is not in ``kept`` is as it was given, or dense if ``opened``."""
+        model = replacing.apply(self.model, self._plan(kept), self.all_spectra)
+        for name, layer in factored_layers(self.given).items():
+            if name not in kept and name not in opened:
+                replacing.replace(model, name, copied(layer))
+        return model
 
     def _faster(self, kept: dict[str, Keep]) -> tuple[dict[str, Keep], list[str]]:
         """Return ``kept`` and notes, or nothing to keep where a budget of time is set and the clock shows no gain."""
         if self.timed_at is None or not kept:
             return kept, []
-        small = replacing.apply(self.model, self._plan(kept), self.spectra)
-        dense, ours = latency.in_turns([self.model, small], self.example_for("a budget in milliseconds"), self.timed_at)
+        example = self.example_for("a budget in milliseconds")
+        dense, ours = latency.in_turns([self.given, self._built(kept)], example, self.timed_at)
         notes = [f"as a whole, measured in turns: {ours:.4g} ms against {dense:.4g} ms dense"]
         if ours < dense:
             return kept, notes
         return {}, [*notes, "left dense: factored, the model is no faster as a whole, whatever its layers are"]
 
     def _plan(self, kept: Mapping[str, Keep]) -> RankPlan:
-        return RankPlan.of({name: self.spectra[name].kept(which) for name, which in kept.items()})
+        spectra = self.all_spectra
+        return RankPlan.of({name: spectra[name].kept(which) for name, which in kept.items()})
 
     def _predicted(self, versions: tuple[int, ...]) -> tuple[dict[str, Tensor], str]:
         """Return the first order for the report, and why there is none; empty where there is one."""
-        if "calibration" not in self._curves and _versions(self.model) != versions:
+        if "calibration" not in self._curves and _versions(self.given) != versions:
             return {}, "the given model has changed since it was compressed, so that nothing can be predicted now"
         try:
             with unchanged(self.model):
@@ -145,8 +198,8 @@ class Workbench:
         predicted, unpredicted = self._predicted(versions)
         outside = math.nan if unpredicted else 0.0
         rows = []
-        for name, spectrum in self.spectra.items():
-            weight, keep = self.model.get_submodule(name).weight, kept.get(name)
+        for name, spectrum in self.all_spectra.items():
+            weight, keep, params = self.model.get_submodule(name).weight, kept.get(name), self.params_of(name)
             # A layer that stays dense has no rank, and keeps everything.
             rank, which = (None, spectrum.max_rank) if keep is None else (rank_of(keep), keep)
             rows.append(
@@ -156,8 +209,8 @@ class Workbench:
                     "full_rank": spectrum.max_rank,
                     "break_even": spectrum.break_even,
                     "rank": rank,
-                    "params_before": weight.numel(),  # type: ignore[operator]
-                    "params_after": weight.numel() if rank is None else spectrum.cost(rank),  # type: ignore[operator]
+                    "params_before": params,
+                    "params_after": params if rank is None else spectrum.cost(rank),
                     "predicted_change": value_at(predicted[name], which) if name in predicted else outside,
                     "relative_error": math.sqrt(max(0.0, value_at(spectrum.relative_error().square(), which))),
                 }
@@ -177,6 +230,22 @@ def _failing(
             break
         found |= {name: f"the model fails with it factored: {reason}" for name, reason in failing.items()}
     return found
+
+
+def _is_smaller(model: nn.Module, name: str, spectrum: Spectrum, rank: int) -> bool:
+    """Return whether layer ``name`` has fewer parameters at ``rank`` than in ``model``."""
+    return rank <= spectrum.break_even and spectrum.cost(rank) < layer_parameters(model, name)
+
+
+def _overrides(choice: LayerChoice, spectra: Mapping[str, Spectrum], left: Mapping[str, str]) -> dict[str, int]:
+    """Return the ranks that the user has set. Raises ``UserError`` for a layer or rank at which that cannot be."""
+    for name, rank in choice.overrides:
+        if name not in spectra:
+            raise UserError(f"overrides: {name!r} cannot be factored: {left.get(name, 'it is no layer with a matrix')}")
+        if rank > spectra[name].break_even:
+            most = spectra[name].break_even
+            raise UserError(f"overrides[{name!r}]={rank} is above {most}, the largest rank at which it gets smaller")
+    return dict(choice.overrides)
 
 
 def _versions(model: nn.Module) -> tuple[int, ...]:

@@ -1,0 +1,44 @@
+"""Open the layers that an earlier compression factored, so that they can be decomposed again."""
+
+from torch import nn
+
+from spectrim.errors import UserError
+from spectrim.factored.base import BlockLinear, FactoredLayer
+from spectrim.factored.forms import EmbeddingForm, PlainForm, TuckerForm
+from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear, TuckerConv2d
+from spectrim.factored.plan import Kept
+from spectrim.surgery.given_model import copied
+from spectrim.surgery.replacing import in_place_of
+
+
+def factored_layers(model: nn.Module) -> dict[str, FactoredLayer]:
+    """Return the factored layers of ``model`` by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLayer)}
+
+
+def reopened(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` whose factored layers are dense again, or ``model`` itself if it has none.
+
+    The weight of such a layer is the product of its factors. The copy shares the other parameters with ``model``.
+    """
+    layers = factored_layers(model)
+    if not layers:
+        return model
+    copies = {id(parameter): parameter for parameter in model.parameters()}
+    return copied(model, copies | {id(layer): in_place_of(layer, layer.dense_again()) for layer in layers.values()})
+
+
+def kept_in(layer: FactoredLayer) -> Kept:
+    """Return the entry of a plan for ``layer``: its rank and its form."""
+    if isinstance(layer, FactoredLinear):
+        subspaces = layer.first.blocks if isinstance(layer.first, BlockLinear) else 1
+        return Kept(layer.rank, PlainForm("linear", subspaces))
+    if isinstance(layer, FactoredConv2d):
+        return Kept(layer.rank, PlainForm(layer.view, layer.first.groups // layer.second.groups))
+    if isinstance(layer, FactoredEmbedding):
+        return Kept(layer.rank, EmbeddingForm(layer.whole_rows))
+    if isinstance(layer, TuckerConv2d):
+        groups = layer.first.groups
+        form = TuckerForm(layer.second.out_channels // groups, layer.second.in_channels // groups)
+        return Kept(form.outputs + form.inputs - 1, form)  # rank 1 has one direction of either side
+    raise UserError(f"a {type(layer).__name__} has no form that a plan can name")
