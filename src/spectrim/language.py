@@ -61,10 +61,10 @@ def load(folder: str | Path) -> tuple[nn.Module, Any]:
         model = by_configuration.model_without_weights(beside, None, _precision(shards))
         hub_names.fill(model, plan, shards, folder)
     else:
-        beside, path = folder, folder / WEIGHTS
-        kind = single_file.read_metadata(path).get("class", "")
-        model = by_configuration.model_without_weights(folder, kind, _precision([Shard.at(path)]))
-        single_file.load(path, model, as_stored=True)
+        beside, shard = folder, single_file.verified(folder / WEIGHTS)
+        kind = shard.metadata.get("class", "")
+        model = by_configuration.model_without_weights(folder, kind, _precision([shard]))
+        single_file.filled(model, shard, as_stored=True)
     has_tokenizer = (beside / "tokenizer_config.json").is_file()
     return model.eval(), pretrained.tokenizer(str(beside)) if has_tokenizer else None
 

@@ -67,7 +67,7 @@ def test_saved_and_loaded_gives_the_same_logits_bit_for_bit(net: nn.Sequential, 
     loaded = single_file.load(tmp_path / "x.safetensors", fresh)
     x = torch.randn(9, 3, 8, 8)
     assert loaded is fresh and torch.equal(logits(loaded, x), logits(compressed, x))
-    assert single_file.read_metadata(tmp_path / "x.safetensors")["plan"] == plan.to_json()
+    assert single_file.verified(tmp_path / "x.safetensors").metadata["plan"] == plan.to_json()
 
 
 SAVED = """
@@ -185,7 +185,7 @@ def test_tensors_that_are_not_those_of_the_plan_are_refused_and_nothing_is_chang
 ) -> None:
     """The digest has no key: whoever alters a file can write a matching one."""
     path, _ = saved
-    header, tensors, name = single_file.read_metadata(path), load_file(path), "6.first.weight"
+    header, tensors, name = single_file.verified(path).metadata, load_file(path), "6.first.weight"
     if change in ("missing", "renamed"):
         value = tensors.pop(name)
         tensors |= {"6.first.other": value} if change == "renamed" else {}

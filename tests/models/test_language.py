@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from spectrim.fetch import pretrained
 from spectrim.losses import token_loss
 from spectrim.models.language import causal_lm, classifier
 from spectrim.statistics.objective import Objective
+from spectrim.tools.safetensors_stream import Shard
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -114,7 +116,7 @@ def test_a_compressed_model_is_saved_and_writes_the_same_text(
     written = [model.generate(**prompt, max_new_tokens=8, do_sample=False) for model in (result.model, loaded)]
     assert torch.equal(*written) and written[0].shape[1] > 3
     assert its_tokenizer.decode(written[0][0]) == tokenizer.decode(written[1][0])
-    assert single_file.read_metadata(tmp_path / "small" / language.WEIGHTS)["plan"] == result.plan.to_json()
+    assert single_file.verified(tmp_path / "small" / language.WEIGHTS).metadata["plan"] == result.plan.to_json()
     assert language.perplexity(loaded, token_batches) == language.perplexity(result.model, token_batches)
 
 
@@ -127,6 +129,16 @@ def test_transformers_own_loader_does_not_take_the_folder_for_a_dense_model(
     with pytest.raises(UserError, match="cannot be opened"):
         causal_lm(str(tmp_path))
     assert language.load(tmp_path)[1] is None
+
+
+def test_loading_reads_each_tensor_twice_to_verify_it_and_to_fill_the_model(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language.save(tmp_path, tiny("gpt2"), spectrim.RankPlan())
+    read, usual = Counter[str](), Shard.read
+    monkeypatch.setattr(Shard, "read", lambda shard, name: read.update([name]) or usual(shard, name))
+    language.load(tmp_path)
+    assert read and set(read.values()) == {2}
 
 
 def test_a_folder_that_names_something_else_is_refused(tiny: Any, tmp_path: Path) -> None:

@@ -41,12 +41,11 @@ def save(
     safetensors_stream.save(Path(path), tensors, header)
 
 
-def load(path: str | Path, into: nn.Module, sha256: str | None = None, *, as_stored: bool = False) -> nn.Module:
+def load(path: str | Path, into: nn.Module, sha256: str | None = None) -> nn.Module:
     """Factor ``into`` by the plan in the file at ``path``, fill it with the saved weights, and return it.
 
     ``into``: the model, built dense. It decides precision and device; on the meta device, the weights go to the CPU.
     ``sha256``: digest that the file must have, if given.
-    ``as_stored``: whether the numbers keep the precision of the file.
 
     Raises ``UserError`` where the file is missing, cut short, altered, not of this format, or of another architecture;
     ``into`` is then unchanged.
@@ -54,17 +53,27 @@ def load(path: str | Path, into: nn.Module, sha256: str | None = None, *, as_sto
     path = Path(path)
     if sha256 is not None:
         digests.require(path, sha256)
-    metadata = read_metadata(path)
-    plan, architecture = RankPlan.from_json(metadata["plan"]), metadata["architecture"]
-    return fill(into, plan, [Shard.at(path)], path, architecture=architecture, as_stored=as_stored)
+    return filled(into, verified(path))
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the header of a checkpoint: format, plan, architecture, digest and what its writer added.
+def filled(into: nn.Module, shard: Shard, *, as_stored: bool = False) -> nn.Module:
+    """Factor ``into`` by the plan of a verified checkpoint, fill it with the saved weights, and return it.
+
+    ``as_stored``: whether the numbers keep the precision of the file.
+
+    Raises ``UserError`` where the checkpoint is of another architecture; ``into`` is then unchanged.
+    """
+    plan, architecture = RankPlan.from_json(shard.metadata["plan"]), shard.metadata["architecture"]
+    return fill(into, plan, [shard], shard.path, architecture=architecture, as_stored=as_stored)
+
+
+def verified(path: Path) -> Shard:
+    """Return a checkpoint, read once to compare it with its digest.
+
+    Its metadata hold format, plan, architecture, digest and what its writer added.
 
     Raises ``UserError`` where the file is missing, cut short, altered or not a spectrim checkpoint.
     """
-    path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint at {path}")
     shard = Shard.at(path)
@@ -73,7 +82,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         raise UserError(f"{path} is not a spectrim checkpoint: its header has no plan")
     if metadata["digest"] != _digest(((name, shard.read(name)) for name in sorted(shard.entries)), metadata):
         raise UserError(f"{path} was altered: its content does not match its digest; fetch or make it again")
-    return metadata
+    return shard
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]], header: Mapping[str, str]) -> str:
