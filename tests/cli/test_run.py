@@ -1,6 +1,7 @@
 """One run is one record, made once, whole or not at all; every mistake is one line and a status."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -149,6 +150,27 @@ def test_committed_records_are_those_of_todays_configuration(compose: Any, exper
     settings = records.identity(signing.scientific(cfg) | {"checkpoint": record["config"]["checkpoint"]})
     assert settings == record["config"]
     assert records.signature(settings) == record["signature"] == first.stem
+
+
+def test_the_checkpoint_is_hashed_once_and_its_digest_is_that_of_its_bytes(
+    compose: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    usual = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: hashed.append(Path(file.name)) or usual(file, kind))
+    cfg = compose(
+        "data=digits",
+        "model=bias_free_mlp",
+        "model.depth=2",
+        "names.model=bias_free_mlp2",
+        "checkpoints=results/checkpoints/table8",
+        f"records={tmp_path}",
+        "algorithm=truncation",
+    )
+    record = run.run(cfg)
+    expected = hashlib.sha256(Path(cfg.checkpoint).read_bytes()).hexdigest()
+    assert record["provenance"]["checkpoint_digest"] == record["config"]["checkpoint"] == expected
+    assert hashed.count(Path(cfg.checkpoint)) == 1
 
 
 def test_batch_norm_is_recorded_where_it_is_not_the_default(compose: Any, tmp_path: Path) -> None:

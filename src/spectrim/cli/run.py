@@ -21,7 +21,7 @@ from spectrim.records import records
 from spectrim.records.provenance import provenance
 from spectrim.runs import configuration, signing, targets, task
 from spectrim.statistics import batchnorm
-from spectrim.tools import digests, files
+from spectrim.tools import files
 from spectrim.tools.device import device_called
 from spectrim.tools.profiling import Phases
 
@@ -32,8 +32,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     batchnorm.require(cfg.batch_norm)
     folder, name = Path(configuration.text(cfg, "records")), configuration.text(cfg, "name")
     checkpoint = _checkpoint(cfg)
-    settings["checkpoint"] = None if checkpoint is None else digests.of_file(checkpoint)
-    signature = records.signature(records.identity(settings))
+    settings, signature = signing.signed(settings, checkpoint)
     tracker = targets.build(configuration.plain(cfg.tracking), "run")
     path = records.path_of(folder, name, signature)
     state = Path(configuration.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
@@ -84,7 +83,9 @@ def _measured(
         "samples_read": read,
         # A part of the phase "select" and of the samples that it read.
         "reporting": found.reporting if isinstance(found, Compressed) else {},
-        "provenance": provenance(configuration.invocation("spectrim"), given.data_digest, checkpoint, str(device)),
+        "provenance": provenance(
+            configuration.invocation("spectrim"), given.data_digest, settings["checkpoint"], str(device)
+        ),
     }
 
 

@@ -28,10 +28,10 @@ PACKAGES = (
 UNKNOWN = "unknown"
 
 
-def provenance(command: str, data_digest: str, checkpoint: Path | None, device: str = "cpu") -> dict[str, Any]:
+def provenance(command: str, data_digest: str, checkpoint_digest: str | None, device: str = "cpu") -> dict[str, Any]:
     """Return the provenance of a run at this moment.
 
-    ``checkpoint``: file of the initial weights; None if they come from no file.
+    ``checkpoint_digest``: sha256 of the file of the initial weights; None if they come from no file.
     ``device``: the device in use.
     """
     commit, dirty = git_state()
@@ -41,7 +41,7 @@ def provenance(command: str, data_digest: str, checkpoint: Path | None, device: 
         "dirty": dirty,
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "data_digest": data_digest,
-        "checkpoint_digest": None if checkpoint is None else digests.of_file(checkpoint),
+        "checkpoint_digest": checkpoint_digest,
         "lock_digest": lock_digest(),
         "versions": versions(),
         "machine": machine(),

@@ -13,8 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from spectrim.records import records
-from spectrim.runs.signing import scientific
+from spectrim.runs.signing import scientific, signed
 from spectrim.tools import digests
 
 
@@ -92,8 +91,7 @@ def _cell(chosen: tuple[str, ...], cfg: DictConfig) -> Cell:
     settings, checkpoint = scientific(cfg), None if cfg.checkpoint is None else Path(cfg.checkpoint)
     signature = None
     if checkpoint is None or checkpoint.is_file():
-        settings["checkpoint"] = None if checkpoint is None else _digest(checkpoint)
-        signature = records.signature(records.identity(settings))
+        _, signature = signed(settings, checkpoint, _digest)
     return Cell(chosen, cfg.name, signature, checkpoint)
 
 

@@ -1,11 +1,15 @@
 """What a run is signed by: the settings that can change its result."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from spectrim.errors import UserError
+from spectrim.records import records
 from spectrim.runs import configuration, targets
+from spectrim.tools import digests
 
 SCIENTIFIC = ("model", "data", "shape", "decomposer", "algorithm", "seed")
 
@@ -21,6 +25,18 @@ def scientific(cfg: DictConfig) -> dict[str, Any]:
     targets.check_targets(settings)
     configuration.check_seed(cfg)
     return settings | {"batch_norm": cfg.batch_norm, "also": _also(cfg.also) if cfg.also else {}}
+
+
+def signed(
+    settings: dict[str, Any], checkpoint: Path | None, digest_of: Callable[[Path], str] = digests.of_file
+) -> tuple[dict[str, Any], str]:
+    """Return the settings with the digest of the checkpoint, and the signature of the run.
+
+    ``settings``: those of ``scientific``.
+    ``checkpoint``: the file that the run starts from; None where it starts untrained.
+    """
+    settings = settings | {"checkpoint": None if checkpoint is None else digest_of(checkpoint)}
+    return settings, records.signature(records.identity(settings))
 
 
 def _also(nodes: Any) -> dict[str, Any]:
