@@ -45,6 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def network(net: nn.Module, batches: Any) -> dict[str, Any]:
     """What the pages call by these names: a network, its batches, and a way to build it anew."""
     splits = {"loader": batches, "other": batches[1:], "train_loader": batches}
+    splits["samples"] = [(x, y) for inputs, targets in batches for x, y in zip(inputs, targets, strict=True)]
     return {"model": net, "build_dense_model": lambda: copy.deepcopy(net), **splits}
 
 

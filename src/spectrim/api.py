@@ -19,9 +19,11 @@ from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.losses import Loss, default_loss
 from spectrim.statistics.batchnorm import BatchNorm, require
+from spectrim.statistics.collated import Collator, collated
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.given_model import eager, unchanged
 from spectrim.surgery.layer_choice import LayerChoice
+from spectrim.tools import resume as resuming
 
 
 def compress(
@@ -39,6 +41,9 @@ def compress(
     overrides: Mapping[str, int] | None = None,
     batch_norm: BatchNorm = "keep",
     layers_at_once: int | None = None,
+    collator: Collator | None = None,
+    batch_size: int = 8,
+    resume: str | Path | None = None,
 ) -> Compressed:
     """Return a compressed copy of ``model``. No weight is trained unless ``algorithm`` is one that trains.
 
@@ -65,6 +70,10 @@ def compress(
         compression changed on calibration batches (``batchnorm.reestimate``), without labels.
     ``layers_at_once``: number of layers whose gradients are held in memory at once. Fewer layers take more passes over
         the calibration batches (``objective.Objective``). All layers by default.
+    ``collator``: makes a batch of a list of samples. The splits are then datasets of single samples, such as the
+        mappings that ``Trainer`` of transformers takes, and are read ``batch_size`` samples at a time.
+    ``resume``: a folder for decompositions, gradients and refitted layers as they are computed. The same call after a
+        kill takes them up, for the same weights, data and settings only. Delete the folder when you are done.
 
     The given model keeps its weights, buffers, attributes, mode and device. The copy lies on the same device. A model
     from ``torch.compile`` is unwrapped, and the copy is not compiled. Layers that an earlier compression factored are
@@ -82,9 +91,11 @@ def compress(
         raise UserError(f"loss={_said(loss)} is not loss(outputs, targets); pass a function or an instance of torch.nn")
     given = {"calibration": calibration, "verification": verification, "train": train}
     splits = {name: batches for name, batches in given.items() if batches is not None}
+    if collator is not None:
+        splits = {name: collated(own, collator, batch_size, model) for name, own in splits.items()}
     choice = LayerChoice.of(include, exclude, overrides or {})
     objective = Objective(loss or default_loss(model), splits, layers_at_once, choice=choice)
-    with unchanged(model), torch.inference_mode(False):
+    with unchanged(model), torch.inference_mode(False), resuming.into(resume):
         return selector.compress(model, views, objective).settle(batch_norm, objective)
 
 

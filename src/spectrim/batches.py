@@ -175,6 +175,11 @@ def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
     transformers make it: these become the targets. Raises ``UserError`` for any other batch.
     """
     for batch in batches:
+        if isinstance(batch, Mapping) and batch and not tensors_of(batch):
+            raise UserError(
+                f"a batch of the {split} set is a mapping without a tensor ({', '.join(map(str, batch))}): give a "
+                "DataLoader, or pass the dataset with collator=, a function from a list of samples to a batch"
+            )
         if isinstance(batch, Mapping):
             yield _from_collator(batch) or (batch, None)
         elif isinstance(batch, Tensor | PackedSequence):

@@ -4,6 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from spectrim.decomposers import resumed
 from spectrim.decomposers.spectrum import Keep, Spectrum
 from spectrim.errors import UserError
 from spectrim.factored import linalg
@@ -73,7 +74,7 @@ class MatrixSpectrum(Spectrum):
 
     def largest_entry(self) -> Tensor:
         if self._largest is None:
-            self._largest = linalg.largest_entry_of_error(self.svd).double().cpu()
+            self._largest = resumed.largest_entry_of_error(self.svd)
         return self._largest
 
     def first_order(self, gradient: Tensor) -> Tensor:

@@ -1,19 +1,17 @@
 """The spectrum of a layer: all of its ranks at once. It is remembered while the layer is unchanged."""
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from io import BytesIO
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.plan import Kept
+from spectrim.tools.content import content
 from spectrim.tools.spill import SpillFolder
 
 Keep = int | tuple[int, ...]
@@ -119,31 +117,6 @@ class Decomposer(Protocol):
 
     def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> Spectrum:
         """Decompose ``layer``: a Linear, a Conv2d, or with ``embeddings`` an Embedding."""
-
-
-def content(values: Iterable[Any]) -> str:
-    """Return a digest of ``values``: tensors, or the extra state of a module, which may be anything.
-
-    Neither address nor version of a tensor is enough: both may stay the same while ``weight.data`` is written to.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for value in values:
-        _add(digest, value)
-    return digest.hexdigest()
-
-
-def _add(digest: hashlib.blake2b, value: Any) -> None:
-    if isinstance(value, Tensor):
-        digest.update(f"{value.dtype}{tuple(value.shape)}{value.device}".encode())
-        plain = value.detach().dequantize() if value.is_quantized else value.detach().to_dense()
-        digest.update(plain.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    elif isinstance(value, Mapping):
-        _add(digest, list(value.items()))
-    elif isinstance(value, list | tuple):
-        for part in value:
-            _add(digest, part)
-    else:
-        digest.update(value.getvalue() if isinstance(value, BytesIO) else repr(value).encode())
 
 
 _known: "WeakKeyDictionary[nn.Module, dict[Any, Spectrum]]" = WeakKeyDictionary()

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from spectrim.decomposers import resumed
 from spectrim.decomposers.matrix import MatrixSpectrum, View, to_matrix
 from spectrim.decomposers.spectrum import NO_MOMENTS, Moments
 from spectrim.errors import UserError
-from spectrim.factored import linalg
 from spectrim.factored.dense import DenseLayer
 from spectrim.tools.settings import settings
 
@@ -44,4 +44,4 @@ class SubspaceSVD:
         dense = DenseLayer.of(layer)
         parts = gcd(self.subspaces, dense.inputs)
         matrices = to_matrix(dense.weight.detach(), dense, self.view, parts).to(getattr(torch, self.precision))
-        return MatrixSpectrum(dense, self.view, linalg.svd(matrices), parts)
+        return MatrixSpectrum(dense, self.view, resumed.svd(matrices), parts)

@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from spectrim.decomposers import resumed
 from spectrim.decomposers.matrix import MatrixSpectrum, View, to_matrix
 from spectrim.decomposers.spectrum import NO_MOMENTS, Moments
-from spectrim.factored import linalg
 from spectrim.factored.dense import DenseLayer
 from spectrim.tools.settings import settings
 
@@ -35,4 +35,4 @@ class SVD:
         """Decompose ``layer`` and ignore ``moments``. Raises ``UserError`` for a weight with NaN or infinity."""
         dense = DenseLayer.of(layer)
         matrix = to_matrix(dense.weight.detach(), dense, self.view).to(getattr(torch, self.precision))
-        return MatrixSpectrum(dense, self.view, linalg.svd(matrix))
+        return MatrixSpectrum(dense, self.view, resumed.svd(matrix))

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from spectrim.decomposers import resumed
 from spectrim.decomposers.spectrum import NO_MOMENTS, Keep, Moments, Spectrum, rank_of
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
@@ -71,8 +72,8 @@ def higher_order_svd(W_OIHW: Tensor) -> Tucker:
 
 
 def _svd(matrix: Tensor, n_eigenvecs: int, **_: Any) -> linalg.SVD:
-    """Call ``linalg.svd``, which has a fallback, in the way in which tensorly calls an SVD."""
-    U, S, Vh = linalg.svd(matrix)
+    """Call ``resumed.svd``, which has a fallback, in the way in which tensorly calls an SVD."""
+    U, S, Vh = resumed.svd(matrix)
     return linalg.SVD(U[:, :n_eigenvecs], S[:n_eigenvecs], Vh[:n_eigenvecs])
 
 

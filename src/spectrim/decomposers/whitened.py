@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from spectrim.decomposers import resumed
 from spectrim.decomposers.matrix import MatrixSpectrum, View, to_matrix
 from spectrim.decomposers.spectrum import NO_MOMENTS, Keep, Moments
 from spectrim.errors import UserError
@@ -71,7 +72,7 @@ class WhitenedSVD:
 
 def _decomposed(W_OI: Tensor, moment: Tensor, ridge: float) -> tuple[linalg.SVD, Tensor]:
     """Return factors of W with unit vectors, and the values that order the components."""
-    U_OR, S_R, _ = linalg.svd(linalg.whitened(W_OI, moment, ridge))
+    U_OR, S_R = resumed.left_vectors(W_OI, moment, ridge)
     A_RI = U_OR.transpose(-1, -2) @ W_OI
     size_R = A_RI.norm(dim=-1)
     unit = A_RI / size_R.clamp_min(torch.finfo(size_R.dtype).tiny).unsqueeze(-1)

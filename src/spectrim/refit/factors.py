@@ -20,6 +20,8 @@ from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.input_moments import Positions, Rows, mask_of
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.given_model import copied
+from spectrim.tools import resume
+from spectrim.tools.resume import ResumeFolder
 
 RIDGE = 1e-3  # penalty on a change of the weight, as a part of the inputs' mean second moment
 ITERATIONS = 60
@@ -41,13 +43,13 @@ def refit(
     depend on the fit, or one whose rows depend on the values of a batch, such as an expert. An embedding is not fitted,
     as its inputs are the same in both models. Raises ``UserError`` for an empty split.
     """
-    device = device_of(compressed)
+    device, folder = device_of(compressed), resume.current()  # the passes are threads, which have none
     batches = [to_device(inputs, device) for inputs, _ in objective.first(split, samples, "read")]
     layers, followers, notes = layers_to_fit(compressed, dense, batches)
     with tqdm(desc="refit", total=len(layers), unit="layer", leave=False, disable=None) as bar:
 
         def met(name: str, flows: "_Flows") -> None:
-            _fit_layer((compressed, dense), name, followers.get(name), flows)
+            _fit_layer((compressed, dense), name, followers.get(name), flows, folder)
             bar.update()
 
         with evaluating(compressed), evaluating(dense):
@@ -55,12 +57,14 @@ def refit(
     return notes
 
 
-def _fit_layer(models: tuple[nn.Module, nn.Module], name: str, follower: str | None, flows: "_Flows") -> None:
+def _fit_layer(
+    models: tuple[nn.Module, nn.Module], name: str, follower: str | None, flows: "_Flows", folder: ResumeFolder | None
+) -> None:
     layer = models[0].get_submodule(name)
     assert isinstance(layer, FactoredLayer)
     moments = _moments(models[1].get_submodule(name), flows)
     bias = layer.bias
-    W_gOI = _fit(layer, moments if bias is None and follower is None else moments.centred())
+    W_gOI = _resumed_fit(layer, moments if bias is None and follower is None else moments.centred(), folder)
     offset = (moments.y_gO - torch.einsum("goi,gi->go", W_gOI, moments.x_gI)).flatten()
     with torch.no_grad():
         if bias is not None:
@@ -179,6 +183,23 @@ def _positions(outputs: Sequence[Tensor]) -> list[Positions | None]:
         chosen = torch.randperm(size.numel(), generator=generator)[: math.ceil(part * size.numel())]
         positions.append(torch.unravel_index(chosen.to(y.device), size))
     return positions
+
+
+def _resumed_fit(layer: FactoredLayer, moments: _Moments, folder: ResumeFolder | None) -> Tensor:
+    """Do what ``_fit`` does, or take up the factors that an earlier process has fitted to the same moments."""
+    if folder is None:
+        return _fit(layer, moments)
+
+    def made() -> dict[str, Tensor]:
+        product = _fit(layer, moments)
+        return {"product": product, **{str(n): factor.weight.detach() for n, factor in enumerate(layer.factors)}}
+
+    before = [repr(layer), *(factor.weight.detach().clone() for factor in layer.factors)]
+    found = resume.tensors("fit", lambda: [*before, *moments], made, folder)
+    with torch.no_grad():
+        for n, factor in enumerate(layer.factors):
+            factor.weight.copy_(found[str(n)])
+    return found["product"].to(moments.xx_gII.device)
 
 
 def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:

@@ -29,6 +29,7 @@ from spectrim.losses import SpanLoss, TokenLoss, are_scores, fisher_direction, l
 from spectrim.statistics.batch_loss import finite_loss
 from spectrim.statistics.gate_rows import GateRows, Weighed
 from spectrim.statistics.objective import Objective
+from spectrim.tools import resume
 
 
 class GateGradients(NamedTuple):
@@ -54,6 +55,20 @@ class Gates(NamedTuple):
     rows: dict[str, GateGradients]
     left: dict[str, str]
 
+    def as_result(self) -> resume.Result:
+        """Return tensors and texts, for a file."""
+        return resume.Result(
+            {f"{kind}:{name}": part for name, own in self.rows.items() for kind, part in own._asdict().items()},
+            {f"left:{name}": why for name, why in self.left.items()},
+        )
+
+    @classmethod
+    def of_result(cls, result: resume.Result, layers: Sequence[str]) -> "Gates":
+        """Return what ``as_result`` was called on."""
+        kept, found = [name for name in layers if f"fisher:{name}" in result.tensors], result.tensors
+        rows = {name: GateGradients(found[f"given:{name}"], found[f"fisher:{name}"]) for name in kept}
+        return cls(rows, {name.removeprefix("left:"): why for name, why in result.texts.items()})
+
 
 def gate_gradients(
     model: nn.Module,
@@ -71,8 +86,32 @@ def gate_gradients(
     as with experts, counts zero there. With ``objective.layers_at_once`` each block of layers takes a backward pass of
     its own, in the order given.
 
+    They are taken up from the folder of ``resume`` where it holds them.
+
     Raises ``UserError`` for an empty split, a loss that is not finite, or a layer whose form has no gates.
     """
+    folder = resume.current()
+    if folder is None:
+        return _gate_gradients(model, layers, objective, samples, split, seed, first_order)
+    key = [list(layers), samples, seed, first_order, [list(block) for block in objective.blocks(layers)]]
+
+    def made() -> resume.Result:
+        return _gate_gradients(model, layers, objective, samples, split, seed, first_order).as_result()
+
+    found = objective.resumed(folder, "gates", model, split, made, key, samples)
+    return Gates.of_result(found, layers)
+
+
+def _gate_gradients(
+    model: nn.Module,
+    layers: Sequence[str],
+    objective: Objective,
+    samples: int,
+    split: str,
+    seed: int,
+    first_order: bool,
+) -> Gates:
+    """Compute ``gate_gradients``."""
     modules = {name: model.get_submodule(name) for name in layers}
     gates = GateRows(modules, objective.blocks(layers))
     handles = [_first(name, module).register_forward_hook(gates.keeping(name)) for name, module in modules.items()]

@@ -1,13 +1,13 @@
 """The objective of a selection: a loss on named splits."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from spectrim.batches import Batches, Inputs
-from spectrim.decomposers.spectrum import content
+from spectrim.batches import Batches, Inputs, sample_count
 from spectrim.errors import UserError
 from spectrim.losses import Loss
 from spectrim.statistics.evaluation import Evaluation, evaluate, loss_within
@@ -15,7 +15,10 @@ from spectrim.statistics.gradients import mean_gradients
 from spectrim.statistics.remembered import MEASUREMENTS, Remembered
 from spectrim.statistics.split_reader import Batch, SplitReader
 from spectrim.surgery.layer_choice import EVERY_LAYER, LayerChoice
+from spectrim.tools import resume
+from spectrim.tools.content import content, of_function, of_model
 from spectrim.tools.memo import Memory
+from spectrim.tools.resume import Result, ResumeFolder
 
 T = TypeVar("T")
 NO_GRADIENT = "the loss has no gradient: the model or the loss detaches its output, or is not differentiable"
@@ -156,4 +159,39 @@ class Objective:
 
     def _mean_gradients(self, model: nn.Module, layers: Sequence[str], split: str) -> dict[str, Tensor]:
         weights: Any = {name: model.get_submodule(name).weight for name in layers}
-        return mean_gradients(model, weights, self.loss, self.counted(split), split)
+
+        def made() -> dict[str, Tensor]:
+            return mean_gradients(model, weights, self.loss, self.counted(split), split)
+
+        folder = resume.current()
+        if folder is None:
+            return made()
+        found = self.resumed(folder, "gradients", model, split, lambda: resume.Result(made()), list(layers))
+        return {name: found.tensors[name].to(weights[name].device) for name in layers if name in found.tensors}
+
+    def resumed(
+        self,
+        folder: ResumeFolder,
+        kind: str,
+        model: nn.Module,
+        split: str,
+        make: Callable[[], Result],
+        key: Sequence[Any],
+        samples: float = math.inf,
+    ) -> Result:
+        """Return what ``make`` computes of ``model`` on a split, or what ``folder`` keeps of an earlier process.
+
+        Batches that come in another order, or changed at random, are others, so that nothing is taken up.
+
+        ``key``: settings of the computation.
+        ``samples``: number of samples that it reads, in whole batches.
+        """
+        before, read, seen = Counter(self.read), list[str](), 0
+        for inputs, targets in self._reader.until(split, samples):
+            read.append(content([inputs, targets]))
+            seen += sample_count(targets, inputs)
+        depends = [kind, *key, split, read, of_function(self.loss), of_model(model)]
+        found = folder.result(kind, lambda: depends, make)
+        self.read.clear()
+        self.read.update(before + Counter({split: seen}))  # as if it had been computed here
+        return found

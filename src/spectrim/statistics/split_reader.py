@@ -78,7 +78,7 @@ class SplitReader:
                 yield inputs, targets
                 bar.update(sample_count(targets, inputs))
 
-    def until(self, split: str, samples: int) -> Iterator[Batch]:
+    def until(self, split: str, samples: float) -> Iterator[Batch]:
         """Yield whole batches until ``samples`` are reached, without counting them.
 
         Raises ``UserError`` for an empty split.
