@@ -1,9 +1,11 @@
 """A model whose layers cannot be replaced is refused in one line, and one that runs is left as it was."""
 
 import copy
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -118,6 +120,60 @@ def test_a_model_that_keeps_traces_is_left_as_it_was() -> None:
     assert list(model.state_dict()) == list(Restless().state_dict()) and model.missing is None
     find_layers.factorable(model, torch.randn(2, 16))
     assert traces(model) == before
+
+
+class Collecting(nn.Module):
+    """A model whose every forward pass changes what its attributes hold, and not the attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(16, 4)
+        self.history, self.last, self.seen = ["start"], deque([1, 2], maxlen=2), {8}
+        self.cache: dict[str, Any] = {"deep": ([], {"calls": 0}), "gone": None}
+        self.total, self.parts = torch.zeros(4), [torch.zeros(4)]
+        self.own = [self.body.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        self.history.append(str(len(x)))
+        self.last.append(3)
+        self.seen.add(len(x))
+        keys, counts = self.cache["deep"]
+        keys.append(y)
+        counts["calls"] += 1
+        counts["new"] = y
+        self.cache.pop("gone", None)
+        self.total += y.detach().sum(0)
+        self.parts[0].add_(1)
+        return y
+
+
+def contents(model: Collecting) -> list[Any]:
+    plain = model.history, list(model.last), model.seen, model.cache, model.total.tolist(), model.parts[0].tolist()
+    return copy.deepcopy(list(plain))
+
+
+def test_what_the_containers_of_a_model_hold_comes_back() -> None:
+    model = Collecting()
+    before, held = contents(model), (model.history, model.last, model.cache["deep"][0], model.parts[0], model.own[0])
+    with unchanged(model), torch.no_grad():
+        model(torch.randn(2, 16))
+        assert all(now != then for now, then in zip(contents(model), before, strict=True))
+    assert contents(model) == before
+    after = model.history, model.last, model.cache["deep"][0], model.parts[0], model.own[0]
+    assert all(one is other for one, other in zip(held, after, strict=True))
+    result = spectrim.compress(model, calibration=data(), algorithm=spectrim.Joint(params_kept=0.9, samples=8))
+    assert result.plan and isinstance(result.report, pd.DataFrame)
+    assert contents(model) == before
+
+
+def test_a_container_that_holds_itself_is_read_once() -> None:
+    model = plain()
+    model.loop = [model]  # type: ignore[assignment]
+    model.loop.append(model.loop)  # type: ignore[operator, union-attr]
+    with unchanged(model):
+        model.loop.append(1)  # type: ignore[operator, union-attr]
+    assert len(model.loop) == 2  # type: ignore[arg-type]
 
 
 def test_it_is_left_as_it_was_where_the_block_fails() -> None:

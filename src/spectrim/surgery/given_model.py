@@ -1,7 +1,9 @@
 """Refuse a model whose layers cannot be replaced, leave a model that runs as it was, and copy one."""
 
 import copy
-from collections.abc import Iterator
+import operator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,12 +52,16 @@ def _is_compiled(module: nn.Module) -> bool:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore the buffers and the plain attributes of every module when the block ends.
 
-    A forward pass may count its calls, update a buffer or keep an activation. Scripted parts are not restored. Memory:
-    a copy of the buffers.
+    A forward pass may count its calls, update a buffer, keep an activation or append to a list. Tensors, lists,
+    dictionaries, sets and deques that an attribute holds get their contents back, also where they lie in one another.
+    Scripted parts and objects of other classes are not restored. Memory: a copy of the buffers and of these tensors.
     """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     before = [(module, attributes_of(module), dict(module.named_buffers(recurse=False))) for module in modules]
-    values = {id(buffer): _copy(buffer) for _, _, buffers in before for buffer in buffers.values()}
+    held: dict[int, Any] = {}
+    for _, attributes, buffers in before:
+        _gather([*buffers.values(), *attributes.values()], held)
+    contents = [(value, _contents(value)) for value in held.values()]
     try:
         yield
     finally:
@@ -64,15 +70,54 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                 del vars(module)[name]
             vars(module).update(attributes)
             module._buffers = {name: None for name, buffer in module._buffers.items() if buffer is None} | buffers
-            for buffer in buffers.values():
-                value = values[id(buffer)]
-                if value is not None and not torch.equal(buffer, value):
-                    with torch.no_grad():
-                        buffer.copy_(value)
+        for value, content in contents:
+            _restore(value, content)
 
 
-def _copy(buffer: Tensor) -> Tensor | None:
-    return buffer.clone() if buffer.layout is torch.strided and not buffer.is_quantized else None
+def _gather(values: Iterable[Any], held: dict[int, Any]) -> None:
+    """Add the tensors and containers among ``values``, and those inside of them, to ``held`` by their id."""
+    for value in values:
+        if id(value) in held or isinstance(value, nn.Parameter):
+            continue
+        if isinstance(value, Tensor | list | tuple | dict | set | deque):
+            held[id(value)] = value
+            if not isinstance(value, Tensor):
+                _gather(value.values() if isinstance(value, dict) else value, held)
+
+
+def _contents(value: Any) -> Any:
+    """Return a copy of a tensor, or what a container holds; None for a tensor that cannot be compared."""
+    if isinstance(value, Tensor):
+        plain = value.layout is torch.strided and not (value.is_quantized or value.is_nested or value.is_meta)
+        return value.detach().clone() if plain else None
+    return list(value.items() if isinstance(value, dict) else value)
+
+
+@torch.no_grad()
+def _restore(value: Any, content: Any) -> None:
+    """Write ``content`` back into ``value``, where it has changed."""
+    if isinstance(value, Tensor):
+        if content is not None and not torch.equal(value, content):
+            value.copy_(content)
+        return
+    now = _contents(value)
+    if isinstance(value, tuple) or (len(now) == len(content) and all(map(_is_same, now, content))):
+        return
+    value.clear()
+    if isinstance(value, dict):
+        for key, item in content:
+            value[key] = item
+    elif isinstance(value, set):
+        value.update(content)
+    else:
+        value.extend(content)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Return whether two entries of a container are the same objects. An entry of a dictionary is a new pair."""
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        return all(map(operator.is_, one, other))
+    return one is other
 
 
 def copied(model: nn.Module, known: dict[int, Any] | None = None) -> nn.Module:
