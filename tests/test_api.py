@@ -471,6 +471,8 @@ def test_a_selection_that_factors_nothing_says_so(net: nn.Sequential, batches: A
         chosen = spectrim.Lossless(gamma=1e-9, verified=verified)
         result = spectrim.compress(net, calibration=batches, verification=batches, algorithm=chosen)
         assert result.notes[-1].startswith("no layer is factored: 0 of 4 layers have a rank within gamma=1e-09")
+    result = spectrim.compress(net, calibration=batches, algorithm=spectrim.Lossless(gamma=1e-9), overrides={"6": 3})
+    assert list(result.plan) == ["6"] and not any("no layer is factored" in note for note in result.notes)
 
 
 def test_the_module_of_language_models_is_an_attribute() -> None:

@@ -222,6 +222,34 @@ def test_a_layer_outside_of_the_loss_stays_dense_with_a_note(selector: Any, refr
     assert "auxiliary: left dense: the calibration loss does not depend on it" in result.notes
 
 
+class Routed(nn.Module):
+    """Runs an expert as long as the last feature of ``body`` is not zero, which rank 1 makes it."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        sizes = {"body": (32, 16), "expert": (16, 16), "head": (16, 10)}
+        for name in order.split():
+            self.add_module(name, nn.Linear(*sizes[name], bias=False))
+        with torch.no_grad():
+            self.body.weight.copy_(torch.eye(16, 32) * torch.linspace(2, 1, 16).unsqueeze(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.body(x)
+        if float(features[:, -1].detach().abs().max()) > 1e-3:
+            features = features + self.expert(features)
+        return self.head(features)
+
+
+@pytest.mark.parametrize("order", ["body expert head", "body head expert"])
+def test_a_layer_that_the_loss_leaves_on_the_way_stays_dense_with_a_note(order: str) -> None:
+    batches = [(torch.randn(8, 32), torch.randint(10, (8,)))]
+    objective = Objective(F.cross_entropy, {"calibration": batches})
+    walk = {"gamma": None, "verified": True, "refresh": True, "verify_on": "calibration", "budget": 1e9}
+    result = Compact(tolerance=1e9, **walk).compress(Routed(order), SVD(), objective)
+    assert sorted(result.plan) == ["body", "head"] and result.plan["body"].rank == 1
+    assert "expert: left dense: the calibration loss does not depend on it" in result.notes
+
+
 def test_missing_verification_batches_are_refused_before_anything_is_decomposed(
     net: nn.Sequential, batches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

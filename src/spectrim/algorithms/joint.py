@@ -1,7 +1,7 @@
 """Joint selection: choose the singular components to remove over all layers together, to second order."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from spectrim.statistics import paired_loss
 from spectrim.statistics.fisher import Gates, gate_gradients
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
+from spectrim.surgery.find_layers import in_one_line, left_dense
 from spectrim.tools.settings import settings
 
 SMALLEST_STEP = 1 / 64  # a share of the dense cost: a search by tolerance ends at smaller steps
@@ -124,8 +125,8 @@ class _JointSearch:
                 self.point = self._advance(self.point, share)
                 bar.update(round(100 * (1 - share)) - bar.n)
         if self.without_gates and self._achieved(self.point) > requested:
-            reasons = _reasons(self.without_gates)
-            raise UserError(f"the budget of {requested:.4g} is out of reach of joint selection: {reasons}")
+            reasons = in_one_line(self.without_gates)
+            raise UserError(f"the budget of {requested:.4g} is out of reach of joint selection, which leaves {reasons}")
 
     def to_tolerance(self, increase: float) -> None:
         """Go down until the verified loss rises too far. Then halve the step and go on from the last good point."""
@@ -154,7 +155,7 @@ class _JointSearch:
         gates = self._linearised(point)
         self.without_gates |= gates.left
         if not gates.rows:
-            raise UserError(f"joint selection has no layer to choose from: {_reasons(self.without_gates)}")
+            raise UserError(f"joint selection has no layer to choose from: {in_one_line(self.without_gates)}")
         for name, row in gates.rows.items():
             curve = self.costs.curves[name][: len(point.kept[name]) + 1]
             J_NR = row.fisher.double()
@@ -208,7 +209,7 @@ class _JointSearch:
         return factors.refit(model, self.bench.model, self.bench.objective, self.settings.refit)
 
     def _cut(self, point: _Point) -> nn.Module:
-        model = self.bench.cut(self._keep(point))
+        model = self.bench.trial(self._keep(point))
         self._refitted(model)
         return model
 
@@ -217,14 +218,8 @@ class _JointSearch:
 
     def finish(self) -> Compressed:
         """Return the model at the point that was reached."""
-        notes = (f"{name}: left dense: {reason}" for name, reason in self.without_gates.items())
-        bench = replace(self.bench, notes=(*self.bench.notes, *notes))
-        compressed = bench.finish(self._keep(self.point), self.log)
+        compressed = self.bench.finish(self._keep(self.point), self.log, left_dense(self.without_gates))
         return replace(compressed, notes=[*compressed.notes, *self._refitted(compressed.model)])
-
-
-def _reasons(layers: Mapping[str, str]) -> str:
-    return "; ".join(f"{name} stays dense: {reason}" for name, reason in layers.items())
 
 
 def significant(given_NR: Tensor, errors: float) -> Tensor:

@@ -21,7 +21,15 @@ from spectrim.tools.memo import Memory
 from spectrim.tools.resume import Result, ResumeFolder
 
 T = TypeVar("T")
-NO_GRADIENT = "the loss has no gradient: the model or the loss detaches its output, or is not differentiable"
+
+
+class NoGradient(UserError):
+    """The loss depends on none of the layers that were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the loss has no gradient: the model or the loss detaches its output, or is not differentiable"
+        )
 
 
 class Objective:
@@ -122,7 +130,7 @@ class Objective:
         """Return the gradient of the mean loss by the weight of each layer (``gradients.mean_gradients``).
 
         A layer that the loss does not depend on is left out. The result is remembered until a parameter or buffer of
-        the model changes, so a sweep takes one pass. Raises ``UserError`` where the loss depends on no layer.
+        the model changes, so a sweep takes one pass. Raises ``NoGradient`` where the loss depends on no layer.
         """
         found = self.remembered(
             model,
@@ -131,7 +139,7 @@ class Objective:
             lambda: self._mean_gradients(model, layers, split),
         )
         if not found:
-            raise UserError(NO_GRADIENT)
+            raise NoGradient
         return found
 
     def each_gradient(
@@ -140,6 +148,7 @@ class Objective:
         """Yield the ``gradients`` layer by layer.
 
         With ``layers_at_once`` none are remembered. Memory then holds two blocks of them: the sum and one batch's.
+        Raises ``NoGradient`` as ``gradients`` does.
         """
         if self.layers_at_once is None:
             yield from self.gradients(model, layers, split).items()
@@ -150,7 +159,7 @@ class Objective:
                 any_found = True
                 yield item
         if not any_found:
-            raise UserError(NO_GRADIENT)
+            raise NoGradient
 
     def blocks(self, layers: Sequence[str]) -> list[Sequence[str]]:
         """Return ``layers`` in blocks of ``layers_at_once``."""

@@ -105,6 +105,11 @@ def in_one_line(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{names}: {reason}" for reason, names in few.items())
 
 
+def left_dense(reasons: Mapping[str, str]) -> list[str]:
+    """Return a note for each layer that stays dense, with its reason."""
+    return [f"{name}: left dense: {reason}" for name, reason in reasons.items()]
+
+
 class _Watch(TorchFunctionMode):
     """Notes how a model uses ``layers`` while it runs on ``inputs``.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.decomposers.spectrum import Spectrum
+from spectrim.decomposers.spectrum import Keep, Spectrum
 from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
@@ -41,6 +41,11 @@ def in_place_of(before: nn.Module, layer: nn.Module) -> nn.Module:
         if layer.bias is not None and old.bias is not None:
             layer.bias.requires_grad_(old.bias.requires_grad)
     return layer
+
+
+def plan_of(spectra: Mapping[str, Spectrum], keep: Mapping[str, Keep]) -> RankPlan:
+    """Return the plan that keeps ``keep`` of each layer: a rank, or the indices of components."""
+    return RankPlan.of({name: spectra[name].kept(which) for name, which in keep.items()})
 
 
 def apply(model: nn.Module, plan: RankPlan, spectra: Mapping[str, Spectrum], *, shared: bool = False) -> nn.Module:

@@ -46,6 +46,15 @@ def test_with_one_subspace_it_is_the_global_threshold(net: nn.Sequential, object
     assert one.plan == GlobalThreshold(params_kept=0.5).compress(net, SVD(), objective).plan
 
 
+def test_one_subspace_is_the_spectrum_at_hand(
+    net: nn.Sequential, objective: Objective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SubspaceSVD, "spectrum", lambda *_: pytest.fail("decomposed again"))
+    assert ALDS(params_kept=0.5, subspaces=(1,)).compress(net, SVD(), objective).plan
+    with pytest.raises(pytest.fail.Exception):
+        ALDS(params_kept=0.5, subspaces=(2,)).compress(net, SVD(), objective)
+
+
 def test_no_allocation_of_the_budget_has_a_smaller_largest_error(wide: nn.Sequential, objective: Objective) -> None:
     result = ALDS(params_kept=0.4, subspaces=(2, 4)).compress(wide, SVD(), objective)
 

@@ -85,7 +85,7 @@ class AIMET:
             dense=model,
             example=example,
             log=log,
-            notes=[f"{name}: left dense: {reason}" for name, reason in left.items()],
+            notes=find_layers.left_dense(left),
         )
 
     def _run(

@@ -14,6 +14,7 @@ What differs here:
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -52,11 +53,13 @@ class ALDS(Budgeted):
         if decomposer.embeddings:
             raise UserError("ALDS cannot split embeddings into subspaces: use a decomposer with embeddings=false")
         bench, costs, requested = self.budget(Workbench.of(model, decomposer, objective))
-        splits = {count: SubspaceSVD(count, decomposer.view, decomposer.precision) for count in {1, *self.subspaces}}
-        benches = {count: bench.decomposed_by(split) for count, split in splits.items()}
+        benches, curves_of = {1: bench}, {1: costs.curves}  # one subspace is the whole layer
+        for count in sorted(set(self.subspaces) - {1}):
+            benches[count] = bench.decomposed_by(SubspaceSVD(count, decomposer.view, decomposer.precision))
+            curves_of[count] = self.budget(benches[count])[1].curves
         options = {name: [Option(costs.dense[name], 0.0, 1, own.max_rank)] for name, own in bench.spectra.items()}
         for count, other in benches.items():
-            curves = self.budget(other)[1].curves
+            curves = curves_of[count]
             for name in options.keys() & other.spectra.keys():
                 options[name] += _options(name, curves[name], count, bench.spectra[name], other.spectra[name])
         fronts = {name: front(own) for name, own in options.items()}
@@ -68,7 +71,7 @@ class ALDS(Budgeted):
         places = replace(costs, curves=curves).meet(requested, places_at, low=0.0, high=1.0)
         chosen = {name: fronts[name][place - 1] for name, place in places.items()}
         taken = {name: benches[option.subspaces].spectra[name] for name, option in chosen.items()}
-        split = replace(bench, spectra={**bench.spectra, **taken})
+        split = replace(bench, spectra=MappingProxyType({**bench.spectra, **taken}))
         return split.finish({name: option.rank for name, option in chosen.items()})
 
 

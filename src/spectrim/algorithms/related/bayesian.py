@@ -17,7 +17,7 @@ from torch import nn
 
 from spectrim.algorithms.related.bayesian_search import BayesianSearch, Ranks, Space, check_search
 from spectrim.algorithms.related.judged import JudgedBy, error_or_loss
-from spectrim.algorithms.shared.budget import MaybeBudgeted, costs_of
+from spectrim.algorithms.shared.budget import MaybeBudgeted
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.measured import search_identity
 from spectrim.algorithms.shared.workbench import Workbench
@@ -58,15 +58,14 @@ class Bayesian(MaybeBudgeted):
 
         Raises ``UserError`` for a budget out of reach, without class scores, and for the state of another search.
         """
-        bench = Workbench.of(model, decomposer, objective)
-        bench, costs, requested = self.budget(bench) if self.has_budget else (bench, costs_of(bench, "params"), None)
+        bench, costs, requested = self.budget_or_params(Workbench.of(model, decomposer, objective))
         space = Space(bench, costs, requested)
         dense = error_or_loss(model, objective, self.judged_by)
 
         def score(ranks: Ranks) -> float:
-            drop = error_or_loss(space.bench.cut(ranks), objective, self.judged_by) - dense
+            drop = error_or_loss(space.bench.trial(ranks), objective, self.judged_by) - dense
             return drop + (self.penalty or 0.0) * costs.achieved(ranks)
 
-        identity = search_identity(self, bench, decomposer)
+        identity = search_identity(self, bench)
         search = BayesianSearch(space, self.evaluations, self.seed, self.state, identity)
         return bench.finish(*search.minimise(score, "bayesian"))

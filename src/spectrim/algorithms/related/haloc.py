@@ -31,7 +31,7 @@ from spectrim.algorithms.related.gated_training import Gate, GatedLayer, GatedTr
 from spectrim.algorithms.shared.budget import Costs
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.errors import UserError
-from spectrim.tools.settings import settings
+from spectrim.tools.settings import require_parts, settings
 
 
 @settings
@@ -50,8 +50,7 @@ class HALOC(GatedTraining):
         super().__post_init__()
         if not 0 < self.temperature < math.inf:
             raise UserError(f"temperature must be finite and above 0, got {self.temperature}")
-        if not self.ratios or not all(0 < ratio < 1 for ratio in self.ratios):
-            raise UserError(f"ratios must lie in (0, 1), got {list(self.ratios)}")
+        require_parts("ratios", self.ratios)
 
     def gate(self, spectrum: MatrixSpectrum, weight: int) -> Gate:
         ranks = {max(1, spectrum.rank_within(ratio * weight)) for ratio in self.ratios}

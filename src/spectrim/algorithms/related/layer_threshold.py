@@ -15,16 +15,16 @@ from torch import nn
 from tqdm import tqdm
 
 from spectrim.algorithms.related.judged import JudgedBy, error_or_loss
-from spectrim.algorithms.shared.budget import MaybeBudgeted, costs_of
+from spectrim.algorithms.shared.budget import Costs, MaybeBudgeted, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.algorithms.truncation import rank_of_energy
 from spectrim.decomposers.spectrum import Decomposer, Spectrum, content
 from spectrim.errors import UserError
-from spectrim.factored.plan import RankPlan
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
-from spectrim.tools.settings import settings
+from spectrim.surgery.given_model import copied
+from spectrim.tools.settings import require_parts, settings
 
 
 @settings
@@ -50,8 +50,7 @@ class LayerThreshold(MaybeBudgeted):
         self.require_one("tolerance")
         if self.tolerance is not None and not self.tolerance >= 0:
             raise UserError(f"tolerance must be at least 0, got {self.tolerance}")
-        if not self.energies or not all(0 < energy < 1 for energy in self.energies):
-            raise UserError(f"energies must lie in (0, 1), got {list(self.energies)}")
+        require_parts("energies", self.energies)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Measure and cut. The measurements are the same for every budget, and are not taken again for another one.
@@ -60,9 +59,8 @@ class LayerThreshold(MaybeBudgeted):
         ``params_kept``, with that layer alone cut. Raises ``UserError`` for a budget out of reach of the energies, and
         without class scores.
         """
-        bench = Workbench.of(model, decomposer, objective)
-        bench, costs, requested = self.budget(bench) if self.has_budget else (bench, costs_of(bench, "params"), None)
-        layers = _Layers(self, bench)
+        bench, costs, requested = self.budget_or_params(Workbench.of(model, decomposer, objective))
+        layers = _Layers(self, bench, costs if costs.measure == "params" else costs_of(bench, "params"))
 
         def ranks_at(place: float) -> dict[str, int]:
             """Return the ranks at a tolerance that falls from infinity (0), where every layer is measured, to 0 (1)."""
@@ -83,10 +81,9 @@ class _Layers:
     No rank of a layer is measured twice, in any run on the same objective.
     """
 
-    def __init__(self, chosen: LayerThreshold, bench: Workbench) -> None:
-        self.judged_by, self.bench = chosen.judged_by, bench
-        self.costs = costs_of(bench, "params")
-        self.working = replacing.apply(bench.model, RankPlan(), {})
+    def __init__(self, chosen: LayerThreshold, bench: Workbench, params: Costs) -> None:
+        self.judged_by, self.bench, self.params = chosen.judged_by, bench, params
+        self.working = copied(bench.model)
         self.dense = error_or_loss(self.working, bench.objective, self.judged_by)
         self.options = {name: self._options(spectrum, chosen.energies) for name, spectrum in bench.spectra.items()}
         self.count = sum(map(len, self.options.values()))
@@ -117,7 +114,7 @@ class _Layers:
             score = self.bench.objective.remembered(
                 self.bench.model, "thresholds", lambda: key, lambda: self._measured(name, rank)
             )
-            kept = self.costs.achieved({name: rank})
+            kept = self.params.achieved({name: rank})
             entry = {"step": len(self.log), "layer": name, "rank": rank, "score": score, "params_kept": kept}
             self.log[name, rank] = entry
             self.bar.update()

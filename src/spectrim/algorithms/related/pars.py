@@ -62,7 +62,7 @@ class PARS(Budgeted):
         bench = Workbench.of(model, decomposer, objective)
         space = Space(*self.budget(bench))
         dense = error_or_loss(model, objective, self.judged_by)
-        identity = search_identity(self, bench, decomposer)
+        identity = search_identity(self, bench)
         search = BayesianSearch(space, self.evaluations, self.seed, self.state, identity)
         ranks, log = search.minimise(lambda ranks: self.proxy(space, ranks) - dense, "pars")
         result = space.bench.finish(ranks, log)
@@ -72,7 +72,7 @@ class PARS(Budgeted):
 
     def proxy(self, space: Space, ranks: Ranks) -> float:
         """Return the calibration error or loss of a candidate, after its statistics are re-estimated."""
-        cut, objective = space.bench.cut(ranks), space.bench.objective
+        cut, objective = space.bench.trial(ranks), space.bench.objective
         if self.batch_norm:
             reestimate(cut, space.bench.model, objective, self.samples)
         return error_or_loss(cut, objective, self.judged_by)

@@ -82,7 +82,7 @@ class Reinforced:
         if self.params_kept is not None:
             costs.require(self.params_kept)
         agent = Agent(states_of(bench), self.lr, self.seed)
-        identity = search_identity(self, bench, decomposer)
+        identity = search_identity(self, bench)
         log: list[dict] = []
         episodes: list[tuple[Tensor, float]] = []
         with (
@@ -174,5 +174,5 @@ def states_of(bench: Workbench) -> Tensor:
 
 def _measure(bench: Workbench, objective: Objective, ranks: Mapping[str, int]) -> tuple[float, float]:
     """Return the loss and the accuracy of the model cut to ``ranks``; NaN without an accuracy."""
-    found = objective.evaluate(bench.cut(ranks))
+    found = objective.evaluate(bench.trial(ranks))
     return found.loss, math.nan if found.accuracy is None else found.accuracy

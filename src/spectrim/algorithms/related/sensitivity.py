@@ -20,11 +20,10 @@ from spectrim.algorithms.shared.budget import Budgeted
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, content
-from spectrim.errors import UserError
-from spectrim.factored.plan import RankPlan
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
-from spectrim.tools.settings import settings
+from spectrim.surgery.given_model import copied
+from spectrim.tools.settings import require_parts, settings
 
 
 @settings
@@ -38,8 +37,7 @@ class Sensitivity(Budgeted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.ratios or not all(0 < ratio < 1 for ratio in self.ratios):
-            raise UserError(f"ratios must lie in (0, 1), got {list(self.ratios)}")
+        require_parts("ratios", self.ratios)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Measure, search and cut. The measurements are remembered for a sweep over budgets.
@@ -71,7 +69,7 @@ class Sensitivity(Budgeted):
         return bench.finish(costs.meet(requested, ranks_at, low=0.0, high=1.0), [*log])
 
     def _measure(self, bench: Workbench) -> list[dict]:
-        working = replacing.apply(bench.model, RankPlan(), {})
+        working = copied(bench.model)
         dense = bench.objective.evaluate(working).loss
         log: list[dict] = []
         for name, spectrum in tqdm(bench.spectra.items(), "sensitivity", unit="layer", leave=False, disable=None):

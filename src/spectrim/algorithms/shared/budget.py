@@ -12,7 +12,6 @@ from spectrim.algorithms.shared.bisection import bisect
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Spectrum
 from spectrim.errors import UserError
-from spectrim.factored.plan import RankPlan
 from spectrim.surgery import latency, replacing
 from spectrim.surgery.cost import layer_macs, parameters
 from spectrim.tools.settings import settings
@@ -169,8 +168,8 @@ def _to_break_even(curve: Tensor, spectrum: Spectrum, dense: float) -> Tensor:
 def _macs_of_a_parameter(bench: Workbench) -> dict[str, list[float]]:
     """Return, for each factor of each layer, how often one of its parameters is used. It is the same at every rank."""
     spectra = bench.all_spectra
-    plan = RankPlan.of({name: own.kept(1) for name, own in spectra.items()})
-    cut = replacing.apply(bench.model, plan, spectra)
+    plan = replacing.plan_of(spectra, dict.fromkeys(spectra, 1))
+    cut = replacing.apply(bench.model, plan, spectra, shared=True)
     factors = {name: [f"{name}.{part}" for part, _ in cut.get_submodule(name).named_children()] for name in plan}
     macs, _ = layer_macs(cut, [factor for own in factors.values() for factor in own], bench.example_for("macs_kept"))
     return {
@@ -219,6 +218,10 @@ class MaybeBudgeted(Budgeted):
     @property
     def has_budget(self) -> bool:
         return any(getattr(self, name) is not None for name in BUDGETS)
+
+    def budget_or_params(self, bench: Workbench) -> tuple[Workbench, Costs, float | None]:
+        """Return what ``budget`` does. Without a budget the costs are parameters, and no share is requested."""
+        return self.budget(bench) if self.has_budget else (bench, costs_of(bench, "params"), None)
 
     def require_one(self, criterion: str) -> None:
         """Raise ``UserError`` unless either a budget or the setting called ``criterion`` is given."""

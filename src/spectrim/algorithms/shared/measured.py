@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from spectrim.algorithms.shared.workbench import Workbench
-from spectrim.data.images import ImageSplit
-from spectrim.data.text import TextSplit
-from spectrim.decomposers.spectrum import Decomposer, content
+from spectrim.data.splits import digest_if_known
+from spectrim.decomposers.spectrum import content
 from spectrim.tools import safetensors_stream
 from spectrim.training import saved_state
 from spectrim.training.state_lock import locked
@@ -73,17 +72,16 @@ class Measurements:
         return self.rows[self.given - 1][len(ranks) :]
 
 
-def search_identity(algorithm: Any, bench: Workbench, decomposer: Decomposer) -> dict[str, Any]:
+def search_identity(algorithm: Any, bench: Workbench) -> dict[str, Any]:
     """Return what tells one search from another: class, settings, decomposer, model and images.
 
     ``evaluations`` and ``state`` are left out, so that a search may be lengthened and its file may be moved.
     """
-    data = bench.objective.given("calibration")
     return {
         "method": type(algorithm).__name__,
         "settings": {key: value for key, value in asdict(algorithm).items() if key not in ("evaluations", "state")},
-        "decomposer": repr(decomposer),
+        "decomposer": repr(bench.decomposer),
         "model": content(bench.model.state_dict().values()),
         "layers": list(bench.spectra),
-        "data": data.digest() if isinstance(data, ImageSplit | TextSplit) else None,
+        "data": digest_if_known(bench.objective.given("calibration")),
     }

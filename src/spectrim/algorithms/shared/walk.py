@@ -1,7 +1,8 @@
 """The greedy walk over layers, by first-order prediction, that lossless and compact optimisation share."""
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -13,9 +14,10 @@ from spectrim.algorithms.shared.neighbourhood import Neighbourhood, Norm
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
-from spectrim.factored.plan import RankPlan
-from spectrim.statistics.objective import Objective
+from spectrim.statistics.objective import NoGradient, Objective
 from spectrim.surgery import replacing
+from spectrim.surgery.find_layers import left_dense
+from spectrim.surgery.given_model import copied
 from spectrim.tools.settings import settings
 
 Order = Literal["network", "reverse", "saving", "predicted"]
@@ -71,73 +73,70 @@ class Walk(ABC):
         if self.verified:
             objective.given(self.verify_on)  # refused before the decomposition
         bench = Workbench.of(model, decomposer, objective)
-        curves = bench.first_order(self.split)
-        near = Neighbourhood(self.norm, self.gamma)
-        allowed = {name: near.ranks(spectrum) for name, spectrum in bench.spectra.items()}
-        outside = [name for name in bench.spectra if name not in curves]
-        allowed |= {name: allowed[name][:0] for name in outside}
-        curves |= {name: torch.zeros(bench.spectra[name].max_rank + 1) for name in outside}
-        listed = {name: self.candidates(curves[name], allowed[name]) for name in bench.spectra}
-        choose = self._verified if self.verified else self._one_shot
-        result = choose(bench, curves, listed, allowed)
-        notes = [f"{name}: left dense: the {self.split} loss does not depend on it" for name in outside]
-        return replace(result, notes=[*result.notes, *notes, *([] if result.plan else [self._nothing(allowed)])])
+        layers = self._opened(bench)
+        chosen, log = (self._verified if self.verified else self._one_shot)(bench, layers)
+        notes = left_dense({name: own.outside for name, own in layers.items() if own.outside})
+        if not chosen and not bench.fixed:
+            notes.append(self._nothing(layers))
+        return bench.finish(chosen, log, notes)
 
-    def _nothing(self, allowed: dict[str, Tensor]) -> str:
+    def _opened(self, bench: Workbench) -> dict[str, "_Layer"]:
+        """Return what the first gradient says of each layer."""
+        curves, near = bench.first_order(self.split), Neighbourhood(self.norm, self.gamma)
+        layers = {name: _Layer(near.ranks(spectrum)) for name, spectrum in bench.spectra.items()}
+        for name, layer in layers.items():
+            self._predict(layer, curves.get(name))
+        return layers
+
+    def _predict(self, layer: "_Layer", curve: Tensor | None) -> None:
+        """Set the first-order change and the candidates of ``layer``. None: the loss does not depend on it."""
+        if curve is None:
+            layer.outside = f"the {self.split} loss does not depend on it"
+            layer.allowed, curve = layer.allowed[:0], torch.zeros(0)
+        layer.curve, layer.listed = curve, self.candidates(curve, layer.allowed)
+
+    def _nothing(self, layers: Mapping[str, "_Layer"]) -> str:
         """Return the note on a selection that factors no layer."""
-        inside = sum(len(ranks) > 0 for ranks in allowed.values())
+        inside = sum(len(layer.allowed) > 0 for layer in layers.values())
         within = "" if self.gamma is None else f" within gamma={self.gamma} ({self.norm})"
         return (
-            f"no layer is factored: {inside} of {len(allowed)} layers have a rank{within}, and none of these ranks was "
+            f"no layer is factored: {inside} of {len(layers)} layers have a rank{within}, and none of these ranks was "
             "chosen; to ask for a size, give a budget, as in Joint(params_kept=0.5)"
         )
 
-    def _one_shot(
-        self,
-        bench: Workbench,
-        curves: dict[str, Tensor],
-        listed: dict[str, Tensor],
-        allowed: dict[str, Tensor],
-    ) -> Compressed:
-        chosen = {name: int(ranks[0]) for name, ranks in listed.items() if len(ranks)}
+    def _one_shot(self, bench: Workbench, layers: Mapping[str, "_Layer"]) -> tuple[dict[str, int], list[dict]]:
+        chosen = {name: int(layer.listed[0]) for name, layer in layers.items() if len(layer.listed)}
         log: list[dict] = [
             {
                 "layer": name,
-                "inside": len(allowed[name]),
-                "candidates": len(listed[name]),
+                "inside": len(layer.allowed),
+                "candidates": len(layer.listed),
                 "rank": chosen.get(name),
-                "predicted": float(curves[name][chosen[name]]) if name in chosen else 0.0,
+                "predicted": float(layer.curve[chosen[name]]) if name in chosen else 0.0,
             }
-            for name in bench.spectra
+            for name, layer in layers.items()
         ]
-        return bench.finish(chosen, log)
+        return chosen, log
 
-    def _verified(
-        self,
-        bench: Workbench,
-        curves: dict[str, Tensor],
-        listed: dict[str, Tensor],
-        allowed: dict[str, Tensor],
-    ) -> Compressed:
-        working = replacing.apply(bench.model, RankPlan(), {})
+    def _verified(self, bench: Workbench, layers: Mapping[str, "_Layer"]) -> tuple[dict[str, int], list[dict]]:
+        working = copied(bench.model)
         dense = bench.objective.evaluate(working, self.verify_on)
         loss = dense.loss
         chosen: dict[str, int] = {}
         log: list[dict] = []
-        names = self._ordered(bench, curves, listed, allowed)
-        for name in tqdm(names, "verify", unit="layer", leave=False, disable=None):
+        for name in tqdm(self._ordered(bench, layers), "verify", unit="layer", leave=False, disable=None):
+            layer = layers[name]
             if self.refresh and chosen:
-                curve = bench.first_order(self.split, working)[name]
-                curves[name], listed[name] = curve, self.candidates(curve, allowed[name])
+                self._predict(layer, self._refreshed(bench, working).get(name))
             dense_layer = working.get_submodule(name)
-            for rank in _spread(listed[name], self.tries):
+            for rank in _spread(layer.listed, self.tries):
                 replacing.replace(working, name, bench.spectra[name].factor(rank))
                 measured = bench.objective.loss_within(working, self.verify_on, dense.loss + self.budget, dense.n)
                 log.append(
                     {
                         "layer": name,
                         "rank": rank,
-                        "predicted": float(curves[name][rank]),
+                        "predicted": float(layer.curve[rank]),
                         "measured": None if measured is None else measured - loss,
                         "accepted": measured is not None,
                     }
@@ -146,20 +145,45 @@ class Walk(ABC):
                     chosen[name], loss = rank, measured
                     break
                 replacing.replace(working, name, dense_layer)
-        return bench.finish(chosen, log)
+        return chosen, log
 
-    def _ordered(
-        self, bench: Workbench, curves: dict[str, Tensor], listed: dict[str, Tensor], allowed: dict[str, Tensor]
-    ) -> list[str]:
+    def _refreshed(self, bench: Workbench, working: nn.Module) -> dict[str, Tensor]:
+        """Return the first-order changes at ``working``; none where its loss depends on none of its dense layers."""
+        try:
+            return bench.first_order(self.split, working)
+        except NoGradient:
+            return {}
+
+    def _ordered(self, bench: Workbench, layers: Mapping[str, "_Layer"]) -> list[str]:
         """Return the layers to visit. A new gradient may give candidates to a layer that has none yet."""
-        names = [name for name in bench.spectra if len(allowed[name] if self.refresh else listed[name])]
+        names = [name for name, layer in layers.items() if len(layer.allowed if self.refresh else layer.listed)]
         if self.order == "reverse":
             return names[::-1]
         if self.order == "saving":
             return sorted(names, key=lambda name: -bench.model.get_submodule(name).weight.numel())  # type: ignore[operator]
         if self.order == "predicted":
-            return sorted(names, key=lambda name: float(curves[name][listed[name][0]]) if len(listed[name]) else 0.0)
+            return sorted(names, key=lambda name: layers[name].best())
         return names
+
+
+@dataclass
+class _Layer:
+    """What the walk knows of a layer.
+
+    ``allowed``: the ranks inside the neighbourhood, in ascending order.
+    ``curve``: the first-order change of the loss at every rank from 0, shape (R + 1,).
+    ``listed``: the ranks to try, the preferred one first.
+    ``outside``: why there is nothing to try; empty where the loss depends on the layer.
+    """
+
+    allowed: Tensor
+    curve: Tensor = field(init=False)
+    listed: Tensor = field(init=False)
+    outside: str = field(init=False, default="")
+
+    def best(self) -> float:
+        """Return the first-order change at the preferred rank, 0 where there is none."""
+        return float(self.curve[self.listed[0]]) if len(self.listed) else 0.0
 
 
 def _spread(ranks: Tensor, tries: int) -> list[int]:

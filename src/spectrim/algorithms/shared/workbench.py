@@ -1,7 +1,7 @@
 """What an algorithm works on: the layers of a model, each decomposed, and the model made of what it keeps."""
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -66,22 +66,19 @@ class Workbench:
                 spectra[name] = spectrum
             else:
                 left[name] = "no rank is below break-even"
-        left |= _failing(opened, spectra, dict.fromkeys(spectra, 1), example)
+
+        def at_rank_1(kept: Mapping[str, Keep]) -> nn.Module:
+            return replacing.apply(opened, replacing.plan_of(spectra, kept), spectra, shared=True)
+
+        left |= _that_runs(at_rank_1, dict.fromkeys(spectra, 1), example)[1]
         spectra = {name: spectrum for name, spectrum in spectra.items() if name not in left}
         if not spectra:
             reasons = find_layers.in_one_line(left) or f"it has no {' or '.join(k.__name__ for k in dense_kinds())}"
             raise UserError(f"this model has nothing to factor: {reasons}")
         fixed = {name: (spectra.pop(name), rank) for name, rank in _overrides(objective.choice, spectra, left).items()}
-        notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
+        notes = tuple(find_layers.left_dense(left))
         return cls(
-            model,
-            opened,
-            decomposer,
-            objective,
-            example,
-            MappingProxyType(spectra),
-            MappingProxyType(fixed),
-            tuple(notes),
+            model, opened, decomposer, objective, example, MappingProxyType(spectra), MappingProxyType(fixed), notes
         )
 
     def decomposed_by(self, decomposer: Decomposer) -> "Workbench":
@@ -122,31 +119,41 @@ class Workbench:
         gradients = self.objective.each_gradient(model, dense, split)
         return {name: spectra[name].first_order(gradient) for name, gradient in gradients}
 
-    def finish(self, keep: Mapping[str, Keep], log: list[dict] | None = None) -> Compressed:
+    def finish(self, keep: Mapping[str, Keep], log: list[dict] | None = None, notes: Iterable[str] = ()) -> Compressed:
         """Return the compressed model.
 
         ``keep``: what to keep of each layer, a rank or the indices of components. A layer that is absent, or that would
         not get smaller, stays as it is. So does a layer at which the factored model fails on ``example``.
+        ``log``: the steps of the algorithm.
+        ``notes``: what the algorithm notes, after the notes of the workbench.
         """
-        kept, notes = self._faster(self._smaller(keep))
-        for name, reason in _failing(self.model, self.all_spectra, kept, self.example).items():
-            del kept[name]
-            notes.append(f"{name}: left dense: {reason}")
+        kept = self._smaller(keep)
+        model, failing = _that_runs(self._built, kept, self.example)
+        kept = {name: own for name, own in kept.items() if name not in failing}
+        notes = [*self.notes, *notes, *find_layers.left_dense(failing)]
+        if self.timed_at is not None and kept:
+            faster, timed = self._is_faster(model, self.timed_at)
+            notes += timed
+            if not faster:
+                kept, model = {}, self._built({})
         before = {name: layer for name, layer in factored_layers(self.given).items() if name not in kept}
         versions = _versions(self.given)
         return Compressed(
-            model=self._built(kept),
+            model=model,
             plan=RankPlan.of({**{name: kept_in(layer) for name, layer in before.items()}, **self._plan(kept)}),
             reporter=reporter(lambda: self._report(kept, versions), self.objective),
             dense=self.given,
             example=self.example,
             log=log or [],
-            notes=[*self.notes, *notes],
+            notes=notes,
         )
 
-    def cut(self, keep: Mapping[str, Keep]) -> nn.Module:
-        """Return a model that computes what that of ``finish`` does, to be measured and thrown away."""
-        return replacing.apply(self.model, self._plan(self._smaller(keep)), self.all_spectra)
+    def trial(self, keep: Mapping[str, Keep]) -> nn.Module:
+        """Return a model that computes what that of ``finish`` does, to be measured and thrown away.
+
+        It shares the parameters that are not factored with ``model``.
+        """
+        return replacing.apply(self.model, self._plan(self._smaller(keep)), self.all_spectra, shared=True)
 
     def example_for(self, purpose: str) -> Inputs:
         """Return ``example``. Raises ``MissingInput`` where there is none; ``purpose`` says what needs it."""
@@ -168,20 +175,18 @@ class Workbench:
                 replacing.replace(model, name, copied(layer))
         return model
 
-    def _faster(self, kept: dict[str, Keep]) -> tuple[dict[str, Keep], list[str]]:
-        """Return ``kept`` and notes, or nothing to keep where a budget of time is set and the clock shows no gain."""
-        if self.timed_at is None or not kept:
-            return kept, []
+    def _is_faster(self, model: nn.Module, batch_size: int) -> tuple[bool, list[str]]:
+        """Return whether ``model`` is faster than the given one, and notes on what was measured."""
         example = self.example_for("a budget in milliseconds")
-        dense, ours = latency.in_turns([self.given, self._built(kept)], example, self.timed_at)
+        with unchanged(self.given), unchanged(model):
+            dense, ours = latency.in_turns([self.given, model], example, batch_size)
         notes = [f"as a whole, measured in turns: {ours:.4g} ms against {dense:.4g} ms dense"]
         if ours < dense:
-            return kept, notes
-        return {}, [*notes, "left dense: factored, the model is no faster as a whole, whatever its layers are"]
+            return True, notes
+        return False, [*notes, "left dense: factored, the model is no faster as a whole, whatever its layers are"]
 
     def _plan(self, kept: Mapping[str, Keep]) -> RankPlan:
-        spectra = self.all_spectra
-        return RankPlan.of({name: spectra[name].kept(which) for name, which in kept.items()})
+        return replacing.plan_of(self.all_spectra, kept)
 
     def _predicted(self, versions: tuple[int, ...]) -> tuple[dict[str, Tensor], str]:
         """Return the first order for the report, and why there is none; empty where there is one."""
@@ -218,18 +223,18 @@ class Workbench:
         return pd.DataFrame(rows).astype({"rank": "Int64"}), unpredicted
 
 
-def _failing(
-    model: nn.Module, spectra: Mapping[str, Spectrum], kept: Mapping[str, Keep], example: Inputs | None
-) -> dict[str, str]:
-    """Return the layers of ``kept`` with which the model fails once they are factored, and the reason of each."""
-    found: dict[str, str] = {}
-    while example is not None and (rest := {name: keep for name, keep in kept.items() if name not in found}):
-        plan = RankPlan.of({name: spectra[name].kept(keep) for name, keep in rest.items()})
-        failing = failing_layers(replacing.apply(model, plan, spectra, shared=True), rest, example)
-        if not failing:
-            break
-        found |= {name: f"the model fails with it factored: {reason}" for name, reason in failing.items()}
-    return found
+def _that_runs(
+    make: Callable[[Mapping[str, Keep]], nn.Module], keep: Mapping[str, Keep], example: Inputs | None
+) -> tuple[nn.Module, dict[str, str]]:
+    """Return the model ``make(kept)`` that runs on ``example``, and why each other layer of ``keep`` is not in it."""
+    failing: dict[str, str] = {}
+    while True:
+        kept = {name: own for name, own in keep.items() if name not in failing}
+        model = make(kept)
+        found = failing_layers(model, kept, example) if kept and example is not None else {}
+        if not found:
+            return model, failing
+        failing |= {name: f"the model fails with it factored: {reason}" for name, reason in found.items()}
 
 
 def _is_smaller(model: nn.Module, name: str, spectrum: Spectrum, rank: int) -> bool:
