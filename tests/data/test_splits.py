@@ -8,7 +8,7 @@ import torch
 from spectrim.data.digits import Digits
 from spectrim.data.images import Splits
 from spectrim.data.sources import Arrays
-from spectrim.data.splits import ImageData, draw_indices, split_arrays
+from spectrim.data.splits import ImageData, digest_if_known, draw_indices, split_arrays
 from spectrim.errors import UserError
 from spectrim.tools.settings import settings
 
@@ -75,6 +75,11 @@ def test_calibration_comes_from_the_named_pool_without_repetition(pool: str) -> 
     assert set(calibration) <= members
     assert len(set(calibration)) == 9
     assert calibration == sorted(calibration)
+
+
+def test_only_a_split_has_a_known_digest() -> None:
+    train = Numbered(held_out=10, calibration_size=5).load().train
+    assert digest_if_known(train) == train.digest() and digest_if_known(list(train)) is None
 
 
 def test_digest_is_over_the_four_digests() -> None:

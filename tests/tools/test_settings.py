@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from spectrim.errors import UserError
-from spectrim.tools.settings import settings
+from spectrim.tools.settings import require_parts, settings
 
 
 @settings
@@ -113,3 +113,10 @@ def test_a_seed_that_some_generator_does_not_take_is_refused(seed: int) -> None:
     assert Seeded(seed=2**32 - 1, seeds=seed)
     with pytest.raises(UserError, match=f"^Seeded: seed must lie in 0..4294967295, got {seed}$"):
         Seeded(seed=seed)
+
+
+@pytest.mark.parametrize("parts", [[], [0.0], [0.5, 1.0], [float("nan")], [-0.1, 0.2]], ids=str)
+def test_parts_outside_of_the_open_interval_are_refused_by_their_name(parts: list[float]) -> None:
+    require_parts("ratios", (0.1, 0.9))
+    with pytest.raises(UserError, match=r"^ratios must lie in \(0, 1\), got \["):
+        require_parts("ratios", parts)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from spectrim.algorithms.probe import require_ratios
 from spectrim.algorithms.shared.measurement import Readings
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.batches import Batches, device_of, evaluating, forward, to_device
@@ -17,7 +16,7 @@ from spectrim.surgery import replacing
 from spectrim.surgery.given_model import copied
 from spectrim.theory import bounds
 from spectrim.theory.chain import chain_of
-from spectrim.tools.settings import settings
+from spectrim.tools.settings import require_parts, settings
 
 Bound = Callable[[Mapping[str, int]], float | None]  # the ranks of layers → the bound of Theorem 1
 
@@ -35,7 +34,7 @@ class BoundProbe:
     ratios: Sequence[float] = (0.25, 0.5, 0.75)
 
     def __post_init__(self) -> None:
-        require_ratios(self.ratios)
+        require_parts("ratios", self.ratios)
 
     def measure(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Readings:
         """Return one row for each ratio. Raises ``UserError`` where the model's output is not one tensor."""

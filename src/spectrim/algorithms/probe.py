@@ -8,11 +8,10 @@ from tqdm import tqdm
 from spectrim.algorithms.shared.measurement import Readings
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
-from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 from spectrim.surgery.given_model import copied
-from spectrim.tools.settings import settings
+from spectrim.tools.settings import require_parts, settings
 
 
 @settings
@@ -26,7 +25,7 @@ class Probe:
     ratios: Sequence[float] = (0.25, 0.5, 0.75, 0.9, 0.97)
 
     def __post_init__(self) -> None:
-        require_ratios(self.ratios)
+        require_parts("ratios", self.ratios)
 
     def measure(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Readings:
         """Return one row for each layer and rank. The model stays as it is."""
@@ -52,9 +51,3 @@ class Probe:
                 )
             replacing.replace(working, name, dense_layer)
         return Readings(rows, [*bench.notes])
-
-
-def require_ratios(ratios: Sequence[float]) -> None:
-    """Raise ``UserError`` unless ``ratios`` are parts of a full rank, each in (0, 1), and there is one at least."""
-    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
-        raise UserError(f"ratios, parts of the full rank, must lie in (0, 1), got {list(ratios)}")

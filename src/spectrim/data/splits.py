@@ -9,13 +9,14 @@ are sorted in ascending order.
 import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from spectrim.data.images import ImageSplit, Split, Splits
 from spectrim.data.sources import Arrays
+from spectrim.data.text import TextSplit
 from spectrim.errors import UserError
 
 POOLS = ("held_out", "train", "test")
@@ -123,6 +124,11 @@ def split_arrays(data: ImageData, arrays: Arrays, name: str, mean: tuple[float, 
         image_size=arrays.train_images.shape[-1],
         digest=digest_of(train, calibration, verification, test),
     )
+
+
+def digest_if_known(batches: Any) -> str | None:
+    """Return the digest of a split of this library; None for other batches, whose content nothing tells."""
+    return batches.digest() if isinstance(batches, ImageSplit | TextSplit) else None
 
 
 def digest_of(*splits: Split) -> str:

@@ -12,7 +12,7 @@ from spectrim.batches import Inputs, device_of, evaluating
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer, spectrum_of
 from spectrim.decomposers.svd import SVD
-from spectrim.errors import UserError
+from spectrim.errors import UserError, first_line
 from spectrim.theory.bounds import Stage
 from spectrim.theory.lipschitz import convolution_gain, lipschitz
 
@@ -120,8 +120,7 @@ def _graph(model: nn.Module) -> fx.Graph:
     try:
         return fx.Tracer().trace(model)
     except Exception as error:  # The code of the model runs on placeholders for tensors and may fail in any way.
-        said = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{NEEDED}; this model cannot be read as one: {said}") from error
+        raise UserError(f"{NEEDED}; this model cannot be read as one: {first_line(error)}") from error
 
 
 def _as_module(node: fx.Node) -> nn.Module:

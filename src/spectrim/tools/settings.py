@@ -1,6 +1,6 @@
 """Declare a class of settings: a frozen dataclass that checks its field types when it is created."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 
@@ -46,6 +46,12 @@ def require_seed(name: str, seed: int) -> None:
     """Raise ``UserError`` where not every random generator takes ``seed``."""
     if not 0 <= seed < 2**32:
         raise UserError(f"{name} must lie in 0..{2**32 - 1}, got {seed}")
+
+
+def require_parts(name: str, parts: Sequence[float]) -> None:
+    """Raise ``UserError`` unless there is at least one number in ``parts`` and all of them lie in (0, 1)."""
+    if not parts or not all(0 < part < 1 for part in parts):
+        raise UserError(f"{name} must lie in (0, 1), got {list(parts)}")
 
 
 def _parts(value: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from spectrim.batches import Batches, Inputs, device_of, forward, sample_count, to_device
 from spectrim.data.images import ImageSplit
-from spectrim.data.text import TextSplit
+from spectrim.data.splits import digest_if_known
 from spectrim.errors import UserError
 from spectrim.losses import Loss, are_scores, logits_of
 from spectrim.tools.settings import require_seed
@@ -102,8 +102,8 @@ def fit(
     if state is None:
         return loop.run(train, [])
     shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
-    data = train.digest() if isinstance(train, ImageSplit | TextSplit) else None
-    with state.opened(training.recipe, training.seed, {"shapes": shapes, "data": data}) as opened:
+    identity = {"shapes": shapes, "data": digest_if_known(train)}
+    with state.opened(training.recipe, training.seed, identity) as opened:
         curve = opened.resume(model, loop.optimizer)
         return loop.run(train, curve, lambda: opened.save(model, loop.optimizer, curve))
 
