@@ -4,16 +4,19 @@
 #                                         one may hold the CUDA build of several GB; PyTorch's own has the CPU build.
 #   make test PYTHON3=python3.12          make the environment with this Python (3.11 to 3.13)
 #   make train-svd DEVICE=cuda            run on a GPU
+#   make test PYTEST_ARGS='-q tests/data' run some of the tests, in one process
 VENV ?= .venv
 RIVALS ?= .venv-rivals
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LANGUAGE := $(VENV)/.language
 UNFINISHED := $(VENV)/.unfinished
 PYTHON3 ?= python3 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
 JOBS ?= 2
 DEVICE ?= cpu
-PYTEST_ARGS ?= -q
+# At most 8 processes, of about 0.8 GB each. A file of tests runs in one of them, since its tests share fixtures.
+PYTEST_ARGS ?= -q -n logical --maxprocesses 8 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LAUNCHER := $(if $(JOBS),hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)) device=$(DEVICE)
 
@@ -33,7 +36,7 @@ help:  ## print this list
 install: $(STAMP)  ## make the environment in .venv; every other target does so where it is missing
 
 # An interrupted installation starts anew. An environment that is only out of date is updated.
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock requirements-torch.lock pyproject.toml
 	@set -e; \
 	if [ -e $(UNFINISHED) ] || ! $(PIP) --version >/dev/null 2>&1; then \
 	    for python in $(PYTHON3) none; do \
@@ -45,18 +48,26 @@ $(STAMP): requirements.lock pyproject.toml
 	fi; \
 	rm -f $@; : > $(UNFINISHED)
 	@echo "installing requirements.lock"
-	@$(PIP) install -q -r requirements.lock $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(call install_locked,$(PIP),requirements.lock)
 	@$(PIP) install -q --no-deps --no-build-isolation -e .
 	@rm -f $(UNFINISHED)
 	@touch $@
 
-install-language: $(STAMP)  ## add transformers and what language models need
-	@$(PIP) install -q -r requirements-language.lock
+# $(call install_locked,PIP,LOCK...): install the files whose sha256 is in LOCK, then torch, whose build depends on the index.
+# --no-deps: a package that no lock names is an error of `pip check`, not a file that nobody has checked.
+install_locked = $(1) install -q --no-deps --require-hashes $(addprefix -r ,$(2)) \
+    && $(1) install -q -r requirements-torch.lock $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+install-language: $(LANGUAGE)  ## add transformers and what language models need
+
+$(LANGUAGE): requirements-language.lock $(STAMP)
+	@echo "installing requirements-language.lock"
+	@$(PIP) install -q --no-deps --require-hashes -r requirements-language.lock
+	@touch $@
 
 rivals: $(STAMP)  ## make .venv-rivals, with AIMET from its wheel and spectrim; .venv stays free of AIMET's dependencies
 	$(BIN)/python -m venv $(RIVALS)
-	@$(RIVALS)/bin/python -m pip --disable-pip-version-check install -q -r requirements.lock -r requirements-rivals.lock \
-	    $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@$(call install_locked,$(RIVALS)/bin/python -m pip --disable-pip-version-check,requirements.lock requirements-rivals.lock)
 	@$(RIVALS)/bin/python -m pip --disable-pip-version-check install -q --no-deps --no-build-isolation -e .
 
 reproduce-NAME:  ## run the grids of a table or figure, build it in results/ and compare with the committed records
@@ -124,7 +135,7 @@ smoke: $(STAMP)  ## train, run every algorithm and build a table in build/smoke:
 	$(BIN)/spectrim -m experiment=smoke records=build/records
 	$(BIN)/python experiments/table2.py --experiment smoke --records build/records --out build/smoke
 
-test: $(STAMP)  ## run the tests
+test: install-language  ## run the tests, those of language models too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## run ruff, mypy and the check of the import layers
@@ -155,20 +166,23 @@ notebook: $(STAMP)  ## run the notebooks
 	$(BIN)/jupytext --to ipynb notebooks/*.py
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
 
-# Pin torch and torchvision without the local name (+cpu) of the installed build.
-FREEZE := build/lock/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/^\(torch[a-z]*==[0-9.]*\)+.*/\1/'
+# Every package of build/lock but torch, which has a lock of its own, and the tools that write the locks.
+FREEZE := build/lock/bin/python -m pip freeze --all --exclude pip --exclude uv --exclude-editable --exclude torch --exclude torchvision
+# The sha256 of every file of these releases that the index lists, for all platforms.
+HASHED := build/lock/bin/uv pip compile -q - --no-deps --universal --python-version 3.11 --generate-hashes --no-header --no-annotate
 lock:  ## write the lock files anew, with the newest versions that pyproject.toml allows
 	$(firstword $(PYTHON3)) -m venv --clear build/lock
-	build/lock/bin/python -m pip install -q torch==2.13.0 torchvision==0.28.0 -e '.[dev]'
-	@{ sed -n '/^#/p' requirements.lock; $(FREEZE); } > build/requirements.lock
-	build/lock/bin/python -m pip install -q -c build/requirements.lock -e '.[language]'
-	@{ sed -n '/^#/p' requirements-language.lock; $(FREEZE) | grep -vxF -f build/requirements.lock; } > build/language.lock
-	build/lock/bin/python -m pip install -q -c build/requirements.lock -c build/language.lock -e '.[rivals]'
-	@{ sed -n '/^#/p' requirements-rivals.lock; $(FREEZE) | grep -vxF -f build/requirements.lock -f build/language.lock; } \
-	    > build/rivals.lock
-	mv build/requirements.lock requirements.lock
-	mv build/language.lock requirements-language.lock
-	mv build/rivals.lock requirements-rivals.lock
+	build/lock/bin/python -m pip install -q uv -r requirements-torch.lock -e '.[dev]'
+	$(FREEZE) > build/lock/core
+	build/lock/bin/python -m pip install -q -c build/lock/core -e '.[language]'
+	$(FREEZE) | grep -vxF -f build/lock/core > build/lock/language
+	build/lock/bin/python -m pip install -q -c build/lock/core -c build/lock/language -e '.[rivals]'
+	$(FREEZE) | grep -vxF -f build/lock/core -f build/lock/language > build/lock/rivals
+	@set -e; for part in core language rivals; do \
+	    if [ $$part = core ]; then file=requirements.lock; else file=requirements-$$part.lock; fi; \
+	    { sed -n '/^#/p' $$file; $(HASHED) < build/lock/$$part; } > build/lock/written; \
+	    mv build/lock/written $$file; \
+	done
 	rm -rf build/lock
 
 clean:  ## remove build/ (fresh records, unfinished trainings) and caches; .venv and results/ stay

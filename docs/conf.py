@@ -15,7 +15,15 @@ version = release = _PROJECT["version"]
 
 # The root of the repository is the source, so that a relative link means the same on the site and in the repository.
 root_doc = "docs/index"
-include_patterns = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "docs/**", "results/*/*.md"]
+include_patterns = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "NOTICE.md",
+    "CHANGELOG.md",
+    "docs/**",
+    "results/*/*.md",
+]
 exclude_patterns = [".*", "build", "dist", "src", "tests", "results/records"]
 
 # The extensions of this repository lie in docs/_sphinx.

@@ -1,6 +1,7 @@
 """What the tests share: one thread, a tiny net with every kind of layer, and batches for it."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,15 @@ from spectrim.statistics.objective import Objective
 from spectrim.training.recipe import Recipe
 
 torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say in one line what was skipped, and why: a skipped test is not a passed one."""
+    reasons = Counter(str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", []))
+    if reasons:
+        said = "; ".join(f"{count} × {reason.removeprefix('Skipped: ')}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"skipped: {said}")
+
 
 Batches = list[tuple[Tensor, Tensor]]
 VOCABULARY = 61

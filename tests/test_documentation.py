@@ -8,7 +8,8 @@ from pkgutil import resolve_name
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "NOTICE")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 EXPECTED = (
     "getting_started own_network algorithms experiments results language_models large_models clusters architecture"

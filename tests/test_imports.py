@@ -81,27 +81,3 @@ def test_no_file_names_a_registry_or_a_machine() -> None:
     assert len(files) > 50
     found = [f"{path.relative_to(ROOT)}: {hit[0]}" for path in files if (hit := FORBIDDEN.search(path.read_text()))]
     assert not found
-
-
-def test_the_lock_of_language_models_holds_their_extra_and_nothing_of_the_other() -> None:
-    first, second = (
-        (ROOT / name).read_text().splitlines() for name in ("requirements.lock", "requirements-language.lock")
-    )
-    pins = {line for line in second if not line.startswith("#")}
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in pins)
-    extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["language"]
-    assert set(extra) <= pins
-    assert not {line.split("==")[0] for line in pins} & {line.split("==")[0] for line in first}
-
-
-def test_the_lock_pins_everything() -> None:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pins = [line for line in lines if not line.startswith("#")]
-    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line) for line in pins)
-    assert {"torch==2.13.0", "torchvision==0.28.0"} <= set(pins)
-    names = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in pins}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    wanted = {*project["dependencies"], *extras["dev"], *extras["docs"], *extras["cluster"]}
-    wanted -= {"spectrim[docs]", "spectrim[cluster]"}
-    assert {re.split(r"[<>=]", line)[0].lower() for line in wanted} <= names

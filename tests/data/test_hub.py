@@ -192,7 +192,7 @@ def test_a_pattern_that_is_none_is_refused() -> None:
 
 def test_the_missing_library_is_said_in_one_line(word_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="need the extra packages") as refusal:
+    with pytest.raises(UserError, match="needs extra packages") as refusal:
         classes("nothing", word_folder).load()
     assert "\n" not in str(refusal.value)
 

@@ -93,7 +93,7 @@ def test_an_architecture_that_is_no_decoder_is_said_in_one_line(tmp_path: Path, 
 
 def test_a_missing_extra_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(UserError, match=r"need the extra packages .*pip install 'spectrim\[language\]'") as refusal:
+    with pytest.raises(UserError, match=r"needs extra packages .*pip install 'spectrim\[language\]'") as refusal:
         causal_lm("smollm2")
     assert "\n" not in str(refusal.value)
 

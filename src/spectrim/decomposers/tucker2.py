@@ -16,6 +16,7 @@ from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.forms import TuckerForm
 from spectrim.factored.plan import Kept
+from spectrim.tools import extras
 from spectrim.tools.settings import settings
 
 
@@ -61,6 +62,7 @@ class Tucker(NamedTuple):
 
 def higher_order_svd(W_OIHW: Tensor) -> Tucker:
     """Return Tucker-2 of one weight (O, I, kh, kw) at full rank: P = min(O, I*kh*kw) and Q = min(I, O*kh*kw)."""
+    extras.imported("tensorly", "tucker", "Tucker2")
     import tensorly  # here, because its import takes a third of a second
     from tensorly.decomposition import partial_tucker
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from http.client import HTTPException
-from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors import SafetensorError
 from spectrim.errors import UserError, first_line
 from spectrim.fetch.cache import Bundle, extract, unpacked
 from spectrim.fetch.download import Package
-from spectrim.tools import safetensors_stream, torchvision_shim
+from spectrim.tools import extras, safetensors_stream, torchvision_shim
 
 HUB_SECONDS = 2.0
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,13 +34,7 @@ def library() -> Any:
 
 def imported(package: str) -> Any:
     """Import a package of the extra ``language``. Raises ``UserError`` where the extra is not installed."""
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise UserError(
-            f"language models need the extra packages ({first_line(error)}): pip install 'spectrim[language]', "
-            "or make install-language in a checkout"
-        ) from None
+    return extras.imported(package, "language", "a language model")
 
 
 class OtherShapes(UserError):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from spectrim.tools import extras
 from spectrim.tools.settings import settings
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class WandB:
         """Start a run of W&B and return it. Raises what W&B raises."""
         # wandb reads it when it is imported: error reports look up a host name, also in offline mode.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        extras.imported("wandb", "tracking", "tracking=wandb")
         import wandb
 
         Path(self.dir).mkdir(parents=True, exist_ok=True)

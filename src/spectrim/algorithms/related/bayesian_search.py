@@ -10,14 +10,13 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import optuna
-from optuna.distributions import BaseDistribution, FloatDistribution
 from tqdm import tqdm
 
 from spectrim.algorithms.shared.budget import Costs
 from spectrim.algorithms.shared.measured import Measurements
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.errors import UserError
+from spectrim.tools import extras
 
 RANDOM = 10  # vectors that are tried before the Gaussian process proposes one
 SMALLEST = 0.01  # the least ratio of a layer: a common factor of 1 / SMALLEST makes every layer dense again
@@ -134,7 +133,12 @@ def propose(tried: Sequence[Tried], layers: int, seed: int) -> tuple[float, ...]
 
     The sampler is made anew in each call, so that it knows nothing but ``tried``.
     """
-    space: dict[str, BaseDistribution] = {f"{layer:04d}": FloatDistribution(SMALLEST, 1.0) for layer in range(layers)}
+    import optuna  # here, because it is an extra
+
+    Distributions = dict[str, optuna.distributions.BaseDistribution]
+    space: Distributions = {
+        f"{layer:04d}": optuna.distributions.FloatDistribution(SMALLEST, 1.0) for layer in range(layers)
+    }
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it logs a line for each study
     try:
@@ -153,6 +157,7 @@ def _one(score: Callable[[Ranks], float], ranks: Ranks) -> list[float]:
 
 
 def check_search(evaluations: int) -> None:
-    """Raise ``UserError`` for settings that no search can use."""
+    """Raise ``UserError`` for settings that no search can use, and where optuna is not installed."""
+    extras.imported("optuna", "search", "a Bayesian search")
     if evaluations < 1:
         raise UserError(f"evaluations must be at least 1, got {evaluations}")

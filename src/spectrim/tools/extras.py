@@ -1,0 +1,24 @@
+"""Import packages that only some features need."""
+
+from importlib import import_module
+from typing import Any
+
+from spectrim.errors import UserError, first_line
+
+
+def imported(package: str, extra: str, user: str) -> Any:
+    """Import and return an optional package.
+
+    ``extra``: the extra of spectrim that installs it.
+    ``user``: the feature that needs it, as the subject of a sentence.
+
+    Raises ``UserError``, which names the extra, where the package is missing or cannot be imported.
+    """
+    try:
+        return import_module(package)
+    except ImportError as error:
+        target = "install-language" if extra == "language" else "install"
+        raise UserError(
+            f"{user} needs extra packages ({first_line(error)}): "
+            f"pip install 'spectrim[{extra}]', or make {target} in a checkout"
+        ) from None

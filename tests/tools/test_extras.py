@@ -1,0 +1,60 @@
+"""A feature whose package is missing names the extra that brings it."""
+
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import spectrim
+from spectrim.algorithms.related.bayesian import Bayesian
+from spectrim.algorithms.related.pars import PARS
+from spectrim.errors import UserError
+from spectrim.runs.tracking import WandB
+from spectrim.tools import extras
+
+PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
+
+
+def use_tucker() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    spectrim.Tucker2().spectrum(model[0])
+
+
+USES = {
+    "wandb": ("tracking", lambda: WandB().start("signature", "group", "job", {})),
+    "tensorly": ("tucker", use_tucker),
+    "optuna": ("search", lambda: Bayesian()),
+}
+
+
+@pytest.mark.parametrize("package", USES)
+def test_a_missing_package_is_an_error_that_names_the_extra(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    extra, use = USES[package]
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"needs extra packages .*pip install 'spectrim\[{extra}\]'") as refusal:
+        use()
+    assert len(str(refusal.value).splitlines()) == 1
+    assert any(line.startswith(package) for line in PROJECT["optional-dependencies"][extra])
+    assert not any(line.startswith(package) for line in PROJECT["dependencies"])
+
+
+def test_pars_is_refused_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(UserError, match="a Bayesian search needs extra packages"):
+        PARS()
+
+
+def test_a_model_is_compressed_without_any_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in USES:
+        monkeypatch.setitem(sys.modules, package, None)
+    batches = [(torch.randn(8, 6), torch.arange(8) % 3)]
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    result = spectrim.compress(model, calibration=batches, algorithm=spectrim.Truncation(ratio=0.5))
+    assert result.params_kept < 1
+
+
+def test_an_installed_package_is_given() -> None:
+    assert extras.imported("json", "search", "a test").loads("1") == 1
