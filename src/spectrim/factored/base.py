@@ -26,6 +26,12 @@ class BlockLinear(nn.Module):
         x, weight = input.unflatten(-1, (self.blocks, -1)), self.weight.unflatten(0, (self.blocks, -1))
         return torch.einsum("...bi,bri->...br", x, weight).flatten(-2)
 
+    @torch.no_grad()
+    def plain_module(self) -> nn.Linear:
+        """Return the linear layer with the same map, whose weight is zero outside of the blocks."""
+        weight = torch.block_diag(*self.weight.unflatten(0, (self.blocks, -1)))
+        return linear_of(weight, None, self.weight.requires_grad)
+
 
 Factor = nn.Linear | BlockLinear | nn.Conv2d | nn.Embedding
 
@@ -47,6 +53,7 @@ OWN_NAMES = frozenset(
         "fill",
         "adopt",
         "dense_again",
+        "plain_module",
     ]
 )
 
@@ -121,6 +128,13 @@ class FactoredLayer(nn.Module, ABC):
             dense.register_parameter("bias", bias)
         return dense
 
+    def plain_module(self) -> nn.Module:
+        """Return modules of torch alone with the same map: the dense layer, where a class says no better.
+
+        They share the parameters of this layer wherever they have the same ones.
+        """
+        return self.dense_again()
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -135,3 +149,12 @@ class FactoredLayer(nn.Module, ABC):
                     found = vars(kind)[name]
                     return found.__get__(self, type(self)) if hasattr(found, "__get__") else found
             raise
+
+
+def linear_of(weight: Tensor, bias: Tensor | None, requires_grad: bool) -> nn.Linear:
+    """Return a linear layer with these numbers."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad)
+    return linear

@@ -7,7 +7,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from spectrim.factored.base import BlockLinear, FactoredLayer
+from spectrim.factored.base import BlockLinear, FactoredLayer, linear_of
 from spectrim.factored.dense import DenseLayer
 
 Layer = TypeVar("Layer", bound=FactoredLayer)
@@ -55,6 +55,17 @@ class FactoredLinear(FactoredLayer):
         W_OI = self.product([self.first.weight, self.second.weight]).squeeze(0)
         return W_OI.t() if self.stored_transposed else W_OI
 
+    def plain_module(self) -> nn.Module:
+        """Return two linear layers, or the dense one where that is smaller than a first one with zeros."""
+        if isinstance(self.first, nn.Linear):
+            return nn.Sequential(self.first, self.second)
+        middle = self.second.in_features
+        if middle * (self.in_features + self.out_features) < self.in_features * self.out_features:
+            return nn.Sequential(self.first.plain_module(), self.second)
+        with torch.no_grad():
+            W_OI = self.product([self.first.weight, self.second.weight]).squeeze(0)
+        return linear_of(W_OI, self.bias, self.second.weight.requires_grad)
+
     def forward(self, input: Tensor) -> Tensor:  # the argument is named as in the dense layer
         return self.second(self.first(input))
 
@@ -91,6 +102,10 @@ class FactoredEmbedding(FactoredLayer):
     def weight(self) -> Tensor:
         rows = self.second(self.first.weight)
         return torch.cat([self.whole.weight, rows])[self.place] if self.whole_rows else rows
+
+    def plain_module(self) -> nn.Module:
+        """Return an embedding and a linear layer; the dense embedding where some rows are whole."""
+        return self.dense_again() if self.whole_rows else nn.Sequential(self.first, self.second)
 
     def forward(self, input: Tensor) -> Tensor:  # the argument is named as in the dense layer
         if not self.whole_rows:
@@ -140,6 +155,10 @@ class FactoredConv2d(FactoredLayer):
     def weight(self) -> Tensor:
         return _kernel(self, (self.first, self.second))
 
+    def plain_module(self) -> nn.Module:
+        """Return two convolutions."""
+        return nn.Sequential(self.first, self.second)
+
     def forward(self, input: Tensor) -> Tensor:  # the argument is named as in the dense layer
         return self.second(self.first(input))
 
@@ -177,6 +196,10 @@ class TuckerConv2d(FactoredLayer):
     @property
     def weight(self) -> Tensor:
         return _kernel(self, self.factors)
+
+    def plain_module(self) -> nn.Module:
+        """Return three convolutions."""
+        return nn.Sequential(*self.factors)
 
     def forward(self, input: Tensor) -> Tensor:  # the argument is named as in the dense layer
         return self.third(self.second(self.first(input)))

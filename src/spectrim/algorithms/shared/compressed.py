@@ -13,6 +13,7 @@ from spectrim.batches import Inputs
 from spectrim.checkpoints import single_file
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import MissingInput, UserError
+from spectrim.export import kinds
 from spectrim.factored.plan import RankPlan
 from spectrim.statistics.batchnorm import SAMPLES, BatchNorm, reestimate
 from spectrim.statistics.objective import Objective
@@ -114,3 +115,26 @@ class Compressed:
     def save(self, path: str | Path) -> None:
         """Write the compressed model as safetensors. ``spectrim.load(path, into=dense_model)`` reads it back."""
         single_file.save(path, self.model, self.plan)
+
+    def export(
+        self,
+        kind: kinds.ExportKind,
+        path: str | Path,
+        *,
+        example: Inputs | None = None,
+        dynamic: bool = True,
+        opset: int = 18,
+    ) -> None:
+        """Write the compressed model in a form that is read without spectrim.
+
+        ``kind``: ``"plain"`` makes ``path`` a folder with the weights and the code that puts layers of torch in place
+            of the dense ones. The model's own code is then needed, and ``"pt2"`` and ``"onnx"`` do without it: one file
+            for ``torch.export.load``, or for a runtime of ONNX.
+        ``example``: inputs to trace the model with; those of the first calibration batch by default.
+        ``dynamic``: whether a traced model takes any number of samples and, where it allows, of token ids.
+        ``opset``: version of the operators of ONNX.
+
+        What is written computes the outputs of ``model`` on the example, or ``UserError`` is raised. So it is where the
+        model cannot be traced, an extra package is missing, or ``path`` cannot be written.
+        """
+        kinds.write(kind, Path(path), self.model, self.example if example is None else example, dynamic, opset)

@@ -1,0 +1,1 @@
+"""Write a compressed model in formats that are read without spectrim."""

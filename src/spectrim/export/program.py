@@ -1,0 +1,193 @@
+"""A compressed model as one traced program: a ``.pt2`` file of torch.export, or an ONNX file."""
+
+import inspect
+import io
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.batches import Inputs, batch_size, device_of, evaluating, repeated, tensors_of, to_device
+from spectrim.errors import UserError, first_line
+from spectrim.export.agreement import require_same
+from spectrim.surgery.given_model import copied
+from spectrim.tools import files
+
+LARGEST_PROTOBUF = 2**31 - 1  # bytes of an ONNX file without a second one
+FIXED = "give dynamic=False for inputs of the shapes of the example alone"
+
+
+def write_pt2(path: Path, model: nn.Module, example: Inputs, dynamic: bool) -> None:
+    """Write the program of ``model``, which ``torch.export.load(path).module()`` returns as a module.
+
+    ``example``: a batch of inputs. ``dynamic``: whether the sizes of a batch are free, see ``traced``.
+
+    Raises ``UserError`` where the model cannot be traced, or the file cannot be written.
+    """
+    example = _at_least_two(example)
+    program = traced(model, example, dynamic)
+    module = program.module()
+    _require_same(lambda inputs: _called(module, inputs), model, example, dynamic, "torch.export")
+    file = io.BytesIO()
+    with _quiet():
+        torch.export.save(program, file)
+    files.write({path: file.getvalue()})
+
+
+def write_onnx(path: Path, model: nn.Module, example: Inputs, dynamic: bool, opset: int) -> None:
+    """Write ``model`` as ONNX, after onnxruntime has run it once.
+
+    ``opset``: version of the operators. ``example``, ``dynamic``: as for ``write_pt2``.
+
+    Raises ``UserError`` where the extra packages are missing, the model cannot be traced or converted, the file would
+    exceed the 2 GiB that ONNX allows, or the file cannot be written.
+    """
+    runtime = _imported("onnxruntime")
+    _imported("onnxscript")
+    example = to_device(_at_least_two(example), torch.device("cpu"))
+    program = traced(copied(model).cpu(), example, dynamic)
+    try:
+        with _quiet():
+            names = _names_of_outputs(program)
+            made: Any = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, output_names=names)
+    except Exception as error:  # The converter raises anything.
+        raise UserError(f"the model cannot be converted to ONNX, opset {opset}: {first_line(error)}") from None
+    if made.model_proto.ByteSize() > LARGEST_PROTOBUF:
+        raise UserError('an ONNX file holds at most 2 GiB, and this model is larger; export as "pt2"')
+    content = made.model_proto.SerializeToString()
+    try:
+        session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        said = first_line(error)
+        raise UserError(
+            f"onnxruntime {runtime.__version__} refuses opset {opset}: {said}; give another opset"
+        ) from None
+
+    def run(inputs: Inputs) -> list[Tensor]:
+        names = [one.name for one in session.get_inputs()]
+        by_name = isinstance(inputs, Mapping) and set(names) <= inputs.keys()
+        given = [inputs[name] for name in names] if by_name else tensors_of(inputs)
+        feed = {name: tensor.numpy() for name, tensor in zip(names, given, strict=True)}
+        return [torch.from_numpy(output) for output in session.run(None, feed)]
+
+    _require_same(run, model, example, dynamic, "onnxruntime")
+    files.write({path: content})
+
+
+def traced(model: nn.Module, example: Inputs, dynamic: bool) -> Any:
+    """Return the program that torch.export makes of ``model`` in eval mode.
+
+    Outputs of transformers become a dict of their tensors, so that the program needs no class of another package.
+
+    ``dynamic``: whether the number of samples is free, and with it the number of positions of token ids, where the
+    model allows for it.
+
+    Raises ``UserError`` where the model cannot be traced.
+    """
+    inputs = to_device(example, device_of(model))
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (_positional(inputs), {})
+    free = _free_sizes(inputs) if dynamic else {}
+    with evaluating(model), torch.no_grad(), _quiet():
+        outputs = model(*args, **kwargs)
+        root = _OfTensors(model) if hasattr(outputs, "to_tuple") else model
+        try:
+            program = torch.export.export(root, args, kwargs, dynamic_shapes=_shapes(root, args, kwargs, free))
+        except Exception as error:  # Tracing runs foreign code.
+            said = first_line(error)
+            raise UserError(
+                f"the model cannot be traced by torch.export: {said}" + (f"; {FIXED}" if free else "")
+            ) from None
+    return program
+
+
+class _OfTensors(nn.Module):
+    """Calls a model of transformers, and returns a dict of the tensors of its output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+        def forward(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+            return _tensors(model(*args, **kwargs))
+
+        forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+        self.forward = forward  # torch.export reads the names of the arguments here
+
+
+def _tensors(outputs: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+
+
+def _free_sizes(inputs: Inputs) -> dict[Tensor, list[int]]:
+    """Return for each tensor the axes that are free: that of the samples, and of the positions of token ids."""
+    count, free = batch_size(inputs), {}
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    length = ids.shape[1] if isinstance(ids, Tensor) and ids.ndim == 2 else None
+    for tensor in tensors_of(inputs):
+        axes = [0] if tensor.ndim and len(tensor) == count else []
+        if tensor.ndim == 2 and tensor.shape[1] == length:
+            axes.append(1)
+        if axes:
+            free[tensor] = axes
+    return free
+
+
+def _shapes(root: nn.Module, args: tuple, kwargs: dict[str, Any], free: Mapping[Tensor, list[int]]) -> Any:
+    """Return the free axes in the structure of the arguments, as torch.export takes them."""
+
+    def of(value: Any) -> Any:
+        axes = free.get(value) if isinstance(value, Tensor) else None
+        return None if axes is None else dict.fromkeys(axes, torch.export.Dim.AUTO)
+
+    bound = inspect.signature(root.forward).bind(*args, **kwargs)
+    return torch.utils._pytree.tree_map(of, bound.arguments) if free else None
+
+
+def _require_same(run: Callable[[Inputs], Any], model: nn.Module, example: Inputs, dynamic: bool, what: str) -> None:
+    """Raise ``UserError`` where ``run`` and ``model`` differ on the example, or, if its size is free, on another."""
+    advice = FIXED if dynamic else "keep the model in torch"
+    require_same(run, model, example, what, advice)
+    if dynamic:
+        require_same(run, model, repeated(example, batch_size(example) + 1), f"{what} and one more sample", advice)
+
+
+def _names_of_outputs(program: Any) -> list[str]:
+    """Return the keys of a dict of outputs, ``output`` for a single one, and the names in the graph for others."""
+    found = program.graph_signature.user_outputs
+    spec = program.call_spec.out_spec
+    if spec.type is dict and spec.num_leaves == spec.num_children:
+        return list(spec.context)
+    return ["output"] if len(found) == 1 else list(found)
+
+
+def _at_least_two(example: Inputs) -> Inputs:
+    """Return the example with two samples or more, because torch.export takes a size of 1 for a constant."""
+    return repeated(example, 2) if batch_size(example) == 1 else example
+
+
+def _positional(inputs: Inputs) -> tuple[Any, ...]:
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+
+
+def _called(module: nn.Module, inputs: Inputs) -> Any:
+    return module(**inputs) if isinstance(inputs, Mapping) else module(*_positional(inputs))
+
+
+def _imported(package: str) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise UserError(f"ONNX needs the extra packages ({error}): pip install 'spectrim[export]'") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the warnings of torch about its own exporter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

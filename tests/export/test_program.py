@@ -1,0 +1,127 @@
+"""Traced programs run without spectrim, on batches and texts of other sizes than the example."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import spectrim
+
+LINES = """
+import sys
+sys.modules["spectrim"] = sys.modules["transformers"] = None
+import torch
+from safetensors.torch import load_file, save_file
+module = torch.export.load("small.pt2").module()
+found = {}
+for name, value in load_file("inputs.safetensors").items():
+    with torch.no_grad():
+        found[name] = CALL
+save_file(found, "outputs.safetensors")
+"""
+
+
+def run_alone(folder: Path, inputs: dict[str, Tensor], call: str) -> dict[str, Tensor]:
+    """Run ``small.pt2`` on each of ``inputs`` in a process that can import neither spectrim nor transformers."""
+    save_file(inputs, folder / "inputs.safetensors")
+    code = LINES.replace("CALL", call)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "outputs.safetensors")
+
+
+@pytest.fixture
+def result(net: nn.Module, batches: Any) -> Any:
+    return spectrim.compress(net, calibration=batches, algorithm=spectrim.Truncation(ratio=0.5))
+
+
+@pytest.fixture
+def decoder(tiny: Any, token_batches: Any) -> Any:
+    model = tiny("llama", tie_word_embeddings=False)
+    return spectrim.compress(model, calibration=token_batches, algorithm=spectrim.Truncation(rank=4))
+
+
+def ids_of(*shape: int) -> dict[str, Tensor]:
+    ids = torch.randint(3, 60, shape)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_pt2_takes_any_number_of_samples(result: Any, tmp_path: Path) -> None:
+    result.export("pt2", tmp_path / "small.pt2")
+    inputs = {str(count): torch.randn(count, 3, 8, 8) for count in (1, 2, 5, 16)}
+    for name, found in run_alone(tmp_path, inputs, "module(value)").items():
+        torch.testing.assert_close(found, result.model.eval()(inputs[name]), atol=1e-5, rtol=1e-4)
+
+
+def test_pt2_of_a_decoder_takes_any_number_of_texts_and_tokens(decoder: Any, tmp_path: Path) -> None:
+    decoder.export("pt2", tmp_path / "small.pt2")
+    inputs = {f"{count}x{length}": ids_of(count, length)["input_ids"] for count, length in ((1, 7), (3, 12), (2, 30))}
+    call = "module(input_ids=value, attention_mask=torch.ones_like(value))['logits']"
+    for name, found in run_alone(tmp_path, inputs, call).items():
+        torch.testing.assert_close(found, decoder.model(input_ids=inputs[name]).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("opset", [18, 21, 23])
+def test_onnx_takes_any_number_of_samples(result: Any, tmp_path: Path, opset: int) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+    onnx = pytest.importorskip("onnx", reason="the extra export is not installed")
+    result.export("onnx", tmp_path / "small.onnx", opset=opset)
+    (stated,) = (one.version for one in onnx.load(tmp_path / "small.onnx").opset_import if one.domain == "")
+    assert stated == opset
+    session = runtime.InferenceSession(tmp_path / "small.onnx")
+    for count in (1, 2, 5, 16):
+        inputs = torch.randn(count, 3, 8, 8)
+        (found,) = session.run(["output"], {"input": inputs.numpy()})
+        np.testing.assert_allclose(found, result.model.eval()(inputs).detach().numpy(), atol=1e-4, rtol=1e-3)
+
+
+def test_onnx_of_a_decoder_names_its_inputs_and_outputs(decoder: Any, tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+    decoder.export("onnx", tmp_path / "small.onnx")
+    session = runtime.InferenceSession(tmp_path / "small.onnx")
+    for shape in ((1, 7), (2, 30)):
+        given = ids_of(*shape)
+        (found,) = session.run(["logits"], {name: value.numpy() for name, value in given.items()})
+        np.testing.assert_allclose(found, decoder.model(**given).logits.detach().numpy(), atol=1e-4, rtol=1e-3)
+
+
+class OfFourSamples(nn.Module):
+    """Reads the size of its batch as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).reshape(4, 16)
+
+
+def test_a_batch_that_is_not_free_is_said(tmp_path: Path) -> None:
+    batches = [(torch.randn(4, 16), torch.randint(16, (4,)))]
+    result = spectrim.compress(OfFourSamples(), calibration=batches, algorithm=spectrim.Truncation(rank=3))
+    with pytest.raises(spectrim.UserError, match="dynamic=False"):
+        result.export("pt2", tmp_path / "small.pt2")
+    assert not list(tmp_path.iterdir())
+    result.export("pt2", tmp_path / "small.pt2", dynamic=False)
+    found = run_alone(tmp_path, {"x": batches[0][0]}, "module(value)")
+    torch.testing.assert_close(found["x"], result.model(batches[0][0]))
+
+
+def test_onnx_without_its_packages_says_what_to_install(result: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(spectrim.UserError, match=r"spectrim\[export\]"):
+        result.export("onnx", tmp_path / "small.onnx")
+
+
+def test_the_model_is_left_as_it_was(result: Any, tmp_path: Path) -> None:
+    result.model.train()
+    before = {name: value.clone() for name, value in result.model.state_dict().items()}
+    result.export("pt2", tmp_path / "small.pt2")
+    assert result.model.training
+    assert all(torch.equal(before[name], value) for name, value in result.model.state_dict().items())
