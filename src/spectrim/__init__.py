@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from spectrim.tools.import_hook import when_imported
+
 if TYPE_CHECKING:
     from spectrim.algorithms.compact import Compact as Compact
     from spectrim.algorithms.fine_tuning import FineTuning as FineTuning
@@ -55,3 +57,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'spectrim' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def _register() -> None:
+    import_module("spectrim.checkpoints.quantizer").register()
+
+
+when_imported("transformers.quantizers.auto", _register)  # so that from_pretrained knows compressed models

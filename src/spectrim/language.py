@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spectrim.batches import Batches
-from spectrim.checkpoints import hub_names, sharded, single_file
+from spectrim.checkpoints import hub_names, quantizer, sharded, single_file
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.fetch import by_configuration, pretrained
@@ -19,54 +19,79 @@ from spectrim.statistics.objective import Objective
 from spectrim.tools import files
 from spectrim.tools.safetensors_stream import DTYPES, Shard
 
-# Not model.safetensors: from_pretrained would drop the factors and initialise the layers at random.
-WEIGHTS = "spectrim.safetensors"
-
 
 def save(folder: str | Path, model: nn.Module, plan: RankPlan, tokenizer: Any = None) -> None:
     """Write a compressed model of transformers, its plan, its configuration and its tokenizer. Nothing is pickled.
+
+    ``load`` reads the folder, and so does transformers' ``from_pretrained`` after ``import spectrim``.
 
     ``model``, ``plan``: those that ``spectrim.compress`` returned.
     ``tokenizer``: None: the folder gets none.
 
     Raises ``UserError`` where ``model`` is not from transformers, or the folder cannot be written.
     """
-    folder = Path(folder)
+    folder, own = Path(folder), cast(Any, model)
     if not isinstance(model, pretrained.library().PreTrainedModel):
         raise UserError(f"a {type(model).__name__} is no model of transformers; use Compressed.save")
-    single_file.save(folder / WEIGHTS, model, plan, {"class": type(model).__name__})
+    quantizer.announce(model, plan)
+    own.config.architectures, own.config.dtype = [type(model).__name__], str(own.dtype).removeprefix("torch.")
+    header = {"class": type(model).__name__, "format": single_file.TORCH}
+    single_file.save(folder / sharded.SINGLE, model, plan, header, beside=quantizer.guards(plan))
     try:
-        for part in (model.config, getattr(model, "generation_config", None), tokenizer):
-            if part is not None:
-                part.save_pretrained(folder)
+        with files.scratch(folder) as made:
+            for part in (own.config, getattr(model, "generation_config", None), tokenizer):
+                if part is not None:
+                    part.save_pretrained(made)
+            files.write({folder / path.name: path.read_bytes() for path in files.listed(made)})
     except OSError as error:
-        raise files.refusal(folder / "config.json", error) from None
+        raise files.refusal(folder / by_configuration.CONFIG, error) from None
 
 
 def load(folder: str | Path) -> tuple[nn.Module, Any]:
-    """Return the model that ``save`` or ``compress_checkpoint`` wrote, in eval mode, and its tokenizer or None.
+    """Return a compressed model in eval mode, and its tokenizer or None.
+
+    ``folder``: written by ``save``, by ``compress_checkpoint``, or by ``save_pretrained`` of a compressed model.
 
     The model is built from its configuration without weights, factored by the plan, and filled in the precision of the
     checkpoint. Memory holds the compressed model and one tensor.
 
-    Names in the checkpoint are those of the file that was compressed; transformers' own rules find their place in the
-    model. What transformers merges, such as the experts of a mixture, becomes dense again.
+    ``compress_checkpoint`` keeps the names of the dense file; transformers' own rules find their place in the model.
+    What transformers merges, such as the experts of a mixture, becomes dense again.
 
     Raises ``UserError`` where the folder does not hold such a model, or one of its files is cut short or altered.
+    ``save_pretrained`` stores no digest, so that only missing tensors and other shapes show there.
     """
-    folder = Path(folder)
+    folder = beside = Path(folder)
     if (folder / sharded.MANIFEST).is_file():
         beside = folder / sharded.BESIDE
         plan, shards = sharded.verified(folder)
         model = by_configuration.model_without_weights(beside, None, _precision(shards))
         hub_names.fill(model, plan, shards, folder)
+    elif any("plan" not in shard.metadata for shard in sharded.Sharded.at(folder).shards.values()):
+        model, plan = _of_transformers(folder)
     else:
-        beside, shard = folder, single_file.verified(folder / WEIGHTS)
-        kind = shard.metadata.get("class", "")
+        shard = single_file.verified(folder / sharded.SINGLE)
+        kind, plan = shard.metadata.get("class", ""), RankPlan.from_json(shard.metadata["plan"])
         model = by_configuration.model_without_weights(folder, kind, _precision([shard]))
-        single_file.filled(model, shard, as_stored=True)
+        stored = {name: name for name in shard.entries.keys() - quantizer.guards(plan).keys()}
+        single_file.filled(model, shard.renamed(stored), as_stored=True)
+    quantizer.announce(model, plan)
     has_tokenizer = (beside / "tokenizer_config.json").is_file()
     return model.eval(), pretrained.tokenizer(str(beside)) if has_tokenizer else None
+
+
+def _of_transformers(folder: Path) -> tuple[nn.Module, RankPlan]:
+    """Let transformers read what ``save_pretrained`` wrote. Raises ``UserError`` where a tensor is missing."""
+    config = pretrained.opened("AutoConfig", str(folder))
+    plan = quantizer.plan_of(config)
+    if plan is None:
+        raise UserError(f"{folder} holds no compressed model: config.json has no plan; open it with transformers")
+    kind = by_configuration.kind_of(config, folder / by_configuration.CONFIG)
+    name = "AutoModelForCausalLM" if kind is None else kind.__name__
+    model, report = pretrained.opened(name, str(folder), dtype="auto", output_loading_info=True)
+    if lacking := sorted(report["missing_keys"]):
+        raise UserError(f"{folder} lacks {lacking[0]} and {len(lacking) - 1} more tensors; save the model again")
+    return model, plan
 
 
 def _precision(shards: Sequence[Shard]) -> torch.dtype:

@@ -116,18 +116,16 @@ def test_a_compressed_model_is_saved_and_writes_the_same_text(
     written = [model.generate(**prompt, max_new_tokens=8, do_sample=False) for model in (result.model, loaded)]
     assert torch.equal(*written) and written[0].shape[1] > 3
     assert its_tokenizer.decode(written[0][0]) == tokenizer.decode(written[1][0])
-    assert single_file.verified(tmp_path / "small" / language.WEIGHTS).metadata["plan"] == result.plan.to_json()
+    assert single_file.verified(tmp_path / "small" / "model.safetensors").metadata["plan"] == result.plan.to_json()
     assert language.perplexity(loaded, token_batches) == language.perplexity(result.model, token_batches)
 
 
-def test_transformers_own_loader_does_not_take_the_folder_for_a_dense_model(
-    tiny: Any, token_batches: Any, tmp_path: Path
-) -> None:
+def test_transformers_own_loader_reads_the_folder(tiny: Any, token_batches: Any, tmp_path: Path) -> None:
     objective = Objective(token_loss, {"calibration": token_batches})
     result = spectrim.Truncation(rank=4).compress(tiny("gpt2"), spectrim.SVD(), objective)
     language.save(tmp_path, result.model, result.plan)
-    with pytest.raises(UserError, match="cannot be opened"):
-        causal_lm(str(tmp_path))
+    inputs, _ = token_batches[0]
+    assert torch.equal(causal_lm(str(tmp_path))(**inputs).logits, result.model(**inputs).logits)
     assert language.load(tmp_path)[1] is None
 
 
@@ -143,10 +141,10 @@ def test_loading_reads_each_tensor_twice_to_verify_it_and_to_fill_the_model(
 
 def test_a_folder_that_names_something_else_is_refused(tiny: Any, tmp_path: Path) -> None:
     model = tiny("gpt2")
-    single_file.save(tmp_path / language.WEIGHTS, model, spectrim.RankPlan(), {"class": "AutoModel"})
+    single_file.save(tmp_path / "model.safetensors", model, spectrim.RankPlan(), {"class": "AutoModel"})
     with pytest.raises(UserError, match="names 'AutoModel', which is no model of transformers"):
         language.load(tmp_path)
-    with pytest.raises(UserError, match="there is no checkpoint"):
+    with pytest.raises(UserError, match="there is no folder"):
         language.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="a Linear is no model of transformers"):
         language.save(tmp_path, torch.nn.Linear(2, 2), spectrim.RankPlan())

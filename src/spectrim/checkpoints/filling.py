@@ -38,7 +38,7 @@ def fill(
 
     Raises ``UserError`` where the checkpoint is of another architecture; ``model`` is then unchanged.
     """
-    with _factored(model, plan, where):
+    with factored(model, plan, where):
         if architecture is not None and architecture_of(model) != architecture:
             raise UserError(f"{where} is of another architecture than {type(model).__name__} as built here")
         _require_same_tensors(model, shards, where, filled)
@@ -78,7 +78,7 @@ def architecture_of(model: nn.Module) -> str:
 
 
 @contextmanager
-def _factored(model: nn.Module, plan: RankPlan, where: str | Path) -> Iterator[None]:
+def factored(model: nn.Module, plan: RankPlan, where: str | Path) -> Iterator[None]:
     """Replace the layers of ``plan`` by factored ones; put the dense ones back where the block raises."""
     dense: dict[str, nn.Module] = {}
     new: dict[str, nn.Module] = {}

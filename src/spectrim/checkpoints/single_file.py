@@ -14,6 +14,7 @@ from spectrim.tools import digests, safetensors_stream
 from spectrim.tools.safetensors_stream import Shard
 
 FORMAT = "spectrim-1"
+TORCH = "pt"  # the format that transformers wants a file to name
 
 
 def save(
@@ -22,10 +23,12 @@ def save(
     plan: RankPlan,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write ``model`` and its plan to a safetensors file, atomically. Equal models give equal bytes.
 
-    ``metadata``: further text for the header.
+    ``metadata``: further text for the header; its ``format``, if any, is ``TORCH``.
+    ``beside``: tensors that the file holds in addition to those of the model.
     ``dtype``: precision of the floating-point numbers in the file; by default that of the model.
 
     Raises ``UserError`` where the disk is full or the folder cannot be written.
@@ -36,7 +39,8 @@ def save(
         for name, value in tensors_of(model).items()
         if aliases[name][0] == name
     }
-    header = {**(metadata or {}), "format": FORMAT, "plan": plan.to_json(), "architecture": architecture_of(model)}
+    tensors |= beside or {}
+    header = {"format": FORMAT, **(metadata or {}), "plan": plan.to_json(), "architecture": architecture_of(model)}
     header["digest"] = _digest(((name, tensors[name].detach().cpu()) for name in sorted(tensors)), header)
     safetensors_stream.save(Path(path), tensors, header)
 
@@ -78,7 +82,7 @@ def verified(path: Path) -> Shard:
         raise UserError(f"there is no checkpoint at {path}")
     shard = Shard.at(path)
     metadata = shard.metadata
-    if metadata.get("format") != FORMAT or not {"plan", "architecture", "digest"} <= metadata.keys():
+    if metadata.get("format") not in (FORMAT, TORCH) or not {"plan", "architecture", "digest"} <= metadata.keys():
         raise UserError(f"{path} is not a spectrim checkpoint: its header has no plan")
     if metadata["digest"] != _digest(((name, shard.read(name)) for name in sorted(shard.entries)), metadata):
         raise UserError(f"{path} was altered: its content does not match its digest; fetch or make it again")

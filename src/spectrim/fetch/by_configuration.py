@@ -43,9 +43,8 @@ def model_without_weights(folder: Path, name: str | None, dtype: torch.dtype) ->
     if not path.is_file():
         raise UserError(f"{folder} holds no {CONFIG}; build the model yourself: spectrim.load(…, into=model)")
     config = pretrained.opened("AutoConfig", str(folder))
-    named = getattr(config, "architectures", None)
-    if kind is None and named:
-        kind = _kind(named[0] if isinstance(named, list) else named, path)
+    if kind is None:
+        kind = kind_of(config, path)
     try:
         with pretrained.imported("accelerate").init_empty_weights(include_buffers=False), pretrained.quiet():
             if kind is None:
@@ -60,6 +59,12 @@ def model_without_weights(folder: Path, name: str | None, dtype: torch.dtype) ->
             reason = "names no class of transformers under architectures, nor is it that of a decoder"
         raise UserError(f"{path} {reason}") from None
     return model
+
+
+def kind_of(config: Any, source: Path) -> Any:
+    """Return the class of transformers that a configuration names, or None. ``source``: its file, for messages."""
+    named = getattr(config, "architectures", None)
+    return _kind(named[0] if isinstance(named, list) else named, source) if named else None
 
 
 def _kind(name: object, source: Path) -> Any:

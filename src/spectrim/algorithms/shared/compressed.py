@@ -10,7 +10,7 @@ from torch import nn
 
 from spectrim.algorithms.shared.layer_report import Reporter
 from spectrim.batches import Inputs
-from spectrim.checkpoints import single_file
+from spectrim.checkpoints import quantizer, single_file
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import MissingInput, UserError
 from spectrim.export import kinds
@@ -49,6 +49,9 @@ class Compressed:
     log: list[dict] = field(default_factory=list, repr=False)
     notes: list[str] = field(default_factory=list)
     trained: bool = False
+
+    def __post_init__(self) -> None:
+        quantizer.announce(self.model, self.plan)
 
     @property
     def report(self) -> pd.DataFrame:
