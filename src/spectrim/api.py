@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from spectrim.algorithms.by_plan import ByPlan
+from spectrim.algorithms.forecast import forecast
 from spectrim.algorithms.lossless import Lossless
 from spectrim.algorithms.shared.compressed import Algorithm, Compressed
 from spectrim.algorithms.shared.measurement import Measurement
@@ -44,7 +45,8 @@ def compress(
     collator: Collator | None = None,
     batch_size: int = 8,
     resume: str | Path | None = None,
-) -> Compressed:
+    dry_run: bool = False,
+) -> Compressed | Any:  # Any: the Forecast of a dry run, which most calls need not rule out
     """Return a compressed copy of ``model``. No weight is trained unless ``algorithm`` is one that trains.
 
     ``calibration``: held-out batches that can be iterated again and again. A batch is a pair ``(inputs, targets)``.
@@ -75,6 +77,8 @@ def compress(
     ``resume``: a folder for decompositions, gradients and refitted layers as they are computed. The same call after a
         kill takes them up, for the same weights, data and settings only. Delete the folder when you are done.
 
+    ``dry_run``: return only a ``Forecast``: the sizes, seconds and memory to expect, after one batch and some seconds.
+
     The given model keeps its weights, buffers, attributes, mode and device. The copy lies on the same device. A model
     from ``torch.compile`` is unwrapped, and the copy is not compiled. Layers that an earlier compression factored are
     decomposed again, and stay as they are where no smaller rank is chosen.
@@ -95,6 +99,9 @@ def compress(
         splits = {name: collated(own, collator, batch_size, model) for name, own in splits.items()}
     choice = LayerChoice.of(include, exclude, overrides or {})
     objective = Objective(loss or default_loss(model), splits, layers_at_once, choice=choice)
+    if dry_run:
+        with unchanged(model), torch.inference_mode(False):
+            return forecast(model, selector, views, objective)
     with unchanged(model), torch.inference_mode(False), resuming.into(resume):
         return selector.compress(model, views, objective).settle(batch_norm, objective)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, rank_of
 from spectrim.errors import UserError
@@ -28,6 +29,11 @@ class ByPlan:
         for name, own in self.plan.items():
             if not isinstance(own, Kept) and (type(own) is not int or own < 1):
                 raise UserError(f"plan[{name!r}]={own!r} is not a rank; give a whole number of at least 1")
+
+    def work(self, outlook: Outlook) -> Work:
+        """Return the work: nothing but decompositions."""
+        ranks = {name: own if isinstance(own, int) else own.rank for name, own in self.plan.items()}
+        return Work(ranks=ranks)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Factor the layers. Raises ``UserError`` for a layer, a form or a rank that cannot be."""

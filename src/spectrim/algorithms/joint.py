@@ -11,6 +11,7 @@ from tqdm import tqdm
 from spectrim.algorithms.shared.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.removal import Gated, remove
+from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
@@ -24,6 +25,7 @@ from spectrim.surgery.find_layers import in_one_line, left_dense
 from spectrim.tools.settings import settings
 
 SMALLEST_STEP = 1 / 64  # a share of the dense cost: a search by tolerance ends at smaller steps
+TRIES = 10  # models that a search by tolerance is expected to measure
 CAUTION = 2.0  # standard errors above the mean: a search tries some ten models, and one of them may pass by chance
 ROUNDING = 1e-9  # of a step: a smaller rest of the way to the budget takes no step of its own
 
@@ -81,6 +83,21 @@ class Joint:
             raise UserError(f"interaction must lie in [0, 1], got {self.interaction}")
         if self.samples < 2:
             raise UserError(f"samples must be at least 2, got {self.samples}")
+
+    def work(self, outlook: Outlook) -> Work:
+        """Return the work: the expansions and the refit, and some ten of each where a tolerance is searched for."""
+        directions, searched = 1 if self.significance is None else 2, self.max_loss_increase is not None
+        kept = self.params_kept or self.macs_kept or 0.0
+        expansions = TRIES if searched else math.ceil((1 - kept) / self.step - ROUNDING)
+        models = TRIES if searched else 1
+        return Work(
+            gates=expansions * directions * outlook.first(self.samples),
+            refit=models * outlook.first(self.refit),
+            evaluations=(models + 1) * outlook.of("verification") if searched else 0,
+            params_kept=self.params_kept,
+            macs_kept=self.macs_kept,
+            at_most=searched,
+        )
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Select components and cut. Raises ``UserError`` for a budget out of reach or missing verification batches."""

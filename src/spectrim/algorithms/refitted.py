@@ -5,6 +5,7 @@ from dataclasses import replace
 from torch import nn
 
 from spectrim.algorithms.shared.compressed import Algorithm, Compressed
+from spectrim.algorithms.shared.work import Foreseen, Outlook, Work
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.refit.factors import refit
@@ -26,6 +27,12 @@ class Refitted:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise UserError(f"samples must be at least 1, got {self.samples}")
+
+    def work(self, outlook: Outlook) -> Work:
+        """Return the work of the selector, with the refit. Raises ``UserError`` for one that does not say its own."""
+        if not isinstance(self.selector, Foreseen):
+            raise UserError(f"{type(self.selector).__name__} does not say what it will do; leave dry_run out")
+        return replace(self.selector.work(outlook), refit=outlook.first(self.samples))
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Compress and fit. Raises ``UserError`` for an empty calibration set."""

@@ -6,6 +6,7 @@ from torch import nn
 
 from spectrim.algorithms.shared.budget import costs_of
 from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.errors import UserError
@@ -40,6 +41,10 @@ class Truncation:
             raise UserError(f"rank must be at least 1, got {value}")
         if name != "rank" and not 0 < value <= 1:
             raise UserError(f"{name} must lie in (0, 1], got {value}")
+
+    def work(self, outlook: Outlook) -> Work:
+        """Return the work: nothing but decompositions."""
+        return Work(rank=self.rank, ratio=self.ratio, params_kept=self.params_kept)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Cut every layer by the rule. Raises ``UserError`` for a rank that no layer has, or a budget out of reach."""

@@ -202,6 +202,16 @@ def _resumed_fit(layer: FactoredLayer, moments: _Moments, folder: ResumeFolder |
     return found["product"].to(moments.xx_gII.device)
 
 
+def rehearse_fit(layer: FactoredLayer) -> None:
+    """Fit ``layer`` to random moments, in place, to learn what a fit takes. Memory: as a fit."""
+    with torch.no_grad():
+        W = layer.product([factor.weight.double() for factor in layer.factors])
+        x = torch.randn(len(W), 64, W.shape[-1], dtype=W.dtype, device=W.device)
+        xx = x.mT @ x / 64 + torch.eye(W.shape[-1]).to(W)
+        moments = _Moments(xx, (W + torch.randn_like(W) * W.std()) @ xx, x.mean(1), torch.zeros_like(W[..., 0]))
+    _fit(layer, moments)
+
+
 def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
     """Set the factors to the best fit near their current weights. Return their product, of shape (g, O, I)."""
     factors = layer.factors

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.neighbourhood import Neighbourhood, Norm
+from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
@@ -67,6 +68,17 @@ class Walk(ABC):
         ``curve``: the first-order change at every rank from 0, shape (R + 1,).
         ``ranks``: the ranks inside the neighbourhood, in ascending order.
         """
+
+    def work(self, outlook: Outlook) -> Work:
+        """Return the work: one gradient, and the tries where they are verified."""
+        tried = (1 + outlook.layers * self.tries) * outlook.of(self.verify_on) if self.verified else 0
+        passes = 1 + (outlook.layers - 1 if self.verified and self.refresh else 0)
+        return Work(
+            gradients=passes * outlook.of(self.split),
+            evaluations=tried,
+            largest_entries=self.norm == "entrywise" and self.gamma is not None,
+            at_most=self.verified,
+        )
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Select ranks and cut. Raises ``UserError`` for missing verification batches."""

@@ -1,0 +1,224 @@
+"""What a selection will take and give, before anything heavy: sizes, seconds and memory, with what is estimated."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from spectrim.algorithms.shared.rehearsal import Outline, Rehearsal, factored_model
+from spectrim.algorithms.shared.work import Foreseen, Outlook, Work
+from spectrim.batches import sample_count
+from spectrim.decomposers.spectrum import Decomposer
+from spectrim.errors import UserError
+from spectrim.factored.linalg import break_even_rank
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import find_layers
+from spectrim.surgery.cost import Cost, layer_macs, model_cost, parameters
+from spectrim.surgery.given_model import unchanged
+from spectrim.surgery.reopening import reopened
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a selection will take and give.
+
+    ``layers``: one row a layer that can be factored: layer, shape, full_rank, break_even, rank (missing: dense),
+        params_before, params_after. These ranks keep an equal share of each layer; a selector that measures takes
+        others.
+    ``dense``, ``compressed``: parameters and MACs before, and of the model with these ranks. MACs are NaN without
+        calibration batches; ``compressed`` is None where nothing says how small the model will be.
+    ``seconds``: expected time of each part of the selection.
+    ``memory_mib``: expected peak of each part, above what the process holds now.
+    ``notes``: which layers stay dense and why, and what the estimate leaves out.
+    """
+
+    algorithm: str
+    layers: pd.DataFrame
+    dense: Cost
+    compressed: Cost | None
+    seconds: Mapping[str, float]
+    memory_mib: Mapping[str, float]
+    notes: list[str]
+
+    def __str__(self) -> str:
+        small = self.compressed
+        unknown = "not known before the selection"
+        size, macs = (
+            (unknown, unknown)
+            if small is None
+            else (f"{own:,.0f}, {100 * own / old:.1f} %" for own, old in zip(small, self.dense, strict=True))
+        )
+        counted = f"{self.dense.macs:,.0f} -> {macs}"
+        spent, peak = sum(self.seconds.values()), max(self.memory_mib.values())
+        parts = ", ".join(f"{name} {_duration(own)}" for name, own in self.seconds.items() if own >= 0.05)
+        lines = [
+            f"{self.algorithm}: nothing is compressed yet",
+            f"parameters  {self.dense.params:,} -> {size}",
+            f"MACs        {'counted where calibration= is given' if math.isnan(self.dense.macs) else counted}",
+            f"time        about {_duration(spent)}" + (f": {parts}" if parts else ""),
+            f"memory      about {peak:,.0f} MiB above the present at the peak",
+            "",
+            self.layers.to_string(index=False, max_rows=24),
+            *self.notes,
+        ]
+        return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def forecast(model: nn.Module, algorithm: Any, decomposer: Decomposer, objective: Objective) -> Forecast:
+    """Return what ``algorithm`` will take and give on ``model``.
+
+    It runs one batch and decomposes the smaller layers, which takes some seconds; the rest is reckoned from these. A
+    time is right within a factor of three or so on a machine that does nothing else. Raises ``UserError`` as the
+    selection would, for all that one batch shows.
+    """
+    opened, example = reopened(model), objective.example()
+    with unchanged(opened):
+        found, left = find_layers.factorable(opened, example, decomposer.embeddings, objective.choice)
+        layers = [Outline.of(name, module, decomposer) for name, module in found.items()]
+        layers = [layer for layer in layers if break_even_rank(layer.rows, layer.columns) > 0]
+        if not layers:
+            raise UserError(f"this model has nothing to factor: {find_layers.in_one_line(left)}")
+        outlook = Outlook({name: _samples(objective, name) for name in objective.splits}, len(layers))
+        work = algorithm.work(outlook) if isinstance(algorithm, Foreseen) else None
+        ranks = _ranks(opened, layers, work or Work(), objective, example)
+        notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
+        seconds, memory = _taken(opened, layers, ranks, work, decomposer, objective, notes)
+        compressed = None if ranks is None else _cost(factored_model(opened, layers, ranks), example)
+        return Forecast(
+            type(algorithm).__name__, _table(layers, ranks), _cost(opened, example), compressed, seconds, memory, notes
+        )
+
+
+def _samples(objective: Objective, split: str) -> int:
+    """Return the number of samples of a split: by its length where it has one, otherwise by reading it."""
+    batches, given = iter(objective.batches(split)), objective.given(split)
+    first = next(batches, None)
+    if first is None:
+        return 0
+    size = sample_count(first[1], first[0])
+    try:
+        return size * len(given)  # type: ignore[arg-type]
+    except TypeError:
+        return size + sum(sample_count(targets, inputs) for inputs, targets in batches)
+
+
+def _cost(model: nn.Module, example: Any) -> Cost:
+    return Cost(parameters(model), math.nan) if example is None else model_cost(model, example)  # type: ignore[arg-type]
+
+
+def _ranks(
+    model: nn.Module, layers: Sequence[Outline], work: Work, objective: Objective, example: Any
+) -> dict[str, int] | None:
+    """Return the ranks that keep an equal share of each layer and meet the budget, below break-even; None without one.
+
+    A layer that is absent stays dense.
+    """
+    fixed = dict(objective.choice.overrides)
+    if work.ranks is not None:
+        return {**work.ranks, **fixed}
+    if work.rank is not None:
+        wanted = {layer.name: float(work.rank) for layer in layers}
+    else:
+        share = work.ratio
+        if work.params_kept is not None:
+            share = _share(work.params_kept, parameters(model), {layer.name: layer.params for layer in layers})
+        elif work.macs_kept is not None and example is not None:
+            own, total = layer_macs(model, [layer.name for layer in layers], example)
+            share = _share(work.macs_kept, total, own)
+        if share is None:
+            return fixed or None
+        wanted = {layer.name: share * layer.params / layer.component for layer in layers}
+    ranks = {layer.name: fixed.get(layer.name, max(1, math.floor(wanted[layer.name]))) for layer in layers}
+    return {
+        layer.name: ranks[layer.name]
+        for layer in layers
+        if ranks[layer.name] <= break_even_rank(layer.rows, layer.columns)
+    }
+
+
+def _share(kept: float, total: float, layers: Mapping[str, float]) -> float:
+    """Return the share that each layer keeps where the whole model keeps ``kept``."""
+    inside = sum(layers.values())
+    return max(0.0, (kept * total - (total - inside)) / inside)
+
+
+def _table(layers: Sequence[Outline], ranks: Mapping[str, int] | None) -> pd.DataFrame:
+    rows = []
+    for layer in layers:
+        rank = (ranks or {}).get(layer.name)
+        rows.append(
+            {
+                "layer": layer.name,
+                "shape": tuple(layer.module.weight.shape),  # type: ignore[arg-type]
+                "full_rank": layer.full_rank,
+                "break_even": break_even_rank(layer.rows, layer.columns),
+                "rank": rank,
+                "params_before": layer.params,
+                "params_after": layer.params if rank is None else rank * layer.component,
+            }
+        )
+    return pd.DataFrame(rows).astype({"rank": "Int64"})
+
+
+def _taken(
+    model: nn.Module,
+    layers: Sequence[Outline],
+    ranks: Mapping[str, int] | None,
+    work: Work | None,
+    decomposer: Decomposer,
+    objective: Objective,
+    notes: list[str],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the seconds and the peak memory, in MiB, of each part of the selection; add notes on what is left out."""
+    does = work or Work()
+    if does.gradients or does.gates or does.refit or decomposer.samples:
+        objective.given("calibration")
+    batch = next(iter(objective.batches("calibration")), None) if "calibration" in objective.splits else None
+    rehearsal = Rehearsal(model, layers, decomposer, objective, batch)
+    taken = decomposer.samples if batch is None else min(decomposer.samples, _samples(objective, "calibration"))
+    moment_seconds, moments = rehearsal.moments() if decomposer.samples else (0.0, {})
+    seconds = {"decompose": taken * moment_seconds + rehearsal.decompositions(moments, does.largest_entries)}
+    item = next(model.parameters()).element_size()
+    weights = sum(layer.params for layer in layers)
+    block = 1.0 if objective.layers_at_once is None else min(1.0, objective.layers_at_once / len(layers))
+    held = block * sum(8 * layer.full_rank * layer.component for layer in layers)
+    largest = max(8 * (4 * layer.params + 6 * sum(size**2 for size in layer.inputs)) for layer in layers)
+    gathered = block * sum(8 * layer.matrices * size**2 for layer in layers for size in layer.inputs)
+    model_bytes = item * parameters(model)
+    memory = {"decompose": held + gathered + largest, "build": held + 2 * model_bytes}
+    if does.gradients:
+        each, saved = rehearsal.gradient_pass()
+        seconds["gradients"] = does.gradients * each
+        memory["gradients"] = held + 2 * item * block * weights + rehearsal.count * saved
+    if does.gates:
+        each, saved = rehearsal.gate_pass()
+        seconds["gates"] = does.gates * each
+        full = item * block * sum(layer.full_rank * layer.component for layer in layers)
+        rows = 4 * 2 * does.gates * sum(layer.full_rank for layer in layers)
+        memory["gates"] = held + full + rows + rehearsal.count * saved
+    if does.evaluations:
+        seconds["verify"] = does.evaluations * rehearsal.forward_seconds()
+        memory["verify"] = held + model_bytes
+    if does.refit:
+        fitted = ranks or {layer.name: max(1, break_even_rank(layer.rows, layer.columns) // 2) for layer in layers}
+        flows = rehearsal.flows()
+        passes = 2 * does.refit * rehearsal.forward_seconds() + rehearsal.refit_moments(does.refit, flows)
+        seconds["refit"] = passes + rehearsal.fits(fitted)
+        memory["refit"] = held + model_bytes + 2 * does.refit * max(own for own, _ in flows.values())
+        memory["refit"] += rehearsal.refit_bytes(fitted)
+    if work is None:
+        notes.append("the time is that of the decompositions: this algorithm does not say what else it will do")
+    if does.at_most:
+        notes.append("the time is an upper bound: the selection may end earlier")
+    return seconds, {name: own / MIB for name, own in memory.items()}

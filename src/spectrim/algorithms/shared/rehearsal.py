@@ -1,0 +1,273 @@
+"""What one batch, and the smaller layers, tell of the seconds and bytes that a whole selection takes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from time import perf_counter as clock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.batches import (
+    alone_trainable,
+    batch_size,
+    device_of,
+    evaluating,
+    first_argument,
+    forward,
+    hooked,
+    to_device,
+)
+from spectrim.decomposers.spectrum import Decomposer, Moments
+from spectrim.factored.base import FactoredLayer
+from spectrim.factored.dense import DenseLayer
+from spectrim.factored.forms import EmbeddingForm, Form, PlainForm
+from spectrim.factored.plan import Kept, RankPlan
+from spectrim.refit.factors import POSITIONS, rehearse_fit
+from spectrim.statistics.fisher import gate_gradients
+from spectrim.statistics.input_moments import input_moments
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import replacing
+
+GROWTH = 0.9  # larger matrices take less time for each operation
+SECONDS = 1.0  # for the decompositions, and for the fits, that are rehearsed; the first one may take longer
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The shape of a layer, without its decomposition.
+
+    ``matrices``: number of matrices of ``rows`` x ``columns`` that the weight is read as.
+    ``inputs``: size of the second moments that the decomposer takes, one for each view.
+    """
+
+    name: str
+    module: nn.Module
+    form: Form
+    matrices: int
+    rows: int
+    columns: int
+    inputs: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, decomposer: Decomposer) -> "Outline":
+        """Return the outline of a layer, in the channel view where ``decomposer`` has no view of its own."""
+        dense, parts = DenseLayer.of(module), int(getattr(decomposer, "subspaces", 1))
+        view = dense.view(getattr(decomposer, "view", "channel"))
+        parts = parts if dense.inputs % parts == 0 else 1
+        form: Form = EmbeddingForm() if isinstance(module, nn.Embedding) else PlainForm(view, parts)
+        inputs = tuple(dense.sides(own)[1] for own in decomposer.views(module))
+        return cls(name, module, form, dense.groups * parts, *dense.sides(view, parts), inputs)
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.rows, self.columns)
+
+    @property
+    def component(self) -> int:
+        """Number of parameters of one component."""
+        return self.matrices * (self.rows + self.columns)
+
+    @property
+    def params(self) -> int:
+        return self.matrices * self.rows * self.columns
+
+    @property
+    def decomposition(self) -> float:
+        """Operations of the decomposition, up to a factor: an SVD, and the root of each second moment."""
+        dense = isinstance(self.module, nn.Embedding)  # whose moments are diagonal
+        roots = 0 if dense else sum(12 * size**3 for size in self.inputs)
+        return self.matrices * (20 * self.full_rank**2 * max(self.rows, self.columns) + roots)
+
+    def factor(self, rank: int) -> FactoredLayer:
+        """Return a factored layer with random weights. It has the name that it has in a spectrum."""
+        layer = self.form.layer_for(self.module, rank)
+        with torch.no_grad():
+            for factor in layer.factors:
+                factor.weight.normal_(std=factor.weight[0].numel() ** -0.5)
+            if layer.bias is not None:
+                layer.bias.zero_()
+        return layer
+
+
+def factored_model(model: nn.Module, layers: Sequence[Outline], ranks: Mapping[str, int]) -> nn.Module:
+    """Return ``model`` with random factors in ``layers``. It shares its other weights."""
+    plan = RankPlan.of({layer.name: Kept(ranks[layer.name], layer.form) for layer in layers if layer.name in ranks})
+    blanks: Any = {layer.name: layer for layer in layers}  # in place of spectra, of which only ``factor`` is called
+    return replacing.apply(model, plan, blanks, shared=True)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """The first batch of calibration samples, run through a model. Seconds and bytes are those of one sample."""
+
+    model: nn.Module
+    layers: Sequence[Outline]
+    decomposer: Decomposer
+    objective: Objective
+    batch: Any
+
+    @property
+    def count(self) -> int:
+        return batch_size(self.batch[0])
+
+    def forward_seconds(self) -> float:
+        """Return the seconds of a forward pass."""
+        inputs = to_device(self.batch[0], device_of(self.model))
+        with evaluating(self.model), torch.inference_mode():
+            return _seconds(lambda: forward(self.model, inputs)) / self.count
+
+    def gradient_pass(self) -> tuple[float, int]:
+        """Return the seconds of a gradient by all weights, and the bytes that its forward pass saves."""
+        names, one = [layer.name for layer in self.layers], self._of_one_batch()
+        saved = _Saved()
+        weights: Any = [layer.module.weight for layer in self.layers]
+        inputs = to_device(self.batch[0], device_of(self.model))
+        with evaluating(self.model), alone_trainable(self.model, weights), torch.enable_grad(), saved.counting():
+            forward(self.model, inputs)
+        return _seconds(lambda: one.gradients(self.model, names)) / self.count, saved.bytes // self.count
+
+    def gate_pass(self) -> tuple[float, int]:
+        """Return the seconds of a gradient by all gates at full rank, and the bytes that its forward pass saves."""
+        full = {layer.name: layer.full_rank for layer in self.layers}
+        factored, one, saved = factored_model(self.model, self.layers, full), self._of_one_batch(), _Saved()
+
+        def gates() -> None:
+            gate_gradients(factored, list(full), one, self.count, first_order=False)
+
+        with saved.counting():
+            gates()
+        return _seconds(gates) / self.count, saved.bytes // self.count
+
+    def moments(self) -> tuple[float, dict[str, dict[str, Tensor]]]:
+        """Return the seconds of a pass that takes second moments, and those of the first batch."""
+        views = {layer.name: self.decomposer.views(layer.module) for layer in self.layers}
+        if not any(views.values()):
+            return 0.0, {}
+        take = partial(input_moments, self.model, views, self._of_one_batch(), self.count)
+        began = clock()
+        found = take()
+        return (clock() - began) / self.count, found
+
+    def decompositions(self, moments: Mapping[str, Moments], twice: bool) -> float:
+        """Return the seconds of all decompositions. ``twice``: their errors are looked at entry by entry, too."""
+
+        def decompose(layer: Outline) -> None:
+            spectrum = self.decomposer.spectrum(layer.module, moments.get(layer.name, {}))
+            if twice:
+                spectrum.largest_entry()
+
+        return _extrapolated(self.layers, lambda layer: layer.decomposition, decompose)
+
+    def fits(self, ranks: Mapping[str, int]) -> float:
+        """Return the seconds in which all factors are fitted to given moments."""
+        return _extrapolated(
+            [layer for layer in self.layers if layer.name in ranks],
+            lambda layer: layer.matrices * layer.rows * layer.columns * (layer.rows + layer.columns),
+            lambda layer: rehearse_fit(layer.factor(ranks[layer.name])),
+        )
+
+    def flows(self) -> dict[str, tuple[float, float]]:
+        """Return, for each layer, the bytes that flow in and out and the number of its positions, for one sample."""
+        found: dict[str, tuple[float, float]] = {}
+
+        def passed(name: str, rows: int, _: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+            nbytes = first_argument(args, kwargs).nbytes + output.nbytes
+            found[name] = nbytes / self.count, output.numel() / rows / self.count
+
+        handles = [
+            layer.module.register_forward_hook(
+                partial(passed, layer.name, DenseLayer.of(layer.module).outputs), with_kwargs=True
+            )
+            for layer in self.layers
+        ]
+        with hooked(handles), evaluating(self.model), torch.inference_mode():
+            forward(self.model, to_device(self.batch[0], device_of(self.model)))
+        return found
+
+    def refit_bytes(self, ranks: Mapping[str, int]) -> int:
+        """Return the bytes of the second moments and of the search with which the largest layer is refitted."""
+        most = 0
+        for layer in self.layers:
+            dense = DenseLayer.of(layer.module)
+            rows, columns = dense.sides(dense.view("channel"))
+            factors = ranks.get(layer.name, 0) * layer.component
+            most = max(most, 8 * (dense.groups * columns * (9 * columns + 6 * rows) + 25 * factors))
+        return most
+
+    def refit_moments(self, samples: int, flows: Mapping[str, tuple[float, float]]) -> float:
+        """Return the seconds in which a refit takes the second moments of all layers."""
+        operations = 0.0
+        for layer in self.layers:
+            dense, positions = DenseLayer.of(layer.module), samples * flows.get(layer.name, (0, 0))[1]
+            rows, columns = dense.sides(dense.view("channel"))
+            if isinstance(layer.module, nn.Conv2d):
+                positions = min(positions, POSITIONS)
+            operations += 2 * dense.groups * positions * columns * (rows + columns)
+        return operations * _seconds_of_a_product()
+
+    def _of_one_batch(self) -> Objective:
+        return self.objective.on({"calibration": [self.batch]})
+
+
+class _Saved:
+    """The bytes that a forward pass saves for the backward pass, each storage once."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def counting(self) -> Any:
+        """Return a context in which they are counted."""
+
+        def noted(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            self._sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        return torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor)
+
+
+def _seconds_of_a_product() -> float:
+    """Return the seconds that one operation of a matrix product takes, in single precision."""
+    x = torch.randn(768, 768)
+    return _seconds(lambda: x @ x) / (2 * len(x) ** 3)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Return the seconds of ``call``: the median of three, or of one that is long."""
+    times: list[float] = []
+    while len(times) < 3 and sum(times) < SECONDS / 2:
+        began = clock()
+        call()
+        times.append(clock() - began)
+    return median(times)
+
+
+def _extrapolated(
+    layers: Sequence[Outline], operations: Callable[[Outline], float], call: Callable[[Outline], None]
+) -> float:
+    """Return the seconds of ``call`` on all layers: of the small ones measured, of others by their operations.
+
+    Layers of one shape are measured once. The seconds grow as the power ``GROWTH`` of the operations.
+    """
+    shapes: dict[tuple, list[Outline]] = {}
+    for layer in sorted(layers, key=operations):
+        key = (layer.form, layer.matrices, layer.rows, layer.columns, layer.inputs)
+        shapes.setdefault(key, []).append(layer)
+    spent, total, largest, rate = 0.0, 0.0, 1.0, 0.0
+    for alike in shapes.values():
+        if spent < SECONDS:
+            began = clock()
+            call(alike[0])
+            seconds = clock() - began
+            spent, rate, largest = spent + seconds, seconds, max(operations(alike[0]), 1.0)
+        else:
+            seconds = rate * (operations(alike[0]) / largest) ** GROWTH
+        total += len(alike) * seconds
+    return total
