@@ -9,14 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spectrim.errors import UserError
-from spectrim.factored.forms import EmbeddingForm, Form, PlainForm, TuckerForm
+from spectrim.factored.forms import EmbeddingForm, Form, PivotedForm, PlainForm, TuckerForm
 from spectrim.factored.layers import TuckerConv2d
 
 VIEWS = ("linear", "channel", "spatial", "vertical")
 counts = st.integers(1, 10**6)
 forms = (
     st.builds(PlainForm, st.sampled_from(VIEWS), counts)
-    | st.builds(EmbeddingForm, st.integers(0, 10**6))
+    | st.builds(PivotedForm, st.sampled_from(VIEWS[:3]))
+    | st.builds(EmbeddingForm, st.integers(0, 10**6), st.booleans())
     | st.builds(TuckerForm, counts, counts)
 )
 # The texts of the files and records that exist.
@@ -29,12 +30,23 @@ WRITTEN = {
     "vertical": PlainForm("vertical"),
     "embedding": EmbeddingForm(),
     "embedding but 3988": EmbeddingForm(3988),
+    "pivoted spatial": PivotedForm("spatial"),
+    "pivoted embedding but 7": EmbeddingForm(7, pivoted=True),
     "tucker 12x7": TuckerForm(12, 7),
 }
 NONSENSE = [
     *("", "Linear", "linear ", " linear", "linear\n", "channel in 1", "channel in 0", "channel in x", "channel in 02"),
     *("channel in -2", "channel in 2 in 2", "tucker", "tucker 0x2", "tucker 2x", "tucker 2x2 in 2", "tucker ٣x٣"),
-    *("embedding but 0", "embedding but", "pivoted linear", "channel in " + "9" * 5000, "tucker 2x" + "9" * 5000),
+    *(
+        "embedding but 0",
+        "embedding but",
+        "pivoted vertical",
+        "pivoted",
+        "pivoted linear in 2",
+        "channel in " + "9" * 5000,
+        "tucker 2x" + "9" * 5000,
+    ),
+    *("pivoted vertical", "pivoted", "pivoted linear in 2", "pivoted tucker 2x2"),
     *("embedding but " + "9" * 5000, "9" * 5000, "x\n" * 500, None, 3, ["linear"], {"view": "linear"}),
 ]
 

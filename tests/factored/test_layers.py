@@ -59,7 +59,11 @@ DENSE: dict[str, Any] = {
     "spatial in 4": lambda: nn.Conv2d(8, 6, (3, 2), bias=False, groups=2),
     "vertical": lambda: nn.Conv2d(8, 6, (3, 5), groups=2),
     "tucker 2x3": lambda: nn.Conv2d(8, 6, (3, 5), stride=2, groups=2),
+    "pivoted linear": lambda: nn.Linear(12, 10),
+    "pivoted channel": lambda: nn.Conv2d(8, 6, (3, 5), stride=(1, 2), padding=(2, 1), groups=2),
+    "pivoted spatial": lambda: nn.Conv2d(8, 6, (3, 5), padding=1, dilation=(2, 1), padding_mode="reflect"),
     "embedding": lambda: nn.Embedding(9, 4, padding_idx=2),
+    "pivoted embedding but 3": lambda: nn.Embedding(9, 4),
     "embedding but 3": lambda: nn.Embedding(9, 4),
 }
 
@@ -147,7 +151,7 @@ class Reader(nn.Module):
         return self.layer(F.pad(x, (size,) * 4)) + self.layer.weight.sum()
 
 
-@pytest.mark.parametrize("form", ["channel", "spatial", "tucker 2x3"])
+@pytest.mark.parametrize("form", ["channel", "spatial", "tucker 2x3", "pivoted channel", "pivoted spatial"])
 def test_a_model_that_reads_them_is_compiled_and_exported(form: str) -> None:
     model, x = Reader(), torch.randn(2, 8, 9, 9)
     model.layer = factored(form, model.layer)
@@ -155,7 +159,9 @@ def test_a_model_that_reads_them_is_compiled_and_exported(form: str) -> None:
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
-@pytest.mark.parametrize("form", ["linear", "spatial", "tucker 2x3"])
+@pytest.mark.parametrize(
+    "form", ["linear", "spatial", "tucker 2x3", "pivoted linear", "pivoted channel", "pivoted spatial"]
+)
 def test_a_factored_layer_is_scripted(form: str) -> None:
     layer = factored(form, DENSE[form]())
     with pytest.warns(DeprecationWarning):

@@ -197,11 +197,12 @@ class _JointSearch:
         chosen, bench = self.settings, self.bench
         first_order = chosen.significance is not None
         kept = {name: bench.spectra[name].kept(tuple(own.tolist())) for name, own in point.kept.items()}
+        plain = {name: spectrum.plain() for name, spectrum in bench.spectra.items()}
         smaller = {name for name, own in point.kept.items() if len(own) < bench.spectra[name].max_rank}
 
         def gates_of(block: Sequence[str], seen: Objective) -> Gates:
             plan = RankPlan.of({name: own for name, own in kept.items() if name in smaller or name in block})
-            factored = replacing.apply(bench.model, plan, bench.spectra, shared=True)
+            factored = replacing.apply(bench.model, plan, plain, shared=True)
             return gate_gradients(factored, block, seen, chosen.samples, seed=chosen.seed, first_order=first_order)
 
         def gates() -> Gates:

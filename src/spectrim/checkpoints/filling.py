@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spectrim.errors import UserError
+from spectrim.factored.completion import Completion, require_permutation
+from spectrim.factored.layers import FactoredEmbedding
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery.replacing import replace
 from spectrim.tools.safetensors_stream import Shard
@@ -42,6 +44,7 @@ def fill(
         if architecture is not None and architecture_of(model) != architecture:
             raise UserError(f"{where} is of another architecture than {type(model).__name__} as built here")
         _require_same_tensors(model, shards, where, filled)
+        _require_positions(model, shards, where)
         _require_no_buffer_left_on_meta(model)
     state, aliases = tensors_of(model), names_of_shared(model)
     with torch.no_grad():
@@ -117,6 +120,21 @@ def _require_same_tensors(
             raise UserError(f"{where} is of another architecture: it lacks {name}")
     for name in sorted(found.keys() - state.keys()):
         raise UserError(f"{where} is of another architecture: {type(model).__name__} has no {name}")
+
+
+def _require_positions(model: nn.Module, shards: Sequence[Shard], where: str | Path) -> None:
+    """Raise ``UserError`` where the positions of a pivoted layer or of whole rows name no place, or one twice."""
+    for shard in shards:
+        for name in shard.entries:
+            module, _, tensor = name.rpartition(".")
+            owner = model.get_submodule(module)
+            try:
+                if isinstance(owner, Completion) and tensor == "positions":
+                    owner.require_positions(shard.read(name))
+                elif isinstance(owner, FactoredEmbedding) and tensor == "place":
+                    require_permutation(shard.read(name))
+            except UserError as error:
+                raise UserError(f"{where} is damaged: {name}: {error}; write it again") from None
 
 
 def _require_no_buffer_left_on_meta(model: nn.Module) -> None:

@@ -1,32 +1,39 @@
 """A Linear, Embedding or Conv2d weight as matrices, and the spectrum of such a weight."""
 
-from typing import Literal
+import copy
+from bisect import bisect_right
+from typing import Literal, Self
 
 from torch import Tensor, nn
 
 from spectrim.decomposers import resumed
-from spectrim.decomposers.spectrum import Keep, Spectrum
+from spectrim.decomposers.spectrum import Keep, Spectrum, rank_of
 from spectrim.errors import UserError
 from spectrim.factored import linalg
-from spectrim.factored.base import Factor, FactoredLayer
+from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
-from spectrim.factored.forms import EmbeddingForm, Form, PlainForm
+from spectrim.factored.forms import EmbeddingForm, Form, PivotedForm, PlainForm
 from spectrim.factored.plan import Kept
 from spectrim.tools.spill import SpilledTensors, SpillFolder
 
 View = Literal["channel", "spatial"]
+Factors = Literal["plain", "pivoted"]
 
 
 class MatrixSpectrum(Spectrum):
     """The spectrum of a weight read as one matrix a group, or as ``subspaces`` matrices a group side by side.
 
     ``svd``: U (g, O, R), S (g, R), Vh (g, R, I), where g counts all the matrices. U and Vh may lie on disk.
+    ``factors``: what the factored layers store. ``plain``: two factors of k (O + I) numbers at rank k. ``pivoted``: k
+        rows of the product and the coefficients of the other rows in them, k (O + I - k) numbers.
     """
 
-    def __init__(self, layer: DenseLayer, view: View, svd: linalg.SVD, subspaces: int = 1) -> None:
+    def __init__(
+        self, layer: DenseLayer, view: View, svd: linalg.SVD, subspaces: int = 1, factors: Factors = "plain"
+    ) -> None:
         # Only the shape of the layer is kept: the layer itself would keep every decomposed model alive.
         self.template = layer.without_weights()
-        self.view, self.subspaces, self.S_R = view, subspaces, svd.S_R
+        self.view, self.subspaces, self.S_R, self.pivoted = view, subspaces, svd.S_R, factors == "pivoted"
         self.shape = (*svd.U_OR.shape[:2], svd.Vh_RI.shape[-1])  # matrices, outputs and inputs of each
         self._vectors: tuple[Tensor, Tensor] | SpilledTensors = (svd.U_OR, svd.Vh_RI)
         self.bias = None if layer.bias is None else layer.bias.detach().clone()
@@ -54,19 +61,30 @@ class MatrixSpectrum(Spectrum):
     def max_rank(self) -> int:
         return self.S_R.shape[-1]
 
-    @property
-    def form(self) -> Form:
-        """The form of the factored layers, the same at every rank."""
+    def form(self, rank: int) -> Form:
+        """Return the form of the factored layer of ``rank``."""
+        pivoted = self.is_pivoted(rank)
         if isinstance(self.template.module, nn.Embedding):
-            return EmbeddingForm()
-        return PlainForm(self.template.view(self.view), self.subspaces)
+            return EmbeddingForm(pivoted=pivoted)
+        view = self.template.view(self.view)
+        return PivotedForm(view) if pivoted else PlainForm(view, self.subspaces)
+
+    def is_pivoted(self, rank: int) -> bool:
+        """Return whether the factors of ``rank`` are pivoted: at full rank no row may be left for the coefficients."""
+        return self.pivoted and rank <= linalg.most_pivots(*self.shape[1:])
+
+    def plain(self) -> Self:
+        """Return the same spectrum with plain factors, which exist at every rank up to the full one."""
+        twin = copy.copy(self)
+        twin.pivoted = False
+        return twin
 
     def kept(self, keep: Keep) -> Kept:
-        return Kept(keep, self.form)
+        return Kept(keep, self.form(rank_of(keep)))
 
     @property
     def break_even(self) -> int:
-        return linalg.break_even_rank(*self.shape[1:])
+        return min(self.shape[1:]) - 1 if self.pivoted else linalg.break_even_rank(*self.shape[1:])
 
     def error(self) -> Tensor:
         energy = linalg.tail_sums(self.S_R.double().square()).sum(0)
@@ -83,16 +101,26 @@ class MatrixSpectrum(Spectrum):
 
     def sizes(self, rank: int) -> tuple[int, ...]:
         groups, outputs, inputs = self.shape
-        return rank * groups * inputs, rank * groups * outputs
+        return rank * groups * inputs, rank * groups * (outputs - rank if self.is_pivoted(rank) else outputs)
+
+    def multiplied(self, rank: int) -> tuple[int, ...]:
+        """Return ``sizes``, but of plain factors in the spatial view, where pivots save no multiplication."""
+        spatial = self.template.view(self.view) == "spatial"
+        return self.plain().sizes(rank) if self.pivoted and spatial else self.sizes(rank)
+
+    def rank_within(self, params: float) -> int:
+        if not self.pivoted:
+            return super().rank_within(params)
+        return max(0, bisect_right(range(self.max_rank + 1), params, key=self.cost) - 1)
 
     def factor(self, keep: Keep) -> FactoredLayer:
         chosen = _components(keep, self.max_rank)
         U, S, Vh = self.svd
         root = S[:, chosen].sqrt()  # the two factors share the singular values: equal norms, no overflow in half
         B, A = U[:, :, chosen] * root[:, None, :], root[:, :, None] * Vh[:, chosen, :]
-        layer = self.form.layer_for(self.template.module, len(chosen)).to_empty(device=self.device)
-        weights = _first_weight(A, layer.first), _second_weight(B, layer.second, self.template.groups)
-        layer.fill(weights, self.bias)
+        layer = self.form(len(chosen)).layer_for(self.template.module, len(chosen)).to_empty(device=self.device)
+        layer.fill_matrices(B, A)
+        layer.fill_bias(self.bias)
         return layer
 
 
@@ -122,24 +150,6 @@ def from_matrix(W_OI: Tensor, layer: DenseLayer, view: str) -> Tensor:
         rows = layer.outputs // layer.groups
         W_OI = W_OI.reshape(layer.groups, rows, kh, layer.inputs, kw).permute(0, 1, 3, 2, 4)
     return W_OI.reshape(layer.outputs, layer.inputs, kh, kw)
-
-
-def _first_weight(A: Tensor, first: Factor) -> Tensor:
-    """Return the rows of A (g, rank, I) in the shape of the weight of the first factor."""
-    if isinstance(first, nn.Embedding):
-        return A.squeeze(0).t()
-    return A.reshape(first.weight.shape)
-
-
-def _second_weight(B: Tensor, second: Factor, groups: int) -> Tensor:
-    """Return the columns of B (g, O, rank) in the shape of the weight of the second factor.
-
-    The columns of all subspaces of a group lie side by side.
-    """
-    B = B.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
-    if isinstance(second, nn.Conv2d) and second.kernel_size[0] > 1:
-        B = B.unflatten(1, (-1, second.kernel_size[0])).transpose(2, 3)
-    return B.reshape(second.weight.shape)
 
 
 def _components(keep: Keep, max_rank: int) -> list[int]:

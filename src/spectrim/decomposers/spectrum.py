@@ -68,6 +68,14 @@ class Spectrum(ABC):
     def sizes(self, rank: int) -> tuple[int, ...]:
         """Return the parameters of each factor at ``rank``, without the bias, in the order of the factors."""
 
+    def multiplied(self, rank: int) -> tuple[int, ...]:
+        """Return how many numbers of each factor a position is multiplied by: by default ``sizes``."""
+        return self.sizes(rank)
+
+    def plain(self) -> "Spectrum":
+        """Return the same spectrum with plain factors, in which each component is a channel between the two."""
+        return self
+
     @abstractmethod
     def kept(self, keep: Keep) -> Kept:
         """Return the entry of a plan for ``keep``: with the form of the layer that ``factor`` returns."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.decomposers import resumed
-from spectrim.decomposers.matrix import MatrixSpectrum, View, to_matrix
+from spectrim.decomposers.matrix import Factors, MatrixSpectrum, View, to_matrix
 from spectrim.decomposers.spectrum import NO_MOMENTS, Keep, Moments
 from spectrim.errors import UserError
 from spectrim.factored import linalg
@@ -34,6 +34,7 @@ class WhitenedSVD:
     ``whole``: the most frequent ids that together make this fraction of all look-ups keep their rows, and only the
         other rows are factored. This is GroupReduce (Chen et al., arXiv 1806.06950) with two groups, the first of full
         rank.
+    ``factors``: as in ``SVD``.
     """
 
     view: View = "spatial"
@@ -41,6 +42,7 @@ class WhitenedSVD:
     samples: int = 500
     embeddings: bool = False
     whole: float = 0.0
+    factors: Factors = "plain"
 
     def __post_init__(self) -> None:
         if not self.ridge > 0:
@@ -64,10 +66,11 @@ class WhitenedSVD:
             raise UserError("a whitened decomposition needs the second moment of the layer's inputs")
         moment = moment.to(W_OI)
         if not isinstance(layer, nn.Embedding):
-            return WhitenedSpectrum(dense, self.view, *_decomposed(W_OI, moment, self.ridge))
+            return WhitenedSpectrum(dense, self.view, *_decomposed(W_OI, moment, self.ridge), self.factors)
         order, whole_rows = _by_frequency(moment.squeeze(0), self.whole)
         rare = order[whole_rows:]
-        return EmbeddingSpectrum(dense, *_decomposed(W_OI[..., rare], moment[:, rare], self.ridge), order, whole_rows)
+        svd, importance = _decomposed(W_OI[..., rare], moment[:, rare], self.ridge)
+        return EmbeddingSpectrum(dense, svd, importance, order, whole_rows, self.factors)
 
 
 def _decomposed(W_OI: Tensor, moment: Tensor, ridge: float) -> tuple[linalg.SVD, Tensor]:
@@ -96,8 +99,10 @@ class WhitenedSpectrum(MatrixSpectrum):
     ``importance`` (g, R), the singular values of the whitened weight, orders the components. The s_i need not fall.
     """
 
-    def __init__(self, layer: DenseLayer, view: View, svd: linalg.SVD, importance: Tensor) -> None:
-        super().__init__(layer, view, svd)
+    def __init__(
+        self, layer: DenseLayer, view: View, svd: linalg.SVD, importance: Tensor, factors: Factors = "plain"
+    ) -> None:
+        super().__init__(layer, view, svd, factors=factors)
         self._importance = importance
 
     @property
@@ -117,14 +122,21 @@ class EmbeddingSpectrum(WhitenedSpectrum):
     ``order``: all ids, those of the ``whole_rows`` rows first.
     """
 
-    def __init__(self, layer: DenseLayer, svd: linalg.SVD, importance: Tensor, order: Tensor, whole_rows: int) -> None:
-        super().__init__(layer, "channel", svd, importance)
+    def __init__(
+        self,
+        layer: DenseLayer,
+        svd: linalg.SVD,
+        importance: Tensor,
+        order: Tensor,
+        whole_rows: int,
+        factors: Factors = "plain",
+    ) -> None:
+        super().__init__(layer, "channel", svd, importance, factors)
         weight = layer.weight.detach()
         self.order, self.rows, self.norm = order, weight[order[:whole_rows]].clone(), weight.double().norm().cpu()
 
-    @property
-    def form(self) -> EmbeddingForm:
-        return EmbeddingForm(len(self.rows))
+    def form(self, rank: int) -> EmbeddingForm:
+        return EmbeddingForm(len(self.rows), self.is_pivoted(rank))
 
     def first_order(self, gradient: Tensor) -> Tensor:
         return super().first_order(gradient[self.order[len(self.rows) :]])
@@ -136,6 +148,8 @@ class EmbeddingSpectrum(WhitenedSpectrum):
         return (*super().sizes(rank), self.rows.numel()) if len(self.rows) else super().sizes(rank)
 
     def rank_within(self, params: float) -> int:
+        if self.pivoted:
+            return super().rank_within(params)
         return max(0, math.floor((params - self.cost(0)) / (self.cost(1) - self.cost(0))))
 
     def factor(self, keep: Keep) -> FactoredLayer:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.factored.completion import Completion, factor_matrices, factor_weight
 from spectrim.factored.dense import attributes_of, dense_kinds
 
 
@@ -33,7 +34,7 @@ class BlockLinear(nn.Module):
         return linear_of(weight, None, self.weight.requires_grad)
 
 
-Factor = nn.Linear | BlockLinear | nn.Conv2d | nn.Embedding
+Factor = nn.Linear | BlockLinear | nn.Conv2d | nn.Embedding | Completion
 
 
 # The names that factored layers use for themselves. A dense layer with such an attribute cannot be replaced by one.
@@ -50,10 +51,17 @@ OWN_NAMES = frozenset(
         "stored_transposed",
         "factors",
         "product",
+        "product_of_plain",
+        "plain",
         "fill",
+        "fill_matrices",
         "adopt",
         "dense_again",
         "plain_module",
+        "plain_pair",
+        "pivoted",
+        "fill_plain",
+        "fill_bias",
     ]
 )
 
@@ -68,19 +76,23 @@ class FactoredLayer(nn.Module, ABC):
     if TYPE_CHECKING:  # torch.jit.script cannot read annotations of modules
         first: Factor
         second: Factor
-    __jit_unused_properties__ = ("factors", "weight", "bias")
+    __jit_unused_properties__ = ("factors", "weight", "bias", "pivoted")
 
     @property
     def factors(self) -> tuple[Factor, ...]:
         """The layers of the product, in the order in which they are applied."""
         return self.first, self.second
 
-    @abstractmethod
     def product(self, weights: Sequence[Tensor]) -> Tensor:
         """Multiply ``weights``, one for each of ``factors``, to one matrix a group in the channel view: (g, O, I).
 
         Differentiable in ``weights``.
         """
+        return self.product_of_plain(self.plain(weights))
+
+    @abstractmethod
+    def product_of_plain(self, weights: Sequence[Tensor]) -> Tensor:
+        """Return ``product`` of the weights of plain factors."""
 
     @property
     @abstractmethod
@@ -91,15 +103,56 @@ class FactoredLayer(nn.Module, ABC):
     def bias(self) -> Tensor | None:
         """The bias, which belongs to the last factor."""
         last = self.factors[-1]
-        return last.bias if isinstance(last, nn.Linear | nn.Conv2d) else None
+        return last.bias if isinstance(last, nn.Linear | nn.Conv2d | Completion) else None
+
+    @property
+    def pivoted(self) -> bool:
+        """Whether the second factor holds coefficients of pivots alone."""
+        return isinstance(self.factors[-1], Completion)
+
+    def plain(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return ``weights``, one for each of ``factors``, as those of plain factors. Differentiable in ``weights``."""
+        last = self.factors[-1]
+        return [*weights[:-1], last.plain_weight(weights[-1]) if isinstance(last, Completion) else weights[-1]]
 
     @torch.no_grad()
     def fill(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
         """Copy ``weights`` into the factors, in their order, and ``bias`` into the last one, where it has any."""
         for factor, weight in zip(self.factors, weights, strict=True):
             factor.weight.copy_(weight)
+        self.fill_bias(bias)
+
+    @torch.no_grad()
+    def fill_bias(self, bias: Tensor | None) -> None:
+        """Copy ``bias`` into the last factor, where both have one."""
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
+
+    @torch.no_grad()
+    def fill_plain(self, weights: Sequence[Tensor]) -> None:
+        """Copy the weights of plain factors into the factors, which take their pivots first if they are pivoted."""
+        if not isinstance(self.second, Completion):
+            self.fill(weights, None)
+            return
+        A, B = weights
+        groups = self.second.groups
+        A_gRI = A.t().unsqueeze(0) if isinstance(self.first, nn.Embedding) else A.reshape(groups, self.second.rank, -1)
+        self.fill_matrices(factor_matrices(B, groups), A_gRI)
+
+    @torch.no_grad()
+    def fill_matrices(self, B_gOR: Tensor, A_gRI: Tensor) -> None:
+        """Set the two factors to ``B @ A``, a matrix for each group, and for each subspace within it."""
+        first, second = self.first, self.second
+        if isinstance(second, Completion):
+            A_gRI = second.fill(B_gOR, A_gRI)
+        else:
+            groups = second.groups if isinstance(second, nn.Conv2d) else 1
+            # The columns of all subspaces of a group lie side by side.
+            B_gOR = B_gOR.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
+            kernel = second.kernel_size if isinstance(second, nn.Conv2d) else (1, 1)
+            second.weight.copy_(factor_weight(B_gOR, kernel).reshape(second.weight.shape))
+        rows = A_gRI.squeeze(0).t() if isinstance(first, nn.Embedding) else A_gRI
+        first.weight.copy_(rows.reshape(first.weight.shape))
 
     def adopt(self, dense: nn.Module, memo: dict[int, Any] | None = None) -> None:
         """Offer the attributes of ``dense`` and of its class, except those that this layer has itself.
@@ -134,6 +187,14 @@ class FactoredLayer(nn.Module, ABC):
         They share the parameters of this layer wherever they have the same ones.
         """
         return self.dense_again()
+
+    def plain_pair(self) -> nn.Module:
+        """Return the two factors of torch alone, or the dense layer where pivoted factors are smaller than both."""
+        if not isinstance(self.second, Completion):
+            return nn.Sequential(self.first, self.second)
+        second, numbers = self.second.plain_module(), self.weight.numel()
+        smaller = self.first.weight.numel() + second.weight.numel() < numbers
+        return nn.Sequential(self.first, second) if smaller else self.dense_again()
 
     def __getattr__(self, name: str) -> Any:
         try:

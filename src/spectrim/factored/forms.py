@@ -9,9 +9,10 @@ from typing import ClassVar
 from torch import nn
 
 from spectrim.errors import UserError
+from spectrim.factored import linalg
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer, with_article
-from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear, TuckerConv2d
+from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear, TuckerConv2d, pivoted_like
 
 NUMBER = "([1-9][0-9]{0,17})"  # no layer has more digits
 
@@ -95,19 +96,47 @@ class PlainForm(Form):
 
 
 @dataclass(frozen=True)
-class EmbeddingForm(Form):
-    """Two factors of the rows of an embedding, except ``whole_rows`` rows that stay as they are."""
+class PivotedForm(Form):
+    """Rows of the weight, read as a matrix in one ``view``, and the coefficients of its other rows in them."""
 
-    whole_rows: int = 0
+    view: str
 
-    pattern = re.compile(f"embedding(?: but {NUMBER})?")
+    pattern = re.compile("pivoted (linear|channel|spatial)")
 
     def to_text(self) -> str:
-        return f"embedding but {self.whole_rows}" if self.whole_rows else "embedding"
+        return f"pivoted {self.view}"
+
+    @classmethod
+    def matched(cls, parts: tuple[str | None, ...]) -> "PivotedForm":
+        return cls(str(parts[0]))
+
+    def layer_for(self, dense: nn.Module, rank: int) -> FactoredLayer:
+        layer = DenseLayer.of(dense)
+        if self.view not in layer.views:
+            raise self.refuse(dense)
+        self.require(rank, linalg.most_pivots(*layer.sides(self.view)))
+        return pivoted_like(PlainForm(self.view).layer_for(dense, rank), dense)
+
+
+@dataclass(frozen=True)
+class EmbeddingForm(Form):
+    """Two factors of the rows of an embedding, except ``whole_rows`` rows that stay as they are.
+
+    ``pivoted``: the embedding has some of the features as pivots, and the coefficients of the other features in them.
+    """
+
+    whole_rows: int = 0
+    pivoted: bool = False
+
+    pattern = re.compile(f"(pivoted )?embedding(?: but {NUMBER})?")
+
+    def to_text(self) -> str:
+        text = f"embedding but {self.whole_rows}" if self.whole_rows else "embedding"
+        return f"pivoted {text}" if self.pivoted else text
 
     @classmethod
     def matched(cls, parts: tuple[str | None, ...]) -> "EmbeddingForm":
-        return cls(int(parts[0] or 0))
+        return cls(int(parts[1] or 0), bool(parts[0]))
 
     def layer_for(self, dense: nn.Module, rank: int) -> FactoredLayer:
         if not isinstance(dense, nn.Embedding):
@@ -115,8 +144,10 @@ class EmbeddingForm(Form):
         others = dense.num_embeddings - self.whole_rows
         if others < 1:
             raise UserError(f"of {dense.num_embeddings} rows {self.whole_rows} stay whole, which leaves none to factor")
-        self.require(rank, min(others, dense.embedding_dim))
-        return FactoredEmbedding.shaped_like(dense, rank, self.whole_rows)
+        sides = dense.embedding_dim, others
+        self.require(rank, linalg.most_pivots(*sides) if self.pivoted else min(sides))
+        layer = FactoredEmbedding.shaped_like(dense, rank, self.whole_rows)
+        return pivoted_like(layer, dense) if self.pivoted else layer
 
 
 @dataclass(frozen=True)
@@ -147,4 +178,4 @@ class TuckerForm(Form):
         return TuckerConv2d.shaped_like(dense, self.outputs, self.inputs)
 
 
-FORMS: tuple[type[Form], ...] = (PlainForm, EmbeddingForm, TuckerForm)
+FORMS: tuple[type[Form], ...] = (PlainForm, PivotedForm, EmbeddingForm, TuckerForm)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.factored.base import BlockLinear, FactoredLayer, linear_of
+from spectrim.factored.completion import Completion
 from spectrim.factored.dense import DenseLayer
 
 Layer = TypeVar("Layer", bound=FactoredLayer)
@@ -18,6 +19,16 @@ def _empty_like(dense: nn.Module, layer: Layer) -> Layer:
     weight = DenseLayer.of(dense).weight
     layer.adopt(dense)
     return layer.to(weight.dtype).to_empty(device=weight.device)
+
+
+def pivoted_like(layer: Layer, dense: nn.Module) -> Layer:
+    """Return ``layer``, uninitialised, with a second factor that holds coefficients of pivots alone."""
+    with torch.device("meta"):
+        layer.second = Completion.of(layer.second, layer.rank)
+    weight = DenseLayer.of(dense).weight
+    layer.second.to(weight.dtype).to_empty(device=weight.device)
+    layer.second.start()
+    return layer
 
 
 class FactoredLinear(FactoredLayer):
@@ -36,7 +47,7 @@ class FactoredLinear(FactoredLayer):
             if subspaces == 1
             else BlockLinear(in_features, middle, subspaces)
         )
-        self.second: nn.Linear = nn.Linear(middle, out_features, bias=bias)
+        self.second: nn.Linear | Completion = nn.Linear(middle, out_features, bias=bias)
 
     @classmethod
     def shaped_like(cls, dense: nn.Module, rank: int, subspaces: int = 1) -> "FactoredLinear":
@@ -47,7 +58,7 @@ class FactoredLinear(FactoredLayer):
         layer.stored_transposed = own.stored_transposed
         return _empty_like(dense, layer)
 
-    def product(self, weights: Sequence[Tensor]) -> Tensor:
+    def product_of_plain(self, weights: Sequence[Tensor]) -> Tensor:
         return _product_of_two(weights, 1, self.rank)
 
     @property
@@ -57,6 +68,8 @@ class FactoredLinear(FactoredLayer):
 
     def plain_module(self) -> nn.Module:
         """Return two linear layers, or the dense one where that is smaller than a first one with zeros."""
+        if isinstance(self.second, Completion):
+            return self.plain_pair()
         if isinstance(self.first, nn.Linear):
             return nn.Sequential(self.first, self.second)
         middle = self.second.in_features
@@ -81,7 +94,7 @@ class FactoredEmbedding(FactoredLayer):
         super().__init__()
         self.rank, self.whole_rows = rank, whole_rows
         self.first: nn.Embedding = nn.Embedding(num_embeddings - whole_rows, rank)
-        self.second: nn.Linear = nn.Linear(rank, embedding_dim, bias=False)
+        self.second: nn.Linear | Completion = nn.Linear(rank, embedding_dim, bias=False)
         if whole_rows:
             self.whole = nn.Embedding(whole_rows, embedding_dim)
             self.place: Tensor
@@ -94,7 +107,7 @@ class FactoredEmbedding(FactoredLayer):
             layer = cls(dense.num_embeddings, dense.embedding_dim, rank, whole_rows)
         return _empty_like(dense, layer)
 
-    def product(self, weights: Sequence[Tensor]) -> Tensor:
+    def product_of_plain(self, weights: Sequence[Tensor]) -> Tensor:
         A, B = weights
         return (B @ A.t()).unsqueeze(0)
 
@@ -105,7 +118,7 @@ class FactoredEmbedding(FactoredLayer):
 
     def plain_module(self) -> nn.Module:
         """Return an embedding and a linear layer; the dense embedding where some rows are whole."""
-        return self.dense_again() if self.whole_rows else nn.Sequential(self.first, self.second)
+        return self.dense_again() if self.whole_rows else self.plain_pair()
 
     def forward(self, input: Tensor) -> Tensor:  # the argument is named as in the dense layer
         if not self.whole_rows:
@@ -130,7 +143,7 @@ class FactoredConv2d(FactoredLayer):
     def __init__(self, first: nn.Conv2d, second: nn.Conv2d, view: str) -> None:
         super().__init__()
         self.first: nn.Conv2d = first
-        self.second: nn.Conv2d = second
+        self.second: nn.Conv2d | Completion = second
         self.view, self.rank = view, first.out_channels // first.groups
 
     @classmethod
@@ -148,7 +161,7 @@ class FactoredConv2d(FactoredLayer):
                 second = _conv(dense, middle, dense.out_channels, dims=(across,), bias=bias)
         return _empty_like(dense, cls(first, second, view))
 
-    def product(self, weights: Sequence[Tensor]) -> Tensor:
+    def product_of_plain(self, weights: Sequence[Tensor]) -> Tensor:
         return _product_of_two(weights, self.second.groups, self.rank)
 
     @property
@@ -157,7 +170,7 @@ class FactoredConv2d(FactoredLayer):
 
     def plain_module(self) -> nn.Module:
         """Return two convolutions."""
-        return nn.Sequential(self.first, self.second)
+        return self.plain_pair()
 
     def forward(self, input: Tensor) -> Tensor:  # the argument is named as in the dense layer
         return self.second(self.first(input))
@@ -189,7 +202,7 @@ class TuckerConv2d(FactoredLayer):
     def factors(self) -> tuple[nn.Conv2d, ...]:
         return self.first, self.second, self.third
 
-    def product(self, weights: Sequence[Tensor]) -> Tensor:
+    def product_of_plain(self, weights: Sequence[Tensor]) -> Tensor:
         A, C, B = (weight.unflatten(0, (self.first.groups, -1)) for weight in weights)
         return torch.einsum("gopyx,gpqhw,gqizv->goihw", B, C, A).flatten(2)
 

@@ -200,6 +200,11 @@ def break_even_rank(outputs: int, inputs: int) -> int:
     return -(-outputs * inputs // (outputs + inputs)) - 1
 
 
+def most_pivots(outputs: int, inputs: int) -> int:
+    """Return the largest rank that pivots and coefficients of the other rows can hold: some row is no pivot."""
+    return min(outputs - 1, inputs)
+
+
 def stable_rank(S_R: Tensor) -> Tensor:
     """Return ``sum sigma^2 / sigma_1^2``, between 1 and the rank; 0 for a zero matrix. Shape (..., R) to (...)."""
     return S_R.square().sum(-1) / S_R[..., 0].square().clamp_min(torch.finfo(S_R.dtype).tiny)

@@ -20,7 +20,11 @@ SCHEMA = 2  # Schema 1 named classes by module path, so no module could move.
 CLASS = "_class_"
 # Settings that were added after the first records: owner (``run`` or a class name) → setting → default. The signature
 # omits a setting at its default, so that older records keep their signatures.
-LATE: Mapping[str, Mapping[str, Any]] = {"run": {"batch_norm": "keep", "also": {}}}
+LATE: Mapping[str, Mapping[str, Any]] = {
+    "run": {"batch_norm": "keep", "also": {}},
+    "SVD": {"factors": "plain"},
+    "WhitenedSVD": {"factors": "plain"},
+}
 REQUIRED = ("schema", "signature", "experiment", "names", "config", "seed", "dense", "compressed", "provenance")
 
 

@@ -214,10 +214,10 @@ def rehearse_fit(layer: FactoredLayer) -> None:
 
 def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
     """Set the factors to the best fit near their current weights. Return their product, of shape (g, O, I)."""
-    factors = layer.factors
-    kept = [factor.weight.detach() for factor in factors]
+    product = layer.product_of_plain
+    kept = layer.plain([factor.weight.detach() for factor in layer.factors])
     weights = [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
-    now = layer.product(weights)
+    now = product(weights)
     held = RIDGE * moments.xx_gII.diagonal(dim1=1, dim2=2).mean()
     if not held:  # nothing flows in
         return now
@@ -241,16 +241,14 @@ def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
         def error() -> Tensor:
             """Return the error plus the ridge term, up to a constant. The same product gives the gradient."""
             optimizer.zero_grad()
-            W = layer.product(weights)
+            W = product(weights)
             Wxx = W.detach() @ xx
             W.backward(2 * scale * (Wxx - yx))
             return scale * ((Wxx - 2 * yx) * W.detach()).sum()
 
         optimizer.step(error)
-    with torch.no_grad():
-        for factor, weight in zip(factors, weights, strict=True):
-            factor.weight.copy_(weight)
-    return layer.product(weights).detach()
+    layer.fill_plain([weight.detach() for weight in weights])
+    return product(weights).detach()
 
 
 def _fit_linear(layer: FactoredLinear, xx_II: Tensor, yx_OI: Tensor) -> Tensor:
@@ -260,7 +258,5 @@ def _fit_linear(layer: FactoredLinear, xx_II: Tensor, yx_OI: Tensor) -> Tensor:
     """
     W = torch.linalg.solve(xx_II, yx_OI.mT).mT
     U = torch.linalg.eigh(W @ xx_II @ W.mT).eigenvectors[:, -layer.rank :]
-    with torch.no_grad():
-        layer.first.weight.copy_(U.mT @ W)
-        layer.second.weight.copy_(U)
+    layer.fill_plain([U.mT @ W, U])
     return (U @ U.mT @ W).unsqueeze(0)

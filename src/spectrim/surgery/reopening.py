@@ -4,7 +4,7 @@ from torch import nn
 
 from spectrim.errors import UserError
 from spectrim.factored.base import BlockLinear, FactoredLayer
-from spectrim.factored.forms import EmbeddingForm, PlainForm, TuckerForm
+from spectrim.factored.forms import EmbeddingForm, PivotedForm, PlainForm, TuckerForm
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear, TuckerConv2d
 from spectrim.factored.plan import Kept
 from spectrim.surgery.given_model import copied
@@ -32,11 +32,12 @@ def kept_in(layer: FactoredLayer) -> Kept:
     """Return the entry of a plan for ``layer``: its rank and its form."""
     if isinstance(layer, FactoredLinear):
         subspaces = layer.first.blocks if isinstance(layer.first, BlockLinear) else 1
-        return Kept(layer.rank, PlainForm("linear", subspaces))
+        return Kept(layer.rank, PivotedForm("linear") if layer.pivoted else PlainForm("linear", subspaces))
     if isinstance(layer, FactoredConv2d):
-        return Kept(layer.rank, PlainForm(layer.view, layer.first.groups // layer.second.groups))
+        plain = PlainForm(layer.view, layer.first.groups // layer.second.groups)
+        return Kept(layer.rank, PivotedForm(layer.view) if layer.pivoted else plain)
     if isinstance(layer, FactoredEmbedding):
-        return Kept(layer.rank, EmbeddingForm(layer.whole_rows))
+        return Kept(layer.rank, EmbeddingForm(layer.whole_rows, layer.pivoted))
     if isinstance(layer, TuckerConv2d):
         groups = layer.first.groups
         form = TuckerForm(layer.second.out_channels // groups, layer.second.in_channels // groups)

@@ -130,7 +130,8 @@ def costs_of(bench: Workbench, measure: Measure, batch_size: int = 1) -> Costs:
         each = _macs_of_a_parameter(bench)
     curves = {}
     for name, spectrum in bench.all_spectra.items():
-        ranks = [spectrum.sizes(rank) for rank in range(spectrum.max_rank + 1)]
+        numbers = spectrum.multiplied if measure == "macs" else spectrum.sizes
+        ranks = [numbers(rank) for rank in range(spectrum.max_rank + 1)]
         curve = torch.tensor([sum(map(mul, each[name], sizes)) for sizes in ranks])
         curves[name] = _to_break_even(curve, spectrum, dense[name])
     return _without_fixed(bench, Costs(measure, dense, curves, total))
@@ -167,7 +168,7 @@ def _to_break_even(curve: Tensor, spectrum: Spectrum, dense: float) -> Tensor:
 
 def _macs_of_a_parameter(bench: Workbench) -> dict[str, list[float]]:
     """Return, for each factor of each layer, how often one of its parameters is used. It is the same at every rank."""
-    spectra = bench.all_spectra
+    spectra = {name: spectrum.plain() for name, spectrum in bench.all_spectra.items()}
     plan = replacing.plan_of(spectra, dict.fromkeys(spectra, 1))
     cut = replacing.apply(bench.model, plan, spectra, shared=True)
     factors = {name: [f"{name}.{part}" for part, _ in cut.get_submodule(name).named_children()] for name in plan}

@@ -1,0 +1,179 @@
+"""The second factor of pivoted factors: it passes the pivots on and computes the other outputs from them."""
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim.errors import UserError
+from spectrim.factored.pivoting import pivoted
+
+
+class Completion(nn.Module):
+    """Matrices ``[1; C]`` with permuted rows, one a group, and a bias. It maps the pivots to all outputs.
+
+    ``others``: holds the coefficients C of the rows that are no pivots, shape (groups * (rows - rank), rank).
+    ``positions``: for each row its place among the pivots and the others, int32 of shape (groups * rows). It is a
+        buffer, no parameter.
+    """
+
+    __jit_unused_properties__ = ("weight",)
+
+    def __init__(self, plain: nn.Linear | nn.Conv2d, others: nn.Linear | nn.Conv2d, rank: int, groups: int) -> None:
+        super().__init__()
+        self.rank, self.groups, self.rows = rank, groups, rank + len(others.weight) // groups
+        self.others = others
+        self.bias = None if plain.bias is None else nn.Parameter(torch.empty_like(plain.bias))
+        self.positions: Tensor
+        self.register_buffer("positions", torch.empty(groups * self.rows, dtype=torch.int32))
+
+    @staticmethod
+    def of(plain: nn.Linear | nn.Conv2d, rank: int) -> "Completion":
+        """Return an uninitialised completion that takes the place of the second factor ``plain``."""
+        if isinstance(plain, nn.Linear):
+            return LinearCompletion(plain, rank)
+        return ChannelCompletion(plain, rank) if plain.kernel_size == (1, 1) else KernelCompletion(plain, rank)
+
+    @property
+    def weight(self) -> Tensor:
+        """The coefficients."""
+        return self.others.weight
+
+    def start(self) -> None:
+        """Set valid positions, so that the layer runs before it is filled."""
+        self.positions.copy_(torch.arange(len(self.positions)))
+
+    def matrices(self, coefficients: Tensor) -> Tensor:
+        """Return ``[1; C]`` with its rows in their order, shape (groups, rows, rank). Differentiable."""
+        C = coefficients.reshape(self.groups, -1, self.rank)
+        one = torch.eye(self.rank, dtype=C.dtype, device=C.device).expand(self.groups, -1, -1)
+        return torch.cat([one, C], 1).flatten(0, 1).index_select(0, self.positions).unflatten(0, (self.groups, -1))
+
+    @abstractmethod
+    def plain_weight(self, coefficients: Tensor) -> Tensor:
+        """Return the weight of the plain second factor that computes the same. Differentiable."""
+
+    @torch.no_grad()
+    def plain_module(self) -> nn.Module:
+        """Return the plain second factor with the same map, a linear layer or a convolution of torch."""
+        weight = self.plain_weight(self.weight)
+        plain = self._plain_empty(weight)
+        plain.weight = nn.Parameter(weight, self.weight.requires_grad)
+        plain.bias = None if self.bias is None else nn.Parameter(self.bias.clone(), self.bias.requires_grad)
+        return plain
+
+    @abstractmethod
+    def _plain_empty(self, weight: Tensor) -> nn.Linear | nn.Conv2d:
+        """Return a layer of the plain second factor's settings, with weights on the meta device."""
+
+    @torch.no_grad()
+    def fill(self, B_gOR: Tensor, A_gRI: Tensor) -> Tensor:
+        """Take the pivots of ``B @ A``. Return their rows, which the first factor computes, shape (groups, rank, I)."""
+        found = [pivoted(B, A) for B, A in zip(B_gOR, A_gRI, strict=True)]
+        self.weight.copy_(torch.cat([own.coefficients_MR for own in found]).reshape(self.weight.shape))
+        places = [torch.cat([own.pivots, own.others]).argsort() + n * self.rows for n, own in enumerate(found)]
+        self.positions.copy_(torch.cat(places))
+        return torch.stack([own.pivot_rows_RI for own in found])
+
+    def require_positions(self, positions: Tensor) -> None:
+        """Raise ``UserError`` unless ``positions``, from a file, hold each place of each group once."""
+        for group, own in enumerate(positions.to("cpu", torch.int64).split(self.rows)):
+            require_permutation(own - group * self.rows)
+
+    @abstractmethod
+    def forward(self, input: Tensor) -> Tensor:
+        """Return all outputs from the pivots."""
+
+    def _biased(self, outputs: Tensor, shape: list[int]) -> Tensor:
+        # Under autocast the outputs have 16 bits and the bias has 32: a plain sum would have 32, too.
+        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype).view(shape)
+
+
+class LinearCompletion(Completion):
+    """The completion of a linear layer: it multiplies by C alone, then puts all outputs in their order."""
+
+    def __init__(self, plain: nn.Linear, rank: int) -> None:
+        super().__init__(plain, nn.Linear(rank, plain.out_features - rank, bias=False), rank, 1)
+
+    def plain_weight(self, coefficients: Tensor) -> Tensor:
+        return self.matrices(coefficients).squeeze(0)
+
+    def _plain_empty(self, weight: Tensor) -> nn.Linear:
+        return nn.Linear(self.rank, len(weight), device="meta")
+
+    def forward(self, input: Tensor) -> Tensor:
+        outputs = torch.cat([input, self.others(input)], -1).index_select(-1, self.positions)
+        return self._biased(outputs, [-1])
+
+
+class ChannelCompletion(Completion):
+    """The completion of a convolution in the channel view, a 1x1 convolution by C, run as the linear one is."""
+
+    def __init__(self, plain: nn.Conv2d, rank: int) -> None:
+        groups, others = plain.groups, plain.out_channels - plain.groups * rank
+        super().__init__(plain, nn.Conv2d(groups * rank, others, 1, groups=groups, bias=False), rank, groups)
+        self.kernel_size = plain.kernel_size
+
+    def plain_weight(self, coefficients: Tensor) -> Tensor:
+        return factor_weight(self.matrices(coefficients), self.kernel_size)
+
+    def _plain_empty(self, weight: Tensor) -> nn.Conv2d:
+        return nn.Conv2d(self.groups * self.rank, len(weight), 1, groups=self.groups, device="meta")
+
+    def forward(self, input: Tensor) -> Tensor:
+        parts = [part.unflatten(-3, (self.groups, -1)) for part in (input, self.others(input))]
+        outputs = torch.cat(parts, -3).flatten(-4, -3).index_select(-3, self.positions)
+        return self._biased(outputs, [-1, 1, 1])
+
+
+class KernelCompletion(Completion):
+    """The completion of a convolution in the spatial view, whose rows are pairs of a channel and a row of the kernel.
+
+    The identity falls on taps of the kernel. So the whole kernel is put together in each pass, and is multiplied by as
+    in plain factors: less is stored, but no multiplication is saved.
+    """
+
+    def __init__(self, plain: nn.Conv2d, rank: int) -> None:
+        groups, rows = plain.groups, plain.out_channels * plain.kernel_size[0] // plain.groups
+        others = nn.Conv2d(groups * rank, groups * (rows - rank), 1, groups=groups, bias=False)
+        super().__init__(plain, others, rank, groups)
+        self.kernel_size, self.stride, self.dilation = plain.kernel_size, plain.stride, plain.dilation
+        self.padding, self.padding_mode = plain.padding, plain.padding_mode
+        self._border = list(plain._reversed_padding_repeated_twice)
+
+    def plain_weight(self, coefficients: Tensor) -> Tensor:
+        return factor_weight(self.matrices(coefficients), self.kernel_size)
+
+    def _plain_empty(self, weight: Tensor) -> nn.Conv2d:
+        how = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+        inputs, mode = self.groups * self.rank, self.padding_mode
+        return nn.Conv2d(inputs, len(weight), self.kernel_size, **how, padding_mode=mode, device="meta")
+
+    def forward(self, input: Tensor) -> Tensor:
+        kernel = self.plain_weight(self.others.weight)
+        if self.padding_mode == "zeros":
+            return F.conv2d(input, kernel, self.bias, self.stride, self.padding, self.dilation, self.groups)
+        padded = F.pad(input, self._border, mode=self.padding_mode)
+        return F.conv2d(padded, kernel, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def factor_weight(B_gOR: Tensor, kernel: tuple[int, int]) -> Tensor:
+    """Return matrices (g, O, R) in the shape of the weight of a second factor: (g * O / kh, R, kh, 1).
+
+    A row of a matrix is a pair of an output and a row of the kernel.
+    """
+    return B_gOR.unflatten(1, (-1, kernel[0])).transpose(2, 3).flatten(0, 1).unsqueeze(-1)
+
+
+def factor_matrices(weight: Tensor, groups: int) -> Tensor:
+    """Return the weight of a second factor as matrices (g, O, R): the inverse of ``factor_weight``."""
+    if weight.ndim == 2:
+        return weight.unsqueeze(0)
+    return weight.squeeze(-1).unflatten(0, (groups, -1)).transpose(2, 3).flatten(1, 2)
+
+
+def require_permutation(places: Tensor) -> None:
+    """Raise ``UserError`` unless ``places`` hold each number from 0 once."""
+    if not torch.equal(places.to("cpu", torch.int64).sort().values, torch.arange(len(places))):
+        raise UserError("it is no permutation")

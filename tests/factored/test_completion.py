@@ -1,0 +1,141 @@
+"""Pivoted layers compute what plain factors do, with fewer numbers, in every precision."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spectrim.batches import evaluating
+from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
+from spectrim.factored.base import FactoredLayer
+
+LAYERS: dict[str, Any] = {
+    "linear": lambda: nn.Linear(12, 10),
+    "wide": lambda: nn.Linear(40, 6, bias=False),
+    "tall": lambda: nn.Linear(6, 40),
+    "convolution": lambda: nn.Conv2d(8, 6, 3, stride=2, padding=1),
+    "groups": lambda: nn.Conv2d(8, 6, (3, 5), padding=1, groups=2),
+    "reflected": lambda: nn.Conv2d(8, 6, 3, padding=1, padding_mode="reflect", bias=False),
+    "same": lambda: nn.Conv2d(8, 6, (3, 5), padding="same", dilation=2),
+    "embedding": lambda: nn.Embedding(30, 8),
+}
+
+
+def inputs_of(dense: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+    if isinstance(dense, nn.Embedding):
+        return torch.arange(30).reshape(5, 6)
+    return (
+        torch.randn(2, 8, 9, 9, dtype=dtype)
+        if isinstance(dense, nn.Conv2d)
+        else torch.randn(3, 4, dense.in_features, dtype=dtype)
+    )
+
+
+def both(name: str, view: Any, rank: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Any, nn.Module]:
+    """Return the plain and the pivoted layer of one rank, and the dense layer."""
+    dense = LAYERS[name]().to(dtype)
+    plain, pivoted = (SVD(view, embeddings=True, factors=own).spectrum(dense) for own in ("plain", "pivoted"))
+    return plain.factor(rank), pivoted.factor(rank), dense
+
+
+def parameters(layer: FactoredLayer) -> int:
+    return sum(factor.weight.numel() for factor in layer.factors)
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("view", ["channel", "spatial"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_map_is_that_of_plain_factors_with_the_square_of_the_rank_less(name: str, view: str, rank: int) -> None:
+    plain, pivoted, dense = both(name, view, rank)
+    x = inputs_of(dense)
+    with torch.no_grad():
+        torch.testing.assert_close(pivoted(x), plain(x), atol=3e-6, rtol=1e-5)
+        torch.testing.assert_close(pivoted.weight, plain.weight, atol=3e-6, rtol=1e-5)
+    groups = getattr(dense, "groups", 1)
+    assert parameters(plain) - parameters(pivoted) == groups * rank**2
+    assert all(buffer.dtype == torch.int32 for buffer in pivoted.buffers())
+
+
+@pytest.mark.parametrize("view", ["channel", "spatial"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_rank_below_the_full_one_is_smaller_than_dense(name: str, view: Any) -> None:
+    dense = LAYERS[name]()
+    spectrum = SVD(view, embeddings=True, factors="pivoted").spectrum(dense)
+    costs = [spectrum.cost(rank) for rank in range(1, spectrum.max_rank)]
+    assert spectrum.break_even == spectrum.max_rank - 1
+    assert sorted(costs) == costs and all(cost < dense.weight.numel() for cost in costs)
+    for rank in (1, spectrum.break_even):
+        assert parameters(spectrum.factor(rank)) == spectrum.cost(rank)
+        assert spectrum.rank_within(spectrum.cost(rank)) == rank
+        assert spectrum.rank_within(spectrum.cost(rank) - 1) == rank - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["linear", "convolution", "embedding"])
+def test_half_precision_costs_no_more_than_in_plain_factors(name: str, dtype: torch.dtype) -> None:
+    dense = LAYERS[name]()
+    exact = SVD("channel", embeddings=True).spectrum(dense).factor(3).weight.detach().double()
+    errors = []
+    for factors in ("plain", "pivoted"):
+        layer = SVD("channel", embeddings=True, factors=factors).spectrum(dense.to(dtype)).factor(3)
+        weight = layer.weight.detach()
+        assert weight.dtype == dtype
+        errors.append(float((weight.double() - exact).norm() / exact.norm()))
+    assert errors[1] <= 4 * errors[0] and errors[1] < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("name", ["linear", "groups", "same"])
+def test_autocast_keeps_the_precision_of_the_dense_layer(name: str) -> None:
+    _, pivoted, dense = both(name, "channel", 2)
+    x = inputs_of(dense)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert pivoted(x).dtype == dense(x).dtype == torch.bfloat16
+
+
+def test_an_unbatched_input_is_taken_as_by_the_dense_layer() -> None:
+    for name, shape in (("linear", (12,)), ("groups", (8, 9, 9)), ("convolution", (8, 9, 9))):
+        plain, pivoted, _ = both(name, "channel", 2)
+        x = torch.randn(shape)
+        torch.testing.assert_close(pivoted(x), plain(x), atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_of_plain_factors_are_taken_and_given_back(name: str) -> None:
+    plain, pivoted, _ = both(name, "spatial", 2)
+    other = [torch.randn_like(factor.weight) for factor in plain.factors]
+    plain.fill_plain(other)
+    pivoted.fill_plain(other)
+    torch.testing.assert_close(pivoted.weight, plain.weight, atol=3e-5, rtol=1e-4)
+    mine = pivoted.plain([factor.weight for factor in pivoted.factors])
+    assert [weight.shape for weight in mine] == [factor.weight.shape for factor in plain.factors]
+    torch.testing.assert_close(pivoted.product_of_plain(mine), plain.product(other), atol=3e-5, rtol=1e-4)
+
+
+def test_a_training_reaches_pivots_and_coefficients() -> None:
+    _, pivoted, dense = both("convolution", "spatial", 2)
+    optimizer = torch.optim.SGD(pivoted.parameters(), 0.05)
+    x = inputs_of(dense)
+    target = dense(x).detach()
+    before = float((pivoted(x) - target).square().mean())
+    for _ in range(20):
+        optimizer.zero_grad()
+        (pivoted(x) - target).square().mean().backward()
+        optimizer.step()
+    assert float((pivoted(x) - target).square().mean()) < before
+
+
+def test_the_dense_layer_comes_back() -> None:
+    _, pivoted, dense = both("groups", "channel", 2)
+    again, x = pivoted.dense_again(), inputs_of(dense)
+    with evaluating(again), torch.no_grad():
+        torch.testing.assert_close(again(x), pivoted(x), atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("broken", [[0, 0, 1], [0, 1, 3], [-1, 0, 1]])
+def test_positions_of_a_file_that_are_no_permutation_are_refused(broken: list[int]) -> None:
+    layer = SVD(factors="pivoted").spectrum(nn.Linear(4, 3)).factor(1)
+    layer.second.require_positions(layer.second.positions)
+    with pytest.raises(UserError, match="no permutation"):
+        layer.second.require_positions(torch.tensor(broken, dtype=torch.int32))
