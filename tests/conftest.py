@@ -95,9 +95,10 @@ def _beside(weight: Tensor, blocks: int) -> Tensor:
 
 
 def _weight_of(layer: nn.Module, groups: int) -> Tensor:
+    plain = layer.plain([factor.weight for factor in layer.factors])[1]
     if isinstance(layer, FactoredLinear):
-        return layer.second.weight @ _beside(layer.first.weight, getattr(layer.first, "blocks", 1))
-    second = layer.second.weight.unflatten(0, (groups, -1))
+        return plain @ _beside(layer.first.weight, getattr(layer.first, "blocks", 1))
+    second = plain.unflatten(0, (groups, -1))
     first = layer.first.weight.unflatten(0, (groups, -1))
     if not isinstance(layer, TuckerConv2d):
         first = torch.stack([_beside(own, layer.first.groups // groups) for own in first])

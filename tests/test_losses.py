@@ -173,7 +173,7 @@ def test_the_fisher_information_of_answers_is_that_of_the_mean_over_both_ends() 
     """Against the sum over all places by their probability."""
     net, x = Finder().eval(), torch.randn(1, 4, 6)
     spectrum = SVD().spectrum(net.body)
-    model = replacing.apply(net, RankPlan.of({"body": Kept(6, spectrum.form)}), {"body": spectrum})
+    model = replacing.apply(net, RankPlan.of({"body": spectrum.kept(6)}), {"body": spectrum})
     many = Objective(span_loss, {"calibration": [(x.expand(6000, -1, -1), torch.zeros(6000, 2, dtype=torch.long))]})
     rows = gate_gradients(model, ["body"], many, samples=6000, seed=1).rows["body"].fisher
     exact = torch.zeros(6, 6)

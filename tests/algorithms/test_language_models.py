@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import spectrim
 from spectrim.batches import evaluating, forward
 from spectrim.decomposers.spectrum import spectrum_of
-from spectrim.factored.plan import Kept, RankPlan
+from spectrim.factored.plan import RankPlan
 from spectrim.losses import logits_of, token_loss
 from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
@@ -74,7 +74,7 @@ def test_at_full_rank_every_layer_is_what_it_was(case: Any, decomposer: Any) -> 
         views = {name: decomposer.views(layer) for name, layer in layers.items()}
         moments = input_moments(model, views, objective, decomposer.samples)
     spectra = {name: spectrum_of(layer, decomposer, moments.get(name, {})) for name, layer in layers.items()}
-    plan = RankPlan.of({name: Kept(spectrum.max_rank, spectrum.form) for name, spectrum in spectra.items()})
+    plan = RankPlan.of({name: spectrum.kept(spectrum.max_rank) for name, spectrum in spectra.items()})
     whole = replacing.apply(model, plan, spectra)
     inputs = objective.example()
     torch.testing.assert_close(logits(whole, inputs), logits(model, inputs), atol=1e-4, rtol=1e-4)

@@ -57,7 +57,7 @@ def test_the_first_factor_is_grouped_and_the_form_says_so() -> None:
     conv = SubspaceSVD(4).spectrum(nn.Conv2d(16, 12, 3, groups=2))
     factored = conv.factor(2)
     assert isinstance(factored, FactoredConv2d)
-    assert (conv.form, factored.first.groups, factored.second.groups) == (PlainForm("channel", 4), 8, 2)
+    assert (conv.kept(1).form, factored.first.groups, factored.second.groups) == (PlainForm("channel", 4), 8, 2)
     assert factored.rank == 2
     linear = SubspaceSVD(3).spectrum(nn.Linear(12, 10)).factor(2)
     assert isinstance(linear, FactoredLinear) and isinstance(linear.first, BlockLinear) and linear.rank == 2
@@ -65,10 +65,10 @@ def test_the_first_factor_is_grouped_and_the_form_says_so() -> None:
 
 @pytest.mark.parametrize(("inputs", "subspaces"), [(12, 4), (6, 2), (3, 1)])
 def test_subspaces_are_as_many_as_divide_the_channels(inputs: int, subspaces: int) -> None:
-    assert SubspaceSVD(4).spectrum(nn.Conv2d(inputs, 8, 3)).form == PlainForm("channel", subspaces)
+    assert SubspaceSVD(4).spectrum(nn.Conv2d(inputs, 8, 3)).kept(1).form == PlainForm("channel", subspaces)
 
 
 def test_one_subspace_is_the_plain_svd() -> None:
     layer = nn.Conv2d(6, 8, 3)
     one, plain = SubspaceSVD(1).spectrum(layer), SVD().spectrum(layer)
-    assert one.form == plain.form and torch.equal(one.error(), plain.error())
+    assert one.kept(1).form == plain.kept(1).form and torch.equal(one.error(), plain.error())

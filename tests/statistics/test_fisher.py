@@ -29,7 +29,7 @@ class Net(nn.Module):
 
 def factored(net: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     spectra = {name: SVD("spatial").spectrum(net.get_submodule(name)) for name in ("conv", "fc")}
-    plan = RankPlan.of({name: Kept(spectrum.max_rank, spectrum.form) for name, spectrum in spectra.items()})
+    plan = RankPlan.of({name: spectrum.kept(spectrum.max_rank) for name, spectrum in spectra.items()})
     return replacing.apply(net, plan, spectra), spectra
 
 

@@ -67,7 +67,7 @@ LAYOUTS = [
 
 def gates_of(net: nn.Module, batches: list, layers: tuple[str, ...] = ("first", "second", "head")) -> Gates:
     spectra = {name: SVD().spectrum(net.get_submodule(name)) for name in layers}
-    plan = RankPlan.of({name: Kept(spectrum.max_rank, spectrum.form) for name, spectrum in spectra.items()})
+    plan = RankPlan.of({name: spectrum.kept(spectrum.max_rank) for name, spectrum in spectra.items()})
     objective = Objective(F.cross_entropy, {"calibration": batches})
     return gate_gradients(replacing.apply(net.eval(), plan, spectra), layers, objective, samples=10**6)
 
