@@ -139,3 +139,14 @@ def test_positions_of_a_file_that_are_no_permutation_are_refused(broken: list[in
     layer.second.require_positions(layer.second.positions)
     with pytest.raises(UserError, match="no permutation"):
         layer.second.require_positions(torch.tensor(broken, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("view", ["channel", "spatial"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_modules_of_torch_alone_compute_the_same(name: str, view: str) -> None:
+    _, pivoted, dense = both(name, view, 2)
+    plain, x = pivoted.plain_module(), inputs_of(dense)
+    assert all(type(module).__module__.startswith("torch.") for module in plain.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), pivoted(x), atol=3e-6, rtol=1e-5)
+    assert sum(parameter.numel() for parameter in plain.parameters()) <= sum(own.numel() for own in dense.parameters())

@@ -149,8 +149,8 @@ class FactoredLayer(nn.Module, ABC):
             groups = second.groups if isinstance(second, nn.Conv2d) else 1
             # The columns of all subspaces of a group lie side by side.
             B_gOR = B_gOR.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
-            kernel = second.kernel_size if isinstance(second, nn.Conv2d) else (1, 1)
-            second.weight.copy_(factor_weight(B_gOR, kernel).reshape(second.weight.shape))
+            kernel_rows = second.kernel_size[0] if isinstance(second, nn.Conv2d) else 1
+            second.weight.copy_(factor_weight(B_gOR, kernel_rows).reshape(second.weight.shape))
         rows = A_gRI.squeeze(0).t() if isinstance(first, nn.Embedding) else A_gRI
         first.weight.copy_(rows.reshape(first.weight.shape))
 
@@ -192,8 +192,8 @@ class FactoredLayer(nn.Module, ABC):
         """Return the two factors of torch alone, or the dense layer where pivoted factors are smaller than both."""
         if not isinstance(self.second, Completion):
             return nn.Sequential(self.first, self.second)
-        second, numbers = self.second.plain_module(), self.weight.numel()
-        smaller = self.first.weight.numel() + second.weight.numel() < numbers
+        second: nn.Module = self.second.plain_module()
+        smaller = self.first.weight.numel() + second.get_parameter("weight").numel() < self.weight.numel()
         return nn.Sequential(self.first, second) if smaller else self.dense_again()
 
     def __getattr__(self, name: str) -> Any:

@@ -1,6 +1,7 @@
 """The second factor of pivoted factors: it passes the pivots on and computes the other outputs from them."""
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ class ChannelCompletion(Completion):
         self.kernel_size = plain.kernel_size
 
     def plain_weight(self, coefficients: Tensor) -> Tensor:
-        return factor_weight(self.matrices(coefficients), self.kernel_size)
+        return factor_weight(self.matrices(coefficients), self.kernel_size[0])
 
     def _plain_empty(self, weight: Tensor) -> nn.Conv2d:
         return nn.Conv2d(self.groups * self.rank, len(weight), 1, groups=self.groups, device="meta")
@@ -143,12 +144,12 @@ class KernelCompletion(Completion):
         self._border = list(plain._reversed_padding_repeated_twice)
 
     def plain_weight(self, coefficients: Tensor) -> Tensor:
-        return factor_weight(self.matrices(coefficients), self.kernel_size)
+        return factor_weight(self.matrices(coefficients), self.kernel_size[0])
 
     def _plain_empty(self, weight: Tensor) -> nn.Conv2d:
-        how = {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
-        inputs, mode = self.groups * self.rank, self.padding_mode
-        return nn.Conv2d(inputs, len(weight), self.kernel_size, **how, padding_mode=mode, device="meta")
+        names = "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
+        settings: dict[str, Any] = {name: getattr(self, name) for name in names}
+        return nn.Conv2d(self.groups * self.rank, len(weight), **settings, device="meta")
 
     def forward(self, input: Tensor) -> Tensor:
         kernel = self.plain_weight(self.others.weight)
@@ -158,12 +159,12 @@ class KernelCompletion(Completion):
         return F.conv2d(padded, kernel, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
-def factor_weight(B_gOR: Tensor, kernel: tuple[int, int]) -> Tensor:
+def factor_weight(B_gOR: Tensor, kernel_rows: int) -> Tensor:
     """Return matrices (g, O, R) in the shape of the weight of a second factor: (g * O / kh, R, kh, 1).
 
     A row of a matrix is a pair of an output and a row of the kernel.
     """
-    return B_gOR.unflatten(1, (-1, kernel[0])).transpose(2, 3).flatten(0, 1).unsqueeze(-1)
+    return B_gOR.unflatten(1, (-1, kernel_rows)).transpose(2, 3).flatten(0, 1).unsqueeze(-1)
 
 
 def factor_matrices(weight: Tensor, groups: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ def _empty_like(dense: nn.Module, layer: Layer) -> Layer:
 def pivoted_like(layer: Layer, dense: nn.Module) -> Layer:
     """Return ``layer``, uninitialised, with a second factor that holds coefficients of pivots alone."""
     with torch.device("meta"):
-        layer.second = Completion.of(layer.second, layer.rank)
+        layer.second = Completion.of(cast(nn.Linear | nn.Conv2d, layer.second), layer.rank)
     weight = DenseLayer.of(dense).weight
     layer.second.to(weight.dtype).to_empty(device=weight.device)
     layer.second.start()
@@ -225,7 +225,7 @@ def _product_of_two(weights: Sequence[Tensor], groups: int, rank: int) -> Tensor
     return torch.einsum("gosrab,gsricd->gosiacbd", B, A).flatten(2)
 
 
-def _kernel(layer: FactoredConv2d | TuckerConv2d, factors: Sequence[nn.Conv2d]) -> Tensor:
+def _kernel(layer: FactoredConv2d | TuckerConv2d, factors: Sequence[nn.Conv2d | Completion]) -> Tensor:
     """Return the product of the convolutions ``factors`` in the shape of the dense weight, (O, I / groups, kh, kw)."""
     size = [prod(sides) for sides in zip(*(factor.kernel_size for factor in factors), strict=True)]
     return layer.product([factor.weight for factor in factors]).flatten(0, 1).unflatten(1, (-1, *size))
