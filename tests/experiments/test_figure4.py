@@ -71,6 +71,21 @@ def test_published_numbers_stand_beside_their_size_and_judge_alds_alone(drawn: p
     assert (folder / "tables" / "figure4.tex").read_text().isascii()
 
 
+def test_a_network_on_two_data_sets_has_every_point_of_both(script: Script, factory: ModuleType, tmp_path: Path) -> None:
+    for data in ("cifar10", "mnist"):
+        for one in factory.figure4(("resnet20",)):
+            one["names"]["data"] = one["config"]["data"]["option"] = data
+            signature = records.signature(one["config"])
+            records.write(tmp_path / "records", one | {"signature": signature})
+    assert script("figure4").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 0
+    drawn = pd.read_csv(tmp_path / "tables" / "figure4.csv")
+    assert set(drawn["model"]) == {"resnet20 on cifar10", "resnet20 on mnist"}
+    assert len(drawn) == 2 * (1 + 4 * len(CURVES))
+    assert drawn.loc[drawn["variant"] != "dense", "asked"].notna().all()
+    excerpt = (tmp_path / "tables" / "figure4_paper.md").read_text()
+    assert all(f"| {name}" in excerpt for name in CURVES)
+
+
 def test_two_settings_are_not_drawn_as_one_point(
     script: Script, factory: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

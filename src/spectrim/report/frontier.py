@@ -40,7 +40,7 @@ KEPT = ", BatchNorm kept"
 NEAR = 0.005  # share of the parameters: a published size this close to a row is the same size
 TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
 VALUES = ("params_kept", "macs_kept", "test_accuracy", "change_test_accuracy_pp", "test_loss", "change_test_loss")
-POINT = ("model", "data", "method")
+POINT = ("network", "data", "method")  # not ``model``, which ``averages.with_dense`` may rename
 # Columns for the code: the key of the curve, whether BatchNorm statistics stayed, name and value of the request.
 ABOUT = ("curve", "kept", "target", "requested")
 KEYS = (*frame.KEYS, *ABOUT)
