@@ -107,7 +107,9 @@ def _points(record: Record) -> list[dict[str, Any]]:
     if algorithm not in ALGORITHMS or _varied(settings) or record["config"]["decomposer"].get("embeddings"):
         return []
     asked = settings.get("params_kept")
-    gamma = f", gamma {settings['gamma']}" if "gamma" in settings else ""
+    gamma = ""
+    if "gamma" in settings:
+        gamma = ", no gamma" if settings["gamma"] is None else f", gamma {settings['gamma']}"
     about = {
         "model": record["config"]["model"].get("name") or record["names"]["model"],
         "data": record["names"]["data"],

@@ -138,7 +138,7 @@ def _method(row: "pd.Series[Any]") -> str:
     if row["algorithm"] == "rankselection":
         parts.append(f"ε {row['parameter']:g}")
     elif row["algorithm"] in claims.PROMISING:
-        parts.append("no gamma" if row["parameter"] is None else f"gamma {row['parameter']:g}")
+        parts.append("no gamma" if pd.isna(row["parameter"]) else f"gamma {row['parameter']:g}")
     if not math.isnan(row["requested"]):
         parts.append(f"{100 * row['requested']:g} % of the parameters")
     return ", ".join(filter(None, parts))

@@ -98,6 +98,22 @@ def test_the_figure_follows_every_kind_of_layer_over_the_blocks(tables: Path) ->
     assert set(rows[rows["panel"] == "minilm, joint, ours, 80 %"]["kind"]) == {"k", "down"}
 
 
+def test_a_selector_without_a_gamma_says_so_beside_one_with_it(
+    script: Script, factory: ModuleType, tmp_path: Path
+) -> None:
+    for gamma in (None, 0.3):
+        one = factory.make("smollm2", experiment="table3", settings={"gamma": gamma})
+        one["layers"][0]["layer"] = "model.layers.0.self_attn.q_proj"
+        records.write(tmp_path / "records", one)
+    for name in ("table3", "figure7"):
+        assert script(name).main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 0
+    rows = pd.read_csv(tmp_path / "tables" / "table3.csv")
+    said = rows.loc[rows["method"].str.startswith("lossless, one-shot"), "method"].tolist()
+    assert said == ["lossless, one-shot, gamma 0.3", "lossless, one-shot, no gamma"]
+    drawn = pd.read_csv(tmp_path / "tables" / "figure7.csv")
+    assert drawn["panel"].tolist() == ["smollm2, lossless, gamma 0.3", "smollm2, lossless, no gamma"]
+
+
 def test_two_settings_are_not_averaged(
     script: Script, factory: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
