@@ -21,10 +21,11 @@ def build(options: Options) -> list[Path]:
     origin = command.origin(options, found)
     models = list(dict.fromkeys(rows["model"]))
     pictures: list[Path] = []
-    for name, shown in figure.split(options.name, models, 6):
-        with figure.panels(len(shown), 3, 2.1, _title(rows), share="all") as (canvas, axes):
-            for model, axis in zip(shown, axes, strict=True):
-                figure.loss_panel(axis, rows[rows["model"] == model], model, "params_kept", "parameters kept (%)")
+    for name, shown in figure.parts(options.name, rows, rows["model"].isin(models[:6])):
+        nets = shown.groupby("model", sort=False)
+        with figure.panels(len(nets), 3, 2.1, _title(rows), share="all") as (canvas, axes):
+            for (model, own), axis in zip(nets, axes, strict=True):
+                figure.loss_panel(axis, own, str(model), "params_kept", "parameters kept (%)")
             figure.losses(axes)
             figure.legend(canvas, axes)
             pictures += figure.save(canvas, name, options.out, origin)

@@ -22,11 +22,12 @@ def build(options: Options) -> list[Path]:
     origin = command.origin(options, found)
     models = list(dict.fromkeys(rows["model"]))
     pictures: list[Path] = []
-    for name, shown in figure.split(options.name, models, 3):
-        with figure.panels(2 * len(shown), len(shown), 1.9, _title(rows, models)) as (canvas, axes):
-            above, below = axes[: len(shown)], axes[len(shown) :]
-            for model, upper, lower in zip(shown, above, below, strict=True):
-                _column(upper, lower, rows[rows["model"] == model])
+    for name, shown in figure.parts(options.name, rows, rows["model"].isin(models[:3])):
+        nets = shown.groupby("model", sort=False)
+        with figure.panels(2 * len(nets), len(nets), 1.9, _title(rows, models)) as (canvas, axes):
+            above, below = axes[: len(nets)], axes[len(nets) :]
+            for (_, own), upper, lower in zip(nets, above, below, strict=True):
+                _column(upper, lower, own)
             figure.losses(below)
             above[0].set_ylabel("weight error ‖δ‖/‖W‖")
             for axis in below[1:]:
@@ -60,7 +61,7 @@ def _column(above: Axes, below: Axes, rows: pd.DataFrame) -> None:
         axis.margins(y=0.15)
     # The line is also drawn as points, because axhline does not count for the limits.
     below.plot(share, [dense] * len(share), linestyle="none")
-    below.axhline(dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.label)
+    below.axhline(dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)
     above.set_title(rows["model"].iloc[0])
     above.set_ylim(bottom=0)
     below.set_xlabel("rank / break-even rank (%)")

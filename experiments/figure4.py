@@ -154,7 +154,7 @@ def _draw_all(
         for model, axis in zip(models, axes, strict=True):
             own = rows[rows["model"] == model]
             dense = float(own[value].iloc[0])
-            axis.axhline(scale * dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.label)
+            axis.axhline(scale * dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)
             lowest = 0.9 * dense if measure == "loss" else 0.0
             for _, curve in own.dropna(subset="curve").groupby(["curve", "kept"], sort=False):
                 _errorbar(axis, curve.sort_values(share), share, value, scale, lowest)

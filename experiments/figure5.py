@@ -3,7 +3,6 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from textwrap import fill
@@ -17,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from spectrim.records.records import Record
 from spectrim.report import averages, command, figure, frame, table, trainings
 from spectrim.report.command import Options
+from spectrim.report.figure import Curve
 from spectrim.report.table import Column, Table
 
 FIRST, LAST = (Column("panel", "training"),), (Column("n", "n"),)
@@ -27,29 +27,20 @@ LOSSES = (*FIRST, Column("term", "term"), Column("epoch", "epoch", 0), Column("l
 KEYS = ("network", "data", "scratch", "setting", "epochs")
 ABOUT = (*KEYS, "parts", "main")
 EARLY = 2  # selections, as the title of the figure says
+LEFT_OUT = "; here the trainings that the main figure leaves out"
 
 
-@dataclass(frozen=True)
-class Term:
-    """A curve of the second figure. ``line``: whether its points are joined."""
-
-    name: str
-    colour: str
-    marker: str
-    line: bool = True
-
-
-# The first four are keys of the log in a record.
+# The curves of the second figure, by a key of the log in a record or of ``_cut``.
 TERMS = {
-    "loss": Term("task, in training", "#0072B2", "o"),
-    "orthogonality": Term("orthogonality", "#D55E00", "s"),
-    "hoyer": Term("hoyer", "#009E73", "^"),
-    "nuclear": Term("nuclear", "#CC79A7", "v"),
-    "before": Term("before the cut", "#56B4E9", "D"),
-    "after": Term("after the cut", "#E69F00", "*", line=False),
-    "refused": Term("lowest refused", "#000000", "P", line=False),
+    "loss": Curve("task, in training", "#0072B2", "o"),
+    "orthogonality": Curve("orthogonality", "#D55E00", "s"),
+    "hoyer": Curve("hoyer", "#009E73", "^"),
+    "nuclear": Curve("nuclear", "#CC79A7", "v"),
+    "before": Curve("before the cut", "#56B4E9", "D"),
+    "after": Curve("after the cut", "#E69F00", "*"),
+    "refused": Curve("lowest refused", "#000000", "P"),
 }
-IN_TRAINING = list(TERMS)[:4]
+POINTS = ("after", "refused")  # terms whose points are not joined
 DEPTH = matplotlib.colormaps["viridis"]  # from the first layer to the last
 Panel = Callable[[Axes, pd.DataFrame], None]
 NOTES = (
@@ -83,7 +74,7 @@ def build(options: Options) -> list[Path]:
         Table(options.name, ranks, RANKS, caption, NOTES, "panel", ABOUT),
         Table(f"{options.name}_losses", losses, LOSSES, beside, LOSS_NOTES, "panel", ("key", *ABOUT)),
     ]
-    return drawn + [path for one in tables for path in table.save([one], options.out, origin)]
+    return drawn + table.save(tables, options.out, origin)
 
 
 def _training(record: Record) -> tuple[Any, ...]:
@@ -132,7 +123,7 @@ def _ranks(record: Record) -> list[dict[str, Any]]:
 def _losses(record: Record) -> list[dict[str, Any]]:
     points = []
     for entry in record["log"]:
-        terms = {key: entry[key] for key in IN_TRAINING if key in entry} | _cut(entry)
+        terms = {key: entry[key] for key in TERMS if key in entry} | _cut(entry)
         points += [
             {"key": key, "term": TERMS[key].name, "epoch": entry["epoch"] + 1, "loss": loss}
             for key, loss in terms.items()
@@ -161,7 +152,7 @@ def _rank_title(found: Sequence[Record]) -> str:
     if not parts:
         return "No training removes any rank"
     part = f"{100 * median(parts):.0f} %"
-    return f"The first two selections remove {part} of the rank that a training removes in all (median)"
+    return f"The first two selections remove {part} of the rank that a training removes (median of all trainings)"
 
 
 def _loss_title(found: Sequence[Record]) -> str:
@@ -172,7 +163,9 @@ def _loss_title(found: Sequence[Record]) -> str:
         for cut in map(_cut, record["log"])
         if cut
     ]
-    return f"A cut moved the loss of the task by less than ε in {sum(moves)} of {len(moves)} selections"
+    return (
+        f"A cut moved the loss of the task by less than ε in {sum(moves)} of {len(moves)} selections of all trainings"
+    )
 
 
 def _draw(
@@ -180,9 +173,8 @@ def _draw(
 ) -> list[Path]:
     """Draw the main figure and, if other trainings are left, its appendix."""
     paths = []
-    for tail, own in (("", rows[rows["main"]]), ("_appendix", rows[~rows["main"]])):
-        if len(own):
-            paths += _draw_one(own, panel, title + (", other trainings" if tail else ""), name + tail, options, origin)
+    for part, own in figure.parts(name, rows, rows["main"]):
+        paths += _draw_one(own, panel, title if part == name else title + LEFT_OUT, part, options, origin)
     return paths
 
 
@@ -227,7 +219,7 @@ def _loss_panel(axis: Axes, rows: pd.DataFrame) -> None:
     for key, term in TERMS.items():
         own = rows[(rows["key"] == key) & (rows["loss"] > 0)].sort_values("epoch")
         if len(own):
-            style: Any = {"markersize": 3, "linewidth": 1, "linestyle": "-" if term.line else "none"}
+            style: Any = {"markersize": 3, "linewidth": 1, "linestyle": "none" if key in POINTS else "-"}
             axis.plot(own["epoch"], own["loss"], color=term.colour, marker=term.marker, label=term.name, **style)
     axis.set_yscale("log")
     axis.set_ylabel("loss (nats)")

@@ -57,17 +57,12 @@ def build(options: Options) -> list[Path]:
         raise command.lacking(options, "a selector that tells what it cost")
     styles = _styles(listed)
     origin = command.origin(options, found, [LISTED])
-    panels = _panels(rows)
-    nets = [(panel.model, panel.data) for panel in panels]
+    nets = list(zip(rows["model"], rows["data"], strict=True))
     first = NETWORK if NETWORK in nets else nets[0]
     pictures: list[Path] = []
-    for name, own in (
-        (options.name, [panel for panel in panels if (panel.model, panel.data) == first]),
-        (f"{options.name}_appendix", [panel for panel in panels if (panel.model, panel.data) != first]),
-    ):
-        if own:
-            pictures += _draw(own, styles, name, options, origin)
-    shown = pd.concat([panel.rows.assign(panel=panel.title) for panel in panels])
+    for name, own in figure.parts(options.name, rows, pd.Series([net == first for net in nets], index=rows.index)):
+        pictures += _draw(_panels(own), styles, name, options, origin)
+    shown = pd.concat([panel.rows.assign(panel=panel.title) for panel in _panels(rows)])
     beside = Table(options.name, shown, COLUMNS, "Numbers of Figure 6: accuracy and cost", NOTES, "panel")
     return pictures + table.save([beside, beside.paper(PAPER)], options.out, origin)
 
@@ -90,7 +85,7 @@ class Panel:
 
 
 def _panels(rows: pd.DataFrame) -> list[Panel]:
-    """Return the panels of every network, in the order of the rows."""
+    """Return the panels of each network, in the order of the rows."""
     found = []
     for (model, data), net in rows.groupby(["model", "data"], sort=False):
         for stage in STAGES:
@@ -147,7 +142,7 @@ def _style(row: "pd.Series[Any]", styles: dict[str, dict[str, Any]]) -> dict[str
 
 def _draw_panel(axis: Axes, panel: Panel, styles: dict[str, dict[str, Any]]) -> None:
     lowest = 0.0 if math.isnan(panel.dense) else panel.dense - DEEPEST
-    axis.axhline(100 * panel.dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.label)
+    axis.axhline(100 * panel.dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)
     for _, row in panel.rows.iterrows():
         below, spread = row["test_accuracy"] < lowest, row["test_accuracy_std"]
         hollow = {"markerfacecolor": "none"} if below else {}

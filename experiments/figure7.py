@@ -18,6 +18,7 @@ from spectrim.report.table import Column, Table
 
 AIMED = 0.8  # share of the parameters; of several sizes the nearest to it is shown
 SHOWN = ("lossless", "rankselection", "joint")  # in the figure; its appendix shows the rest
+LEFT_OUT = "Parameters kept of every layer, by selectors that Figure 7 leaves out"
 ALGORITHMS = {"lossless": "lossless", "compact": "compact", "rankselection": "rank selection", "joint": "joint, ours"}
 # The end of a layer's name, in Llama, BERT and GPT-2, and the printed kind.
 KINDS = (
@@ -64,15 +65,13 @@ def build(options: Options) -> list[Path]:
     points = points[points["off"].fillna(0) == nearest.fillna(0)].sort_values(["model", "place", "order", "block"])
     points["panel"] = points["model"] + ", " + points["method"]
     rows = averages.over_seeds(points, ("panel", "kind", "block", *ABOUT), ["rank", "kept"])
-    rows["main"] = _main(rows)
     origin = command.origin(options, found)
-    drawn = _draw(rows[rows["main"]], _title(rows), options.name, options, origin)
-    if not rows["main"].all():
-        title = "Parameters kept of every layer, by selectors that Figure 7 leaves out"
-        drawn += _draw(rows[~rows["main"]], title, f"{options.name}_appendix", options, origin)
+    pictures: list[Path] = []
+    for name, own in figure.parts(options.name, rows, _main(rows)):
+        pictures += _draw(own, _title(own) if name == options.name else LEFT_OUT, name, options, origin)
     caption = "Numbers of Figure 7: kept rank, block by block"
-    shown = Table(options.name, rows, COLUMNS, caption, NOTES, "panel", (*ABOUT, "main"))
-    return drawn + table.save([shown], options.out, origin)
+    shown = Table(options.name, rows, COLUMNS, caption, NOTES, "panel", ABOUT)
+    return pictures + table.save([shown], options.out, origin)
 
 
 def _main(rows: pd.DataFrame) -> "pd.Series[bool]":
@@ -84,9 +83,8 @@ def _main(rows: pd.DataFrame) -> "pd.Series[bool]":
 
 def _title(rows: pd.DataFrame) -> str:
     """Return the message: the kind of layer of which joint selection keeps least, per model."""
-    joint = rows[(rows["algorithm"] == "joint") & rows["main"]]
     said = []
-    for model, own in joint.groupby("model", sort=False):
+    for model, own in rows[rows["algorithm"] == "joint"].groupby("model", sort=False):
         kept = own.groupby("kind")["kept"].mean()
         said.append(f"of the {kept.idxmin()} layers of {model} ({100 * kept.min():.0f} % on average)")
     return f"Joint selection keeps least {' and '.join(said)}" if said else "Parameters kept of every layer"

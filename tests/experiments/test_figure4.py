@@ -71,7 +71,9 @@ def test_published_numbers_stand_beside_their_size_and_judge_alds_alone(drawn: p
     assert (folder / "tables" / "figure4.tex").read_text().isascii()
 
 
-def test_a_network_on_two_data_sets_has_every_point_of_both(script: Script, factory: ModuleType, tmp_path: Path) -> None:
+def test_a_network_on_two_data_sets_has_every_point_of_both(
+    script: Script, factory: ModuleType, tmp_path: Path
+) -> None:
     for data in ("cifar10", "mnist"):
         for one in factory.figure4(("resnet20",)):
             one["names"]["data"] = one["config"]["data"]["option"] = data

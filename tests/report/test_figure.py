@@ -4,6 +4,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from spectrim.report import figure
@@ -28,9 +29,16 @@ def test_a_figure_is_the_same_bytes_each_time_and_carries_no_date(tmp_path: Path
 
 
 def test_every_method_has_a_colour_and_a_marker_of_its_own() -> None:
-    known = (figure.DENSE, *figure.SERIES)
-    for own in ("label", "colour", "marker"):
-        assert len({getattr(series, own) for series in known}) == len(known)
+    known = (figure.DENSE, *figure.SERIES.values())
+    for own in ("name", "colour", "marker"):
+        assert len({getattr(curve, own) for curve in known}) == len(known)
+
+
+def test_an_appendix_shows_the_rows_that_the_figure_leaves_out() -> None:
+    rows = pd.DataFrame({"model": ["a", "b", "c"]})
+    both = figure.parts("plot", rows, rows["model"] != "b")
+    assert [(name, own["model"].tolist()) for name, own in both] == [("plot", ["a", "c"]), ("plot_appendix", ["b"])]
+    assert [name for name, _ in figure.parts("plot", rows, rows["model"] != "d")] == ["plot"]
 
 
 def test_losses_of_all_panels_have_one_logarithmic_axis() -> None:

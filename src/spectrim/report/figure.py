@@ -22,25 +22,24 @@ Share = Literal["none", "y", "all"]
 
 
 @dataclass(frozen=True)
-class Series:
-    """How the runs of one algorithm and mode look in every figure, and their name in the legend."""
+class Curve:
+    """How a curve or a set of points is drawn, and its name in the legend."""
 
-    algorithm: str
-    mode: str
-    label: str
+    name: str
     colour: str
     marker: str
 
 
 # The palette of Okabe and Ito is safe for all common types of colour blindness. Each colour also has its own marker.
-DENSE = Series("dense", "", "dense", "#000000", "_")
-SERIES = (
-    Series("truncation", "", "truncation", "#E69F00", "s"),
-    Series("lossless", "one-shot", "lossless, one-shot", "#56B4E9", "^"),
-    Series("lossless", "verified", "lossless, verified", "#0072B2", "v"),
-    Series("compact", "one-shot", "compact, one-shot", "#CC79A7", "D"),
-    Series("compact", "verified", "compact, verified", "#009E73", "o"),
-)
+DENSE = Curve("dense", "#000000", "_")
+# By algorithm and mode.
+SERIES = {
+    ("truncation", ""): Curve("truncation", "#E69F00", "s"),
+    ("lossless", "one-shot"): Curve("lossless, one-shot", "#56B4E9", "^"),
+    ("lossless", "verified"): Curve("lossless, verified", "#0072B2", "v"),
+    ("compact", "one-shot"): Curve("compact, one-shot", "#CC79A7", "D"),
+    ("compact", "verified"): Curve("compact, verified", "#009E73", "o"),
+}
 FIRST, SECOND = "#0072B2", "#D55E00"  # of two quantities of the same runs
 # Colours for many curves: the palette above, then muted colours by Paul Tol that differ from it.
 PALETTE = (
@@ -104,10 +103,13 @@ def _label_outer(axis: Axes, share: Share, left: bool, lowest: bool) -> None:
         axis.tick_params(labelbottom=lowest)
 
 
-def split(name: str, models: Sequence[str], most: int) -> list[tuple[str, Sequence[str]]]:
-    """Return the figure ``name`` with its first ``most`` models, and an appendix with the others if there are any."""
-    parts = [(name, models[:most]), (f"{name}_appendix", models[most:])]
-    return [(part, own) for part, own in parts if own]
+def parts(name: str, rows: pd.DataFrame, main: "pd.Series[bool]") -> list[tuple[str, pd.DataFrame]]:
+    """Return the name and the rows of a figure and of its appendix, each only if it has rows.
+
+    ``main``: which rows the figure shows; the appendix shows the others.
+    """
+    both = [(name, rows[main]), (f"{name}_appendix", rows[~main])]
+    return [(part, own) for part, own in both if len(own)]
 
 
 def losses(axes: Sequence[Axes], label: str = "test loss") -> None:
@@ -162,23 +164,23 @@ def loss_panel(axis: Axes, rows: pd.DataFrame, model: str, share: str, label: st
 
     ``label``: label of the horizontal axis.
     """
-    dense = float(rows.loc[rows["algorithm"] == DENSE.algorithm, "test_loss"].iloc[0])
-    axis.axhline(dense, color=DENSE.colour, linewidth=1, label=DENSE.label)
-    for series in SERIES:
-        own = rows[(rows["algorithm"] == series.algorithm) & (rows["mode"] == series.mode)].sort_values(share)
+    dense = float(rows.loc[rows["algorithm"] == "dense", "test_loss"].iloc[0])
+    axis.axhline(dense, color=DENSE.colour, linewidth=1, label=DENSE.name)
+    for (algorithm, mode), curve in SERIES.items():
+        own = rows[(rows["algorithm"] == algorithm) & (rows["mode"] == mode)].sort_values(share)
         if own.empty:
             continue
         axis.errorbar(
             100 * own[share],
             own["test_loss"],
             yerr=bars(own, "test_loss", 0.9 * dense),
-            color=series.colour,
-            marker=series.marker,
-            linestyle="-" if series.algorithm == "truncation" else "none",
+            color=curve.colour,
+            marker=curve.marker,
+            linestyle="-" if algorithm == "truncation" else "none",
             linewidth=1.2,
             markersize=5,
             capsize=2,
-            label=series.label,
+            label=curve.name,
         )
     axis.set(title=model, xlabel=label, xlim=(0, 105))
 

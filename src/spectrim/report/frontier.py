@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -11,19 +10,9 @@ from spectrim.records.records import Record
 from spectrim.report import averages, claims, command, compare, frame
 from spectrim.report.claims import Claim
 from spectrim.report.command import Options
+from spectrim.report.figure import Curve
 
-
-@dataclass(frozen=True)
-class Curve:
-    """How a selector is drawn, and its name. ``refits``: its refit moves the BatchNorm means with the factors."""
-
-    name: str
-    colour: str
-    marker: str
-    refits: bool = False
-
-
-# By the key that ``_key`` gives, in the order of the legend.
+# By the key that ``_key`` gives, in the order in which a panel draws them.
 CURVES = {
     "truncation": Curve(frame.SELECTORS["truncation"], "#777777", "s"),
     "energy": Curve("energy truncation", "#999933", "D"),
@@ -32,10 +21,11 @@ CURVES = {
     "aimet": Curve(frame.SELECTORS["aimet"], "#8C564B", "d"),
     "sensitivity": Curve(frame.SELECTORS["sensitivity"], "#009E73", "P"),
     "knapsack": Curve(frame.SELECTORS["knapsack"], "#0072B2", "o"),
-    "refitted": Curve("knapsack (BALF), refitted as ours", "#332288", "p", refits=True),
-    "verified": Curve("joint, ours, loss verified", "#E69F00", "*", refits=True),
-    "joint": Curve(frame.SELECTORS["joint"], "#D55E00", "X", refits=True),
+    "refitted": Curve("knapsack (BALF), refitted as ours", "#332288", "p"),
+    "verified": Curve("joint, ours, loss verified", "#E69F00", "*"),
+    "joint": Curve(frame.SELECTORS["joint"], "#D55E00", "X"),
 }
+REFITS = ("refitted", "verified", "joint")  # curves whose refit moves the BatchNorm means with the factors
 KEPT = ", BatchNorm kept"
 NEAR = 0.005  # share of the parameters: a published size this close to a row is the same size
 TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
@@ -72,7 +62,7 @@ def _points(runs: pd.DataFrame) -> pd.DataFrame:
     keys = [_key(*run) for run in zip(runs["algorithm"], runs["settings"], strict=True)]
     requests = [_request(settings) for settings in runs["settings"]]
     kept = [
-        not CURVES[key].refits and settings["batch_norm"] == "keep"
+        key not in REFITS and settings["batch_norm"] == "keep"
         for key, settings in zip(keys, runs["settings"], strict=True)
     ]
     runs = runs.assign(
