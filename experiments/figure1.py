@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from spectrim.report import averages, claims, command, compare, figure, figure_data, table
+from spectrim.report import averages, claims, command, compare, figure, figure_data, frame, table
 from spectrim.report.command import Options
 from spectrim.report.table import number
 
@@ -17,7 +17,7 @@ VALUES = ("test_loss", "change_test_loss", "params_kept")
 def build(options: Options) -> list[Path]:
     """Draw loss against parameters kept, one panel per model, and build the table of the same numbers."""
     found = command.load(options)
-    rows = averages.with_dense(command.runs(options, found, figure_data.METHODS), VALUES)
+    rows = averages.with_dense(command.runs(options, found, frame.METHODS), VALUES)
     origin = command.origin(options, found)
     models = list(dict.fromkeys(rows["model"]))
     pictures: list[Path] = []

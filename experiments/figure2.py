@@ -56,9 +56,9 @@ def _column(above: Axes, below: Axes, rows: pd.DataFrame) -> None:
     ):
         axis.plot(share, cut[key], color=colour, marker=marker, linewidth=1.2, markersize=5, label=label)
         lowest = int(cut[key].argmin())
-        ring: Any = {"markersize": 12, "fillstyle": "none", "color": "#CC79A7", "linestyle": "none"}
+        ring: Any = {"markersize": 12, "fillstyle": "none", "color": "#CC79A7", "linestyle": "none", "clip_on": False}
         axis.plot(share.iloc[lowest], cut[key].iloc[lowest], "o", label="lowest value", **ring)
-        axis.margins(y=0.15)
+        axis.margins(x=0.1, y=0.15)
     # The line is also drawn as points, because axhline does not count for the limits.
     below.plot(share, [dense] * len(share), linestyle="none")
     below.axhline(dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from spectrim.records import records
-from spectrim.report import averages, claims, command, compare, figure, figure_data, table
+from spectrim.report import averages, claims, command, compare, figure, figure_data, frame, table
 from spectrim.report.command import Options
 from spectrim.report.table import number
 
@@ -27,7 +27,7 @@ def build(options: Options) -> list[Path]:
         [one for one in records.read_all(options.records, OURS) if _selected(one, models)] if options.default else []
     )
     used = [*found, *beside]
-    rows = averages.with_dense(command.runs(options, used, figure_data.METHODS), VALUES)
+    rows = averages.with_dense(command.runs(options, used, frame.METHODS), VALUES)
     origin = command.origin(options, used)
     with figure.panels(len(models), 2, 2.6, _title(rows), share="all") as (canvas, axes):
         for model, axis in zip(models, axes, strict=True):
@@ -63,7 +63,7 @@ def _below(rows: pd.DataFrame) -> int:
 
 
 def _selected(record: records.Record, models: list[str]) -> bool:
-    return record["names"]["model"] in models and records.algorithm_of(record) in claims.PROMISING
+    return frame.model_of(record) in models and records.algorithm_of(record) in claims.PROMISING
 
 
 def _note(rows: pd.DataFrame, model: str) -> str:

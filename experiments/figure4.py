@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from spectrim.report import averages, claims, command, compare, figure, frontier, table
+from spectrim.report import averages, claims, command, compare, figure, frame, frontier, table
 from spectrim.report.claims import Claim
 from spectrim.report.command import Options
 from spectrim.report.frontier import CURVES, NEAR
@@ -26,12 +26,14 @@ SHOWN = {
     "sensitivity": "sensitivity (ASVD)",
     "aimet": "greedy (AIMET)",
 }
-SHARES = {"params_kept": "parameters kept (%)", "macs_kept": "MACs kept (%)"}
+UNITS = {"params_kept": "parameters", "macs_kept": "MACs"}
+SHARES = {share: f"{unit} kept (%)" for share, unit in UNITS.items()}
 MEASURES = {"accuracy": ("test_accuracy", 100), "loss": ("test_loss", 1)}
 SIZES = (0.826, 0.7, 0.5, 0.4, 0.3)  # shares of the parameters, the columns of the excerpt
 AT_MOST_OFF = 0.02  # share of the parameters: how near a row must be to a column
 DEEPEST = 0.2  # accuracy below the dense network's at which a panel ends; the table has all points
 LEAST = 0.05  # accuracy that a panel spans at least, so that a change of nothing looks like it
+ROOM = 1  # percentage points of accuracy above the highest value of a panel
 COLUMNS = (
     Column("model", "model"),
     Column("variant", "selector"),
@@ -66,14 +68,14 @@ def build(options: Options) -> list[Path]:
     published = claims.claims(compare.read_published(PUBLISHED), ["Not retrained"])
     rows = frontier.rows(options, found, published)
     origin = command.origin(options, found, [PUBLISHED])
-    models = list(dict.fromkeys(rows["model"]))
+    models = sorted(dict.fromkeys(rows["model"]), key=frame.model_key)
     main = rows[(rows["network"] == NETWORK[0]) & (rows["data"] == NETWORK[1])]
     main = main if len(main) else rows[rows["model"] == models[0]]
     pictures = _draw_main(main, options, origin)
     for measure in MEASURES:
         for share in SHARES:
             pictures += _draw_all(rows, published, measure, share, options, origin)
-    caption = f"Numbers of Figure 4: accuracy and loss without fine-tuning on {', '.join(dict.fromkeys(rows['data']))}"
+    caption = f"Numbers of Figure 4: accuracy and loss without fine-tuning on {frame.data_of(rows)}"
     notes = [*NOTES, *_published_note(published), *(_note(rows[rows["model"] == model]) for model in models)]
     shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], "model", frontier.KEYS)
     return pictures + table.save([shown, _paper(options.name, main)], options.out, origin)
@@ -147,10 +149,10 @@ def _draw_all(
 ) -> list[Path]:
     """Draw one measure of every selector over one share, one panel per model."""
     value, scale = MEASURES[measure]
-    models = list(dict.fromkeys(rows["model"]))
-    of = {"params_kept": "parameters", "macs_kept": "MACs"}[share]
-    title = f"Test {measure} of every selector by {of} kept, without fine-tuning"
-    with figure.panels(len(models), 3, 2.4, title, share="y" if measure == "loss" else "none") as (canvas, axes):
+    models = sorted(dict.fromkeys(rows["model"]), key=frame.model_key)
+    with figure.panels(
+        len(models), 3, 2.4, message(rows, measure, share), share="y" if measure == "loss" else "none"
+    ) as (canvas, axes):
         for model, axis in zip(models, axes, strict=True):
             own = rows[rows["model"] == model]
             dense = float(own[value].iloc[0])
@@ -169,7 +171,23 @@ def _draw_all(
             for axis in axes[::3]:
                 axis.set_ylabel("top-1 (%)")
         figure.legend(canvas, axes)
-        return figure.save(canvas, f"{options.name}_{measure}_{of.lower()}", options.out, origin)
+        return figure.save(canvas, f"{options.name}_{measure}_{UNITS[share].lower()}", options.out, origin)
+
+
+def message(rows: pd.DataFrame, measure: str, share: str) -> str:
+    """Return the message: at how many sizes of joint selection no rival that is as small is better."""
+    value, _ = MEASURES[measure]
+    met = sizes = 0
+    for _, own in rows.groupby("model", sort=False):
+        others = own[~own["curve"].isin(["joint", "verified"]) & (own["algorithm"] != "dense")]
+        for _, ours in own[own["curve"] == "joint"].iterrows():
+            small = others[others[share] <= ours[share]][value]
+            met += not ((small > ours[value]) if measure == "accuracy" else (small < ours[value])).any()
+            sizes += 1
+    if not sizes:
+        return f"Test {measure} of every selector by {UNITS[share]} kept, without fine-tuning"
+    better = {"accuracy": "is more accurate", "loss": "has a lower loss"}[measure]
+    return f"At {met} of {sizes} sizes, no rival with as few {UNITS[share]} {better} than joint selection"
 
 
 def _errorbar(
@@ -197,8 +215,8 @@ def _errorbar(
 
 def _limit(axis: Axes, dense: float) -> None:
     """End a panel of accuracy ``DEEPEST`` below the dense network's, and let it span ``LEAST`` at least."""
-    low, high = axis.get_ylim()
-    axis.set_ylim(min(max(low, 100 * (dense - DEEPEST)), 100 * (dense - LEAST)), max(high, 100 * dense + LEAST))
+    low = max(axis.get_ylim()[0], 100 * (dense - DEEPEST))
+    axis.set_ylim(min(low, 100 * (dense - LEAST)), max(axis.dataLim.y1, 100 * dense) + ROOM)
 
 
 def _draw_published(axis: Axes, points: Sequence[Claim]) -> None:

@@ -22,13 +22,12 @@ from spectrim.report.table import Column, Table
 FIRST, LAST = (Column("panel", "training"),), (Column("n", "n"),)
 RANKS = (*FIRST, Column("layer", "layer"), Column("epoch", "epoch", 0), Column("rank", "rank", 1), *LAST)
 LOSSES = (*FIRST, Column("term", "term"), Column("epoch", "epoch", 0), Column("loss", "loss", 4), *LAST)
-# Columns that tell trainings apart. ``parts``: the name of the panel in parts. ``main``: whether the main figure shows
+# Columns that tell trainings apart. ``parts``: the title of the panel in parts. ``main``: whether the main figure shows
 # the training, otherwise the appendix does.
 KEYS = ("network", "data", "scratch", "setting", "epochs")
 ABOUT = (*KEYS, "parts", "main")
 EARLY = 2  # selections, as the title of the figure says
 LEFT_OUT = "; here the trainings that the main figure leaves out"
-
 
 # The curves of the second figure, by a key of the log in a record or of ``_cut``.
 TERMS = {
@@ -45,7 +44,8 @@ DEPTH = matplotlib.colormaps["viridis"]  # from the first layer to the last
 Panel = Callable[[Axes, pd.DataFrame], None]
 NOTES = (
     "Each number is a mean ± standard deviation (ddof = 1) over training seeds. Epochs are counted from 1. The rank is "
-    "that after the selection at the end of the epoch.",
+    "that after the selection at the end of the epoch. The name of a training gives its regulariser with the strength, "
+    "or none.",
 )
 LOSS_NOTES = (
     "Each number is a mean ± standard deviation (ddof = 1) over training seeds. Task, orthogonality and regulariser "
@@ -79,9 +79,9 @@ def build(options: Options) -> list[Path]:
 
 def _training(record: Record) -> tuple[Any, ...]:
     """Return what one panel shows: network, data, start, setting and epochs."""
-    scratch = record["config"]["checkpoint"] is None
     epochs = record["config"]["algorithm"]["recipe"]["epochs"]
-    return trainings.net(record), record["names"]["data"], scratch, trainings.key(record), epochs
+    start = trainings.net(record), record["names"]["data"], trainings.from_scratch(record)
+    return *start, trainings.key(record), epochs
 
 
 def _shown(found: Sequence[Record]) -> set[tuple[Any, ...]]:
@@ -101,11 +101,12 @@ def _shown(found: Sequence[Record]) -> set[tuple[Any, ...]]:
 
 def _about(record: Record, shown: set[tuple[Any, ...]]) -> dict[str, Any]:
     network, data, *_, epochs = training = _training(record)
-    parts = (network, data, trainings.start(record), *trainings.way(record), f"{epochs} epochs")
+    regulariser, *others = trainings.way(record)
+    begin, end = (network, data, trainings.start(record)), (*others, f"{epochs} epochs")
     return {
-        "panel": ", ".join(parts),
+        "panel": ", ".join((*begin, regulariser, *end)),
         **dict(zip(KEYS, training, strict=True)),
-        "parts": parts,
+        "parts": (*begin, "no regulariser" if regulariser == "none" else regulariser, *end),
         "main": training in shown,
         "seed": record["seed"],
         "calibration_seed": record["calibration_seed"],
@@ -152,7 +153,7 @@ def _rank_title(found: Sequence[Record]) -> str:
     if not parts:
         return "No training removes any rank"
     part = f"{100 * median(parts):.0f} %"
-    return f"The first two selections remove {part} of the rank that a training removes (median of all trainings)"
+    return f"The first two selections remove {part} of all removed rank (median of {len(parts)} runs)"
 
 
 def _loss_title(found: Sequence[Record]) -> str:
@@ -163,9 +164,8 @@ def _loss_title(found: Sequence[Record]) -> str:
         for cut in map(_cut, record["log"])
         if cut
     ]
-    return (
-        f"A cut moved the loss of the task by less than ε in {sum(moves)} of {len(moves)} selections of all trainings"
-    )
+    said = f"In {sum(moves)} of {len(moves)} selections of {len(found)} runs"
+    return f"{said}, the cut moved the task's loss by less than ε"
 
 
 def _draw(
@@ -219,7 +219,8 @@ def _loss_panel(axis: Axes, rows: pd.DataFrame) -> None:
     for key, term in TERMS.items():
         own = rows[(rows["key"] == key) & (rows["loss"] > 0)].sort_values("epoch")
         if len(own):
-            style: Any = {"markersize": 3, "linewidth": 1, "linestyle": "none" if key in POINTS else "-"}
+            alone = key in POINTS
+            style: Any = {"markersize": 5 if alone else 3, "linewidth": 1, "linestyle": "none" if alone else "-"}
             axis.plot(own["epoch"], own["loss"], color=term.colour, marker=term.marker, label=term.name, **style)
     axis.set_yscale("log")
     axis.set_ylabel("loss (nats)")

@@ -112,19 +112,24 @@ def _draw(
 
 
 def _message(panels: Sequence[Panel]) -> str:
-    """Return the message: the accuracy and cost of joint selection beside the best other at the smallest size."""
-    panel = next(one for one in panels if (one.stage, one.size) == ("cut alone", min(BUDGETS)))
-    ours, others = (panel.rows[(panel.rows["selector"] == "joint") == same] for same in (True, False))
+    """Return the message: for each network, joint selection beside the best other selector at the smallest size."""
+    said = []
+    for panel in (one for one in panels if (one.stage, one.size) == ("cut alone", min(BUDGETS))):
+        ours, others = (panel.rows[(panel.rows["selector"] == "joint") == same] for same in (True, False))
+        if len(ours) and len(others):
+            best = others.iloc[int(others["test_accuracy"].argmax())]
+            (top1, seconds), (rival, longer) = (_reached(row) for row in (ours.iloc[0], best))
+            said.append(
+                f"{panel.model} cut to {100 * panel.size:.0f} %: joint selection keeps {top1} % accuracy in {seconds} "
+                f"CPU seconds, the best other selector {rival} % in {longer}"
+            )
     nets = ", ".join(dict.fromkeys(one.model for one in panels))
-    if ours.empty or others.empty or len({one.model for one in panels}) > 1:
-        return f"Accuracy and cost of every selector on {nets}"
-    best = others.iloc[int(others["test_accuracy"].argmax())]
-    top1, rival = (number(100 * row["test_accuracy"], 1) for row in (ours.iloc[0], best))
-    seconds, longer = (f"{row['cost']:.0f}" for row in (ours.iloc[0], best))
-    return (
-        f"{nets} cut to {100 * panel.size:.0f} %: joint selection keeps {top1} % accuracy in {seconds} CPU seconds, "
-        f"the best other selector {rival} % in {longer}"
-    )
+    return "; ".join(said) or f"Accuracy and cost of every selector on {nets}"
+
+
+def _reached(row: "pd.Series[Any]") -> tuple[str, str]:
+    """Return the accuracy in percent and the cost in seconds, as text."""
+    return number(100 * row["test_accuracy"], 1), number(row["cost"], 0 if row["cost"] >= 10 else 1)
 
 
 def _styles(listed: pd.DataFrame) -> dict[str, dict[str, Any]]:

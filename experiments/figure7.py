@@ -12,13 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from spectrim.records.records import Record, algorithm_of
-from spectrim.report import averages, command, figure, table
+from spectrim.report import averages, command, figure, frame, table
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table
 
 AIMED = 0.8  # share of the parameters; of several sizes the nearest to it is shown
 SHOWN = ("lossless", "rankselection", "joint")  # in the figure; its appendix shows the rest
-LEFT_OUT = "Parameters kept of every layer, by selectors that Figure 7 leaves out"
 ALGORITHMS = {"lossless": "lossless", "compact": "compact", "rankselection": "rank selection", "joint": "joint, ours"}
 # The end of a layer's name, in Llama, BERT and GPT-2, and the printed kind.
 KINDS = (
@@ -68,7 +67,7 @@ def build(options: Options) -> list[Path]:
     origin = command.origin(options, found)
     pictures: list[Path] = []
     for name, own in figure.parts(options.name, rows, _main(rows)):
-        pictures += _draw(own, _title(own) if name == options.name else LEFT_OUT, name, options, origin)
+        pictures += _draw(own, _title(own) if name == options.name else _title_beside(own), name, options, origin)
     caption = "Numbers of Figure 7: kept rank, block by block"
     shown = Table(options.name, rows, COLUMNS, caption, NOTES, "panel", ABOUT)
     return pictures + table.save([shown], options.out, origin)
@@ -90,6 +89,12 @@ def _title(rows: pd.DataFrame) -> str:
     return f"Joint selection keeps least {' and '.join(said)}" if said else "Parameters kept of every layer"
 
 
+def _title_beside(rows: pd.DataFrame) -> str:
+    """Return the message of the appendix: in how many panels no layer is cut."""
+    whole = rows.groupby("panel")["kept"].min() >= 1
+    return f"{whole.sum()} of the {len(whole)} selections that Figure 7 leaves out keep every layer whole"
+
+
 def _draw(rows: pd.DataFrame, title: str, name: str, options: Options, origin: Mapping[str, Any]) -> list[Path]:
     names = list(dict.fromkeys(rows["panel"]))
     with figure.panels(len(names), 3, 2.2, title, share="y") as (canvas, axes):
@@ -109,7 +114,7 @@ def _points(record: Record) -> list[dict[str, Any]]:
     if "gamma" in settings:
         gamma = ", no gamma" if settings["gamma"] is None else f", gamma {settings['gamma']}"
     about = {
-        "model": record["config"]["model"].get("name") or record["names"]["model"],
+        "model": frame.model_of(record),
         "data": record["names"]["data"],
         "algorithm": algorithm,
         "method": ALGORITHMS[algorithm] + gamma + ("" if asked is None else f", {100 * asked:g} %"),

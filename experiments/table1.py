@@ -12,13 +12,14 @@ import pandas as pd
 from spectrim.report import averages, command, selectors
 from spectrim.report.command import Options
 from spectrim.report.selectors import BUDGETS, NEAR
-from spectrim.report.table import Column, Table, number, save
+from spectrim.report.table import ABSENT, Column, Table, save
 
 LISTED = Path(__file__).with_name("selectors.csv")
-# The two stages of a row, and the end of their column headers.
 PAPER = ("approach", "cut_50", "cut_30", "trained_50", "trained_30", "cut_cpu_seconds")
 SIZES_PAPER = ("block", "approach", "epochs", "params_kept", "test_accuracy", "cpu_seconds")
+# The two stages of a row, and the end of their column headers.
 STAGES = {"cut": "", "trained": ", trained"}
+DENSE = Column("dense_accuracy", "dense top-1 %", 2, scale=100)
 COLUMNS = (
     Column("block", "net, data"),
     Column("approach", "selector"),
@@ -105,9 +106,9 @@ def _paper(table: Table, model: str) -> Table:
 
 def _block(own: pd.DataFrame, listed: pd.DataFrame, net: str) -> list[dict[str, Any]]:
     """Return one line per listed selector, with or without runs, and one per selector that trains from scratch."""
-    dense, spread = (float(own[key].iloc[0]) for key in ("dense_accuracy", "dense_accuracy_std"))
-    said = "" if math.isnan(dense) else f" (dense {number(100 * dense, 2)}"
-    said += ("" if math.isnan(spread) else f" ± {100 * spread:.2f}") + (" %)" if said else "")
+    first: Any = own.iloc[0]
+    dense = DENSE.cell(first)
+    said = "" if dense == ABSENT else f" (dense {dense} %)"
     lines = []
     for selector in listed.to_dict(orient="records"):
         runs = own[own["selector"] == selector["selector"]]

@@ -13,7 +13,6 @@ from spectrim.report.table import Column, Table, number, save
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 CLAIMED = ("Abstract", "Table 4", "Table 5", "Table 6")
-ALGORITHMS = ("truncation", *claims.PROMISING)
 VALUES = (
     "test_loss",
     "change_test_loss",
@@ -76,12 +75,12 @@ CLAIM_NOTES = (
 def build(options: Options) -> list[Path]:
     """Build Table 2 and the table of its claims."""
     found = command.load(options)
-    runs = command.runs(options, found, ALGORITHMS)
+    runs = command.runs(options, found, frame.METHODS)
     published = compare.read_published(PUBLISHED)
     rows = averages.with_dense(runs, VALUES)
     rows["published"] = [_published(published, row) for _, row in rows.iterrows()]
-    rows["verdict"] = claims.loss_verdicts(rows, ALGORITHMS)
-    models, data = list(dict.fromkeys(rows["model"])), ", ".join(dict.fromkeys(rows["data"]))
+    rows["verdict"] = claims.loss_verdicts(rows, frame.METHODS)
+    models, data = list(dict.fromkeys(rows["model"])), frame.data_of(rows)
     caption = f"Loss and accuracy without fine-tuning on {data}"
     table = Table(
         options.name,

@@ -11,7 +11,6 @@ from spectrim.report.command import Options
 from spectrim.report.compare import Word
 from spectrim.report.table import Column, Table, save
 
-SELECTORS = ("compact", "lossless", "truncation")
 DECOMPOSITIONS = {
     "svd_channel": "SVD, channel view",
     "svd_spatial": "SVD, spatial view",
@@ -61,7 +60,7 @@ NOTES = (
 def build(options: Options) -> list[Path]:
     """Build Table 4."""
     found = command.load(options)
-    runs = command.runs(options, found, SELECTORS)
+    runs = command.runs(options, found, frame.METHODS)
     row = ["model", "variant", "decomposer"]
     frame.require_one_setting(runs, row, "{variant} with {decomposer} on {model}", "Table 4 has one row")
     order = list(DECOMPOSITIONS)
@@ -71,8 +70,7 @@ def build(options: Options) -> list[Path]:
         runs.sort_values(["model", "variant", "place", "first_signature"], kind="stable"), VALUES
     )
     rows["verdict"] = claims.loss_verdicts(rows)
-    data = ", ".join(dict.fromkeys(rows["data"]))
-    caption = f"One selector with several decompositions, without fine-tuning, on {data}"
+    caption = f"One selector with several decompositions, without fine-tuning, on {frame.data_of(rows)}"
     notes = [*NOTES, *_summary(rows)]
     table = Table(options.name, rows, COLUMNS, caption, notes, group="model", hidden=frame.KEYS)
     return save(

@@ -41,7 +41,8 @@ NOTES = (
     "compression and training on one core. Networks that shared a GPU have none.",
     "SVD training trains U, Σ and V. After each epoch but the last few it cuts them as far as the loss on the training "
     "images moves by less than ε. Other methods were given a budget near the size that this left.",
-    "Cuts counts the epochs that end with a rank selection. Priced: energy is weighed against its cost in parameters. "
+    "Hoyer and nuclear are regularisers, with their strength; none is a training without one. Cuts counts the epochs "
+    "that end with a rank selection. Priced: energy is weighed against its cost in parameters. "
     "Steps as printed: no bound on how far a step on a factor moves its layer, at the learning rate that this needs. "
     "Spatial: a convolution becomes one of kh x 1 and one of 1 x kw; otherwise one of kh x kw and one of 1 x 1.",
     "Published rows are as printed in the source, with its own dense network. Nothing of them was run here.",
@@ -85,7 +86,7 @@ def build(options: Options) -> list[Path]:
 
 def _row(record: Record) -> dict[str, Any]:
     settings, dense, small = record["config"]["algorithm"], record["dense"], record["compressed"]
-    scratch, order = record["config"]["checkpoint"] is None, _order(record)
+    scratch, order = trainings.from_scratch(record), _order(record)
     return {
         "model": trainings.net(record),
         "data": record["names"]["data"],
@@ -109,8 +110,7 @@ def _order(record: Record) -> tuple[Any, ...]:
     """Return the sort key of a run in the table. The stage comes first."""
     settings, algorithm = record["config"]["algorithm"], algorithm_of(record)
     if algorithm == "svdtraining":
-        scratch = record["config"]["checkpoint"] is None
-        return FROM_SCRATCH if scratch else FROM_TRAINED, trainings.key(record)
+        return FROM_SCRATCH if trainings.from_scratch(record) else FROM_TRAINED, trainings.key(record)
     selector = settings["selector"] if algorithm == "finetuning" else settings
     values = [selector["epsilon"]] if algorithm == "rankselection" else frame.rules(selector)
     return FINE_TUNED if algorithm == "finetuning" else CUT, list(CUTS).index(class_of(selector)), values

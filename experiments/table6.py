@@ -10,7 +10,7 @@ import pandas as pd
 
 from spectrim.records import records
 from spectrim.records.records import Record
-from spectrim.report import averages, claims, command, compare, frame
+from spectrim.report import averages, claims, command, compare, frame, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, number, save
 
@@ -88,7 +88,7 @@ def build(options: Options) -> list[Path]:
     by = ("model", "data", "images", "selector", "decomposer", "layers", "width", "untrained", "place", *KEYS)
     rows = averages.over_seeds(runs, by, VALUES)
     published = claims.claims(compare.read_published(PUBLISHED), ["Table 6"])
-    data = ", ".join(dict.fromkeys(rows["data"]))
+    data = frame.data_of(rows)
     notes = [*NOTES, *_searched(rows), *(_claim(one, rows) for one in published)]
     caption = f"Cost of a selection, on {data}"
     tables = [Table(options.name, rows, COLUMNS, caption, notes, group="model", hidden=KEYS)]
@@ -106,7 +106,7 @@ def _searches(options: Options) -> list[Record]:
     costliest: dict[tuple, Record] = {}
     for record in records.read_all(options.records, "figure4") if options.default else []:
         name = records.algorithm_of(record)
-        key = name, record["names"]["model"], record["seed"], record["calibration_seed"]
+        key = name, frame.model_of(record), record["seed"], record["calibration_seed"]
         spent = record["phases"]["select"]["seconds"]
         if name in SEARCHES and (key not in costliest or spent > costliest[key]["phases"]["select"]["seconds"]):
             costliest[key] = record
@@ -118,13 +118,12 @@ def _row(record: Record, known: pd.DataFrame) -> dict[str, Any]:
     phase = record["phases"]["select"]
     images = record["config"]["data"]["calibration_size"]
     report = record.get("reporting", {})  # no selector needs it
-    read = sum(record["samples_read"].values()) if "samples_read" in record else math.nan
-    read -= sum(report.get("samples_read", {}).values())
+    read = trainings.samples_read(record) - sum(report.get("samples_read", {}).values())
     order = [*frame.SELECTORS, *CHOOSING]
     return {
         "model": run["model"],
         "data": run["data"],
-        "untrained": record["config"]["checkpoint"] is None,
+        "untrained": trainings.from_scratch(record),
         "layers": len(record["layers"]),
         "width": record["config"]["model"].get("width", math.nan),
         "images": images,

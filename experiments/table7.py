@@ -69,7 +69,7 @@ def build(options: Options) -> list[Path]:
         tables += _probe_tables(options.name, probes, compare.read_published(PUBLISHED))
     leakage = runs[runs["algorithm"].isin(claims.PROMISING)]
     if not leakage.empty:
-        caption = f"Effect of calibrating on other data, on {', '.join(dict.fromkeys(leakage['data']))}"
+        caption = f"Effect of calibrating on other data, on {frame.data_of(leakage)}"
         rows = _leakage(leakage)
         table = Table(f"{options.name}_leakage", rows, LEAKAGE, caption, [LEAKAGE_NOTE], "model", KEYS)
         tables += [
@@ -86,7 +86,7 @@ def _probes(found: Sequence[Record]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for record in found:
         if records.algorithm_of(record) == "probe":
-            rows += [{"model": record["names"]["model"], "seed": record["seed"], **entry} for entry in record["log"]]
+            rows += [{"model": frame.model_of(record), "seed": record["seed"], **entry} for entry in record["log"]]
     return pd.DataFrame(rows)
 
 

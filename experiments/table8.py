@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from spectrim.records.records import Record, algorithm_of
-from spectrim.report import averages, command, compare
+from spectrim.report import averages, command, compare, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
 
@@ -37,10 +37,8 @@ SELECTION = (
     Column("needed", "ε at which Theorem 2 grants the δ of bisection", 0),
     Column("n", "n"),
 )
-PAPERS = {
-    "net": ("net", "depth", "ratio", "measured", "bound", "tightness"),
-    "depth": ("depth", "epsilon", "delta_theory", "delta_bisect", "kept_theory", "kept_bisect"),
-}
+BOUNDS_PAPER = ("net", "depth", "ratio", "measured", "bound", "tightness")
+SELECTION_PAPER = ("depth", "epsilon", "delta_theory", "delta_bisect", "kept_theory", "kept_bisect")
 BOUND_NOTES = (
     "The networks are multilayer perceptrons with ReLU and without biases; depth counts their linear layers. Every "
     "layer is cut to the same share of its full rank. ‖ΔX‖ is the 2-norm of the change of an image's logits; the "
@@ -64,19 +62,21 @@ def build(options: Options) -> list[Path]:
     """Build the table of the bounds beside the measurements, and the table of rank selection by either."""
     found = command.load(options)
     moves, pairs = _moves(found), _pairs(found)
-    tables = []
+    tables: list[Table] = []
     if not moves.empty:
         rows = averages.over_seeds(moves, ("net", "depth", "ratio"), _values(BOUNDS, moves))
         caption = "Change of outputs and loss under truncation, and its bounds by S2's theorems, on digits"
-        tables.append(Table(options.name, rows, BOUNDS, caption, [*BOUND_NOTES, _theorems(moves), SOURCE], group="net"))
+        notes = [*BOUND_NOTES, _theorems(moves), SOURCE]
+        table = Table(options.name, rows, BOUNDS, caption, notes, group="net")
+        tables += [table, table.paper(BOUNDS_PAPER)]
     if not pairs.empty:
         rows = averages.over_seeds(pairs, ("depth", "epsilon"), _values(SELECTION, pairs))
         caption = "Rank selection by the δ of Theorem 2 and by bisection, at the same ε, on digits"
         notes = [*SELECTION_NOTES, _promise(pairs), SOURCE]
-        tables.append(Table(f"{options.name}_selection", rows, SELECTION, caption, notes, group="depth"))
+        table = Table(f"{options.name}_selection", rows, SELECTION, caption, notes, group="depth")
+        tables += [table, table.paper(SELECTION_PAPER)]
     if not tables:
         raise command.lacking(options, "bound_probe with a bound, or rank_selection by theory and by bisection")
-    tables += [one.paper(PAPERS[str(one.group)]) for one in tables]
     return save(tables, options.out, command.origin(options, found))
 
 
@@ -91,9 +91,8 @@ def _of(found: Sequence[Record], algorithm: str) -> list[Record]:
 
 
 def _about(record: Record) -> dict[str, Any]:
-    untrained = record["config"]["checkpoint"] is None
     return {
-        "net": "untrained" if untrained else "trained",
+        "net": "untrained" if trainings.from_scratch(record) else "trained",
         "depth": record["config"]["model"]["depth"],
         "seed": record["seed"],
         "calibration_seed": record["calibration_seed"],

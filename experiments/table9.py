@@ -76,7 +76,7 @@ def build(options: Options) -> list[Path]:
     )
     dense = rows["algorithm"] == "dense"
     rows.loc[dense, ["to_default", "to_default_std", "seconds", "seconds_std"]] = float("nan")
-    caption = f"Ablation of joint selection at one budget, on {', '.join(dict.fromkeys(rows['data']))}"
+    caption = f"Ablation of joint selection at one budget, on {frame.data_of(rows)}"
     table = Table(options.name, rows, COLUMNS, caption, NOTES, group="model", hidden=frame.KEYS)
     return save(
         [table, table.paper(PAPER, notes=[averages.seeds_note(rows)])], options.out, command.origin(options, found)

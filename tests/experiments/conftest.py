@@ -3,13 +3,16 @@
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from spectrim.records import records
-from spectrim.report import coverage
+from spectrim.report import coverage, figure
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "experiments"))  # as for a script there, which may import its neighbours
@@ -43,6 +46,50 @@ def recorded(factory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> P
     for one in factory.everything():
         records.write(folder, one)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run(script: Callable[[str], ModuleType]) -> Callable[[str, Path, Path], dict[str, Figure]]:
+    """Run a script on a folder of records into another folder. Return the figures that it saves, by their names."""
+    saved = figure.save
+
+    def run(name: str, found: Path, folder: Path) -> dict[str, Figure]:
+        canvases: dict[str, Figure] = {}
+
+        def keep(canvas: Figure, name: str, *rest: Any) -> list[Path]:
+            canvases[name] = canvas
+            return saved(canvas, name, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(figure, "save", keep)
+            assert script(name).main(["--records", str(found), "--out", str(folder)]) == 0
+        return canvases
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def canvases() -> dict[str, Figure]:
+    """Every figure that ``built`` has saved, by its name."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def built(
+    run: Callable[[str, Path, Path], dict[str, Figure]],
+    recorded: Path,
+    canvases: dict[str, Figure],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[[str], Path]:
+    """Build a table or figure from ``recorded``, once, and return its folder."""
+
+    @cache
+    def build(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        canvases.update(run(name, recorded, folder))
+        return folder
+
+    return build
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from spectrim.records import records
 
@@ -23,13 +24,9 @@ CURVES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(script: Script, factory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("figure4")
-    for one in factory.figure4(("resnet20",)):
-        records.write(folder / "records", one)
-    assert script("figure4").main(["--records", str(folder / "records"), "--out", str(folder)]) == 0
-    return folder
+@pytest.fixture
+def folder(built: Callable[[str], Path]) -> Path:
+    return built("figure4")
 
 
 @pytest.fixture
@@ -46,10 +43,10 @@ def test_rows_are_dense_then_every_curve_from_its_largest_size(drawn: pd.DataFra
     assert set(drawn["n"].iloc[1:]) == {"3 pairs"}
 
 
-def test_numbers_are_the_means_of_the_records(drawn: pd.DataFrame, folder: Path) -> None:
+def test_numbers_are_the_means_of_the_records(drawn: pd.DataFrame, recorded: Path) -> None:
     found = [
         one["compressed"]["test"]["accuracy"]
-        for one in records.read_all(folder / "records", "figure4")
+        for one in records.read_all(recorded, "figure4")
         if one["names"]["algorithm"] == "knapsack" and one["config"]["algorithm"]["params_kept"] == 0.5
     ]
     row = drawn[drawn["variant"] == "knapsack (BALF)"].iloc[2]
@@ -86,6 +83,42 @@ def test_a_network_on_two_data_sets_has_every_point_of_both(
     assert drawn.loc[drawn["variant"] != "dense", "asked"].notna().all()
     excerpt = (tmp_path / "tables" / "figure4_paper.md").read_text()
     assert all(f"| {name}" in excerpt for name in CURVES)
+
+
+@pytest.mark.parametrize(
+    ("measure", "said"),
+    [
+        ("accuracy", "At 1 of 3 sizes, no rival with as few parameters is more accurate than joint selection"),
+        ("loss", "At 2 of 3 sizes, no rival with as few parameters has a lower loss than joint selection"),
+    ],
+)
+def test_the_title_counts_the_sizes_at_which_no_rival_is_better(measure: str, said: str, script: Script) -> None:
+    rows = pd.DataFrame(
+        {
+            "model": ["a"] * 5 + ["b"] * 3,
+            "curve": [None, "joint", "joint", "alds", "verified", None, "joint", "alds"],
+            "algorithm": ["dense", "joint", "joint", "alds", "joint", "dense", "joint", "alds"],
+            "params_kept": [1.0, 0.5, 0.3, 0.3, 0.2, 1.0, 0.5, 0.6],
+            "test_accuracy": [0.9, 0.7, 0.6, 0.8, 0.9, 0.9, 0.5, 0.9],
+            "test_loss": [0.3, 0.4, 0.6, 0.5, 0.1, 0.3, 0.9, 0.1],
+        }
+    )
+    assert script("figure4").message(rows, measure, "params_kept") == said
+    without = rows[rows["curve"] != "joint"]
+    assert script("figure4").message(without, measure, "params_kept").startswith(f"Test {measure} of every selector")
+
+
+def test_panels_have_the_order_of_the_other_figures_and_room_above_the_highest_point(
+    run: Callable[[str, Path, Path], dict[str, Figure]], factory: ModuleType, tmp_path: Path
+) -> None:
+    for model in ("densenet22", "resnet56", "resnet20"):
+        for size in (0.5, 0.3):
+            one = factory.make(model, "joint", experiment="figure4", kept=size, change=1 - size)
+            records.write(tmp_path / "records", one)
+    axes = run("figure4", tmp_path / "records", tmp_path)["figure4_accuracy_parameters"].axes
+    assert [axis.get_title() for axis in axes] == ["resnet20", "resnet56", "densenet22"]
+    # The dense networks have 91 %. The highest published point of ResNet-20 has 91.48 %.
+    assert [axis.get_ylim()[1] for axis in axes] == pytest.approx([92.48, 92, 92])
 
 
 def test_two_settings_are_not_drawn_as_one_point(

@@ -23,18 +23,18 @@ def arguments(folder: Path, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_script_writes_its_files_with_provenance_and_the_same_twice(
-    name: str, script: Script, recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, script: Script, built: Callable[[str], Path], recorded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert script(name).main(arguments(recorded, tmp_path)) == 0
-    said = [Path(line) for line in capsys.readouterr().out.splitlines()]
-    first = {path: path.read_bytes() for path in said}
-    assert sorted(first) == sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    assert tmp_path / "tables" / f"{name}.csv" in first
+    out = built(name)
+    first = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert out / "tables" / f"{name}.csv" in first
     if name.startswith("figure"):
-        assert {tmp_path / "figures" / f"{name}.{kind}" for kind in ("png", "svg", "provenance.json")} <= set(first)
-    _names_command_and_every_record(tmp_path / "tables" / f"{name}.provenance.json", name, recorded)
-    assert script(name).main(arguments(recorded, tmp_path)) == 0
-    assert {path: path.read_bytes() for path in said} == first
+        assert {out / "figures" / f"{name}.{kind}" for kind in ("png", "svg", "provenance.json")} <= set(first)
+    _names_command_and_every_record(out / "tables" / f"{name}.provenance.json", name, recorded)
+    capsys.readouterr()
+    assert script(name).main(arguments(recorded, out)) == 0
+    said = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(said) == sorted(first) and {path: path.read_bytes() for path in said} == first
 
 
 def _names_command_and_every_record(provenance: Path, name: str, recorded: Path) -> None:

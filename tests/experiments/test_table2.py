@@ -11,13 +11,11 @@ from spectrim.records import records
 
 
 @pytest.fixture
-def built(script: Callable[[str], ModuleType], recorded: Path, tmp_path: Path) -> Path:
-    assert script("table2").main(["--records", str(recorded), "--out", str(tmp_path)]) == 0
-    return tmp_path / "tables"
+def rows(built: Callable[[str], Path]) -> pd.DataFrame:
+    return pd.read_csv(built("table2") / "tables" / "table2.csv")
 
 
-def test_rows_are_dense_then_every_method_for_each_model(built: Path) -> None:
-    rows = pd.read_csv(built / "table2.csv")
+def test_rows_are_dense_then_every_method_for_each_model(rows: pd.DataFrame) -> None:
     assert list(dict.fromkeys(rows["model"])) == ["resnet20", "resnext20", "densenet22", "vgg19_half"]
     assert list(rows[rows["model"] == "resnet20"]["method"]) == [
         "dense",
@@ -31,22 +29,20 @@ def test_rows_are_dense_then_every_method_for_each_model(built: Path) -> None:
     ]
 
 
-def test_numbers_are_the_means_of_the_records(built: Path, recorded: Path) -> None:
-    rows = pd.read_csv(built / "table2.csv").set_index(["model", "method"])
+def test_numbers_are_the_means_of_the_records(rows: pd.DataFrame, recorded: Path) -> None:
     found = [
         one["compressed"]["test"]["loss"]
         for one in records.read_all(recorded, "table2")
         if one["names"]["model"] == "resnet20" and one["names"]["algorithm"] == "compact"
         if one["config"]["algorithm"]["verified"]
     ]
-    row = rows.loc[("resnet20", "compact, verified")]
+    row = rows.set_index(["model", "method"]).loc[("resnet20", "compact, verified")]
     assert len(found) == 6 and row["n"] == "2 × 3"
     assert row["test_loss"] == pytest.approx(pd.Series(found).mean())
     assert row["test_loss_std"] == pytest.approx(pd.Series(found).std())
 
 
-def test_verdict_of_a_row_is_the_sign_of_its_mean_change(built: Path) -> None:
-    rows = pd.read_csv(built / "table2.csv")
+def test_verdict_of_a_row_is_the_sign_of_its_mean_change(rows: pd.DataFrame) -> None:
     judged = rows[rows["method"] != "dense"]
     assert ((judged["change_test_loss"] <= 0) == (judged["verdict"] == "holds")).all()
 
@@ -60,8 +56,8 @@ def test_a_row_that_factored_nothing_has_no_verdict(
     assert rows["verdict"].iloc[1] == "not comparable: nothing was factored"
 
 
-def test_every_claim_of_the_abstract_and_the_tables_has_a_verdict(built: Path) -> None:
-    claims = pd.read_csv(built / "table2_claims.csv").set_index("claim")
+def test_every_claim_of_the_abstract_and_the_tables_has_a_verdict(built: Callable[[str], Path]) -> None:
+    claims = pd.read_csv(built("table2") / "tables" / "table2_claims.csv").set_index("claim")
     assert claims["verdict"].isin(["holds", "does not hold", "not comparable"]).all()
     assert claims["obtained"].notna().all()
     assert claims.loc["s1-resnext50", "verdict"] == "does not hold"  # the made-up nets drop 60 % at most

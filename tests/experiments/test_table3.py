@@ -14,14 +14,16 @@ Script = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def tables(script: Script, recorded: Path, tmp_path: Path) -> Path:
-    for name in ("table3", "figure7"):
-        assert script(name).main(["--records", str(recorded), "--out", str(tmp_path)]) == 0
-    return tmp_path / "tables"
+def rows(built: Callable[[str], Path]) -> pd.DataFrame:
+    return pd.read_csv(built("table3") / "tables" / "table3.csv")
 
 
-def test_rows_are_dense_then_each_method_by_size_then_what_was_published(tables: Path) -> None:
-    rows = pd.read_csv(tables / "table3.csv")
+@pytest.fixture
+def drawn(built: Callable[[str], Path]) -> pd.DataFrame:
+    return pd.read_csv(built("figure7") / "tables" / "figure7.csv")
+
+
+def test_rows_are_dense_then_each_method_by_size_then_what_was_published(rows: pd.DataFrame) -> None:
     own = rows[rows["net"] == "smollm2, imdb_corpus"]
     sizes = ["90 % of the parameters", "80 % of the parameters"]
     assert own["method"].tolist() == [
@@ -43,25 +45,24 @@ def test_rows_are_dense_then_each_method_by_size_then_what_was_published(tables:
     assert published["change_test_loss"].tolist()[1] == pytest.approx(-0.0001)
 
 
-def test_joint_selections_of_another_expansion_stand_apart(tables: Path) -> None:
-    rows = pd.read_csv(tables / "table3.csv")
+def test_joint_selections_of_another_expansion_stand_apart(rows: pd.DataFrame) -> None:
     own = rows.loc[rows["net"] == "minilm, imdb", "method"].str.extract(r"joint, ours(?:, (.*))?, (80 %)")[0]
     assert own.dropna().tolist() == ["embedding too", "refitted", "no first order", "interaction"]
 
 
-def test_rows_with_the_embedding_among_the_layers_stand_apart_and_are_not_drawn(tables: Path) -> None:
-    rows = pd.read_csv(tables / "table3.csv")
+def test_rows_with_the_embedding_among_the_layers_stand_apart_and_are_not_drawn(
+    rows: pd.DataFrame, drawn: pd.DataFrame
+) -> None:
     own = rows[rows["method"].str.contains("embedding too")]
     assert own["method"].str.partition(", 80 %")[0].iloc[[1, 3]].tolist() == [
         "whitened SVD, uniform ratio, embedding too",
         "joint, ours, embedding too",
     ]
     assert set(own["net"]) == {"minilm, imdb"} and set(own["n"]) == {"1 × 3"}
-    assert not pd.read_csv(tables / "figure7.csv")["panel"].str.contains("embedding").any()
+    assert not drawn["panel"].str.contains("embedding").any()
 
 
-def test_perplexities_are_of_both_corpora_and_rise_by_what_the_loss_does(tables: Path) -> None:
-    rows = pd.read_csv(tables / "table3.csv")
+def test_perplexities_are_of_both_corpora_and_rise_by_what_the_loss_does(rows: pd.DataFrame) -> None:
     of = rows[rows["net"] == "smollm2, imdb_corpus"].set_index("method")
     assert of["perplexity"]["dense"] == pytest.approx(math.exp(4)) and math.isnan(of["rise"]["dense"])
     assert of["perplexity_sotu"]["dense"] == pytest.approx(math.exp(3.5))
@@ -72,30 +73,28 @@ def test_perplexities_are_of_both_corpora_and_rise_by_what_the_loss_does(tables:
     assert encoder["perplexity"].isna().all() and encoder["test_accuracy"].notna().all()
 
 
-def test_claims_and_aims_are_judged(tables: Path) -> None:
-    text = (tables / "table3.md").read_text()
+def test_claims_and_aims_are_judged(rows: pd.DataFrame, built: Callable[[str], Path]) -> None:
+    text = (built("table3") / "tables" / "table3.md").read_text()
     assert "Data: imdb_corpus in blocks of 8 tokens (smollm2); predicted: test 24." in text
     assert "smollm2, imdb_corpus: S1b Table 5 (loss not above the original's at a drop of 20 %) holds:" in text
     assert "of whitened SVD at a uniform ratio, is met: 0.20, 0.19 on sotu (joint, ours)." in text
     aimed = ("−0.12", "joint, ours"), ("−0.04", "joint, ours, embedding too"), ("−0.10", "joint, ours, refitted")
     for change, name in aimed:
         assert f"minilm, imdb: the aim, within 0.2 pp of dense at 80 %, is met: {change} pp ({name})." in text
-    rows = pd.read_csv(tables / "table3.csv")
     verdicts = rows[rows["net"] == "smollm2, imdb_corpus"].set_index("method")["verdict"]
     assert verdicts["lossless, one-shot, gamma 0.008"] == "not comparable: nothing was factored"
     assert verdicts["lossless, one-shot, gamma 0.3"] == "holds"
     assert verdicts["compact, one-shot, gamma 0.3"] == "does not hold"
 
 
-def test_the_figure_follows_every_kind_of_layer_over_the_blocks(tables: Path) -> None:
-    rows = pd.read_csv(tables / "figure7.csv")
-    joint = rows[rows["panel"] == "smollm2, joint, ours, 80 %"]
+def test_the_figure_follows_every_kind_of_layer_over_the_blocks(drawn: pd.DataFrame) -> None:
+    joint = drawn[drawn["panel"] == "smollm2, joint, ours, 80 %"]
     assert joint[["kind", "block"]].to_numpy().tolist() == [["q", 0], ["q", 1], ["down", 0], ["down", 1]]
     assert joint["kept"].tolist() == pytest.approx([0.8] * 4) and set(joint["n"]) == {"1 × 3"}
-    assert not rows["panel"].str.contains("90 %").any()
-    dense = rows[rows["panel"] == "smollm2, lossless, gamma 0.008"]
+    assert not drawn["panel"].str.contains("90 %").any()
+    dense = drawn[drawn["panel"] == "smollm2, lossless, gamma 0.008"]
     assert set(dense["rank"]) == {64} and set(dense["kept"]) == {1}
-    assert set(rows[rows["panel"] == "minilm, joint, ours, 80 %"]["kind"]) == {"k", "down"}
+    assert set(drawn[drawn["panel"] == "minilm, joint, ours, 80 %"]["kind"]) == {"k", "down"}
 
 
 def test_a_selector_without_a_gamma_says_so_beside_one_with_it(

@@ -6,23 +6,20 @@ from types import ModuleType
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from spectrim.records import records
+from spectrim.tools import files
 
 Script = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def tables(script: Script, factory: ModuleType, tmp_path: Path) -> Path:
-    for one in factory.table5():
-        records.write(tmp_path / "records", one)
-    for name in ("table5", "figure5"):
-        assert script(name).main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 0
-    return tmp_path / "tables"
+def rows(built: Callable[[str], Path]) -> pd.DataFrame:
+    return pd.read_csv(built("table5") / "tables" / "table5.csv").set_index("method")
 
 
-def test_every_method_has_a_row_beside_what_was_published(tables: Path) -> None:
-    rows = pd.read_csv(tables / "table5.csv").set_index("method")
+def test_every_method_has_a_row_beside_what_was_published(rows: pd.DataFrame) -> None:
     scratch, going_on = (
         f"SVD training {start}, hoyer 0.01, ε 0.02, 2 cuts" for start in ("from scratch", "from a trained net")
     )
@@ -35,16 +32,15 @@ def test_every_method_has_a_row_beside_what_was_published(tables: Path) -> None:
     assert rows["test_accuracy"].iloc[5:].tolist() == pytest.approx([0.9821, 0.9812, 0.9407])
 
 
-def test_a_training_from_scratch_is_held_against_the_trained_net_of_its_seed(tables: Path) -> None:
-    rows = pd.read_csv(tables / "table5.csv").set_index("method")
+def test_a_training_from_scratch_is_held_against_the_trained_net_of_its_seed(rows: pd.DataFrame) -> None:
     assert rows["test_accuracy"]["dense"] == pytest.approx(0.91)  # not that of the untrained one
     scratch = rows.loc["SVD training from scratch, hoyer 0.01, ε 0.02, 2 cuts"]
     assert scratch["change_pp"] == pytest.approx(100 * (scratch["test_accuracy"] - 0.91))
     assert scratch["epochs"] == 3 and scratch["seconds"] == pytest.approx(2.5)
 
 
-def test_the_figure_follows_every_layer_over_the_epochs(tables: Path) -> None:
-    drawn = pd.read_csv(tables / "figure5.csv")
+def test_the_figure_follows_every_layer_over_the_epochs(built: Callable[[str], Path]) -> None:
+    drawn = pd.read_csv(built("figure5") / "tables" / "figure5.csv")
     assert sorted(set(drawn["panel"])) == [
         f"lenet5, mnist, {start}, hoyer 0.01, ε 0.02, 2 cuts, 3 epochs"
         for start in ("from a trained net", "from scratch")
@@ -55,13 +51,43 @@ def test_the_figure_follows_every_layer_over_the_epochs(tables: Path) -> None:
     assert one["epoch"].tolist() == [1, 2, 3, 1, 2, 3]
 
 
-def test_the_second_figure_has_what_each_selection_saw(tables: Path) -> None:
-    drawn = pd.read_csv(tables / "figure5_losses.csv")
+def test_the_second_figure_has_what_each_selection_saw(built: Callable[[str], Path]) -> None:
+    drawn = pd.read_csv(built("figure5") / "tables" / "figure5_losses.csv")
     one = drawn[drawn["panel"].str.contains("scratch")]
     of = {term: own["loss"].tolist() for term, own in one.groupby("term")}
     assert of["task, in training"] == pytest.approx([0.4, 0.3, 0.2])
     assert of["before the cut"] == pytest.approx([0.3, 0.3]) and of["after the cut"] == pytest.approx([0.31, 0.31])
     assert of["lowest refused"] == pytest.approx([0.9, 0.9])  # of a last epoch without a selection there is none
     assert "nuclear" not in of
-    pictures = tables.parent / "figures"
+    pictures = built("figure5") / "figures"
     assert (pictures / "figure5.png").is_file() and (pictures / "figure5_losses.png").is_file()
+
+
+@pytest.fixture
+def untouched(factory: ModuleType, tmp_path: Path) -> Path:
+    """Records of one training without a regulariser."""
+    for one in factory.table5():
+        if one["config"]["algorithm"]["_class_"] == "SVDTraining":
+            one["config"]["algorithm"]["regulariser"] = "none"
+            records.write(tmp_path / "records", one | {"signature": records.signature(one["config"])})
+    return tmp_path / "records"
+
+
+def test_a_training_without_a_regulariser_says_so_above_its_panel(
+    run: Callable[[str, Path, Path], dict[str, Figure]], untouched: Path, tmp_path: Path
+) -> None:
+    for canvas in run("figure5", untouched, tmp_path).values():
+        titles = [axis.get_title().replace("\u00a0", " ").replace("\n", " ") for axis in canvas.axes]
+        assert titles == [
+            f"lenet5, mnist, {start}, no regulariser, ε 0.02, 2 cuts, 3 epochs"
+            for start in ("from a trained net", "from scratch")
+        ]
+
+
+def test_the_tables_of_the_figure_are_written_together(
+    script: Script, untouched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[set[str]] = []
+    monkeypatch.setattr(files, "write", lambda contents: written.append({path.name for path in contents}))
+    assert script("figure5").main(["--records", str(untouched), "--out", str(tmp_path)]) == 0
+    assert {"figure5.csv", "figure5_losses.csv"} <= written[-1]

@@ -32,16 +32,14 @@ def test_predictions_of_zero_and_a_single_row_have_no_ratio_and_no_correlation(s
     assert math.isnan(found["ratio"]) and math.isnan(found["sign_agreement"]) and math.isnan(found["rank_correlation"])
 
 
-def test_bins_hold_every_truncation_once_for_each_measure_of_size(
-    script: Script, recorded: Path, tmp_path: Path
-) -> None:
-    script("table7").main(["--records", str(recorded), "--out", str(tmp_path)])
-    rows = pd.read_csv(tmp_path / "tables" / "table7.csv")
+def test_bins_hold_every_truncation_once_for_each_measure_of_size(built: Callable[[str], Path]) -> None:
+    tables = built("table7") / "tables"
+    rows = pd.read_csv(tables / "table7.csv")
     assert set(rows.groupby("size")["count"].sum()) == {120}
     entrywise = rows[rows["size"] == "largest entry |δ|"].set_index("bin")
     assert entrywise.loc["0.001 – 0.008", "sign_agreement"] == 1.0
     assert entrywise.loc["> 0.2", "sign_agreement"] < 0.6
-    assert "0.008: holds: sign right in 100 %" in (tmp_path / "tables" / "table7.md").read_text()
+    assert "0.008: holds: sign right in 100 %" in (tables / "table7.md").read_text()
 
 
 def test_a_bound_that_no_truncation_meets_is_not_judged(script: Script, factory: ModuleType, tmp_path: Path) -> None:
@@ -53,9 +51,8 @@ def test_a_bound_that_no_truncation_meets_is_not_judged(script: Script, factory:
     assert "not comparable: no truncation of ours is so small, the smallest changes an entry by 0.3" in text
 
 
-def test_leakage_is_held_against_the_same_run_on_held_out_data(script: Script, recorded: Path, tmp_path: Path) -> None:
-    script("table7").main(["--records", str(recorded), "--out", str(tmp_path)])
-    rows = pd.read_csv(tmp_path / "tables" / "table7_leakage.csv").set_index(["method", "calibration_from"])
+def test_leakage_is_held_against_the_same_run_on_held_out_data(built: Callable[[str], Path]) -> None:
+    rows = pd.read_csv(built("table7") / "tables" / "table7_leakage.csv").set_index(["method", "calibration_from"])
     assert [source for _, source in rows.index[:3]] == ["held_out", "train", "test"]
     assert rows.loc[("lossless, verified", "test"), "bought"] == pytest.approx(-0.01 - 0.02)
     assert rows.loc[("lossless, one-shot", "train"), "bought"] == pytest.approx(3 * (0.05 - 0.02))

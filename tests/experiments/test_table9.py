@@ -12,9 +12,8 @@ from spectrim.records import records
 Script = Callable[[str], ModuleType]
 
 
-def test_rows_are_the_default_then_what_is_different(script: Script, recorded: Path, tmp_path: Path) -> None:
-    assert script("table9").main(["--records", str(recorded), "--out", str(tmp_path)]) == 0
-    rows = pd.read_csv(tmp_path / "tables" / "table9.csv").set_index("method")
+def test_rows_are_the_default_then_what_is_different(built: Callable[[str], Path]) -> None:
+    rows = pd.read_csv(built("table9") / "tables" / "table9.csv").set_index("method")
     assert rows.index.tolist() == [
         "dense",
         "joint selection, default",

@@ -17,7 +17,7 @@ def test_only_runs_of_the_algorithms_asked_for_are_taken(record: Any, tmp_path: 
     found = [record(algorithm="truncation"), record(algorithm="lossless"), record(algorithm="probe")]
     assert set(command.runs(options(tmp_path), found, ["truncation", "compact"])["algorithm"]) == {"truncation"}
     with pytest.raises(UserError, match="hold no run of truncation, lossless or compact$"):
-        command.runs(options(tmp_path), found[2:], figure_data.METHODS)
+        command.runs(options(tmp_path), found[2:], frame.METHODS)
     with pytest.raises(UserError, match="hold no run of truncation$"):
         command.runs(options(tmp_path), found[1:], ["truncation"])
 

@@ -46,6 +46,14 @@ def test_a_task_without_accuracy_has_none_in_its_row(record: Make) -> None:
     assert row["change_test_loss"] == pytest.approx(0.01)
 
 
+def test_a_classifier_of_torchvision_goes_by_its_own_name(record: Make) -> None:
+    one, other = record("torchvision"), record("resnet20")
+    one["config"]["model"]["name"] = "vgg16_bn"
+    other["names"]["data"] = "mnist"
+    assert frame.model_of(one) == "vgg16_bn" and frame.model_of(other) == "resnet20"
+    assert frame.data_of(frame.runs([one, other, record("resnet20")])) == "mnist, cifar10"
+
+
 def test_seeds_do_not_tell_settings_apart_and_all_else_does(record: Make) -> None:
     same = frame.runs([record(), record(seed=1), record(calibration_seed=1)])
     assert same["group"].nunique() == 1 and same["signature"].nunique() == 3

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
@@ -182,12 +183,19 @@ def loss_panel(axis: Axes, rows: pd.DataFrame, model: str, share: str, label: st
             capsize=2,
             label=curve.name,
         )
-    axis.set(title=model, xlabel=label, xlim=(0, 105))
+    axis.set(title=model, xlabel=label, xlim=(-5, 105))  # a marker at 0 or 100 % is whole
 
 
 def legend(figure: Figure, axes: Sequence[Axes], columns: int = 3) -> None:
-    """Draw one legend below all panels that names each line once, in ``columns`` columns."""
-    handles = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    """Draw one legend below all panels that names each line once, in ``columns`` columns.
+
+    It shows a line without its error bars, which would hide the marker.
+    """
+    handles = {
+        text: handle[0] if isinstance(handle, ErrorbarContainer) else handle
+        for axis in axes
+        for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 

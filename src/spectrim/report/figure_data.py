@@ -6,10 +6,8 @@ import pandas as pd
 
 from spectrim.report import frame
 from spectrim.report.command import Options
-from spectrim.report.table import Column, Table
+from spectrim.report.table import Column, Table, pick
 
-# ``figure.loss_panel`` draws these algorithms.
-METHODS = ("truncation", "lossless", "compact")
 COLUMNS = (
     Column("layers_kept", "rank / break-even rank %", 1, scale=100),
     Column("relative_error", "‖δ‖/‖W‖, rms over layers", 4),
@@ -32,13 +30,12 @@ def table(
     ``values``: keys of ``COLUMNS``.
     ``families``: a final note lists those of them that have no model in ``rows``.
     """
-    known = {column.key: column for column in COLUMNS}
     columns = (
         Column("model", "model"),
         Column("method", "method"),
-        *(known[value] for value in values),
+        *pick(COLUMNS, values),
         Column("n", "n (training × calibration seeds)"),
     )
-    caption = f"{caption} on {', '.join(dict.fromkeys(rows['data']))}"
+    caption = f"{caption} on {frame.data_of(rows)}"
     notes = [*notes, *frame.missing(rows["model"], families)]
     return Table(options.name, rows, columns, caption, notes, group="model", hidden=frame.KEYS)

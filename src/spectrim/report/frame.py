@@ -16,7 +16,7 @@ from spectrim.records import records
 from spectrim.records.records import Record
 
 FAMILIES = ("resnet", "resnext", "densenet", "vgg")
-METHODS = ("dense", "truncation", "lossless", "compact")
+METHODS = ("truncation", "lossless", "compact")  # S1's selectors and their baseline, in the order of the rows
 # Columns that tell rows apart for the code. Tables print ``model``, ``variant`` and ``method`` for the reader instead.
 KEYS = ("network", "algorithm", "mode")
 # Printed names of the selectors with a budget, by class name in lower case.
@@ -62,7 +62,7 @@ def runs(found: Iterable[Record]) -> pd.DataFrame:
 def _row(record: Record) -> dict[str, Any]:
     config, dense, compressed = record["config"], record["dense"], record["compressed"]
     settings = flat(records.LATE["run"]) | flat({key: value for key, value in config.items() if key != "shape"})
-    algorithm, model = records.algorithm_of(record), _model(record)
+    algorithm, model = records.algorithm_of(record), model_of(record)
     row: dict[str, Any] = {
         "signature": record["signature"],
         "first_signature": records.first_signature(record),
@@ -112,9 +112,14 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _model(record: Record) -> str:
+def model_of(record: Record) -> str:
     """Return the model's option, or its own name for torchvision classifiers, which share one option."""
     return str(record["config"]["model"].get("name") or record["names"]["model"])
+
+
+def data_of(rows: pd.DataFrame) -> str:
+    """Return the data sets of some rows, for a caption."""
+    return ", ".join(dict.fromkeys(rows["data"]))
 
 
 def mode(settings: Mapping[str, Any]) -> str:

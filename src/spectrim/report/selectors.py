@@ -76,9 +76,9 @@ def _name(record: Record) -> str:
 def _run(record: Record, run: Any) -> dict[str, Any]:
     chosen = record["config"]["algorithm"]
     selector = chosen.get("selector", chosen)
-    scratch = record["config"]["checkpoint"] is None
+    scratch = trainings.from_scratch(record)
     budget = selector.get("params_kept")
-    read = sum(record["samples_read"].values()) if "samples_read" in record else math.nan
+    read = trainings.samples_read(record)
     return {
         "model": trainings.net(record),
         "data": record["names"]["data"],

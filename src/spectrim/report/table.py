@@ -46,6 +46,12 @@ class Column:
         return number(float(value) * self.scale, self.digits, self.signed) + spread
 
 
+def pick(columns: Sequence[Column], keys: Sequence[str]) -> list[Column]:
+    """Return those of the columns that have these keys, in the order of the keys."""
+    known = {column.key: column for column in columns}
+    return [known[key] for key in keys]
+
+
 def number(value: float, digits: int, signed: bool = False) -> str:
     """Format a number with a true minus sign.
 
@@ -128,12 +134,11 @@ class Table:
         ``rows``: which rows it shows; all by default.
         """
         assert len(keys) <= PAPER, f"{self.name}: an excerpt has at most {PAPER} columns"
-        known = {column.key: column for column in self.columns}
         return replace(
             self,
             name=f"{self.name}_paper",
             data=self.data if rows is None else self.data[rows],
-            columns=[known[key] for key in keys],
+            columns=pick(self.columns, keys),
             notes=notes,
             group=self.group if self.group in keys else None,
             excerpt=True,

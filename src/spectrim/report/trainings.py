@@ -1,4 +1,4 @@
-"""Names of SVD training runs in tables and figures, and the time that a run takes."""
+"""Names of SVD training runs in tables and figures, and the cost of a run in seconds and samples."""
 
 import math
 
@@ -23,6 +23,16 @@ def seconds(record: Record, clock: str = "seconds") -> float:
     return math.nan if on_gpu else record["phases"]["select"].get(clock, math.nan)
 
 
+def samples_read(record: Record) -> float:
+    """Return the number of samples that the run read, each as often as it was read; NaN if the record has no count."""
+    return sum(record["samples_read"].values()) if "samples_read" in record else math.nan
+
+
+def from_scratch(record: Record) -> bool:
+    """Return whether the run starts from an untrained network."""
+    return record["config"]["checkpoint"] is None
+
+
 def net(record: Record) -> str:
     """Return the network's name; it is the same whether the run starts from a trained network or from scratch."""
     return str(record["names"]["model"]).removesuffix(UNTRAINED)
@@ -30,7 +40,7 @@ def net(record: Record) -> str:
 
 def start(record: Record) -> str:
     """Return, in words, whether the run starts from scratch or from a trained network."""
-    return "from scratch" if record["config"]["checkpoint"] is None else "from a trained net"
+    return "from scratch" if from_scratch(record) else "from a trained net"
 
 
 def key(record: Record) -> tuple[str, float, float, int, bool, float]:
