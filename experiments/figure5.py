@@ -37,7 +37,7 @@ TERMS = {
     "nuclear": Curve("nuclear", "#CC79A7", "v"),
     "before": Curve("before the cut", "#56B4E9", "D"),
     "after": Curve("after the cut", "#E69F00", "*"),
-    "refused": Curve("lowest refused", "#000000", "P"),
+    "refused": Curve("lowest refused", "#000000", "x"),
 }
 POINTS = ("after", "refused")  # terms whose points are not joined
 DEPTH = matplotlib.colormaps["viridis"]  # from the first layer to the last
@@ -220,7 +220,7 @@ def _loss_panel(axis: Axes, rows: pd.DataFrame) -> None:
         own = rows[(rows["key"] == key) & (rows["loss"] > 0)].sort_values("epoch")
         if len(own):
             alone = key in POINTS
-            style: Any = {"markersize": 5 if alone else 3, "linewidth": 1, "linestyle": "none" if alone else "-"}
+            style: Any = {"markersize": 4.5 if alone else 3, "linewidth": 1, "linestyle": "none" if alone else "-"}
             axis.plot(own["epoch"], own["loss"], color=term.colour, marker=term.marker, label=term.name, **style)
     axis.set_yscale("log")
     axis.set_ylabel("loss (nats)")
