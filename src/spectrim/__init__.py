@@ -59,8 +59,14 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOME[name]), name)
 
 
-def _register() -> None:
+def _to_transformers() -> None:
     import_module("spectrim.checkpoints.quantizer").register()
 
 
-when_imported("transformers.quantizers.auto", _register)  # so that from_pretrained knows compressed models
+def _to_harness() -> None:
+    import_module("spectrim.cli.harness").register()
+
+
+# The names of compressed models, as soon as these libraries are imported: none of them is needed.
+when_imported("transformers.quantizers.auto", _to_transformers)
+when_imported("lm_eval.models", _to_harness)

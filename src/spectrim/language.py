@@ -16,6 +16,7 @@ from spectrim.factored.plan import RankPlan
 from spectrim.fetch import by_configuration, pretrained
 from spectrim.losses import token_loss
 from spectrim.statistics.objective import Objective
+from spectrim.surgery.lora import for_lora as for_lora
 from spectrim.tools import files
 from spectrim.tools.safetensors_stream import DTYPES, Shard
 

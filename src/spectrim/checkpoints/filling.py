@@ -59,6 +59,14 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
 
 
+def require_stored(model: nn.Module) -> None:
+    """Raise ``UserError`` where a tensor of ``model`` is of a class of its own, such as the integers of torchao."""
+    for name, value in tensors_of(model).items():
+        if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
+            kind = type(value.data).__name__ if type(value) is nn.Parameter else type(value).__name__
+            raise UserError(f"{name} is of class {kind}, which no file holds; save the model before it is quantised")
+
+
 def names_of_shared(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """Return for each name in the model's state all names of the same tensor, the first one first.
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from spectrim.checkpoints import filling
 from spectrim.errors import UserError
-from spectrim.factored.base import FactoredLayer
 from spectrim.factored.plan import RankPlan
+from spectrim.surgery.reopening import factored_layers, kept_in
 
 METHOD = "spectrim"
 
@@ -101,8 +101,10 @@ def classes() -> tuple[Any, Any]:
             return model
 
         def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-            layers = [name for name, module in model.named_modules() if isinstance(module, FactoredLayer)]
-            return {**model.state_dict(), **guards(layers)}, {}
+            filling.require_stored(model)
+            plan = {name: kept_in(layer) for name, layer in factored_layers(model).items()}
+            self.quantization_config.plan = RankPlan.of(plan).as_dict()  # A merged adapter changes ranks.
+            return {**model.state_dict(), **guards(plan)}, {}
 
     return SpectrimConfig, SpectrimQuantizer
 

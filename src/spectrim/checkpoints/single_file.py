@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spectrim.checkpoints.filling import architecture_of, fill, names_of_shared, tensors_of
+from spectrim.checkpoints.filling import architecture_of, fill, names_of_shared, require_stored, tensors_of
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.tools import digests, safetensors_stream
@@ -33,6 +33,7 @@ def save(
 
     Raises ``UserError`` where the disk is full or the folder cannot be written.
     """
+    require_stored(model)
     aliases = names_of_shared(model)
     tensors = {
         name: value.to(dtype) if dtype and value.is_floating_point() else value

@@ -1,0 +1,86 @@
+"""Low-rank adapters of peft on factored linear layers, by the names of the dense layers."""
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.errors import UserError
+from spectrim.factored.layers import FactoredLinear
+
+
+def for_lora(config: Any) -> Any:
+    """Return a ``peft.LoraConfig`` that also takes factored linear layers among its ``target_modules``.
+
+    ``get_peft_model(result.model, for_lora(LoraConfig(target_modules=["q_proj"])))`` adapts a compressed model. To
+    read an adapter: ``PeftModel.from_pretrained(model, folder, config=for_lora(LoraConfig.from_pretrained(folder)))``.
+    Merging is exact: it adds the rank of the adapter to that of the layer.
+
+    Raises ``UserError`` where peft is not installed.
+    """
+    config._register_custom_module({FactoredLinear: adapted_class()})
+    return config
+
+
+@cache
+def adapted_class() -> Any:
+    """Return the class of a factored linear layer with an adapter, whose base is that of peft."""
+    try:
+        lora: Any = import_module("peft.tuners.lora.layer")
+        utils: Any = import_module("peft.tuners.tuners_utils")
+    except ImportError as error:
+        raise UserError(f"adapters need peft ({error}): pip install peft") from None
+
+    class AdaptedLinear(lora.Linear):
+        """``x -> B A x + s B' A' x``: a factored linear layer and an adapter of peft beside it."""
+
+        def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+            assert isinstance(module, FactoredLinear)
+            return module.in_features, module.out_features
+
+        def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+            for name in utils.check_adapters_to_merge(self, adapter_names):
+                if name in self.lora_A:
+                    A, B = self.lora_A[name], self.lora_B[name]
+                    if name in self.lora_variant or B.bias is not None:
+                        raise UserError("only a plain LoRA without bias merges with a factored layer; keep it beside")
+                    widen(self.get_base_layer(), A.weight, self.scaling[name] * B.weight)
+                    self.merged_adapters.append(name)
+
+        def unmerge(self) -> None:
+            while self.merged_adapters:
+                narrow(self.get_base_layer(), self.lora_A[self.merged_adapters.pop()].weight.shape[0])
+
+    return AdaptedLinear
+
+
+@torch.no_grad()
+def widen(layer: FactoredLinear, A_RI: Tensor, B_OR: Tensor) -> None:
+    """Add ``B A`` to the weight of ``layer``, by components of its own.
+
+    Raises ``UserError`` where the rank would exceed the full rank of the layer.
+    """
+    rank, full = layer.rank + len(A_RI), min(layer.in_features, layer.out_features)
+    if rank > full or not isinstance(layer.first, nn.Linear):
+        raise UserError(
+            f"an adapter of rank {len(A_RI)} does not fit into a factored layer of rank {layer.rank}, whose full rank "
+            f"is {full}; keep the adapter beside it"
+        )
+    first, second = layer.first.weight, layer.second.weight
+    _set(layer, torch.cat([first, A_RI.to(first)]), torch.cat([second, B_OR.to(second)], 1))
+
+
+@torch.no_grad()
+def narrow(layer: FactoredLinear, rank: int) -> None:
+    """Remove the last ``rank`` components of ``layer``."""
+    _set(layer, layer.first.weight[:-rank].clone(), layer.second.weight[:, :-rank].clone())
+
+
+def _set(layer: FactoredLinear, A_RI: Tensor, B_OR: Tensor) -> None:
+    for factor, weight in ((layer.first, A_RI), (layer.second, B_OR)):
+        factor.weight = nn.Parameter(weight, factor.weight.requires_grad)
+    layer.rank = layer.second.in_features = len(A_RI)
+    if isinstance(layer.first, nn.Linear):
+        layer.first.out_features = len(A_RI)
