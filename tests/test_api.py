@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import spectrim
 from spectrim.algorithms.related.global_threshold import GlobalThreshold
 from spectrim.batches import evaluating
+from spectrim.decomposers.best_view import BestView
+from spectrim.factored.forms import PivotedForm, PlainForm
 from spectrim.runs import configuration
 from spectrim.runs.named import named
 
@@ -294,7 +296,7 @@ def test_every_name_is_known(group: str) -> None:
     ("argument", "value", "said"),
     [
         ("algorithm", "jointt", "^algorithm='jointt' is unknown; known are aimet, alds, .*joint, joint_cut"),
-        ("decomposer", "svd", "^decomposer='svd' is unknown; known are best_view, svd_channel"),
+        ("decomposer", "svd", "^decomposer='svd' is unknown; known are best_view, pivoted, svd_channel"),
         ("algorithm", spectrim.Truncation, r"^algorithm=Truncation is a class; pass an instance, Truncation\(…\)$"),
         ("decomposer", spectrim.SVD, "^decomposer=SVD is a class; pass an instance"),
         ("algorithm", spectrim.SVD(), "^algorithm=.* is no algorithm; pass an instance or its name$"),
@@ -344,7 +346,9 @@ def test_a_rank_that_the_user_sets_counts_in_the_budget(net: nn.Sequential, batc
     result = spectrim.compress(net, calibration=batches, algorithm=algorithm, overrides={"6": 3, "8": 2})
     assert result.plan["6"].rank == 3 and result.plan["8"].rank == 2
     report = result.report.set_index("layer")
-    assert report["rank"]["6"] == 3 and report["params_after"]["6"] == 3 * (256 + 24)
+    pivoted = result.plan["6"].form == PivotedForm("linear")
+    assert report["rank"]["6"] == 3 and report["params_after"]["6"] == 3 * (256 + 24 - 3 * pivoted)
+    assert pivoted == isinstance(algorithm, spectrim.Joint)
     free = spectrim.compress(net, calibration=batches, algorithm=algorithm)
     asked = "macs_kept" if getattr(algorithm, "macs_kept", None) else "params_kept"
     assert getattr(result, asked) <= getattr(algorithm, asked, 0.5) and getattr(free, asked) > 0.3
@@ -384,6 +388,20 @@ def test_a_plan_is_followed(net: nn.Sequential, batches: Any) -> None:
     assert spectrim.compress(net, calibration=batches, plan=read).plan == joint.plan
 
 
+def test_a_size_alone_is_joint_selection_with_its_own_decomposer(net: nn.Sequential, batches: Any) -> None:
+    short = spectrim.compress(net, calibration=batches, params_kept=0.5)
+    best = BestView(spectrim.WhitenedSVD(factors="pivoted"))
+    long = spectrim.compress(net, calibration=batches, algorithm=spectrim.Joint(params_kept=0.5), decomposer=best)
+    assert short.plan == long.plan and short.params_kept <= 0.5
+    assert {type(kept.form) for kept in short.plan.values()} == {PivotedForm}
+    plain = spectrim.compress(
+        net, calibration=batches, algorithm=spectrim.Joint(params_kept=0.5), decomposer="svd_channel"
+    )
+    assert {type(kept.form) for kept in plain.plan.values()} == {PlainForm}
+    with pytest.raises(spectrim.UserError, match="^params_kept= and algorithm= each say what to keep"):
+        spectrim.compress(net, calibration=batches, params_kept=0.5, algorithm="joint")
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -392,7 +410,7 @@ def test_a_plan_is_followed(net: nn.Sequential, batches: Any) -> None:
         ({"plan": {"8": 5}}, r"^plan\['8'\]: rank 5 is above 4, the largest that makes it smaller"),
         ({"plan": {"8": 1.5}}, r"^plan\['8'\]=1.5 is not a rank"),
         ({"plan": 3}, "^plan=3 is no plan"),
-        ({"plan": {"8": 2}, "algorithm": "joint"}, "^plan= says what to keep, and so would algorithm="),
+        ({"plan": {"8": 2}, "algorithm": "joint"}, "^plan= and algorithm= each say what to keep; pass one of them"),
     ],
 )
 def test_a_plan_that_cannot_be_followed_is_refused(net: nn.Sequential, batches: Any, given: Any, said: str) -> None:

@@ -9,13 +9,13 @@ from torch import nn
 
 from spectrim.algorithms.by_plan import ByPlan
 from spectrim.algorithms.forecast import forecast
+from spectrim.algorithms.joint import Joint
 from spectrim.algorithms.lossless import Lossless
-from spectrim.algorithms.shared.compressed import Algorithm, Compressed
+from spectrim.algorithms.shared.compressed import Algorithm, Compressed, decomposer_of
 from spectrim.algorithms.shared.measurement import Measurement
 from spectrim.batches import Batches
 from spectrim.checkpoints import sharded, single_file
 from spectrim.decomposers.spectrum import Decomposer
-from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.losses import Loss, default_loss
@@ -34,6 +34,7 @@ def compress(
     verification: Batches | None = None,
     train: Batches | None = None,
     loss: Loss | None = None,
+    params_kept: float | None = None,
     algorithm: Algorithm | str | None = None,
     decomposer: Decomposer | str | None = None,
     plan: RankPlan | Mapping[str, int] | None = None,
@@ -58,9 +59,10 @@ def compress(
     ``train``: batches with a length, for algorithms that train.
     ``loss``: ``loss(model_output, targets)``, a scalar, the mean over the batch. By default cross-entropy; for a model
         of transformers the one of its task: next tokens, labels of tokens, or answers.
+    ``params_kept``: the part of the parameters to keep, in (0, 1). Short for ``algorithm=Joint(params_kept=…)``.
     ``algorithm``: the selector, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default.
-    ``decomposer``: the decomposer, or its name on the command line, such as ``"whitened_channel"``; ``SVD()``, the
-        channel view, by default.
+    ``decomposer``: the decomposer, or its name on the command line, such as ``"whitened_channel"``. By default the one
+        that the algorithm names: pivoted factors of the whitened weight for ``Joint``, else ``SVD()``.
     ``plan``: what to keep of each layer, in place of an algorithm: the plan of an earlier result, or a rank for each
         layer by name.
     ``include``: the layers that may be factored: names of modules, globs such as ``"layer4.*"``, or ``"re:"`` and a
@@ -86,11 +88,8 @@ def compress(
     """
     require(batch_norm)
     model = eager(model)
-    if plan is not None and algorithm is not None:
-        raise UserError("plan= says what to keep, and so would algorithm=; pass one of them")
-    selector = Lossless() if algorithm is None else _instance("algorithm", algorithm)
-    selector = selector if plan is None else ByPlan(plan)
-    views = SVD() if decomposer is None else _instance("decomposer", decomposer)
+    selector = _selector(params_kept, plan, algorithm)
+    views = decomposer_of(selector) if decomposer is None else _instance("decomposer", decomposer)
     if isinstance(loss, type) or not (loss is None or callable(loss)):
         raise UserError(f"loss={_said(loss)} is not loss(outputs, targets); pass a function or an instance of torch.nn")
     given = {"calibration": calibration, "verification": verification, "train": train}
@@ -104,6 +103,20 @@ def compress(
             return forecast(model, selector, views, objective)
     with unchanged(model), torch.inference_mode(False), resuming.into(resume):
         return selector.compress(model, views, objective).settle(batch_norm, objective)
+
+
+def _selector(
+    params_kept: float | None, plan: RankPlan | Mapping[str, int] | None, algorithm: Algorithm | str | None
+) -> Algorithm:
+    given = {"params_kept": params_kept, "plan": plan, "algorithm": algorithm}
+    several = [f"{name}=" for name, value in given.items() if value is not None]
+    if len(several) > 1:
+        raise UserError(f"{' and '.join(several)} each say what to keep; pass one of them")
+    if params_kept is not None:
+        return Joint(params_kept=params_kept)
+    if plan is not None:
+        return ByPlan(plan)
+    return Lossless() if algorithm is None else _instance("algorithm", algorithm)
 
 
 def _instance(argument: str, value: Any) -> Any:

@@ -8,8 +8,11 @@ from torch import nn
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
+from spectrim.decomposers.best_view import PIVOTED
 from spectrim.decomposers.spectrum import Decomposer, rank_of
+from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
+from spectrim.factored.forms import PivotedForm
 from spectrim.factored.plan import Kept
 from spectrim.statistics.objective import Objective
 
@@ -29,6 +32,12 @@ class ByPlan:
         for name, own in self.plan.items():
             if not isinstance(own, Kept) and (type(own) is not int or own < 1):
                 raise UserError(f"plan[{name!r}]={own!r} is not a rank; give a whole number of at least 1")
+
+    @property
+    def decomposer(self) -> Decomposer:
+        """The one that joint selection names for a plan with pivoted forms, plain SVD for any other."""
+        forms = [own.form for own in self.plan.values() if isinstance(own, Kept)]
+        return PIVOTED if any(isinstance(form, PivotedForm) for form in forms) else SVD()
 
     def work(self, outlook: Outlook) -> Work:
         """Return the work: nothing but decompositions."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from spectrim.algorithms.shared.compressed import Algorithm, Compressed
+from spectrim.algorithms.shared.compressed import Algorithm, Compressed, decomposer_of
 from spectrim.algorithms.shared.trained import in_modes_of, state_file, train
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.statistics.objective import Objective
@@ -26,6 +26,11 @@ class FineTuning:
     recipe: Recipe
     seed: int = 0
     state: str | None = None
+
+    @property
+    def decomposer(self) -> Decomposer:
+        """That of the selector."""
+        return decomposer_of(self.selector)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Compress and train. The log has the selector's steps, then one entry an epoch.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.removal import Gated, remove
 from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
+from spectrim.decomposers.best_view import PIVOTED
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
@@ -65,6 +67,8 @@ class Joint:
     refit: int = 500
     seed: int = 0
     interaction: float = 0.0
+
+    decomposer: ClassVar[Decomposer] = PIVOTED  # where the user names none
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from spectrim.algorithms.shared.compressed import Algorithm, Compressed
+from spectrim.algorithms.shared.compressed import Algorithm, Compressed, decomposer_of
 from spectrim.algorithms.shared.work import Foreseen, Outlook, Work
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
@@ -33,6 +33,11 @@ class Refitted:
         if not isinstance(self.selector, Foreseen):
             raise UserError(f"{type(self.selector).__name__} does not say what it will do; leave dry_run out")
         return replace(self.selector.work(outlook), refit=outlook.first(self.samples))
+
+    @property
+    def decomposer(self) -> Decomposer:
+        """That of the selector."""
+        return decomposer_of(self.selector)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Compress and fit. Raises ``UserError`` for an empty calibration set."""

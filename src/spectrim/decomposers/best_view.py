@@ -50,6 +50,10 @@ class BestView:
         return [replace(self.base, view=view) for view in views]
 
 
+# The least harm at a number of parameters, of all decomposers here.
+PIVOTED = BestView(WhitenedSVD(factors="pivoted"))
+
+
 def mean_loss(spectrum: Spectrum, params: int) -> float:
     """Return the mean relative squared error of the largest rank within a budget, over budgets from 0 to ``params``.
 

@@ -12,6 +12,7 @@ from spectrim.algorithms.shared.layer_report import Reporter
 from spectrim.batches import Inputs
 from spectrim.checkpoints import quantizer, single_file
 from spectrim.decomposers.spectrum import Decomposer
+from spectrim.decomposers.svd import SVD
 from spectrim.errors import MissingInput, UserError
 from spectrim.export import kinds
 from spectrim.factored.plan import RankPlan
@@ -26,6 +27,11 @@ class Algorithm(Protocol):
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> "Compressed":
         """Select what to keep of each layer, and return the compressed copy."""
+
+
+def decomposer_of(algorithm: Algorithm) -> Decomposer:
+    """Return the decomposer that ``algorithm`` is best with, its ``decomposer``; plain SVD where it names none."""
+    return getattr(algorithm, "decomposer", SVD())
 
 
 @dataclass(frozen=True)
