@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import spectrim
-from spectrim.factored import linalg
+from spectrim.factored import large, linalg
 from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 
@@ -266,7 +266,7 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_layer(
     spectrim.compress_checkpoint(folder, tmp_path / "whole", ratio=0.5)
     needed = sum(value.nbytes for file in shard_names(3) for value in load_file(tmp_path / "whole" / file).values())
     usual = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(linalg, "truncated", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr(large, "truncated", lambda *_: pytest.fail("the work began"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usual._replace(free=needed - 1))
     refuses("do not fit on the disk; free some space", folder, tmp_path / "out", ratio=0.5)
     assert not (tmp_path / "out").exists()

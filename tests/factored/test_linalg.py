@@ -1,10 +1,7 @@
 """One decomposition gives every rank: each curve equals what is computed directly at each rank."""
 
-from typing import Any
-
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -187,39 +184,3 @@ def test_a_velocity_of_the_singular_values_follows_their_order_and_sign() -> Non
     after = linalg.orthogonalised(before)
     torch.testing.assert_close(after.S_R, torch.tensor([3.0, 2.0, 1.0]).double())
     torch.testing.assert_close(linalg.carried(velocity, before, after).S_R, torch.tensor([-0.2, 0.3, 0.1]).double())
-
-
-@pytest.mark.parametrize("shape", [(40, 12), (12, 40), (25, 25)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_truncation_by_the_gram_matrix_is_that_by_the_svd(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    torch.manual_seed(1)
-    U, _, Vh = linalg.svd(torch.randn(shape, dtype=torch.float64))
-    W = ((U * torch.logspace(0, -9, min(shape), dtype=torch.float64)) @ Vh).to(dtype)  # ten orders of magnitude
-    svd = linalg.svd(W.double())
-    rounding = {torch.float32: 3e-7, torch.float64: 1e-8}[dtype]  # of the factors; of the Gram matrix
-    for rank in (1, 5, 11):
-        B, A = linalg.truncated(lambda: W.clone(), rank)
-        error = (B.double() @ A.double() - W.double()).norm()
-        assert error <= truncation_error(svd.S_R)[rank] * (1 + 1e-6) + rounding
-        assert B.dtype == A.dtype == dtype and B.is_contiguous() and A.is_contiguous()
-        torch.testing.assert_close(B.norm(dim=0), A.norm(dim=1))
-        assert (B.norm(dim=0).diff() <= 0).all()
-
-
-@pytest.mark.parametrize("W", [torch.zeros(9, 6), torch.eye(8), torch.ones(6, 9)])
-@pytest.mark.parametrize("fails", [False, True])
-def test_matrices_without_a_gap_or_a_full_rank(W: Tensor, fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    eigh, used = scipy.linalg.eigh, []
-
-    def one(matrix: Any, driver: str, **settings: Any) -> Any:
-        used.append(driver)
-        if fails and driver == "evr":
-            matrix[:] = 0.0  # it has begun to overwrite
-            raise scipy.linalg.LinAlgError
-        return eigh(matrix, driver=driver, **settings)
-
-    monkeypatch.setattr(scipy.linalg, "eigh", one)
-    B, A = linalg.truncated(W.clone, 2)
-    expected = truncation_error(linalg.svd(W).S_R)[2]
-    torch.testing.assert_close((B @ A - W).norm(), expected, atol=1e-6, rtol=1e-5)
-    assert used == (["evr", "ev"] if fails else ["evr"])

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from spectrim.checkpoints.sharded import BESIDE, INDEX, MANIFEST, PICKLES, Manifest, Sharded
 from spectrim.errors import UserError
-from spectrim.factored import linalg
+from spectrim.factored import large, linalg
 from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.tools import digests, files, safetensors_stream
@@ -49,7 +49,7 @@ def compress_checkpoint(
     ``FactoredLinear`` and have its precision. A layer stays dense where its rank would not make it smaller. All other
     tensors are copied byte by byte; configuration and tokenizer of transformers go to ``out/pretrained``.
 
-    Memory: at most three times the largest layer in float32, and some tens of MB (``linalg.truncated``).
+    Memory: at most three times the largest layer in float32, and some tens of MB (``large.truncated``).
 
     Each shard is written atomically, and ``out/spectrim.json`` then records its digest. The same call after a kill goes
     on with the next shard. Load the result with ``spectrim.load(out, into=model)``, or without a model with
@@ -210,7 +210,7 @@ def _contents(shard: Shard, plan: RankPlan, flipped: Collection[str], bar: "tqdm
         if layer in plan and part == "weight":
             try:
                 read = partial(_weight, shard, name, layer in flipped)
-                second, first = linalg.truncated(read, plan[layer].rank)
+                second, first = large.truncated(read, plan[layer].rank)
             except UserError as error:
                 raise UserError(f"layer {layer} of {shard.path}: {error}") from None
             yield safetensors_stream.raw(first)

@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from spectrim.factored import linalg
+from spectrim.factored import large, linalg
 from spectrim.tools import resume
 
 
 def svd(W_OI: Tensor) -> linalg.SVD:
-    """Return ``linalg.svd`` of one matrix or of a batch. Raises ``UserError`` for NaN or infinity."""
-    found = resume.tensors("svd", lambda: [W_OI], lambda: linalg.svd(W_OI)._asdict())
+    """Return ``large.svd`` of one matrix or of a batch. Raises ``UserError`` for NaN or infinity."""
+    found = resume.tensors("svd", lambda: [W_OI], lambda: large.svd(W_OI)._asdict())
     return linalg.SVD(**{name: part.to(W_OI.device) for name, part in found.items()})
 
 
@@ -16,7 +16,7 @@ def left_vectors(W_OI: Tensor, C: Tensor, ridge: float) -> tuple[Tensor, Tensor]
     """Return the left singular vectors and the singular values of ``W C^(1/2)``. Raises ``UserError`` for NaN."""
 
     def made() -> dict[str, Tensor]:
-        U_OR, S_R, _ = linalg.svd(linalg.whitened(W_OI, C, ridge))
+        U_OR, S_R = large.left_vectors(W_OI, C, ridge)
         return {"U_OR": U_OR, "S_R": S_R}
 
     found = resume.tensors("whitened", lambda: [W_OI, C, ridge], made)

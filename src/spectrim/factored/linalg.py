@@ -4,7 +4,6 @@ Shape suffixes: O outputs, I inputs, R = min(O, I) singular components. Leading 
 has R + 1 entries. Entry k belongs to rank k: nothing is kept at 0, everything at R.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +12,6 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import UserError
-
-BLOCK_BYTES, BLOCK_ROWS = 1 << 21, 64  # size of the blocks that a large matrix is multiplied in, and their least rows
 
 
 class SVD(NamedTuple):
@@ -40,84 +37,18 @@ def svd(W_OI: Tensor) -> SVD:
         return _svd_by_qr_iteration(W_OI)
 
 
-def truncated(read: Callable[[], Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """Return the factors B (O, k) and A (k, I) of the best approximation ``B @ A`` of rank k of a large matrix W.
-
-    ``read``: returns W_OI. It is called several times, so that W need not stay in memory.
-    ``rank``: the rank k.
-
-    ``B = U sqrt(S)`` and ``A = sqrt(S) Vh``, in the precision of W. They come from the leading eigenvectors of the
-    smaller Gram matrix in float64. Squaring the singular values costs half of the digits, and float64 has more than
-    twice the digits of float32. The error is about 1e-8 sigma_1, as for an SVD in float32.
-
-    Memory: W with its Gram matrix, then that with k eigenvectors, then W with these and the factors. For a square W and
-    k below break-even this is at most three times W in float32.
-
-    Raises ``UserError`` where W holds NaN or infinity.
-    """
-    try:
-        vectors = _leading_eigenvectors(gram(read()), rank, "evr")
-    except scipy.linalg.LinAlgError:  # QR iteration is slower and hardly ever fails
-        vectors = _leading_eigenvectors(gram(read()), rank, "ev")
-    return _projected(read(), vectors)
-
-
-def gram(W_OI: Tensor) -> Tensor:
-    """Return the smaller of ``W W^T`` and ``W^T W`` in float64. Raises ``UserError`` for NaN or infinity."""
-    tall = _tall(W_OI)
-    C_SS = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64)
-    for rows in _blocks(tall):
-        part = rows.double()
-        C_SS.addmm_(part.T, part)
-    require_finite(C_SS.diagonal())  # these sums of squares are finite if all of W is
-    return C_SS
-
-
-def _leading_eigenvectors(C_SS: Tensor, rank: int, driver: str) -> Tensor:
-    """Return the eigenvectors of the ``rank`` largest eigenvalues, in rising order, shape (S, R). C is overwritten."""
-    size = len(C_SS)
-    _, vectors = scipy.linalg.eigh(
-        C_SS.numpy().T,  # C is symmetric; in this memory order LAPACK overwrites it without a copy
-        subset_by_index=(size - rank, size - 1) if driver == "evr" else None,
-        driver=driver,
-        overwrite_a=True,
-        check_finite=False,
-    )
-    return torch.from_numpy(vectors[:, -rank:])
-
-
-def _projected(W_OI: Tensor, V_SR: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the two factors of the projection of W on ``V_SR``, which is overwritten."""
-    tall, wide, dtype = _tall(W_OI), W_OI.shape[0] < W_OI.shape[1], W_OI.dtype
-    US_MR = torch.empty(tall.shape[0], V_SR.shape[1], dtype=torch.promote_types(dtype, torch.float32))
-    energy_R = torch.zeros(V_SR.shape[1], dtype=torch.float64)
-    done = 0
-    for rows in _blocks(tall):
-        part = rows.double() @ V_SR
-        energy_R += part.square().sum(0)
-        US_MR[done : done + len(part)] = part
-        done += len(part)
-    del W_OI, tall, rows  # the factors need its memory
-    root_R = energy_R.pow(0.25)  # root of the singular values, which are the norms of these columns
-    US_MR /= torch.where(root_R > 0, root_R, 1.0).to(US_MR.dtype)
-    V_SR *= root_R
-    B_OR, A_IR = (factor.to(dtype).flip(1) for factor in ((V_SR, US_MR) if wide else (US_MR, V_SR)))
-    return B_OR.contiguous(), A_IR.T.contiguous()
-
-
-def _tall(W_OI: Tensor) -> Tensor:
-    """Return W, or its transpose if that has more rows."""
-    return W_OI if W_OI.shape[0] >= W_OI.shape[1] else W_OI.T
-
-
-def _blocks(tall: Tensor) -> tuple[Tensor, ...]:
-    return tall.split(max(BLOCK_ROWS, BLOCK_BYTES // (8 * tall.shape[1])))
-
-
 def require_finite(weight: Tensor) -> None:
     """Raise ``UserError`` where ``weight`` holds NaN or infinity."""
     if not torch.isfinite(weight).all():
         raise UserError("a weight holds NaN or infinity; repair the checkpoint before compressing it")
+
+
+def require_finite_moment(C: Tensor) -> None:
+    """Raise ``UserError`` where a second moment of the inputs of a layer holds NaN or infinity."""
+    if not torch.isfinite(C).all():
+        raise UserError(
+            "the inputs of a layer hold NaN or infinity; check the model's weights and the calibration data"
+        )
 
 
 def _svd_by_qr_iteration(W_OI: Tensor) -> SVD:
@@ -136,7 +67,7 @@ def whitened(W_OI: Tensor, C: Tensor, ridge: float) -> Tensor:
     """
     if C.ndim == W_OI.ndim:
         return W_OI @ square_root(C, ridge)
-    return W_OI * (C + _floor(C, ridge)).sqrt().unsqueeze(-2)
+    return W_OI * (C + floor_of(C, ridge)).sqrt().unsqueeze(-2)
 
 
 def square_root(C_II: Tensor, ridge: float) -> Tensor:
@@ -144,17 +75,17 @@ def square_root(C_II: Tensor, ridge: float) -> Tensor:
 
     Raises ``UserError`` where the moment holds NaN or infinity.
     """
-    if not torch.isfinite(C_II).all():
-        raise UserError(
-            "the inputs of a layer hold NaN or infinity; check the model's weights and the calibration data"
-        )
+    require_finite_moment(C_II)
     values, vectors = torch.linalg.eigh(C_II)
-    root = (values.clamp_min(0) + _floor(values, ridge)).sqrt()
+    root = (values.clamp_min(0) + floor_of(values, ridge)).sqrt()
     return (vectors * root.unsqueeze(-2)) @ vectors.transpose(-1, -2)
 
 
-def _floor(values: Tensor, ridge: float) -> Tensor:
-    """Return ``ridge`` times the mean eigenvalue, or ``ridge`` if that is 0, as for inputs that are always zero."""
+def floor_of(values: Tensor, ridge: float) -> Tensor:
+    """Return ``ridge`` times the mean eigenvalue, or ``ridge`` if that is 0, as for inputs that are always zero.
+
+    ``values``: the eigenvalues of a second moment or, with the same mean, its diagonal. Shape (..., I) to (..., 1).
+    """
     mean = values.mean(-1, keepdim=True)
     return ridge * torch.where(mean > 0, mean, 1.0)
 
