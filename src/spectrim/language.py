@@ -18,7 +18,7 @@ from spectrim.losses import token_loss
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.lora import for_lora as for_lora
 from spectrim.tools import files
-from spectrim.tools.safetensors_stream import DTYPES, Shard
+from spectrim.tools.safetensors_stream import DTYPES, FLOATS, Shard
 
 
 def save(folder: str | Path, model: nn.Module, plan: RankPlan, tokenizer: Any = None) -> None:
@@ -101,7 +101,7 @@ def _precision(shards: Sequence[Shard]) -> torch.dtype:
     for shard in shards:
         for entry in shard.entries.values():
             sizes[entry.dtype] += entry.nbytes
-    stored = [DTYPES[name] for name, _ in sizes.most_common() if name in ("F64", "F32", "F16", "BF16")]
+    stored = [DTYPES[name] for name, _ in sizes.most_common() if name in FLOATS]
     return stored[0] if stored else torch.float32
 
 

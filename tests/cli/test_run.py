@@ -270,7 +270,7 @@ def test_records_that_cannot_be_written_are_said_in_one_line(
         (["seed=abc"], "seed='abc' is not a whole number"),
         (["seed=-1"], "seed=-1 is not a whole number in 0..4294967295"),
         (["seed=99999999999999999999"], "is not a whole number in 0..4294967295"),
-        (["data.calibration_seed=99999999999999999999"], "calibration_seed must lie in 0..4294967295"),
+        (["data.calibration_seed=99999999999999999999"], "calibration_seed=99999999999999999999 is not a whole"),
         (["name=../elsewhere"], "is not a name"),
         (["name=null"], "name=None is not text"),
         (["records=null"], "records=None is not text"),

@@ -13,6 +13,7 @@ from spectrim.algorithms.bound_probe import BoundProbe
 from spectrim.cli import run, status
 from spectrim.errors import UserError
 from spectrim.records import records
+from spectrim.runs import cells
 
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
 GRID = "table8/bounds_untrained"
@@ -103,6 +104,17 @@ def test_a_missing_checkpoint_and_a_damaged_record_are_told(
     assert lines[1].endswith(
         ": its checkpoint results/checkpoints/table8/bias_free_mlp2-digits-seed0.safetensors is missing"
     )
+
+
+@pytest.mark.parametrize(
+    "content", [b"[1]", b"7", b"\xff\xfe", b"[" * 100_000, b'{"phases": 3}', b'{"phases": {"a": {"seconds": "x"}}}']
+)
+def test_a_record_that_holds_anything_else_is_damaged(content: bytes, tmp_path: Path) -> None:
+    cell = cells.Cell(("seed=0",), "table8", "0" * 16, None)
+    path = records.path_of(tmp_path, cell.experiment, cell.signature)
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert status.state_of(cell, tmp_path) == status.State("failed", f"{path} is damaged: delete it")
 
 
 def test_the_hours_are_those_of_the_cells_that_are_left() -> None:

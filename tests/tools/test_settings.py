@@ -111,7 +111,7 @@ class Seeded:
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 10**30])
 def test_a_seed_that_some_generator_does_not_take_is_refused(seed: int) -> None:
     assert Seeded(seed=2**32 - 1, seeds=seed)
-    with pytest.raises(UserError, match=f"^Seeded: seed must lie in 0..4294967295, got {seed}$"):
+    with pytest.raises(UserError, match=f"^Seeded: seed={seed} is not a whole number in 0..4294967295$"):
         Seeded(seed=seed)
 
 

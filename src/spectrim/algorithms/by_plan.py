@@ -9,11 +9,11 @@ from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.best_view import PIVOTED
-from spectrim.decomposers.spectrum import Decomposer, rank_of
+from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.factored.forms import PivotedForm
-from spectrim.factored.plan import Kept
+from spectrim.factored.plan import Kept, rank_of
 from spectrim.statistics.objective import Objective
 
 

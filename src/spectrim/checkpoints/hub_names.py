@@ -57,8 +57,9 @@ def fill(model: nn.Module, plan: RankPlan, shards: Sequence[Shard], where: str |
     if unused:
         LOG.warning("%s has no use for %s in %s", type(model).__name__, ", ".join(sorted(unused)), where)
     filled: set[str] = set()
+    state = model.state_dict()
     for target, parts in computed.items():
-        most = model.state_dict()[target].numel()
+        most = state[target].numel()
         filled |= by_configuration.put(model, {part: _dense(part, plan, stored, most) for part in parts})
     kept = RankPlan.of({module: plan[layer] for layer, module in modules.items()})
     renamed = [shard.renamed(names) for shard in shards]

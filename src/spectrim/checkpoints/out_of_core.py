@@ -16,10 +16,10 @@ from spectrim.errors import UserError
 from spectrim.factored import large, linalg
 from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
+from spectrim.fetch.by_configuration import CONFIG
 from spectrim.tools import digests, files, safetensors_stream
-from spectrim.tools.safetensors_stream import Entry, Shard
+from spectrim.tools.safetensors_stream import FLOATS, Entry, Shard
 
-FACTORED = ("F64", "F32", "F16", "BF16")
 # Weights with two dimensions that are looked up, not multiplied by. Only the name tells them from linear layers.
 EMBEDDINGS = ("*embed*", "*wte", "*wpe", "*shared", "*relative_attention_bias")
 # Layers of transformers' class Conv1D, whose weight is stored as (inputs, outputs): the model types that have them and
@@ -27,7 +27,6 @@ EMBEDDINGS = ("*embed*", "*wte", "*wpe", "*shared", "*relative_attention_bias")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 CONV1D = ("*c_attn", "*q_attn", "*c_proj", "*c_fc")
 # Files of configuration and tokenizer that transformers saves beside the weights.
-CONFIG = "config.json"
 COMPANIONS = (
     *(CONFIG, "generation_config.json", "chat_template*"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
@@ -110,7 +109,7 @@ def _transposed(folder: Path) -> Sequence[str]:
 def _linear(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     """Return the weights that may belong to linear layers, by the layer's name."""
     named = {name.removesuffix(".weight"): entry for name, entry in entries.items() if name.endswith(".weight")}
-    return {name: entry for name, entry in named.items() if len(entry.shape) == 2 and entry.dtype in FACTORED}
+    return {name: entry for name, entry in named.items() if len(entry.shape) == 2 and entry.dtype in FLOATS}
 
 
 def _of_ratio(entries: Mapping[str, Entry], ratio: float, dense: Sequence[str]) -> RankPlan:

@@ -50,12 +50,11 @@ def cell(program: str) -> Iterator[None]:
     except Exception as error:
         if not _in_grid():
             raise
-        fault = not isinstance(error, MISTAKES)
-        said = f"{type(error).__name__ + ': ' if fault else ''}{innermost(error)} (in {invocation(program)})"
+        said = f"{_reason(error)} (in {invocation(program)})"
         with suppress(KeyError, OSError):  # no command line around it, or one that was killed
             folder = Path(os.environ[FAILURES])
             (folder / f"run{HydraConfig.get().job.num:09d}").write_text(said)
-            if fault:
+            if not isinstance(error, MISTAKES):
                 (folder / "fault").write_text(format_exc())
         raise UserError(said) from None
 
@@ -69,9 +68,14 @@ def failure_noted(record: Path) -> Iterator[None]:
     except Exception as error:
         if _in_grid():
             with suppress(UserError):  # A disk that is full must not hide the error.
-                files.write({note: (json.dumps({"reason": innermost(error)}, indent=1) + "\n").encode()})
+                files.write({note: (json.dumps({"reason": _reason(error)}, indent=1) + "\n").encode()})
         raise
     note.unlink(missing_ok=True)
+
+
+def _reason(error: Exception) -> str:
+    """Return in one line why a run failed. A fault of the code is told with its type."""
+    return innermost(error) if isinstance(error, MISTAKES) else f"{type(error).__name__}: {innermost(error)}"
 
 
 def _in_grid() -> bool:
@@ -137,9 +141,8 @@ def _rename_arguments() -> None:
 def _before_ours(error: Exception) -> bool:
     """Whether Hydra raised the error before it called our code: an override, a launcher setting, its folder."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
-    homes = [
-        name.partition(".")[0] for name in modules if name != composition.__name__
-    ]  # which Hydra's own frames pass
+    # Every composition of Hydra passes through our module of that name, see ``composition.guard``.
+    homes = [name.partition(".")[0] for name in modules if name != composition.__name__]
     return "hydra" in homes and "spectrim" not in homes[homes.index("hydra") :]
 
 

@@ -1,7 +1,6 @@
 """Tell how far a grid is: ``spectrim-grid status table5/resnet20/svd_training_long --records build/records``."""
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from spectrim.cli.grid import MISTAKES
 from spectrim.records import records
 from spectrim.runs import configuration
 from spectrim.runs.cells import Cell, cells
+from spectrim.tools import files
 
 COMMITTED = Path("results/records")  # they tell how long a cell takes where the grid itself does not
 
@@ -50,7 +50,7 @@ def state_of(cell: Cell, folder: Path) -> State:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = files.read_json(path)
     except (OSError, ValueError):  # a file that another process replaces or removes, or that is damaged
         return {}
     return found if isinstance(found, dict) else {}
@@ -58,8 +58,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _seconds(path: Path) -> float | None:
     """Return the seconds of all phases of a recorded run; None where there is no such record."""
-    phases = _read(path).get("phases")
-    return sum(phase["seconds"] for phase in phases.values()) if phases else None
+    try:
+        return float(sum(phase["seconds"] for phase in _read(path)["phases"].values()))
+    except (KeyError, TypeError, AttributeError):
+        return None
 
 
 def hours_left(states: Sequence[State]) -> float | None:

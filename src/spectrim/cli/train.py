@@ -21,6 +21,7 @@ from spectrim.runs import configuration, targets
 from spectrim.statistics.objective import Objective
 from spectrim.tools import files
 from spectrim.tools.device import device_called
+from spectrim.tools.settings import require_seed
 from spectrim.training.fit import Training, fit
 from spectrim.training.recipe import Recipe
 from spectrim.training.saved_state import StateFile
@@ -39,13 +40,12 @@ def train(cfg: DictConfig) -> Path:
         return path
     settings = {key: configuration.plain(cfg[key]) for key in ("model", "data", "shape", "recipe")}
     targets.check_targets(settings)
-    configuration.check_seed(cfg)
+    require_seed("seed", cfg.seed)
     dtype, device = _dtype(cfg.stored_as), device_called(cfg.device)  # refused now rather than after the training
     if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
         raise UserError(f"threads={cfg.threads!r} is not a whole number of at least 1, or null")
-    files.require_writable(path)
     beside = path.with_suffix(".json")
-    files.require_writable(beside, state)
+    files.require_writable(path, beside, state)
     recipe: Recipe = targets.build(settings["recipe"], "learning_rate")
     splits: Splits | TextSplits = targets.build(settings["data"], "load").load()
     if not isinstance(splits.train, ImageSplit | TextSplit):

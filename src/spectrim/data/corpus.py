@@ -48,8 +48,8 @@ class Corpus(Pools, ABC):
         """Name of the corpus in descriptions."""
         return self.name
 
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.test_size < 1:
             raise UserError(f"test_size must be at least 1, got {self.test_size}")
 

@@ -20,9 +20,6 @@ class Digits(ImageData):
     verification_size: int = 100
     held_out: int = 300
 
-    def __post_init__(self) -> None:
-        self.check()
-
     def load(self) -> Splits:
         bunch = load_digits()
         images = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)

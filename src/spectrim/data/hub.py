@@ -56,9 +56,6 @@ class _Labelled(_OnHub, Classes):
 
     test_part: str
 
-    def __post_init__(self) -> None:
-        self.check()
-
     @abstractmethod
     def part(self, table: Any, name: str) -> Labelled:
         """Return texts and labels of the rows of one part."""
@@ -171,7 +168,7 @@ class HubCorpus(_OnHub, Corpus):
     name = "hub"
 
     def __post_init__(self) -> None:
-        self.check()
+        super().__post_init__()
         try:
             re.compile(self.begins)
         except re.error as error:

@@ -96,7 +96,7 @@ class ImageFolder(ImageData):
     workers: int = 0
 
     def __post_init__(self) -> None:
-        self.check()
+        super().__post_init__()
         if not 0 < self.image_size <= self.resize:
             raise UserError(f"image_size must lie in 1..resize ({self.resize}), got {self.image_size}")
         if self.workers < 0:

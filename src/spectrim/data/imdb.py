@@ -65,7 +65,7 @@ class IMDB(Classes):
     name = "imdb"
 
     def __post_init__(self) -> None:
-        self.check()
+        super().__post_init__()
         if not 1 <= self.test_size <= TEST:
             raise UserError(f"test_size must lie in 1..{TEST}, got {self.test_size}")
 
@@ -78,9 +78,6 @@ class IMDBCorpus(Corpus):
     """The reviews as a corpus, one document per review, with the same test set as ``IMDB``."""
 
     name = "imdb_corpus"
-
-    def __post_init__(self) -> None:
-        self.check()
 
     def documents(self) -> tuple[list[str], list[str]]:
         train, test = reviews()

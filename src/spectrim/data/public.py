@@ -20,8 +20,5 @@ class PublicSet(ImageData):
     mean: ClassVar[tuple[float, ...]]
     std: ClassVar[tuple[float, ...]]
 
-    def __post_init__(self) -> None:
-        self.check()
-
     def load(self) -> Splits:
         return split_arrays(self, load(self.source), self.source.name, self.mean, self.std)

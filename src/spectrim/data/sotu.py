@@ -51,9 +51,6 @@ class SOTU(Corpus):
 
     name = "sotu"
 
-    def __post_init__(self) -> None:
-        self.check()
-
     def documents(self) -> tuple[list[str], list[str]]:
         speeches = shuffled(json.loads((unpacked(SPEECHES) / FILE).read_text(encoding="utf-8")), 0)
         return speeches[TEST:], speeches[:TEST]

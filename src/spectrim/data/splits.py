@@ -42,16 +42,13 @@ class Pools:
 
     noun: ClassVar[str] = "images"
 
-    def check(self) -> None:
-        """Raise ``UserError`` where a setting is out of range. Each data set calls this when it is created."""
+    def __post_init__(self) -> None:
         if self.calibration_from not in POOLS:
             raise UserError(f"calibration_from is one of {', '.join(POOLS)}, got {self.calibration_from!r}")
         if self.calibration_size < 1:
             raise UserError(f"calibration_size must be at least 1, got {self.calibration_size}")
         if self.verification_size < 0:
             raise UserError(f"verification_size must be at least 0, got {self.verification_size}")
-        if not 0 <= self.calibration_seed < 2**32:
-            raise UserError(f"calibration_seed must lie in 0..{2**32 - 1}, got {self.calibration_seed}")
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
 

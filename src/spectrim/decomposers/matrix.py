@@ -7,13 +7,13 @@ from typing import Literal, Self
 from torch import Tensor, nn
 
 from spectrim.decomposers import resumed
-from spectrim.decomposers.spectrum import Keep, Spectrum, rank_of
+from spectrim.decomposers.spectrum import Spectrum
 from spectrim.errors import UserError
 from spectrim.factored import linalg
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.forms import EmbeddingForm, Form, PivotedForm, PlainForm
-from spectrim.factored.plan import Kept
+from spectrim.factored.plan import Keep, Kept, rank_of
 from spectrim.tools.spill import SpilledTensors, SpillFolder
 
 View = Literal["channel", "spatial"]

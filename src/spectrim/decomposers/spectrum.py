@@ -10,20 +10,14 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from spectrim.factored.base import FactoredLayer
-from spectrim.factored.plan import Kept
+from spectrim.factored.plan import Keep, Kept
 from spectrim.tools.content import content
 from spectrim.tools.spill import SpillFolder
 
-Keep = int | tuple[int, ...]
 # The second moment E[x x^T] of a layer's inputs, shape (g, I, I), by the view that says what one input x is. Of an
 # embedding, whose x has a single 1, only the diagonal, shape (g, I).
 Moments = Mapping[str, Tensor]
 NO_MOMENTS: Moments = MappingProxyType({})
-
-
-def rank_of(keep: Keep) -> int:
-    """Return the number of components in ``keep``."""
-    return keep if isinstance(keep, int) else len(keep)
 
 
 def value_at(curve: Tensor, keep: Keep) -> float:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.decomposers import resumed
-from spectrim.decomposers.spectrum import NO_MOMENTS, Keep, Moments, Spectrum, rank_of
+from spectrim.decomposers.spectrum import NO_MOMENTS, Moments, Spectrum
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.factored import linalg
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.forms import TuckerForm
-from spectrim.factored.plan import Kept
+from spectrim.factored.plan import Keep, Kept, rank_of
 from spectrim.tools import extras
 from spectrim.tools.settings import settings
 

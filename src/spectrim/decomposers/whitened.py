@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from spectrim.decomposers import resumed
 from spectrim.decomposers.matrix import Factors, MatrixSpectrum, View, to_matrix
-from spectrim.decomposers.spectrum import NO_MOMENTS, Keep, Moments
+from spectrim.decomposers.spectrum import NO_MOMENTS, Moments
 from spectrim.errors import UserError
 from spectrim.factored import linalg
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.forms import EmbeddingForm
 from spectrim.factored.layers import FactoredEmbedding
+from spectrim.factored.plan import Keep
 from spectrim.tools.settings import settings
 
 

@@ -3,26 +3,32 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from reprlib import repr as short
 from typing import Any
 
 from spectrim.errors import UserError
 from spectrim.factored.forms import Form
 
+# A rank, which keeps the leading components, or the indices of the components that are kept.
+Keep = int | tuple[int, ...]
+
+
+def rank_of(keep: Keep) -> int:
+    """Return the number of components in ``keep``."""
+    return keep if isinstance(keep, int) else len(keep)
+
 
 @dataclass(frozen=True)
 class Kept:
-    """The components kept of one layer, and the form of its factors.
+    """The components kept of one layer, and the form of its factors."""
 
-    ``keep``: a rank, which keeps the leading components, or the indices of the components.
-    """
-
-    keep: int | tuple[int, ...]
+    keep: Keep
     form: Form
 
     @property
     def rank(self) -> int:
-        return self.keep if isinstance(self.keep, int) else len(self.keep)
+        return rank_of(self.keep)
 
 
 @dataclass(frozen=True)
@@ -40,10 +46,11 @@ class RankPlan(Mapping[str, Kept]):
         return cls(tuple(sorted(kept.items(), key=lambda item: item[0])))
 
     def __getitem__(self, layer: str) -> Kept:
-        for name, kept in self.kept:
-            if name == layer:
-                return kept
-        raise KeyError(layer)
+        return self._by_layer[layer]
+
+    @cached_property
+    def _by_layer(self) -> dict[str, Kept]:
+        return dict(self.kept)
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, _ in self.kept)

@@ -56,13 +56,18 @@ def configurations(grid: str) -> Iterator[tuple[int, tuple[str, ...], DictConfig
     for index, chosen in enumerate(product(*(choices(one) for one in swept))):
         options = tuple(word for word in chosen if _needs_composition(word, whole))
         by_options.setdefault(options, []).append((index, chosen))
-    for options, own in by_options.items():
-        cfg = _composed(grid, options) if options else whole
-        HydraConfig.instance().set_config(cfg)  # interpolations such as ${hydra:runtime.choices.model} look there
-        for index, chosen in own:
-            values = _parsed(tuple(word for word in chosen if word not in options))
-            ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
-            yield index, chosen, cfg
+    running = HydraConfig.instance()
+    before = running.cfg
+    try:
+        for options, own in by_options.items():
+            cfg = _composed(grid, options) if options else whole
+            running.set_config(cfg)  # interpolations such as ${hydra:runtime.choices.model} look there
+            for index, chosen in own:
+                values = _parsed(tuple(word for word in chosen if word not in options))
+                ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+                yield index, chosen, cfg
+    finally:
+        running.cfg = before
 
 
 def choices(override: Override) -> list[str]:

@@ -91,28 +91,17 @@ def _resolved(node: DictConfig, key: str) -> Any:
 
 
 def _check_plugins(node: Any, where: str) -> None:
-    if isinstance(node, dict):
-        if "_target_" in node and node["_target_"] not in PLUGINS:
-            raise UserError(f"{where}._target_={node['_target_']} is refused: it is no launcher or sweeper of Hydra")
-        for key, value in node.items():
-            _check_plugins(value, f"{where}.{key}")
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            _check_plugins(value, f"{where}[{index}]")
+    for place, key, value in targets.entries(node, where):
+        if key == "_target_" and value not in PLUGINS:
+            raise UserError(f"{place}={value} is refused: it is no launcher or sweeper of Hydra")
 
 
 def _check_logging(node: Any, where: str) -> None:
     """Refuse what ``logging.config.dictConfig`` would import and call: a class, a factory ``()``, a reference."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key in ("()", ".") or (key == "class" and value not in HANDLERS):
-                raise UserError(f"{where}.{key}={value} is refused: use hydra/job_logging=stdout or none")
-            _check_logging(value, f"{where}.{key}")
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            _check_logging(value, f"{where}[{index}]")
-    elif isinstance(node, str) and node.startswith(("ext://", "cfg://")) and node not in STREAMS:
-        raise UserError(f"{where}={node} is refused: use hydra/job_logging=stdout or none")
+    for place, key, value in targets.entries(node, where):
+        refers = isinstance(value, str) and value.startswith(("ext://", "cfg://")) and value not in STREAMS
+        if key in ("()", ".") or (key == "class" and value not in HANDLERS) or refers:
+            raise UserError(f"{place}={value} is refused: use hydra/job_logging=stdout or none")
 
 
 def _check_jobs(launcher: DictConfig) -> None:

@@ -34,26 +34,28 @@ def experiments() -> list[str]:
 def grids_called(name: str) -> list[str]:
     """Return the grid of this name, or all grids of a folder. Raises ``UserError`` where there is neither."""
     names = experiments()
-    below = [one for one in names if one.startswith(f"{name.strip('/')}/")]
-    present = present_names([f"experiment={name}"])[0].partition("=")[2]
-    found = [name] if name in names else below or [present] * (present in names)
-    if not found:
+    if name in names:
+        return [name]
+    if below := [one for one in names if one.startswith(f"{name.strip('/')}/")]:
+        return below
+    if (present := _present_name(name)) not in names:
         raise UserError(unknown_experiment(name))
-    return found
+    return [present]
 
 
 def present_names(words: Sequence[str]) -> list[str]:
     """Return the words of a command with the former name of a grid replaced by its present one."""
-    return [_present_name(word) if word.startswith("experiment=") else word for word in words]
+    key = "experiment="
+    return [key + _present_name(word.removeprefix(key)) if word.startswith(key) else word for word in words]
 
 
-def _present_name(word: str) -> str:
-    given = word.partition("=")[2]
-    if given in experiments():
-        return word
+def _present_name(name: str) -> str:
+    """Return the present name of a grid, or the same name where no grid was called so."""
+    if name in experiments():
+        return name
     lines = FORMER_NAMES.read_text(encoding="utf-8").splitlines()
     known = dict(line.split() for line in lines if not line.startswith("#"))
-    return f"experiment={known.get(given.replace(' ', ''), given)}"
+    return known.get(name.replace(" ", ""), name)
 
 
 def check_choices() -> None:
@@ -66,12 +68,6 @@ def check_choices() -> None:
     if left:
         name = composed.runtime.choices.get("experiment")
         raise UserError(f"experiment={name} is a grid over {', '.join(left)}: add -m, or give each of them one value")
-
-
-def check_seed(cfg: DictConfig) -> None:
-    """Refuse a seed that torch would silently read as another one (true, 1.5), or that its generators refuse."""
-    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed={cfg.seed!r} is not a whole number in 0..{2**32 - 1}")
 
 
 def text(cfg: DictConfig, key: str) -> str:

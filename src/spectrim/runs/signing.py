@@ -10,6 +10,7 @@ from spectrim.errors import UserError
 from spectrim.records import records
 from spectrim.runs import configuration, targets
 from spectrim.tools import digests
+from spectrim.tools.settings import require_seed
 
 SCIENTIFIC = ("model", "data", "shape", "decomposer", "algorithm", "seed")
 
@@ -23,7 +24,7 @@ def scientific(cfg: DictConfig) -> dict[str, Any]:
         key: configuration.plain(cfg[key]) if isinstance(cfg[key], DictConfig) else cfg[key] for key in SCIENTIFIC
     }
     targets.check_targets(settings)
-    configuration.check_seed(cfg)
+    require_seed("seed", cfg.seed)
     return settings | {"batch_norm": cfg.batch_norm, "also": _also(cfg.also) if cfg.also else {}}
 
 

@@ -1,6 +1,7 @@
 """Build objects from a configuration, which may name only the classes that are allowed here."""
 
 import os
+from collections.abc import Iterator
 from pkgutil import resolve_name
 from typing import Any
 
@@ -27,17 +28,25 @@ PLACES = (
 UNPICKLING = ("torch.load", "torch.hub", "torch.serialization", "torch.package", "torch.jit")
 
 
+def entries(node: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the place, the key or index, and the value of every entry in nested mappings and lists."""
+    if isinstance(node, DictConfig | dict):
+        found = [(f"{where}.{key!s}", key, value) for key, value in node.items()]
+    elif isinstance(node, ListConfig | list):
+        found = [(f"{where}[{index}]", index, value) for index, value in enumerate(node)]
+    else:
+        return
+    for place, key, value in found:
+        yield place, key, value
+        yield from entries(value, place)
+
+
 def check_targets(node: Any, where: str = "config") -> None:
     """Refuse, before anything is imported, every ``_target_`` outside ``PLACES``."""
-    if isinstance(node, DictConfig | dict):
-        for key, value in node.items():
-            reason = _refusal(str(value)) if key == "_target_" else ""
-            if reason:
-                raise UserError(f"{where}._target_={value} is refused: {reason}")
-            check_targets(value, f"{where}.{key!s}")
-    elif isinstance(node, ListConfig | list):
-        for index, value in enumerate(node):
-            check_targets(value, f"{where}[{index}]")
+    for place, key, value in entries(node, where):
+        reason = _refusal(str(value)) if key == "_target_" else ""
+        if reason:
+            raise UserError(f"{place}={value} is refused: {reason}")
 
 
 def _refusal(target: str) -> str:
@@ -53,17 +62,13 @@ def _refusal(target: str) -> str:
 
 def _check_homes(node: Any) -> None:
     """Refuse a name that an allowed module merely imports, such as its ``os.system``, and an unknown name."""
-    for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-        _check_homes(value)
-    if not isinstance(node, dict) or "_target_" not in node:
-        return
-    target = node["_target_"]
-    try:
-        home = getattr(resolve_name(target), "__module__", None) or target  # functions written in C may have none
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"_target_={target} cannot be found: {error}") from error
-    if not f"{home}.".startswith(PLACES):
-        raise UserError(f"_target_={target} is refused: it belongs to {home}, where no part of a run comes from")
+    for target in [value for _, key, value in entries(node, "") if key == "_target_"]:
+        try:
+            home = getattr(resolve_name(target), "__module__", None) or target  # functions written in C may have none
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"_target_={target} cannot be found: {error}") from error
+        if not f"{home}.".startswith(PLACES):
+            raise UserError(f"_target_={target} is refused: it belongs to {home}, where no part of a run comes from")
 
 
 def build(settings: dict[str, Any], *can: str) -> Any:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.decomposers.spectrum import Keep, Spectrum
+from spectrim.decomposers.spectrum import Spectrum
 from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
-from spectrim.factored.plan import RankPlan
+from spectrim.factored.plan import Keep, RankPlan
 from spectrim.surgery.given_model import WithoutHistory
 
 # The attributes in which a module of torch holds its hooks on calls.

@@ -43,6 +43,7 @@ DTYPES = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
+FLOATS = ("F64", "F32", "F16", "BF16")  # the types that weights are computed in
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 

@@ -33,8 +33,8 @@ def settings(cls: type[T]) -> type[T]:
             if not all(is_bearable(part, hint, conf=_NUMBERS) for part in _parts(value)):
                 wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
                 raise UserError(f"{type(self).__name__}: {field.name}={value!r} is not of type {wanted}")
-            if field.name == "seed":
-                require_seed(f"{type(self).__name__}: seed", value)
+            if field.name == "seed" or field.name.endswith("_seed"):
+                require_seed(f"{type(self).__name__}: {field.name}", value)
         if checks:
             checks(self)
 
@@ -42,10 +42,10 @@ def settings(cls: type[T]) -> type[T]:
     return dataclass(frozen=True)(cls)
 
 
-def require_seed(name: str, seed: int) -> None:
-    """Raise ``UserError`` where not every random generator takes ``seed``."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"{name} must lie in 0..{2**32 - 1}, got {seed}")
+def require_seed(name: str, seed: object) -> None:
+    """Raise ``UserError`` where some random generator refuses ``seed``, or torch reads it as another (true, 1.5)."""
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        raise UserError(f"{name}={seed!r} is not a whole number in 0..{2**32 - 1}")
 
 
 def require_parts(name: str, parts: Sequence[float]) -> None:

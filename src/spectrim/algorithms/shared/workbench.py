@@ -12,10 +12,10 @@ from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.decomposed import decomposed
 from spectrim.algorithms.shared.layer_report import reporter
 from spectrim.batches import Inputs
-from spectrim.decomposers.spectrum import Decomposer, Keep, Spectrum, rank_of, value_at
+from spectrim.decomposers.spectrum import Decomposer, Spectrum, value_at
 from spectrim.errors import MissingInput, UserError
 from spectrim.factored.dense import dense_kinds
-from spectrim.factored.plan import RankPlan
+from spectrim.factored.plan import Keep, RankPlan, rank_of
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, latency, replacing
 from spectrim.surgery.cost import layer_parameters
