@@ -118,12 +118,11 @@ def test_layers_that_must_stay_dense_are_noted(tmp_path: Path) -> None:
     result = spectrim.compress(
         model, calibration=[(tokens, torch.randint(13, (6,)))], algorithm=spectrim.Truncation(rank=2)
     )
-    assert list(result.plan) == ["body"]
+    assert "body" in result.plan
     assert result.notes == [
-        "attention: left dense: MultiheadAttention is not factored",
-        "head: left dense: its weight is shared with another layer",
-        "attention.out_proj: left dense: the model reads its weight",
-        "spare: left dense: the model does not call it",
+        "embedding: left dense: only a decomposer with embeddings=True factors embeddings (11.30% of the parameters)",
+        "head: left dense: its weight is shared with another layer (11.30% of the parameters)",
+        "spare: left dense: the model does not call it (14.78% of the parameters)",
     ]
     assert result.model.head.weight is result.model.embedding.weight
     result.save(tmp_path / "tied.safetensors")
@@ -232,8 +231,16 @@ def test_without_inputs_macs_are_not_known() -> None:
 def test_without_inputs_what_torch_itself_may_read_stays_dense() -> None:
     model = nn.Sequential(nn.TransformerEncoderLayer(16, 2, 64, batch_first=True), nn.Linear(16, 16))
     result = spectrim.compress(model, algorithm=spectrim.Truncation(rank=2))
-    assert list(result.plan) == ["1"] and result.model(torch.randn(2, 3, 16)).shape == (2, 3, 16)
-    assert "0.linear1: left dense: a TransformerEncoderLayer may read its weight" in " ".join(result.notes)
+    assert "1" in result.plan and result.model(torch.randn(2, 3, 16)).shape == (2, 3, 16)
+
+    class Reads(nn.TransformerEncoderLayer):
+        """A layer that is none of torch's own, which may do anything with what it holds."""
+
+    Reads.__module__ = "torch.nn.modules.other"
+    model = nn.Sequential(Reads(16, 2, 64, batch_first=True), nn.Linear(16, 16))
+    result = spectrim.compress(model, algorithm=spectrim.Truncation(rank=2))
+    assert "1" in result.plan and "0.linear1" not in result.plan
+    assert "0.linear1: left dense: a Reads may read its weight" in " ".join(result.notes)
 
 
 def test_a_selection_that_needs_targets_says_that_they_are_missing() -> None:
@@ -322,7 +329,8 @@ def test_layers_that_the_user_names_stay_dense(net: nn.Sequential, batches: Any)
     for algorithm in (spectrim.Truncation(rank=2), "joint", "evbmf"):
         result = spectrim.compress(net, calibration=batches, algorithm=algorithm, exclude=["0", "re:8$"])
         assert set(result.plan) <= {"3", "6"} and result.plan
-        assert {"0: left dense: exclude= names it", "8: left dense: exclude= names it"} <= set(result.notes)
+        named = [note for note in result.notes if ": left dense: exclude= names it" in note]
+        assert [note[0] for note in named] == ["0", "8"]
         only = spectrim.compress(net, calibration=batches, algorithm=spectrim.Truncation(rank=2), include=["6"])
         assert list(only.plan) == ["6"]
     with pytest.raises(spectrim.UserError, match="^exclude: 'fc' matches no module of this model"):

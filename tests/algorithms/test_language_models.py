@@ -111,7 +111,7 @@ def test_trained_as_factors(case: Any, brief: Any) -> None:
 def test_a_tied_head_is_left_dense_and_stays_tied(case: Any) -> None:
     model, objective = case
     result = ALGORITHMS["truncation"].compress(model, spectrim.SVD(), objective)
-    assert "lm_head: left dense: its weight is shared with another layer" in result.notes
+    assert any(note.startswith("lm_head: left dense: its weight is shared with") for note in result.notes)
     assert result.model.lm_head.weight is result.model.get_input_embeddings().weight
 
 
@@ -123,7 +123,8 @@ def test_the_embedding_of_tokens_is_factored_where_it_is_no_head(case: Any, kind
     assert (tokens[kind] in result.plan) is (kind == "bert")
     places = {"gpt2": "transformer.wpe", "bert": "bert.embeddings.position_embeddings"}
     if kind in places:
-        assert f"{places[kind]}: left dense: the ids that it looks up are not among the inputs" in result.notes
+        reason = f"{places[kind]}: left dense: the ids that it looks up are not among the inputs"
+        assert any(note.startswith(reason) for note in result.notes)
     result.save(tmp_path / "x.safetensors")
     loaded = spectrim.load(tmp_path / "x.safetensors", into=type(model)(model.config))
     assert torch.equal(logits(loaded, objective.example()), logits(result.model, objective.example()))
@@ -170,6 +171,6 @@ def test_a_model_without_a_known_layer_is_refused(token_batches: Any) -> None:
         def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
             return self.embedding(input_ids)
 
-    with pytest.raises(spectrim.UserError, match="nothing to factor: it has no Linear") as refusal:
+    with pytest.raises(spectrim.UserError, match="nothing to factor: embedding: only a decomposer") as refusal:
         ALGORITHMS["truncation"].compress(Bag(), spectrim.SVD(), Objective(token_loss, {"calibration": token_batches}))
     assert "\n" not in str(refusal.value)

@@ -219,7 +219,8 @@ def test_a_layer_outside_of_the_loss_stays_dense_with_a_note(selector: Any, refr
     chosen = selector(gamma=None, verified=refresh, refresh=refresh, verify_on="calibration", budget=1e9)
     result = chosen.compress(WithAuxiliary(), SVD(), objective)
     assert result.plan and "auxiliary" not in result.plan
-    assert "auxiliary: left dense: the calibration loss does not depend on it" in result.notes
+    reason = "auxiliary: left dense: the calibration loss does not depend on it"
+    assert any(note.startswith(reason) for note in result.notes)
 
 
 class Routed(nn.Module):

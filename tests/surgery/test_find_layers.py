@@ -161,9 +161,16 @@ def test_where_no_layer_is_left_the_error_gives_the_reasons() -> None:
 
 
 def test_a_model_without_layers_is_refused_with_what_it_has() -> None:
-    model = nn.Sequential(nn.Conv1d(4, 4, 1))
-    with pytest.raises(UserError, match="nothing to factor: 0: Conv1d is not factored"):
+    model = nn.Sequential(Halved(4, 4, 1))
+    with pytest.raises(UserError, match="nothing to factor: 0: Halved is not factored"):
         spectrim.compress(model, calibration=[(torch.randn(2, 4, 4), torch.zeros(2, 4).long())])
+
+
+class Halved(nn.Conv1d):
+    """A convolution that does something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / 2
 
 
 class Queries(nn.Module):
@@ -186,6 +193,26 @@ def test_modules_of_other_kinds_that_hold_a_matrix_are_named() -> None:
         "over": "Conv1d is not factored",
         "along": "LSTM is not factored",
     }
+
+
+def test_what_stays_dense_is_noted_with_its_share_and_explains_a_budget_out_of_reach() -> None:
+    model = nn.Sequential(Halved(6, 6, 1), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    model[3].weight = model[2].weight
+    reasons = find_layers.factorable(model, torch.randn(2, 6, 16))[1]
+    shared, halved = "its weight is shared with another layer", "Halved is not factored"
+    assert reasons == {"0": halved, "2": shared, "3": shared}
+    total = 42 + 2 * 272 + 16
+    assert find_layers.left_dense(reasons, model) == [
+        f"0: left dense: {halved} ({42 / total:.2%} of the parameters)",
+        f"2: left dense: {shared} ({272 / total:.2%} of the parameters)",
+        f"3: left dense: {shared} ({272 / total:.2%} of the parameters)",
+    ]
+    said = f"{288 / total:.2%}: 2, 3: {shared}; {42 / total:.2%}: 0: {halved}"
+    assert find_layers.dense_shares(reasons, model) == said
+    data: Any = [(torch.randn(4, 6, 16), torch.zeros(4, 16).long())]
+    with pytest.raises(UserError, match="params_kept=0.2 is out of reach") as refusal:
+        spectrim.compress(model, calibration=data, algorithm=spectrim.Truncation(params_kept=0.2))
+    assert str(refusal.value).endswith(f" remain; of the parameters stay dense {said}")
 
 
 def test_a_scripted_part_stays_as_it_is() -> None:

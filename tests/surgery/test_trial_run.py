@@ -39,7 +39,8 @@ def test_a_hook_that_fails_leaves_its_layer_dense() -> None:
     model.second.register_forward_hook(refuses_factors)
     result = spectrim.compress(model, calibration=[x], algorithm=spectrim.Truncation(rank=3))
     assert list(result.plan) == ["first", "third"]
-    assert "second: left dense: the model fails with it factored: this hook knows Linear alone" in result.notes
+    reason = "second: left dense: the model fails with it factored: this hook knows Linear alone"
+    assert any(note.startswith(reason) for note in result.notes)
     assert result.model(x).shape == (4, 16)
 
 

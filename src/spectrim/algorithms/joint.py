@@ -240,7 +240,8 @@ class _JointSearch:
 
     def finish(self) -> Compressed:
         """Return the model at the point that was reached."""
-        compressed = self.bench.finish(self._keep(self.point), self.log, left_dense(self.without_gates))
+        notes = left_dense(self.without_gates, self.bench.model)
+        compressed = self.bench.finish(self._keep(self.point), self.log, notes)
         return replace(compressed, notes=[*compressed.notes, *self._refitted(compressed.model)])
 
 

@@ -15,6 +15,7 @@ from spectrim.factored.completion import Completion, require_permutation
 from spectrim.factored.layers import FactoredEmbedding
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery.replacing import replace
+from spectrim.surgery.unpacking import unpack_around
 from spectrim.tools.safetensors_stream import Shard
 
 
@@ -91,21 +92,23 @@ def architecture_of(model: nn.Module) -> str:
 @contextmanager
 def factored(model: nn.Module, plan: RankPlan, where: str | Path) -> Iterator[None]:
     """Replace the layers of ``plan`` by factored ones; put the dense ones back where the block raises."""
+    pack_again = unpack_around(model, plan.keys())
     dense: dict[str, nn.Module] = {}
     new: dict[str, nn.Module] = {}
-    for name, kept in plan.items():
-        try:
-            dense[name] = model.get_submodule(name)
-            new[name] = kept.form.layer_for(dense[name], kept.rank)
-        except (AttributeError, UserError) as error:
-            raise UserError(f"{where} is of another architecture, layer {name!r}: {error}") from None
     try:
+        for name, kept in plan.items():
+            try:
+                dense[name] = model.get_submodule(name)
+                new[name] = kept.form.layer_for(dense[name], kept.rank)
+            except (AttributeError, UserError) as error:
+                raise UserError(f"{where} is of another architecture, layer {name!r}: {error}") from None
         for name, layer in new.items():
             replace(model, name, layer)
         yield
     except BaseException:
-        for name, layer in dense.items():
-            replace(model, name, layer)
+        for name in new:
+            replace(model, name, dense[name])
+        pack_again()
         raise
 
 

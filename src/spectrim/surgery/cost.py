@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.batches import Inputs, alone_trainable, batch_size, device_of, evaluating, forward, to_device
+from spectrim.surgery.unpacking import unpacked
 
 
 class Cost(NamedTuple):
@@ -19,9 +20,12 @@ class Cost(NamedTuple):
 
 
 def model_cost(model: nn.Module, example: Inputs) -> Cost:
-    """Count parameters and, by running ``example``, MACs of convolutions and matrix products."""
+    """Count parameters and, by running ``example``, MACs of convolutions and matrix products.
+
+    Packed modules are counted ``unpacked``: the counter does not see into torch's kernels for LSTM and attention.
+    """
     # The counter reports floating point operations, two for each multiply-accumulate.
-    macs = _counted(model, example).get_total_flops() // 2 // batch_size(example)
+    macs = _counted(unpacked(model), example).get_total_flops() // 2 // batch_size(example)
     return Cost(parameters(model), macs)
 
 

@@ -1,7 +1,7 @@
 """Find the layers of a model that can be replaced by factored ones, and why each other one cannot."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -14,8 +14,10 @@ from spectrim.batches import Inputs, device_of, evaluating, forward, tensors_of,
 from spectrim.errors import UserError
 from spectrim.factored.base import OWN_NAMES
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
+from spectrim.surgery.cost import parameters
 from spectrim.surgery.given_model import eager, unchanged
 from spectrim.surgery.layer_choice import EVERY_LAYER, LayerChoice
+from spectrim.surgery.unpacking import SHARED, refusals
 
 
 def factorable(
@@ -26,7 +28,7 @@ def factorable(
     The model runs once on ``example``, one batch of inputs. A layer stays dense if the model does not call it or reads
     its weight itself, as attention does with its output projection. ``_reason`` lists the other cases. An embedding
     also stays dense if its ids are not among the inputs, as for positions: calibration may not reach all of them.
-    Modules of other kinds that hold a matrix, as Conv1d and LSTM do, are named too.
+    Modules of other kinds that hold a matrix are named too, as a Conv1d or an LSTM is that was not ``unpacked``.
     Without an example the model is not run. A layer then stays dense if a module of torch holds it, which may read its
     weight, and so does every embedding.
 
@@ -45,18 +47,19 @@ def factorable(
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     layers: dict[str, nn.Module] = {}
-    dense: dict[str, str] = {}
+    dense, packed = dict[str, str](), refusals(model)
     for name, module in model.named_modules():
         if not isinstance(module, kinds):
             if _holds_a_matrix(module):
-                dense[name or type(model).__name__] = f"{type(module).__name__} is not factored"
+                dense[name or type(model).__name__] = packed.get(name, f"{type(module).__name__} is not factored")
             continue
         if isinstance(module, nn.Embedding) and not embeddings:
+            dense[name] = "only a decomposer with embeddings=True factors embeddings"
             continue
         if unwanted := choice.reason(name):
             dense[name] = unwanted
         elif places[module] > 1 or owners[id(module._parameters.get("weight"))] > 1:
-            dense[name] = "its weight is shared with another layer"
+            dense[name] = SHARED
         elif reason := _reason(module):
             dense[name] = reason
         else:
@@ -105,9 +108,33 @@ def in_one_line(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{names}: {reason}" for reason, names in few.items())
 
 
-def left_dense(reasons: Mapping[str, str]) -> list[str]:
-    """Return a note for each layer that stays dense, with its reason."""
-    return [f"{name}: left dense: {reason}" for name, reason in reasons.items()]
+def left_dense(reasons: Mapping[str, str], model: nn.Module) -> list[str]:
+    """Return a note for each layer that stays dense, with its reason and its share of the parameters of ``model``."""
+    shares = {name: share for own in reasons for name, share in _shares(model, [own]).items()}
+    return [f"{name}: left dense: {why} ({shares[name]:.2%} of the parameters)" for name, why in reasons.items()]
+
+
+def dense_shares(reasons: Mapping[str, str], model: nn.Module) -> str:
+    """Return in one line why parameters of ``model`` stay dense, with the share of each reason, the largest first."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    shares = {reason: sum(_shares(model, names).values()) for reason, names in by_reason.items()}
+    ordered = sorted(shares, key=lambda reason: -shares[reason])
+    return "; ".join(
+        f"{shares[reason]:.2%}: {in_one_line(dict.fromkeys(by_reason[reason], reason))}" for reason in ordered
+    )
+
+
+def _shares(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
+    """Return the share of the parameters of ``model`` that each of its modules holds itself, shared ones once."""
+    modules, total, seen = dict(model.named_modules()), max(1, parameters(model)), set[int]()
+    shares = {}
+    for name in names:
+        own = {id(p): p.numel() for p in modules.get(name, model).parameters(recurse=False)}
+        shares[name] = sum(size for key, size in own.items() if key not in seen) / total
+        seen |= own.keys()
+    return shares
 
 
 class _Watch(TorchFunctionMode):

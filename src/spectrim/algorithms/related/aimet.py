@@ -85,7 +85,7 @@ class AIMET:
             dense=model,
             example=example,
             log=log,
-            notes=find_layers.left_dense(left),
+            notes=find_layers.left_dense(left, model),
         )
 
     def _run(

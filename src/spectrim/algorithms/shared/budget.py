@@ -14,6 +14,7 @@ from spectrim.decomposers.spectrum import Spectrum
 from spectrim.errors import UserError
 from spectrim.surgery import latency, replacing
 from spectrim.surgery.cost import layer_macs, parameters
+from spectrim.surgery.find_layers import dense_shares
 from spectrim.tools.settings import settings
 
 Measure = Literal["params", "macs", "milliseconds"]
@@ -32,6 +33,7 @@ class Costs:
     ``total``: the cost of the whole given model.
     ``fixed``: what the layers save whose rank the user has set.
     ``notes``: what was measured, for the notes of the result.
+    ``outside``: which parameters no rank can save, with their shares and the reasons, for an error.
     """
 
     measure: Measure
@@ -40,6 +42,7 @@ class Costs:
     total: float
     fixed: float = 0.0
     notes: tuple[str, ...] = ()
+    outside: str = ""
 
     def layer(self, name: str, rank: int) -> float:
         """Return the cost of layer ``name`` at ``rank``. It stays dense where its factors cost no less."""
@@ -61,7 +64,9 @@ class Costs:
     def require(self, requested: float) -> None:
         """Raise ``UserError`` where no ranks achieve ``requested``."""
         if requested < self.least():
-            raise UserError(f"{self._budget(requested)} is out of reach: at rank 1 {self._left(self.least())} remain")
+            outside = f"; of the parameters stay dense {self.outside}" if self.outside else ""
+            left = f"at rank 1 {self._left(self.least())} remain"
+            raise UserError(f"{self._budget(requested)} is out of reach: {left}{outside}")
 
     def pays(self, name: str, rank: int) -> bool:
         """Return whether the factors of layer ``name`` cost less than the dense layer."""
@@ -126,7 +131,7 @@ def costs_of(bench: Workbench, measure: Measure, batch_size: int = 1) -> Costs:
         each = {name: [1.0] * len(spectrum.sizes(1)) for name, spectrum in bench.all_spectra.items()}
         total = float(parameters(bench.given))
     else:
-        dense, total = layer_macs(bench.given, list(bench.all_spectra), bench.example_for("macs_kept"))
+        dense, total = layer_macs(bench.before, list(bench.all_spectra), bench.example_for("macs_kept"))
         each = _macs_of_a_parameter(bench)
     curves = {}
     for name, spectrum in bench.all_spectra.items():
@@ -141,11 +146,12 @@ def _without_fixed(bench: Workbench, costs: Costs) -> Costs:
     """Return the costs of the layers whose rank is chosen, and what the other layers save at the rank set for them."""
     fixed = sum(costs.dense[name] - costs.layer(name, rank) for name, (_, rank) in bench.fixed.items())
     dense = {name: costs.dense[name] for name in bench.spectra}
-    return replace(costs, dense=dense, curves={name: costs.curves[name] for name in dense}, fixed=fixed)
+    curves = {name: costs.curves[name] for name in dense}
+    return replace(costs, dense=dense, curves=curves, fixed=fixed, outside=dense_shares(bench.left, bench.model))
 
 
 def _timed(bench: Workbench, batch_size: int) -> Costs:
-    times = latency.measured(bench.given, bench.all_spectra, bench.example_for("a budget in milliseconds"), batch_size)
+    times = latency.measured(bench.before, bench.all_spectra, bench.example_for("a budget in milliseconds"), batch_size)
     dense = {name: own.dense for name, own in times.layers.items()}
     curves = {
         name: _to_break_even(times.layers[name].curve(spectrum.max_rank), spectrum, dense[name])

@@ -87,7 +87,7 @@ class Walk(ABC):
         bench = Workbench.of(model, decomposer, objective)
         layers = self._opened(bench)
         chosen, log = (self._verified if self.verified else self._one_shot)(bench, layers)
-        notes = left_dense({name: own.outside for name, own in layers.items() if own.outside})
+        notes = left_dense({name: own.outside for name, own in layers.items() if own.outside}, bench.model)
         if not chosen and not bench.fixed:
             notes.append(self._nothing(layers))
         return bench.finish(chosen, log, notes)

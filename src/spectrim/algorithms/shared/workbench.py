@@ -19,10 +19,11 @@ from spectrim.factored.plan import Keep, RankPlan, rank_of
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, latency, replacing
 from spectrim.surgery.cost import layer_parameters
-from spectrim.surgery.given_model import copied, unchanged
+from spectrim.surgery.given_model import copied, eager, unchanged
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.surgery.reopening import factored_layers, kept_in, reopened
 from spectrim.surgery.trial_run import failing_layers
+from spectrim.surgery.unpacking import pack, unpacked
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,23 +31,27 @@ class Workbench:
     """A model opened for an algorithm: each layer that can be factored is decomposed once. Nothing in it changes.
 
     ``given``: the model that the user gave.
-    ``model``: the same model, or a copy in which the layers that an earlier compression factored are dense again. An
+    ``before``: the same model, or a copy in which each matrix is a layer (``unpacking``).
+    ``model``: ``before``, or a copy in which the layers that an earlier compression factored are dense again. An
         algorithm works on this one. It must not change it.
     ``example``: the inputs of the first calibration batch; None where none were given.
     ``spectra``: the spectrum of each layer whose rank an algorithm may choose, by name, in the model's order.
     ``fixed``: the spectrum of each layer whose rank the user has set, and that rank.
-    ``notes``: one line for each layer that stays dense, with the reason, and what a budget measured.
+    ``left``: why each layer stays dense that can have no rank.
+    ``notes``: one line for each of these, and what a budget measured.
     ``timed_at``: the batch size of a budget in milliseconds; None where there is no such budget. ``finish`` then
         returns the dense model if the compressed one is no faster.
     """
 
     given: nn.Module
+    before: nn.Module
     model: nn.Module
     decomposer: Decomposer
     objective: Objective
     example: Inputs | None
     spectra: Mapping[str, Spectrum]
     fixed: Mapping[str, tuple[Spectrum, int]]
+    left: Mapping[str, str]
     notes: tuple[str, ...]
     timed_at: int | None = None
     # Gradients that come in blocks of layers are not kept by the objective. The curves made of them are kept here.
@@ -58,11 +63,12 @@ class Workbench:
 
         Raises ``UserError`` where no layer gets smaller at any rank.
         """
-        example, opened = objective.example(), reopened(model)
+        example, before = objective.example(), unpacked(model) if eager(model) is model else model
+        opened = reopened(before)
         layers, left = find_layers.factorable(opened, example, decomposer.embeddings, objective.choice)
         spectra: dict[str, Spectrum] = {}
         for name, spectrum in decomposed(opened, decomposer, objective, layers).items():
-            if _is_smaller(model, name, spectrum, 1):
+            if _is_smaller(before, name, spectrum, 1):
                 spectra[name] = spectrum
             else:
                 left[name] = "no rank is below break-even"
@@ -76,16 +82,25 @@ class Workbench:
             reasons = find_layers.in_one_line(left) or f"it has no {' or '.join(k.__name__ for k in dense_kinds())}"
             raise UserError(f"this model has nothing to factor: {reasons}")
         fixed = {name: (spectra.pop(name), rank) for name, rank in _overrides(objective.choice, spectra, left).items()}
-        notes = tuple(find_layers.left_dense(left))
+        notes = tuple(find_layers.left_dense(left, opened))
         return cls(
-            model, opened, decomposer, objective, example, MappingProxyType(spectra), MappingProxyType(fixed), notes
+            model,
+            before,
+            opened,
+            decomposer,
+            objective,
+            example,
+            MappingProxyType(spectra),
+            MappingProxyType(fixed),
+            MappingProxyType(left),
+            notes,
         )
 
     def decomposed_by(self, decomposer: Decomposer) -> "Workbench":
         """Return a workbench on which another decomposer has decomposed the layers whose rank may be chosen."""
         layers = {name: self.model.get_submodule(name) for name in self.spectra}
         found = decomposed(self.model, decomposer, self.objective, layers)
-        spectra = {name: own for name, own in found.items() if _is_smaller(self.given, name, own, 1)}
+        spectra = {name: own for name, own in found.items() if _is_smaller(self.before, name, own, 1)}
         return replace(self, decomposer=decomposer, spectra=MappingProxyType(spectra))
 
     @property
@@ -96,7 +111,7 @@ class Workbench:
 
     def params_of(self, name: str) -> int:
         """Return the number of parameters of layer ``name`` in the given model, without its bias."""
-        return layer_parameters(self.given, name)
+        return layer_parameters(self.before, name)
 
     def to_train(self) -> nn.Module:
         """Return a copy of ``model`` for a training: layers whose rank the user has set are factored already."""
@@ -128,14 +143,14 @@ class Workbench:
         ``notes``: what the algorithm notes, after the notes of the workbench.
         """
         kept = self._smaller(keep)
-        model, failing = _that_runs(self._built, kept, self.example)
+        model, failing = _that_runs(lambda own: pack(self._built(own)), kept, self.example)
         kept = {name: own for name, own in kept.items() if name not in failing}
-        notes = [*self.notes, *notes, *find_layers.left_dense(failing)]
+        notes = [*self.notes, *notes, *find_layers.left_dense(failing, self.model)]
         if self.timed_at is not None and kept:
             faster, timed = self._is_faster(model, self.timed_at)
             notes += timed
             if not faster:
-                kept, model = {}, self._built({})
+                kept, model = {}, pack(self._built({}))
         before = {name: layer for name, layer in factored_layers(self.given).items() if name not in kept}
         versions = _versions(self.given)
         return Compressed(
@@ -165,7 +180,7 @@ class Workbench:
         """Return what to keep of the layers that get smaller, with the ranks that the user has set."""
         keep = {**keep, **{name: rank for name, (_, rank) in self.fixed.items()}}
         spectra = self.all_spectra
-        return {name: own for name, own in keep.items() if _is_smaller(self.given, name, spectra[name], rank_of(own))}
+        return {name: own for name, own in keep.items() if _is_smaller(self.before, name, spectra[name], rank_of(own))}
 
     def _built(self, kept: Mapping[str, Keep], opened: Container[str] = ()) -> nn.Module:
         """Return the compressed model. A layer that is not in ``kept`` is as it was given, or dense if ``opened``."""
