@@ -41,7 +41,7 @@ def refusals(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if own := kinds.class_for(module):
             shared = places[module] > 1 or any(owners[id(p)] > 1 for p in module.parameters(recurse=False))
-            if reason := SHARED if shared and own.packs else kinds.refusal(module):
+            if reason := SHARED if shared and own.packed_names(module) else kinds.refusal(module):
                 found[name] = reason
     return found
 
