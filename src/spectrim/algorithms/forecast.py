@@ -19,6 +19,7 @@ from spectrim.surgery import find_layers
 from spectrim.surgery.cost import Cost, layer_macs, model_cost, parameters
 from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.reopening import reopened
+from spectrim.surgery.unpacking import unpacked
 
 MIB = 2**20
 
@@ -82,7 +83,7 @@ def forecast(model: nn.Module, algorithm: Any, decomposer: Decomposer, objective
     time is right within a factor of three or so on a machine that does nothing else. Raises ``UserError`` as the
     selection would, for all that one batch shows.
     """
-    opened, example = reopened(model), objective.example()
+    opened, example = reopened(unpacked(model)), objective.example()
     with unchanged(opened):
         found, left = find_layers.factorable(opened, example, decomposer.embeddings, objective.choice)
         layers = [Outline.of(name, module, decomposer) for name, module in found.items()]
@@ -92,7 +93,7 @@ def forecast(model: nn.Module, algorithm: Any, decomposer: Decomposer, objective
         outlook = Outlook({name: _samples(objective, name) for name in objective.splits}, len(layers))
         work = algorithm.work(outlook) if isinstance(algorithm, Foreseen) else None
         ranks = _ranks(opened, layers, work or Work(), objective, example)
-        notes = [f"{name}: left dense: {reason}" for name, reason in left.items()]
+        notes = find_layers.left_dense(left, opened)
         seconds, memory = _taken(opened, layers, ranks, work, decomposer, objective, notes)
         compressed = None if ranks is None else _cost(factored_model(opened, layers, ranks), example)
         return Forecast(
