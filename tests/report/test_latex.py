@@ -37,7 +37,9 @@ def test_caption_notes_and_cells_are_escaped_and_a_number_is_not_broken() -> Non
         (2, 5, ["{table}", "normalsize"]),
         (4, 5, ["{table}", "small"]),
         (2, 100, ["{longtable}", "normalsize"]),
-        (6, 5, ["{landscape}", "{longtable}", "footnotesize"]),
+        (6, 5, ["{table}", "normalsize", "+0.0123 $\\pm$~0.0045"]),
+        (6, 16, ["{longtable}", "normalsize", "+0.0123 $\\pm$~0.0045"]),
+        (7, 5, ["{landscape}", "{longtable}", "footnotesize"]),
         (10, 5, ["{landscape}", "footnotesize", "+0.0123 $\\pm$~0.0045"]),
     ],
 )
@@ -45,6 +47,7 @@ def test_letters_are_as_large_as_the_page_allows(columns: int, rows: int, parts:
     text = made(columns, rows)
     assert all(part in text for part in parts)
     assert ("{longtable}" in text) == ("{table}" not in text)
+    assert ("{landscape}" in text) == ("{landscape}" in parts)
     widths = [float(width) for width in re.findall(r"p{([0-9.]+)\\linewidth}", text)]
     line = latex.LANDSCAPE_LINE if "landscape" in text else latex.LINE
     assert len(widths) == columns and sum(widths) + 2 * latex.GAP * (columns - 1) / line <= 1.0

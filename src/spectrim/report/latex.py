@@ -4,9 +4,11 @@ Letter size, orientation and column widths follow from the cells. They are chose
 the class article with letters of 10 pt.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import truediv
 
 ESCAPES = {
     "\\": r"\textbackslash{}",
@@ -47,8 +49,9 @@ GAP = 3.0  # pt, on either side of a column
 # Width of an em in pt: twice that of a digit. Small letters are relatively wider.
 SIZES = {"normalsize": 10.0, "small": 9.3, "footnotesize": 8.5, "scriptsize": 8.0, "tiny": 6.85}
 UPRIGHT, TURNED = ("normalsize", "small", "footnotesize", "scriptsize"), ("footnotesize", "scriptsize")
-WIDEST = 16.0  # em that a column of text asks for; longer cells are wrapped
-SHORT = 30  # rows of a table that floats; a longer one is broken over pages
+WIDEST, NARROW = 16.0, 10.0  # em that a column of text asks for; longer cells are wrapped
+FEW = 6  # columns of a table that stays upright where it can
+SHORT = 30  # lines of a table that floats; a longer one is broken over pages
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,14 @@ class Layout:
 
     ``broken``: whether a deviation stands below its mean.
     ``widths``: of the columns, as parts of the line.
+    ``lines``: estimate of the number of lines of all rows.
     """
 
     size: str
     turned: bool
     broken: bool
     widths: Sequence[float]
+    lines: int
 
 
 def escape(text: str) -> str:
@@ -98,7 +103,7 @@ def table(
     said = "".join(f"\n\n\\par\\smallskip\\footnotesize\\raggedright {escape(note)}" for note in notes)
     begin = f"\\{layout.size}\n\\setlength{{\\tabcolsep}}{{{GAP:g}pt}}\n"
     title = f"\\caption{{{escape(caption)}}}\n\\label{{{label}}}"
-    if len(rows) <= SHORT and not layout.turned:
+    if layout.lines <= SHORT and not layout.turned:
         inner = (
             f"{begin}\\begin{{tabular}}{{{columns}@{{}}}}\n\\toprule\n{head}\n{body}\n\\bottomrule\n\\end{{tabular}}"
         )
@@ -125,17 +130,22 @@ def _row(cells: Sequence[str], numbers: Sequence[bool], broken: bool = False) ->
 
 
 def _layout(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[bool]) -> Layout:
-    """Choose the largest letters that fit: upright, then turned, then turned with deviations below their means."""
+    """Choose the largest letters that fit: upright, then turned, then turned with deviations below their means.
+
+    Before a table of few columns is turned, its text is wrapped more, or its deviations stand below their means.
+    """
     columns = list(zip(*rows, strict=True)) if rows else [()] * len(headers)
     gaps = 2 * GAP * (len(headers) - 1)
-    tried = [(size, False, False) for size in UPRIGHT]
-    tried += [(size, True, broken) for broken in (False, True) for size in TURNED] + [("tiny", True, True)]
-    for size, turned, broken in tried:
+    ways = [(False, WIDEST), (False, NARROW), (True, WIDEST), (True, NARROW)][: 4 if len(headers) <= FEW else 1]
+    tried = [(size, False, *way) for sizes in (UPRIGHT[:2], UPRIGHT[2:]) for way in ways for size in sizes]
+    tried += [(size, True, broken, WIDEST) for broken in (False, True) for size in TURNED]
+    tried += [("tiny", True, True, WIDEST)]
+    for size, turned, broken, widest in tried:
         line = LANDSCAPE_LINE if turned else LINE
         least = [_least(*column, broken) for column in zip(headers, columns, numbers, strict=True)]
         full = [max(map(_em, cells), default=0.0) for cells in columns]
         asked = [
-            low if number else max(low, min(longest, WIDEST))
+            low if number else max(low, min(longest, widest))
             for low, longest, number in zip(least, full, numbers, strict=True)
         ]
         room = (line - gaps) / SIZES[size]
@@ -146,8 +156,9 @@ def _layout(headers: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequ
     # Columns of text share the room that is left, up to their longest cell.
     more = [0.0 if number else max(long - em, 0.0) for em, long, number in zip(asked, full, numbers, strict=True)]
     part = min(max(room - sum(asked), 0.0) / sum(more), 1.0) if sum(more) else 0.0
-    widths = [(em + part * extra) * SIZES[size] / line for em, extra in zip(asked, more, strict=True)]
-    return Layout(size, turned, broken, widths)
+    given = [em + part * extra for em, extra in zip(asked, more, strict=True)]
+    lines = sum(max(1 + broken, *map(math.ceil, map(truediv, map(_em, cells), given))) for cells in rows)
+    return Layout(size, turned, broken, [em * SIZES[size] / line for em in given], lines)
 
 
 def _least(header: str, cells: Sequence[str], number: bool, broken: bool) -> float:

@@ -14,7 +14,7 @@ from spectrim.tools import files
 
 ABSENT = "–"
 HUGE = 1e6  # larger numbers that are not counts are printed with an exponent
-PAPER = 6  # columns of an excerpt for a paper
+PAPER = latex.FEW  # columns of an excerpt for a paper, which stays upright
 
 
 @dataclass(frozen=True)
