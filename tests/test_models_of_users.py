@@ -78,8 +78,8 @@ class Siamese(nn.Module):
 def trained_statistics(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
-            module.running_mean.normal_()  # type: ignore[union-attr]
-            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
     return model.eval()
 
 
@@ -92,7 +92,7 @@ def test_statistics_of_a_batch_norm_that_is_called_twice_follow_both_calls() -> 
     for key, value in dense.state_dict().items():
         torch.testing.assert_close(same.state_dict()[key], value, atol=1e-5, rtol=1e-5)
     with torch.no_grad():  # both halves are shifted alike, so the correction undoes it
-        same.body.bias.add_(3.0)  # type: ignore[union-attr,operator]
+        same.body.bias.add_(3.0)
     reestimate(same, dense, objective, samples=64)
     x = labelled()[0][0]
     torch.testing.assert_close(same(x), dense(x), atol=1e-4, rtol=1e-4)
@@ -102,9 +102,9 @@ def test_a_refit_leaves_a_batch_norm_of_two_layers_as_it_is() -> None:
     dense = trained_statistics(Siamese())
     spectrum = SVD().spectrum(dense.body)
     cut = replacing.apply(dense, RankPlan.of({"body": spectrum.kept(2)}), {"body": spectrum})
-    before = cut.norm.running_mean.clone()  # type: ignore[union-attr,operator]
+    before = cut.norm.running_mean.clone()
     notes = refit(cut, dense, Objective(F.cross_entropy, {"calibration": labelled()}), 64)
-    assert torch.equal(cut.norm.running_mean, before)  # type: ignore[union-attr,arg-type]
+    assert torch.equal(cut.norm.running_mean, before)
     assert notes == ["body: not refitted: it is not called once on every batch"]
 
 
@@ -117,11 +117,11 @@ def test_a_packed_sequence_is_sampled_by_its_sequences() -> None:
     assert of.tolist() == [3] * 4 and all(torch.equal(row, padded[0]) for row in again)
 
 
-@pytest.mark.parametrize("wrap", [list, lambda images: (images,), lambda images: {"images": images}])
+@pytest.mark.parametrize("wrap", [lambda images: (images,), lambda images: {"images": images}])
 def test_a_list_of_images_is_sampled_by_its_images(wrap: Any) -> None:
     images = [torch.randn(3, side, side) for side in (4, 5, 6, 7)]
     one = batching.of_one_sample(wrap(images))
-    found = one["images"] if isinstance(one, Mapping) else one[0] if isinstance(one, tuple) else one
+    found = one["images"] if isinstance(one, Mapping) else one[0]
     assert len(found) == 4 and all(torch.equal(image, images[0]) for image in found)
 
 
