@@ -137,6 +137,22 @@ def test_the_commands_of_committed_records_name_grids() -> None:
     assert former > 1000
 
 
+def test_grids_with_committed_records_keep_the_former_defaults_and_others_do_not(compose: Any) -> None:
+    """The choice of an option on the command line, as recorded commands make it, does not change that."""
+
+    def chosen(*words: str) -> tuple[str, float]:
+        node = compose(*words).algorithm
+        node = node if "ranks" in node else node.selector
+        return node.ranks, node.step
+
+    assert chosen("algorithm=joint") == chosen("algorithm=joint_cut") == ("knapsack", 1.0)
+    assert chosen("experiment=table1/resnet20/selectors", "algorithm=joint") == ("greedy", 0.5)
+    tuned = ("experiment=table1/lenet5/fine_tuning", "algorithm@algorithm.selector=joint")
+    assert chosen(*tuned) == ("greedy", 0.5)
+    assert chosen(*tuned, "algorithm.selector.ranks=knapsack") == ("knapsack", 0.5)
+    assert chosen("experiment=smoke", "algorithm=joint") == ("knapsack", 1.0)
+
+
 def test_a_present_name_stays_and_an_unknown_one_is_left_to_hydra() -> None:
     words = ["-m", "experiment=table4/truncation", "experiment=nosuch", "model=table2", "+experiment=table2"]
     assert configuration.present_names(words) == words

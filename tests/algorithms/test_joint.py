@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from spectrim.algorithms import joint
-from spectrim.algorithms.joint import Joint, significant
+from spectrim.algorithms.joint import TRIES, Joint
+from spectrim.algorithms.shared import expansion
+from spectrim.algorithms.shared.expansion import significant
 from spectrim.algorithms.truncation import Truncation
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
@@ -67,9 +69,10 @@ def test_loses_less_than_one_ratio_for_all_layers_and_chooses_across_layers(trai
     assert kept.max() - kept.min() > 0.1
 
 
-def test_tolerance_holds_on_the_verification_split_and_the_log_shows_each_step(trained: Any) -> None:
+@pytest.mark.parametrize("way", [{}, {"step": 0.4}, {"ranks": "greedy", "step": 0.5}], ids=str)
+def test_tolerance_holds_on_the_verification_split_and_the_log_shows_each_step(trained: Any, way: dict) -> None:
     net, objective = trained
-    result = Joint(max_loss_increase=0.02, samples=200).compress(net, WhitenedSVD(), objective)
+    result = Joint(max_loss_increase=0.02, samples=200, **way).compress(net, WhitenedSVD(), objective)
     dense, small = (objective.evaluate(model, "verification").loss for model in (net, result.model))
     assert small <= dense + 0.02 + 1e-6
     assert result.params_kept < 1
@@ -78,7 +81,48 @@ def test_tolerance_holds_on_the_verification_split_and_the_log_shows_each_step(t
         "verified_change" in entry and entry["verified_change"] + 2 * entry["standard_error"] <= 0.02
         for entry in verified
     ]
-    assert not verified[-1]["passed"] and any(entry["passed"] for entry in verified)
+    assert {entry["passed"] for entry in verified} == {True, False}
+    if "ranks" not in way:
+        assert len(verified) == TRIES
+        smallest = min(entry["share"] for entry in verified if entry["passed"])
+        largest = max(entry["share"] for entry in verified if not entry["passed"])
+        assert 0 < smallest - largest < 0.01
+        assert smallest - 0.02 < result.params_kept <= smallest
+
+
+def test_a_search_by_tolerance_expands_the_loss_once(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, objective = trained
+    calls = []
+
+    def counted(*args: Any, **more: Any) -> Any:
+        calls.append(args[3])
+        return gate_gradients(*args, **more)
+
+    gate_gradients = expansion.gate_gradients
+    monkeypatch.setattr(expansion, "gate_gradients", counted)
+    Joint(max_loss_increase=0.02, samples=200).compress(net, WhitenedSVD(), objective)
+    assert calls == [200]
+    Joint(params_kept=0.5, samples=200, step=0.25).compress(net, WhitenedSVD(), objective)
+    assert calls == [200] * 3
+
+
+def test_the_model_stays_dense_where_no_share_passes(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, objective = trained
+    monkeypatch.setattr(joint, "CAUTION", math.inf)
+    result = Joint(max_loss_increase=0.5, samples=50, refit=0).compress(net, SVD(), objective)
+    assert not result.plan and [entry["passed"] for entry in result.log if "passed" in entry] == [False] * TRIES
+
+
+@pytest.mark.parametrize("share", [0.8, 0.6, 0.4, 0.2])
+def test_the_knapsack_predicts_no_more_than_the_greedy_removal(trained: Any, share: float) -> None:
+    """Both see the same expansion, and without interaction their predictions are comparable."""
+    net, objective = trained
+    one, other = (
+        Joint(params_kept=share, samples=200, refit=0, ranks=ranks).compress(net, WhitenedSVD(), objective)
+        for ranks in ("knapsack", "greedy")
+    )
+    assert 0 < one.log[0]["predicted"] <= other.log[0]["predicted"] + 1e-9
+    assert max(one.params_kept, other.params_kept) <= share
 
 
 def test_only_calibration_is_linearised_on_and_only_verification_is_measured_on(trained: Any) -> None:
@@ -113,7 +157,9 @@ def test_labels_change_nothing(trained: Any) -> None:
     assert right.model(x).equal(wrong.model(x))
 
 
-@pytest.mark.parametrize("more", [{"significance": 0.0}, {"interaction": 1.0}, {"significance": 4.0}])
+@pytest.mark.parametrize(
+    "more", [{"significance": 0.0}, {"interaction": 1.0, "ranks": "greedy"}, {"significance": 4.0}], ids=str
+)
 def test_the_rest_of_the_expansion_is_taken_where_asked_for(trained: Any, more: dict) -> None:
     net, objective = trained
     usual, other = (
@@ -133,8 +179,9 @@ def test_refit_lowers_the_loss_and_changes_no_choice(trained: Any) -> None:
     assert losses[0] < losses[1]
 
 
+@pytest.mark.parametrize("ranks", ["knapsack", "greedy"])
 def test_a_search_by_tolerance_ends_where_nothing_is_left_to_remove(
-    trained: Any, monkeypatch: pytest.MonkeyPatch
+    trained: Any, monkeypatch: pytest.MonkeyPatch, ranks: Any
 ) -> None:
     """A loss that passes whatever is removed: the last component of a layer stays, and the search stops there."""
     calls, advance = [0], joint._JointSearch._advance
@@ -146,7 +193,7 @@ def test_a_search_by_tolerance_ends_where_nothing_is_left_to_remove(
 
     monkeypatch.setattr(joint._JointSearch, "_advance", counted)
     net, objective = trained
-    result = Joint(max_loss_increase=1e9, samples=50, refit=0).compress(net, SVD(), objective)
+    result = Joint(max_loss_increase=1e9, samples=50, refit=0, ranks=ranks).compress(net, SVD(), objective)
     assert {kept.rank for kept in result.plan.values()} == {1} and len(result.plan) == len(result.report)
 
 
@@ -158,7 +205,10 @@ def test_a_search_by_tolerance_ends_where_nothing_is_left_to_remove(
         ({"params_kept": 1.0}, r"params_kept must lie in \(0, 1\)"),
         ({"macs_kept": 0.0}, r"macs_kept must lie in \(0, 1\)"),
         ({"max_loss_increase": -0.1}, "max_loss_increase must be at least 0"),
-        ({"params_kept": 0.5, "step": 0.0}, r"step must lie in \(0, 1\)"),
+        ({"params_kept": 0.5, "step": 0.0}, r"step must lie in \(0, 1\]"),
+        ({"params_kept": 0.5, "step": 1.5}, r"step must lie in \(0, 1\]"),
+        ({"params_kept": 0.5, "ranks": "best"}, "ranks='best' is not of type"),
+        ({"params_kept": 0.5, "interaction": 0.5}, "^interaction=0.5 needs ranks=greedy: a knapsack has one price a"),
         ({"params_kept": 0.5, "significance": -1.0}, "significance must be at least 0"),
         ({"params_kept": 0.5, "refit": -1}, "refit must be at least 0 samples"),
         ({"params_kept": 0.5, "samples": 1}, "samples must be at least 2"),

@@ -140,6 +140,17 @@ def test_a_setting_that_came_late_is_signed_only_where_it_is_not_at_its_default(
     assert "also" in records.identity(old)["algorithm"]  # late for a run, not for every class
 
 
+def test_a_setting_that_came_late_to_a_class_is_left_out_where_it_is_that_of_the_older_records() -> None:
+    joint = {"_target_": "spectrim.algorithms.joint.Joint", "params_kept": 0.5}
+    old = records.identity({"seed": 0, "algorithm": {"_target_": "x.Refitted", "selector": joint}})
+    greedy, knapsack = (
+        records.identity({"seed": 0, "algorithm": {"_target_": "x.Refitted", "selector": joint | {"ranks": ranks}}})
+        for ranks in ("greedy", "knapsack")
+    )
+    assert greedy == old != knapsack
+    assert records.identity({"seed": 0, "ranks": "greedy"}) == {"seed": 0, "ranks": "greedy"}  # of a Joint only
+
+
 def test_a_record_of_the_first_schema_is_read_and_found_by_both_signatures(tmp_path: Path) -> None:
     settings = {"model": {"_target_": "spectrim.models.resnet.ResNet", "depth": 20}, "seed": 0}
     old = record() | {"schema": 1, "config": settings, "signature": "a" * 16}

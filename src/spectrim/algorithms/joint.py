@@ -1,34 +1,34 @@
 """Joint selection: choose the singular components to remove over all layers together, to second order."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from spectrim.algorithms.shared.bisection import bisect
 from spectrim.algorithms.shared.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
-from spectrim.algorithms.shared.removal import Gated, remove
+from spectrim.algorithms.shared.expansion import gates_at, significant
+from spectrim.algorithms.shared.removal import Gated, keep_dearest, remove
 from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.best_view import PIVOTED
-from spectrim.decomposers.spectrum import Decomposer, content
+from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
-from spectrim.factored.plan import RankPlan
 from spectrim.refit import factors
 from spectrim.statistics import paired_loss
-from spectrim.statistics.fisher import Gates, gate_gradients
 from spectrim.statistics.objective import Objective
-from spectrim.surgery import replacing
 from spectrim.surgery.find_layers import in_one_line, left_dense
 from spectrim.tools.settings import settings
 
-SMALLEST_STEP = 1 / 64  # a share of the dense cost: a search by tolerance ends at smaller steps
-TRIES = 10  # models that a search by tolerance is expected to measure
-CAUTION = 2.0  # standard errors above the mean: a search tries some ten models, and one of them may pass by chance
+TRIES = 7  # models that a search by tolerance measures: the size is then known to a hundredth of the dense one
+SMALLEST_STEP = 1 / 64  # a share of the dense cost: a greedy search by tolerance ends at smaller steps
+GREEDY_TRIES = 10  # models that a greedy search is expected to measure
+CAUTION = 2.0  # standard errors above the mean: a search tries several models, and one of them may pass by chance
 ROUNDING = 1e-9  # of a step: a smaller rest of the way to the budget takes no step of its own
 
 
@@ -36,23 +36,30 @@ ROUNDING = 1e-9  # of a step: a smaller rest of the way to the budget takes no s
 class Joint:
     """Remove the components with the lowest predicted change of the loss per saved cost, in whichever layer they are.
 
-    The prediction is a second-order expansion in a gate on each component (``removal``). It is computed anew after each
-    step, at the partly compressed model, from ``samples`` calibration samples. Exactly one of the first four is set.
+    The prediction is a second-order expansion in a gate on each component (``removal``), from ``samples`` calibration
+    samples. Without ``interaction`` each component has a price of its own, so the best choice within a budget is a
+    knapsack over the ranks of all layers. Exactly one of the first four is set.
 
     ``params_kept``, ``macs_kept``: the part of the whole model that is kept, in (0, 1), met from below.
     ``milliseconds``: a budget above 0 for one forward pass of ``batch_size`` samples. All layers are timed on this
         machine first. A layer, or the whole model, stays dense where factoring does not make it faster.
     ``max_loss_increase``: the rise of the loss on the verification split that is allowed, at least 0. As few
         parameters as possible are kept. A model passes if the mean rise and two standard errors of it stay within the
-        limit, so more samples allow more compression. No gradient is taken on this split.
-    ``step``: the share of the dense cost that is removed between two expansions, in (0, 1).
+        limit. The error falls with the root of the number of verification samples, so more samples allow more
+        compression. ``TRIES`` sizes are tried by bisection, and each costs a refit and one pass over this split. No
+        gradient is taken on it.
+    ``ranks``: ``"knapsack"`` solves for the ranks of all layers at once (``knapsack``). ``"greedy"`` removes one
+        component or block of components after another (``removal``), and a search by tolerance then goes down in steps.
+    ``step``: the share of the dense cost that is removed between two expansions, in (0, 1]. The loss is expanded anew
+        after each step, at the partly compressed model. 1 expands it once, at the dense model.
     ``refit``: number of calibration samples on which the kept factors are fitted to the outputs of the dense layers
         (``factors.refit``). 0 leaves them as they are cut. For class scores, no label is used.
     ``significance``: add the first order, with each slope shrunk by this many standard errors (``significant``); 0 does
         not shrink. None leaves the first order out, because a trained network is near a minimum and some hundred
         images give too noisy slopes (Table 9). A decoder is not at a minimum on other texts (Table 3).
     ``interaction``: the weight, in [0, 1], of the Fisher entries off the diagonal, by which components act on each
-        other. Some hundred images give too noisy estimates (Table 9), so it is 0 by default.
+        other. Some hundred images give too noisy estimates (Table 9), so it is 0 by default. Above 0 the price of a
+        component depends on the others, so it needs ``ranks="greedy"``.
     ``seed``: seed of the random directions from which the Fisher information is estimated.
     """
 
@@ -60,7 +67,8 @@ class Joint:
     macs_kept: float | None = None
     milliseconds: float | None = None
     max_loss_increase: float | None = None
-    step: float = 0.5
+    ranks: Literal["knapsack", "greedy"] = "knapsack"
+    step: float = 1.0
     batch_size: int = 1
     samples: int = 250
     significance: float | None = None
@@ -77,23 +85,25 @@ class Joint:
         check_budget(given, self.batch_size)
         if self.max_loss_increase is not None and not self.max_loss_increase >= 0:
             raise UserError(f"max_loss_increase must be at least 0, got {self.max_loss_increase}")
-        if not 0 < self.step < 1:
-            raise UserError(f"step must lie in (0, 1), got {self.step}")
+        if not 0 < self.step <= 1:
+            raise UserError(f"step must lie in (0, 1], got {self.step}")
         if self.significance is not None and not self.significance >= 0:
             raise UserError(f"significance must be at least 0, got {self.significance}")
         if self.refit < 0:
             raise UserError(f"refit must be at least 0 samples, got {self.refit}")
         if not 0 <= self.interaction <= 1:
             raise UserError(f"interaction must lie in [0, 1], got {self.interaction}")
+        if self.interaction and self.ranks == "knapsack":
+            raise UserError(f"interaction={self.interaction} needs ranks=greedy: a knapsack has one price a component")
         if self.samples < 2:
             raise UserError(f"samples must be at least 2, got {self.samples}")
 
     def work(self, outlook: Outlook) -> Work:
-        """Return the work: the expansions and the refit, and some ten of each where a tolerance is searched for."""
+        """Return the work: the expansions and the refit, and several of each where a tolerance is searched for."""
         directions, searched = 1 if self.significance is None else 2, self.max_loss_increase is not None
-        kept = self.params_kept or self.macs_kept or 0.0
-        expansions = TRIES if searched else math.ceil((1 - kept) / self.step - ROUNDING)
-        models = TRIES if searched else 1
+        kept, greedy = self.params_kept or self.macs_kept or 0.0, self.ranks == "greedy"
+        models = (GREEDY_TRIES if greedy else TRIES) if searched else 1
+        expansions = models if searched and greedy else math.ceil((1 - kept) / self.step - ROUNDING)
         return Work(
             gates=expansions * directions * outlook.first(self.samples),
             refit=models * outlook.first(self.refit),
@@ -120,10 +130,14 @@ class Joint:
 
 @dataclass
 class _Point:
-    """A point of the search: the indices of the components kept of every layer, and the predicted change."""
+    """A point of the search: the indices of the components kept of every layer, and the predicted change.
+
+    ``layers``: the expansion of the loss at this point, once it is made.
+    """
 
     kept: dict[str, Tensor]
     predicted: float = 0.0
+    layers: dict[str, Gated] | None = None
 
 
 class _JointSearch:
@@ -136,33 +150,67 @@ class _JointSearch:
         self.without_gates: dict[str, str] = {}  # layers that stay dense, and why they have no gates
 
     def to_budget(self, requested: float) -> None:
-        """Go down to the ``requested`` share of the dense cost, in equal steps."""
+        """Go down from the dense model to the ``requested`` share of its cost."""
         self.costs.require(requested)
-        steps = math.ceil((1 - requested) / self.settings.step - ROUNDING)
         total = max(0, round(100 * (1 - requested)))
         with tqdm(desc="joint", total=total, unit="%", leave=False, disable=None) as bar:
-            for done in range(1, steps + 1):
-                share = max(requested, 1 - done * self.settings.step)
+            for share in self._shares(requested):
                 self.point = self._advance(self.point, share)
                 bar.update(round(100 * (1 - share)) - bar.n)
         if self.without_gates and self._achieved(self.point) > requested:
             reasons = in_one_line(self.without_gates)
             raise UserError(f"the budget of {requested:.4g} is out of reach of joint selection, which leaves {reasons}")
 
+    def _shares(self, requested: float) -> list[float]:
+        """Return the shares at which the model is cut on the way to ``requested``, in equal steps."""
+        step = self.settings.step
+        count = math.ceil((1 - requested) / step - ROUNDING)
+        return [max(requested, 1 - done * step) for done in range(1, count + 1)]
+
     def to_tolerance(self, increase: float) -> None:
-        """Go down until the verified loss rises too far. Then halve the step and go on from the last good point."""
-        objective, step = self.bench.objective, self.settings.step
+        """Find the smallest share of the dense cost whose verified loss rises by no more than ``increase``."""
+        (self._step_down if self.settings.ranks == "greedy" else self._bisect)(self._verifier(increase))
+
+    def _bisect(self, passes: Callable[[float, "_Point | None"], bool]) -> None:
+        """Find the smallest share that passes. All tries share the expansion at the dense model."""
+        start, most = self.point, 1 - self.costs.least()
+        known: dict[float, _Point] = {}  # by share; steps on the way to one share lead to others too
+
+        def at(removed: float) -> _Point | None:
+            point, requested = start, 1 - min(removed, most)
+            for share in self._shares(requested):
+                if share not in known:
+                    known[share] = self._advance(point, share)
+                point = known[share]
+            return point if passes(requested, point) else None
+
+        # A bisection does not try its ends. Ended here, its last try is rank 1 everywhere if no try fails.
+        end = most / (1 - 0.5**TRIES)
+        self.point = bisect(at, 0.0, end, TRIES, "joint") or start
+
+    def _verifier(self, increase: float) -> Callable[[float, "_Point | None"], bool]:
+        """Return a function that tells whether a point passes on the verification split, and logs it. None fails."""
+        objective = self.bench.objective
         dense = paired_loss.losses(objective, self.bench.model, "verification")
-        achieved = 1.0
+
+        def passes(share: float, point: _Point | None) -> bool:
+            said, passed = {}, False
+            if point is not None:
+                change = paired_loss.change(dense, paired_loss.losses(objective, self._cut(point), "verification"))
+                said = {"verified_change": change.mean, "standard_error": change.error}
+                passed = change.mean + CAUTION * change.error <= increase
+            self.log.append({"share": share, **said, "passed": passed})
+            return passed
+
+        return passes
+
+    def _step_down(self, passes: Callable[[float, "_Point | None"], bool]) -> None:
+        """Go down until a point does not pass. Then halve the step and go on from the last good point."""
+        step, achieved = self.settings.step, 1.0
         while step >= SMALLEST_STEP:
             requested = achieved - step
             candidate = self._advance(self.point, requested) if requested > 0 else None
-            change = None
-            if candidate is not None:
-                change = paired_loss.change(dense, paired_loss.losses(objective, self._cut(candidate), "verification"))
-            passed = change is not None and change.mean + CAUTION * change.error <= increase
-            said = {} if change is None else {"verified_change": change.mean, "standard_error": change.error}
-            self.log.append({"share": requested, **said, "passed": passed})
+            passed = passes(requested, candidate)
             if candidate is not None and passed:
                 before, self.point, achieved = achieved, candidate, self._achieved(candidate)
                 if not achieved < before:  # every layer is down to one component: nothing is left to remove
@@ -172,8 +220,19 @@ class _JointSearch:
 
     def _advance(self, point: _Point, requested: float) -> _Point:
         """Expand the loss at ``point`` and remove components until the ``requested`` share of the cost is left."""
+        layers = point.layers = point.layers or self._expanded(point)
+        elsewhere = self.costs.total - self.costs.fixed - sum(self.costs.dense[name] for name in layers)
+        budget = requested * self.costs.total - elsewhere
+        removal = keep_dearest(layers, budget) if self.settings.ranks == "knapsack" else remove(layers, budget)
+        after = point.kept | {name: point.kept[name][own] for name, own in removal.kept.items()}
+        found = _Point(after, point.predicted + removal.predicted)
+        self.log.append({"share": self._achieved(found), "predicted": removal.predicted})
+        return found
+
+    def _expanded(self, point: _Point) -> dict[str, Gated]:
+        """Expand the loss at ``point``. Return each layer with the predicted change of the components it has left."""
         errors, layers = self.settings.significance, {}
-        gates = self._linearised(point)
+        gates = gates_at(self.bench, point.kept, self.settings.samples, self.settings.seed, errors is not None)
         self.without_gates |= gates.left
         if not gates.rows:
             raise UserError(f"joint selection has no layer to choose from: {in_one_line(self.without_gates)}")
@@ -185,40 +244,7 @@ class _JointSearch:
                 alone -= significant(row.given, errors)
             together = self.settings.interaction**0.5 * J_NR if self.settings.interaction else None
             layers[name] = Gated(alone, curve, self.costs.dense[name], together)
-        elsewhere = self.costs.total - self.costs.fixed - sum(self.costs.dense[name] for name in layers)
-        removal = remove(layers, requested * self.costs.total - elsewhere)
-        after = point.kept | {name: point.kept[name][own] for name, own in removal.kept.items()}
-        found = _Point(after, point.predicted + removal.predicted)
-        self.log.append({"share": self._achieved(found), "predicted": removal.predicted})
-        return found
-
-    def _linearised(self, point: _Point) -> Gates:
-        """Return the gate gradients at ``point``. They do not depend on the budget, so they are remembered.
-
-        With ``layers_at_once`` only one block of layers at a time is factored at full rank, because factors of full
-        rank take more memory than a dense layer.
-        """
-        chosen, bench = self.settings, self.bench
-        first_order = chosen.significance is not None
-        kept = {name: bench.spectra[name].kept(tuple(own.tolist())) for name, own in point.kept.items()}
-        plain = {name: spectrum.plain() for name, spectrum in bench.spectra.items()}
-        smaller = {name for name, own in point.kept.items() if len(own) < bench.spectra[name].max_rank}
-
-        def gates_of(block: Sequence[str], seen: Objective) -> Gates:
-            plan = RankPlan.of({name: own for name, own in kept.items() if name in smaller or name in block})
-            factored = replacing.apply(bench.model, plan, plain, shared=True)
-            return gate_gradients(factored, block, seen, chosen.samples, seed=chosen.seed, first_order=first_order)
-
-        def gates() -> Gates:
-            blocks, seen = bench.objective.blocks(list(kept)), bench.objective
-            if len(blocks) > 1:  # rows of two layers are compared, so they must come from the same samples
-                seen = seen.held("calibration", chosen.samples)
-            found = [gates_of(block, seen) for block in blocks]
-            return Gates(*(dict(item for own in part for item in own.items()) for part in zip(*found, strict=True)))
-
-        here = [*point.kept.values(), *bench.model.state_dict().values()]
-        key = (tuple(point.kept), chosen.samples, chosen.seed, bench.decomposer, first_order)
-        return bench.objective.remembered(bench.model, "gates", lambda: (*key, content(here)), gates)
+        return layers
 
     def _keep(self, point: _Point) -> dict[str, tuple[int, ...]]:
         """Return the components to keep of each layer that gets cheaper. The other layers stay dense."""
@@ -243,18 +269,3 @@ class _JointSearch:
         notes = left_dense(self.without_gates, self.bench.model)
         compressed = self.bench.finish(self._keep(self.point), self.log, notes)
         return replace(compressed, notes=[*compressed.notes, *self._refitted(compressed.model)])
-
-
-def significant(given_NR: Tensor, errors: float) -> Tensor:
-    """Return the mean slope of every gate, shrunk towards zero by its standard error. Shape (R,).
-
-    The estimator is the positive-part James-Stein one. Greedy removal takes the lowest of thousands of slopes, and
-    would find those that are low by chance. A slope below ``errors`` standard errors becomes zero, and a slope of many
-    standard errors hardly changes.
-
-    ``given_NR``: the slope of each sample, shape (N, R).
-    """
-    given_NR = given_NR.double()
-    slope, error = given_NR.mean(0), given_NR.std(0) / math.sqrt(len(given_NR))
-    tiny = torch.finfo(slope.dtype).tiny
-    return slope * (1 - (errors * error / slope.abs().clamp_min(tiny)).square()).clamp_min(0)

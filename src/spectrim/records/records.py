@@ -18,10 +18,11 @@ Record = dict[str, Any]
 
 SCHEMA = 2  # Schema 1 named classes by module path, so no module could move.
 CLASS = "_class_"
-# Settings that were added after the first records: owner (``run`` or a class name) → setting → default. The signature
-# omits a setting at its default, so that older records keep their signatures.
+# Settings that were added after the first records: owner (``run`` or a class name) → setting → the value that the first
+# records were made with. The signature omits a setting at that value, so that older records keep their signatures.
 LATE: Mapping[str, Mapping[str, Any]] = {
     "run": {"batch_norm": "keep", "also": {}},
+    "Joint": {"ranks": "greedy"},
     "SVD": {"factors": "plain"},
     "WhitenedSVD": {"factors": "plain"},
 }
@@ -31,7 +32,7 @@ REQUIRED = ("schema", "signature", "experiment", "names", "config", "seed", "den
 def identity(settings: Mapping[str, Any], owner: str = "run") -> dict[str, Any]:
     """Return the part of a configuration that the signature covers.
 
-    It names each class without its module, so modules may move. It omits settings in ``LATE`` at their default.
+    It names each class without its module, so modules may move. It omits settings in ``LATE`` at the value given there.
 
     ``settings``: a configuration with Hydra's ``_target_``.
     ``owner``: key of ``LATE`` for settings without a ``_target_``.

@@ -1,4 +1,4 @@
-"""Greedy removal: predictions add up, the budget is met, and staying dense is weighed like anything else."""
+"""Removal: predictions add up, the budget is met, and staying dense is weighed like anything else."""
 
 import itertools
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectrim.algorithms.shared.removal import Gated, remove
+from spectrim.algorithms.shared.removal import Gated, keep_dearest, remove
+from spectrim.errors import UserError
 
 
 def gated(J: Tensor, slope: Tensor | float = 0.0, unit: float = 3.0, dense: float | None = None) -> Gated:
@@ -144,3 +145,74 @@ def test_after_putting_back_nothing_fits_that_would_lower_the_predicted_change()
                 returned = [removal.kept | {name: torch.tensor([*kept.tolist(), i])} for i in gone]
                 assert all(change(layers, other) >= removal.predicted - 1e-9 for other in returned)
     assert cut > 0
+
+
+def priced(alone: list[float], costs: list[float], dense: float) -> Gated:
+    """A layer whose components do not act on each other."""
+    return Gated(torch.tensor(alone, dtype=torch.float64), torch.tensor([0, *costs]), dense)
+
+
+def test_the_knapsack_keeps_the_components_that_matter_wherever_they_are() -> None:
+    layer = priced([0.1, 5.0, 0.2, 4.0, 3.0], [1, 2, 3, 4, 5], 9.0)
+    removal = keep_dearest({"a": layer}, 3.0)
+    assert removal.kept["a"].tolist() == [1, 3, 4]
+    assert removal.predicted == pytest.approx(0.3)
+    assert layer.there.all()
+
+
+def test_of_components_that_matter_alike_the_first_are_kept() -> None:
+    assert keep_dearest({"a": priced([1.0] * 4, [1, 2, 3, 4], 9.0)}, 2.0).kept["a"].tolist() == [0, 1]
+
+
+def test_the_knapsack_leaves_a_layer_dense_rather_than_at_a_rank_that_costs_more() -> None:
+    layers = {"a": priced([4.0, 3.0, 2.0, 1.0], [3, 6, 9, 12], 8.0), "b": priced([1.0, 0.5], [3, 6], 8.0)}
+    for budget, ranks in ((14.0, [4, 2]), (13.9, [4, 1]), (10.9, [2, 1]), (8.9, [1, 1])):
+        removal = keep_dearest(layers, budget)
+        assert [len(kept) for kept in removal.kept.values()] == ranks
+
+
+def test_the_knapsack_weighs_a_cost_that_is_concave_in_the_rank() -> None:
+    """With equal components, pivoted factors save more by one layer that is cut deep than by two cut halfway."""
+    costs = [float(k * (16 - k)) for k in range(1, 9)]
+    layers = {name: priced([1.0] * 8, costs, 64.0) for name in "ab"}
+    removal = keep_dearest(layers, 80.0)
+    assert sorted(len(kept) for kept in removal.kept.values()) == [1, 8]
+    assert removal.predicted == pytest.approx(7)
+
+
+@pytest.mark.parametrize("budget", [0.0, -5.0, 6.0])
+def test_the_knapsack_leaves_one_component_in_every_layer(budget: float) -> None:
+    layers = {name: priced([-1.0, 2.0, 1.0], [3, 6, 9], 7.0) for name in "ab"}
+    assert [kept.tolist() for kept in keep_dearest(layers, budget).kept.values()] == [[1], [1]]
+
+
+def test_the_knapsack_removes_what_harms_and_no_more() -> None:
+    layers = {"a": priced([-1.0, 2.0, -3.0, 1.0], [1, 2, 3, 4], 9.0)}
+    removal = keep_dearest(layers, 100.0)
+    assert removal.kept["a"].tolist() == [1, 3] and removal.predicted == pytest.approx(-4)
+
+
+def test_the_knapsack_predicts_no_more_than_the_greedy_removal_and_meets_the_same_budget() -> None:
+    better = 0
+    for seed in range(30):
+        torch.manual_seed(seed)
+        layers = {
+            name: priced((torch.rand(12) ** 3).tolist(), [float(k * (24 - k)) for k in range(1, 13)], dense)
+            for name, dense in (("a", 144.0), ("b", 120.0), ("c", 100.0))
+        }
+        for budget in (330.0, 250.0, 150.0):
+            one, other = keep_dearest(layers, budget), remove(layers, budget)
+            for removal in (one, other):
+                costs = [
+                    min(float(layers[name].costs[len(own)]), layers[name].dense) for name, own in removal.kept.items()
+                ]
+                assert sum(costs) <= budget
+            assert one.predicted <= other.predicted + 1e-9
+            better += one.predicted < other.predicted - 1e-9
+    assert better > 9  # of 90
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_change_that_is_no_number_is_refused_by_the_name_of_its_layer(bad: float) -> None:
+    with pytest.raises(UserError, match="^b: a predicted change is not finite"):
+        keep_dearest({"a": priced([1.0], [1], 3.0), "b": priced([1.0, bad], [1, 2], 3.0)}, 2.0)

@@ -1,18 +1,23 @@
-"""Greedy removal of components over all layers together, by predicted change of the loss per saved cost.
+"""Removal of components over all layers together, by predicted change of the loss per saved cost.
 
 Let d have the entry -1 for a removed component and 0 for any other. The predicted change of the loss is
 ``c^T d + d^T F d / 2``, with the slope c and the Fisher information ``F = J^T J / N``. F is never formed over all
 layers, because ``F d = J^T (J d) / N``. If components do not act on each other, only the diagonal of F counts, and each
-component has a price of its own.
+component has a price of its own. The best choice is then a knapsack over the layers (``keep_dearest``). Otherwise a
+greedy search removes one component or block of components after another (``remove``).
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from spectrim.algorithms.shared import knapsack
+from spectrim.errors import UserError
+from spectrim.factored.linalg import tail_sums
 
 # Gates for each component that is removed at once. Small networks lose one at a time, language models a dozen.
 GATES_A_LOOK = 8192
@@ -20,7 +25,7 @@ GATES_A_LOOK = 8192
 
 @dataclass
 class Gated:
-    """One layer with its R components. ``there`` tells which of them are not removed yet.
+    """One layer with its R components. ``there`` tells which of them the greedy removal has left.
 
     ``alone_R``: the predicted change of the loss if one component alone is removed.
     ``costs``: the cost with k components, k = 0..R, rising.
@@ -69,6 +74,30 @@ class Removal(NamedTuple):
     predicted: float
 
 
+def keep_dearest(layers: Mapping[str, Gated], budget: float) -> Removal:
+    """Remove the components whose predicted change is least in sum, so that the layers cost no more than ``budget``.
+
+    Components must not act on each other. Of the R components of a layer, those with the highest predicted change are
+    kept, wherever they are in the spectrum. Keeping k of them changes the loss by the sum of the other R - k, at
+    ``costs[k]``. These are the options of ``knapsack.choose``, for each k at which the layer is factored and for all R.
+    Every layer keeps at least one component. A budget out of reach is met as nearly as that allows.
+    """
+    dearest, ranks, options = {}, {}, {}
+    for name, layer in layers.items():
+        if not layer.alone_R.isfinite().all():
+            raise UserError(f"{name}: a predicted change is not finite; look for NaN in weights and inputs")
+        count = len(layer.alone_R)
+        dearest[name] = layer.alone_R.argsort(descending=True, stable=True)
+        ranks[name] = [k for k, cost in enumerate(layer.costs.tolist()) if 0 < k < count and cost < layer.dense]
+        ranks[name].append(count)
+        changes, costs = tail_sums(layer.alone_R[dearest[name]]), layer.costs.clamp(max=layer.dense)
+        own = (curve[ranks[name]].double().cpu().numpy() for curve in (costs, changes))
+        options[name] = knapsack.Options(*own)
+    chosen = knapsack.choose(options, max(budget, knapsack.least_cost(options)))
+    kept = {name: dearest[name][: ranks[name][chosen[name]]].sort().values for name in layers}
+    return Removal(kept, sum(float(options[name].changes[i]) for name, i in chosen.items()))
+
+
 def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_once: int = 0) -> Removal:
     """Remove components, the lowest price first, until the layers together cost no more than ``budget``.
 
@@ -83,7 +112,7 @@ def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_onc
         for each ``GATES_A_LOOK`` gates, and at least one.
     """
     state, moves = _State(layers), 0
-    at_once = at_once or max(1, sum(layer.rank for layer in layers.values()) // GATES_A_LOOK)
+    at_once = at_once or max(1, sum(layer.rank for layer in state.layers.values()) // GATES_A_LOOK)
     blocks: dict[str, Move] = {}
     while state.cost() > budget:
         if moves % refresh == 0:
@@ -105,14 +134,14 @@ def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_onc
             state.make(name, move)
         moves += 1
     state.put_back(budget)
-    return Removal({name: layer.there.nonzero().flatten() for name, layer in layers.items()}, state.predicted)
+    return Removal({name: layer.there.nonzero().flatten() for name, layer in state.layers.items()}, state.predicted)
 
 
 class _State:
     """The layers, the predicted change, and ``J d`` of all components removed so far."""
 
     def __init__(self, layers: Mapping[str, Gated]) -> None:
-        self.layers, self.predicted = layers, 0.0
+        self.layers, self.predicted = {name: replace(layer) for name, layer in layers.items()}, 0.0
         J_NR = next(iter(layers.values())).J_NR
         self.Jd_N = torch.zeros(0 if J_NR is None else len(J_NR), dtype=torch.float64)
 

@@ -1,0 +1,60 @@
+"""Expand the loss of a partly compressed model in a gate on each component."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from spectrim.algorithms.shared.workbench import Workbench
+from spectrim.decomposers.spectrum import content
+from spectrim.factored.plan import RankPlan
+from spectrim.statistics.fisher import Gates, gate_gradients
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import replacing
+
+
+def gates_at(bench: Workbench, kept_R: Mapping[str, Tensor], samples: int, seed: int, first_order: bool) -> Gates:
+    """Return the gate gradients of ``samples`` calibration samples at the model that keeps ``kept_R`` of each layer.
+
+    They do not depend on a budget, so they are remembered. With ``layers_at_once`` only one block of layers at a time
+    is factored at full rank, because factors of full rank take more memory than a dense layer.
+
+    ``kept_R``: the indices of the components kept of each layer.
+    ``seed``: seed of the random directions from which the Fisher information is estimated.
+    ``first_order``: whether to take the slopes too.
+    """
+    kept = {name: bench.spectra[name].kept(tuple(own.tolist())) for name, own in kept_R.items()}
+    plain = {name: spectrum.plain() for name, spectrum in bench.spectra.items()}
+    smaller = {name for name, own in kept_R.items() if len(own) < bench.spectra[name].max_rank}
+
+    def gates_of(block: Sequence[str], seen: Objective) -> Gates:
+        plan = RankPlan.of({name: own for name, own in kept.items() if name in smaller or name in block})
+        factored = replacing.apply(bench.model, plan, plain, shared=True)
+        return gate_gradients(factored, block, seen, samples, seed=seed, first_order=first_order)
+
+    def gates() -> Gates:
+        blocks, seen = bench.objective.blocks(list(kept)), bench.objective
+        if len(blocks) > 1:  # rows of two layers are compared, so they must come from the same samples
+            seen = seen.held("calibration", samples)
+        found = [gates_of(block, seen) for block in blocks]
+        return Gates(*(dict(item for own in part for item in own.items()) for part in zip(*found, strict=True)))
+
+    here = [*kept_R.values(), *bench.model.state_dict().values()]
+    key = (tuple(kept_R), samples, seed, bench.decomposer, first_order)
+    return bench.objective.remembered(bench.model, "gates", lambda: (*key, content(here)), gates)
+
+
+def significant(given_NR: Tensor, errors: float) -> Tensor:
+    """Return the mean slope of every gate, shrunk towards zero by its standard error. Shape (R,).
+
+    The estimator is the positive-part James-Stein one. Greedy removal takes the lowest of thousands of slopes, and
+    would find those that are low by chance. A slope below ``errors`` standard errors becomes zero, and a slope of many
+    standard errors hardly changes.
+
+    ``given_NR``: the slope of each sample, shape (N, R).
+    """
+    given_NR = given_NR.double()
+    slope, error = given_NR.mean(0), given_NR.std(0) / math.sqrt(len(given_NR))
+    tiny = torch.finfo(slope.dtype).tiny
+    return slope * (1 - (errors * error / slope.abs().clamp_min(tiny)).square()).clamp_min(0)
