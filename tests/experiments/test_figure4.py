@@ -88,19 +88,20 @@ def test_a_network_on_two_data_sets_has_every_point_of_both(
 @pytest.mark.parametrize(
     ("measure", "said"),
     [
-        ("accuracy", "At 1 of 3 sizes, no rival with as few parameters is more accurate than joint selection"),
-        ("loss", "At 2 of 3 sizes, no rival with as few parameters has a lower loss than joint selection"),
+        ("accuracy", "At 2 of 4 sizes, no rival with as few parameters is more accurate than joint selection"),
+        ("loss", "At 3 of 4 sizes, no rival with as few parameters has a lower loss than joint selection"),
     ],
 )
 def test_the_title_counts_the_sizes_at_which_no_rival_is_better(measure: str, said: str, script: Script) -> None:
     rows = pd.DataFrame(
         {
-            "model": ["a"] * 5 + ["b"] * 3,
-            "curve": [None, "joint", "joint", "alds", "verified", None, "joint", "alds"],
-            "algorithm": ["dense", "joint", "joint", "alds", "joint", "dense", "joint", "alds"],
-            "params_kept": [1.0, 0.5, 0.3, 0.3, 0.2, 1.0, 0.5, 0.6],
-            "test_accuracy": [0.9, 0.7, 0.6, 0.8, 0.9, 0.9, 0.5, 0.9],
-            "test_loss": [0.3, 0.4, 0.6, 0.5, 0.1, 0.3, 0.9, 0.1],
+            "model": ["a"] * 5 + ["b"] * 4,
+            "curve": [None, "joint", "joint", "alds", "verified", None, "joint", "alds", "joint"],
+            "algorithm": ["dense", "joint", "joint", "alds", "joint", "dense", "joint", "alds", "joint"],
+            "pivoted": [None, False, False, False, False, None, False, False, True],
+            "params_kept": [1.0, 0.5, 0.3, 0.3, 0.2, 1.0, 0.5, 0.6, 0.6],
+            "test_accuracy": [0.9, 0.7, 0.6, 0.8, 0.9, 0.9, 0.5, 0.9, 0.6],
+            "test_loss": [0.3, 0.4, 0.6, 0.5, 0.1, 0.3, 0.9, 0.1, 0.5],
         }
     )
     assert script("figure4").message(rows, measure, "params_kept") == said

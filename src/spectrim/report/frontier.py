@@ -25,14 +25,16 @@ CURVES = {
     "verified": Curve("joint, ours, loss verified", "#E69F00", "*"),
     "joint": Curve(frame.SELECTORS["joint"], "#D55E00", "X"),
 }
+PIVOTED = ", pivoted"  # after the name of a curve whose layers hold pivoted factors
 REFITS = ("refitted", "verified", "joint")  # curves whose refit moves the BatchNorm means with the factors
 KEPT = ", BatchNorm kept"
 NEAR = 0.005  # share of the parameters: a published size this close to a row is the same size
 TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
 VALUES = ("params_kept", "macs_kept", "test_accuracy", "change_test_accuracy_pp", "test_loss", "change_test_loss")
 POINT = ("network", "data", "method")  # not ``model``, which ``averages.with_dense`` may rename
-# Columns for the code: the key of the curve, whether BatchNorm statistics stayed, name and value of the request.
-ABOUT = ("curve", "kept", "target", "requested")
+# Columns for the code: the key of the curve, whether BatchNorm statistics stayed, whether factors are pivoted, these
+# three as one key, name and value of the request.
+ABOUT = ("curve", "kept", "pivoted", "line", "target", "requested")
 KEYS = (*frame.KEYS, *ABOUT)
 
 
@@ -65,12 +67,16 @@ def _points(runs: pd.DataFrame) -> pd.DataFrame:
         key not in REFITS and settings["batch_norm"] == "keep"
         for key, settings in zip(keys, runs["settings"], strict=True)
     ]
+    pivoted = [_pivoted(settings) for settings in runs["settings"]]
+    marks = [KEPT * still + PIVOTED * stored for still, stored in zip(kept, pivoted, strict=True)]
     runs = runs.assign(
         curve=keys,
         kept=kept,
+        pivoted=pivoted,
+        line=[key + mark for key, mark in zip(keys, marks, strict=True)],
         target=[target for target, _ in requests],
         requested=[value for _, value in requests],
-        variant=[CURVES[key].name + (KEPT if still else "") for key, still in zip(keys, kept, strict=True)],
+        variant=[CURVES[key].name + mark for key, mark in zip(keys, marks, strict=True)],
         asked=[f"{target.replace('_', ' ')} {value:g}" for target, value in requests],
         place=[list(CURVES).index(key) for key in keys],
         size=[-value for _, value in requests],
@@ -86,6 +92,11 @@ def _key(algorithm: str, settings: Mapping[str, Any]) -> str:
     if algorithm == "truncation" and settings.get("algorithm.energy") is not None:
         return "energy"
     return "verified" if settings.get("algorithm.max_loss_increase") is not None else algorithm
+
+
+def _pivoted(settings: Mapping[str, Any]) -> bool:
+    """Return whether the decomposer, or the one within it, stores pivoted factors."""
+    return "pivoted" in (settings.get("decomposer.factors"), settings.get("decomposer.base.factors"))
 
 
 def _request(settings: Mapping[str, Any]) -> tuple[str, float]:
