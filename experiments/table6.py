@@ -152,7 +152,7 @@ def _growth(rows: pd.DataFrame, along: str) -> list[dict[str, Any]]:
     found = []
     for (selector, *_), own in rows.groupby(["selector", "decomposer", "data", *others], sort=False, dropna=False):
         own = own.dropna(subset=along).sort_values(along).drop_duplicates(along)
-        if len(own) < 2 or (along == "images" and not own["read"].any()):  # who reads none does not grow with them
+        if len(own) < 2 or (along == "images" and not own["read"].any()):  # a selector that reads none does not grow
             continue
         first, last = own.iloc[0], own.iloc[-1]
         found.append(

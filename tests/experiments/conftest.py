@@ -1,4 +1,4 @@
-"""The scripts in ``experiments/`` as modules, and a folder of made-up records for them."""
+"""Load the scripts in ``experiments/`` as modules, and run them on made-up records."""
 
 import importlib.util
 import sys
@@ -19,7 +19,7 @@ sys.path.append(str(ROOT / "experiments"))  # as for a script there, which may i
 
 
 def module(path: Path) -> ModuleType:
-    """A Python file as a module, whichever folder it lies in."""
+    """Load a Python file of any folder as a module."""
     spec = importlib.util.spec_from_file_location(f"loaded_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
@@ -29,19 +29,19 @@ def module(path: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def factory() -> ModuleType:
-    """The maker of made-up records."""
+    """Load the module that makes up records."""
     return module(ROOT / "tests" / "report" / "conftest.py")
 
 
 @pytest.fixture(scope="session")
 def script() -> Callable[[str], ModuleType]:
-    """A script by its name."""
+    """Load a script by its name."""
     return lambda name: module(ROOT / "experiments" / f"{name}.py")
 
 
 @pytest.fixture(scope="session")
 def recorded(factory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Records of all experiments."""
+    """Write made-up records of all experiments into a folder."""
     folder = tmp_path_factory.mktemp("records")
     for one in factory.everything():
         records.write(folder, one)
@@ -70,7 +70,7 @@ def run(script: Callable[[str], ModuleType]) -> Callable[[str, Path, Path], dict
 
 @pytest.fixture(scope="session")
 def canvases() -> dict[str, Figure]:
-    """Every figure that ``built`` has saved, by its name."""
+    """Hold every figure that ``built`` has saved, by its name."""
     return {}
 
 
@@ -94,7 +94,7 @@ def built(
 
 @pytest.fixture(scope="session", autouse=True)
 def no_index() -> Iterator[None]:
-    """Made-up records are of no grid, so the scripts expect no runs."""
+    """Let the scripts expect no runs, because made-up records belong to no grid."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coverage, "INDEX", Path("no/such/index.csv"))
         yield

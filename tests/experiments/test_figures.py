@@ -63,7 +63,7 @@ FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "figure6", "fi
 
 @pytest.fixture
 def drawn(built: Callable[[str], Path], canvases: dict[str, Figure]) -> dict[str, Figure]:
-    """Every figure that the scripts save, by its name."""
+    """Return every figure that the scripts save, by its name."""
     for name in FIGURES:
         built(name)
     return canvases

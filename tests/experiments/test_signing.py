@@ -15,7 +15,7 @@ from spectrim.report import coverage
 
 @pytest.fixture
 def old(factory: ModuleType, tmp_path: Path) -> Path:
-    """A record as the first schema had it, with the mark that a tracker was told of it."""
+    """Return a record of the first schema, with the mark that a tracker was told of it."""
     config = {"algorithm": {"_target_": "spectrim.algorithms.joint.Joint", "params_kept": 0.5}, "seed": 0}
     made = next(iter(factory.everything())) | {"schema": 1, "config": config, "signature": "a" * 16}
     path = records.path_of(tmp_path, made["experiment"], made["signature"])

@@ -17,7 +17,7 @@ SOURCE = ["Cheng", "Kim", "Kim", "Ito", "Sobolev", "Xiao", "Wang", "Cao"]
 
 @pytest.fixture(scope="module")
 def two_nets(run: Run, factory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Figure]]:
-    """The folder of both, and the figures."""
+    """Build both on two networks. Return the folder and the figures."""
     folder = tmp_path_factory.mktemp("table1")
     for one in factory.table1():
         records.write(folder / "records", one)

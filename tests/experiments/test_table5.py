@@ -65,7 +65,7 @@ def test_the_second_figure_has_what_each_selection_saw(built: Callable[[str], Pa
 
 @pytest.fixture
 def untouched(factory: ModuleType, tmp_path: Path) -> Path:
-    """Records of one training without a regulariser."""
+    """Write records of trainings without a regulariser."""
     for one in factory.table5():
         if one["config"]["algorithm"]["_class_"] == "SVDTraining":
             one["config"]["algorithm"]["regulariser"] = "none"

@@ -17,7 +17,7 @@ Script = Callable[[str], ModuleType]
 
 @pytest.fixture
 def made(script: Script, tmp_path: Path) -> Callable[[list[dict[str, Any]]], Path]:
-    """The folder of the tables made of some records."""
+    """Build the tables from some records and return their folder."""
 
     def make(found: list[dict[str, Any]]) -> Path:
         for one in found:

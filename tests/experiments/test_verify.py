@@ -12,7 +12,7 @@ from spectrim.records import records
 
 @pytest.fixture
 def results(script: Callable[[str], ModuleType], factory: ModuleType, tmp_path: Path) -> Path:
-    """Results of Table 9, as a checkout holds them."""
+    """Write the results of Table 9 as a checkout holds them."""
     for one in factory.table9():
         records.write(tmp_path / "records", one)
     assert script("table9").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 0

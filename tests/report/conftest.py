@@ -1,4 +1,4 @@
-"""Made-up records of the schema that the runner writes, for every test that needs some."""
+"""Make up records of the schema that the runner writes."""
 
 import importlib.util
 import math
@@ -33,7 +33,7 @@ BUDGETED = {"joint": 1.0, "knapsack": 2.0, "sensitivity": 3.0, "alds": 5.0, "glo
 
 
 def measured(params: int, macs: int, loss: float, accuracy: float | None) -> dict[str, Any]:
-    """Cost and losses of one net; calibration a little easier than test."""
+    """Return the cost and the losses of one network. Its calibration loss is a little lower than its test loss."""
     return {
         "params": params,
         "macs": macs,
@@ -58,7 +58,7 @@ def make(
     checkpoint: str = "",
     decomposer: str = "svd_channel",
 ) -> Record:
-    """One record. ``kept`` and ``change``: share of parameters and MACs kept, change of the test loss."""
+    """Return one record. ``kept`` and ``change``: share of parameters and MACs kept, change of the test loss."""
     base = {"truncation": {"rank": None, "ratio": kept, "energy": None, "params_kept": None}, "probe": {}}
     base |= {name: {"params_kept": kept, "macs_kept": None} for name in BUDGETED}
     base |= {name: {"verified": False, "gamma": None, "norm": "entrywise"} for name in ("lossless", "compact")}
@@ -116,7 +116,7 @@ def make(
 
 
 def table2(models: list[str] | None = None) -> list[Record]:
-    """A grid as that of Table 2: ResNet-20 has two training seeds, every selector three calibration seeds."""
+    """Return a grid like Table 2: two training seeds of ResNet-20, three calibration seeds of every selector."""
     found = []
     for model in models or list(MODELS):
         for seed in (0, 1) if model == "resnet20" else (0,):
@@ -139,7 +139,7 @@ def table2(models: list[str] | None = None) -> list[Record]:
 
 
 def figure(experiment: str, ratios: tuple[float, ...], models: list[str]) -> list[Record]:
-    """A truncation sweep in which the error falls with the rank, the loss too, except where nearly all is kept."""
+    """Return a sweep of truncations. Error and loss fall with the rank, but the loss rises where nearly all is kept."""
     return [
         make(
             model,
@@ -155,7 +155,7 @@ def figure(experiment: str, ratios: tuple[float, ...], models: list[str]) -> lis
 
 
 def table4() -> list[Record]:
-    """Compact and truncation of two trainings over three decompositions, of which the last loses least."""
+    """Return compact and truncation of two trainings with three decompositions. The last of these loses least."""
     found = []
     for place, decomposer in enumerate(("svd_channel", "tucker2", "svd_spatial")):
         for seed in (0, 1):
@@ -168,7 +168,7 @@ def table4() -> list[Record]:
 
 
 def table7() -> list[Record]:
-    """A probe whose first order is right for small changes only, and leakage runs."""
+    """Return probes whose first order is right for small changes only, and runs with leakage."""
     log = []
     for index in range(60):
         size = 0.002 * 1.12**index
@@ -204,7 +204,7 @@ def table7() -> list[Record]:
 
 
 def table8() -> list[Record]:
-    """Probes in which an output comes to 1 / depth of its bound, and selection by theory, which cuts nothing."""
+    """Return probes whose outputs reach 1 / depth of their bound, and selections by theory, which cut nothing."""
     found = []
     for depth in (2, 10):
         for seed in (0, 1):
@@ -240,7 +240,7 @@ def _of_depth(
 
 
 def table5() -> list[Record]:
-    """LeNet-5 on MNIST: truncation alone and with fine-tuning, and SVD training from scratch and from a trained net."""
+    """Return LeNet-5 on MNIST: truncation with and without fine-tuning, and SVD training from either start."""
     recipe = {"epochs": 3}
     found = []
     for seed in (0, 1):
@@ -256,7 +256,7 @@ def table5() -> list[Record]:
 
 
 def _epoch(epoch: int, ranks: dict[str, int]) -> dict[str, Any]:
-    """Of a training whose last epoch selects nothing."""
+    """Return one epoch in the log of a training. The third epoch selects nothing."""
     tried = [(0.0, 0.3, True), (0.5, 1.5, False), (0.25, 0.31, True), (0.375, 0.9, False)]
     steps = [{"delta": delta, "loss": loss, "passed": passed, "rank_kept": 1 - delta} for delta, loss, passed in tried]
     losses = {"loss": 0.4 - 0.1 * epoch, "orthogonality": 0.01, "hoyer": 0.2}
@@ -264,7 +264,7 @@ def _epoch(epoch: int, ranks: dict[str, int]) -> dict[str, Any]:
 
 
 def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record]:
-    """Every selector at four sizes on two nets, three trainings each: the less is kept, the higher the loss."""
+    """Return every selector at four sizes for three trainings of each network. The loss rises as less is kept."""
     found = []
     for model in models:
         for seed in (0, 1, 2):
@@ -297,7 +297,7 @@ def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record
 
 
 def table9() -> list[Record]:
-    """Joint selection, whole and otherwise: each other setting costs some of the loss."""
+    """Return joint selection with its default settings, and with others that each raise the loss."""
     variants = [
         ({}, "whitened_spatial", 0.0),
         ({"refit": 0}, "whitened_spatial", 0.02),
@@ -322,7 +322,7 @@ def table9() -> list[Record]:
 
 
 def table6() -> list[Record]:
-    """Selectors on a trained net, and on untrained ones of two depths, widths and calibration sizes."""
+    """Return selectors on a trained network, and on untrained ones of two depths, widths and calibration sizes."""
     found = []
     for seed in (0, 1):
         for name in (*BUDGETED, "compact"):
@@ -335,7 +335,7 @@ def table6() -> list[Record]:
 
 
 def _selected(name: str, seed: int, model: str, shape: dict, images: int, trained: bool) -> Record:
-    """A selection that takes a second a layer and a thousand images, and reads as often as sensitivity would."""
+    """Return a selection that takes a second for each layer, pass and thousand images."""
     one = make(model, name, seed=seed, calibration_seed=seed, experiment="table6")
     one["config"]["model"] |= shape
     one["config"]["data"] |= {"calibration_size": images}
@@ -365,12 +365,12 @@ def _of_lenet5(
 
 
 def table1(**given: Any) -> list[Record]:
-    """What the file beside this one makes up."""
+    """Return the records of ``table1_records``."""
     return _beside("table1_records").table1(make, **given)
 
 
 def table3() -> list[Record]:
-    """What the file beside this one makes up."""
+    """Return the records of ``table3_records``."""
     return _beside("table3_records").table3(make)
 
 
@@ -383,7 +383,7 @@ def _beside(name: str) -> Any:
 
 
 def everything() -> list[Record]:
-    """Records of all experiments."""
+    """Return records of all experiments."""
     sweep = tuple(round(0.1 * step, 1) for step in range(1, 10))
     return [
         *table1(nets=("resnet20",)),
@@ -403,19 +403,19 @@ def everything() -> list[Record]:
 
 @pytest.fixture
 def record() -> Callable[..., Record]:
-    """The factory of one record."""
+    """Return the factory of one record."""
     return make
 
 
 @pytest.fixture
 def grid() -> Callable[..., list[Record]]:
-    """The factory of a Table 2 grid."""
+    """Return the factory of a grid like that of Table 2."""
     return table2
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
-    """A folder with the records of all experiments."""
+    """Write the records of all experiments into a folder."""
     for one in everything():
         records.write(tmp_path / "records", one)
     return tmp_path / "records"

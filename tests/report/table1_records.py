@@ -1,4 +1,4 @@
-"""Made-up records of Table 1: selectors that cut, that train, and that choose their sizes themselves."""
+"""Make up records of Table 1: selectors that cut, that train, and that choose their sizes themselves."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ RECIPE = {"recipe": {"epochs": 4}}
 
 
 def table1(make: Callable[..., Record], nets: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record]:
-    """Three seeds of every selector on each net: VGG-19 has one training seed, and no run of PARS."""
+    """Return three seeds of every selector on each network. VGG-19 has one training seed and no run of PARS."""
     found = []
     for net in nets:
         for draw in (0, 1, 2):
@@ -50,7 +50,7 @@ def table1(make: Callable[..., Record], nets: tuple[str, ...] = ("resnet20", "vg
 
 
 def _own_sizes(make: Callable[..., Record], net: str, seed: int, draw: int) -> list[Record]:
-    """SVD training that comes near 50 % twice and to 12 %, from scratch to 31 %, and lossless that keeps 92 %."""
+    """Return SVD trainings that keep 54, 48, 12 and, from scratch, 31 %, and a lossless selection that keeps 92 %."""
     found = []
     for epsilon, kept, scratch in ((0.03, 0.54, False), (0.1, 0.48, False), (0.3, 0.12, False), (0.1, 0.31, True)):
         settings = {
@@ -75,7 +75,7 @@ def _of(
     epochs: int,
     scratch: bool = False,
 ) -> Record:
-    """One run; a pass over the 2000 calibration images takes a second, an epoch of training a minute."""
+    """Return one run. A pass over the 2000 calibration images takes a second, an epoch of training a minute."""
     name = f"{net}_untrained" if scratch else net
     log = [{"epoch": epoch, "bisection": [{"delta": 0.1}] if epoch < 2 else []} for epoch in range(epochs)]
     one = make(name, seed=seed, calibration_seed=draw, kept=kept, change=change, experiment="table1", log=log)

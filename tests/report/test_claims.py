@@ -15,7 +15,7 @@ Rows = Callable[..., Any]
 
 
 def rows(*given: tuple[float, float], model: str = "resnet20", data: str = "cifar10") -> pd.DataFrame:
-    """Rows of (params kept, mean change of the test loss)."""
+    """Return rows from pairs of params kept and mean change of the test loss."""
     return pd.DataFrame(
         [
             {

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def folder(record: Callable[..., Any], tmp_path: Path) -> Path:
-    """An index of three runs of Table 2, one of them also in Figure 1, and the records of the first two."""
+    """Write an index of three runs of Table 2, one of them also in Figure 1, and the records of the first two."""
     made = [record(seed=seed) for seed in range(3)]
     rows = [
         ["table2", one["signature"], "table2/a", "table2 figure1" if not at else "table2"]
