@@ -108,10 +108,9 @@ def _measured(layer: nn.Module, x: Tensor, rounds: int) -> list[dict[str, Any]]:
         spectrum = SVD(view).spectrum(layer)
         rank = max(1, int(MACS_KEPT * dense_macs / model_cost(spectrum.factor(1), x).macs))
         small = spectrum.factor(rank).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        factored[spectrum.form.to_text()] = small
-        rows.append(
-            {"view": spectrum.form.to_text(), "rank": rank, "macs_kept": model_cost(small, x).macs / dense_macs}
-        )
+        form = spectrum.kept(rank).form.to_text()
+        factored[form] = small
+        rows.append({"view": form, "rank": rank, "macs_kept": model_cost(small, x).macs / dense_macs})
     times = [
         {"dense": milliseconds(layer, x), **{view: milliseconds(small, x) for view, small in factored.items()}}
         for _ in range(rounds)

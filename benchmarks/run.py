@@ -14,6 +14,7 @@ from pathlib import Path
 import curves
 import latency
 import memory
+import pivoted
 import selection
 import speed
 import sweep
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "selection": selection.benchmark,
     "sweep": sweep.benchmark,
     "latency": latency.benchmark,
+    "pivoted": pivoted.benchmark,
     "speed": speed.benchmark,
     "memory": memory.benchmark,
 }

@@ -57,8 +57,8 @@ NOTES = (
     "split. BatchNorm statistics are estimated again after the compression, without labels, unless a row says that "
     "they are kept. A refit fits the factors to the outputs of the dense layers, without labels, and moves the "
     f"BatchNorm means. The panels of accuracy end {100 * DEEPEST:.0f} points below the dense network.",
-    "Pivoted: rows of each matrix and the coefficients of its other rows, the same map in fewer numbers. In the "
-    "spatial view it saves no multiplication, so at equal parameters the rank, and with it the MACs, are higher.",
+    "Pivoted: rows of each matrix and the coefficients of its other rows, the same map in fewer numbers. In "
+    "convolutions that saves no multiplication, so at equal parameters the rank, and with it the MACs, are higher.",
     "Loss verified: the fewest parameters whose rise of the loss is certainly within the request. Certain means that "
     "the mean change plus two standard errors is below it, on a verification split that no gradient reads.",
     "ALDS: Liebenwein et al., arXiv 2107.11442, with its numbers as digitised in BALF, arXiv 2509.25136, whose "

@@ -104,9 +104,8 @@ class MatrixSpectrum(Spectrum):
         return rank * groups * inputs, rank * groups * (outputs - rank if self.is_pivoted(rank) else outputs)
 
     def multiplied(self, rank: int) -> tuple[int, ...]:
-        """Return ``sizes``, but of plain factors in the spatial view, where pivots save no multiplication."""
-        spatial = self.template.view(self.view) == "spatial"
-        return self.plain().sizes(rank) if self.pivoted and spatial else self.sizes(rank)
+        """Return ``sizes``, but those of plain factors for a convolution, where pivots save no multiplication."""
+        return self.plain().sizes(rank) if isinstance(self.template.module, nn.Conv2d) else self.sizes(rank)
 
     def rank_within(self, params: float) -> int:
         if not self.pivoted:

@@ -34,7 +34,7 @@ class Completion(nn.Module):
         """Return an uninitialised completion that takes the place of the second factor ``plain``."""
         if isinstance(plain, nn.Linear):
             return LinearCompletion(plain, rank)
-        return ChannelCompletion(plain, rank) if plain.kernel_size == (1, 1) else KernelCompletion(plain, rank)
+        return KernelCompletion(plain, rank)
 
     @property
     def weight(self) -> Tensor:
@@ -86,10 +86,6 @@ class Completion(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return all outputs from the pivots."""
 
-    def _biased(self, outputs: Tensor, shape: list[int]) -> Tensor:
-        # Under autocast the outputs have 16 bits and the bias has 32: a plain sum would have 32, too.
-        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype).view(shape)
-
 
 class LinearCompletion(Completion):
     """The completion of a linear layer: it multiplies by C alone, then puts all outputs in their order."""
@@ -105,34 +101,16 @@ class LinearCompletion(Completion):
 
     def forward(self, input: Tensor) -> Tensor:
         outputs = torch.cat([input, self.others(input)], -1).index_select(-1, self.positions)
-        return self._biased(outputs, [-1])
-
-
-class ChannelCompletion(Completion):
-    """The completion of a convolution in the channel view, a 1x1 convolution by C, run as the linear one is."""
-
-    def __init__(self, plain: nn.Conv2d, rank: int) -> None:
-        groups, others = plain.groups, plain.out_channels - plain.groups * rank
-        super().__init__(plain, nn.Conv2d(groups * rank, others, 1, groups=groups, bias=False), rank, groups)
-        self.kernel_size = plain.kernel_size
-
-    def plain_weight(self, coefficients: Tensor) -> Tensor:
-        return factor_weight(self.matrices(coefficients), self.kernel_size[0])
-
-    def _plain_empty(self, weight: Tensor) -> nn.Conv2d:
-        return nn.Conv2d(self.groups * self.rank, len(weight), 1, groups=self.groups, device="meta")
-
-    def forward(self, input: Tensor) -> Tensor:
-        parts = [part.unflatten(-3, (self.groups, -1)) for part in (input, self.others(input))]
-        outputs = torch.cat(parts, -3).flatten(-4, -3).index_select(-3, self.positions)
-        return self._biased(outputs, [-1, 1, 1])
+        # Under autocast the outputs have 16 bits and the bias has 32: a plain sum would have 32, too.
+        return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
 
 
 class KernelCompletion(Completion):
-    """The completion of a convolution in the spatial view, whose rows are pairs of a channel and a row of the kernel.
+    """The completion of a convolution. A row is an output, or in the spatial view an output and a row of the kernel.
 
-    The identity falls on taps of the kernel. So the whole kernel is put together in each pass, and is multiplied by as
-    in plain factors: less is stored, but no multiplication is saved.
+    In the spatial view the identity falls on taps of the kernel. In the channel view, putting the channels together
+    takes longer than multiplying by the identity. So each pass puts the kernel together and runs the convolution of
+    plain factors: less is stored, and no multiplication is saved.
     """
 
     def __init__(self, plain: nn.Conv2d, rank: int) -> None:
