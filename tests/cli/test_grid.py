@@ -1,6 +1,7 @@
 """A grid of runs, one after the other or by joblib: what fails is named, what was stopped goes on where it was."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from spectrim.cli import grid, run
+from spectrim.errors import UserError
 from spectrim.records import records
 from spectrim.runs import configuration
 
@@ -157,17 +159,68 @@ def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
 
 
 def test_a_process_of_joblib_leaves_ctrl_c_and_sigterm_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    stops, watched = (signal.SIGINT, signal.SIGTERM), list[int]()
+    stops = signal.SIGINT, signal.SIGTERM
     usual = [signal.getsignal(stop) for stop in stops]
-    monkeypatch.setattr(grid, "_end_with", watched.append)
     try:
         with grid.cell("spectrim"):
-            assert [signal.getsignal(stop) for stop in stops] == usual and not watched
+            assert [signal.getsignal(stop) for stop in stops] == usual
         monkeypatch.setattr(grid, "parent_process", lambda: SimpleNamespace(pid=12345))
-        for _ in range(2):
-            with grid.cell("spectrim"):
-                assert all(signal.getsignal(stop) is signal.SIG_IGN for stop in stops)
-        assert watched == [12345]
+        for stream in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, stream, getattr(sys, stream))
+        with grid.cell("spectrim"):
+            assert all(signal.getsignal(stop) is signal.SIG_IGN for stop in stops)
     finally:
+        grid._obey.cache_clear()
         for stop, handler in zip(stops, usual, strict=True):
             signal.signal(stop, handler)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs the processes of /proc")
+def test_a_process_of_joblib_that_has_had_no_cell_ends_with_its_parent(digits: list[str], tmp_path: Path) -> None:
+    process = started(["-m", *digits, "algorithm=truncation", "algorithm.ratio=0.2,0.4", *LAUNCHERS[1]], tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and not (workers := children.read_text().split()):
+        time.sleep(0.01)
+    time.sleep(0.5)  # It imports.
+    process.kill()
+    assert workers and ended(process)[0] == -signal.SIGKILL  # once all that it started are gone
+
+
+def test_a_worker_watches_its_parent_and_no_other_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: list[int] = []
+    monkeypatch.setattr(grid, "_end_with", watched.append)
+    grid._watch_parent()
+    monkeypatch.setattr(grid, "parent_process", lambda: SimpleNamespace(pid=12345))
+    grid._watch_parent()
+    assert watched == [12345]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=["basic", "joblib"])
+def test_a_reader_that_ends_and_a_closed_stream_cost_no_run(
+    launcher: list[str], digits: list[str], tmp_path: Path
+) -> None:
+    environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
+    words = ["-m", *digits, "algorithm=truncation", "algorithm.ratio=0.2,0.4", *launcher]
+    command = shlex.join([sys.executable, "-m", "spectrim.cli.run", *words])
+    script = f'{command} 2>&- | true; echo "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "0\n" and not done.stderr
+    assert len(records.read_all(tmp_path, "runs")) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "memory is exhausted: use a smaller model"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "memory is exhausted",
+        ),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), "memory is exhausted: use a smaller model"),
+        (OSError(36, "File name too long", "x" * 5000), "the name of a file is too long, give a shorter one: xxx"),
+    ],
+)
+def test_what_the_machine_does_not_give_is_one_line(error: Exception, message: str) -> None:
+    with pytest.raises(UserError, match=message) as refusal, grid.cell("spectrim"):
+        raise error
+    assert len(str(refusal.value)) < 200 and "\n" not in str(refusal.value)

@@ -1,5 +1,6 @@
 """Run a grid on the command line: report each failed run in one line, and end workers with their parent."""
 
+import errno
 import json
 import os
 import signal
@@ -7,21 +8,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cache
 from multiprocessing import parent_process
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import RLock, Thread
 from traceback import format_exc, walk_tb
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from joblib.parallel import LokyBackend, register_parallel_backend
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
+from spectrim.cli import streams
 from spectrim.cli.termination import STATUS, Terminated, terminable
 from spectrim.errors import UserError
 from spectrim.records.records import failure_path
@@ -39,17 +42,17 @@ FAILURES = "SPECTRIM_FAILURES"
 @contextmanager
 def cell(program: str) -> Iterator[None]:
     """Guard one run. In a grid the others go on after a failure; ``command_line`` names the failed ones at the end."""
-    parent = parent_process()
-    if parent is not None and parent.pid is not None:
-        _obey(parent.pid)  # not os.getppid(), which is another process once the parent was killed
+    if parent_process() is not None:
+        _obey()
     malloc.give_back()  # memory fragments of the last run would add up
     malloc.keep()
     try:
         check_choices()
         yield
-    except Exception as error:
+    except Exception as raised:
+        error = _of_the_machine(raised)
         if not _in_grid():
-            raise
+            raise error from raised.__cause__
         said = f"{_reason(error)} (in {invocation(program)})"
         with suppress(KeyError, OSError):  # no command line around it, or one that was killed
             folder = Path(os.environ[FAILURES])
@@ -68,7 +71,7 @@ def failure_noted(record: Path) -> Iterator[None]:
     except Exception as error:
         if _in_grid():
             with suppress(UserError):  # A disk that is full must not hide the error.
-                files.write({note: (json.dumps({"reason": _reason(error)}, indent=1) + "\n").encode()})
+                files.write({note: (json.dumps({"reason": _reason(_of_the_machine(error))}, indent=1) + "\n").encode()})
         raise
     note.unlink(missing_ok=True)
 
@@ -82,13 +85,23 @@ def _in_grid() -> bool:
     return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
+def _of_the_machine(error: Exception) -> Exception:
+    """Return ``error``, or in its place a ``UserError`` where memory is exhausted or a name is too long."""
+    exhausted = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's own, for a GPU
+    if exhausted or "DefaultCPUAllocator" in str(error):
+        return UserError("memory is exhausted: use a smaller model or data.batch_size, or layers_at_once=1")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return UserError(f"the name of a file is too long, give a shorter one: {str(error.filename)[:40]}...")
+    return error
+
+
 @cache
-def _obey(parent: int) -> None:
-    """Make a joblib worker ignore Ctrl-C and SIGTERM, and exit when its parent exits."""
+def _obey() -> None:
+    """Make a joblib worker ignore Ctrl-C and SIGTERM, and go on where nobody reads what it prints."""
+    sys.stdout, sys.stderr = streams.Outlet(sys.stdout), streams.Outlet(sys.stderr)
     for stop in (signal.SIGINT, signal.SIGTERM):  # The workers receive them too, from the terminal or from Slurm.
         signal.signal(stop, signal.SIG_IGN)
     tqdm.set_lock(RLock())  # tqdm's own lock is a system semaphore, which a killed worker leaks with a warning
-    Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
@@ -97,16 +110,32 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
+def _watch_parent() -> None:
+    """Start a thread that ends this worker with its parent."""
+    parent = parent_process()
+    if parent is not None and parent.pid is not None:  # not os.getppid(), which is another process after a kill
+        Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
+
+
+class _Watched(LokyBackend):
+    """Processes of joblib that watch their parent before they wait for their first cell."""
+
+    def configure(self, *args: Any, **settings: Any) -> Any:
+        return super().configure(*args, initializer=_watch_parent, **settings)
+
+
 def command_line(job: Callable[[], Any]) -> None:
     """Run a Hydra entry. A user's mistake prints one line on stderr and exits with status 1; Ctrl-C exits with 130,
     SIGTERM with 143."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us, to print them in one line
+    streams.open_closed()
+    register_parallel_backend("loky", _Watched)  # the one that the launcher of Hydra takes
     stderr = _Stderr(sys.stderr)
     _rename_arguments()
     with TemporaryDirectory(prefix="spectrim-") as folder:
         os.environ[FAILURES] = folder
         try:
-            with redirect_stderr(stderr), terminable():
+            with redirect_stdout(streams.Outlet(sys.stdout)), redirect_stderr(stderr), terminable():
                 job()
         except Terminated:
             _end("terminated; the same command goes on where it stopped", STATUS)
@@ -151,17 +180,13 @@ def _end(line: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-class _Stderr:
+class _Stderr(streams.Outlet):
     """Drop the line that Hydra writes to stderr about a failed job: we print one line of our own."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream, self.withheld = stream, ""
+    withheld = ""
 
     def write(self, text: str) -> int:
         if not text.startswith("Error executing job with overrides:"):
-            return self.stream.write(text)
+            return super().write(text)
         self.withheld = text
         return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
