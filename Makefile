@@ -16,7 +16,7 @@ TORCH_INDEX ?=
 JOBS ?= 2
 DEVICE ?= cpu
 # At most 8 processes, of about 0.8 GB each. A file of tests runs in one of them, since its tests share fixtures.
-PYTEST_ARGS ?= -q -n logical --maxprocesses 8 --dist loadfile
+PYTEST_ARGS ?= -q -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LAUNCHER := $(if $(JOBS),hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS)) device=$(DEVICE)
 

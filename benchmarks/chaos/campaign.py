@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import faults
 import fuzz
@@ -33,6 +34,19 @@ from spectrim.tools import files
 QUICK_TRIALS, TRIALS, MOMENTS = 2, 40, 12  # a kind of fault and writer
 
 
+class Unbroken(NamedTuple):
+    """A run without a fault: its calls that change files, its seconds and its files."""
+
+    calls: int
+    seconds: float
+    files: dict[str, bytes]
+
+    @property
+    def patience(self) -> float:
+        """Return the seconds after which a run with a fault counts as hanging."""
+        return max(faults.HANGS_AFTER, faults.TIMES_UNBROKEN * self.seconds)
+
+
 def main() -> None:
     """Entry of ``make chaos``."""
     parser = argparse.ArgumentParser(description="Kill and starve every writer; see whether the work goes on.")
@@ -43,6 +57,8 @@ def main() -> None:
     torch.set_num_threads(1)  # a process with threads cannot be forked
     started, tried, failed = time.monotonic(), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for name, kind, complaint in trials(random.Random(options.seed), options.quick):
+        if name not in {known for known, _ in tried}:
+            tqdm.write(f"{time.monotonic() - started:5.0f} s  {name}", file=sys.stderr)
         tried[name, kind] += 1
         if complaint:
             failed[name, kind] += 1
@@ -87,7 +103,8 @@ def trials(draw: random.Random, quick: bool) -> Iterator[tuple[str, str, str | N
 
 def _of(target: Target, draw: random.Random, quick: bool, scratch: Path) -> Iterator[tuple[str, str, str | None]]:
     """Faults at calls that change files: all of them, or as many as a campaign has time for."""
-    calls, seconds, unbroken = _unbroken(target, scratch)
+    unbroken = _unbroken(target, scratch)
+    calls, seconds, _ = unbroken
     slow = seconds > 3
     number = QUICK_TRIALS if quick else TRIALS // 4 if slow else TRIALS
     planned = [Fault(at, error=error) for error in ERRORS for at in _drawn(draw, calls, number)]
@@ -104,10 +121,10 @@ def _of_moments(
     target: Target, draw: random.Random, number: int, scratch: Path
 ) -> Iterator[tuple[str, str, str | None]]:
     """Signals at random moments, for work in several processes, whose calls nobody can number."""
-    _, seconds, unbroken = _unbroken(target, scratch)
+    unbroken = _unbroken(target, scratch)
     for one in SIGNALS:
         for _ in range(number):
-            fault = Fault(signal=one, after=draw.uniform(0, seconds))
+            fault = Fault(signal=one, after=draw.uniform(0, unbroken.seconds))
             yield target.name, fault.kind, attacked(target, fault, unbroken, scratch)
 
 
@@ -123,37 +140,36 @@ def _fresh(target: Target, scratch: Path) -> Path:
     return place / "work"
 
 
-def _unbroken(target: Target, scratch: Path) -> tuple[int, float, dict[str, bytes]]:
-    """Run the work without a fault; return its calls that change files, its seconds and its files."""
+def _unbroken(target: Target, scratch: Path) -> Unbroken:
     folder, started = _fresh(target, scratch), time.monotonic()
-    end = faults.run(target.work, folder)
+    end = faults.run(target.work, folder, patience=10 * faults.HANGS_AFTER)
     if end.code != DONE:
         raise RuntimeError(f"{target.name} fails without a fault: {end.message}")
-    return end.calls, time.monotonic() - started, targets.contents(folder)
+    return Unbroken(end.calls, time.monotonic() - started, targets.contents(folder))
 
 
-def attacked(target: Target, fault: Fault, unbroken: dict[str, bytes], scratch: Path) -> str | None:
+def attacked(target: Target, fault: Fault, unbroken: Unbroken, scratch: Path) -> str | None:
     """Return what is wrong after ``fault`` and another run; None if nothing is."""
     folder = _fresh(target, scratch)
-    complaint = faults.run(target.work, folder, fault).fits(fault)
+    complaint = faults.run(target.work, folder, fault, unbroken.patience).fits(fault)
     if complaint:
         return f"{fault}: {complaint}"
-    again = faults.run(target.work, folder)
+    again = faults.run(target.work, folder, patience=unbroken.patience)
     if again.code != DONE:
         return f"{fault}: does not go on: {again.message}"
-    return _difference(targets.contents(folder), unbroken, str(fault))
+    return _difference(targets.contents(folder), unbroken.files, str(fault))
 
 
 def crowded(target: Target, scratch: Path) -> str | None:
     """Run the work twice at once in one folder; return what is wrong then."""
-    _, _, unbroken = _unbroken(target, scratch)
+    unbroken = _unbroken(target, scratch)
     folder = _fresh(target, scratch)
-    both = [faults.Trial(target.work, folder, faults.NONE) for _ in range(2)]
+    both = [faults.Trial(target.work, folder, faults.NONE, unbroken.patience) for _ in range(2)]
     for end in [trial.end() for trial in both]:
         complaint = end.fits(faults.NONE)
         if complaint:
             return complaint
-    return _difference(targets.contents(folder), unbroken, "two processes")
+    return _difference(targets.contents(folder), unbroken.files, "two processes")
 
 
 def _difference(found: dict[str, bytes], unbroken: dict[str, bytes], where: str) -> str | None:

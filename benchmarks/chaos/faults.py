@@ -22,7 +22,8 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS)
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-HANGS_AFTER = 120.0  # seconds
+HANGS_AFTER = 120.0  # seconds, or so many times those of an unbroken run: the machine may be busy
+TIMES_UNBROKEN = 30
 
 DONE, REFUSED, BROKE = 0, 3, 4  # how a trial ends by itself
 FAILED = (1, 2)  # status of a command that says why
@@ -70,7 +71,7 @@ class Ending:
         if self.code == DONE:
             return None
         if self.code == -signal.SIGKILL and fault.signal != signal.SIGKILL:
-            return f"no answer within {HANGS_AFTER:.0f} s"
+            return "it hangs"
         if self.code == BROKE or "Traceback" in self.message:
             return self.message
         if fault.signal and self.code in (-fault.signal, 128 + fault.signal):
@@ -80,10 +81,10 @@ class Ending:
 
 
 class Trial:
-    """A forked process that runs ``work(folder)`` and meets ``fault``."""
+    """A forked process that runs ``work(folder)`` and meets ``fault``. After ``patience`` seconds it is killed."""
 
-    def __init__(self, work: Callable[[Path], Any], folder: Path, fault: Fault) -> None:
-        self.fault, self.started = fault, time.monotonic()
+    def __init__(self, work: Callable[[Path], Any], folder: Path, fault: Fault, patience: float = HANGS_AFTER) -> None:
+        self.fault, self.patience, self.started = fault, patience, time.monotonic()
         self.read, write = os.pipe()  # what the process says; a full disk does not silence it
         os.set_blocking(self.read, False)
         sys.stdout.flush()
@@ -106,22 +107,37 @@ class Trial:
             if not sent and seconds >= self.fault.after:
                 os.kill(self.pid, self.fault.signal)
                 sent = True
-            if seconds > HANGS_AFTER:
+            if seconds > self.patience:
                 os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.002)
+        if not self._workers_end():
+            return Ending(BROKE, 0, "its workers outlive it")
         with os.fdopen(self.read, "rb") as pipe:
             said = (pipe.read() or b"").decode(errors="replace")
         message, _, calls = said.partition(CALLS)
         return Ending(os.waitstatus_to_exitcode(status), int(calls) if calls.isdigit() else 0, message)
 
+    def _workers_end(self) -> bool:
+        """Wait for the processes that it started, which must end with it, and kill what stays."""
+        last = time.monotonic() + self.patience
+        while time.monotonic() < last:
+            try:
+                os.killpg(self.pid, 0)  # sends nothing
+            except ProcessLookupError:
+                return True
+            time.sleep(0.02)
+        os.killpg(self.pid, signal.SIGKILL)
+        return False
 
-def run(work: Callable[[Path], Any], folder: Path, fault: Fault = NONE) -> Ending:
+
+def run(work: Callable[[Path], Any], folder: Path, fault: Fault = NONE, patience: float = HANGS_AFTER) -> Ending:
     """Run ``work(folder)`` in a forked process that meets ``fault``, and return how it ended."""
-    return Trial(work, folder, fault).end()
+    return Trial(work, folder, fault, patience).end()
 
 
 def _child(work: Callable[[Path], Any], folder: Path, fault: Fault, told: int, blocked: set[signal.Signals]) -> None:
     """Run in the forked process, which never returns."""
+    os.setpgid(0, 0)  # a group with what it starts
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):
         os.dup2(silence, stream)

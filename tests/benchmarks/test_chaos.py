@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -52,10 +53,21 @@ def test_a_careless_writer_is_caught(work, fault, complaint, tmp_path: Path) -> 
     folder = tmp_path / "whole"
     folder.mkdir()
     run(work, folder)
-    unbroken = campaign.targets.contents(folder)
+    unbroken = campaign.Unbroken(1, 0.1, campaign.targets.contents(folder))
     found = campaign.attacked(target, fault, unbroken, tmp_path)
     assert found and complaint in found
     assert campaign.attacked(target, Fault(99, signal=9), unbroken, tmp_path) is None  # a call that never comes
+
+
+def test_what_hangs_and_workers_that_stay_are_caught(tmp_path: Path) -> None:
+    def hangs(folder: Path) -> None:
+        time.sleep(600)
+
+    def forgets(folder: Path) -> None:
+        subprocess.Popen(["sleep", "600"])
+
+    assert run(hangs, tmp_path, patience=1).fits(Fault()) == "it hangs"
+    assert run(forgets, tmp_path, patience=1).fits(Fault()) == "its workers outlive it"
 
 
 def test_a_careless_reader_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
