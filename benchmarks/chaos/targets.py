@@ -17,7 +17,7 @@ from spectrim.cli import train as cli_train
 from spectrim.tools import files
 
 # What an unbroken run may have otherwise: times, memory, and where and when it ran.
-VARYING = ("phases", "provenance", "seconds", "cpu_seconds", "reporting", "created", "environment")
+VARYING = ("content_sha256", "phases", "provenance", "seconds", "cpu_seconds", "reporting", "created", "environment")
 
 
 @dataclass(frozen=True)

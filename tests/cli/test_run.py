@@ -336,3 +336,35 @@ def test_blocks_of_layers_change_neither_the_plan_nor_the_signature(compose: Any
 def test_blocks_that_cannot_be_are_refused(compose: Any, digits: list[str]) -> None:
     with pytest.raises(UserError, match="layers_at_once must be a whole number of at least 1"):
         run.run(compose(*digits, "algorithm=truncation", "layers_at_once=0"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"loss": ', '"loss": 1', "was altered: delete it and run its experiment again"),
+        ('"loss": ', '"loss": NaN, "former": ', "is cut short or not JSON: delete it"),
+        ('"ratio": 0.4', '"ratio": 0.5', "was altered: delete it"),
+    ],
+)
+def test_an_altered_record_is_not_taken_for_the_run(
+    old: str, new: str, said: str, compose: Any, digits: list[str], tmp_path: Path
+) -> None:
+    words = [*digits, "algorithm=truncation", "algorithm.ratio=0.4"]
+    run.run(compose(*words))
+    (path,) = tmp_path.rglob("*.json")
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(UserError, match=said):
+        run.run(compose(*words))
+
+
+def test_a_record_without_a_seal_must_be_of_its_configuration(compose: Any, digits: list[str], tmp_path: Path) -> None:
+    words = [*digits, "algorithm=truncation", "algorithm.ratio=0.4"]
+    record = run.run(compose(*words))
+    (path,) = tmp_path.rglob("*.json")
+    old = {key: value for key, value in record.items() if key != records.SEAL}
+    path.write_bytes(records.encode(old))
+    assert run.run(compose(*words)) == json.loads(json.dumps(old))
+    old["config"] = {**old["config"], "algorithm": {**old["config"]["algorithm"], "ratio": 0.5}}
+    path.write_bytes(records.encode(old))
+    with pytest.raises(UserError, match="is of another configuration than its signature says"):
+        run.run(compose(*words))

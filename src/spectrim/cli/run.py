@@ -38,11 +38,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     state = Path(configuration.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
     if path.exists():
         print(f"{name} {signature}: already recorded", file=sys.stderr)
-        record = records.read(path)
+        record = records.read_own(path)
     else:
         files.require_writable(path)
         with grid.failure_noted(path):
-            record = _measured(cfg, settings, signature, checkpoint, state)
+            record = records.sealed(_measured(cfg, settings, signature, checkpoint, state))
             records.write(folder, record)
         _say(record)
     state.unlink(missing_ok=True)  # Here too, because a kill may have come right after the record.

@@ -18,6 +18,7 @@ Record = dict[str, Any]
 
 SCHEMA = 2  # Schema 1 named classes by module path, so no module could move.
 CLASS = "_class_"
+SEAL = "content_sha256"  # Records made before it was added have none.
 # Settings that were added after the first records: owner (``run`` or a class name) → setting → the value that the first
 # records were made with. The signature omits a setting at that value, so that older records keep their signatures.
 LATE: Mapping[str, Mapping[str, Any]] = {
@@ -123,6 +124,16 @@ def _numbers(value: Any, where: str) -> Iterator[tuple[str, float]]:
         yield where, value
 
 
+def sealed(record: Record) -> Record:
+    """Return ``record`` with a sha256 of its content, by which ``read`` tells a record that was altered."""
+    return {**record, SEAL: _content_sha256(json.loads(json.dumps(record)))}  # as it is read: keys are text
+
+
+def _content_sha256(record: Record) -> str:
+    content = {key: value for key, value in record.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def digest(record: Record) -> str:
     """Return the sha256 of a record's bytes, as ``sha256sum`` prints it for the file."""
     return hashlib.sha256(encode(record)).hexdigest()
@@ -135,8 +146,22 @@ def write(folder: Path, record: Record) -> Path:
     return path
 
 
+def read_own(path: Path) -> Record:
+    """Read the record of a run that is asked for again.
+
+    Raises ``UserError`` as ``read`` does, and where its signature is not that of its configuration.
+    """
+    record = read(path)
+    if not path.stem == record["signature"] == signature(record["config"]):
+        raise UserError(f"{path} is of another configuration than its signature says: delete it and run it again")
+    return record
+
+
 def read(path: Path) -> Record:
-    """Read one record. Raises ``UserError`` where the file is missing, truncated, or not a record of this schema."""
+    """Read one record.
+
+    Raises ``UserError`` where the file is missing, truncated, altered, or not a record of this schema.
+    """
     path = Path(path)
     try:
         record = files.read_json(path)
@@ -146,6 +171,8 @@ def read(path: Path) -> Record:
         raise UserError(f"{path} is cut short or not JSON: delete it and run its experiment again") from error
     if not isinstance(record, dict) or any(key not in record for key in REQUIRED):
         raise UserError(f"{path} is not a record of a run: delete it and run its experiment again")
+    if SEAL in record and record[SEAL] != _content_sha256(record):
+        raise UserError(f"{path} was altered: delete it and run its experiment again")
     if record["schema"] == 1:
         record = signed_anew(record)
     if record["schema"] != SCHEMA:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, NoReturn
 
 from spectrim.errors import UserError
 
@@ -106,11 +106,15 @@ def require_writable(*paths: Path, nbytes: int = 0) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises ``ValueError`` where it is not JSON, and ``OSError``."""
+    """Return the content of a JSON file. Raises ``ValueError`` where it is not JSON or holds NaN, and ``OSError``."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"it holds {name}")
 
 
 def listed(folder: Path) -> list[Path]:
