@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, cast
@@ -13,7 +14,8 @@ from tqdm import tqdm
 from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, to_device
 from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
-from spectrim.factored.layers import FactoredLinear
+from spectrim.factored.layers import FactoredConv2d, FactoredLinear
+from spectrim.refit.large_convolutions import fitted, is_large, reduced_rank
 from spectrim.refit.layer_barrier import Lockstep
 from spectrim.refit.layers_to_fit import layers_to_fit
 from spectrim.statistics.batchnorm import norms_of
@@ -24,7 +26,7 @@ from spectrim.tools import resume
 from spectrim.tools.resume import ResumeFolder
 
 RIDGE = 1e-3  # penalty on a change of the weight, as a part of the inputs' mean second moment
-ITERATIONS = 60
+ITERATIONS = 60  # of LBFGS, which fits all layers but Linear ones and large convolutions
 POSITIONS = 32768  # number of positions of a convolution over all samples; neighbouring positions are nearly alike
 
 
@@ -214,17 +216,35 @@ def rehearse_fit(layer: FactoredLayer) -> None:
 
 def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
     """Set the factors to the best fit near their current weights. Return their product, of shape (g, O, I)."""
-    product = layer.product_of_plain
     kept = layer.plain([factor.weight.detach() for factor in layer.factors])
     weights = [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
-    now = product(weights)
+    now = layer.product_of_plain(weights)
     held = RIDGE * moments.xx_gII.diagonal(dim1=1, dim2=2).mean()
     if not held:  # nothing flows in
         return now
     xx = moments.xx_gII + held * torch.eye(moments.xx_gII.shape[-1]).to(moments.xx_gII)
     yx = moments.yx_gOI + held * now
     if isinstance(layer, FactoredLinear) and isinstance(layer.first, nn.Linear):
-        return _fit_linear(layer, xx[0], yx[0])
+        *weights, product = reduced_rank(xx[0], yx[0], layer.rank)
+        now = product.unsqueeze(0)
+    else:
+        weights = _large(layer, weights, xx, yx) or _by_gradient(layer, weights, xx, yx)
+        now = layer.product_of_plain(weights)
+    layer.fill_plain(weights)
+    return now
+
+
+def _large(layer: FactoredLayer, weights: list[Tensor], xx: Tensor, yx: Tensor) -> list[Tensor] | None:
+    """Return the best fit of a large convolution; None for other layers, and where rounding spoils it."""
+    if not isinstance(layer, FactoredConv2d) or not is_large(layer, yx.numel()):
+        return None
+    with suppress(torch.linalg.LinAlgError):
+        return fitted(layer, weights, xx, yx)
+    return None
+
+
+def _by_gradient(layer: FactoredLayer, weights: list[Tensor], xx: Tensor, yx: Tensor) -> list[Tensor]:
+    """Return ``weights`` after ``ITERATIONS`` steps of LBFGS towards the best fit, in place."""
     for weight in weights:  # LBFGS takes no other layout
         weight.requires_grad_(True)
     with torch.enable_grad():
@@ -241,22 +261,10 @@ def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
         def error() -> Tensor:
             """Return the error plus the ridge term, up to a constant. The same product gives the gradient."""
             optimizer.zero_grad()
-            W = product(weights)
+            W = layer.product_of_plain(weights)
             Wxx = W.detach() @ xx
             W.backward(2 * scale * (Wxx - yx))
             return scale * ((Wxx - 2 * yx) * W.detach()).sum()
 
         optimizer.step(error)
-    layer.fill_plain([weight.detach() for weight in weights])
-    return product(weights).detach()
-
-
-def _fit_linear(layer: FactoredLinear, xx_II: Tensor, yx_OI: Tensor) -> Tensor:
-    """Set the best factors of their rank in closed form, and return their product.
-
-    It is the least-squares fit, projected on its leading outputs (Izenman 1975).
-    """
-    W = torch.linalg.solve(xx_II, yx_OI.mT).mT
-    U = torch.linalg.eigh(W @ xx_II @ W.mT).eigenvectors[:, -layer.rank :]
-    layer.fill_plain([U.mT @ W, U])
-    return (U @ U.mT @ W).unsqueeze(0)
+    return [weight.detach() for weight in weights]
