@@ -11,6 +11,7 @@ from spectrim.errors import UserError
 from spectrim.refit.factors import refit
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.reopening import reopened
+from spectrim.surgery.unpacking import unpacked
 from spectrim.tools.settings import settings
 
 
@@ -42,5 +43,5 @@ class Refitted:
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Compress and fit. Raises ``UserError`` for an empty calibration set."""
         compressed = self.selector.compress(model, decomposer, objective)
-        notes = refit(compressed.model, reopened(model), objective, self.samples)
+        notes = refit(compressed.model, reopened(unpacked(model)), objective, self.samples)
         return replace(compressed, notes=[*compressed.notes, *notes])
