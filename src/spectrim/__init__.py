@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spectrim.decomposers.whitened import WhitenedSVD as WhitenedSVD
     from spectrim.errors import UserError as UserError
     from spectrim.factored.plan import RankPlan as RankPlan
+    from spectrim.statistics.processes import Distributed as Distributed
     from spectrim.training.recipe import Recipe as Recipe
 
 # Imported at first use, so that reports, which need no torch, do not pay for it.
@@ -31,6 +32,7 @@ _HOME = {
     "BestView": "spectrim.decomposers.best_view",
     "Compact": "spectrim.algorithms.compact",
     "Compressed": "spectrim.algorithms.shared.compressed",
+    "Distributed": "spectrim.statistics.processes",
     "FineTuning": "spectrim.algorithms.fine_tuning",
     "Joint": "spectrim.algorithms.joint",
     "Lossless": "spectrim.algorithms.lossless",

@@ -15,13 +15,14 @@ from spectrim.algorithms.shared.compressed import Algorithm, Compressed, decompo
 from spectrim.algorithms.shared.measurement import Measurement
 from spectrim.batches import Batches
 from spectrim.checkpoints import sharded, single_file
-from spectrim.decomposers.spectrum import Decomposer
+from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.losses import Loss, default_loss
 from spectrim.statistics.batchnorm import BatchNorm, require
 from spectrim.statistics.collated import Collator, collated
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.processes import Distributed
 from spectrim.surgery.given_model import eager, unchanged
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.tools import resume as resuming
@@ -81,6 +82,9 @@ def compress(
 
     ``dry_run``: return only a ``Forecast``: the sizes, seconds and memory to expect, after one batch and some seconds.
 
+    Processes of torch.distributed share ``calibration`` and ``verification`` where each gives its own part of them as
+    ``Distributed(batches)``, and the same of everything else. All of them return the same result.
+
     The given model keeps its weights, buffers, attributes, mode and device. The copy lies on the same device. A model
     from ``torch.compile`` is unwrapped, and the copy is not compiled. Layers that an earlier compression factored are
     decomposed again, and stay as they are where no smaller rank is chosen.
@@ -96,13 +100,18 @@ def compress(
     splits = {name: batches for name, batches in given.items() if batches is not None}
     if collator is not None:
         splits = {name: collated(own, collator, batch_size, model) for name, own in splits.items()}
+    if isinstance(train, Distributed):
+        raise UserError("train= is no Distributed split; compress first, then train result.model with DDP")
     choice = LayerChoice.of(include, exclude, overrides or {})
     objective = Objective(loss or default_loss(model), splits, layers_at_once, choice=choice)
     if dry_run:
         with unchanged(model), torch.inference_mode(False):
             return forecast(model, selector, views, objective)
+    objective.require_same("models", lambda: str(content(model.state_dict().values())))
     with unchanged(model), torch.inference_mode(False), resuming.into(resume):
-        return selector.compress(model, views, objective).settle(batch_norm, objective)
+        result = selector.compress(model, views, objective).settle(batch_norm, objective)
+    objective.require_same("plans", result.plan.to_json)
+    return result
 
 
 def _selector(

@@ -147,6 +147,8 @@ def on_subset(objective: Objective, split: str, subset: int | None) -> Objective
     """
     if subset is None:
         return objective
+    if objective.processes(split).size > 1:
+        raise UserError(f"subset= is of one process alone; give each a smaller part in Distributed(…) as {split}=")
     taken, left = [], subset
     for inputs, targets in objective.batches(split):
         count = sample_count(targets, inputs)

@@ -21,6 +21,7 @@ from spectrim.refit.layers_to_fit import layers_to_fit
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.input_moments import Positions, Rows, mask_of
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.processes import Processes
 from spectrim.surgery.given_model import copied
 from spectrim.tools import resume
 from spectrim.tools.resume import ResumeFolder
@@ -47,11 +48,12 @@ def refit(
     """
     device, folder = device_of(compressed), resume.current()  # the passes are threads, which have none
     batches = [to_device(inputs, device) for inputs, _ in objective.first(split, samples, "read")]
-    layers, followers, notes = layers_to_fit(compressed, dense, batches)
+    processes = objective.processes(split)
+    layers, followers, notes = layers_to_fit(compressed, dense, batches, processes)
     with tqdm(desc="refit", total=len(layers), unit="layer", leave=False, disable=None) as bar:
 
         def met(name: str, flows: "_Flows") -> None:
-            _fit_layer((compressed, dense), name, followers.get(name), flows, folder)
+            _fit_layer((compressed, dense), name, followers.get(name), flows, folder, processes)
             bar.update()
 
         with evaluating(compressed), evaluating(dense):
@@ -60,11 +62,16 @@ def refit(
 
 
 def _fit_layer(
-    models: tuple[nn.Module, nn.Module], name: str, follower: str | None, flows: "_Flows", folder: ResumeFolder | None
+    models: tuple[nn.Module, nn.Module],
+    name: str,
+    follower: str | None,
+    flows: "_Flows",
+    folder: ResumeFolder | None,
+    processes: Processes,
 ) -> None:
     layer = models[0].get_submodule(name)
     assert isinstance(layer, FactoredLayer)
-    moments = _moments(models[1].get_submodule(name), flows)
+    moments = _moments(models[1].get_submodule(name), flows, processes)
     bias = layer.bias
     W_gOI = _resumed_fit(layer, moments if bias is None and follower is None else moments.centred(), folder)
     offset = (moments.y_gO - torch.einsum("goi,gi->go", W_gOI, moments.x_gI)).flatten()
@@ -161,7 +168,7 @@ def _autocast_of(device: torch.device) -> Callable[[], torch.autocast]:
     return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled)
 
 
-def _moments(dense: nn.Module, flows: _Flows) -> _Moments:
+def _moments(dense: nn.Module, flows: _Flows, processes: Processes) -> _Moments:
     rows = Rows(dense, "channel" if isinstance(dense, nn.Conv2d) else "linear")
     sums: list[Tensor] = []
     count = 0
@@ -171,7 +178,8 @@ def _moments(dense: nn.Module, flows: _Flows) -> _Moments:
         parts = [part.double() for part in (x.mT @ x, y.mT @ x, x.sum(1), y.sum(1))]
         sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
         count += x.shape[1]
-    return _Moments(*(total / max(count, 1) for total in sums))
+    count = int(processes.add_up(torch.tensor(count)))
+    return _Moments(*(processes.add_up(total) / max(count, 1) for total in sums))
 
 
 def _positions(outputs: Sequence[Tensor]) -> list[Positions | None]:

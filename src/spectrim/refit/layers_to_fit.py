@@ -14,10 +14,11 @@ from spectrim.batches import Inputs, evaluating, first_argument, forward, hooked
 from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d, FactoredLinear, TuckerConv2d
 from spectrim.statistics.batchnorm import norms_of
+from spectrim.statistics.processes import ALONE, Processes
 
 
 def layers_to_fit(
-    model: nn.Module, dense: nn.Module, batches: Sequence[Inputs]
+    model: nn.Module, dense: nn.Module, batches: Sequence[Inputs], processes: Processes = ALONE
 ) -> tuple[list[str], dict[str, str], list[str]]:
     """Return the layers to fit in the order of their calls, the BatchNorm that each feeds, and notes on the others.
 
@@ -35,6 +36,9 @@ def layers_to_fit(
             unfit[name] = "it is not called once on every batch"
         elif alike is not None and first.shapes[name] != alike.shapes.get(name):
             unfit[name] = "its rows depend on the values of the batch"
+    for name, by_any in zip(layers, processes.any_of(name in unfit for name in layers), strict=True):
+        if by_any:
+            unfit.setdefault(name, "another process does not fit it")
     shared = {norm for one in passes for norm in norms_of(model) if one.calls[norm] > 1}
     return (
         [name for name in first.shapes if name not in unfit],

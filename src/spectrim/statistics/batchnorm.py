@@ -11,6 +11,7 @@ from spectrim.batches import Inputs, device_of, evaluating, first_argument, forw
 from spectrim.decomposers.spectrum import content
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.processes import Processes
 
 # After compression the statistics either stay those of the dense model or follow the change.
 BatchNorm = Literal["keep", "follow"]
@@ -56,7 +57,7 @@ def reestimate(
     known.clear()
     known.update(passed)
     for name, norm in shared.items():
-        corrections[name].settle(norm)
+        corrections[name].settle(norm, objective.processes(split))
 
 
 def require(choice: str) -> None:
@@ -117,10 +118,11 @@ class _Correction:
         self.var_sum += corrected[1]
         self.calls += 1
 
-    def settle(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
-        """Set the mean of the corrections."""
-        if self.calls:
-            self._set(norm, self.mean_sum / self.calls, self.var_sum / self.calls)
+    def settle(self, norm: nn.modules.batchnorm._BatchNorm, processes: Processes) -> None:
+        """Set the mean of the corrections of all processes."""
+        calls = int(processes.add_up(torch.tensor(self.calls)))
+        if calls:
+            self._set(norm, processes.add_up(self.mean_sum) / calls, processes.add_up(self.var_sum) / calls)
 
     @staticmethod
     def _set(norm: nn.modules.batchnorm._BatchNorm, mean: Tensor, var: Tensor) -> None:

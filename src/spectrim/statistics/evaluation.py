@@ -9,6 +9,7 @@ from torch import nn
 from spectrim.batches import device_of, evaluating, forward, to_device
 from spectrim.losses import Loss, answered_rightly, loss_of
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
+from spectrim.statistics.processes import ALONE, Processes
 from spectrim.statistics.split_reader import Batch, require_samples
 
 
@@ -23,8 +24,12 @@ class Evaluation(NamedTuple):
     n: int
 
 
-def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Batch], split: str) -> Evaluation:
-    """Measure ``model`` in eval mode. Raises ``UserError`` where the loss is not finite or the split is empty."""
+def evaluate(
+    model: nn.Module, loss: Loss, batches: Iterable[Batch], split: str, processes: Processes = ALONE
+) -> Evaluation:
+    """Measure ``model`` in eval mode, on the batches of all ``processes``.
+
+    Raises ``UserError`` where the loss is not finite or the split is empty."""
     device, total, correct, seen = device_of(model), 0.0, 0, 0
     scored = True
     with evaluating(model), torch.inference_mode():
@@ -36,14 +41,19 @@ def evaluate(model: nn.Module, loss: Loss, batches: Iterable[Batch], split: str)
             right = answered_rightly(loss, outputs, targets)
             scored = scored and right is not None
             correct += right or 0
-    require_samples(seen, split)
-    return Evaluation(total / seen, correct / seen if scored else None, seen)
+    sums = torch.tensor([total, correct, seen, not scored], dtype=torch.float64)
+    total, correct, seen, unscored = processes.add_up(sums).tolist()
+    require_samples(int(seen), split)
+    return Evaluation(total / seen, None if unscored else correct / seen, int(seen))
 
 
-def loss_within(model: nn.Module, loss: Loss, batches: Iterable[Batch], limit: float, n: int) -> float | None:
+def loss_within(
+    model: nn.Module, loss: Loss, batches: Iterable[Batch], limit: float, n: int, processes: Processes = ALONE
+) -> float | None:
     """Return the mean loss of ``model`` in eval mode, or None as soon as it is certain to exceed ``limit``.
 
-    For a loss that is never negative, a partial sum above ``limit * n`` decides. A negative limit needs the whole sum.
+    For a loss that is never negative, a partial sum above ``limit * n`` decides. A negative limit needs the whole sum,
+    and so do several ``processes``, which must decide alike.
 
     ``n``: number of samples of the split, as in ``Evaluation``.
     """
@@ -53,6 +63,7 @@ def loss_within(model: nn.Module, loss: Loss, batches: Iterable[Batch], limit: f
             targets = to_device(targets, device)
             value = loss_of(loss, forward(model, to_device(inputs, device)), targets)
             total += value.item() * batch_weight(loss, targets, inputs)
-            if limit >= 0 and not total <= limit * n:  # a NaN exceeds the limit too
+            if limit >= 0 and processes.size == 1 and not total <= limit * n:  # a NaN exceeds the limit too
                 return None
+    total = processes.add_up(torch.tensor(total, dtype=torch.float64)).item()
     return total / n if total <= limit * n else None

@@ -115,7 +115,9 @@ def _gate_gradients(
     modules = {name: model.get_submodule(name) for name in layers}
     gates = GateRows(modules, objective.blocks(layers))
     handles = [_first(name, module).register_forward_hook(gates.keeping(name)) for name, module in modules.items()]
-    device, generator = device_of(model), torch.Generator().manual_seed(seed)
+    processes = objective.processes(split)
+    # Each process draws other directions for its samples.
+    device, generator = device_of(model), torch.Generator().manual_seed(seed + processes.rank)
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
     with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first(split, samples, "linearise"):
@@ -129,8 +131,12 @@ def _gate_gradients(
                 own, at_targets = (_of_gates(rows[name], module.rank) for rows in (along, given))
                 parts[name].append(GateGradients(at_targets if first_order else own[:0], own))
             gates.calls.clear()
+    gates.agree(processes)
     left = gates.left()
-    rows = {name: GateGradients(*(torch.cat(rows) for rows in zip(*own, strict=True))) for name, own in parts.items()}
+    rows = {
+        name: GateGradients(*(processes.gather(torch.cat(rows)) for rows in zip(*own, strict=True)))
+        for name, own in parts.items()
+    }
     return Gates({name: own for name, own in rows.items() if name not in left}, left)
 
 

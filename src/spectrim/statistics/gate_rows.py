@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spectrim.batches import Inputs
 from spectrim.factored.layers import FactoredConv2d
+from spectrim.statistics.processes import Processes
 from spectrim.statistics.sample_rows import BATCH_FIRST, Layout, Owners, RowOwners, sample_weights, scattered
 
 MIXED = "its rows do not belong to one sample each, so no gradient a sample can be taken"
@@ -89,6 +90,18 @@ class GateRows:
                 else:
                     rows[call.name] += call.by_sample(gradient, count)
         return rows
+
+    def agree(self, processes: Processes) -> None:
+        """Take over what other processes know of layers: reached where any reached it, mixed where any found it so."""
+        names = sorted(self.modules)
+        self.reached, self.mixed = (
+            {
+                name
+                for name, any_of in zip(names, processes.any_of(name in own for name in names), strict=True)
+                if any_of
+            }
+            for own in (self.reached, self.mixed)
+        )
 
     def left(self) -> dict[str, str]:
         """Return why each layer without gates has none."""

@@ -8,11 +8,17 @@ from torch import Tensor, nn
 from spectrim.batches import alone_trainable, device_of, evaluating, forward, to_device
 from spectrim.losses import Loss
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
+from spectrim.statistics.processes import ALONE, Processes
 from spectrim.statistics.split_reader import Batch, require_samples
 
 
 def mean_gradients(
-    model: nn.Module, weights: Mapping[str, Tensor], loss: Loss, batches: Iterable[Batch], split: str
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    loss: Loss,
+    batches: Iterable[Batch],
+    split: str,
+    processes: Processes = ALONE,
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean loss by each weight, with ``model`` in eval mode. Every ``.grad`` is unchanged.
 
@@ -31,8 +37,12 @@ def mean_gradients(
                 sums[name].add_(gradient, alpha=count)
                 reached.add(name)
             seen += count
+    seen = int(processes.add_up(torch.tensor(seen)))
     require_samples(seen, split)
-    return {name: total.div_(seen) for name, total in sums.items() if name in reached}
+    found = [
+        name for name, any_of in zip(sums, processes.any_of(name in reached for name in sums), strict=True) if any_of
+    ]
+    return {name: processes.add_up(sums[name]).div_(seen) for name in found}
 
 
 def _of_batch(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

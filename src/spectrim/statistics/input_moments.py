@@ -11,6 +11,7 @@ from spectrim.batches import Inputs, device_of, evaluating, first_argument, forw
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.layers import FactoredConv2d
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.processes import Processes
 
 
 def input_moments(
@@ -45,7 +46,8 @@ def input_moments(
             for one in hooks:
                 one.mask = mask_of(inputs)
             forward(model, inputs)
-    return {name: {view: one.mean() for view, one in own.items()} for name, own in gathered.items()}
+    processes = objective.processes(split)
+    return {name: {view: one.mean(processes) for view, one in own.items()} for name, own in gathered.items()}
 
 
 Positions = tuple[Tensor, ...]  # in the output of a convolution: indices of sample, row and column
@@ -61,6 +63,8 @@ class Rows:
         self.first: nn.Conv2d | None = None
         dense = DenseLayer.of(layer).without_weights()
         self.groups = dense.groups
+        columns = dense.sides(view)[1]
+        self.moment = dense.groups, columns, columns  # the shape of a second moment of inputs
         if isinstance(dense.module, nn.Conv2d):
             _, size = dense.sides(view)
             self.first = FactoredConv2d.shaped_like(dense.module, size, view).first
@@ -125,9 +129,12 @@ class _Gathered:
         self.sum = added if not self.count else self.sum + added
         self.count += x.shape[1]
 
-    def mean(self) -> Tensor:
-        """Return the mean of ``x x^T``."""
-        return self.sum / max(self.count, 1)
+    def mean(self, processes: Processes) -> Tensor:
+        """Return the mean of ``x x^T`` over the inputs that all processes saw."""
+        count = int(processes.add_up(torch.tensor(self.count)))
+        if count and not self.count:  # only others came by this layer
+            self.sum = torch.zeros(self.rows.moment, dtype=torch.float64)
+        return (processes.add_up(self.sum) if count else self.sum) / max(count, 1)
 
 
 class _Counted:
@@ -143,12 +150,13 @@ class _Counted:
             ids = ids[self.mask.bool()]
         self.counts = self.counts.to(ids.device) + torch.bincount(ids.flatten(), minlength=len(self.counts))
 
-    def mean(self) -> Tensor:
-        """Return the estimated frequency of each id, of shape (1, size), also of ids that were not seen.
+    def mean(self, processes: Processes) -> Tensor:
+        """Return the estimated frequency of each id, of shape (1, size), also of ids that no process saw.
 
         The unseen ids together are as frequent as the ids that were seen once (Good 1953). This share is spread evenly
         over all ids, because nothing tells which of them will come.
         """
-        total, size = max(int(self.counts.sum()), 1), len(self.counts)
-        new = int((self.counts == 1).sum()) / total
-        return ((1 - new) * self.counts.double() / total + new / size).unsqueeze(0)
+        counts = processes.add_up(self.counts)
+        total, size = max(int(counts.sum()), 1), len(counts)
+        new = int((counts == 1).sum()) / total
+        return ((1 - new) * counts.double() / total + new / size).unsqueeze(0)

@@ -12,6 +12,7 @@ from spectrim.errors import UserError
 from spectrim.losses import Loss
 from spectrim.statistics.evaluation import Evaluation, evaluate, loss_within
 from spectrim.statistics.gradients import mean_gradients
+from spectrim.statistics.processes import Distributed, Processes
 from spectrim.statistics.remembered import MEASUREMENTS, Remembered
 from spectrim.statistics.split_reader import Batch, SplitReader
 from spectrim.surgery.layer_choice import EVERY_LAYER, LayerChoice
@@ -95,6 +96,16 @@ class Objective:
         """Return the split as it was given. Raises ``UserError`` where there is none of this name."""
         return self._reader.given(split)
 
+    def processes(self, split: str) -> Processes:
+        """Return the processes that share the split, or this one alone."""
+        return self._reader.processes(split)
+
+    def require_same(self, what: str, text: Callable[[], str]) -> None:
+        """Raise ``UserError`` where the processes that share a split differ in ``text()``, which describes ``what``."""
+        for split in self.splits:
+            if self.processes(split).size > 1:
+                self.processes(split).require_same(text(), what)
+
     def batches(self, split: str) -> Batches:
         """Return the batches without counting them. Iteration raises ``UserError`` for a batch that is not a pair."""
         return self._reader.batches(split)
@@ -112,7 +123,9 @@ class Objective:
 
         Several passes then see the same samples, even if the loader shuffles.
         """
-        return self.on({split: list(self._reader.until(split, samples))})
+        batches: Batches = list(self._reader.until(split, samples))
+        given = self.given(split)
+        return self.on({split: Distributed(batches, given.group) if isinstance(given, Distributed) else batches})
 
     def example(self) -> Inputs | None:
         """Return the inputs of the first calibration batch; None where there is no calibration split."""
@@ -120,11 +133,11 @@ class Objective:
 
     def evaluate(self, model: nn.Module, split: str = "calibration") -> Evaluation:
         """Return loss and accuracy of ``model`` (``evaluation.evaluate``)."""
-        return evaluate(model, self.loss, self.counted(split), split)
+        return evaluate(model, self.loss, self.counted(split), split, self.processes(split))
 
     def loss_within(self, model: nn.Module, split: str, limit: float, n: int) -> float | None:
         """Return the loss of ``model``, or None if it exceeds ``limit`` (``evaluation.loss_within``)."""
-        return loss_within(model, self.loss, self.counted(split), limit, n)
+        return loss_within(model, self.loss, self.counted(split), limit, n, self.processes(split))
 
     def gradients(self, model: nn.Module, layers: Sequence[str], split: str = "calibration") -> dict[str, Tensor]:
         """Return the gradient of the mean loss by the weight of each layer (``gradients.mean_gradients``).
@@ -170,7 +183,7 @@ class Objective:
         weights: Any = {name: model.get_submodule(name).weight for name in layers}
 
         def made() -> dict[str, Tensor]:
-            return mean_gradients(model, weights, self.loss, self.counted(split), split)
+            return mean_gradients(model, weights, self.loss, self.counted(split), split, self.processes(split))
 
         folder = resume.current()
         if folder is None:
@@ -195,6 +208,8 @@ class Objective:
         ``key``: settings of the computation.
         ``samples``: number of samples that it reads, in whole batches.
         """
+        if self.processes(split).size > 1:  # One process may have finished what another one must take part in.
+            return make()
         before, read, seen = Counter(self.read), list[str](), 0
         for inputs, targets in self._reader.until(split, samples):
             read.append(content([inputs, targets]))

@@ -39,11 +39,13 @@ def losses(objective: Objective, model: nn.Module, split: str) -> Losses:
                 wanted = one_sample(targets, index, count)
                 values.append(finite_loss(objective.loss, one_sample(outputs, index, count), wanted, split).item())
                 weights.append(batch_weight(objective.loss, wanted))
-    if len(values) < 2:
+    gather = objective.processes(split).gather
+    found = gather(torch.tensor(values, dtype=torch.float64)), gather(torch.tensor(weights, dtype=torch.float64))
+    if len(found[0]) < 2:
         raise UserError(
-            f"the {split} set has {len(values)} samples; a change of the loss needs at least 2 to be certain"
+            f"the {split} set has {len(found[0])} samples; a change of the loss needs at least 2 to be certain"
         )
-    return Losses(torch.tensor(values, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64))
+    return Losses(*found)
 
 
 def change(before: Losses, after: Losses) -> Change:

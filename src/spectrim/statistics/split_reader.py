@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from spectrim.batches import Batches, Inputs, Pairs, sample_count
 from spectrim.errors import MissingInput, UserError
+from spectrim.statistics.processes import Distributed, Processes
 
 Batch = tuple[Inputs, Any]
 # What a user has to pass for each split that a selector may read.
@@ -33,6 +34,8 @@ class SplitReader:
         self.splits = dict(splits)
         self.read = Counter[str]() if read is None else read
         for name, batches in self.splits.items():
+            if isinstance(batches, Distributed):
+                batches = batches.batches
             if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
                 raise UserError(f"the {name} set is a {type(batches).__name__}; give a list of batches or a DataLoader")
             if isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
@@ -45,6 +48,10 @@ class SplitReader:
         if split not in self.splits:
             raise MissingInput(f"{split} batches are missing; pass {split}=, {KINDS.get(split, 'batches')}")
         return self.splits[split]
+
+    def processes(self, split: str) -> Processes:
+        """Return the processes that share the split."""
+        return Processes.that_share(self.splits.get(split))
 
     def example(self, split: str) -> Inputs | None:
         """Return the inputs of the first batch, which is not counted; None where the split is not given.
@@ -81,9 +88,11 @@ class SplitReader:
     def until(self, split: str, samples: float) -> Iterator[Batch]:
         """Yield whole batches until ``samples`` are reached, without counting them.
 
+        Processes that share the split read equal parts of ``samples``.
+
         Raises ``UserError`` for an empty split.
         """
-        seen = 0
+        seen, samples = 0, self.processes(split).share(samples)
         for inputs, targets in self.batches(split):
             yield inputs, targets
             seen += sample_count(targets, inputs)

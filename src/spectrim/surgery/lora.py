@@ -63,10 +63,10 @@ def widen(layer: FactoredLinear, A_RI: Tensor, B_OR: Tensor) -> None:
     Raises ``UserError`` where the rank would exceed the full rank of the layer.
     """
     rank, full = layer.rank + len(A_RI), min(layer.in_features, layer.out_features)
-    if rank > full or not isinstance(layer.first, nn.Linear):
+    if rank > full or not (isinstance(layer.first, nn.Linear) and isinstance(layer.second, nn.Linear)):
         raise UserError(
-            f"an adapter of rank {len(A_RI)} does not fit into a factored layer of rank {layer.rank}, whose full rank "
-            f"is {full}; keep the adapter beside it"
+            f"an adapter of rank {len(A_RI)} does not fit into a layer of rank {layer.rank} with full rank {full} "
+            "or with pivoted factors or subspaces; keep the adapter beside it"
         )
     first, second = layer.first.weight, layer.second.weight
     _set(layer, torch.cat([first, A_RI.to(first)]), torch.cat([second, B_OR.to(second)], 1))
@@ -79,8 +79,7 @@ def narrow(layer: FactoredLinear, rank: int) -> None:
 
 
 def _set(layer: FactoredLinear, A_RI: Tensor, B_OR: Tensor) -> None:
-    for factor, weight in ((layer.first, A_RI), (layer.second, B_OR)):
-        factor.weight = nn.Parameter(weight, factor.weight.requires_grad)
-    layer.rank = layer.second.in_features = len(A_RI)
-    if isinstance(layer.first, nn.Linear):
-        layer.first.out_features = len(A_RI)
+    assert isinstance(layer.first, nn.Linear) and isinstance(layer.second, nn.Linear)
+    layer.first.weight = nn.Parameter(A_RI, layer.first.weight.requires_grad)
+    layer.second.weight = nn.Parameter(B_OR, layer.second.weight.requires_grad)
+    layer.rank = layer.first.out_features = layer.second.in_features = len(A_RI)
