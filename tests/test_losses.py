@@ -219,6 +219,13 @@ def test_a_model_that_names_its_task_has_the_loss_of_it(task: str | None, loss: 
     assert default_loss(model) is loss
 
 
+def test_the_older_names_of_decoders_are_tasks_too() -> None:
+    class GPT2LMHeadModel(nn.Linear):
+        loss_type = None  # as transformers leaves it
+
+    assert default_loss(GPT2LMHeadModel(2, 2)) is token_loss
+
+
 def test_a_loss_module_of_torch_is_given_the_logits() -> None:
     logits, targets = torch.randn(4, 3), torch.arange(4) % 3
     assert loss_of(nn.CrossEntropyLoss(), {"logits": logits}, targets).equal(F.cross_entropy(logits, targets))

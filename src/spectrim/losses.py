@@ -139,4 +139,6 @@ OF_TASKS: dict[str, Loss] = {
 
 def default_loss(model: nn.Module) -> Loss:
     """Return the loss that a model of transformers is trained by, as far as it is known; else cross-entropy."""
-    return OF_TASKS.get(str(getattr(model, "loss_type", None)), F.cross_entropy)
+    # The older names of decoders, such as GPT2LMHeadModel, tell transformers no task.
+    older = type(model).__name__.endswith("LMHeadModel")
+    return OF_TASKS.get("ForCausalLM" if older else str(getattr(model, "loss_type", None)), F.cross_entropy)
