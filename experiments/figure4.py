@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 
 from spectrim.report import averages, claims, command, compare, figure, frame, frontier, table
 from spectrim.report.claims import Claim
@@ -117,8 +117,8 @@ def _draw_main(rows: pd.DataFrame, options: Options, origin: dict[str, Any]) -> 
             width = 2.2 if own["curve"].iloc[0] == "joint" else 1.2
             _errorbar(axis, own, "params_kept", "change_test_accuracy_pp", 1, -math.inf, width)
             last = own.iloc[0]
-            ends.append((100 * last["params_kept"], last["change_test_accuracy_pp"], str(key)))
-        figure.label_ends(axis, [(x, y, SHOWN[key], CURVES[key.partition(",")[0]].colour) for x, y, key in ends])
+            ends.append((100 * last["params_kept"], last["change_test_accuracy_pp"], SHOWN[str(key)], _colour(last)))
+        figure.label_ends(axis, ends)
         axis.annotate("dense", (100, 0), xytext=(2, 0), textcoords="offset points", va="center")
         axis.set(xlabel=SHARES["params_kept"], ylabel="change of test accuracy (points)", xlim=(0, 100))
         axis.set_xticks(range(30, 101, 10))
@@ -201,25 +201,32 @@ def _errorbar(
 ) -> None:
     """Draw one curve with its standard deviations.
 
-    A curve with BatchNorm kept is dotted and darker. One of pivoted factors is dashed, with hollow markers.
+    A curve with BatchNorm kept is dotted. One of pivoted factors is dashed, with hollow markers.
 
     ``lowest``: no bar of the value reaches below it.
     """
-    curve, kept, pivoted = CURVES[own["curve"].iloc[0]], bool(own["kept"].iloc[0]), bool(own["pivoted"].iloc[0])
+    first = own.iloc[0]
     axis.errorbar(
         100 * own[share],
         scale * own[value],
         xerr=100 * own[f"{share}_std"].fillna(0.0),
         yerr=scale * figure.bars(own, value, lowest),
-        color=tuple(part / 2 for part in to_rgb(curve.colour)) if kept else curve.colour,
-        marker=curve.marker,
-        markerfacecolor="white" if pivoted else None,
-        linestyle=":" if kept else "--" if pivoted else "-",
+        color=_colour(first),
+        marker=CURVES[first["curve"]].marker,
+        markerfacecolor="white" if first["pivoted"] else None,
+        linestyle=":" if first["kept"] else "--" if first["pivoted"] else "-",
         linewidth=width,
         markersize=4.5,
         capsize=2,
-        label=own["variant"].iloc[0],
+        label=first["variant"],
     )
+
+
+def _colour(row: "pd.Series[Any]") -> str:
+    """Return the colour of a curve by one of its rows: darker with BatchNorm kept, lighter with pivoted factors."""
+    kept, pivoted = bool(row["kept"]), bool(row["pivoted"])
+    red, green, blue = (pivoted / 2 + part / 2 ** (kept + pivoted) for part in to_rgb(CURVES[row["curve"]].colour))
+    return to_hex((red, green, blue))
 
 
 def _limit(axis: Axes, dense: float) -> None:

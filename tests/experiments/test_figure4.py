@@ -21,6 +21,7 @@ CURVES = [
     "knapsack (BALF)",
     "knapsack (BALF), refitted as ours",
     "joint, ours",
+    "joint, ours, pivoted",
 ]
 
 

@@ -289,6 +289,9 @@ def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record
                         decomposer="svd_channel" if name == "alds" else "whitened_spatial",
                     )
                     one["compressed"]["macs"] = int(1_000_000 * (0.1 + 0.9 * size))
+                    if name == "joint":
+                        config = one["config"] | {"decomposer": one["config"]["decomposer"] | {"factors": "pivoted"}}
+                        found.append(one | {"config": config, "signature": records.signature(config)})
                     for keeps in (True, False) if name == "alds" else (False,):
                         fitted = name in ("joint", "refitted")
                         config = one["config"] | ({} if keeps or fitted else {"batch_norm": "follow"})
