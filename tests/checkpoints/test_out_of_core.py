@@ -175,8 +175,8 @@ def refuses(message: str, folder: Path, out: Path, **settings: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "exactly one of plan and ratio"),
-        ({"plan": PLAN, "ratio": 0.5}, "exactly one of plan and ratio"),
+        ({}, "exactly one of plan, ratio and params_kept"),
+        ({"plan": PLAN, "ratio": 0.5}, "exactly one of plan, ratio and params_kept"),
         *[
             ({"ratio": ratio}, "ratio must lie in \\(0, 1\\)")
             for ratio in (0, 1, -0.5, 1.5, float("nan"), True, "half")

@@ -20,6 +20,7 @@ from spectrim.fetch.by_configuration import CONFIG
 from spectrim.tools import digests, files, safetensors_stream
 from spectrim.tools.safetensors_stream import FLOATS, Entry, Shard
 
+STEPS = 30  # of the bisection for params_kept
 # Weights with two dimensions that are looked up, not multiplied by. Only the name tells them from linear layers.
 EMBEDDINGS = ("*embed*", "*wte", "*wpe", "*shared", "*relative_attention_bias")
 # Layers of transformers' class Conv1D, whose weight is stored as (inputs, outputs): the model types that have them and
@@ -39,6 +40,7 @@ def compress_checkpoint(
     *,
     plan: RankPlan | None = None,
     ratio: float | None = None,
+    params_kept: float | None = None,
     dense: Sequence[str] = EMBEDDINGS,
     transposed: Sequence[str] | None = None,
 ) -> RankPlan:
@@ -57,25 +59,29 @@ def compress_checkpoint(
     ``folder``: holds ``model.safetensors``, or shards and their ``model.safetensors.index.json``.
     ``out``: a new or empty folder, which gets the same files.
     ``plan``: rank of each layer, by its name in the file.
-    ``ratio``: share in (0, 1) of its parameters that each layer keeps, as in ``Truncation``. Give either this or
-        ``plan``.
-    ``dense``: with ``ratio``, patterns of the names of layers that stay dense.
+    ``ratio``: share in (0, 1) of its parameters that each layer keeps, as in ``Truncation``.
+    ``params_kept``: share in (0, 1) of all numbers in the checkpoint that is kept, by the largest common ratio that
+        fits. Give exactly one of these three.
+    ``dense``: without ``plan``, patterns of the names of layers that stay dense.
     ``transposed``: patterns of the names of layers whose weight is stored as (inputs, outputs). By default those of
         GPT-2 and its kin, where ``config.json`` names such a model.
 
     Raises ``UserError`` for a checkpoint that is incomplete or pickled, a weight that holds NaN or infinity, a plan of
-    other layers, an ``out`` that holds anything else, and a disk that the result does not fit on.
+    other layers, a size out of reach, an ``out`` that holds anything else, and a disk that the result does not fit on.
     """
-    if (plan is None) == (ratio is None):
-        raise UserError("give exactly one of plan and ratio")
+    if [plan, ratio, params_kept].count(None) != 2:
+        raise UserError("give exactly one of plan, ratio and params_kept")
     source, out = Sharded.at(folder), Path(out)
     if (source.folder / MANIFEST).exists():
         raise UserError(f"{folder} is compressed already ({MANIFEST}); give the dense checkpoint")
     if out.resolve() == source.folder.resolve():
         raise UserError(f"out is the folder of the checkpoint itself, {folder}; give another one")
-    wanted = (
-        _of_ratio(source.entries, ratio, dense) if ratio is not None else _of_plan(source.entries, plan or RankPlan())
-    )
+    if plan is not None:
+        wanted = _of_plan(source.entries, plan)
+    elif ratio is not None:
+        wanted = _of_ratio(source.entries, ratio, dense)
+    else:
+        wanted = _of_params(source.entries, params_kept, dense)
     patterns = _transposed(source.folder) if transposed is None else transposed
     flipped = {name for name in wanted if any(fnmatch(name, pattern) for pattern in patterns)}
     begun = Manifest.begun(out, wanted)  # Refuse a foreign folder before a lock is made in it.
@@ -122,6 +128,29 @@ def _of_ratio(entries: Mapping[str, Entry], ratio: float, dense: Sequence[str]) 
     for name, (_, (outputs, inputs), _) in layers.items():
         ranks[name] = max(1, int(ratio * (outputs * inputs) / (outputs + inputs))) if outputs and inputs else 0
     return _below_break_even(ranks, layers)
+
+
+def _of_params(entries: Mapping[str, Entry], kept: float | None, dense: Sequence[str]) -> RankPlan:
+    """Return the plan of the largest ratio at which the whole checkpoint keeps at most the share ``kept``."""
+    if isinstance(kept, bool) or not isinstance(kept, int | float) or not 0 < kept < 1:
+        raise UserError(f"params_kept must lie in (0, 1), got {kept!r}")
+    total = sum(math.prod(entry.shape) for entry in entries.values())
+
+    def left(plan: RankPlan) -> float:
+        shapes = {name: entries[f"{name}.weight"].shape for name in plan}
+        return 1 - sum(math.prod(own) - plan[name].rank * sum(own) for name, own in shapes.items()) / total
+
+    low, high, found = 0.0, 1.0, _of_ratio(entries, math.ulp(0.0), dense)
+    if left(found) > kept:
+        raise UserError(f"params_kept={kept} is out of reach: at rank 1 {left(found):.4f} of them remain")
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        tried = _of_ratio(entries, middle, dense)
+        if left(tried) <= kept:
+            low, found = middle, tried
+        else:
+            high = middle
+    return found
 
 
 def _of_plan(entries: Mapping[str, Entry], plan: RankPlan) -> RankPlan:

@@ -1,0 +1,273 @@
+"""What ``spectrim-compress`` does: open the model, compress it in memory or tensor by tensor, write the folder."""
+
+import dataclasses
+import math
+import shutil
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spectrim import api, language
+from spectrim.algorithms.shared.compressed import Compressed, decomposer_of
+from spectrim.checkpoints import sharded
+from spectrim.checkpoints.out_of_core import compress_checkpoint
+from spectrim.checkpoints.sharded import Sharded
+from spectrim.cli import given_data, given_model
+from spectrim.cli.compress import BUDGETS
+from spectrim.cli.given_data import Data
+from spectrim.cli.model_card import Card
+from spectrim.errors import UserError, first_line
+from spectrim.fetch import pretrained
+from spectrim.runs.named import named
+from spectrim.statistics.objective import Objective
+from spectrim.surgery.cost import Cost
+from spectrim.tools import files
+from spectrim.tools.device import device_called
+from spectrim.tools.profiling import Timed
+
+CARD, REPORT, WEIGHTS = "README.md", "report.csv", "model.safetensors"
+RULES = (*BUDGETS, "rank", "ratio", "energy")  # settings that say how small, of which one may be set
+
+
+def run(options: Namespace, arguments: Sequence[str]) -> None:
+    """Do what the command line says. Raises ``UserError`` for anything that cannot be done as asked."""
+    _require_free(options.out)
+    hub = None if options.push_to_hub is None else _hub()
+    if given_model.is_factory(options.model):
+        _of_factory(options, arguments)
+    else:
+        _decoder(options, arguments)
+    if hub is not None and not options.dry_run:
+        _push(hub, options.push_to_hub, options.out)
+
+
+def _require_free(out: Path | None) -> None:
+    if out is None:
+        return
+    if out.exists() and not (out / sharded.MANIFEST).is_file():
+        raise UserError(f"--out {out} is there already; give a new folder")
+    if not out.exists():
+        files.require_writable(out)
+
+
+def _decoder(options: Namespace, arguments: Sequence[str]) -> None:
+    for name, value in (("--weights", options.weights), ("--with", options.settings)):
+        if value:
+            raise UserError(f"{name} belongs to package.module:factory; {options.model} brings its own")
+    folder = given_model.folder_of(options.model)
+    memory = given_model.memory_of(folder, options.memory)
+    if memory.streamed:
+        _stream(options, arguments, folder)
+        return
+    model, tokenizer = given_model.decoder(folder, options.model, device_called(options.device))
+    longest = getattr(model.config, "max_position_embeddings", None) or math.inf
+    data = options.calibration and given_data.texts(
+        options.calibration,
+        tokenizer,
+        int(min(options.context, longest)),
+        options.samples,
+        options.batch_size,
+        options.seed,
+    )
+
+    def save(folder: Path, result: Compressed) -> str:
+        language.save(folder, result.model, result.plan, tokenizer)
+        where = options.push_to_hub or str(options.out)
+        return (
+            "import spectrim  # lets transformers read the factors\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{where}")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{where}")'
+        )
+
+    weights = given_model.digests_of(sorted(folder.glob("*.safetensors")))
+    _compress(options, arguments, model, data, options.algorithm or "joint_cut", memory.layers_at_once, weights, save)
+
+
+def _of_factory(options: Namespace, arguments: Sequence[str]) -> None:
+    model = given_model.made(options.model, options.settings, options.weights).to(device_called(options.device))
+    data = options.calibration and given_data.images(
+        options.calibration, model, options.image_size, options.samples, options.batch_size, options.seed
+    )
+    module, _, factory = options.model.partition(":")
+    given = ", ".join(options.settings)
+
+    def save(folder: Path, result: Compressed) -> str:
+        result.save(folder / WEIGHTS)
+        return (
+            f"import spectrim\nfrom {module} import {factory}\n\n"
+            f'model = spectrim.load("{options.out / WEIGHTS}", into={factory}({given})).eval()'
+        )
+
+    weights = given_model.digests_of([] if options.weights is None else [options.weights])
+    _compress(options, arguments, model, data, options.algorithm or "joint", None, weights, save)
+
+
+def _compress(
+    options: Namespace,
+    arguments: Sequence[str],
+    model: nn.Module,
+    data: Data | None,
+    name: str,
+    layers_at_once: int | None,
+    weights: dict[str, str],
+    save: Any,
+) -> None:
+    """Compress in memory, and write the folder.
+
+    ``name``: of the algorithm.
+    ``weights``: sha256 of the files that were read.
+    ``save``: writes the model to a folder and returns how it is loaded.
+    """
+    algorithm = _algorithm(name, options)
+    decomposer = named("decomposer", options.decomposer) if options.decomposer else decomposer_of(algorithm)
+    splits = {} if data is None else {"calibration": data.calibration, "verification": data.verification}
+    arguments_of_compress: dict[str, Any] = {
+        **splits,
+        "algorithm": algorithm,
+        "decomposer": decomposer,
+        "loss": None if data is None else data.loss,
+        "include": options.include,
+        "exclude": options.exclude,
+        "layers_at_once": layers_at_once,
+    }
+    if options.dry_run:
+        print(api.compress(model, **arguments_of_compress, dry_run=True))
+        return
+    unfinished = options.out.with_name(f"{options.out.name}.unfinished")
+    with Timed() as spent:
+        try:
+            result = api.compress(model, **arguments_of_compress, resume=unfinished)
+        except Exception:  # not a kill or Ctrl-C, after which the same command goes on
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+    losses = None
+    if data is not None:
+        test = Objective(data.loss, {"test": data.test})
+        losses = test.evaluate(model, "test"), test.evaluate(result.model, "test")
+    notes = [*result.notes]
+    if data is not None and not data.labelled:
+        notes.insert(0, "the targets of the losses are the dense model's own answers: the data have no labels for it")
+    costs = _costs(result)
+    with _folder(options.out) as made:
+        loading = save(made, result)
+        card = Card(
+            name=options.model,
+            arguments=arguments,
+            dense=costs[0],
+            compressed=costs[1],
+            losses=losses,
+            tokens=not given_model.is_factory(options.model),
+            data=("", "") if data is None else (data.description, data.digest),
+            method=f"{algorithm!r} on {decomposer!r}, {spent.seconds:.0f} s",
+            loading=loading,
+            weights=weights,
+            notes=notes,
+        )
+        result.report.to_csv(made / REPORT, index=False)
+        (made / CARD).write_text(card.text(), encoding="utf-8")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    print(result.report.to_string(index=False, max_rows=24))
+    _say(card, options.out)
+
+
+def _algorithm(name: str, options: Namespace) -> Any:
+    """Return the algorithm with the budget of the command line. Raises ``UserError`` where it takes no such budget."""
+    found = named("algorithm", name)
+    budget = {rule: getattr(options, rule) for rule in BUDGETS if getattr(options, rule) is not None}
+    ((asked, value),) = budget.items()
+    fields = [field.name for field in dataclasses.fields(found) if field.name in RULES]
+    if asked not in fields:
+        takes = ", ".join(f"--{own.replace('_', '-')}" for own in fields if own in BUDGETS) or "none of the budgets"
+        raise UserError(f"--algorithm {name} takes no --{asked.replace('_', '-')}; it takes {takes}")
+    return dataclasses.replace(found, **{**dict.fromkeys(fields), asked: value})
+
+
+def _costs(result: Compressed) -> tuple[Cost, Cost]:
+    """Return the costs of the dense and the compressed model; MACs are NaN without calibration data."""
+    if result.example is not None:
+        return result.dense_cost, result.cost
+    dense, small = (sum(own.numel() for own in model.parameters()) for model in (result.dense, result.model))
+    return Cost(dense, math.nan), Cost(small, math.nan)  # type: ignore[arg-type]
+
+
+def _stream(options: Namespace, arguments: Sequence[str], folder: Path) -> None:
+    """Compress a checkpoint that does not fit into memory, tensor by tensor and without data."""
+    if options.params_kept is None or options.algorithm not in (None, "truncation"):
+        raise UserError(
+            f"{options.model} does not fit into memory, and only --params-kept by truncation goes tensor by tensor; "
+            "give that, or more by --memory"
+        )
+    if options.include or options.exclude:
+        raise UserError(f"{options.model} does not fit into memory; call spectrim.compress_checkpoint with dense=")
+    print(f"{options.model} does not fit into memory: it is truncated tensor by tensor, without calibration data")
+    if options.dry_run:
+        return
+    with Timed() as spent:
+        plan = compress_checkpoint(folder, options.out, params_kept=options.params_kept)
+    sizes = [
+        Cost(sum(math.prod(entry.shape) for entry in Sharded.at(own).entries.values()), math.nan)  # type: ignore[arg-type]
+        for own in (folder, options.out)
+    ]
+    card = Card(
+        name=options.model,
+        arguments=arguments,
+        dense=sizes[0],
+        compressed=sizes[1],
+        losses=None,
+        tokens=True,
+        data=("", ""),
+        method=f"truncation by SVD of {len(plan)} layers, tensor by tensor, {spent.seconds:.0f} s",
+        loading=f'from spectrim.language import load\n\nmodel, tokenizer = load("{options.out}")',
+        weights=given_model.digests_of(sorted(folder.glob("*.safetensors"))),
+        notes=["the model did not fit into memory, so no data chose its ranks and no loss was measured"],
+    )
+    files.write({options.out / CARD: card.text().encode()})
+    _say(card, options.out)
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[Path]:
+    """Yield a folder that becomes ``out`` when the block ends without an error."""
+    try:
+        with files.replacing(out) as (made,):
+            made.mkdir()
+            yield made
+    except OSError as error:
+        raise files.refusal(out, error) from None
+
+
+def _say(card: Card, out: Path) -> None:
+    for name, dense, compressed, kept in card.sizes():
+        print(f"{name}: {dense} -> {compressed}{f' ({kept})' if kept else ''}")
+    for note in card.notes:
+        print(f"note: {note}")
+    print(f"written to {out}; {out / CARD} says how to load it")
+
+
+def _hub() -> Any:
+    """Return the client of the Hugging Face hub. Raises ``UserError`` where nobody is logged in."""
+    hub = pretrained.imported("huggingface_hub")
+    try:
+        client = hub.HfApi()
+        client.whoami()
+    except Exception as error:  # its own errors and those of its client
+        raise UserError(
+            f"--push-to-hub needs a login ({first_line(error)}); run `hf auth login`, or leave it out"
+        ) from None
+    return client
+
+
+def _push(client: Any, name: str, out: Path) -> None:
+    try:
+        client.create_repo(name, exist_ok=True)
+        client.upload_folder(repo_id=name, folder_path=str(out))
+    except Exception as error:
+        raise UserError(
+            f"{out} is whole, but was not uploaded ({first_line(error)}); upload it by: hf upload {name} {out}"
+        ) from None
+    print(f"uploaded to {name}")

@@ -1,0 +1,206 @@
+"""The calibration data that a command names, in three splits: to select on, to verify on, and to report."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim.batches import Batches, device_of, evaluating, forward, to_device
+from spectrim.data.cifar10 import CIFAR10
+from spectrim.data.corpus import Corpus, shuffled
+from spectrim.data.digits import Digits
+from spectrim.data.fashion_mnist import FashionMNIST
+from spectrim.data.hub import HubCorpus, column, rows
+from spectrim.data.image_folder import EXTENSIONS, MEAN, STD, FolderSplit
+from spectrim.data.imdb import IMDBCorpus
+from spectrim.data.mnist import MNIST
+from spectrim.data.sotu import SOTU
+from spectrim.data.text import TextSplit, Tokens, blocks, identity_of
+from spectrim.errors import UserError
+from spectrim.losses import Loss, logits_of, token_loss
+from spectrim.tools.torchvision_shim import prepare
+
+LEAST = 4  # samples in all: two to select on, one to verify on, one to report
+CORPORA: dict[str, type[Corpus]] = {"sotu": SOTU, "wikitext": HubCorpus, "imdb_corpus": IMDBCorpus}
+IMAGES: dict[str, type[CIFAR10] | type[MNIST] | type[FashionMNIST] | type[Digits]] = {
+    "cifar10": CIFAR10,
+    "mnist": MNIST,
+    "fashion_mnist": FashionMNIST,
+    "digits": Digits,
+}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Batches of three splits, their loss, and what they are, in words.
+
+    ``digest``: sha256 of the content.
+    ``labelled``: whether the targets are given labels; otherwise they are the dense model's own answers.
+    """
+
+    calibration: Batches
+    verification: Batches
+    test: Batches
+    loss: Loss
+    description: str
+    digest: str
+    labelled: bool = True
+
+
+def texts(source: str, tokenizer: Any, context: int, samples: int, batch_size: int, seed: int) -> Data:
+    """Return blocks of ``context`` tokens: ``samples`` to select on and half as many in each other split.
+
+    Documents are shuffled by ``seed``. Where they hold fewer blocks, all are used. Raises ``UserError`` for a source
+    that cannot be read or holds too little.
+    """
+    documents = shuffled([text for text in _documents(source) if text.strip()], seed)
+    try:
+        tokens, used = blocks(tokenizer, documents, context, 2 * samples)
+    except UserError:  # there are fewer
+        tokens, used = blocks(tokenizer, documents, context)
+    count = len(tokens.labels)
+    if count < LEAST:
+        raise UserError(
+            f"--calibration {source} holds {count} blocks of {context} tokens, of which {LEAST} are needed; give more "
+            "text or a smaller --context"
+        )
+    bounds = [0, count // 2, count // 2 + (count - count // 2) // 2, count]
+    identity = identity_of(tokenizer, context, documents[:used], [count])
+
+    def split(part: int) -> TextSplit:
+        chosen = slice(bounds[part], bounds[part + 1])
+        own = Tokens(tokens.ids[chosen], tokens.mask[chosen], tokens.labels[chosen])
+        return TextSplit(lambda: own, f"{identity}{part}", batch_size)
+
+    sizes = [bounds[part + 1] - bounds[part] for part in range(3)]
+    said = f"{source}: {sizes[0]} blocks of {context} tokens to select on, {sizes[1]} to verify, {sizes[2]} to report"
+    return Data(split(0), split(1), split(2), token_loss, said, hashlib.sha256(identity.encode()).hexdigest())
+
+
+def _documents(source: str) -> Sequence[str]:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        found = [one for one in sorted(path.rglob("*.txt")) if one.is_file()]
+        if not found:
+            raise UserError(f"--calibration {source} is a folder without .txt files; give one that holds some")
+        return [_text(one) for one in found]
+    if path.is_file():
+        return _lines(path) if path.suffix in (".jsonl", ".json") else [_text(path)]
+    if "/" in source and not source.startswith(("/", ".", "~")) and source.count("/") == 1:
+        dataset, _, subset = source.partition(":")
+        return column(rows(dataset, subset, "train"), "text", str)
+    return _known(source, CORPORA)().documents()[0]
+
+
+def _known(source: str, kinds: Mapping[str, T]) -> T:
+    """Return the data set that has this name. Raises ``UserError`` where there is none."""
+    if source not in kinds:
+        raise UserError(
+            f"--calibration {source} is not there; give a file, a folder, a text set of the hub as owner/name, or one "
+            f"of {', '.join(kinds)}"
+        )
+    return kinds[source]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text in UTF-8 ({error}); convert it") from None
+
+
+def _lines(path: Path) -> list[str]:
+    """Return the entry ``text`` of each line."""
+    found = []
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        try:
+            found.append(json.loads(line)["text"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            found.append(None)
+        if not isinstance(found[-1], str):
+            raise UserError(f'{path}, line {number} is no object with a "text"; give one such object a line')
+    return found
+
+
+def images(source: str, model: nn.Module, size: int, samples: int, batch_size: int, seed: int) -> Data:
+    """Return images: ``samples`` to select on and half as many in each other split.
+
+    The targets are the class folders, where there are as many as the model has classes. Otherwise they are the classes
+    that the dense model answers. Raises ``UserError`` for a source that cannot be read or holds too little.
+    """
+    if Path(source).expanduser().is_dir():
+        splits, digest, classes = _of_folder(Path(source).expanduser(), size, samples, batch_size, seed)
+    else:
+        loaded = _known(source, IMAGES)(
+            calibration_size=samples,
+            verification_size=max(1, samples // 2),
+            batch_size=batch_size,
+            calibration_seed=seed,
+        ).load()
+        test = list(islice(loaded.test, -(-max(1, samples // 2) // batch_size)))
+        splits, digest, classes = [loaded.calibration, loaded.verification, test], loaded.digest, loaded.num_classes
+    counts = [len(getattr(split, "labels", ())) or sum(len(targets) for _, targets in split) for split in splits]
+    outputs = _answers(model, next(iter(splits[0]))[0])
+    labelled = outputs.shape[1] == classes
+    if not labelled:
+        splits = [_Answered(split, [_answers(model, inputs).argmax(1) for inputs, _ in split]) for split in splits]
+    said = f"{source}: {counts[0]} images to select on, {counts[1]} to verify, {counts[2]} to report"
+    return Data(splits[0], splits[1], splits[2], F.cross_entropy, said, digest, labelled)
+
+
+def _of_folder(root: Path, size: int, samples: int, batch_size: int, seed: int) -> tuple[list[Any], str, int]:
+    """Return the three splits, their digest, and the number of classes; 0 where images lie outside of class folders."""
+    prepare()
+    from torchvision import transforms
+
+    for part in ("val", "train"):  # ImageNet's layout
+        root = root / part if (root / part).is_dir() else root
+    found = sorted(path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    total = samples + 2 * max(1, samples // 2)
+    paths = shuffled(found, seed)[:total]
+    if len(paths) < LEAST:
+        raise UserError(
+            f"--calibration {root} holds {len(paths)} images ({', '.join(EXTENSIONS)}); give {LEAST} or more"
+        )
+    nested = all(len(path.parts) > 1 for path in found)
+    classes = sorted({path.parts[0] for path in found}) if nested else []
+    labels = torch.tensor([classes.index(path.parts[0]) if nested else 0 for path in paths], dtype=torch.int64)
+    steps = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size), transforms.ToTensor()]
+    transform = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])
+    half, quarter = len(paths) // 2, len(paths) // 2 + (len(paths) - len(paths) // 2) // 2
+    splits = [
+        FolderSplit(root, tuple(str(path) for path in paths[own]), labels[own], transform, batch_size)
+        for own in (slice(half), slice(half, quarter), slice(quarter, None))
+    ]
+    return splits, hashlib.sha256("".join(split.digest() for split in splits).encode()).hexdigest(), len(classes)
+
+
+def _answers(model: nn.Module, inputs: Any) -> Tensor:
+    """Return the class scores of the model. Raises ``UserError`` where it gives none."""
+    with evaluating(model), torch.inference_mode():
+        scores = logits_of(forward(model, to_device(inputs, device_of(model))))
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
+        raise UserError(
+            "the model gives no class scores of shape (samples, classes); call spectrim.compress from Python"
+        )
+    return scores.cpu()
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """Batches of images with other targets."""
+
+    images: Any
+    targets: Sequence[Tensor]
+
+    def __iter__(self) -> Iterator[tuple[Any, Tensor]]:
+        for (inputs, _), targets in zip(self.images, self.targets, strict=True):
+            yield inputs, targets

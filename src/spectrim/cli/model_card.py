@@ -1,0 +1,108 @@
+"""The model card of a compressed model: what it is, its sizes and losses, how it was made, and how it is loaded."""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+
+from spectrim.records.provenance import git_state, machine, versions
+from spectrim.statistics.evaluation import Evaluation
+from spectrim.surgery.cost import Cost
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a model card says.
+
+    ``name``: the model that was compressed, as the user named it.
+    ``arguments``: those of the command.
+    ``dense``, ``compressed``: sizes; MACs are NaN where they were not counted.
+    ``losses``: of the dense and of the compressed model on samples that chose nothing; None where not measured.
+    ``data``: the calibration data in words, and their digest; empty where none were used.
+    ``method``: algorithm and decomposer.
+    ``loading``: lines of Python.
+    ``weights``: sha256 of each file of weights that was read.
+    ``notes``: what else is worth knowing.
+    """
+
+    name: str
+    arguments: Sequence[str]
+    dense: Cost
+    compressed: Cost
+    losses: tuple[Evaluation, Evaluation] | None
+    tokens: bool
+    data: tuple[str, str]
+    method: str
+    loading: str
+    weights: Mapping[str, str]
+    notes: Sequence[str]
+
+    @property
+    def kept(self) -> float:
+        """Parameters of the compressed model over those of the dense one."""
+        return self.compressed.params / self.dense.params
+
+    def sizes(self) -> list[tuple[str, str, str, str]]:
+        """Return the rows of the table: name, dense, compressed, and the part that is kept."""
+        rows = [_row("parameters", self.dense.params, self.compressed.params)]
+        if not math.isnan(self.compressed.macs):
+            rows.append(_row("multiply-accumulates of one input", self.dense.macs, self.compressed.macs))
+        if self.losses is not None:
+            before, after = self.losses
+            unit = "nats a token" if self.tokens else "nats"
+            rows.append((f"loss, {unit}", f"{before.loss:.4f}", f"{after.loss:.4f}", ""))
+            if self.tokens:
+                rows.append(("perplexity", f"{math.exp(before.loss):.2f}", f"{math.exp(after.loss):.2f}", ""))
+            if before.accuracy is not None and after.accuracy is not None:
+                shares = f"{100 * before.accuracy:.1f} %", f"{100 * after.accuracy:.1f} %"
+                rows.append(("answered as the targets", *shares, ""))
+        return rows
+
+    def text(self) -> str:
+        """Return the card in Markdown, with the header that the Hugging Face hub reads."""
+        base = [f"base_model: {self.name}"] if _is_of_hub(self.name) else []
+        tags = ["library_name: transformers"] if self.tokens else []
+        header = ["---", *base, *tags, "tags: [spectrim, low-rank, compression, svd]", "---"]
+        table = ["| | dense | compressed | kept |", "|---|---|---|---|"]
+        table += [f"| {' | '.join(row)} |" for row in self.sizes()]
+        losses = "The losses were not measured." if self.losses is None else f"Losses are of {self._held_out()}."
+        parts = [
+            "\n".join(header),
+            f"# {self.name}, {100 * self.kept:.1f} % of the parameters",
+            "Weights of the dense model are replaced by products of thinner ones, by spectrim.",
+            "\n".join(table),
+            losses + " `report.csv` has one row a layer.",
+            f"## Load\n\n```python\n{self.loading}\n```",
+            f"## How it was made\n\n```\n{shlex.join(['spectrim-compress', *self.arguments])}\n```",
+            "\n".join(f"- {line}" for line in self._provenance()),
+        ]
+        if self.notes:
+            parts.append("## Notes\n\n" + "\n".join(f"- {note}" for note in self.notes))
+        return "\n\n".join(parts) + "\n"
+
+    def _held_out(self) -> str:
+        assert self.losses is not None
+        unit = "predicted tokens" if self.tokens else "samples"
+        return f"{self.losses[0].n:,} {unit} of the calibration data that chose nothing"
+
+    def _provenance(self) -> list[str]:
+        commit, dirty = git_state()
+        data, digest = self.data
+        known, here = versions(), machine()
+        lines = [f"method: {self.method}", f"made: {datetime.now(UTC).isoformat(timespec='seconds')}"]
+        if data:
+            lines.append(f"calibration data: {data} (sha256 {digest})")
+        lines += [f"read: {name} (sha256 {sha})" for name, sha in self.weights.items()]
+        own = f"spectrim {metadata.version('spectrim')}, commit {commit}{' with changes' if dirty else ''}"
+        packages = ", ".join(f"{name} {known[name]}" for name in ("python", "torch", "transformers") if name in known)
+        return [*lines, f"software: {own}; {packages}", f"machine: {here['system']}, {here['processor']}"]
+
+
+def _row(name: str, dense: float, compressed: float) -> tuple[str, str, str, str]:
+    return name, f"{dense:,.0f}", f"{compressed:,.0f}", f"{100 * compressed / dense:.1f} %"
+
+
+def _is_of_hub(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and ":" not in name
