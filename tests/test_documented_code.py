@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from spectrim.cli.compress import parser
 from spectrim.fetch import pretrained
 from spectrim.runs.configuration import grids_called
 
@@ -171,6 +172,8 @@ def test_a_line_for_a_shell_can_be_given(page: str, line: str) -> None:
             [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
         ).stdout
         assert all(option in said for option in arguments if option.startswith("--"))
+    elif program == "spectrim-compress":
+        assert parser().parse_args(words).out is not None
     else:
         # The tests of the documented commands compose these.
         assert program in {"spectrim", "spectrim-train", "spectrim-grid"}
