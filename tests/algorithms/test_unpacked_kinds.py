@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim
+from spectrim.algorithms.refitted import Refitted
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.surgery.cost import model_cost
 
@@ -81,6 +82,7 @@ ALGORITHMS = {
     "truncation": spectrim.Truncation(params_kept=0.6),
     "joint": spectrim.Joint(params_kept=0.6, samples=16, refit=16),
     "macs": spectrim.Joint(macs_kept=0.7, samples=16, refit=0),
+    "refitted": Refitted(spectrim.Truncation(params_kept=0.6), samples=16),
     "lossless": spectrim.Lossless(gamma=None, budget=1e9, verify_on="calibration"),
 }
 
@@ -137,3 +139,28 @@ def test_the_result_is_exported_to_a_graph(name: str) -> None:
     model = spectrim.compress(make(), calibration=[x], algorithm=spectrim.Truncation(ratio=0.5)).model.eval()
     exported = torch.export.export(model, (x,)).module()
     torch.testing.assert_close(exported(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["attention", "conv1d", "transposed", "gru"])
+def test_the_result_is_compiled(name: str) -> None:
+    make, shape, _ = CASES[name]
+    x = torch.randn(2, *shape)
+    model = spectrim.compress(make(), calibration=[x], algorithm=spectrim.Truncation(ratio=0.5)).model.eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+def test_a_training_inside_an_algorithm_ends_in_a_model_that_loads(brief: Any, tmp_path: Any) -> None:
+    make, shape, _ = CASES["encoder"]
+    batches = [(torch.randn(8, *shape), torch.randint(5, (8,))) for _ in range(2)]
+    result = spectrim.compress(make(), calibration=batches, train=batches, algorithm=brief(spectrim.SVDTraining()))
+    assert result.plan
+    result.save(tmp_path / "x.safetensors")
+    loaded, x = spectrim.load(tmp_path / "x.safetensors", into=make()), batches[0][0]
+    torch.testing.assert_close(loaded.eval()(x), result.model.eval()(x), atol=1e-6, rtol=1e-5)
+
+
+def test_a_dry_run_knows_the_layers(case: Any) -> None:
+    make, batches, layer = case
+    told = spectrim.compress(make(), calibration=batches, algorithm=ALGORITHMS["joint"], dry_run=True)
+    assert layer in set(told.layers.layer)

@@ -155,3 +155,14 @@ def test_another_kind_is_refused(net: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(spectrim.UserError, match="pass example="):
         result.export("pt2", tmp_path / "small.pt2")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_module_that_torch_has_not_is_refused_by_name(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv1d(8, 8, 3), nn.Flatten(), nn.Linear(24, 5))
+    result = spectrim.compress(model, calibration=[torch.randn(4, 8, 5)], algorithm=spectrim.Truncation(ratio=0.5))
+    with pytest.raises(spectrim.UserError, match='^0 is now an UnpackedConv1d, which torch has not; export as "pt2"$'):
+        result.export("plain", tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+    result.export("pt2", tmp_path / "small.pt2")
+    x = torch.randn(6, 8, 5)
+    torch.testing.assert_close(torch.export.load(tmp_path / "small.pt2").module()(x), result.model(x))

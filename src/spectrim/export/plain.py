@@ -10,6 +10,7 @@ from spectrim.checkpoints.filling import names_of_shared, tensors_of
 from spectrim.errors import UserError
 from spectrim.export.agreement import require_same
 from spectrim.factored.base import FactoredLayer
+from spectrim.factored.unpacked.base import Unpacked
 from spectrim.surgery.given_model import copied
 from spectrim.surgery.replacing import in_place_of
 from spectrim.tools import files, safetensors_stream
@@ -70,6 +71,10 @@ def write(folder: Path, model: nn.Module, example: Inputs | None) -> None:
     Raises ``UserError`` where the model needs more of a factored layer than its output, where a layer is of a class
     that torch has not, and where the folder cannot be written.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, Unpacked):
+            kind = type(module).__name__
+            raise UserError(f'{name or "the model"} is now an {kind}, which torch has not; export as "pt2"')
     factored = [name for name, module in model.named_modules() if isinstance(module, FactoredLayer)]
     plain = plain_model(model)
     made = {name: code_of(plain.get_submodule(name), name) for name in factored}
