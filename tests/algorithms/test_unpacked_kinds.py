@@ -146,7 +146,7 @@ def test_the_result_is_compiled(name: str) -> None:
     make, shape, _ = CASES[name]
     x = torch.randn(2, *shape)
     model = spectrim.compress(make(), calibration=[x], algorithm=spectrim.Truncation(ratio=0.5)).model.eval()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=name != "gru")  # torch breaks graphs at any GRU
     torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-4)
 
 
