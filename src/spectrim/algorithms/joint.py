@@ -37,7 +37,7 @@ class Joint:
     """Remove the components with the lowest predicted change of the loss per saved cost, in whichever layer they are.
 
     The prediction is a second-order expansion in a gate on each component (``removal``), from ``samples`` calibration
-    samples. Without ``interaction`` each component has a price of its own, so the best choice within a budget is a
+    samples. Without ``interaction`` the prediction is a sum over components, so the best choice within a budget is a
     knapsack over the ranks of all layers. Exactly one of the first four is set.
 
     ``params_kept``, ``macs_kept``: the part of the whole model that is kept, in (0, 1), met from below.
@@ -46,7 +46,7 @@ class Joint:
     ``max_loss_increase``: the rise of the loss on the verification split that is allowed, at least 0. As few
         parameters as possible are kept. A model passes if the mean rise and two standard errors of it stay within the
         limit. The error falls with the root of the number of verification samples, so more samples allow more
-        compression. ``TRIES`` sizes are tried by bisection, and each costs a refit and one pass over this split. No
+        compression. Seven sizes (``TRIES``) are tried by bisection. Each costs a refit and one pass over this split. No
         gradient is taken on it.
     ``ranks``: ``"knapsack"`` solves for the ranks of all layers at once (``knapsack``). ``"greedy"`` removes one
         component or block of components after another (``removal``), and a search by tolerance then goes down in steps.
@@ -58,8 +58,8 @@ class Joint:
         not shrink. None leaves the first order out, because a trained network is near a minimum and some hundred
         images give too noisy slopes (Table 9). A decoder is not at a minimum on other texts (Table 3).
     ``interaction``: the weight, in [0, 1], of the Fisher entries off the diagonal, by which components act on each
-        other. Some hundred images give too noisy estimates (Table 9), so it is 0 by default. Above 0 the price of a
-        component depends on the others, so it needs ``ranks="greedy"``.
+        other. Some hundred images give too noisy estimates (Table 9), so it is 0 by default. Above 0 the effect
+        of a removal depends on what else is gone, so it needs ``ranks="greedy"``.
     ``seed``: seed of the random directions from which the Fisher information is estimated.
     """
 
@@ -94,7 +94,9 @@ class Joint:
         if not 0 <= self.interaction <= 1:
             raise UserError(f"interaction must lie in [0, 1], got {self.interaction}")
         if self.interaction and self.ranks == "knapsack":
-            raise UserError(f"interaction={self.interaction} needs ranks=greedy: a knapsack has one price a component")
+            raise UserError(
+                f"interaction={self.interaction} needs ranks=greedy: in a knapsack components do not interact"
+            )
         if self.samples < 2:
             raise UserError(f"samples must be at least 2, got {self.samples}")
 

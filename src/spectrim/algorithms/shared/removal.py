@@ -3,7 +3,7 @@
 Let d have the entry -1 for a removed component and 0 for any other. The predicted change of the loss is
 ``c^T d + d^T F d / 2``, with the slope c and the Fisher information ``F = J^T J / N``. F is never formed over all
 layers, because ``F d = J^T (J d) / N``. If components do not act on each other, only the diagonal of F counts, and each
-component has a price of its own. The best choice is then a knapsack over the layers (``keep_dearest``). Otherwise a
+component changes the loss by itself. The best choice is then a knapsack over the layers (``keep_dearest``). Otherwise a
 greedy search removes one component or block of components after another (``remove``).
 """
 
