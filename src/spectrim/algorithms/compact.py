@@ -1,4 +1,4 @@
-"""Compact optimisation (S1): make the model smaller while keeping the loss."""
+"""Make the model smaller while keeping the loss: compact optimisation (S1)."""
 
 from torch import Tensor
 

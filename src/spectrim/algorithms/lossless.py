@@ -1,4 +1,4 @@
-"""Lossless optimisation (S1): compress and lower the loss."""
+"""Compress and lower the loss: lossless optimisation (S1)."""
 
 import torch
 from torch import Tensor

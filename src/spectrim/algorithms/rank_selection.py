@@ -109,7 +109,7 @@ def singular_values(name: str, spectrum: Spectrum) -> Tensor:
 
 
 class _DeltaSearch:
-    """The deltas tried on one model. ``log`` has an entry for each."""
+    """Try deltas on one model. ``log`` has an entry for each."""
 
     def __init__(self, bench: Workbench, objective: Objective, split: str, epsilon: float, relative: bool) -> None:
         self.bench, self.objective, self.split = bench, objective, split

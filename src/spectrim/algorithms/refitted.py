@@ -37,7 +37,7 @@ class Refitted:
 
     @property
     def decomposer(self) -> Decomposer:
-        """That of the selector."""
+        """Return the decomposer that the selector is best with."""
         return decomposer_of(self.selector)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:

@@ -1,4 +1,4 @@
-"""SVD training with rank selection (S2, Algorithm 3): train U, S and V, and cut them between epochs."""
+"""Train U, S and V, and cut them between epochs: SVD training with rank selection (S2, Algorithm 3)."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -123,7 +123,7 @@ class SVDTraining:
 
 
 class _Callbacks:
-    """The penalties of the factors, and the selection of their ranks between epochs."""
+    """Add the penalties of the factors to the loss, and select their ranks between epochs."""
 
     def __init__(self, chosen: SVDTraining, net: nn.Module, layers: Sequence[str], judged: Objective) -> None:
         self.settings, self.net, self.layers, self.judged = chosen, net, layers, judged

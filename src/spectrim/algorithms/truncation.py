@@ -1,4 +1,4 @@
-"""Truncation, the baseline: cut every layer by one rule, without looking at the loss."""
+"""Cut every layer by one rule, without looking at the loss: truncation, the baseline."""
 
 from functools import partial
 

@@ -1,1 +1,1 @@
-"""Factors fitted to the outputs of the dense layers, without labels."""
+"""Fit factors to the outputs of the dense layers, without labels."""

@@ -84,7 +84,7 @@ def _fit_layer(
 
 
 class _Moments(NamedTuple):
-    """Second moments ``E[x x^T]``, ``E[y x^T]`` and means of inputs x and wanted outputs y; float64, g groups."""
+    """Hold second moments ``E[x x^T]``, ``E[y x^T]`` and means of inputs x and wanted outputs y; float64, g groups."""
 
     xx_gII: Tensor
     yx_gOI: Tensor
@@ -101,7 +101,7 @@ class _Moments(NamedTuple):
 
 @dataclass
 class _Flows:
-    """What one layer sees in each batch.
+    """Hold what one layer sees in each batch.
 
     ``x``: its input in the compressed model. ``y``: its output in the dense model. ``masks``: 0 at padding (None: no
     padding).

@@ -1,4 +1,4 @@
-"""The least-squares fit of the two factors of a large convolution: in closed form, or by variable projection.
+"""Fit the two factors of a large convolution by least squares: in closed form, or by variable projection.
 
 With the inputs x of one position (all pixels of a patch) and the wanted outputs y, the factors of W minimise
 ``E ||y - W x||^2 = tr(W xx W^T) - 2 tr(yx W^T)`` up to a constant, where ``xx = E[x x^T]`` and ``yx = E[y x^T]``.
@@ -68,7 +68,7 @@ def reduced_rank(xx_II: Tensor, yx_OI: Tensor, rank: int) -> tuple[Tensor, Tenso
 
 
 class _Moments(NamedTuple):
-    """The second moments of one group, by pixels of the second kernel: xx (P, K, P, K), and yx (P, O, K)."""
+    """Hold the second moments of one group, by pixels of the second kernel: xx (P, K, P, K), and yx (P, O, K)."""
 
     xx_PKPK: Tensor
     yx_POK: Tensor

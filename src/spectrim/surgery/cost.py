@@ -13,7 +13,7 @@ from spectrim.surgery.unpacking import unpacked
 
 
 class Cost(NamedTuple):
-    """The cost of a whole model: parameters, shared ones once, and multiply-accumulates (MACs) of one input."""
+    """Hold the cost of a whole model: parameters, shared ones once, and multiply-accumulates (MACs) of one input."""
 
     params: int
     macs: int

@@ -138,7 +138,7 @@ def _shares(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes how a model uses ``layers`` while it runs on ``inputs``.
+    """Note how a model uses ``layers`` while it runs on ``inputs``.
 
     ``called``: the layers that are called. ``read``: the layers whose weight or bias is used while their own
     ``forward`` is not running. ``on_others``: the embeddings that are called on anything but a part of ``inputs``.

@@ -130,7 +130,7 @@ def copied(model: nn.Module, known: dict[int, Any] | None = None) -> nn.Module:
 
 
 class WithoutHistory(TorchFunctionMode):
-    """Lets tensors with a gradient history be copied, which torch refuses. A gradient pass leaves such activations."""
+    """Let tensors with a gradient history be copied, which torch refuses. A gradient pass leaves such activations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:

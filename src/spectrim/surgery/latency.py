@@ -1,4 +1,4 @@
-"""Milliseconds of layers on this machine: measured at a few ranks and interpolated to every rank."""
+"""Measure the milliseconds of layers on this machine at a few ranks, and interpolate to every rank."""
 
 import math
 import statistics
@@ -24,7 +24,7 @@ LEAST_SLOPE = 0.1  # the least slope of a curve, as a fraction of its mean slope
 
 
 class LayerTimes(NamedTuple):
-    """Milliseconds of one layer in one forward pass: ``dense``, and ``factored`` at each of the rising ``ranks``."""
+    """Hold the milliseconds of one layer in a pass: ``dense``, and ``factored`` at each of the rising ``ranks``."""
 
     dense: float
     ranks: tuple[int, ...]
@@ -40,14 +40,14 @@ class LayerTimes(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Times of the layers of a model by name, and the milliseconds of its forward pass ``outside`` of them."""
+    """Hold the times of the layers of a model by name, and the milliseconds of its forward pass ``outside`` of them."""
 
     layers: dict[str, LayerTimes]
     outside: float
 
     @property
     def total(self) -> float:
-        """The milliseconds of the dense model."""
+        """Return the milliseconds of the dense model."""
         return self.outside + sum(times.dense for times in self.layers.values())
 
 

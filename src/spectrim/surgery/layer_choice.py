@@ -1,4 +1,4 @@
-"""Which layers the user wants to be factored, and the ranks that the user has set."""
+"""Say which layers the user wants to be factored, and which ranks the user has set."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ REGEX = "re:"
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """The layers that may be factored.
+    """Say which layers may be factored.
 
     A pattern is the name of a module, a glob such as ``"layer4.*"``, or ``"re:"`` and a regular expression that matches
     from the start of a name. It stands for every layer that it names, and for those inside a module that it names.

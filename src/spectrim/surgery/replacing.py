@@ -1,4 +1,4 @@
-"""From a plan to a model: layers replaced by factored ones."""
+"""Replace the layers of a model by factored ones, as a plan says."""
 
 import copy
 from collections.abc import Mapping

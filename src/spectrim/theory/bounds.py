@@ -1,4 +1,4 @@
-"""Theorems 1 to 3 of S2 as functions of singular values, Lipschitz constants and norms.
+"""Compute Theorems 1 to 3 of S2 from singular values, Lipschitz constants and norms.
 
 The network is a chain ``X_l = a_l(W_l X_{l-1} + b_l)`` for l = 1..L. Each a_l is rho_l-Lipschitz with a_l(0) = 0. In
 the truncated network W_l has rank k_l; the biases are the same. Let e_l be the distance between the outputs of layer l
@@ -28,7 +28,7 @@ LOSS_LIPSCHITZ = {"cross_entropy": math.sqrt(2), "distance": 1.0}
 
 
 class Stage(NamedTuple):
-    """One layer, and what follows it up to the next layer.
+    """Hold one layer, and what follows it up to the next layer.
 
     ``S_R``: descending; S_R[k] bounds the norm of the part that rank k drops, and S_R[0] that of the whole map. These
     are the singular values, times the gain of a convolution.

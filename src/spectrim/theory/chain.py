@@ -36,7 +36,7 @@ NEEDED = "the bounds need a chain of Linear, Conv2d and known activations"
 
 
 class Chain(NamedTuple):
-    """The stages of a network in their order, and the Lipschitz constant ``lead`` of what precedes the first."""
+    """Hold the stages of a network in their order, and the Lipschitz constant ``lead`` of what precedes the first."""
 
     stages: tuple[Stage, ...]
     lead: float

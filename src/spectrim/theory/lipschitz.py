@@ -1,4 +1,4 @@
-"""Lipschitz constants in the 2-norm, of activations, pooling and convolutions."""
+"""Give Lipschitz constants in the 2-norm, of activations, pooling and convolutions."""
 
 import math
 from collections.abc import Callable

@@ -186,7 +186,7 @@ def _in_our_layers(
 def _report(
     model: nn.Module, compressed: nn.Module, layers: Mapping[str, nn.Module], objective: Objective
 ) -> pd.DataFrame:
-    """Return one row per layer, as ``Workbench.finish`` does."""
+    """Return one row per layer, with the columns of ``Compressed.report``."""
     gradients = objective.gradients(model, list(layers))
     rows = []
     for name, dense in layers.items():

@@ -1,4 +1,4 @@
-"""What an algorithm is, and what it returns: a compressed model with its plan, its report and its cost."""
+"""Define an algorithm and what it returns: a compressed model with its plan, its report and its cost."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +23,7 @@ from spectrim.surgery.cost import Cost, model_cost, parameters
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """A selector. ``compress`` leaves the given model as it was and sees only what ``objective`` holds."""
+    """Select ranks. ``compress`` leaves the given model as it was and sees only what ``objective`` holds."""
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> "Compressed":
         """Select what to keep of each layer, and return the compressed copy."""
@@ -36,7 +36,7 @@ def decomposer_of(algorithm: Algorithm) -> Decomposer:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compressed model, how it was made, and what it costs.
+    """Hold a compressed model, how it was made, and what it costs.
 
     ``plan``: what is kept of each layer that is factored.
     ``reporter``: makes ``report``.
@@ -61,7 +61,7 @@ class Compressed:
 
     @property
     def report(self) -> pd.DataFrame:
-        """One row for each layer that could be factored.
+        """Return one row for each layer that could be factored.
 
         layer, shape, full_rank, break_even, rank (missing: left dense), params_before, params_after, predicted_change
         (of the calibration loss, to first order) and relative_error (of the weight). It is made when it is first read.
@@ -71,32 +71,32 @@ class Compressed:
 
     @property
     def reporting(self) -> dict[str, Any]:
-        """What the report took: seconds, cpu_seconds, and samples_read by split. No selection needs it."""
+        """Return what the report took: seconds, cpu_seconds, and samples_read by split. No selection needs it."""
         return self.reporter().spent
 
     @cached_property
     def cost(self) -> Cost:
-        """Parameters and MACs of the compressed model."""
+        """Count the parameters and the MACs of the compressed model."""
         return model_cost(self.model, self._example())
 
     @cached_property
     def dense_cost(self) -> Cost:
-        """Parameters and MACs of the given model."""
+        """Count the parameters and the MACs of the given model."""
         return model_cost(self.dense, self._example())
 
     @property
     def params_kept(self) -> float:
-        """Parameters of the whole compressed model over those of the whole dense one."""
+        """Return the parameters of the whole compressed model over those of the whole dense one."""
         return parameters(self.model) / parameters(self.dense)
 
     @property
     def macs_kept(self) -> float:
-        """MACs of the whole compressed model over those of the whole dense one."""
+        """Return the MACs of the whole compressed model over those of the whole dense one."""
         return self.cost.macs / self.dense_cost.macs
 
     @property
     def predicted_change(self) -> float:
-        """First-order change of the calibration loss, summed over the factored layers.
+        """Return the first-order change of the calibration loss, summed over the factored layers.
 
         Raises ``UserError`` where it could not be predicted, with the reason.
         """

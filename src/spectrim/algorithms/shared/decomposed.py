@@ -1,4 +1,4 @@
-"""The spectra of the layers of a model: remembered, and taken in blocks of layers where memory is short."""
+"""Decompose the layers of a model, in blocks of layers where memory is short, and remember their spectra."""
 
 from collections.abc import Mapping
 

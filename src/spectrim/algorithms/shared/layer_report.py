@@ -1,4 +1,4 @@
-"""The report of a compressed model, one row a layer. It is made when it is first read."""
+"""Make the report of a compressed model, one row a layer, when it is first read."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from spectrim.tools.profiling import Timed
 
 
 class LayerReport(NamedTuple):
-    """The report, and what it took.
+    """Hold the report, and what it took.
 
     ``layers``: one row for each layer that could be factored.
     ``unpredicted``: why the column predicted_change is NaN; empty where it is not.

@@ -1,4 +1,4 @@
-"""Measurements of a search, stored so that a resumed search takes none of them again."""
+"""Store the measurements of a search, so that a resumed search takes none of them again."""
 
 import json
 from collections import Counter

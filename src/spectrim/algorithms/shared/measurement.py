@@ -1,4 +1,4 @@
-"""What a measurement is, and what it returns. It looks at a model and compresses nothing."""
+"""Define a measurement and what it returns. It looks at a model and compresses nothing."""
 
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
@@ -11,7 +11,7 @@ from spectrim.statistics.objective import Objective
 
 @dataclass(frozen=True)
 class Readings:
-    """What a measurement found.
+    """Hold what a measurement found.
 
     ``rows``: one dictionary of numbers for each thing that was measured; all have the same keys.
     ``notes``: what could not be measured, and why.
@@ -23,7 +23,7 @@ class Readings:
 
 @runtime_checkable
 class Measurement(Protocol):
-    """A measurement of a model. It leaves the model as it was."""
+    """Measure a model and leave it as it was."""
 
     def measure(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Readings:
         """Return the readings. ``decomposer`` gives the spectra, ``objective`` the splits and the loss."""

@@ -1,4 +1,4 @@
-"""The neighbourhood of the trained weight in which a first-order prediction is believed."""
+"""Tell the ranks near the trained weight, at which a first-order prediction is believed."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ Norm = Literal["entrywise", "relative", "frobenius"]
 
 @settings
 class Neighbourhood:
-    """The size of a weight change up to which its first-order prediction is used.
+    """Bound the size of a weight change up to which its first-order prediction is used.
 
     ``norm``: ``entrywise``, ``max |W_k - W|``, the condition that S1b states; ``relative``,
         ``||W_k - W||_F / ||W||_F``; or ``frobenius``, ``||W_k - W||_F``.

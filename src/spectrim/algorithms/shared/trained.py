@@ -1,4 +1,4 @@
-"""Training inside an algorithm: how it starts, and the compressed model that it ends in."""
+"""Start a training inside an algorithm, and return the compressed model that it ends in."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace

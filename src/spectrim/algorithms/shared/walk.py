@@ -1,4 +1,4 @@
-"""The greedy walk over layers, by first-order prediction, that lossless and compact optimisation share."""
+"""Walk over the layers by first-order prediction, as lossless and compact optimisation do."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -180,7 +180,7 @@ class Walk(ABC):
 
 @dataclass
 class _Layer:
-    """What the walk knows of a layer.
+    """Hold what the walk knows of a layer.
 
     ``allowed``: the ranks inside the neighbourhood, in ascending order.
     ``curve``: the first-order change of the loss at every rank from 0, shape (R + 1,).

@@ -1,4 +1,4 @@
-"""What an algorithm works on: the layers of a model, each decomposed, and the model made of what it keeps."""
+"""Decompose the layers of a model for an algorithm, and make the model of what it keeps."""
 
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -28,7 +28,7 @@ from spectrim.surgery.unpacking import pack, unpacked
 
 @dataclass(frozen=True, eq=False)
 class Workbench:
-    """A model opened for an algorithm: each layer that can be factored is decomposed once. Nothing in it changes.
+    """Open a model for an algorithm: each layer that can be factored is decomposed once. Nothing in it changes.
 
     ``given``: the model that the user gave.
     ``before``: the same model, or a copy in which each matrix is a layer (``unpacking``).
@@ -105,7 +105,7 @@ class Workbench:
 
     @property
     def all_spectra(self) -> dict[str, Spectrum]:
-        """The spectra of all layers, with those whose rank the user has set, in the model's order."""
+        """Return the spectra of all layers, with those whose rank the user has set, in the model's order."""
         found = {**self.spectra, **{name: spectrum for name, (spectrum, _) in self.fixed.items()}}
         return {name: found[name] for name, _ in self.model.named_modules() if name in found}
 
