@@ -3,9 +3,11 @@
 import copy
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ def test_no_page_with_code_is_left_out() -> None:
     assert {kind for _, kind in kinds} == {"", "python", "yaml"}
     assert {page for page, kind in kinds if kind == "yaml"} == ELSEWHERE
     with_code = {page.name for page in PAGES if blocks(page, "python")}
-    assert with_code - ELSEWHERE == {"README.md", "faq.md", "language_models.md", "large_models.md", "own_network.md"}
+    pages = {"README.md", "faq.md", "language_models.md", "large_models.md", "own_network.md", "using_the_result.md"}
+    assert with_code - ELSEWHERE == pages
 
 
 def test_the_ten_lines_of_the_readme_run(
@@ -92,6 +95,35 @@ def test_the_page_on_language_models_runs(decoder: tuple[nn.Module, Any], token_
     )
     ids = token_batches[0][0]
     assert torch.equal(given["model"](**ids).logits, given["result"].model(**ids).logits)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's exporter, peft and torchao about their own code
+def test_the_page_on_using_the_result_runs(
+    network: dict[str, Any], decoder: tuple[nn.Module, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in meeting.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.syspath_prepend(str(folder))
+    ids = torch.randint(3, 50, (4, 12))
+    given = network | {"decoder": decoder[0], "texts": [({"input_ids": ids}, ids)], "inputs": network["loader"][0][0]}
+    needed = {"onnx": "onnxruntime", "peft": "peft", "torchao": "torchao"}
+    page, left = ROOT / "docs" / "using_the_result.md", []
+    try:
+        for code in blocks(page, "python"):
+            missing = [package for word, package in needed.items() if word in code and not find_spec(package)]
+            left += missing
+            if not missing:
+                exec(compile(code, page.name, "exec"), given)
+    finally:
+        sys.modules.pop("small_net", None)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert torch.equal(given["scores"], given["module"](given["inputs"])) and given["result"].params_kept <= 0.5
+    if left:
+        pytest.skip(f"the rest of the page ran; not installed: {', '.join(left)}")
 
 
 def test_the_page_on_large_models_runs(token_batches: Any, tiny: Any, folder: Path) -> None:
