@@ -103,7 +103,12 @@ def test_the_page_on_using_the_result_runs(
 ) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        meeting = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        meeting = {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free.getsockname()[1]),
+        }
     for name, value in meeting.items():
         monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(str(folder))

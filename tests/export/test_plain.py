@@ -128,15 +128,6 @@ def test_a_model_that_reads_its_layers_is_refused_and_nothing_is_written(tmp_pat
     assert not (tmp_path / "small").exists()
 
 
-def test_a_module_that_is_factored_inside_is_refused(tmp_path: Path) -> None:
-    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-    calibration = [torch.randn(3, 7, 16)]
-    result = spectrim.compress(encoder, calibration=calibration, algorithm=spectrim.Truncation(ratio=0.5))
-    with pytest.raises(spectrim.UserError, match='self_attn, a MultiheadAttention.*export as "pt2"'):
-        result.export("plain", tmp_path / "small")
-    assert not list(tmp_path.iterdir())
-
-
 def test_names_of_layers_are_quoted(tmp_path: Path) -> None:
     model = nn.Sequential(OrderedDict([("a'), 'b", nn.Linear(16, 16))]))
     result = spectrim.compress(model, algorithm=spectrim.Truncation(rank=3))

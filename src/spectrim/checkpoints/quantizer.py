@@ -24,6 +24,7 @@ from spectrim.checkpoints import filling
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery.reopening import factored_layers, kept_in
+from spectrim.surgery.unpacking import unpack_around
 
 METHOD = "spectrim"
 
@@ -110,14 +111,16 @@ def classes() -> tuple[Any, Any]:
 
 
 def _plan_in(model: Any, plan: RankPlan) -> RankPlan:
-    """Return the part of the plan whose layers ``model`` has, by their names there.
+    """Return the part of the plan whose layers ``model`` has, by their names there. Unpack the modules around them.
 
     A model without a head, or with another one, has the same layers with or without a prefix.
     """
-    prefix, modules = f"{model.base_model_prefix}.", dict(model.named_modules())
-    found = {}
+    prefix = f"{model.base_model_prefix}."
+    names = {layer: (layer, layer.removeprefix(prefix), prefix + layer) for layer in plan}
+    unpack_around(model, [name for own in names.values() for name in own])
+    found, modules = {}, dict(model.named_modules())
     for layer, kept in plan.items():
-        for name in (layer, layer.removeprefix(prefix), prefix + layer):
+        for name in names[layer]:
             if name in modules:
                 found[name] = kept
                 break

@@ -69,19 +69,13 @@ def write(folder: Path, model: nn.Module, example: Inputs | None) -> None:
     ``example``: inputs on which the plain model must give the outputs of ``model``; None: it is not run.
 
     Raises ``UserError`` where the model needs more of a factored layer than its output, where a layer is of a class
-    that torch has not or lies in an unpacked module, and where the folder cannot be written.
+    that torch has not, and where the folder cannot be written.
     """
     for name, module in model.named_modules():
         if isinstance(module, Unpacked):
             kind = type(module).__name__
             raise UserError(f'{name or "the model"} is now an {kind}, which torch has not; export as "pt2"')
     factored = [name for name, module in model.named_modules() if isinstance(module, FactoredLayer)]
-    for name, module in model.named_modules():
-        if isinstance(module, Unpacked):  # Its layers are none of the dense model.
-            kind = vars(module)["_packed_class"].__name__
-            raise UserError(
-                f'{name or "the model"}, a {kind}, is factored inside, where torch has no layer; export as "pt2"'
-            )
     plain = plain_model(model)
     made = {name: code_of(plain.get_submodule(name), name) for name in factored}
     if example is not None:
