@@ -132,6 +132,16 @@ def test_without_the_package_a_run_goes_on(
     assert "tracking is off" in capsys.readouterr().err
 
 
+def test_error_reports_which_look_up_a_host_are_off_before_the_import(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "as before")  # so that it is put back at the end
+    monkeypatch.delenv("WANDB_ERROR_REPORTING")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    follow(WandB(dir=str(tmp_path)))
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"
+
+
 @pytest.mark.parametrize("setting", [{"mode": "on"}, {"project": 3}])
 def test_a_wrong_setting_is_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(setting))):

@@ -176,7 +176,7 @@ def test_a_budget_that_the_layers_left_out_put_out_of_reach_is_one_line() -> Non
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.body(x - x.mean(0, keepdim=True)).mean(1) - self.body(x).mean((0, 1)))
 
-    with pytest.raises(UserError, match=r"out of reach.*first: its rows do not belong to one sample"):
+    with pytest.raises(UserError, match=r"out of reach.*first, second: its rows do not belong to one sample"):
         plan_of(Mixing(), [batch()])
 
 
