@@ -11,7 +11,7 @@ import pandas as pd
 from measure import Outcome, Target, clocked, seconds
 
 from spectrim.algorithms.shared import compressed
-from spectrim.cli import run
+from spectrim.cli import commands
 from spectrim.decomposers.svd import SVD
 from spectrim.report.table import Column, Table
 from spectrim.statistics.objective import Objective
@@ -70,7 +70,7 @@ def _command(arguments: Sequence[str]) -> None:
     """Run the command ``spectrim`` in this process."""
     typed, sys.argv = sys.argv, ["spectrim", *arguments]
     try:
-        run.main()
+        commands.compress()
     finally:
         sys.argv = typed
 

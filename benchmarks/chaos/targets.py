@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import spectrim
-from spectrim.cli import run as cli_run
-from spectrim.cli import train as cli_train
+from spectrim.cli import commands
 from spectrim.tools import files
 
 # What an unbroken run may have otherwise: times, memory, and where and when it ran.
@@ -94,7 +93,7 @@ def _command(entry: Callable[[], None], *arguments: str) -> None:
 
 def _train(folder: Path) -> None:
     _command(
-        cli_train.main,
+        commands.train,
         "model=mlp",
         "data=digits",
         "threads=1",
@@ -107,7 +106,7 @@ def _train(folder: Path) -> None:
 
 def _grid(folder: Path, *more: str) -> None:
     _command(
-        cli_run.main,
+        commands.compress,
         "-m",
         "model=mlp",
         "data=digits",

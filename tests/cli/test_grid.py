@@ -1,6 +1,7 @@
 """A grid of runs, one after the other or by joblib: what fails is named, what was stopped goes on where it was."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from spectrim.cli import grid, run
+from spectrim.cli import claims, commands, grid, messages, progress, run
 from spectrim.errors import UserError
 from spectrim.records import records
 from spectrim.runs import configuration
@@ -22,16 +23,14 @@ SOURCE = str(Path(configuration.__file__).parents[2])
 LAUNCHERS = (["hydra/launcher=basic"], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"])
 
 
-def started(arguments: list[str], folder: Path) -> subprocess.Popen:
+def started(arguments: list[str], folder: Path, stdout: int = subprocess.DEVNULL) -> subprocess.Popen:
     """The command as a process."""
     environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
     environment.pop("HYDRA_FULL_ERROR", None)
     command = [sys.executable, "-m", "spectrim.cli.run", *arguments]
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and inherited so, in a background job
     try:
-        return subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGINT, usual)
 
@@ -87,7 +86,7 @@ def in_process(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Pa
     monkeypatch.setattr(sys, "argv", ["spectrim", "-m", *arguments, *QUIET])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.chdir(folder)
-    run.main()
+    commands.compress()
 
 
 def test_a_single_failed_run_is_named(
@@ -156,6 +155,49 @@ def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
     assert capsys.readouterr().err.count("already recorded") == len(after_interrupt)
     assert len(recorded()) == cells == len(records.read_all(tmp_path, "runs"))
     assert after_kill.items() <= after_interrupt.items() <= recorded().items()
+
+
+def test_a_grid_that_is_started_twice_at_once_computes_each_cell_once(digits: list[str], tmp_path: Path) -> None:
+    words = ["-m", *digits, "model.hidden=[300,300]", "algorithm=truncation", "algorithm.ratio=0.2,0.3,0.4", "seed=0,1"]
+    both = [started(words, tmp_path, subprocess.PIPE) for _ in range(2)]
+    told = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum(out.count(" params kept ") for out, _ in told) == 6 == len(records.read_all(tmp_path, "runs"))
+    assert {path.suffix for path in (tmp_path / "runs").iterdir()} == {".json"}
+
+
+def test_a_cell_that_another_process_computes_is_left_to_it_and_waited_for(
+    digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = [*digits, "algorithm=truncation", "algorithm.ratio=0.4,0.6"]
+    usual, claimed, waited = claims.claimed, list[Path](), list[Path]()
+
+    def taken(result: Path, wait: bool) -> Any:
+        claimed.append(result)
+        if len(claimed) == 1:
+            raise claims.Elsewhere("by a neighbour", result)
+        return usual(result, wait)
+
+    monkeypatch.setattr(claims, "claimed", taken)
+    monkeypatch.setattr(claims, "wait_for", waited.append)
+    in_process(words, monkeypatch, tmp_path)
+    said, line = capsys.readouterr(), r"\[{} of 2.*\] mlp/digits truncation \(algorithm.ratio={}\): params kept "
+    assert re.search(line.format(1, 0.6), said.out) and re.search(line.format(1, 0.4), said.out)
+    assert f"spectrim: {claimed[0]} is computed by a neighbour; going on with the next run\n" in said.err
+    assert waited == [claimed[0]] == [claimed[2]] and len(records.read_all(tmp_path, "runs")) == 2
+
+
+@pytest.mark.parametrize("option", ["--quiet", "--verbose"])
+def test_a_grid_says_as_much_as_it_is_asked_to(
+    option: str, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    in_process([*digits, "algorithm=truncation", "algorithm.ratio=0.4,0.6", option], monkeypatch, tmp_path)
+    said = capsys.readouterr()
+    if option == "--quiet":
+        assert said.out == said.err == ""
+    else:
+        assert said.out.count(" params kept ") == 2 and said.err.count("spectrim: select: ") == 2
+    assert messages.LEVEL not in os.environ and progress.FOLDER not in os.environ
 
 
 def test_a_process_of_joblib_leaves_ctrl_c_and_sigterm_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:

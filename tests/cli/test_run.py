@@ -15,7 +15,7 @@ from torch import nn
 
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.algorithms.truncation import Truncation
-from spectrim.cli import run
+from spectrim.cli import commands, run
 from spectrim.errors import UserError
 from spectrim.records import records
 from spectrim.runs import configuration, signing
@@ -298,7 +298,7 @@ def test_a_mistake_is_one_line_and_status_1(
     monkeypatch.setattr(sys, "argv", ["spectrim", *QUIET, *digits, *overrides])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(SystemExit) as ending:
-        run.main()
+        commands.compress()
     said = capsys.readouterr().err
     assert ending.value.code == 1
     assert message in said and said.startswith("spectrim: ") and said.count("\n") == 1
@@ -310,7 +310,7 @@ def test_a_former_name_of_a_grid_runs_it_and_says_the_present_one(
 ) -> None:
     small = ["model.depth=2", "seed=0", f"records={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["spectrim", *QUIET, "experiment=table8_untrained", *small])
-    run.main()
+    commands.compress()
     assert (
         "spectrim: experiment=table8_untrained is named experiment=table8/bounds_untrained now\n"
         in capsys.readouterr().err

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from spectrim.algorithms.bound_probe import BoundProbe
-from spectrim.cli import run, status
+from spectrim.cli import claims, commands, grids, status
 from spectrim.errors import UserError
 from spectrim.records import records
 from spectrim.runs import cells
@@ -22,7 +22,7 @@ GRID = "table8/bounds_untrained"
 def told(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, list[str]]:
     """Exit status and lines of the command."""
     capsys.readouterr()
-    ended = status.main(["status", *arguments])
+    ended = grids.main(["status", *arguments])
     captured = capsys.readouterr()
     return ended, (captured.out + captured.err).splitlines()
 
@@ -35,7 +35,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(
             sys, "argv", ["spectrim", "-m", f"experiment={GRID}", f"records={tmp_path}", *words, *QUIET]
         )
-        run.main()
+        commands.compress()
 
     return swept
 
@@ -64,7 +64,15 @@ def test_a_failed_cell_is_told_with_its_reason_until_it_succeeds(
     (note,) = tmp_path.rglob("*.failed.json")
     assert json.loads(note.read_text()) == {"reason": "no luck with deep nets"}
 
-    sweep("model.depth=2,3", "seed=0")
+    capsys.readouterr()
+    folder = ["--records", str(tmp_path)]
+    assert grids.main(["failed", GRID, *folder]) == 1
+    command = f"spectrim experiment={GRID} model.depth=3 seed=0 records={tmp_path}"
+    assert capsys.readouterr().out == f"{GRID} model.depth=3 seed=0: no luck with deep nets\n  {command}\n"
+
+    assert grids.main(["rerun", GRID, *folder]) == 0
+    assert f"1 of 1: {command}\n{GRID}: 1 of 1 failed cells succeeded\n" in capsys.readouterr().out
+    assert grids.main(["failed", GRID, *folder]) == 0
     assert not list(tmp_path.rglob("*.failed.json"))
     assert told(capsys, GRID, "--records", str(tmp_path))[1][4].startswith("  done    model.depth=3 seed=0 (")
 
@@ -74,7 +82,7 @@ def test_a_single_run_that_fails_leaves_no_note(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["spectrim", *digits, "algorithm=truncation", "algorithm.ratio=2", *QUIET])
     with pytest.raises(SystemExit):
-        run.main()
+        commands.compress()
     assert "ratio must lie in" in capsys.readouterr().err and not list(tmp_path.rglob("*.json"))
 
 
@@ -117,6 +125,33 @@ def test_a_record_that_holds_anything_else_is_damaged(content: bytes, tmp_path: 
     assert status.state_of(cell, tmp_path) == status.State("failed", f"{path} is damaged: delete it")
 
 
+def test_a_cell_that_runs_is_told_with_its_process(tmp_path: Path) -> None:
+    cell = cells.Cell(("seed=0",), "table8", "0" * 16, None)
+    path = records.path_of(tmp_path, cell.experiment, "0" * 16)
+    records.failure_path(path).parent.mkdir()
+    records.failure_path(path).write_text('{"reason": "an earlier one"}')
+    assert status.state_of(cell, tmp_path).word == "failed"
+    with claims.claimed(path, wait=False):
+        state = status.state_of(cell, tmp_path)
+        assert state.word == "running" and status.line(cell, state).startswith("  running seed=0: by process ")
+        assert status.summary("g", [state]) == "g: 0 of 1 cells done, 1 running, hours left unknown"
+
+
+def test_a_damaged_record_is_made_anew_and_kept_aside(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    ((_, stand),) = list(grids._states(GRID, tmp_path))
+    signature = str(stand[0][0].signature)
+    path = records.path_of(tmp_path, "table8", signature)
+    path.parent.mkdir()
+    path.write_text("{")
+    assert grids.main(["rerun", GRID, "--records", str(tmp_path)]) == 0
+    assert path.with_suffix(".damaged").read_text() == "{"
+    capsys.readouterr()
+    assert grids.main(["diff", str(path), signature[:10], "--records", "results/records"]) == 1
+    said = capsys.readouterr().out
+    assert "\nprovenance.time_utc: " in said and "config." not in said
+    assert grids.main(["diff", str(path), str(path)]) == 0 and capsys.readouterr().out == ""
+
+
 def test_the_hours_are_those_of_the_cells_that_are_left() -> None:
     done, same, new = (
         status.State("done", seconds=1800.0),
@@ -136,6 +171,6 @@ def test_an_unknown_grid_is_one_line(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_it_does_not_load_torch() -> None:
-    command = [sys.executable, "-c", "import sys, spectrim.cli.status; print(*sys.modules)"]
+    command = [sys.executable, "-c", "import sys, spectrim.cli.grids; print(*sys.modules)"]
     modules = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert not modules & {"torch", "torchvision", "pandas", "wandb"}

@@ -17,14 +17,13 @@ from threading import RLock, Thread
 from traceback import format_exc, walk_tb
 from typing import Any, NoReturn
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from joblib.parallel import LokyBackend, register_parallel_backend
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from spectrim.cli import streams
+from spectrim.cli import claims, messages, progress, streams
+from spectrim.cli.messages import LOG
 from spectrim.cli.termination import STATUS, Terminated, terminable
 from spectrim.errors import UserError
 from spectrim.records.records import failure_path
@@ -35,13 +34,16 @@ from spectrim.tools import files, malloc
 composition.guard()  # here, because joblib's workers import this module before they compose a cell
 
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)
-# Environment variable: the folder into which each failed run of a grid writes its line, from any worker process.
-FAILURES = "SPECTRIM_FAILURES"
 
 
 @contextmanager
 def cell(program: str) -> Iterator[None]:
-    """Guard one run. In a grid the others go on after a failure; ``command_line`` names the failed ones at the end."""
+    """Guard one run.
+
+    In a grid the others go on after a failure; ``command_line`` names the failed ones at the end. It also waits for
+    the runs that another process computes.
+    """
+    messages.configure()  # here too, because a process of a grid begins here
     if parent_process() is not None:
         _obey()
     malloc.give_back()  # memory fragments of the last run would add up
@@ -49,16 +51,18 @@ def cell(program: str) -> Iterator[None]:
     try:
         check_choices()
         yield
+    except claims.Elsewhere as other:
+        LOG.info("%s is computed %s; going on with the next run", other.result, other)
+        progress.leave("elsewhere", str(other.result.absolute()))
     except Exception as raised:
         error = _of_the_machine(raised)
-        if not _in_grid():
+        if not progress.in_grid():
             raise error from raised.__cause__
         said = f"{_reason(error)} (in {invocation(program)})"
-        with suppress(KeyError, OSError):  # no command line around it, or one that was killed
-            folder = Path(os.environ[FAILURES])
-            (folder / f"run{HydraConfig.get().job.num:09d}").write_text(said)
-            if not isinstance(error, MISTAKES):
-                (folder / "fault").write_text(format_exc())
+        progress.leave("failed", said)
+        if not isinstance(error, MISTAKES):
+            progress.leave("fault", format_exc())
+        progress.finished(computed=True)
         raise UserError(said) from None
 
 
@@ -69,7 +73,7 @@ def failure_noted(record: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if _in_grid():
+        if progress.in_grid() or note.exists():
             with suppress(UserError):  # A disk that is full must not hide the error.
                 files.write({note: (json.dumps({"reason": _reason(_of_the_machine(error))}, indent=1) + "\n").encode()})
         raise
@@ -79,10 +83,6 @@ def failure_noted(record: Path) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """Return in one line why a run failed. A fault of the code is told with its type."""
     return innermost(error) if isinstance(error, MISTAKES) else f"{type(error).__name__}: {innermost(error)}"
-
-
-def _in_grid() -> bool:
-    return HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN
 
 
 def _of_the_machine(error: Exception) -> Exception:
@@ -131,20 +131,23 @@ def command_line(job: Callable[[], Any]) -> None:
     streams.open_closed()
     register_parallel_backend("loky", _Watched)  # the one that the launcher of Hydra takes
     stderr = _Stderr(sys.stderr)
+    messages.take_options()
     _rename_arguments()
     with TemporaryDirectory(prefix="spectrim-") as folder:
-        os.environ[FAILURES] = folder
+        os.environ[progress.FOLDER] = folder
         try:
             with redirect_stdout(streams.Outlet(sys.stdout)), redirect_stderr(stderr), terminable():
                 job()
+                while _waited():
+                    job()
         except Terminated:
             _end("terminated; the same command goes on where it stopped", STATUS)
         except KeyboardInterrupt:
             _end("interrupted; the same command goes on where it stopped", 130)
         except MISTAKES as error:
-            failed = [path.read_text() for path in sorted(Path(folder).glob("run*"))]
-            for fault in Path(folder).glob("fault"):  # a bug of ours: print one traceback in full
-                sys.stderr.write(fault.read_text())
+            failed = progress.left("failed")
+            for fault in progress.left("fault")[-1:]:  # a bug of ours: print one traceback in full
+                sys.stderr.write(fault)
             _end(f"{len(failed)} runs failed: {'; '.join(failed)}" if len(failed) > 1 else innermost(error), 1)
         except BrokenProcessPool as error:
             if error.__cause__:  # a worker could not read its task: a bug, not a mistake
@@ -156,14 +159,26 @@ def command_line(job: Callable[[], Any]) -> None:
             sys.stderr.write(stderr.withheld)
             raise
         finally:
-            del os.environ[FAILURES]
+            for variable in (progress.FOLDER, composition.SWEEP, messages.LEVEL):
+                os.environ.pop(variable, None)
+
+
+def _waited() -> bool:
+    """Wait for the runs that other processes compute. Return whether there were any: the grid then goes on."""
+    elsewhere = progress.left("elsewhere")
+    if elsewhere:
+        LOG.info("waiting for %d runs that other processes compute", len(elsewhere))
+        for result in elsewhere:
+            claims.wait_for(Path(result))
+        progress.begin_anew()
+    return bool(elsewhere)
 
 
 def _rename_arguments() -> None:
     """Replace the former name of a grid in ``sys.argv``, and say so."""
     for index, (given, present) in enumerate(zip(sys.argv, present_names(sys.argv), strict=True)):
         if given != present:
-            print(f"spectrim: {given} is named {present} now", file=sys.stderr)
+            LOG.warning("%s is named %s now", given, present)
             sys.argv[index] = present
 
 
@@ -176,7 +191,7 @@ def _before_ours(error: Exception) -> bool:
 
 
 def _end(line: str, status: int) -> NoReturn:
-    print(f"spectrim: {line}", file=sys.stderr)
+    LOG.error(line)
     sys.exit(status)
 
 

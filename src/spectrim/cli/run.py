@@ -1,20 +1,20 @@
-"""The command line: compose a configuration, build, compress, measure, record. One run is one record."""
+"""One run: build, compress, measure and record what a configuration describes. One run is one record."""
 
 import shlex
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from spectrim.algorithms.shared.compressed import Algorithm, Compressed
 from spectrim.algorithms.shared.measurement import Measurement, Readings
-from spectrim.cli import grid
+from spectrim.cli import claims, grid, progress
+from spectrim.cli.messages import LOG, RESULTS
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.records import records
@@ -36,18 +36,29 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     tracker = targets.build(configuration.plain(cfg.tracking), "run")
     path = records.path_of(folder, name, signature)
     state = Path(configuration.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
-    if path.exists():
-        print(f"{name} {signature}: already recorded", file=sys.stderr)
-        record = records.read_own(path)
-    else:
-        files.require_writable(path)
-        with grid.failure_noted(path):
-            record = records.sealed(_measured(cfg, settings, signature, checkpoint, state))
-            records.write(folder, record)
+    make = partial(_measured, cfg, settings, signature, checkpoint, state)
+    record, made = (records.read_own(path), False) if path.exists() else _made(path, folder, make)
+    progress.finished(computed=made)
+    if made:
         _say(record)
+    else:
+        LOG.info("%s %s: already recorded", name, signature)
     state.unlink(missing_ok=True)  # Here too, because a kill may have come right after the record.
     _track(tracker, record, path.with_suffix(".tracked"))
     return record
+
+
+def _made(path: Path, folder: Path, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """Make a record, and return it with True. Return False beside a record that another process made meanwhile."""
+    files.require_writable(path)
+    with claims.claimed(path, wait=not progress.in_grid()):
+        if path.exists():
+            return records.read_own(path), False
+        LOG.debug("the record will be %s", path)
+        with grid.failure_noted(path):
+            record = records.sealed(make())
+            records.write(folder, record)
+    return record, True
 
 
 def _measured(
@@ -162,17 +173,21 @@ def _within(log: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]
 
 
 def _say(record: dict[str, Any]) -> None:
+    """Say what a run found; in a grid also how far the grid is, and the settings that vary."""
     names, dense, small = record["names"], record["dense"], record["compressed"]
-    about = f"{names['model']}/{names['data']} {names['algorithm']}"
+    varied = progress.varied()
+    about = f"{progress.said()}{names['model']}/{names['data']} {names['algorithm']}{f' ({varied})' if varied else ''}"
     if not record["layers"]:
-        print(f"{about}: {len(record['log'])} rows measured, nothing compressed")
+        RESULTS.info("%s: %d rows measured, nothing compressed", about, len(record["log"]))
         return
     params, macs = small["params"] / dense["params"], small["macs"] / dense["macs"]
-    print(
+    RESULTS.info(
         f"{about}: params kept {100 * params:.1f} %, MACs {100 * macs:.1f} %; "
         f"test loss {dense['test']['loss']:.4f} -> {small['test']['loss']:.4f}, "
         f"top-1 {_percent(dense)} -> {_percent(small)} %"
     )
+    for name, phase in record["phases"].items():
+        LOG.debug("%s: %.1f s, peak %.0f MiB", name, phase["seconds"], phase["peak_mib"])
 
 
 def _percent(measured: dict[str, Any]) -> str:
@@ -180,19 +195,7 @@ def _percent(measured: dict[str, Any]) -> str:
     return "n/a" if accuracy is None else f"{100 * accuracy:.2f}"
 
 
-@hydra.main(version_base="1.3", config_path=configuration.CONF, config_name="config")
-def _job(cfg: DictConfig) -> None:
-    with grid.cell("spectrim"):
-        run(cfg)
-
-
-def main() -> None:
-    """Entry of ``spectrim``."""
-    grid.command_line(_job)
-
-
 if __name__ == "__main__":
-    # Not by the names of __main__, which the processes of joblib cannot look up.
-    from spectrim.cli.run import main as entry
+    from spectrim.cli.commands import compress
 
-    entry()
+    compress()

@@ -1,7 +1,5 @@
-"""Tell how far a grid is: ``spectrim-grid status table5/resnet20/svd_training_long --records build/records``."""
+"""How the cells of a grid stand: done, running, failed or missing, and the hours that are left."""
 
-import argparse
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +7,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from hydra.initialize import initialize_config_dir
-
-from spectrim.cli.grid import MISTAKES
+from spectrim.cli import claims
 from spectrim.records import records
-from spectrim.runs import configuration
-from spectrim.runs.cells import Cell, cells
+from spectrim.runs.cells import Cell
 from spectrim.tools import files
 
 COMMITTED = Path("results/records")  # they tell how long a cell takes where the grid itself does not
@@ -24,8 +19,8 @@ COMMITTED = Path("results/records")  # they tell how long a cell takes where the
 class State:
     """How one cell stands.
 
-    ``word``: done, failed or missing.
-    ``why``: the reason of a failure, or the checkpoint that is missing.
+    ``word``: done, running, failed or missing.
+    ``why``: the reason of a failure, where it runs, or the checkpoint that is missing.
     ``seconds``: what its run took, here or for the committed record; None where no record tells.
     """
 
@@ -43,6 +38,8 @@ def state_of(cell: Cell, folder: Path) -> State:
         seconds = _seconds(path)
         return State("failed", f"{path} is damaged: delete it") if seconds is None else State("done", seconds=seconds)
     committed, note = _seconds(records.path_of(COMMITTED, cell.experiment, cell.signature)), records.failure_path(path)
+    if where := claims.running(path):
+        return State("running", where, committed)
     if note.exists():
         return State("failed", str(_read(note).get("reason", "unknown")), committed)
     return State("missing", seconds=committed)
@@ -80,7 +77,7 @@ def summary(grid: str, states: Sequence[State]) -> str:
     """Return the line that tells how far a grid is."""
     counted, hours = Counter(state.word for state in states), hours_left(states)
     words = [f"{counted['done']} of {len(states)} cells done"]
-    words += [f"{counted[word]} {word}" for word in ("failed", "missing") if counted[word]]
+    words += [f"{counted[word]} {word}" for word in ("running", "failed", "missing") if counted[word]]
     if counted["done"] < len(states):
         words.append("hours left unknown" if hours is None else f"{hours:.{1 if hours >= 1 else 2}f} hours left")
     return f"{grid}: {', '.join(words)}"
@@ -90,36 +87,3 @@ def line(cell: Cell, state: State) -> str:
     """Return the line of one cell."""
     why = f": {state.why}" if state.why else f" ({state.seconds:.0f} s)" if state.word == "done" else ""
     return f"  {state.word:<7} {' '.join(cell.overrides)}{why}"
-
-
-def report(name: str, folder: Path) -> bool:
-    """Print how far a grid is, cell by cell, or how far each grid of a folder is. Return whether all cells are done."""
-    grids, done = configuration.grids_called(name), True
-    with initialize_config_dir(configuration.CONF, version_base="1.3"):
-        for grid in grids:
-            found = cells(grid)
-            states = [state_of(cell, folder) for cell in found]
-            done = done and all(state.word == "done" for state in states)
-            print(summary(grid, states))
-            for cell, state in zip(found, states, strict=True) if len(grids) == 1 else ():
-                print(line(cell, state))
-    return done
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of ``spectrim-grid``. Return 0 where every cell is done, else 1."""
-    parser = argparse.ArgumentParser(prog="spectrim-grid", description="Tell how far a committed grid is.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    status = commands.add_parser("status", help="tell which cells are done, failed or missing, and the hours left")
-    status.add_argument("experiment", metavar="EXPERIMENT", help="a grid, such as table9/refit, or a folder of grids")
-    status.add_argument("--records", type=Path, default=Path("build/records"), help="folder (default: %(default)s)")
-    options = parser.parse_args(arguments)
-    try:
-        return 0 if report(options.experiment, options.records) else 1
-    except MISTAKES as error:
-        print(f"spectrim-grid: {configuration.innermost(error)}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

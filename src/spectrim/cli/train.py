@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
 from spectrim.checkpoints import single_file
-from spectrim.cli import grid
+from spectrim.cli import claims, progress
+from spectrim.cli.messages import LOG, RESULTS
 from spectrim.data.images import ImageSplit, Splits
 from spectrim.data.text import TextSplit, TextSplits
 from spectrim.errors import UserError
@@ -28,7 +28,7 @@ from spectrim.training.saved_state import StateFile
 
 
 def train(cfg: DictConfig) -> Path:
-    """Train as configured, going on from an interrupted training; returns the checkpoint's path.
+    """Train as configured and return the path of the checkpoint. An interrupted training goes on where it stopped.
 
     A checkpoint that exists is left alone: remove it to train anew.
     """
@@ -36,16 +36,36 @@ def train(cfg: DictConfig) -> Path:
     state = unfinished / f"{path.stem}.state.safetensors"
     if path.is_file():
         state.unlink(missing_ok=True)  # left by a kill right after the checkpoint was written
-        print(f"{path} exists already")
-        return path
+        return _there(path)
     settings = {key: configuration.plain(cfg[key]) for key in ("model", "data", "shape", "recipe")}
     targets.check_targets(settings)
     require_seed("seed", cfg.seed)
     dtype, device = _dtype(cfg.stored_as), device_called(cfg.device)  # refused now rather than after the training
     if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
         raise UserError(f"threads={cfg.threads!r} is not a whole number of at least 1, or null")
-    beside = path.with_suffix(".json")
-    files.require_writable(path, beside, state)
+    files.require_writable(path)  # first, for a folder such as "." has no name to give another ending
+    files.require_writable(path.with_suffix(".json"), state)
+    with claims.claimed(path, wait=not progress.in_grid()):
+        if path.is_file():  # Another process made it while this one waited.
+            return _there(path)
+        record = _trained(cfg, settings, path, state, dtype, device)
+    progress.finished(computed=True)
+    accuracy = record["test"]["accuracy"]
+    top = f"top-1 {100 * accuracy:.2f} %, " if accuracy is not None else ""
+    RESULTS.info("%s%s: test %sloss %.4f", progress.said(), path, top, record["test"]["loss"])
+    return path
+
+
+def _there(path: Path) -> Path:
+    LOG.info("%s exists already", path)
+    progress.finished(computed=False)
+    return path
+
+
+def _trained(
+    cfg: DictConfig, settings: dict[str, Any], path: Path, state: Path, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Train, write the checkpoint and its record, and return the record."""
     recipe: Recipe = targets.build(settings["recipe"], "learning_rate")
     splits: Splits | TextSplits = targets.build(settings["data"], "load").load()
     if not isinstance(splits.train, ImageSplit | TextSplit):
@@ -60,19 +80,16 @@ def train(cfg: DictConfig) -> Path:
         raise UserError(f"{error}; the last good state is {state}") from error
     record = _record(cfg, settings, model, splits, curve)
     # The record first: a checkpoint that is there is taken for finished.
-    files.write({beside: (json.dumps(record, indent=1) + "\n").encode()})
+    files.write({path.with_suffix(".json"): (json.dumps(record, indent=1) + "\n").encode()})
     single_file.save(path, model, RankPlan(), {"model": cfg.names.model, "data": cfg.names.data}, dtype)
     state.unlink(missing_ok=True)
-    accuracy = record["test"]["accuracy"]
-    print(f"{path}: test top-1 {100 * accuracy:.2f} %, " if accuracy is not None else f"{path}: test ", end="")
-    print(f"loss {record['test']['loss']:.4f}")
-    return path
+    return record
 
 
 def _record(
     cfg: DictConfig, settings: dict[str, Any], model: nn.Module, splits: Splits | TextSplits, curve: list[dict]
 ) -> dict[str, Any]:
-    """What lies beside the checkpoint: how the net was trained, how that went, and what it reached."""
+    """Return the record that lies beside the checkpoint: the settings, the course of the training, and its result."""
     judge = Objective(splits.loss, {"calibration": splits.calibration, "test": splits.test})
     return {
         "config": {**records.identity(settings), "seed": cfg.seed},
@@ -93,19 +110,7 @@ def _dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-@hydra.main(version_base="1.3", config_path=configuration.CONF, config_name="train")
-def _job(cfg: DictConfig) -> None:
-    with grid.cell("spectrim-train"):
-        train(cfg)
-
-
-def main() -> None:
-    """Entry of ``spectrim-train``."""
-    grid.command_line(_job)
-
-
 if __name__ == "__main__":
-    # Not by the names of __main__, which the processes of joblib cannot look up.
-    from spectrim.cli.train import main as entry
+    from spectrim.cli import commands
 
-    entry()
+    commands.train()

@@ -4,8 +4,10 @@ Hydra builds callbacks, a launcher and a sweeper, sets up logging and sets envir
 ``hydra``. Any yaml can write there, so without these checks a yaml alone could run code.
 """
 
+import json
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -32,6 +34,8 @@ PLUGINS = (
 HANDLERS = ("logging.StreamHandler", "logging.NullHandler")
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 SHELL = ("setup", "additional_parameters")  # of the launcher for Slurm: lines of a shell script
+# Environment variable: the sweep that runs, for the processes of its cells.
+SWEEP = "SPECTRIM_SWEEP"
 MOST_CELLS = 10_000  # Hydra composes every cell before the first run: this many take a quarter of an hour
 
 
@@ -78,7 +82,9 @@ def check(cfg: DictConfig, mode: RunMode | None = None, words: Sequence[str] = (
     _check_jobs(cfg.hydra.launcher)
     _check_shell(_resolved(cfg.hydra, "launcher"), words)
     if mode is RunMode.MULTIRUN:
-        check_sweep([*_params(cfg), *cfg.hydra.overrides.task])
+        cells, keys = check_sweep([*_params(cfg), *cfg.hydra.overrides.task])
+        # The first composition of a command is that of the sweep; those of its cells follow.
+        os.environ.setdefault(SWEEP, json.dumps({"cells": cells, "keys": keys, "began": time.time()}))
 
 
 def _resolved(node: DictConfig, key: str) -> Any:
@@ -126,14 +132,19 @@ def _params(cfg: DictConfig) -> list[str]:
     return [f"{key}={values}" for key, values in (cfg.hydra.sweeper.get("params") or {}).items()]
 
 
-def check_sweep(overrides: Sequence[str]) -> None:
-    """Refuse a sweep of too many cells before its values are listed, and a sweep over experiments, which loses them."""
+def check_sweep(overrides: Sequence[str]) -> tuple[int, list[str]]:
+    """Return the number of cells of a sweep and the settings that vary.
+
+    Raises ``UserError`` for too many cells, before their values are listed, and for a sweep over experiments, which
+    loses their own sweeps.
+    """
     swept = {one.get_key_element(): one for one in OverridesParser.create().parse_overrides(list(overrides))}
     if "experiment" in swept and swept["experiment"].is_sweep_override():
         raise UserError(f"{swept['experiment'].input_line} sweeps no grid: give one experiment a command")
     cells = math.prod(_count(one) for one in swept.values())
     if cells > MOST_CELLS:
         raise UserError(f"the sweep has {cells} cells, more than {MOST_CELLS}: sweep fewer values")
+    return cells, [key for key, one in swept.items() if one.is_sweep_override()]
 
 
 def _count(override: Override) -> int:

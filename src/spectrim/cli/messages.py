@@ -1,0 +1,40 @@
+"""What the commands print: results on stdout, all else on stderr, as much as ``--quiet`` and ``--verbose`` ask for."""
+
+import logging
+import os
+import sys
+
+LOG = logging.getLogger("spectrim.cli")
+RESULTS = logging.getLogger("spectrim.cli.results")
+OPTIONS = {"--quiet": "WARNING", "--verbose": "DEBUG"}
+SILENT = ("hydra/hydra_logging=none", "hydra/job_logging=none")  # Hydra prints a line a run
+# Environment variable: the level of the messages, for the processes of a grid.
+LEVEL = "SPECTRIM_LOG_LEVEL"
+
+
+class _Console(logging.Handler):
+    """Print to the stream that ``sys`` holds at this moment, because a test or a progress bar may replace it."""
+
+    def __init__(self, stream: str, prefix: str = "") -> None:
+        super().__init__()
+        self.stream, self.prefix = stream, prefix
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{self.prefix}{record.getMessage()}", file=getattr(sys, self.stream))
+
+
+def take_options() -> None:
+    """Remove ``--quiet`` and ``--verbose`` from the command line, which Hydra does not know, and obey them."""
+    for option in [word for word in sys.argv[1:] if word in OPTIONS]:
+        os.environ[LEVEL] = OPTIONS[option]
+        sys.argv.remove(option)
+    if os.environ.get(LEVEL) == OPTIONS["--quiet"]:
+        sys.argv += [none for none in SILENT if not any(word.startswith(none.partition("=")[0]) for word in sys.argv)]
+    configure()
+
+
+def configure() -> None:
+    """Send the messages of this process to the console, at the level of the command that started it."""
+    LOG.setLevel(os.environ.get(LEVEL, "INFO"))
+    for logger, console in ((LOG, _Console("stderr", "spectrim: ")), (RESULTS, _Console("stdout"))):
+        logger.handlers, logger.propagate = [console], False

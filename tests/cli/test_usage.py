@@ -1,0 +1,28 @@
+"""Help comes quickly: no torch, and no file of the configuration is read."""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import sys
+sys.argv = [{program!r}, *{words!r}]
+from spectrim.cli import commands
+try:
+    commands.{entry}()
+finally:
+    print(*{{"torch", "pandas", "wandb"}} & set(sys.modules), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(("program", "entry"), [("spectrim", "compress"), ("spectrim-train", "train")])
+@pytest.mark.parametrize("words", [["--help"], ["model=mlp", "-h"], ["--cfg", "job", "model=mlp"]])
+def test_help_imports_no_torch(program: str, entry: str, words: list[str]) -> None:
+    script = SCRIPT.format(program=program, entry=entry, words=words)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == "\n"
+    if "--cfg" not in words:
+        assert done.stdout.startswith(f"usage: {program} [-m] ") and "--quiet" in done.stdout
+        assert all(f"\n  {group}: " in done.stdout for group in ("algorithm", "data", "model", "recipe", "experiment"))
+        assert " resnet20," in done.stdout
