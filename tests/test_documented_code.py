@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from spectrim.cli import grids
 from spectrim.cli.compress import parser
 from spectrim.fetch import pretrained
 from spectrim.runs.configuration import grids_called
@@ -214,4 +215,9 @@ def test_a_line_for_a_shell_can_be_given(page: str, line: str) -> None:
     else:
         # The tests of the documented commands compose these.
         assert program in {"spectrim", "spectrim-train", "spectrim-grid"}
-        assert any("=" in word for word in words) or (program == "spectrim-grid" and grids_called(words[1]))
+        if program == "spectrim-grid":
+            options = grids.parser().parse_args(words)
+            files = (options.first, options.second) if words[0] == "diff" else ()
+            assert all((ROOT / file).is_file() for file in files) and (files or grids_called(options.experiment))
+        else:
+            assert any("=" in word for word in words)

@@ -86,9 +86,10 @@ def _words(grid: str, cell: Cell, folder: Path) -> list[str]:
     return [f"experiment={grid}", *cell.overrides, f"records={folder}"]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="spectrim-grid", description="Look after a committed grid of runs.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    whole = argparse.ArgumentParser(prog="spectrim-grid", description="Look after a committed grid of runs.")
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
     for name, call, said in (
         ("status", tell, "tell which cells are done, running, failed or missing, and the hours left"),
         ("failed", tell_failed, "list the failed cells, each with its reason and its command"),
@@ -108,12 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(call=compare)
     for command in commands.choices.values():
         command.add_argument("--records", type=Path, default=FOLDER, help="folder (default: %(default)s)")
-    return parser
+    return whole
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of ``spectrim-grid``. Return 0 where all is done, no cell failed or the records agree, else 1."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         return 0 if options.call(options) else 1
     except MISTAKES as error:

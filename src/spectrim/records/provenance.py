@@ -11,7 +11,18 @@ from typing import Any
 
 from spectrim.tools import digests
 
-ROOT = Path(__file__).resolve().parents[3]
+
+def _checkout() -> Path:
+    """Return the root of the checkout that holds this code, or else the folder of this file.
+
+    An installed package may lie in a project of someone else, whose commit and lock file say nothing of it.
+    """
+    above = Path(__file__).resolve().parents[3] / "pyproject.toml"
+    ours = above.is_file() and 'name = "spectrim"' in above.read_text(encoding="utf-8").splitlines()
+    return above.parent if ours else Path(__file__).resolve().parent
+
+
+ROOT = _checkout()
 LOCK = ROOT / "requirements.lock"
 PACKAGES = (
     "spectrim",

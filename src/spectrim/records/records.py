@@ -19,6 +19,9 @@ Record = dict[str, Any]
 SCHEMA = 2  # Schema 1 named classes by module path, so no module could move.
 CLASS = "_class_"
 SEAL = "content_sha256"  # Records made before it was added have none.
+# Of these packages, a class is signed by its name alone, so that its module may move. Of others, by its full name: a
+# class of a user must not be taken for one of ours that has its name and settings.
+BY_NAME = ("spectrim.", "torch.", "torchvision.")
 # Settings that were added after the first records: owner (``run`` or a class name) → setting → the value that the first
 # records were made with. The signature omits a setting at that value, so that older records keep their signatures.
 LATE: Mapping[str, Mapping[str, Any]] = {
@@ -33,14 +36,15 @@ REQUIRED = ("schema", "signature", "experiment", "names", "config", "seed", "den
 def identity(settings: Mapping[str, Any], owner: str = "run") -> dict[str, Any]:
     """Return the part of a configuration that the signature covers.
 
-    It names each class without its module, so modules may move. It omits settings in ``LATE`` at the value given there.
+    It names each class of ``BY_NAME`` without its module. It omits settings in ``LATE`` at the value given there.
 
     ``settings``: a configuration with Hydra's ``_target_``.
     ``owner``: key of ``LATE`` for settings without a ``_target_``.
     """
     found: dict[str, Any] = {}
     if "_target_" in settings:
-        owner = str(settings["_target_"]).rpartition(".")[2]
+        target = str(settings["_target_"])
+        owner = target.rpartition(".")[2] if target.startswith(BY_NAME) else target
         found[CLASS] = owner
     late = LATE.get(owner, {})
     for key, value in settings.items():

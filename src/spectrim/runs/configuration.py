@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from spectrim.errors import UserError
 
-_CHECKOUT = Path(__file__).resolve().parents[3] / "conf"
-CONF = str(_CHECKOUT if _CHECKOUT.is_dir() else Path(__file__).resolve().parents[1] / "conf")
+# The package ``spectrim.conf``; in a checkout, a link to the folder ``conf``.
+CONF = str(Path(__file__).resolve().parents[1] / "conf")
 EXPERIMENTS = Path(CONF) / "experiment"
 # Each line holds a former and a present name. The commands in committed records use the former ones.
 FORMER_NAMES = EXPERIMENTS / "former_names.txt"

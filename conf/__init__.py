@@ -1,0 +1,1 @@
+"""The configuration of spectrim for Hydra: ``pkg://spectrim.conf``."""

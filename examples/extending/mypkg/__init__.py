@@ -1,0 +1,1 @@
+"""Parts of a run that spectrim does not have."""
