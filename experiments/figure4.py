@@ -21,8 +21,8 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 NETWORK = ("resnet20", "cifar10")
 SHOWN = {
     "joint": "joint selection (ours)",
-    "joint, pivoted": "joint, pivoted factors (ours)",
-    "refitted, pivoted": "knapsack, pivoted, our refit",
+    "joint, pivoted": "joint, pivoted (ours)",
+    "refitted, pivoted": "knapsack, pivoted, refit",
     "refitted": "knapsack with our refit",
     "knapsack": "knapsack (BALF)",
     "sensitivity": "sensitivity (ASVD)",
