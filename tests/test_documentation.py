@@ -17,7 +17,7 @@ EXPECTED = (
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 # Files that are named after the package, and the examples of the page on extensions.
-NO_NAMES = re.compile(r"spectrim\.(json|safetensors)$|\.mine(\.|$)")
+NO_NAMES = re.compile(r"spectrim\.(json|safetensors|plugins)$|\.mine(\.|$)")
 
 
 def text_of(page: Path) -> str:

@@ -84,7 +84,8 @@ def _page(table: pd.DataFrame) -> str:
         f"**Faults: {total['tried']:,} tried, {total['failed']} failed** (`make chaos`)\n\n"
         f"{table.to_markdown(index=False)}\n\n"
         "A trial fails where a fault ends in anything but one line, where the work cannot go on after it, where its "
-        "files then differ from those of an unbroken run in more than times, or where anything else is left behind.\n"
+        "files then differ from those of an unbroken run in more than times, or where anything but a free lock is left "
+        "behind.\n"
     )
 
 
@@ -173,7 +174,9 @@ def crowded(target: Target, scratch: Path) -> str | None:
 
 
 def _difference(found: dict[str, bytes], unbroken: dict[str, bytes], where: str) -> str | None:
-    missing, more = sorted(unbroken.keys() - found), sorted(found.keys() - unbroken)
+    missing = sorted(unbroken.keys() - found)
+    # The file of a lock may stay where it cannot be deleted. It is free, and the next process takes it.
+    more = sorted(name for name in found.keys() - unbroken if not name.endswith((".lock", ".running")))
     changed = sorted(name for name in unbroken.keys() & found if unbroken[name] != found[name])
     said = {"missing": missing, "left behind": more, "changed": changed}
     lines = [f"{what}: {', '.join(names)}" for what, names in said.items() if names]

@@ -141,6 +141,7 @@ def test_the_result_is_exported_to_a_graph(name: str) -> None:
     torch.testing.assert_close(exported(x), model(x), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch's own look at a graph that breaks
 @pytest.mark.parametrize("name", ["attention", "conv1d", "transposed", "gru"])
 def test_the_result_is_compiled(name: str) -> None:
     make, shape, _ = CASES[name]
@@ -153,7 +154,9 @@ def test_the_result_is_compiled(name: str) -> None:
 def test_a_training_inside_an_algorithm_ends_in_a_model_that_loads(brief: Any, tmp_path: Any) -> None:
     make, shape, _ = CASES["encoder"]
     batches = [(torch.randn(8, *shape), torch.randint(5, (8,))) for _ in range(2)]
-    result = spectrim.compress(make(), calibration=batches, train=batches, algorithm=brief(spectrim.SVDTraining()))
+    result = spectrim.compress(
+        make(), calibration=batches, train=batches, algorithm=brief(spectrim.SVDTraining(epsilon=5.0))
+    )
     assert result.plan
     result.save(tmp_path / "x.safetensors")
     loaded, x = spectrim.load(tmp_path / "x.safetensors", into=make()), batches[0][0]

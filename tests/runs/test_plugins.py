@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 from hydra import compose
-from hydra.initialize import initialize_config_dir, initialize_config_module
+from hydra.initialize import initialize_config_module
 
 from spectrim.algorithms.truncation import Truncation
 from spectrim.errors import UserError
-from spectrim.models.small import MLP
 from spectrim.records import records
 from spectrim.runs import configuration, targets
 
@@ -81,15 +80,27 @@ def test_a_class_of_the_user_is_not_signed_as_the_one_of_ours_that_has_its_name(
     assert records.signature(ours) != records.signature(mine)
 
 
+OTHER = """
+import os
+
+from hydra import compose, initialize_config_dir
+from spectrim.runs import configuration, targets
+
+with initialize_config_dir(os.getcwd(), version_base="1.3"):
+    cfg = compose("app", ["algorithm.ratio=0.25"])
+print(type(targets.build(configuration.plain(cfg.model))).__name__, cfg.algorithm.ratio)
+"""
+
+
 def test_the_configuration_is_a_package_that_another_application_composes_from(tmp_path: Path) -> None:
     with initialize_config_module("spectrim.conf", version_base="1.3"):
         cfg = compose("config", ["model=mlp", "data=digits", "algorithm=truncation"])
         assert isinstance(targets.build(configuration.plain(cfg.algorithm)), Truncation)
     groups = "[data: digits, model: mlp, algorithm: truncation, _self_]"
     (tmp_path / "app.yaml").write_text(f"defaults: {groups}\nhydra: {{searchpath: ['pkg://spectrim.conf']}}\n")
-    with initialize_config_dir(str(tmp_path), version_base="1.3"):
-        cfg = compose("app", ["algorithm.ratio=0.25"])
-    assert isinstance(targets.build(configuration.plain(cfg.model)), MLP) and cfg.algorithm.ratio == 0.25
+    (tmp_path / "app.py").write_text(OTHER)  # a process of its own, in which no command of ours has run
+    done = subprocess.run([sys.executable, "app.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "MLP 0.25\n"), done.stderr
 
 
 def test_files_beside_an_installation_are_not_taken_for_ours(tmp_path: Path) -> None:

@@ -52,7 +52,8 @@ def claimed(result: Path, wait: bool) -> Iterator[None]:
         files.write({note: json.dumps({"machine": platform.node(), "process": os.getpid(), "since": since}).encode()})
         yield
     finally:
-        note.unlink(missing_ok=True)
+        with suppress(OSError):  # A note that stays does no harm: without the lock it says nothing.
+            note.unlink(missing_ok=True)
         _release(lock)
 
 

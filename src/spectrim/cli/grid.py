@@ -77,7 +77,8 @@ def failure_noted(record: Path) -> Iterator[None]:
             with suppress(UserError):  # A disk that is full must not hide the error.
                 files.write({note: (json.dumps({"reason": _reason(_of_the_machine(error))}, indent=1) + "\n").encode()})
         raise
-    note.unlink(missing_ok=True)
+    with suppress(OSError):  # The record counts, whatever lies beside it.
+        note.unlink(missing_ok=True)
 
 
 def _reason(error: Exception) -> str:
@@ -185,8 +186,8 @@ def _rename_arguments() -> None:
 def _before_ours(error: Exception) -> bool:
     """Whether Hydra raised the error before it called our code: an override, a launcher setting, its folder."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
-    # Every composition of Hydra passes through our module of that name, see ``composition.guard``.
-    homes = [name.partition(".")[0] for name in modules if name != composition.__name__]
+    # Every composition passes through our module of that name, see ``composition.guard``, and joblib through this one.
+    homes = [name.partition(".")[0] for name in modules if name not in (composition.__name__, __name__)]
     return "hydra" in homes and "spectrim" not in homes[homes.index("hydra") :]
 
 

@@ -55,7 +55,7 @@ def finished(computed: bool) -> None:
 
 
 def said() -> str:
-    """Return how far the grid is, such as ``[3 of 12, 4 min left] ``; empty outside of a grid."""
+    """Return how far the grid is, such as ``[3 of 12, 4 min left]`` and a space; empty outside of a grid."""
     sweep = _sweep()
     if not sweep or FOLDER not in os.environ:
         return ""

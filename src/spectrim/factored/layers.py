@@ -21,16 +21,6 @@ def _empty_like(dense: nn.Module, layer: Layer) -> Layer:
     return layer.to(weight.dtype).to_empty(device=weight.device)
 
 
-def pivoted_like(layer: Layer, dense: nn.Module) -> Layer:
-    """Return ``layer``, uninitialised, with a second factor that holds coefficients of pivots alone."""
-    with torch.device("meta"):
-        layer.second = Completion.of(cast(nn.Linear | nn.Conv2d, layer.second), layer.rank)
-    weight = DenseLayer.of(dense).weight
-    layer.second.to(weight.dtype).to_empty(device=weight.device)
-    layer.second.start()
-    return layer
-
-
 class FactoredLinear(FactoredLayer):
     """``x -> (x A^T) B^T + b`` with A of shape (rank, in_features) and B of shape (out_features, rank).
 
@@ -216,6 +206,16 @@ class TuckerConv2d(FactoredLayer):
 
     def forward(self, input: Tensor) -> Tensor:  # the argument is named as in the dense layer
         return self.third(self.second(self.first(input)))
+
+
+def pivoted_like(layer: FactoredLinear | FactoredConv2d | FactoredEmbedding, dense: nn.Module) -> FactoredLayer:
+    """Return ``layer``, uninitialised, with a second factor that holds coefficients of pivots alone."""
+    with torch.device("meta"):
+        layer.second = Completion.of(cast(nn.Linear | nn.Conv2d, layer.second), layer.rank)
+    weight = DenseLayer.of(dense).weight
+    layer.second.to(weight.dtype).to_empty(device=weight.device)
+    layer.second.start()
+    return layer
 
 
 def _product_of_two(weights: Sequence[Tensor], groups: int, rank: int) -> Tensor:

@@ -201,15 +201,13 @@ def _resumed_fit(layer: FactoredLayer, moments: _Moments, folder: ResumeFolder |
         return _fit(layer, moments)
 
     def made() -> dict[str, Tensor]:
-        product = _fit(layer, moments)
-        return {"product": product, **{str(n): factor.weight.detach() for n, factor in enumerate(layer.factors)}}
+        return {"product": _fit(layer, moments), **layer.state_dict()}  # pivoted factors have positions, too
 
-    before = [repr(layer), *(factor.weight.detach().clone() for factor in layer.factors)]
+    before = [repr(layer), *(value.clone() for value in layer.state_dict().values())]
     found = resume.tensors("fit", lambda: [*before, *moments], made, folder)
-    with torch.no_grad():
-        for n, factor in enumerate(layer.factors):
-            factor.weight.copy_(found[str(n)])
-    return found["product"].to(moments.xx_gII.device)
+    product = found.pop("product").to(moments.xx_gII.device)
+    layer.load_state_dict(found)
+    return product
 
 
 def rehearse_fit(layer: FactoredLayer) -> None:
