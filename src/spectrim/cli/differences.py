@@ -30,9 +30,7 @@ def found(given: str, folder: Path) -> Path:
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return place, first and second value of all that differs. A value that a record lacks is ``-``."""
     one, other = dict(_values(first)), dict(_values(second))
-    return [
-        (place, *(_text(each, place) for each in (one, other))) for place in one | other if _differ(one, other, place)
-    ]
+    return [(place, _text(one, place), _text(other, place)) for place in one | other if _differ(one, other, place)]
 
 
 def _differ(one: dict[str, Any], other: dict[str, Any], place: str) -> bool:

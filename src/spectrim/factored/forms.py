@@ -115,7 +115,7 @@ class PivotedForm(Form):
         if self.view not in layer.views:
             raise self.refuse(dense)
         self.require(rank, linalg.most_pivots(*layer.sides(self.view)))
-        return pivoted_like(PlainForm(self.view).layer_for(dense, rank), dense)
+        return pivoted_like(PlainForm(self.view).layer_for(dense, rank), rank)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class EmbeddingForm(Form):
         sides = dense.embedding_dim, others
         self.require(rank, linalg.most_pivots(*sides) if self.pivoted else min(sides))
         layer = FactoredEmbedding.shaped_like(dense, rank, self.whole_rows)
-        return pivoted_like(layer, dense) if self.pivoted else layer
+        return pivoted_like(layer, rank) if self.pivoted else layer
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -208,13 +208,14 @@ class TuckerConv2d(FactoredLayer):
         return self.third(self.second(self.first(input)))
 
 
-def pivoted_like(layer: FactoredLinear | FactoredConv2d | FactoredEmbedding, dense: nn.Module) -> FactoredLayer:
+def pivoted_like(layer: FactoredLayer, rank: int) -> FactoredLayer:
     """Return ``layer``, uninitialised, with a second factor that holds coefficients of pivots alone."""
+    plain = layer.second
+    assert isinstance(plain, nn.Linear | nn.Conv2d)
     with torch.device("meta"):
-        layer.second = Completion.of(cast(nn.Linear | nn.Conv2d, layer.second), layer.rank)
-    weight = DenseLayer.of(dense).weight
-    layer.second.to(weight.dtype).to_empty(device=weight.device)
-    layer.second.start()
+        second = Completion.of(plain, rank)
+    layer.second = second.to(plain.weight.dtype).to_empty(device=plain.weight.device)
+    second.start()
     return layer
 
 
