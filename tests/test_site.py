@@ -104,4 +104,4 @@ def test_a_name_in_code_is_a_link_to_its_entry(site: Path, pages: dict[Path, Pag
 def test_the_arguments_of_a_docstring_are_a_list(site: Path) -> None:
     text = (site / "docs" / "api" / "compress.html").read_text(encoding="utf-8")
     terms = re.findall(r"<dt><code[^>]*><span class=\"pre\">(\w+)</span></code></dt>", text)
-    assert terms[:7] == ["calibration", "verification", "train", "loss", "algorithm", "decomposer", "plan"]
+    assert terms[:7] == ["calibration", "verification", "train", "loss", "params_kept", "algorithm", "decomposer"]
