@@ -13,7 +13,7 @@ from spectrim.algorithms.probe import Probe
 from spectrim.algorithms.shared.compressed import Algorithm
 from spectrim.algorithms.shared.measurement import Measurement
 from spectrim.algorithms.truncation import Truncation
-from spectrim.cli import run
+from spectrim.cli import messages, run
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.statistics.batchnorm import BatchNorm
@@ -49,6 +49,7 @@ def test_a_layer_that_stays_dense_is_noted(measurement: Measurement, net: nn.Seq
 def test_its_record_holds_the_rows_and_the_dense_model(
     compose: Any, digits: list[str], capsys: pytest.CaptureFixture, name: str, batch_norm: BatchNorm
 ) -> None:
+    messages.configure()  # as the command does
     record = run.run(compose(*digits, f"algorithm={name}", f"batch_norm={batch_norm}"))
     assert record["compressed"] == record["dense"] and record["plan"] == {} and record["layers"] == []
     assert record["log"] and record["reporting"] == {} and record["samples_read"]["calibration"] > 0

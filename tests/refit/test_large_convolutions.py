@@ -130,7 +130,7 @@ def test_pivoted_factors_are_fitted_as_plain_ones(view: str, monkeypatch: pytest
     monkeypatch.setattr(large_convolutions, "LARGE", 1)
     layer, xx, yx = problem(view, 1, (3, 3))
     dense = nn.Conv2d(6, 8, 3, bias=False)
-    pivoted = pivoted_like(FactoredConv2d.shaped_like(dense, 3, view), dense)
+    pivoted = pivoted_like(FactoredConv2d.shaped_like(dense, 3, view), 3)
     pivoted.fill_plain(weights_of(layer))
     expected = factors._fit(layer, moments_of(xx, yx))
     torch.testing.assert_close(factors._fit(pivoted, moments_of(xx, yx)), expected, rtol=1e-3, atol=1e-3)
