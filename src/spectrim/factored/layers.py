@@ -58,11 +58,9 @@ class FactoredLinear(FactoredLayer):
 
     def plain_module(self) -> nn.Module:
         """Return two linear layers, or the dense one where that is smaller than a first one with zeros."""
-        if isinstance(self.second, Completion):
-            return self.plain_pair()
         if isinstance(self.first, nn.Linear):
-            return nn.Sequential(self.first, self.second)
-        middle = self.second.in_features
+            return self.plain_pair()
+        middle = self.first.weight.shape[0]
         if middle * (self.in_features + self.out_features) < self.in_features * self.out_features:
             return nn.Sequential(self.first.plain_module(), self.second)
         with torch.no_grad():
