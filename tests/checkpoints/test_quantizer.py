@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -121,6 +122,38 @@ def test_a_missing_factor_is_refused(tmp_path: Path) -> None:
     del tensors["model.layers.0.mlp.up_proj.first.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(spectrim.UserError, match="lacks model.layers.0.mlp.up_proj.first.weight"):
+        language.load(tmp_path)
+
+
+@pytest.mark.parametrize("by", ["save", "save_pretrained"])
+@pytest.mark.parametrize(
+    ("decomposer", "positions"),
+    [
+        (spectrim.SVD(view="channel", factors="pivoted"), "model.layers.0.mlp.up_proj.second.positions"),
+        (spectrim.WhitenedSVD(view="channel", embeddings=True, whole=0.5), "model.embed_tokens.place"),
+    ],
+)
+def test_positions_that_name_a_place_twice_are_refused(
+    tmp_path: Path, decomposer: Any, positions: str, by: str
+) -> None:
+    model, inputs, auto = made("llama")
+    algorithm = spectrim.Truncation(rank=4)
+    result = spectrim.compress(model, calibration=[inputs], algorithm=algorithm, decomposer=decomposer)
+    if by == "save":
+        language.save(tmp_path, result.model, result.plan)
+    else:
+        result.model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    opened = getattr(pretrained.library(), auto).from_pretrained
+    opened(tmp_path)
+    tensors[positions][0] = tensors[positions][1]
+    save_file(tensors, path, metadata)
+    with pytest.raises(spectrim.UserError, match=f"^{tmp_path} is damaged: {positions}: it is no permutation"):
+        opened(tmp_path)
+    with pytest.raises(spectrim.UserError, match="is damaged|was altered"):
         language.load(tmp_path)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,7 +45,8 @@ def fill(
         if architecture is not None and architecture_of(model) != architecture:
             raise UserError(f"{where} is of another architecture than {type(model).__name__} as built here")
         _require_same_tensors(model, shards, where, filled)
-        _require_positions(model, shards, where)
+        for shard in shards:
+            require_positions(model, shard.entries, shard.read, where)
         _require_no_buffer_left_on_meta(model)
     state, aliases = tensors_of(model), names_of_shared(model)
     with torch.no_grad():
@@ -133,19 +134,22 @@ def _require_same_tensors(
         raise UserError(f"{where} is of another architecture: {type(model).__name__} has no {name}")
 
 
-def _require_positions(model: nn.Module, shards: Sequence[Shard], where: str | Path) -> None:
-    """Raise ``UserError`` where the positions of a pivoted layer or of whole rows name no place, or one twice."""
-    for shard in shards:
-        for name in shard.entries:
-            module, _, tensor = name.rpartition(".")
-            owner = model.get_submodule(module)
-            try:
-                if isinstance(owner, Completion) and tensor == "positions":
-                    owner.require_positions(shard.read(name))
-                elif isinstance(owner, FactoredEmbedding) and tensor == "place":
-                    require_permutation(shard.read(name))
-            except UserError as error:
-                raise UserError(f"{where} is damaged: {name}: {error}; write it again") from None
+def require_positions(model: nn.Module, names: Iterable[str], read: Callable[[str], Tensor], where: str | Path) -> None:
+    """Raise ``UserError`` where the positions of a pivoted layer or of whole rows name no place, or one twice.
+
+    ``names``: tensors of the model's state, of which ``read`` returns the positions.
+    ``where``: the checkpoint, for messages.
+    """
+    for name in names:
+        module, _, tensor = name.rpartition(".")
+        owner = model.get_submodule(module)
+        try:
+            if isinstance(owner, Completion) and tensor == "positions":
+                owner.require_positions(read(name))
+            elif isinstance(owner, FactoredEmbedding) and tensor == "place":
+                require_permutation(read(name))
+        except UserError as error:
+            raise UserError(f"{where} is damaged: {name}: {error}; write it again") from None
 
 
 def _require_no_buffer_left_on_meta(model: nn.Module) -> None:

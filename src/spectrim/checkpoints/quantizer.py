@@ -96,9 +96,9 @@ def classes() -> tuple[Any, Any]:
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-            model.is_quantized = (
-                False  # Its numbers are ordinary ones: it may be trained and cast to another precision.
-            )
+            held = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}  # meta: offloaded
+            filling.require_positions(model, held, held.__getitem__, model.name_or_path)
+            model.is_quantized = False  # Its numbers are ordinary ones: it may be trained, and cast like any other.
             return model
 
         def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
