@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -131,6 +132,8 @@ def command_line(job: Callable[[], Any]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us, to print them in one line
     streams.open_closed()
     register_parallel_backend("loky", _Watched)  # the one that the launcher of Hydra takes
+    # joblib ends a process whose memory has grown between two cells, and starts another. No cell is lost by it.
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
     stderr = _Stderr(sys.stderr)
     messages.take_options()
     _rename_arguments()
