@@ -28,6 +28,7 @@ SHOWN = {
     "sensitivity": "sensitivity (ASVD)",
     "aimet": "greedy (AIMET)",
 }
+BEST, BEST_COLOUR = "joint, pivoted", "#A50026"  # the line that is drawn strongest
 UNITS = {"params_kept": "parameters", "macs_kept": "MACs"}
 SHARES = {share: f"{unit} kept (%)" for share, unit in UNITS.items()}
 MEASURES = {"accuracy": ("test_accuracy", 100), "loss": ("test_loss", 1)}
@@ -114,8 +115,7 @@ def _draw_main(rows: pd.DataFrame, options: Options, origin: dict[str, Any]) -> 
         axis.axhline(0, color=figure.DENSE.colour, linewidth=1)
         ends = []
         for key, own in shown.sort_values("params_kept").groupby("line", sort=False):
-            width = 2.2 if own["curve"].iloc[0] == "joint" else 1.2
-            _errorbar(axis, own, "params_kept", "change_test_accuracy_pp", 1, -math.inf, width)
+            _errorbar(axis, own, "params_kept", "change_test_accuracy_pp", 1, -math.inf)
             last = own.iloc[0]
             ends.append((100 * last["params_kept"], last["change_test_accuracy_pp"], SHOWN[str(key)], _colour(last)))
         figure.label_ends(axis, ends)
@@ -153,7 +153,7 @@ def _draw_all(
     value, scale = MEASURES[measure]
     models = sorted(dict.fromkeys(rows["model"]), key=frame.model_key)
     with figure.panels(
-        len(models), 3, 2.4, message(rows, measure, share), share="y" if measure == "loss" else "none"
+        len(models), 3, 2.7, message(rows, measure, share), share="y" if measure == "loss" else "none"
     ) as (canvas, axes):
         for model, axis in zip(models, axes, strict=True):
             own = rows[rows["model"] == model]
@@ -193,19 +193,21 @@ def message(rows: pd.DataFrame, measure: str, share: str) -> str:
     if not sizes:
         return f"Test {measure} of every selector by {UNITS[share]} kept, without fine-tuning"
     better = {"accuracy": "is more accurate", "loss": "has a lower loss"}[measure]
-    return f"At {met} of {sizes} sizes, no rival with as few {UNITS[share]} {better} than joint selection"
+    rivals = f"no rival with the same kind of factors and as few {UNITS[share]}"
+    return f"At {met} of {sizes} sizes, {rivals} {better} than joint selection"
 
 
-def _errorbar(
-    axis: Axes, own: pd.DataFrame, share: str, value: str, scale: float, lowest: float, width: float = 1.2
-) -> None:
+def _errorbar(axis: Axes, own: pd.DataFrame, share: str, value: str, scale: float, lowest: float) -> None:
     """Draw one curve with its standard deviations.
 
-    A curve with BatchNorm kept is dotted. One of pivoted factors is dashed, with hollow markers.
+    A curve with BatchNorm kept is dotted. One of pivoted factors is dashed, with hollow markers. The curve ``BEST`` is
+    thick and whole, and lies above the others.
 
     ``lowest``: no bar of the value reaches below it.
     """
     first = own.iloc[0]
+    best = first["line"] == BEST
+    hollow = first["pivoted"] and not best
     axis.errorbar(
         100 * own[share],
         scale * own[value],
@@ -213,17 +215,20 @@ def _errorbar(
         yerr=scale * figure.bars(own, value, lowest),
         color=_colour(first),
         marker=CURVES[first["curve"]].marker,
-        markerfacecolor="white" if first["pivoted"] else None,
-        linestyle=":" if first["kept"] else "--" if first["pivoted"] else "-",
-        linewidth=width,
-        markersize=4.5,
+        markerfacecolor="white" if hollow else None,
+        linestyle=":" if first["kept"] else "--" if hollow else "-",
+        linewidth=2.2 if best else 1.2,
+        markersize=6 if best else 4.5,
         capsize=2,
         label=first["variant"],
+        zorder=3 if best else None,
     )
 
 
 def _colour(row: "pd.Series[Any]") -> str:
     """Return the colour of a curve by one of its rows: darker with BatchNorm kept, lighter with pivoted factors."""
+    if row["line"] == BEST:
+        return BEST_COLOUR
     kept, pivoted = bool(row["kept"]), bool(row["pivoted"])
     red, green, blue = (pivoted / 2 + part / 2 ** (kept + pivoted) for part in to_rgb(CURVES[row["curve"]].colour))
     return to_hex((red, green, blue))

@@ -65,3 +65,15 @@ def test_names_at_the_ends_do_not_overlap() -> None:
         canvas.draw_without_rendering()
         boxes = sorted((text.get_window_extent() for text in axis.texts), key=lambda box: box.y0)
         assert all(low.y1 <= high.y0 for low, high in pairwise(boxes))
+
+
+def test_a_legend_of_long_names_lies_within_the_figure() -> None:
+    names = ["uniform truncation, pivoted", "global threshold, pivoted", "knapsack (BALF), refitted as ours, pivoted"]
+    with figure.panels(1, 1, 3.0, "A message") as (canvas, (axis,)):
+        for name in names:
+            axis.plot([0, 1], [0, 1], label=name)
+        figure.legend(canvas, [axis])
+        canvas.draw_without_rendering()
+        box = canvas.legends[0].get_window_extent()
+        assert [text.get_text().replace("\n", " ") for text in canvas.legends[0].get_texts()] == names
+        assert box.x0 >= 0 and box.x1 <= canvas.bbox.x1

@@ -189,10 +189,10 @@ def loss_panel(axis: Axes, rows: pd.DataFrame, model: str, share: str, label: st
 def legend(figure: Figure, axes: Sequence[Axes], columns: int = 3) -> None:
     """Draw one legend below all panels that names each line once, in ``columns`` columns.
 
-    It shows a line without its error bars, which would hide the marker.
+    It shows a line without its error bars, which would hide the marker. A long name is broken into lines.
     """
     handles = {
-        text: handle[0] if isinstance(handle, ErrorbarContainer) else handle
+        fill(text, LETTERS // columns): handle[0] if isinstance(handle, ErrorbarContainer) else handle
         for axis in axes
         for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
     }
