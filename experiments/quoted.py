@@ -35,9 +35,9 @@ def rows(results: Path, table: str, **where: Any) -> Rows:
     return found
 
 
-def span(values: "pd.Series[float]", digits: int, unit: str = "") -> str:
+def span(values: "pd.Series[float]", digits: int, unit: str = "", signed: bool = False) -> str:
     """Return the lowest and the highest value, or one number if they are printed alike."""
-    low, high = (number(float(value), digits) for value in (values.min(), values.max()))
+    low, high = (number(float(value), digits, signed) for value in (values.min(), values.max()))
     return (low if low == high else f"{low} to {high}") + unit
 
 
@@ -102,6 +102,11 @@ def points(row: Any) -> str:
     return number(row["change_test_accuracy_pp"], 2, True)
 
 
+def macs(results: Path, variant: str) -> str:
+    """Return the part of the MACs that a selector keeps of ResNet-20 at half of its parameters, in percent."""
+    return f"{100 * at(results, 'resnet20', variant, '0.5')['macs_kept']:.0f} %"
+
+
 def trained(results: Path, net: str, methods: Any, epochs: int | None = None) -> Rows:
     """Return the rows of Table 5 for a network and methods."""
     where: dict[str, Any] = {"net": net, "method": methods} | ({} if epochs is None else {"epochs": epochs})
@@ -126,8 +131,7 @@ VGG_CUTS = [f"{one}, ε 0.03, 3 cuts, priced, spatial" for one in ("hoyer 0.01",
 
 def change(found: Rows) -> str:
     """Return the change of accuracy of some rows of Table 5, in points."""
-    low, high = (number(float(value), 2, True) for value in (found["change_pp"].min(), found["change_pp"].max()))
-    return low if low == high else f"{low} to {high}"
+    return span(found["change_pp"], 2, signed=True)
 
 
 def epochs(results: Path) -> str:
@@ -148,6 +152,8 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "whitened": whitened,
     "kept_loss": kept_loss,
     "vgg_joint_30": lambda results: points(at(results, "vgg19_half", "joint, ours", "0.3")),
+    "plain_macs": lambda results: macs(results, "joint, ours"),
+    "pivoted_macs": lambda results: macs(results, "joint, ours, pivoted"),
     "cost_aimet": lambda results: f"{100 * cost(results, 'AIMET, greedy'):.1f} %",
     "cost_knapsack": lambda results: number(cost(results, "knapsack (BALF)"), 1),
     "tolerant_resnet20": lambda results: removed(tolerant(results, "0.01", "resnet20")),
