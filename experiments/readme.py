@@ -49,7 +49,7 @@ def excerpt(name: str) -> Callable[[Path], str]:
 def front_page(results: Path) -> str:
     """Return the excerpt of Figure 4 without the rows that the front page leaves to the page of results."""
     lines = excerpt("figure4")(results).splitlines(keepends=True)
-    return "".join(line for line in lines if line.strip("|").split("  ")[0].strip() not in NOT_IN_FRONT)
+    return "".join(line for line in lines if line.strip("|").split("|")[0].strip() not in NOT_IN_FRONT)
 
 
 def claims(results: Path) -> str:
