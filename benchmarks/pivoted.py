@@ -35,11 +35,10 @@ def benchmark(quick: bool) -> Outcome:
     batches, rounds = ((1, 2), 1) if quick else ((1, 128), 3)
     cases = _cases()[:: 4 if quick else 1]
     rows = [
-        row
+        _measured(name, layer, x.expand(batch, *x.shape[1:]), view, share, rounds)
         for name, layer, x, view in cases
         for share in SHARES[: 1 if quick else None]
         for batch in batches
-        for row in [_measured(name, layer, x.expand(batch, *x.shape[1:]), view, share, rounds)]
     ]
     data = pd.DataFrame(rows)
     targets = [
