@@ -192,3 +192,57 @@ def test_the_digest_of_a_function_covers_its_code_and_what_it_encloses() -> None
     digests = {content(of_function(one)) for one in [scaled(2.0), *different]}
     assert len(digests) == 6
     assert content(of_model(nn.Linear(2, 2))) != content(of_model(nn.Linear(2, 2)))  # other weights
+
+
+class Weighted:
+    """A loss of a user's own with a list among its attributes."""
+
+    def __init__(self, weights: list[float]) -> None:
+        self.weights = weights
+        self.own: list[Any] = [self]
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.sum() * self.weights[0]
+
+
+class Tempered(nn.Module):
+    """A model whose outputs depend on a plain attribute."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.temperature
+
+
+def enclosing(values: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: x * values[0]
+
+
+def with_keyword(by: Any) -> Callable[[Tensor], Tensor]:
+    def function(x: Tensor, *, scale: Any = by) -> Tensor:
+        return x * scale
+
+    return function
+
+
+def with_default(by: Any) -> Callable[[Tensor], Tensor]:
+    def function(x: Tensor, scale: Any = by) -> Tensor:
+        return x * scale
+
+    return function
+
+
+@pytest.mark.parametrize("make", [enclosing, with_keyword, with_default, Weighted, Tempered])
+@pytest.mark.parametrize("first", [[2.0], {0: 2.0}, torch.arange(3000.0)])
+def test_the_digest_of_a_function_covers_the_values_that_it_holds(make: Callable[[Any], Any], first: Any) -> None:
+    if make is Tempered:
+        first = 2.0
+    second = copy.deepcopy(first) if isinstance(first, list | dict) else first + 0
+    assert content(of_function(make(first))) == content(of_function(make(second)))
+    if isinstance(first, Tensor):
+        second[1500] = 0  # in the middle, which repr leaves out
+    else:
+        second = {list: [3.0], dict: {0: 3.0}, float: 3.0}[type(first)]
+    assert content(of_function(make(first))) != content(of_function(make(second)))

@@ -4,11 +4,13 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from functools import partial
 from io import BytesIO
-from types import CodeType, FunctionType, MethodType, NoneType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+PLAIN = Tensor | int | float | str | bytes | None
 
 
 def content(values: Iterable[Any]) -> str:
@@ -37,9 +39,15 @@ def _add(digest: "hashlib.blake2b", value: Any) -> None:
 
 
 def of_model(model: nn.Module) -> list[Any]:
-    """Return what the outputs of ``model`` depend on: its structure, its state, and the code of its modules."""
+    """Return what the outputs of ``model`` depend on: its structure, state and settings, and the code of its parts."""
     kinds = {type(module): None for module in model.modules()}
-    return [repr(model), model.state_dict(), [(kind.__qualname__, of_function(kind.forward)) for kind in kinds]]
+    code = [(kind.__qualname__, of_function(kind.forward)) for kind in kinds]
+    return [repr(model), model.state_dict(), [_settings(module) for module in model.modules()], code]
+
+
+def _settings(module: nn.Module) -> list[Any]:
+    """Return the numbers and texts among the attributes of a module, but for its mode, which a pass may change."""
+    return [(key, own) for key, own in vars(module).items() if key != "training" and isinstance(own, int | float | str)]
 
 
 def of_function(function: Any) -> list[Any]:
@@ -55,7 +63,8 @@ def of_function(function: Any) -> list[Any]:
         return [of_function(function.__func__), _plain(function.__self__)]
     if isinstance(function, FunctionType):
         enclosed = [_plain(cell.cell_contents) for cell in function.__closure__ or () if _is_set(cell)]
-        return [function.__qualname__, _of_code(function.__code__), repr(function.__defaults__), enclosed]
+        defaults = _plain(function.__defaults__), _plain(function.__kwdefaults__)
+        return [function.__qualname__, _of_code(function.__code__), defaults, enclosed]
     call = type(function).__call__
     return [_plain(function), of_function(call) if isinstance(call, FunctionType) else repr(call)]
 
@@ -66,17 +75,28 @@ def _of_code(code: CodeType) -> list[Any]:
     return [code.co_code.hex(), code.co_names, constants]
 
 
-def _plain(value: Any) -> Any:
-    """Return a value in a form whose digest is the same in another process. Of an object it holds what is plain."""
-    if isinstance(value, Tensor | int | float | str | bytes | NoneType):
+def _plain(value: Any, outer: tuple[int, ...] = ()) -> Any:
+    """Return a value in a form whose digest is the same in another process. Of an object it holds what is plain.
+
+    ``outer``: identities of the containers that hold ``value``, which may hold themselves.
+    """
+    if isinstance(value, PLAIN):
         return value
     if isinstance(value, nn.Module):
         return of_model(value)
     if isinstance(value, FunctionType):
         return [value.__qualname__, _of_code(value.__code__)]
     name = getattr(value, "__qualname__", type(value).__qualname__)
+    if id(value) in outer:
+        return name
+    inner = (*outer, id(value))
+    if isinstance(value, Mapping):
+        return [name, [(_plain(key, inner), _plain(own, inner)) for key, own in value.items()]]
+    if isinstance(value, list | tuple):
+        return [name, [_plain(own, inner) for own in value]]
     state = getattr(value, "__dict__", {}).items()
-    return [name, [(key, own) for key, own in state if isinstance(own, Tensor | int | float | str | NoneType)]]
+    held = [(key, own) for key, own in state if isinstance(own, PLAIN | list | tuple | dict)]
+    return [name, [(key, _plain(own, inner)) for key, own in held]]
 
 
 def _is_set(cell: Any) -> bool:
