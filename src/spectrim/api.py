@@ -83,7 +83,8 @@ def compress(
     ``dry_run``: return only a ``Forecast``: the sizes, seconds and memory to expect, after one batch and some seconds.
 
     Processes of torch.distributed share ``calibration`` and ``verification`` where each gives its own part of them as
-    ``Distributed(batches)``, and the same of everything else. All of them return the same result.
+    ``Distributed(batches)``, and the same of everything else. All of them return the same result. ``resume`` is refused
+    then: one process could wait for another that took its part from the folder.
 
     The given model keeps its weights, buffers, attributes, mode and device. The copy lies on the same device. A model
     from ``torch.compile`` is unwrapped, and the copy is not compiled. Layers that an earlier compression factored are
@@ -104,6 +105,8 @@ def compress(
         raise UserError("train= is no Distributed split; compress first, then train result.model with DDP")
     choice = LayerChoice.of(include, exclude, overrides or {})
     objective = Objective(loss or default_loss(model), splits, layers_at_once, choice=choice)
+    if resume is not None and any(objective.processes(name).size > 1 for name in splits):
+        raise UserError("resume= serves a selection of one process; leave it out where several share the batches")
     if dry_run:
         with unchanged(model), torch.inference_mode(False):
             return forecast(model, selector, views, objective)

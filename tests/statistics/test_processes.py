@@ -117,6 +117,10 @@ def in_process(rank: int, folder: Path) -> None:
             spectrim.compress(network() if rank else nn.Sequential(nn.Linear(4, 4)), calibration=share([]))
         except spectrim.UserError as error:
             found["other model"] = str(error)
+        try:
+            spectrim.compress(network(), calibration=share(parts()[rank]), resume=folder / "unfinished")
+        except spectrim.UserError as error:
+            found["resumed"] = str(error)
         torch.save(found, folder / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -185,6 +189,11 @@ def test_without_a_process_group_it_is_refused() -> None:
 
 def test_other_models_are_refused_in_every_process(found: list[dict[str, Any]]) -> None:
     assert all("models that differ" in own["other model"] for own in found)
+
+
+def test_to_resume_is_refused_in_every_process(found: list[dict[str, Any]]) -> None:
+    said = "resume= serves a selection of one process; leave it out where several share the batches"
+    assert [own["resumed"] for own in found] == [said, said]
 
 
 def test_one_process_changes_nothing() -> None:
