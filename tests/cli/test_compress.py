@@ -1,7 +1,10 @@
 """``spectrim-compress``: one model in, one folder out, or one line that says what to do."""
 
 import json
+import os
 import shutil
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ from torch import nn
 
 import spectrim
 from spectrim import api, language
-from spectrim.cli import compressing, given_model
+from spectrim.checkpoints import sharded
+from spectrim.cli import compressing, given_model, model_card
 from spectrim.cli.compress import main, parser
+from spectrim.errors import MissingInput, UserError
 from spectrim.fetch import pretrained
 
 FACTORY = """
@@ -85,7 +90,7 @@ def test_a_decoder_is_written_to_a_folder_that_loads(
     assert 0.7 < kept <= 0.8
     card = (place / "small" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n") and f"{100 * kept:.1f} % of the parameters" in card
-    assert f"spectrim-compress {word_folder} --calibration text.txt" in card
+    assert f"spectrim-compress {word_folder} --calibration text.txt" in card and "base_model" not in card
     assert "| loss, nats a token | " in card and "predicted tokens of the calibration data that chose nothing" in card
     assert "read: model.safetensors (sha256 " in card and "software: spectrim " in card
     report = pd.read_csv(place / "small" / "report.csv")
@@ -111,6 +116,25 @@ def test_without_labels_the_dense_model_is_the_measure(place: Path) -> None:
     assert main([*IMAGES, "--out", "small"]) == 0
     card = (place / "small" / "README.md").read_text()
     assert "the targets of the losses are the dense model's own answers" in card and "| 100.0 % | " in card
+
+
+@pytest.mark.parametrize("how", [["--out", "small"], ["--dry-run"]])
+def test_a_selector_that_needs_data_says_so(place: Path, capsys: pytest.CaptureFixture[str], how: list[str]) -> None:
+    assert main(["own_nets:build", "--params-kept", "0.6", *how]) == 1
+    error = capsys.readouterr().err
+    assert error == "spectrim-compress: joint needs data that the model was not trained on; give --calibration\n"
+    assert not [path for path in place.iterdir() if path.name.startswith("small")]
+
+
+def test_a_split_that_no_option_gives_is_named(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise MissingInput("train batches are missing; pass train=")
+
+    monkeypatch.setattr(compressing.api, "compress", missing)
+    assert main([*IMAGES, "--out", "small"]) == 1
+    assert capsys.readouterr().err == "spectrim-compress: train batches are missing; pass train=\n"
 
 
 def test_a_rule_without_data_needs_none(place: Path) -> None:
@@ -154,7 +178,13 @@ def test_a_dry_run_writes_nothing(word_folder: Path, place: Path, capsys: pytest
         (["--with", "depth=4"], "own_nets:build cannot be made: TypeError: "),
         (["--calibration", "nothing"], "--calibration nothing is not there; give a file, a folder, a text set"),
         (["--calibration", "sotu"], "--calibration sotu is not there; give a file"),
-        (["--samples", "0"], "images"),
+        (["--samples", "0"], "--samples 0 is too small; give at least 1"),
+        (["--batch-size", "0"], "--batch-size 0 is too small; give at least 1"),
+        (["--image-size", "0"], "--image-size 0 is too small; give at least 1"),
+        (["--image-size", "1"], "the model failed on inputs of shape (8, 3, 1, 1)"),
+        (["--context", "-1"], "--context -1 is too small; give at least 1"),
+        (["--seed", "-1"], "--seed=-1 is not a whole number in 0..4294967295"),
+        (["--memory", "nan"], "--memory nan is no size; give GiB, such as 16"),
         (["--algorithm", "nothing"], "algorithm='nothing' is unknown; known are aimet, alds"),
         (["--algorithm", "lossless"], "--algorithm lossless takes no --params-kept; it takes none of the budgets"),
         (["--device", "tpu"], "device='tpu' is none"),
@@ -234,6 +264,45 @@ def test_after_ctrl_c_the_same_command_goes_on(
     assert (place / "small").is_dir() and not (place / "small.unfinished").exists()
 
 
+@pytest.mark.parametrize(
+    ("before", "error", "stays"),
+    [(False, UserError("so"), False), (True, UserError("so"), True), (False, MemoryError(), True)],
+)
+def test_what_an_earlier_call_computed_survives_a_mistake(
+    place: Path, monkeypatch: pytest.MonkeyPatch, before: bool, error: Exception, stays: bool
+) -> None:
+    if before:
+        (place / "small.unfinished").mkdir()
+
+    def failing(*_: Any, resume: Path, **__: Any) -> None:
+        resume.mkdir(exist_ok=True)
+        raise error
+
+    monkeypatch.setattr(compressing.api, "compress", failing)
+    with suppress(MemoryError):
+        assert main([*IMAGES, "--out", "small"]) == 1
+    assert (place / "small.unfinished").exists() is stays
+
+
+def test_a_streamed_folder_is_refused_before_the_work(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place / "small").mkdir()
+    (place / "small" / sharded.MANIFEST).write_text("{}")
+    monkeypatch.setattr(compressing.api, "compress", pytest.fail)
+    assert main([*IMAGES, "--out", "small"]) == 1
+    assert capsys.readouterr().err == "spectrim-compress: --out small is there already; give a new folder\n"
+
+
+def test_a_reader_that_ends_costs_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main([*IMAGES, "--out", "small"]) == 0
+    assert (place / "small" / "README.md").is_file()
+
+
 class Hub:
     """Stands for the client of the hub."""
 
@@ -300,6 +369,15 @@ def test_memory_decides_how() -> None:
     assert [own.streamed for own in ways.values()] == [True, True, False, False, False]
     assert [own.layers_at_once for own in ways.values()][2:] == [8, 8, None]
     assert given_model.memory_of(Path("."), 2.0).free == 2**31 and given_model._free() > 2**20
+
+
+def test_a_folder_is_no_name_on_the_hub(place: Path) -> None:
+    (place / "owner" / "here").mkdir(parents=True)
+    assert [model_card._is_of_hub(name) for name in ("owner/here", "owner/elsewhere", "a.b:c/d")] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_every_option_has_a_word_of_help() -> None:

@@ -1,5 +1,6 @@
 """Help comes quickly: no torch, and no file of the configuration is read."""
 
+import os
 import subprocess
 import sys
 
@@ -26,3 +27,12 @@ def test_help_imports_no_torch(program: str, entry: str, words: list[str]) -> No
         assert done.stdout.startswith(f"usage: {program} [-m] ") and "--quiet" in done.stdout
         assert all(f"\n  {group}: " in done.stdout for group in ("algorithm", "data", "model", "recipe", "experiment"))
         assert " resnet20," in done.stdout
+
+
+def test_a_reader_of_the_help_may_end() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        script = SCRIPT.format(program="spectrim", entry="compress", words=["--help"])
+        done = subprocess.run([sys.executable, "-c", script], stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "\n")

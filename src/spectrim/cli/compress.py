@@ -3,9 +3,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import NoReturn
 
+from spectrim.cli import streams
+from spectrim.cli.messages import Parser
 from spectrim.cli.termination import STATUS, Terminated, terminable
 from spectrim.errors import UserError
 
@@ -18,14 +20,9 @@ package.module:factory, such as torchvision.models:resnet18. Code is imported on
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists all options\n")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser of the command line."""
-    made = _Parser(prog="spectrim-compress", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(prog="spectrim-compress", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("model", metavar="MODEL", help="a name on the hub, a folder, or package.module:factory")
     made.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder, written whole or not at all")
     size = made.add_argument_group("how small (exactly one)").add_mutually_exclusive_group(required=True)
@@ -69,10 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = made.parse_args(given)
     if options.out is None and not options.dry_run:
         made.error("give --out, a new folder for the result, or --dry-run")
-    from spectrim.cli import compressing  # torch takes seconds to import, and help needs none of it
-
+    streams.open_closed()
     try:
-        with terminable():
+        with terminable(), redirect_stdout(streams.Outlet(sys.stdout)):
+            from spectrim.cli import compressing  # torch takes seconds to import, and help needs none of it
+
             compressing.run(options, given)
     except UserError as error:
         return _said(str(error), 1)

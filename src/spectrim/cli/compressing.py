@@ -16,18 +16,18 @@ from spectrim.algorithms.shared.compressed import Compressed, decomposer_of
 from spectrim.checkpoints import sharded
 from spectrim.checkpoints.out_of_core import compress_checkpoint
 from spectrim.checkpoints.sharded import Sharded
-from spectrim.cli import given_data, given_model
+from spectrim.cli import given_data, given_model, upload
 from spectrim.cli.compress import BUDGETS
 from spectrim.cli.given_data import Data
 from spectrim.cli.model_card import Card
-from spectrim.errors import UserError, first_line
-from spectrim.fetch import pretrained
+from spectrim.errors import MissingInput, UserError
 from spectrim.runs.named import named
 from spectrim.statistics.objective import Objective
-from spectrim.surgery.cost import Cost
+from spectrim.surgery.cost import Cost, parameters
 from spectrim.tools import files
 from spectrim.tools.device import device_called
 from spectrim.tools.profiling import Timed
+from spectrim.tools.settings import require_seed
 
 CARD, REPORT, WEIGHTS = "README.md", "report.csv", "model.safetensors"
 RULES = (*BUDGETS, "rank", "ratio", "energy")  # settings that say how small, of which one may be set
@@ -35,20 +35,35 @@ RULES = (*BUDGETS, "rank", "ratio", "energy")  # settings that say how small, of
 
 def run(options: Namespace, arguments: Sequence[str]) -> None:
     """Do what the command line says. Raises ``UserError`` for anything that cannot be done as asked."""
+    _require_sizes(options)
     _require_free(options.out)
-    hub = None if options.push_to_hub is None else _hub()
+    hub = None if options.push_to_hub is None else upload.client()
     if given_model.is_factory(options.model):
         _of_factory(options, arguments)
     else:
         _decoder(options, arguments)
     if hub is not None and not options.dry_run:
-        _push(hub, options.push_to_hub, options.out)
+        upload.push(hub, options.push_to_hub, options.out)
 
 
-def _require_free(out: Path | None) -> None:
+def _require_sizes(options: Namespace) -> None:
+    """Refuse numbers that no data, model or random generator can have."""
+    for name in ("samples", "context", "image_size", "batch_size"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is too small; give at least 1")
+    if options.memory is not None and not 0 < options.memory < math.inf:
+        raise UserError(f"--memory {options.memory} is no size; give GiB, such as 16")
+    require_seed("--seed", options.seed)
+
+
+def _require_free(out: Path | None, goes_on: bool = True) -> None:
+    """Raise ``UserError`` where the folder cannot be made.
+
+    ``goes_on``: whether a checkpoint that was compressed tensor by tensor may be there, which is then completed.
+    """
     if out is None:
         return
-    if out.exists() and not (out / sharded.MANIFEST).is_file():
+    if out.exists() and not (goes_on and (out / sharded.MANIFEST).is_file()):
         raise UserError(f"--out {out} is there already; give a new folder")
     if not out.exists():
         files.require_writable(out)
@@ -63,6 +78,7 @@ def _decoder(options: Namespace, arguments: Sequence[str]) -> None:
     if memory.streamed:
         _stream(options, arguments, folder)
         return
+    _require_free(options.out, goes_on=False)
     model, tokenizer = given_model.decoder(folder, options.model, device_called(options.device))
     longest = getattr(model.config, "max_position_embeddings", None) or math.inf
     data = options.calibration and given_data.texts(
@@ -89,6 +105,7 @@ def _decoder(options: Namespace, arguments: Sequence[str]) -> None:
 
 
 def _of_factory(options: Namespace, arguments: Sequence[str]) -> None:
+    _require_free(options.out, goes_on=False)
     model = given_model.made(options.model, options.settings, options.weights).to(device_called(options.device))
     data = options.calibration and given_data.images(
         options.calibration, model, options.image_size, options.samples, options.batch_size, options.seed
@@ -136,15 +153,12 @@ def _compress(
         "layers_at_once": layers_at_once,
     }
     if options.dry_run:
-        print(api.compress(model, **arguments_of_compress, dry_run=True))
+        with _naming_calibration(name, data):
+            print(api.compress(model, **arguments_of_compress, dry_run=True))
         return
     unfinished = options.out.with_name(f"{options.out.name}.unfinished")
-    with Timed() as spent:
-        try:
-            result = api.compress(model, **arguments_of_compress, resume=unfinished)
-        except Exception:  # not a kill or Ctrl-C, after which the same command goes on
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
+    with Timed() as spent, _naming_calibration(name, data), _kept_for_later(unfinished):
+        result = api.compress(model, **arguments_of_compress, resume=unfinished)
     losses = None
     if data is not None:
         test = Objective(data.loss, {"test": data.test})
@@ -175,6 +189,32 @@ def _compress(
     _say(card, options.out)
 
 
+@contextmanager
+def _naming_calibration(algorithm: str, data: Data | None) -> Iterator[None]:
+    """Where the user gave no data and the block misses some, name the option that gives them."""
+    try:
+        yield
+    except MissingInput as error:
+        if data is not None:
+            raise
+        raise UserError(f"{algorithm} needs data that the model was not trained on; give --calibration") from error
+
+
+@contextmanager
+def _kept_for_later(unfinished: Path) -> Iterator[None]:
+    """After a mistake, remove the folder with the results of the block, unless it was there before.
+
+    After a kill, Ctrl-C or a fault it stays, and the same command goes on.
+    """
+    old = unfinished.exists()
+    try:
+        yield
+    except UserError:
+        if not old:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
 def _algorithm(name: str, options: Namespace) -> Any:
     """Return the algorithm with the budget of the command line. Raises ``UserError`` where it takes no such budget."""
     found = named("algorithm", name)
@@ -191,8 +231,8 @@ def _costs(result: Compressed) -> tuple[Cost, Cost]:
     """Return the costs of the dense and the compressed model; MACs are NaN without calibration data."""
     if result.example is not None:
         return result.dense_cost, result.cost
-    dense, small = (sum(own.numel() for own in model.parameters()) for model in (result.dense, result.model))
-    return Cost(dense, math.nan), Cost(small, math.nan)  # type: ignore[arg-type]
+    dense, small = (Cost(parameters(model), math.nan) for model in (result.dense, result.model))  # type: ignore[arg-type]
+    return dense, small
 
 
 def _stream(options: Namespace, arguments: Sequence[str], folder: Path) -> None:
@@ -247,27 +287,3 @@ def _say(card: Card, out: Path) -> None:
     for note in card.notes:
         print(f"note: {note}")
     print(f"written to {out}; {out / CARD} says how to load it")
-
-
-def _hub() -> Any:
-    """Return the client of the Hugging Face hub. Raises ``UserError`` where nobody is logged in."""
-    hub = pretrained.imported("huggingface_hub")
-    try:
-        client = hub.HfApi()
-        client.whoami()
-    except Exception as error:  # its own errors and those of its client
-        raise UserError(
-            f"--push-to-hub needs a login ({first_line(error)}); run `hf auth login`, or leave it out"
-        ) from None
-    return client
-
-
-def _push(client: Any, name: str, out: Path) -> None:
-    try:
-        client.create_repo(name, exist_ok=True)
-        client.upload_folder(repo_id=name, folder_path=str(out))
-    except Exception as error:
-        raise UserError(
-            f"{out} is whole, but was not uploaded ({first_line(error)}); upload it by: hf upload {name} {out}"
-        ) from None
-    print(f"uploaded to {name}")

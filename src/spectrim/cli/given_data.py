@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,17 +72,23 @@ def texts(source: str, tokenizer: Any, context: int, samples: int, batch_size: i
             f"--calibration {source} holds {count} blocks of {context} tokens, of which {LEAST} are needed; give more "
             "text or a smaller --context"
         )
-    bounds = [0, count // 2, count // 2 + (count - count // 2) // 2, count]
+    parts = _parts(count)
     identity = identity_of(tokenizer, context, documents[:used], [count])
 
     def split(part: int) -> TextSplit:
-        chosen = slice(bounds[part], bounds[part + 1])
-        own = Tokens(tokens.ids[chosen], tokens.mask[chosen], tokens.labels[chosen])
+        own = Tokens(tokens.ids[parts[part]], tokens.mask[parts[part]], tokens.labels[parts[part]])
         return TextSplit(lambda: own, f"{identity}{part}", batch_size)
 
-    sizes = [bounds[part + 1] - bounds[part] for part in range(3)]
+    sizes = [part.stop - part.start for part in parts]
     said = f"{source}: {sizes[0]} blocks of {context} tokens to select on, {sizes[1]} to verify, {sizes[2]} to report"
     return Data(split(0), split(1), split(2), token_loss, said, hashlib.sha256(identity.encode()).hexdigest())
+
+
+def _parts(count: int) -> list[slice]:
+    """Return the parts of ``count`` samples: half to select on, a quarter to verify on, a quarter to report."""
+    half = count // 2
+    bounds = [0, half, half + (count - half) // 2, count]
+    return [slice(*pair) for pair in pairwise(bounds)]
 
 
 def _documents(source: str) -> Sequence[str]:
@@ -94,7 +100,7 @@ def _documents(source: str) -> Sequence[str]:
         return [_text(one) for one in found]
     if path.is_file():
         return _lines(path) if path.suffix in (".jsonl", ".json") else [_text(path)]
-    if "/" in source and not source.startswith(("/", ".", "~")) and source.count("/") == 1:
+    if source.count("/") == 1 and not source.startswith(("/", ".", "~")):
         dataset, _, subset = source.partition(":")
         return column(rows(dataset, subset, "train"), "text", str)
     return _known(source, CORPORA)().documents()[0]
@@ -175,10 +181,9 @@ def _of_folder(root: Path, size: int, samples: int, batch_size: int, seed: int) 
     labels = torch.tensor([classes.index(path.parts[0]) if nested else 0 for path in paths], dtype=torch.int64)
     steps = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size), transforms.ToTensor()]
     transform = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])
-    half, quarter = len(paths) // 2, len(paths) // 2 + (len(paths) - len(paths) // 2) // 2
     splits = [
         FolderSplit(root, tuple(str(path) for path in paths[own]), labels[own], transform, batch_size)
-        for own in (slice(half), slice(half, quarter), slice(quarter, None))
+        for own in _parts(len(paths))
     ]
     return splits, hashlib.sha256("".join(split.digest() for split in splits).encode()).hexdigest(), len(classes)
 

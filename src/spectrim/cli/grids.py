@@ -5,13 +5,15 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from hydra.initialize import initialize_config_dir
 
-from spectrim.cli import status
+from spectrim.cli import status, streams
 from spectrim.cli.differences import differences, found
 from spectrim.cli.grid import MISTAKES
+from spectrim.cli.messages import Parser
 from spectrim.cli.status import State
 from spectrim.records import records
 from spectrim.runs import configuration
@@ -86,9 +88,9 @@ def _words(grid: str, cell: Cell, folder: Path) -> list[str]:
     return [f"experiment={grid}", *cell.overrides, f"records={folder}"]
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser of the command line."""
-    whole = argparse.ArgumentParser(prog="spectrim-grid", description="Look after a committed grid of runs.")
+    whole = Parser(prog="spectrim-grid", description="Look after a committed grid of runs.")
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     for name, call, said in (
         ("status", tell, "tell which cells are done, running, failed or missing, and the hours left"),
@@ -115,8 +117,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of ``spectrim-grid``. Return 0 where all is done, no cell failed or the records agree, else 1."""
     options = parser().parse_args(arguments)
+    streams.open_closed()
     try:
-        return 0 if options.call(options) else 1
+        with redirect_stdout(streams.Outlet(sys.stdout)):
+            return 0 if options.call(options) else 1
     except MISTAKES as error:
         print(f"spectrim-grid: {configuration.innermost(error)}", file=sys.stderr)
         return 1

@@ -1,8 +1,10 @@
 """What the commands print: results on stdout, all else on stderr, as much as ``--quiet`` and ``--verbose`` ask for."""
 
+import argparse
 import logging
 import os
 import sys
+from typing import NoReturn
 
 LOG = logging.getLogger("spectrim.cli")
 RESULTS = logging.getLogger("spectrim.cli.results")
@@ -21,6 +23,13 @@ class _Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"{self.prefix}{record.getMessage()}", file=getattr(sys, self.stream))
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are told in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists all options\n")
 
 
 def take_options() -> None:

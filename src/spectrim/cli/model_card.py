@@ -5,9 +5,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
+from pathlib import Path
 
-from spectrim.records.provenance import git_state, machine, versions
+from spectrim.records.provenance import UNKNOWN, git_state, machine, versions
 from spectrim.statistics.evaluation import Evaluation
 from spectrim.surgery.cost import Cost
 
@@ -95,7 +95,7 @@ class Card:
         if data:
             lines.append(f"calibration data: {data} (sha256 {digest})")
         lines += [f"read: {name} (sha256 {sha})" for name, sha in self.weights.items()]
-        own = f"spectrim {metadata.version('spectrim')}, commit {commit}{' with changes' if dirty else ''}"
+        own = f"spectrim {known.get('spectrim', UNKNOWN)}, commit {commit}{' with changes' if dirty else ''}"
         packages = ", ".join(f"{name} {known[name]}" for name in ("python", "torch", "transformers") if name in known)
         return [*lines, f"software: {own}; {packages}", f"machine: {here['system']}, {here['processor']}"]
 
@@ -105,4 +105,5 @@ def _row(name: str, dense: float, compressed: float) -> tuple[str, str, str, str
 
 
 def _is_of_hub(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and ":" not in name
+    shaped = name.count("/") == 1 and not name.startswith((".", "/", "~")) and ":" not in name
+    return shaped and not Path(name).exists()

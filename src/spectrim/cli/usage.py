@@ -2,8 +2,10 @@
 
 import sys
 import textwrap
+from contextlib import redirect_stdout
 from pathlib import Path
 
+from spectrim.cli import streams
 from spectrim.runs.configuration import CONF, EXPERIMENTS, experiments
 
 USAGE = """\
@@ -30,10 +32,16 @@ def print_if_asked(program: str) -> None:
     """Print the help and exit where the command line asks for it."""
     if not {"-h", "--help"} & set(sys.argv[1:]):
         return
+    streams.open_closed()
+    with redirect_stdout(streams.Outlet(sys.stdout)):
+        _print(program)
+    sys.exit(0)
+
+
+def _print(program: str) -> None:
     print(USAGE.format(program=program, does=DOES[program]), end="")
     for group in sorted(path for path in Path(CONF).iterdir() if path.is_dir() and path.name != "experiment"):
         options = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
         if options:
             print(textwrap.fill(f"{group.name}: {options}", 118, initial_indent="  ", subsequent_indent="    "))
     print(f"  experiment: {len(experiments())} grids, such as table2/resnet20/one_shot; they lie in {EXPERIMENTS}")
-    sys.exit(0)
