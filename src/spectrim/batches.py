@@ -18,16 +18,13 @@ Batches = Iterable[tuple[Inputs, Any]]
 
 
 def forward(model: nn.Module, inputs: Inputs) -> Any:
-    """Return ``model(inputs)``; a mapping is passed by keyword, a tuple or list by position.
+    """Call ``model`` with the ``arguments`` that ``inputs`` stand for, and return its outputs.
 
     Raises ``UserError`` where the model fails on the inputs; the message names the layer.
     """
     try:
-        if isinstance(inputs, Mapping):
-            return model(**inputs)
-        if isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence):
-            return model(*inputs)
-        return model(inputs)
+        args, kwargs = arguments(inputs)
+        return model(*args, **kwargs)
     except UserError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -36,6 +33,14 @@ def forward(model: nn.Module, inputs: Inputs) -> Any:
             f"the model failed on inputs of shape {_shapes(inputs)}{where and f', at layer {where}'}: "
             f"{first_line(error)}; give a model and inputs that fit each other"
         ) from error
+
+
+def arguments(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments: a mapping is passed by keyword, a tuple or list by position."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    several = isinstance(inputs, tuple | list) and not isinstance(inputs, PackedSequence)
+    return tuple(inputs) if several else (inputs,), {}
 
 
 def running(model: nn.Module, error: BaseException) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from spectrim.batches import Batches
+from spectrim.batches import Batches, device_of, to_device
 from spectrim.checkpoints import hub_names, quantizer, sharded, single_file
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
@@ -29,7 +29,8 @@ def save(folder: str | Path, model: nn.Module, plan: RankPlan, tokenizer: Any = 
     ``model``, ``plan``: those that ``spectrim.compress`` returned.
     ``tokenizer``: None: the folder gets none.
 
-    Raises ``UserError`` where ``model`` is not from transformers, or the folder cannot be written.
+    Raises ``UserError`` where ``model`` is not from transformers or not as ``plan`` says, or the folder cannot be
+    written.
     """
     folder, own = Path(folder), cast(Any, model)
     if not isinstance(model, pretrained.library().PreTrainedModel):
@@ -124,9 +125,9 @@ def generate(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> str:
         raise UserError(
             f"the tokenizer gives the id {largest}, the model knows {known} ids; take the model's tokenizer"
         )
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     written = cast(Any, model).generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
+        **to_device(given, device_of(model)),
         min_new_tokens=tokens,
         max_new_tokens=tokens,
         do_sample=False,

@@ -113,6 +113,21 @@ def test_a_batch_that_is_not_free_is_said(tmp_path: Path) -> None:
     torch.testing.assert_close(found["x"], result.model(batches[0][0]))
 
 
+def test_an_example_that_does_not_fit_is_said(result: Any, tmp_path: Path) -> None:
+    with pytest.raises(spectrim.UserError, match=r"^the model failed on inputs of shape \(4, 3, 5, 5\), at layer 6"):
+        result.export("pt2", tmp_path / "small.pt2", example=torch.randn(4, 3, 5, 5))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_pt2_on_a_gpu_takes_an_example_from_the_processor(result: Any, batches: Any, tmp_path: Path) -> None:
+    result.model.cuda()
+    result.export("pt2", tmp_path / "small.pt2", example=batches[0][0])
+    inputs = torch.randn(5, 3, 8, 8, device="cuda")
+    found = torch.export.load(tmp_path / "small.pt2").module()(inputs)
+    torch.testing.assert_close(found, result.model.eval()(inputs), atol=1e-4, rtol=1e-3)
+
+
 def test_onnx_without_its_packages_says_what_to_install(result: Any, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(spectrim.UserError, match=r"spectrim\[export\]"):

@@ -150,6 +150,27 @@ def test_a_folder_that_names_something_else_is_refused(tiny: Any, tmp_path: Path
         language.save(tmp_path, torch.nn.Linear(2, 2), spectrim.RankPlan())
 
 
+class Elsewhere(torch.nn.Module):
+    """A decoder on a device of its own, which notes where the ids are that it is given."""
+
+    config = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.given = torch.nn.Linear(2, 2, device="meta"), dict[str, Any]()
+        self.get_input_embeddings = lambda: self.layer
+
+    def generate(self, **given: Any) -> Any:
+        self.given = given
+        return torch.zeros(1, 9, dtype=torch.int64)
+
+
+def test_a_prompt_goes_to_the_device_of_the_model(word_folder: Any) -> None:
+    model = Elsewhere()
+    assert language.generate(model, pretrained.tokenizer(str(word_folder)), "w1 w2", 7)
+    assert {model.given[name].device.type for name in ("input_ids", "attention_mask")} == {"meta"}
+
+
 def test_a_prompt_that_nothing_can_follow_is_said_in_one_line(tiny: Any, word_folder: Any) -> None:
     tokenizer = pretrained.tokenizer(str(word_folder))
     assert language.generate(tiny("gpt2"), tokenizer, " ".join(30 * ["w1"]), 2)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import spectrim
+from spectrim import language
 from spectrim.factored.layers import FactoredLinear
 from spectrim.language import for_lora
 from spectrim.surgery.lora import narrow, widen
@@ -59,6 +60,21 @@ def test_merging_is_exact_and_the_merged_model_is_saved(
     loaded = type(merged).from_pretrained(tmp_path)
     torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-5, rtol=1e-4)
     assert {layer.rank for layer in loaded.modules() if isinstance(layer, FactoredLinear)} == {4, 7}
+
+
+def test_a_plan_that_an_adapter_made_untrue_is_not_saved(tiny: Any, token_batches: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    inputs, _ = token_batches[0]
+    result = spectrim.compress(tiny("llama"), calibration=[inputs], algorithm=spectrim.Truncation(rank=4))
+    adapted = peft.get_peft_model(result.model, for_lora(peft.LoraConfig(target_modules=["q_proj"], r=3)))
+    name = "model.layers.0.self_attn.q_proj"
+    with pytest.raises(spectrim.UserError, match=f"^the model has no factored layer {name}; .*without an adapter$"):
+        result.save(tmp_path / "small.safetensors")
+    merged = adapted.merge_and_unload()
+    for save in (lambda: result.save(tmp_path / "a"), lambda: language.save(tmp_path, merged, result.plan)):
+        with pytest.raises(spectrim.UserError, match=f"^layer {name} has rank 7, the plan says 4; .*save_pretrained$"):
+            save()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_is_saved_and_read_onto_the_compressed_model(tiny: Any, token_batches: Any, tmp_path: Path) -> None:

@@ -5,14 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from spectrim.checkpoints import filling
 from spectrim.errors import UserError
-from spectrim.factored.completion import require_permutation
 from spectrim.factored.dense import dense_kinds
-from spectrim.factored.forms import PivotedForm
 from spectrim.factored.plan import RankPlan
 from spectrim.fetch import by_configuration
 from spectrim.fetch.by_configuration import Place
@@ -23,8 +20,6 @@ LOG = logging.getLogger(__name__)
 FACTORS = {
     ".first.weight": ".weight",
     ".second.weight": ".weight",
-    ".second.others.weight": ".weight",
-    ".second.positions": ".weight",
     ".second.bias": ".bias",
 }
 
@@ -102,13 +97,7 @@ def _dense(name: str, plan: RankPlan, stored: Mapping[str, Shard], most: int) ->
         return read(name)
     if part == "bias":
         return read(f"{layer}.second.bias")
-    first, pivoted = read(f"{layer}.first.weight"), isinstance(plan[layer].form, PivotedForm)
-    second = read(f"{layer}.second.{'others.' if pivoted else ''}weight")
-    if (len(second) + pivoted * len(first)) * first.shape[-1] > most:
+    second, first = read(f"{layer}.second.weight"), read(f"{layer}.first.weight")
+    if len(second) * first.shape[-1] > most:
         raise UserError(f"the factors of {layer} make up a weight that is larger than the model takes")
-    product = (second.float() @ first.float()).to(second.dtype)
-    if not pivoted:
-        return product
-    positions = read(f"{layer}.second.positions")
-    require_permutation(positions)
-    return torch.cat([first, product])[positions]
+    return (second.float() @ first.float()).to(second.dtype)

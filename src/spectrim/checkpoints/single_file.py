@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from spectrim.checkpoints.filling import architecture_of, fill, names_of_shared, require_stored, tensors_of
 from spectrim.errors import UserError
+from spectrim.factored.layers import FactoredLinear
 from spectrim.factored.plan import RankPlan
+from spectrim.surgery.reopening import factored_layers
 from spectrim.tools import digests, safetensors_stream
 from spectrim.tools.safetensors_stream import Shard
 
@@ -31,8 +33,9 @@ def save(
     ``beside``: tensors that the file holds in addition to those of the model.
     ``dtype``: precision of the floating-point numbers in the file; by default that of the model.
 
-    Raises ``UserError`` where the disk is full or the folder cannot be written.
+    Raises ``UserError`` where a layer is not as the plan says, the disk is full or the folder cannot be written.
     """
+    _require_ranks(model, plan)
     require_stored(model)
     aliases = names_of_shared(model)
     tensors = {
@@ -44,6 +47,20 @@ def save(
     header = {"format": FORMAT, **(metadata or {}), "plan": plan.to_json(), "architecture": architecture_of(model)}
     header["digest"] = _digest(((name, tensors[name].detach().cpu()) for name in sorted(tensors)), header)
     safetensors_stream.save(Path(path), tensors, header)
+
+
+def _require_ranks(model: nn.Module, plan: RankPlan) -> None:
+    """Raise ``UserError`` where the file could not be read back: a layer has an adapter, or one was merged into it."""
+    layers = factored_layers(model)
+    for name, kept in plan.items():
+        layer = layers.get(name)
+        if layer is None:
+            raise UserError(f"the model has no factored layer {name}; pass the compressed model, without an adapter")
+        if isinstance(layer, FactoredLinear) and layer.rank != kept.rank:
+            raise UserError(
+                f"layer {name} has rank {layer.rank}, the plan says {kept.rank}; after a merged adapter a model of "
+                "transformers is saved by save_pretrained"
+            )
 
 
 def load(path: str | Path, into: nn.Module, sha256: str | None = None) -> nn.Module:

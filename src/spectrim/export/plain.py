@@ -9,9 +9,9 @@ from spectrim.batches import Inputs
 from spectrim.checkpoints.filling import names_of_shared, tensors_of
 from spectrim.errors import UserError
 from spectrim.export.agreement import require_same
-from spectrim.factored.base import FactoredLayer
 from spectrim.factored.unpacked.base import Unpacked
 from spectrim.surgery.given_model import copied
+from spectrim.surgery.reopening import factored_layers
 from spectrim.surgery.replacing import in_place_of
 from spectrim.tools import files, safetensors_stream
 
@@ -58,8 +58,8 @@ def load(model: nn.Module) -> nn.Module:
 
 def plain_model(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` with modules of torch in place of the factored layers. It shares the parameters."""
-    layers = [module for module in model.modules() if isinstance(module, FactoredLayer)]
     shared = {id(parameter): parameter for parameter in model.parameters()}
+    layers = factored_layers(model).values()
     return copied(model, shared | {id(layer): in_place_of(layer, layer.plain_module()) for layer in layers})
 
 
@@ -75,19 +75,18 @@ def write(folder: Path, model: nn.Module, example: Inputs | None) -> None:
         if isinstance(module, Unpacked):
             kind = type(module).__name__
             raise UserError(f'{name or "the model"} is now an {kind}, which torch has not; export as "pt2"')
-    factored = [name for name, module in model.named_modules() if isinstance(module, FactoredLayer)]
     plain = plain_model(model)
-    made = {name: code_of(plain.get_submodule(name), name) for name in factored}
+    made = {name: code_of(plain.get_submodule(name), name) for name in factored_layers(model)}
     if example is not None:
         require_same(plain, model, example, "plain layers", 'the model may read their attributes; export as "pt2"')
+    first = _shared(plain)
     code = TEMPLATE.format(
         package=folder.name if folder.name.isidentifier() else "FOLDER",
         layers=_entries({name: f"lambda: {text}" for name, text in made.items()}),
-        shared=_entries({name: repr(first) for name, first in _shared(plain).items()}),
+        shared=_entries({name: repr(other) for name, other in first.items()}),
         weights=WEIGHTS,
     )
-    first, tensors = _shared(plain), tensors_of(plain)
-    stored = {name: value for name, value in tensors.items() if name not in first}
+    stored = {name: value for name, value in tensors_of(plain).items() if name not in first}
     try:
         with files.replacing(folder / WEIGHTS, folder / CODE) as (weights, script):
             safetensors_stream.save(weights, stored, {"format": "pt"})

@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, batch_size, device_of, evaluating, repeated, tensors_of, to_device
+from spectrim.batches import (
+    Inputs,
+    arguments,
+    batch_size,
+    device_of,
+    evaluating,
+    forward,
+    repeated,
+    tensors_of,
+    to_device,
+)
 from spectrim.errors import UserError, first_line
 from spectrim.export.agreement import require_same
 from spectrim.surgery.given_model import copied
@@ -29,10 +39,15 @@ def write_pt2(path: Path, model: nn.Module, example: Inputs, dynamic: bool) -> N
 
     Raises ``UserError`` where the model cannot be traced, or the file cannot be written.
     """
-    example = _at_least_two(example)
+    example = to_device(_at_least_two(example), device_of(model))
     program = traced(model, example, dynamic)
     module = program.module()
-    _require_same(lambda inputs: _called(module, inputs), model, example, dynamic, "torch.export")
+
+    def run(inputs: Inputs) -> Any:
+        args, kwargs = arguments(inputs)
+        return module(*args, **kwargs)
+
+    _require_same(run, model, example, dynamic, "torch.export")
     file = io.BytesIO()
     with _quiet():
         torch.export.save(program, file)
@@ -79,21 +94,21 @@ def write_onnx(path: Path, model: nn.Module, example: Inputs, dynamic: bool, ops
     files.write({path: content})
 
 
-def traced(model: nn.Module, example: Inputs, dynamic: bool) -> Any:
+def traced(model: nn.Module, inputs: Inputs, dynamic: bool) -> Any:
     """Return the program that torch.export makes of ``model`` in eval mode.
 
     Outputs of transformers become a dict of their tensors, so that the program needs no class of another package.
 
+    ``inputs``: a batch on the device of the model.
     ``dynamic``: whether the number of samples is free, and with it the number of positions of token ids, where the
     model allows for it.
 
-    Raises ``UserError`` where the model cannot be traced.
+    Raises ``UserError`` where the model fails on ``inputs``, or cannot be traced.
     """
-    inputs = to_device(example, device_of(model))
-    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (_positional(inputs), {})
+    args, kwargs = arguments(inputs)
     free = _free_sizes(inputs) if dynamic else {}
     with evaluating(model), torch.no_grad(), _quiet():
-        outputs = model(*args, **kwargs)
+        outputs = forward(model, inputs)
         root = _OfTensors(model) if hasattr(outputs, "to_tuple") else model
         try:
             program = torch.export.export(root, args, kwargs, dynamic_shapes=_shapes(root, args, kwargs, free))
@@ -168,14 +183,6 @@ def _names_of_outputs(program: Any) -> list[str]:
 def _at_least_two(example: Inputs) -> Inputs:
     """Return the example with two samples or more, because torch.export takes a size of 1 for a constant."""
     return repeated(example, 2) if batch_size(example) == 1 else example
-
-
-def _positional(inputs: Inputs) -> tuple[Any, ...]:
-    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-
-
-def _called(module: nn.Module, inputs: Inputs) -> Any:
-    return module(**inputs) if isinstance(inputs, Mapping) else module(*_positional(inputs))
 
 
 def _imported(package: str) -> Any:
