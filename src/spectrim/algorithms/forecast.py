@@ -20,6 +20,7 @@ from spectrim.surgery.cost import Cost, layer_macs, model_cost, parameters
 from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.reopening import reopened
 from spectrim.surgery.unpacking import unpacked
+from spectrim.tools.profiling import duration
 
 MIB = 2**20
 
@@ -56,24 +57,18 @@ class Forecast:
         )
         counted = f"{self.dense.macs:,.0f} -> {macs}"
         spent, peak = sum(self.seconds.values()), max(self.memory_mib.values())
-        parts = ", ".join(f"{name} {_duration(own)}" for name, own in self.seconds.items() if own >= 0.05)
+        parts = ", ".join(f"{name} {duration(own, 1)}" for name, own in self.seconds.items() if own >= 0.05)
         lines = [
             f"{self.algorithm}: nothing is compressed yet",
             f"parameters  {self.dense.params:,} -> {size}",
             f"MACs        {'counted where calibration= is given' if math.isnan(self.dense.macs) else counted}",
-            f"time        about {_duration(spent)}" + (f": {parts}" if parts else ""),
+            f"time        about {duration(spent, 1)}" + (f": {parts}" if parts else ""),
             f"memory      about {peak:,.0f} MiB above the present at the peak",
             "",
             self.layers.to_string(index=False, max_rows=24),
             *self.notes,
         ]
         return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def forecast(model: nn.Module, algorithm: Any, decomposer: Decomposer, objective: Objective) -> Forecast:

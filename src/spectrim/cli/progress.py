@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
 from spectrim.runs.composition import SWEEP
+from spectrim.tools.profiling import duration
 
 # Environment variable: the folder of these files.
 FOLDER = "SPECTRIM_GRID_FOLDER"
@@ -72,13 +73,6 @@ def varied() -> str:
     keys = _sweep().get("keys", ())
     words = HydraConfig.get().overrides.task if keys else ()
     return " ".join(word for word in words if word.lstrip("+").partition("=")[0] in keys)
-
-
-def duration(seconds: float) -> str:
-    """Return a length of time in the unit that suits it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def _sweep() -> dict[str, Any]:

@@ -62,3 +62,10 @@ def _mib(which: str) -> float:
         return int(status.split(f"{which}:")[1].split()[0]) / 1024
     except (OSError, IndexError):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def duration(seconds: float, decimals: int = 0) -> str:
+    """Return a length of time in the unit that suits it. ``decimals``: of seconds."""
+    if seconds < 90:
+        return f"{seconds:.{decimals}f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
