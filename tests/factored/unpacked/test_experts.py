@@ -95,3 +95,9 @@ def test_further_parameters_and_another_order_are_refused() -> None:
     del experts.scale
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.transpose(1, 2).contiguous())
     assert "another order" in unpacking.refusals(model)["model.layers.0.mlp.experts"]
+
+
+def test_the_trial_that_tells_the_formula_calls_no_hooks_of_the_user() -> None:
+    model, seen = mixture("Mixtral"), list[Any]()
+    experts_of(model).register_forward_hook(lambda _, given, __: seen.append(given))
+    assert not unpacking.refusals(model) and not seen
