@@ -231,3 +231,17 @@ def test_the_names_of_factored_layers_are_reserved() -> None:
         layer = Form.from_text(text).layer_for(makers[place], 2)
         public = {name for name in (*vars(layer), *layer._modules, *layer._buffers) if not name.startswith("_")}
         assert public - attributes_of(makers[place]).keys() - {"training"} <= OWN_NAMES
+
+
+def test_a_module_with_a_parametrised_weight_is_noted_with_all_that_it_holds() -> None:
+    conv, linear = (parametrizations.weight_norm(own) for own in (nn.Conv1d(4, 6, 3), nn.Linear(9, 16)))
+    model = nn.Sequential(conv, linear, nn.Linear(16, 16))
+    layers, reasons = find_layers.factorable(model, torch.randn(2, 4, 11))
+    computed, other = "its weight is computed from other parameters", "ParametrizedConv1d is not factored"
+    assert list(layers) == ["2"] and reasons == {"0": other, "1": computed}
+    in_conv, in_linear = 6 * 4 * 3 + 6 + 6, 16 * 9 + 16 + 16  # directions, lengths and bias
+    total = in_conv + in_linear + 272
+    assert find_layers.left_dense(reasons, model) == [
+        f"0: left dense: {other} ({in_conv / total:.2%} of the parameters)",
+        f"1: left dense: {computed} ({in_linear / total:.2%} of the parameters)",
+    ]

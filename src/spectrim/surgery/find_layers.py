@@ -1,7 +1,7 @@
 """Find the layers of a model that can be replaced by factored ones, and why each other one cannot."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -73,9 +73,9 @@ def factorable(
 
 def _holds_a_matrix(module: nn.Module) -> bool:
     """Return whether ``module`` itself has a parameter with more than one dimension, as a Conv1d or an LSTM does."""
-    if isinstance(module, ParametrizationList):  # its layer has a reason of its own
+    if isinstance(module, ParametrizationList):  # the module whose parameter it computes is named instead
         return False
-    return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    return any(parameter.ndim > 1 for parameter in _own_parameters(module))
 
 
 def _reason(module: nn.Module) -> str | None:
@@ -101,40 +101,54 @@ def _reason(module: nn.Module) -> str | None:
 
 def in_one_line(reasons: Mapping[str, str]) -> str:
     """Return the reasons why layers stay dense, each with at most three of its layers by name."""
-    layers: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        layers.setdefault(reason, []).append(name)
-    few = {reason: ", ".join(names[:3]) + (" and more" if names[3:] else "") for reason, names in layers.items()}
-    return "; ".join(f"{names}: {reason}" for reason, names in few.items())
+    return "; ".join(f"{_few(names)}: {reason}" for reason, names in _by_reason(reasons).items())
 
 
 def left_dense(reasons: Mapping[str, str], model: nn.Module) -> list[str]:
     """Return a note for each layer that stays dense, with its reason and its share of the parameters of ``model``."""
-    shares = {name: share for own in reasons for name, share in _shares(model, [own]).items()}
-    return [f"{name}: left dense: {why} ({shares[name]:.2%} of the parameters)" for name, why in reasons.items()]
+    sizes, total = _sizes(model, reasons), max(1, parameters(model))
+    return [
+        f"{name}: left dense: {why} ({sum(sizes[name].values()) / total:.2%} of the parameters)"
+        for name, why in reasons.items()
+    ]
 
 
 def dense_shares(reasons: Mapping[str, str], model: nn.Module) -> str:
-    """Return in one line why parameters of ``model`` stay dense, with the share of each reason, the largest first."""
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name)
-    shares = {reason: sum(_shares(model, names).values()) for reason, names in by_reason.items()}
+    """Return in one line why parameters of ``model`` stay dense, with the share of each reason, the largest first.
+
+    A parameter that several layers of a reason share counts once.
+    """
+    by_reason, sizes, total = _by_reason(reasons), _sizes(model, reasons), max(1, parameters(model))
+    shares = {
+        reason: sum(dict(item for name in names for item in sizes[name].items()).values()) / total
+        for reason, names in by_reason.items()
+    }
     ordered = sorted(shares, key=lambda reason: -shares[reason])
-    return "; ".join(
-        f"{shares[reason]:.2%}: {in_one_line(dict.fromkeys(by_reason[reason], reason))}" for reason in ordered
-    )
+    return "; ".join(f"{shares[reason]:.2%}: {_few(by_reason[reason])}: {reason}" for reason in ordered)
 
 
-def _shares(model: nn.Module, names: Iterable[str]) -> dict[str, float]:
-    """Return the share of the parameters of ``model`` that each of its modules holds itself, shared ones once."""
-    modules, total, seen = dict(model.named_modules()), max(1, parameters(model)), set[int]()
-    shares = {}
-    for name in names:
-        own = {id(p): p.numel() for p in modules.get(name, model).parameters(recurse=False)}
-        shares[name] = sum(size for key, size in own.items() if key not in seen) / total
-        seen |= own.keys()
-    return shares
+def _by_reason(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the names of the layers of each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return names
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" and more" if names[3:] else "")
+
+
+def _sizes(model: nn.Module, names: Iterable[str]) -> dict[str, dict[int, int]]:
+    """Return the size of each parameter, by its id, that a module of ``model`` holds itself, by the module's name."""
+    modules = dict(model.named_modules())
+    return {name: {id(p): p.numel() for p in _own_parameters(modules.get(name, model))} for name in names}
+
+
+def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that ``module`` holds itself, with those from which a parametrization computes others."""
+    own = list(module.parameters(recurse=False))
+    return [*own, *module.get_submodule("parametrizations").parameters()] if is_parametrized(module) else own
 
 
 class _Watch(TorchFunctionMode):

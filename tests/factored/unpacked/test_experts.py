@@ -15,10 +15,11 @@ from spectrim.surgery import unpacking
 pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIZES |= {"num_key_value_heads": 1, "intermediate_size": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+QWEN: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 KINDS: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4},
-    "Qwen2Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
-    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 12},
+    "Qwen2Moe": {**QWEN, "shared_expert_intermediate_size": 32},  # 5,632 by default
+    "Qwen3Moe": {**QWEN, "head_dim": 12},
     "GptOss": {"num_local_experts": 4, "head_dim": 12},
 }
 
@@ -94,3 +95,9 @@ def test_further_parameters_and_another_order_are_refused() -> None:
     del experts.scale
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.transpose(1, 2).contiguous())
     assert "another order" in unpacking.refusals(model)["model.layers.0.mlp.experts"]
+
+
+def test_the_trial_that_tells_the_formula_calls_no_hooks_of_the_user() -> None:
+    model, seen = mixture("Mixtral"), list[Any]()
+    experts_of(model).register_forward_hook(lambda _, given, __: seen.append(given))
+    assert not unpacking.refusals(model) and not seen

@@ -15,6 +15,31 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from spectrim.factored.unpacked.base import Unpacked, linear, with_parameters
 
 
+def _on_images(module: Any, weight: Tensor) -> nn.Conv2d:
+    """Return a convolution of images with this weight (outputs, inputs of a group, rows, columns).
+
+    Stride, padding and dilation are those of ``module``, which has one or three dimensions, along the last two.
+    """
+
+    def last_two(values: tuple[int, ...], of_a_row: int) -> tuple[int, int]:
+        along_rows, along_columns = (of_a_row, *values)[-2:]
+        return along_rows, along_columns
+
+    with torch.device("meta"):
+        conv = nn.Conv2d(
+            weight.shape[1] * module.groups,
+            module.out_channels,
+            (weight.shape[2], weight.shape[3]),
+            last_two(module.stride, 1),
+            module.padding if isinstance(module.padding, str) else last_two(module.padding, 0),
+            last_two(module.dilation, 1),
+            module.groups,
+            module.bias is not None,
+            module.padding_mode,
+        )
+    return with_parameters(conv, weight, module.bias)
+
+
 class UnpackedConv1d(Unpacked, nn.Conv1d):
     """A convolution of one dimension, as one of images with a single row. Its layer is ``conv``."""
 
@@ -23,19 +48,7 @@ class UnpackedConv1d(Unpacked, nn.Conv1d):
 
     @classmethod
     def layers_of(cls, module: Any) -> dict[str, nn.Module]:
-        with torch.device("meta"):
-            conv = nn.Conv2d(
-                module.in_channels,
-                module.out_channels,
-                (1, *module.kernel_size),
-                (1, *module.stride),
-                module.padding if isinstance(module.padding, str) else (0, *module.padding),
-                (1, *module.dilation),
-                module.groups,
-                module.bias is not None,
-                module.padding_mode,
-            )
-        return {"conv": with_parameters(conv, module.weight.unsqueeze(2), module.bias)}
+        return {"conv": _on_images(module, module.weight.unsqueeze(2))}
 
     def packed(self, name: str) -> Tensor | None:
         value = getattr(self.conv, name)
@@ -56,19 +69,7 @@ class UnpackedConv3d(Unpacked, nn.Conv3d):
 
     @classmethod
     def layers_of(cls, module: Any) -> dict[str, nn.Module]:
-        with torch.device("meta"):
-            conv = nn.Conv2d(
-                module.in_channels * module.kernel_size[0],
-                module.out_channels,
-                module.kernel_size[1:],
-                module.stride[1:],
-                module.padding if isinstance(module.padding, str) else module.padding[1:],
-                module.dilation[1:],
-                module.groups,
-                module.bias is not None,
-                module.padding_mode,
-            )
-        return {"conv": with_parameters(conv, module.weight.flatten(1, 2), module.bias)}
+        return {"conv": _on_images(module, module.weight.flatten(1, 2))}
 
     def packed(self, name: str) -> Tensor | None:
         value = getattr(self.conv, name)

@@ -65,8 +65,9 @@ def refusal(module: nn.Module) -> str | None:
         return f"{type(module).__name__} has a forward of its own"
     if not set(own.packed_names(module)) <= module._parameters.keys():
         return "its weight is computed from other parameters"
-    if any(p is not None and not p.is_floating_point() for p in module._parameters.values()):
-        return f"its weight is of {next(p for p in module._parameters.values() if p is not None).dtype}"
-    if any(type(p) is not nn.Parameter for p in module._parameters.values() if p is not None):
+    parameters = list(module.parameters(recurse=False))
+    if others := [p.dtype for p in parameters if not p.is_floating_point()]:
+        return f"its weight is of {others[0]}"
+    if any(type(p) is not nn.Parameter for p in parameters):
         return "its weight is no plain parameter"
     return own.refusal(module)
