@@ -46,6 +46,7 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
     [
         (["model=nosuch"], "spectrim: In 'config': Could not find 'model/nosuch' Available options in 'model':"),
         (["model._target_=os.system", "algorithm=truncation"], "spectrim: config.model._target_=os.system"),
+        (["--mistyped"], "spectrim: unrecognized arguments: --mistyped; --help lists the options"),
     ],
 )
 def test_the_command_itself_ends_in_one_line(

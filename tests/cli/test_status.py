@@ -1,6 +1,7 @@
 """How far a grid is: what is done, what failed and why, what is missing, and the hours that it takes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -174,3 +175,18 @@ def test_it_does_not_load_torch() -> None:
     command = [sys.executable, "-c", "import sys, spectrim.cli.grids; print(*sys.modules)"]
     modules = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert not modules & {"torch", "torchvision", "pandas", "wandb"}
+
+
+def test_a_wrong_word_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        grids.main(["statu", GRID])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "invalid choice: 'statu'" in error
+
+
+def test_a_reader_that_ends_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert grids.main(["failed", GRID, "--records", str(tmp_path)]) == 0

@@ -18,6 +18,7 @@ from threading import RLock, Thread
 from traceback import format_exc, walk_tb
 from typing import Any, NoReturn
 
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from joblib.parallel import LokyBackend, register_parallel_backend
 from omegaconf.errors import OmegaConfBaseException
@@ -141,6 +142,7 @@ def command_line(job: Callable[[], Any]) -> None:
         os.environ[progress.FOLDER] = folder
         try:
             with redirect_stdout(streams.Outlet(sys.stdout)), redirect_stderr(stderr), terminable():
+                _check_options()
                 job()
                 while _waited():
                     job()
@@ -165,6 +167,17 @@ def command_line(job: Callable[[], Any]) -> None:
         finally:
             for variable in (progress.FOLDER, composition.SWEEP, messages.LEVEL):
                 os.environ.pop(variable, None)
+
+
+def _check_options() -> None:
+    """Refuse an unknown option in one line. Hydra would print its whole usage."""
+    parser = get_args_parser()
+    parser.error = _refuse_option  # type: ignore[method-assign]
+    parser.parse_args()
+
+
+def _refuse_option(message: str) -> NoReturn:
+    raise UserError(f"{message}; --help lists the options")
 
 
 def _waited() -> bool:
