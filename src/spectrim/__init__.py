@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spectrim.decomposers.subspaces import SubspaceSVD as SubspaceSVD
     from spectrim.decomposers.svd import SVD as SVD
     from spectrim.decomposers.tucker2 import Tucker2 as Tucker2
+    from spectrim.decomposers.two_sided import TwoSidedSVD as TwoSidedSVD
     from spectrim.decomposers.whitened import WhitenedSVD as WhitenedSVD
     from spectrim.errors import UserError as UserError
     from spectrim.factored.plan import RankPlan as RankPlan
@@ -44,6 +45,7 @@ _HOME = {
     "SubspaceSVD": "spectrim.decomposers.subspaces",
     "Truncation": "spectrim.algorithms.truncation",
     "Tucker2": "spectrim.decomposers.tucker2",
+    "TwoSidedSVD": "spectrim.decomposers.two_sided",
     "UserError": "spectrim.errors",
     "WhitenedSVD": "spectrim.decomposers.whitened",
     "compress": "spectrim.api",

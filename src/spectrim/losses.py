@@ -90,6 +90,13 @@ def are_scores(outputs: Any, targets: Any) -> bool:
     )
 
 
+def scores_of(loss: Loss, outputs: Any, targets: Any) -> Tensor | None:
+    """Return one row of scores for each prediction, float32; None where the outputs are no scores."""
+    if isinstance(loss, TokenLoss | SpanLoss):
+        return loss.predictions(outputs, targets)
+    return logits_of(outputs).float() if are_scores(outputs, targets) else None
+
+
 def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     """Return the loss of a batch. Raises ``UserError`` where the targets do not fit the outputs."""
     scores = logits_of(outputs)

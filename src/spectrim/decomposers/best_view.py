@@ -6,8 +6,9 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from spectrim.decomposers.matrix import View
-from spectrim.decomposers.spectrum import NO_MOMENTS, Moments, Spectrum
+from spectrim.decomposers.spectrum import NO_MOMENTS, Directions, Moments, NeedsGradients, Spectrum
 from spectrim.decomposers.svd import SVD
+from spectrim.decomposers.two_sided import TwoSidedSVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.factored.dense import DenseLayer
 from spectrim.tools.settings import settings
@@ -25,7 +26,7 @@ class BestView:
     independent.
     """
 
-    base: SVD | WhitenedSVD = SVD()
+    base: SVD | WhitenedSVD | TwoSidedSVD = SVD()
 
     @property
     def samples(self) -> int:
@@ -34,6 +35,10 @@ class BestView:
     @property
     def embeddings(self) -> bool:
         return self.base.embeddings
+
+    @property
+    def directions(self) -> Directions | None:
+        return self.base.directions if isinstance(self.base, NeedsGradients) else None
 
     def views(self, layer: nn.Module) -> tuple[str, ...]:
         return tuple(view for candidate in self._candidates(layer) for view in candidate.views(layer))
@@ -44,7 +49,7 @@ class BestView:
         spectra = [candidate.spectrum(layer, moments) for candidate in self._candidates(layer)]
         return min(spectra, key=lambda spectrum: mean_loss(spectrum, params))
 
-    def _candidates(self, layer: nn.Module) -> list[SVD | WhitenedSVD]:
+    def _candidates(self, layer: nn.Module) -> list[SVD | WhitenedSVD | TwoSidedSVD]:
         several = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
         views: tuple[View, ...] = ("channel", "spatial") if several else ("channel",)
         return [replace(self.base, view=view) for view in views]

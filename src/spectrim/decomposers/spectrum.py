@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -18,6 +19,11 @@ from spectrim.tools.spill import SpillFolder
 # embedding, whose x has a single 1, only the diagonal, shape (g, I).
 Moments = Mapping[str, Tensor]
 NO_MOMENTS: Moments = MappingProxyType({})
+
+
+def outputs_of(view: str) -> str:
+    """Return the key in ``Moments`` of the second moment of gradients at a layer's outputs, of shape (g, O, O)."""
+    return f"outputs {view}"
 
 
 def value_at(curve: Tensor, keep: Keep) -> float:
@@ -101,6 +107,10 @@ class Spectrum(ABC):
         curve = self.error()
         return curve / curve[0].clamp_min(1e-300)
 
+    def relative_error_at(self, keep: Keep) -> float:
+        """Return ``relative_error`` at ``keep``. The default is for components whose squared errors add up."""
+        return math.sqrt(max(0.0, value_at(self.relative_error().square(), keep)))
+
 
 @runtime_checkable
 class Decomposer(Protocol):
@@ -119,6 +129,30 @@ class Decomposer(Protocol):
 
     def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> Spectrum:
         """Decompose ``layer``: a Linear, a Conv2d, or with ``embeddings`` an Embedding."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What is differentiated to get the gradients at the outputs of layers.
+
+    ``labels``: the loss at the given targets. Otherwise a random direction of the scores, whose gradients have the
+        Fisher information as second moment (``losses.fisher_direction``).
+    ``top``: number of highest scores of each prediction that count; None: all.
+    ``seed``: seed of the random directions.
+    """
+
+    labels: bool = False
+    top: int | None = None
+    seed: int = 0
+
+
+@runtime_checkable
+class NeedsGradients(Protocol):
+    """A decomposer that may also need the second moments of the gradients at the outputs of each layer."""
+
+    @property
+    def directions(self) -> Directions | None:
+        """The gradients that ``spectrum`` needs, in the same views as the inputs; None where it needs none."""
 
 
 _known: "WeakKeyDictionary[nn.Module, dict[Any, Spectrum]]" = WeakKeyDictionary()

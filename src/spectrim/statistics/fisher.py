@@ -25,7 +25,7 @@ from spectrim.batches import (
 )
 from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
-from spectrim.losses import SpanLoss, TokenLoss, are_scores, fisher_direction, logits_of
+from spectrim.losses import SpanLoss, TokenLoss, fisher_direction, scores_of
 from spectrim.statistics.batch_loss import finite_loss
 from spectrim.statistics.gate_rows import GateRows, Weighed
 from spectrim.statistics.objective import Objective
@@ -151,7 +151,7 @@ def _along_scores(
     objective: Objective, outputs: Any, targets: Any, generator: torch.Generator, count: int
 ) -> Weighed | None:
     """Return the sum of the scores along random directions, as a function of weights; None without scores."""
-    scores = _scores(objective, outputs, targets)
+    scores = scores_of(objective.loss, outputs, targets)
     if scores is None:
         return None
     along, scale = scores * fisher_direction(scores, generator), math.sqrt(count / len(scores))
@@ -163,13 +163,6 @@ def _along_scores(
         return (along * weights.to(along.device)[owners.to(along.device)].unsqueeze(-1)).sum() * scale
 
     return weighed
-
-
-def _scores(objective: Objective, outputs: Any, targets: Any) -> Tensor | None:
-    """Return one row of scores for each prediction; None where the outputs are no scores."""
-    if isinstance(objective.loss, TokenLoss | SpanLoss):
-        return objective.loss.predictions(outputs, targets)
-    return logits_of(outputs).float() if are_scores(outputs, targets) else None
 
 
 def _owners_of_scores(objective: Objective, targets: Any, rows: int, count: int) -> Tensor:

@@ -5,10 +5,20 @@ from collections.abc import Mapping
 from torch import nn
 from tqdm import tqdm
 
-from spectrim.decomposers.spectrum import NO_MOMENTS, Decomposer, Moments, Spectrum, content, spectrum_of
+from spectrim.decomposers.spectrum import (
+    NO_MOMENTS,
+    Decomposer,
+    Moments,
+    NeedsGradients,
+    Spectrum,
+    content,
+    outputs_of,
+    spectrum_of,
+)
 from spectrim.errors import UserError
 from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.output_moments import output_moments
 from spectrim.tools.spill import SpillFolder
 
 
@@ -38,15 +48,27 @@ def _spectra(
     found: dict[str, Spectrum] = {}
     with tqdm(desc="decompose", total=len(layers), unit="layer", leave=False, disable=None) as bar:
         for block in objective.blocks(list(layers)):
-            views = {name: decomposer.views(layers[name]) for name in block}
-            moments: Mapping[str, Moments] = {}
-            if decomposer.samples:
-                moments = input_moments(model, views, objective, decomposer.samples)
+            moments = moments_for(decomposer, model, {name: layers[name] for name in block}, objective)
             for name in block:
                 found[name] = _spectrum(name, layers[name], decomposer, moments.get(name, NO_MOMENTS))
                 if folder:
                     found[name].spill(folder)
                 bar.update()
+    return found
+
+
+def moments_for(
+    decomposer: Decomposer, model: nn.Module, layers: Mapping[str, nn.Module], objective: Objective
+) -> Mapping[str, Moments]:
+    """Return the moments of each layer that ``decomposer`` needs; none where the weight is enough."""
+    views = {name: decomposer.views(layer) for name, layer in layers.items()}
+    if not decomposer.samples or not any(views.values()):
+        return {}
+    found = input_moments(model, views, objective, decomposer.samples)
+    directions = decomposer.directions if isinstance(decomposer, NeedsGradients) else None
+    if directions is not None:
+        for name, own in output_moments(model, views, objective, decomposer.samples, directions).items():
+            found[name] |= {outputs_of(view): moment for view, moment in own.items()}
     return found
 
 

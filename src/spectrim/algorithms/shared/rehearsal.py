@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.algorithms.shared.decomposed import moments_for
 from spectrim.batches import (
     alone_trainable,
     batch_size,
@@ -27,7 +28,6 @@ from spectrim.factored.forms import EmbeddingForm, Form, PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.refit.factors import POSITIONS, rehearse_fit
 from spectrim.statistics.fisher import gate_gradients
-from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 
@@ -141,15 +141,12 @@ class Rehearsal:
             gates()
         return _seconds(gates) / self.count, saved.bytes // self.count
 
-    def moments(self) -> tuple[float, dict[str, dict[str, Tensor]]]:
-        """Return the seconds of a pass that takes second moments, and those of the first batch."""
-        views = {layer.name: self.decomposer.views(layer.module) for layer in self.layers}
-        if not any(views.values()):
-            return 0.0, {}
-        take = partial(input_moments, self.model, views, self._of_one_batch(), self.count)
+    def moments(self) -> tuple[float, Mapping[str, Moments]]:
+        """Return the seconds of the passes that take second moments, and those of the first batch."""
+        layers = {layer.name: layer.module for layer in self.layers}
         began = clock()
-        found = take()
-        return (clock() - began) / self.count, found
+        found = moments_for(self.decomposer, self.model, layers, self._of_one_batch())
+        return (clock() - began) / self.count if found else 0.0, found
 
     def decompositions(self, moments: Mapping[str, Moments], twice: bool) -> float:
         """Return the seconds of all decompositions. ``twice``: their errors are looked at entry by entry, too."""

@@ -232,7 +232,7 @@ class Workbench:
                     "params_before": params,
                     "params_after": params if rank is None else spectrum.cost(rank),
                     "predicted_change": value_at(predicted[name], which) if name in predicted else outside,
-                    "relative_error": math.sqrt(max(0.0, value_at(spectrum.relative_error().square(), which))),
+                    "relative_error": spectrum.relative_error_at(which),
                 }
             )
         return pd.DataFrame(rows).astype({"rank": "Int64"}), unpredicted

@@ -1,0 +1,128 @@
+"""SVD of a layer whitened on both sides: by what goes in, and by how much the loss feels what comes out."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.decomposers import resumed
+from spectrim.decomposers.matrix import Factors, View, to_matrix
+from spectrim.decomposers.spectrum import NO_MOMENTS, Directions, Moments, outputs_of
+from spectrim.decomposers.whitened import WhitenedSpectrum
+from spectrim.errors import UserError
+from spectrim.factored import linalg
+from spectrim.factored.dense import DenseLayer
+from spectrim.factored.plan import Keep
+from spectrim.tools.settings import settings
+
+
+@settings
+class TwoSidedSVD:
+    """SVD of ``G^(1/2) W C^(1/2) = U S V^T``, with second moments C of inputs and G of gradients at outputs.
+
+    The rank-k matrix ``G^(-1/2) U_k U_k^T G^(1/2) W`` then changes the loss least, to second order and with K-FAC's
+    Fisher information (``output_moments``). ``WhitenedSVD`` is the case G = 1. This is the basis of KFAC-SVD (LEMS,
+    arXiv 2610.32878) and, with ``top``, that of IO-SVD (arXiv 2605.15626). C is never inverted, and G only with
+    ``damping``, so singular moments do no harm.
+
+    ``view``, ``factors``: as in ``SVD``.
+    ``ridge``: is added to C as a fraction of its mean eigenvalue, as in ``WhitenedSVD``.
+    ``damping``: is added to G as a fraction of its mean eigenvalue. The larger, the closer to ``WhitenedSVD``.
+    ``samples``: number of calibration samples for C, and of those for G.
+    ``labels``: take the gradients of the loss at the given targets. By default they are those of random directions of
+        the scores, whose second moment is the Fisher information of the model's own predictions, without labels.
+    ``top``: only this many of the highest scores of each prediction count; None: all. Not with ``labels``.
+    ``seed``: seed of the random directions.
+    """
+
+    view: View = "spatial"
+    ridge: float = 1e-6
+    damping: float = 0.1
+    samples: int = 500
+    labels: bool = False
+    top: int | None = None
+    seed: int = 0
+    factors: Factors = "plain"
+
+    embeddings: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("ridge", "damping"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.samples < 1:
+            raise UserError(f"samples must be at least 1, got {self.samples}")
+        if self.top is not None and self.top < 2:
+            raise UserError(f"top must be at least 2, got {self.top}: a single score has no alternative")
+        if self.top is not None and self.labels:
+            raise UserError("top chooses among the model's own scores; set labels=false, too")
+
+    @property
+    def directions(self) -> Directions:
+        return Directions(self.labels, self.top, self.seed)
+
+    def views(self, layer: nn.Module) -> tuple[str, ...]:
+        return (DenseLayer.of(layer).view(self.view),)
+
+    def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> "TwoSidedSpectrum":
+        """Decompose ``layer``. Raises ``UserError`` for a weight or a moment with NaN or infinity."""
+        dense = DenseLayer.of(layer)
+        view = dense.view(self.view)
+        W_OI = to_matrix(dense.weight.detach(), dense, self.view).double()
+        if view not in moments or outputs_of(view) not in moments:
+            raise UserError("a two-sided decomposition needs the second moments of a layer's inputs and gradients")
+        C_II, G_OO = moments[view].to(W_OI), moments[outputs_of(view)].to(W_OI)
+        if not torch.isfinite(G_OO).all():
+            raise UserError(
+                "the gradients at the outputs of a layer hold NaN or infinity; check the model's weights and the data"
+            )
+        root_OO, inverse_OO = _roots(G_OO, self.damping)
+        U_OR, S_R = resumed.left_vectors(root_OO @ W_OI, C_II, self.ridge)
+        svd = _unit(inverse_OO @ U_OR, U_OR.mT @ (root_OO @ W_OI))
+        return TwoSidedSpectrum(dense, self.view, svd, S_R, self.factors)
+
+
+def _roots(G_OO: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return the root of a second moment plus ``damping`` times its mean eigenvalue, and the inverse of that root."""
+    values, vectors = torch.linalg.eigh(G_OO)
+    root = (values.clamp_min(0) + linalg.floor_of(values, damping)).sqrt().unsqueeze(-2)
+    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
+
+
+def _unit(B_OR: Tensor, A_RI: Tensor) -> linalg.SVD:
+    """Return ``B A`` as sums of unit vectors, and the sizes of the components."""
+    sizes, tiny = (B_OR.norm(dim=-2), A_RI.norm(dim=-1)), torch.finfo(B_OR.dtype).tiny
+    left, right = (size.clamp_min(tiny) for size in sizes)
+    return linalg.SVD(B_OR / left.unsqueeze(-2), sizes[0] * sizes[1], A_RI / right.unsqueeze(-1))
+
+
+class TwoSidedSpectrum(WhitenedSpectrum):
+    """``W = sum_i s_i b_i a_i^T`` with unit vectors b_i and a_i, none of which need be orthogonal.
+
+    ``weighted_error`` is the root of twice the predicted change of the loss.
+    """
+
+    _error: Tensor | None = None
+
+    def error(self) -> Tensor:
+        if self._error is None:
+            # The square at rank k sums the inner products of the components that it drops.
+            tails = _inner_products(self.svd).flip(-2, -1).cumsum(-1).cumsum(-2).flip(-2, -1)
+            squared = tails.diagonal(dim1=-2, dim2=-1).sum(0).clamp_min(0)
+            self._error = torch.cat([squared, squared.new_zeros(1)]).sqrt().cpu()
+        return self._error
+
+    def relative_error_at(self, keep: Keep) -> float:
+        if isinstance(keep, int):
+            return float(self.relative_error()[keep])
+        dropped = [i for i in range(self.max_rank) if i not in set(keep)]
+        U, S, Vh = self.svd
+        squared = _inner_products(linalg.SVD(U[..., dropped], S[..., dropped], Vh[..., dropped, :])).sum()
+        return float(squared.clamp_min(0).sqrt()) / max(float(self.error()[0]), 1e-300)
+
+
+def _inner_products(factors: linalg.SVD) -> Tensor:
+    """Return the Frobenius inner product of each two components. Shape (g, R, R)."""
+    U, S, Vh = (part.double() for part in factors)
+    B_OR = U * S.unsqueeze(-2)
+    return (B_OR.mT @ B_OR) * (Vh @ Vh.mT)

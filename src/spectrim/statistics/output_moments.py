@@ -1,0 +1,129 @@
+"""Second moments of gradients at the outputs of layers, from backward passes along random directions of the scores.
+
+The Fisher information of a layer's weight W is the second moment of ``sum_p g_p x_p^T``, where x_p is the input and g_p
+the gradient at the output of position p. With positions taken as independent, and g as independent of x, it is the
+Kronecker product of ``G = sum_p E[g_p g_p^T]`` and ``C = E[x x^T]`` (K-FAC: Martens and Grosse, arXiv 1503.05671; for
+convolutions: Grosse and Martens, arXiv 1602.01407). A change D of the weight then changes the loss by
+``||G^(1/2) D C^(1/2)||^2 / 2``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim.batches import alone_trainable, device_of, evaluating, first_argument, forward, hooked, to_device
+from spectrim.decomposers.spectrum import Directions
+from spectrim.factored.dense import DenseLayer
+from spectrim.losses import fisher_direction, scores_of
+from spectrim.statistics.batch_loss import batch_weight, finite_loss
+from spectrim.statistics.input_moments import Rows
+from spectrim.statistics.objective import Objective
+
+
+def output_moments(
+    model: nn.Module,
+    views: Mapping[str, Sequence[str]],
+    objective: Objective,
+    samples: int,
+    directions: Directions,
+    split: str = "calibration",
+) -> dict[str, dict[str, Tensor]]:
+    """Return G, the second moment of the gradient at the outputs: layer → view → float64 (g, O, O) on its device.
+
+    It is summed over positions, and the mean over predictions: samples, or the predicted tokens of a language model.
+    A layer that the loss does not depend on has a zero moment.
+
+    ``views``: layer → the views of its weight. In the spatial view of a convolution O counts output channels times kh,
+        and g is what comes back to the outputs of a 1 x kw convolution of full rank.
+    ``samples``: number of samples to read, in whole batches.
+    ``directions``: what is differentiated.
+    Raises ``UserError`` for an empty split or a loss that is not finite.
+    """
+    layers = {name: model.get_submodule(name) for name in views}
+    gathered = {name: {view: _Gathered(layers[name], view) for view in own} for name, own in views.items()}
+    leaves: list[Tensor] = []
+    handles = [
+        layers[name].register_forward_hook(_catching(list(own.values()), leaves), with_kwargs=True)
+        for name, own in gathered.items()
+    ]
+    processes = objective.processes(split)
+    device, count = device_of(model), 0
+    generator = torch.Generator().manual_seed(directions.seed + processes.rank)
+    with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
+        for inputs, targets in objective.first(split, samples, "moments"):
+            outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
+            loss = finite_loss(objective.loss, outputs, targets, split)
+            scores = None if directions.labels else scores_of(objective.loss, outputs, targets)
+            if scores is None:
+                weight = batch_weight(objective.loss, targets, inputs)
+                quantity = loss * weight
+            else:
+                weight = len(scores)
+                if directions.top is not None:
+                    scores = scores.topk(min(directions.top, scores.shape[1])).values
+                quantity = (scores * fisher_direction(scores, generator)).sum()
+            if leaves and quantity.requires_grad:
+                torch.autograd.grad(quantity, leaves, allow_unused=True)  # the hooks receive what flows back
+            leaves.clear()
+            count += weight
+    count = int(processes.add_up(torch.tensor(count)))
+    return {
+        name: {view: processes.add_up(one.sum) / max(count, 1) for view, one in own.items()}
+        for name, own in gathered.items()
+    }
+
+
+def _catching(gathered: Sequence["_Gathered"], leaves: list[Tensor]) -> Callable[..., Tensor]:
+    """Return a forward hook that has each of ``gathered`` receive the gradient at the output of a layer.
+
+    An output without a gradient becomes one of ``leaves``, since all parameters before it are frozen.
+    """
+
+    def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            leaves.append(output.detach().requires_grad_(True))
+            output = leaves[-1].clone()  # what comes next may work in place
+        size = first_argument(args, kwargs).shape
+
+        def receive(gradient: Tensor) -> None:
+            for one in gathered:
+                one.add(gradient.detach(), size)
+
+        output.register_hook(receive)
+        return output
+
+    return hook
+
+
+class _Gathered:
+    """Sums ``g g^T`` over the gradients g at the positions of one layer's output."""
+
+    def __init__(self, layer: nn.Module, view: str) -> None:
+        dense = DenseLayer.of(layer).without_weights()
+        self.rows, self.convolution = Rows(layer, view), dense.module if view == "spatial" else None
+        outputs = dense.sides(view)[0]
+        self.sum = torch.zeros(dense.groups, outputs, outputs, dtype=torch.float64)
+
+    def add(self, gradient: Tensor, size: torch.Size) -> None:
+        """Add the positions of one call. ``size``: the shape of its input."""
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        if isinstance(self.convolution, nn.Conv2d):
+            gradient = _back_to_taps(self.convolution, gradient, size[-2])
+        g = self.rows.outputs(gradient)
+        self.sum = self.sum.to(g.device) + (g.transpose(1, 2) @ g).double()
+
+
+def _back_to_taps(layer: nn.Conv2d, gradient: Tensor, height: int) -> Tensor:
+    """Return what comes back to the O * kh channels between the factors of the spatial view, (N, O * kh, height, W).
+
+    The kh x 1 convolution of full rank adds up kh channels an output, each shifted by one tap. Padding of another mode
+    than zeros is taken as zeros.
+    """
+    taps, outputs, top = layer.kernel_size[0], layer.out_channels, layer._reversed_padding_repeated_twice[2]
+    kernel = torch.eye(taps).to(gradient).view(1, taps, taps, 1).expand(outputs, -1, -1, -1)
+    stride, dilation = (layer.stride[0], 1), (layer.dilation[0], 1)
+    whole = F.conv_transpose2d(gradient, kernel, stride=stride, dilation=dilation, groups=outputs)
+    return whole[:, :, top : top + height]
