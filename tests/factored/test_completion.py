@@ -58,6 +58,18 @@ def test_the_map_is_that_of_plain_factors_with_the_square_of_the_rank_less(name:
     assert all(buffer.dtype == torch.int32 for buffer in pivoted.buffers())
 
 
+@pytest.mark.parametrize("size", [1, 2, 9])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_inputs_with_channels_last_are_taken_as_others(groups: int, size: int) -> None:
+    dense = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+    pivoted = SVD("spatial", factors="pivoted").spectrum(dense).factor(2)
+    x = torch.randn(4, 8, size, size)
+    with torch.no_grad():
+        expected = nn.functional.conv2d(x.double(), pivoted.weight.double(), pivoted.bias.double(), 1, 1, 1, groups)
+        for given in (x, x.contiguous(memory_format=torch.channels_last), x.flatten(2).mT.contiguous().mT.view_as(x)):
+            torch.testing.assert_close(pivoted(given).double(), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("view", ["channel", "spatial"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_rank_below_the_full_one_is_smaller_than_dense(name: str, view: Any) -> None:

@@ -142,7 +142,8 @@ def factor_weight(B_gOR: Tensor, kernel_rows: int) -> Tensor:
 
     A row of a matrix is a pair of an output and a row of the kernel.
     """
-    return B_gOR.unflatten(1, (-1, kernel_rows)).transpose(2, 3).flatten(0, 1).unsqueeze(-1)
+    weight = B_gOR.unflatten(1, (-1, kernel_rows)).transpose(2, 3).flatten(0, 1).unsqueeze(-1)
+    return weight.contiguous()  # torch 2.13 misreads the strides of a view where groups meet inputs with channels last
 
 
 def factor_matrices(weight: Tensor, groups: int) -> Tensor:
