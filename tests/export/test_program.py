@@ -140,3 +140,50 @@ def test_the_model_is_left_as_it_was(result: Any, tmp_path: Path) -> None:
     result.export("pt2", tmp_path / "small.pt2")
     assert result.model.training
     assert all(torch.equal(before[name], value) for name, value in result.model.state_dict().items())
+
+
+class ByValue(nn.Module):
+    """Resizes by a number that it reads from its values, which no graph can hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = 1 + int((self.inside(x) > 0).sum())
+        return nn.functional.interpolate(self.inside(x)[:, None, None], size=(size, 2))
+
+
+def test_a_model_that_cannot_be_traced_is_one_line_and_torch_says_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = spectrim.compress(ByValue(), calibration=[torch.randn(4, 8)], algorithm=spectrim.Truncation(ratio=0.5))
+    with pytest.raises(spectrim.UserError, match=r"^the model cannot be traced by torch.export: ") as refusal:
+        result.export("pt2", tmp_path / "x.pt2")
+    assert "\n" not in str(refusal.value) and capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_inside_of_outputs_are_part_of_the_program(tmp_path: Path, tiny: Any) -> None:
+    bert = tiny("bert").bert
+
+    class Two(nn.Module):
+        """Gives the outputs of an encoder inside of its own, as CLIP does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = bert
+
+        def forward(self, input_ids: Tensor) -> Any:
+            inner = self.encoder(input_ids)
+            return type(inner)(pooler_output=inner.pooler_output * 2, hidden_states=(inner,))
+
+    batches = [{"input_ids": torch.randint(3, 50, (3, 6))}]
+    result = spectrim.compress(Two(), calibration=batches, algorithm=spectrim.Truncation(ratio=0.5))
+    result.export("pt2", tmp_path / "x.pt2")
+    found = torch.export.load(tmp_path / "x.pt2").module()(**batches[0])
+    assert list(found) == ["pooler_output", "hidden_states.0.last_hidden_state", "hidden_states.0.pooler_output"]
+    with torch.no_grad():
+        expected = result.model(**batches[0])
+    torch.testing.assert_close(found["pooler_output"], expected.pooler_output)
+    torch.testing.assert_close(found["hidden_states.0.last_hidden_state"], expected.hidden_states[0].last_hidden_state)

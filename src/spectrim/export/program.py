@@ -2,9 +2,10 @@
 
 import inspect
 import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -134,8 +135,19 @@ class _OfTensors(nn.Module):
         self.forward = forward  # torch.export reads the names of the arguments here
 
 
-def _tensors(outputs: Any) -> dict[str, Tensor]:
-    return {name: value for name, value in outputs.items() if isinstance(value, Tensor)}
+def _tensors(outputs: Any, name: str = "") -> dict[str, Tensor]:
+    """Return the tensors of nested outputs, each under the names that lead to it, such as ``text_model_output.0``."""
+    if isinstance(outputs, Tensor):
+        return {name: outputs}
+    items = outputs.items() if isinstance(outputs, Mapping) else enumerate(outputs if _is_sequence(outputs) else ())
+    found: dict[str, Tensor] = {}
+    for key, value in items:
+        found |= _tensors(value, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, tuple | list)
 
 
 def _free_sizes(inputs: Inputs) -> dict[Tensor, list[int]]:
@@ -194,7 +206,12 @@ def _imported(package: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the warnings of torch about its own exporter."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Silence torch's exporter: its warnings, its log, and the graphs that it prints where it fails."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
