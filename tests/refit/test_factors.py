@@ -290,3 +290,13 @@ def test_of_a_model_that_was_compressed_before_the_new_factors_alone_are_fitted(
     refit(again, once, objective(), samples=100)
     changed = {name for name, tensor in again.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"1.first.first.weight", "1.first.second.weight"}
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-42, 1e-38, 1e-20])
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_next_to_nothing_leave_finite_factors(form: str, scale: float) -> None:
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(8 * 42, 6)).eval()
+    batches = [(torch.randn(20, 4, 7, 6) * scale, torch.zeros(20).long())]
+    compressed = cut(net, FORMS[form], 1)
+    refit(compressed, net, Objective(F.cross_entropy, {"calibration": batches}), 20)
+    assert all(bool(value.isfinite().all()) for value in compressed.state_dict().values())

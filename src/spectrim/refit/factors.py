@@ -232,12 +232,14 @@ def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
     yx = moments.yx_gOI + held * now
     if isinstance(layer, FactoredLinear) and isinstance(layer.first, nn.Linear):
         *weights, product = reduced_rank(xx[0], yx[0], layer.rank)
-        now = product.unsqueeze(0)
+        fitted_product = product.unsqueeze(0)
     else:
         weights = _large(layer, weights, xx, yx) or _by_gradient(layer, weights, xx, yx)
-        now = layer.product_of_plain(weights)
+        fitted_product = layer.product_of_plain(weights)
+    if not all(weight.to(kept[0].dtype).isfinite().all() for weight in weights):
+        return now  # what flows in is next to nothing, and its squares vanish
     layer.fill_plain(weights)
-    return now
+    return fitted_product
 
 
 def _large(layer: FactoredLayer, weights: list[Tensor], xx: Tensor, yx: Tensor) -> list[Tensor] | None:
