@@ -1,5 +1,6 @@
 """Models that send batches on unusual ways are compressed as their plain twins, or a note says what was left out."""
 
+from collections import namedtuple
 from collections.abc import Mapping
 from typing import Any
 
@@ -195,3 +196,39 @@ def test_layers_that_are_called_by_keyword_are_whitened_and_refitted_as_others()
     assert {name.removeprefix("net."): kept for name, kept in ours.plan.items()} == dict(twin.plan)
     x = data[0][0]
     torch.testing.assert_close(ours.model(x), twin.model(x))
+
+
+class OnNodes(nn.Module):
+    """A net on the rows of ``x``, which each take a sum over other rows, a scale, or nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 5))
+
+    def forward(self, x: Any, edges: Tensor | None = None, scale: Any = 1.0) -> Tensor:
+        if isinstance(x, list):
+            x = torch.stack(x)
+        return self.net((x if edges is None else torch.zeros_like(x).index_add(0, edges[1], x[edges[0]])) * scale)
+
+
+Scaled = namedtuple("Scaled", ["x", "edges", "scale"])
+GRAPH = torch.randint(0, 8, (2, 30), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        lambda x: (x, GRAPH),
+        lambda x: {"x": x, "scale": torch.tensor(0.5)},
+        lambda x: Scaled(x, None, 2.0),
+        lambda x: (list(x),),
+    ],
+    ids=["graph", "a number as a tensor", "named tuple", "list of samples"],
+)
+@pytest.mark.parametrize("algorithm", [spectrim.Truncation(params_kept=0.7), spectrim.Joint(params_kept=0.7, refit=8)])
+def test_inputs_of_every_structure_are_taken_whole(inputs: Any, algorithm: Any) -> None:
+    torch.manual_seed(0)
+    model, x = OnNodes(), torch.randn(8, 12)
+    data = [(inputs(x), torch.randint(5, (8,)))]
+    result = spectrim.compress(model, calibration=data, algorithm=algorithm)
+    assert result.plan and result.params_kept <= 0.7 and not result.notes

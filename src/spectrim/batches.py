@@ -91,7 +91,7 @@ def of_one_row(inputs: Inputs) -> Inputs:
 
 
 def _of_one_row(tensor: Tensor) -> Tensor:
-    if not tensor.numel():
+    if not tensor.numel() or not tensor.ndim:
         return tensor
     vectors = tensor.is_floating_point() and tensor.ndim > 1
     return (tensor.flatten(0, -2) if vectors else tensor.flatten())[:1].expand(tensor.shape)
