@@ -20,7 +20,7 @@ from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.losses import Loss, default_loss
 from spectrim.statistics.batchnorm import BatchNorm, require
-from spectrim.statistics.collated import Collator, collated
+from spectrim.statistics.collated import Collator, collated, with_decoder_inputs
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Distributed
 from spectrim.surgery.given_model import eager, unchanged
@@ -101,6 +101,7 @@ def compress(
     splits = {name: batches for name, batches in given.items() if batches is not None}
     if collator is not None:
         splits = {name: collated(own, collator, batch_size, model) for name, own in splits.items()}
+    splits = {name: with_decoder_inputs(own, model) for name, own in splits.items()}
     if isinstance(train, Distributed):
         raise UserError("train= is no Distributed split; compress first, then train result.model with DDP")
     choice = LayerChoice.of(include, exclude, overrides or {})

@@ -148,4 +148,7 @@ def default_loss(model: nn.Module) -> Loss:
     """Return the loss that a model of transformers is trained by, as far as it is known; else cross-entropy."""
     # The older names of decoders, such as GPT2LMHeadModel, tell transformers no task.
     older = type(model).__name__.endswith("LMHeadModel")
-    return OF_TASKS.get("ForCausalLM" if older else str(getattr(model, "loss_type", None)), F.cross_entropy)
+    task = "ForCausalLM" if older else str(getattr(model, "loss_type", None))
+    if task in ("ForConditionalGeneration", "None") and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return label_loss  # an encoder-decoder: the inputs of its decoder are shifted already
+    return OF_TASKS.get(task, F.cross_entropy)

@@ -1,14 +1,16 @@
 """Batches of a dataset of single samples, put together by a collator, as ``Trainer`` of transformers does."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
 
+from spectrim.batches import Batches
 from spectrim.errors import UserError
+from spectrim.statistics.processes import Distributed
 
 Collator = Callable[[list[Any]], Any]
 LABELS = ("labels", "label", "label_ids", "start_positions", "end_positions")
@@ -48,3 +50,40 @@ class _Wanted:
         if not isinstance(sample, Mapping) or not self.taken & sample.keys():
             return sample
         return {name: value for name, value in sample.items() if name in self.taken or name in LABELS}
+
+
+def with_decoder_inputs(batches: Batches, model: nn.Module) -> Batches:
+    """Return batches that hold ``decoder_input_ids`` wherever they hold ``labels`` for an encoder-decoder.
+
+    Such a model of transformers makes the inputs of its decoder from the labels, shifted to the right. It does not see
+    the labels here, since they become the targets. The batches of any other model come back as they are.
+    """
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        return batches
+    if isinstance(batches, Distributed):
+        return Distributed(with_decoder_inputs(batches.batches, model), batches.group)
+    return (_SizedShifted if isinstance(batches, Sized) else _Shifted)(batches, shift)
+
+
+@dataclass(frozen=True, eq=False)
+class _Shifted:
+    """Batches that are completed as they are read."""
+
+    batches: Any
+    shift: Callable[..., Any]
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            given = isinstance(batch, Mapping) and {"decoder_input_ids", "decoder_inputs_embeds"} & batch.keys()
+            if not isinstance(batch, Mapping) or "labels" not in batch or given:
+                yield batch
+            else:
+                yield {**batch, "decoder_input_ids": self.shift(labels=batch["labels"])}
+
+
+class _SizedShifted(_Shifted):
+    """Such batches with a length, which training needs."""
+
+    def __len__(self) -> int:
+        return len(self.batches)
