@@ -187,3 +187,20 @@ def test_outputs_inside_of_outputs_are_part_of_the_program(tmp_path: Path, tiny:
         expected = result.model(**batches[0])
     torch.testing.assert_close(found["pooler_output"], expected.pooler_output)
     torch.testing.assert_close(found["hidden_states.0.last_hidden_state"], expected.hidden_states[0].last_hidden_state)
+
+
+def test_what_the_converter_to_onnx_cannot_do_is_told_without_the_colours_of_a_terminal(
+    result: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript", reason="the extra export is not installed")
+    pytest.importorskip("onnxruntime", reason="the extra export is not installed")
+
+    def fails(*_: Any, **__: Any) -> None:
+        try:
+            raise RuntimeError("\x1b[96mno such\x1b[0m operator\nand more")
+        except RuntimeError as cause:
+            raise ValueError("it stopped at step 2 of 3. Next steps:") from cause
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(spectrim.UserError, match=r"to ONNX, opset 18: no such operator; export as .pt2.$"):
+        result.export("onnx", tmp_path / "x.onnx")

@@ -3,6 +3,7 @@
 import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -30,6 +31,7 @@ from spectrim.surgery.given_model import copied
 from spectrim.tools import files
 
 LARGEST_PROTOBUF = 2**31 - 1  # bytes of an ONNX file without a second one
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
 FIXED = "give dynamic=False for inputs of the shapes of the example alone"
 
 
@@ -72,7 +74,9 @@ def write_onnx(path: Path, model: nn.Module, example: Inputs, dynamic: bool, ops
             names = _names_of_outputs(program)
             made: Any = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, output_names=names)
     except Exception as error:  # The converter raises anything.
-        raise UserError(f"the model cannot be converted to ONNX, opset {opset}: {first_line(error)}") from None
+        raise UserError(
+            f'the model cannot be converted to ONNX, opset {opset}: {_cause(error)}; export as "pt2"'
+        ) from None
     if made.model_proto.ByteSize() > LARGEST_PROTOBUF:
         raise UserError('an ONNX file holds at most 2 GiB, and this model is larger; export as "pt2"')
     content = made.model_proto.SerializeToString()
@@ -195,6 +199,13 @@ def _names_of_outputs(program: Any) -> list[str]:
 def _at_least_two(example: Inputs) -> Inputs:
     """Return the example with two samples or more, because torch.export takes a size of 1 for a constant."""
     return repeated(example, 2) if batch_size(example) == 1 else example
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first line of the error behind ``error``. The converter itself only tells at which step it stopped."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return COLOURS.sub("", first_line(error))
 
 
 def _imported(package: str) -> Any:
