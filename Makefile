@@ -10,6 +10,7 @@ RIVALS ?= .venv-rivals
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LANGUAGE := $(VENV)/.language
+ZOO := $(VENV)/.zoo
 UNFINISHED := $(VENV)/.unfinished
 PYTHON3 ?= python3 python3.13 python3.12 python3.11
 TORCH_INDEX ?=
@@ -25,7 +26,7 @@ RESULTS := $(shell sed -n 's/^\[\(.*\)\]$$/\1/p' experiments/index.toml)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records verify index list-grids lint format docs readme bench chaos notebook lock clean
+.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records verify index list-grids lint format docs readme bench chaos zoo notebook lock clean
 .PHONY: $(RESULTS:%=reproduce-%) $(RESULTS:%=table-%)
 
 help:  ## print this list
@@ -162,6 +163,15 @@ bench: $(STAMP)  ## run the benchmarks into results/benchmarks
 chaos: $(STAMP)  ## kill, starve and crowd every writer and damage every file that is read (20 minutes)
 	$(BIN)/python benchmarks/chaos/campaign.py --out results/benchmarks
 
+zoo: $(ZOO)  ## run architectures of torchvision, timm and transformers, and write a table of what works (half an hour)
+	$(BIN)/python benchmarks/zoo/zoo.py
+	$(BIN)/python experiments/readme.py
+
+$(ZOO): requirements-zoo.lock $(LANGUAGE)
+	@echo "installing requirements-zoo.lock"
+	@$(PIP) install -q --no-deps --require-hashes -r requirements-zoo.lock
+	@touch $@
+
 notebook: $(STAMP)  ## run the notebooks
 	$(BIN)/jupytext --to ipynb notebooks/*.py
 	$(BIN)/jupyter-execute --inplace notebooks/*.ipynb
@@ -176,9 +186,12 @@ lock:  ## write the lock files anew, with the newest versions that pyproject.tom
 	$(FREEZE) > build/lock/core
 	build/lock/bin/python -m pip install -q -c build/lock/core -e '.[language]'
 	$(FREEZE) | grep -vxF -f build/lock/core > build/lock/language
+	build/lock/bin/python -m pip install -q -c build/lock/core -c build/lock/language -e '.[zoo]'
+	$(FREEZE) | grep -vxF -f build/lock/core -f build/lock/language > build/lock/zoo
+	build/lock/bin/python -m pip uninstall -q -y -r build/lock/zoo  # each lock has all that it needs beside the first two
 	build/lock/bin/python -m pip install -q -c build/lock/core -c build/lock/language -e '.[rivals]'
 	$(FREEZE) | grep -vxF -f build/lock/core -f build/lock/language > build/lock/rivals
-	@set -e; for part in core language rivals; do \
+	@set -e; for part in core language rivals zoo; do \
 	    if [ $$part = core ]; then file=requirements.lock; else file=requirements-$$part.lock; fi; \
 	    { sed -n '/^#/p' $$file; $(HASHED) < build/lock/$$part; } > build/lock/written; \
 	    mv build/lock/written $$file; \

@@ -75,6 +75,11 @@ def checkpoints(results: Path) -> str:
     return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True) + "\n"
 
 
+def zoo(results: Path) -> str:
+    """Return what works with which architecture, as Markdown."""
+    return (results / "benchmarks/zoo.md").read_text(encoding="utf-8")
+
+
 # The blocks of each page, which stand between markers of these names.
 PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
     "README.md": {"frontier": front_page},
@@ -86,6 +91,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
         "language": excerpt("table3"),
         "checkpoints": checkpoints,
     },
+    "docs/supported_models.md": {"zoo": zoo},
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HASHED = ("requirements.lock", "requirements-language.lock", "requirements-rivals.lock")
+HASHED = ("requirements.lock", "requirements-language.lock", "requirements-rivals.lock", "requirements-zoo.lock")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 PIN = re.compile(r"([a-z0-9-]+)==([A-Za-z0-9.]+)")
 
@@ -47,7 +47,7 @@ def test_the_lock_pins_all_that_the_environment_is_asked_for() -> None:
     assert wanted - {"spectrim", "torch", "torchvision"} <= entries("requirements.lock").keys()
 
 
-@pytest.mark.parametrize("extra", ["language", "rivals"])
+@pytest.mark.parametrize("extra", ["language", "rivals", "zoo"])
 def test_the_lock_of_an_extra_pins_its_versions_and_repeats_nothing(extra: str) -> None:
     lock = entries(f"requirements-{extra}.lock")
     pins = {f"{package}=={version}" for package, (version, _) in lock.items()}
