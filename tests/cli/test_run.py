@@ -255,7 +255,7 @@ def test_records_that_cannot_be_written_are_said_in_one_line(
         (["algorithm=nosuch"], "svd_training_priced truncation truncation_params\n"),
         (["algorithm=null"], "Hydra cannot begin with these settings: "),
         (["+algorithm._partial_=true"], "has no method compress"),
-        (["tracking={_target_:torch.nn.ReLU}"], "gives a ReLU, which has no method run"),
+        (["tracking={_target_:torch.nn.ReLU}"], "gives a ReLU, which has no method start"),
         (["data=nosuch"], "Could not find 'data/nosuch'"),
         (["model.depth=3"], "Could not override 'model.depth'"),
         (["data.calibration_size=0"], "calibration_size must be at least 1"),

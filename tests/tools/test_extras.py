@@ -12,7 +12,10 @@ import spectrim
 from spectrim.algorithms.related.bayesian import Bayesian
 from spectrim.algorithms.related.pars import PARS
 from spectrim.errors import UserError
-from spectrim.runs.tracking import WandB
+from spectrim.runs.tracking.mlflow_runs import MLflow
+from spectrim.runs.tracking.session import About
+from spectrim.runs.tracking.tensorboard_events import TensorBoard
+from spectrim.runs.tracking.wandb_runs import WandB
 from spectrim.tools import extras
 
 PROJECT = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text())["project"]
@@ -23,8 +26,11 @@ def use_tucker() -> None:
     spectrim.Tucker2().spectrum(model[0])
 
 
+ABOUT = About("0" * 16, "run", "table2", "lossless")
 USES = {
-    "wandb": ("tracking", lambda: WandB().start("signature", "group", "job", {})),
+    "wandb": ("tracking", lambda: WandB().start(ABOUT)),
+    "tensorboard": ("tensorboard", lambda: TensorBoard().start(ABOUT)),
+    "mlflow": ("mlflow", lambda: MLflow().start(ABOUT)),
     "tensorly": ("tucker", use_tucker),
     "optuna": ("search", lambda: Bayesian()),
 }

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spectrim.algorithms.shared.measurement import Readings
 from spectrim.algorithms.shared.workbench import Workbench
@@ -16,6 +15,7 @@ from spectrim.surgery import replacing
 from spectrim.surgery.given_model import copied
 from spectrim.theory import bounds
 from spectrim.theory.chain import chain_of
+from spectrim.tools.live import Bar
 from spectrim.tools.settings import require_parts, settings
 
 Bound = Callable[[Mapping[str, int]], float | None]  # the ranks of layers → the bound of Theorem 1
@@ -43,7 +43,7 @@ class BoundProbe:
         bound_at, notes = _bound(bench, batches)
         dense_loss = objective.evaluate(model).loss
         rows: list[dict] = []
-        for ratio in tqdm(self.ratios, "bounds", unit="ratio", leave=False, disable=None):
+        for ratio in Bar(self.ratios, "bounds", unit="ratio", leave=False):
             ranks = {name: max(1, round(ratio * spectrum.max_rank)) for name, spectrum in bench.spectra.items()}
             truncated = copied(bench.model)
             for name, rank in ranks.items():

@@ -7,7 +7,6 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spectrim.algorithms.shared.bisection import bisect
 from spectrim.algorithms.shared.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
@@ -23,6 +22,7 @@ from spectrim.refit import factors
 from spectrim.statistics import paired_loss
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.find_layers import in_one_line, left_dense
+from spectrim.tools.live import Bar
 from spectrim.tools.settings import settings
 
 TRIES = 7  # models that a search by tolerance measures: the size is then known to a hundredth of the dense one
@@ -155,7 +155,7 @@ class _JointSearch:
         """Go down from the dense model to the ``requested`` share of its cost."""
         self.costs.require(requested)
         total = max(0, round(100 * (1 - requested)))
-        with tqdm(desc="joint", total=total, unit="%", leave=False, disable=None) as bar:
+        with Bar(desc="joint", total=total, unit="%", leave=False) as bar:
             for share in self._shares(requested):
                 self.point = self._advance(self.point, share)
                 bar.update(round(100 * (1 - share)) - bar.n)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from torch import nn
-from tqdm import tqdm
 
 from spectrim.algorithms.shared.measurement import Readings
 from spectrim.algorithms.shared.workbench import Workbench
@@ -11,6 +10,7 @@ from spectrim.decomposers.spectrum import Decomposer
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 from spectrim.surgery.given_model import copied
+from spectrim.tools.live import Bar
 from spectrim.tools.settings import require_parts, settings
 
 
@@ -34,7 +34,7 @@ class Probe:
         working = copied(bench.model)
         dense_loss = objective.evaluate(working).loss
         rows: list[dict] = []
-        for name, spectrum in tqdm(bench.spectra.items(), "probe", unit="layer", leave=False, disable=None):
+        for name, spectrum in Bar(bench.spectra.items(), "probe", unit="layer", leave=False):
             dense_layer = working.get_submodule(name)
             for rank in sorted({max(1, round(ratio * spectrum.max_rank)) for ratio in self.ratios}):
                 replacing.replace(working, name, spectrum.factor(rank))

@@ -24,7 +24,7 @@ from joblib.parallel import LokyBackend, register_parallel_backend
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from spectrim.cli import claims, messages, progress, streams
+from spectrim.cli import claims, launched, messages, progress, streams
 from spectrim.cli.messages import LOG
 from spectrim.cli.termination import STATUS, Terminated, terminable
 from spectrim.errors import UserError
@@ -131,6 +131,7 @@ def command_line(job: Callable[[], Any]) -> None:
     """Run a Hydra entry. A user's mistake prints one line on stderr and exits with status 1; Ctrl-C exits with 130,
     SIGTERM with 143."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us, to print them in one line
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
     streams.open_closed()
     register_parallel_backend("loky", _Watched)  # the one that the launcher of Hydra takes
     # joblib ends a process whose memory has grown between two cells, and starts another. No cell is lost by it.
@@ -143,18 +144,22 @@ def command_line(job: Callable[[], Any]) -> None:
         try:
             with redirect_stdout(streams.Outlet(sys.stdout)), redirect_stderr(stderr), terminable():
                 _check_options()
-                job()
+                launched.watched(job)
                 while _waited():
-                    job()
-        except Terminated:
-            _end("terminated; the same command goes on where it stopped", STATUS)
-        except KeyboardInterrupt:
-            _end("interrupted; the same command goes on where it stopped", 130)
+                    launched.watched(job)
+        except KeyboardInterrupt as stop:
+            word, status = ("terminated", STATUS) if isinstance(stop, Terminated) else ("interrupted", 130)
+            left = launched.left_behind(stop) or "the same command goes on where it stopped"
+            _end(f"{word}; {left}", status)
         except MISTAKES as error:
             failed = progress.left("failed")
             for fault in progress.left("fault")[-1:]:  # a bug of ours: print one traceback in full
                 sys.stderr.write(fault)
-            _end(f"{len(failed)} runs failed: {'; '.join(failed)}" if len(failed) > 1 else innermost(error), 1)
+            if isinstance(error, launched.Lost):
+                LOG.error(innermost(error))
+            elif len(failed) < 2:
+                _end(innermost(error), 1)
+            _end(f"{len(failed)} runs failed: {'; '.join(failed)}", 1)
         except BrokenProcessPool as error:
             if error.__cause__:  # a worker could not read its task: a bug, not a mistake
                 raise

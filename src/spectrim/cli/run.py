@@ -1,19 +1,18 @@
 """One run: build, compress, measure and record what a configuration describes. One run is one record."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from spectrim.algorithms.shared.compressed import Algorithm, Compressed
 from spectrim.algorithms.shared.measurement import Measurement, Readings
-from spectrim.cli import claims, grid, progress
+from spectrim.cli import claims, grid, progress, told
+from spectrim.cli.following import Follower
 from spectrim.cli.messages import LOG, RESULTS
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
@@ -33,29 +32,33 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     folder, name = Path(configuration.text(cfg, "records")), configuration.text(cfg, "name")
     checkpoint = _checkpoint(cfg)
     settings, signature = signing.signed(settings, checkpoint)
-    tracker = targets.build(configuration.plain(cfg.tracking), "run")
+    tracker = targets.build(configuration.plain(cfg.tracking), "start")
     path = records.path_of(folder, name, signature)
+    about = partial(told.about, configuration.plain(cfg.names), name, signature, records.identity(settings))
+    follower = Follower(tracker, about, path.with_suffix(".tracked"))
     state = Path(configuration.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
     make = partial(_measured, cfg, settings, signature, checkpoint, state)
-    record, made = (records.read_own(path), False) if path.exists() else _made(path, folder, make)
+    record, made = (records.read_own(path), False) if path.exists() else _made(path, folder, make, follower)
     progress.finished(computed=made)
     if made:
         _say(record)
     else:
         LOG.info("%s %s: already recorded", name, signature)
     state.unlink(missing_ok=True)  # Here too, because a kill may have come right after the record.
-    _track(tracker, record, path.with_suffix(".tracked"))
+    follower.deliver(lambda: told.of_run(record))
     return record
 
 
-def _made(path: Path, folder: Path, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+def _made(
+    path: Path, folder: Path, make: Callable[[], dict[str, Any]], follower: Follower
+) -> tuple[dict[str, Any], bool]:
     """Make a record, and return it with True. Return False beside a record that another process made meanwhile."""
     files.require_writable(path)
     with claims.claimed(path, wait=not progress.in_grid()):
         if path.exists():
             return records.read_own(path), False
         LOG.debug("the record will be %s", path)
-        with grid.failure_noted(path):
+        with grid.failure_noted(path), follower.following():
             record = records.sealed(make())
             records.write(folder, record)
     return record, True
@@ -130,46 +133,6 @@ def _checkpoint(cfg: DictConfig) -> Path | None:
         make = shlex.join(["spectrim-train", *chosen, f"seed={cfg.seed}", *net, f"checkpoint={path}"])
         raise UserError(f"there is no checkpoint at {path}; make it with: {make}")
     return path
-
-
-def _track(tracker: Any, record: dict[str, Any], told: Path) -> None:
-    """Tell the tracker of a recorded run, once: the file ``told`` says that it was.
-
-    After the record, for no server may cost a run; and from the record alone, so that a run whose server could not be
-    reached, or that was made without tracking, is told when the same command is given again.
-    """
-    if told.exists():
-        return
-    names, dense, small = record["names"], record["dense"], record["compressed"]
-    metrics = {
-        "params_kept": small["params"] / dense["params"],
-        "macs_kept": small["macs"] / dense["macs"],
-        "test_loss": small["test"]["loss"],
-        "test_loss_change": small["test"]["loss"] - dense["test"]["loss"],
-        "test_accuracy": small["test"]["accuracy"],
-        "predicted_change": record["predicted_change"],
-    }
-    with tracker.run(record["signature"], record["experiment"], names["algorithm"], record["config"]) as run:
-        if record["layers"]:  # a measurement has none
-            run.table("layers", pd.DataFrame(record["layers"]).astype({"shape": str, "rank": "Int64"}))
-        for step, entry in enumerate(record["log"]):
-            run.log(entry, step)
-        for name, rows in _within(record["log"]).items():
-            run.table(name, pd.DataFrame(rows))
-        run.summary({key: value for key, value in metrics.items() if value is not None})
-    if run.delivered:
-        with suppress(UserError):  # without the file it is told again, which is no harm
-            files.write({told: b""})
-
-
-def _within(log: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What single steps of a log hold a list of, such as the bisection of each epoch: its rows, with their step."""
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for step, entry in enumerate(log):
-        for name, rows in entry.items():
-            if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-                tables.setdefault(name, []).extend({"step": step, **row} for row in rows)
-    return {name: rows for name, rows in tables.items() if rows}
 
 
 def _say(record: dict[str, Any]) -> None:

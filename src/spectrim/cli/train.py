@@ -1,6 +1,7 @@
 """The training entry: one model on one data set, its checkpoint and, beside it, the record of its training."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from omegaconf import DictConfig
 from torch import nn
 
 from spectrim.checkpoints import single_file
-from spectrim.cli import claims, progress
+from spectrim.cli import claims, progress, told
+from spectrim.cli.following import Follower
 from spectrim.cli.messages import LOG, RESULTS
 from spectrim.data.images import ImageSplit, Splits
 from spectrim.data.text import TextSplit, TextSplits
@@ -34,12 +36,13 @@ def train(cfg: DictConfig) -> Path:
     """
     path, unfinished = Path(configuration.text(cfg, "checkpoint")), Path(configuration.text(cfg, "unfinished"))
     state = unfinished / f"{path.stem}.state.safetensors"
-    if path.is_file():
-        state.unlink(missing_ok=True)  # left by a kill right after the checkpoint was written
-        return _there(path)
     settings = {key: configuration.plain(cfg[key]) for key in ("model", "data", "shape", "recipe")}
     targets.check_targets(settings)
     require_seed("seed", cfg.seed)
+    follower = _follower(cfg, settings, path)
+    if path.is_file():
+        state.unlink(missing_ok=True)  # left by a kill right after the checkpoint was written
+        return _there(path, follower)
     dtype, device = _dtype(cfg.stored_as), device_called(cfg.device)  # refused now rather than after the training
     if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
         raise UserError(f"threads={cfg.threads!r} is not a whole number of at least 1, or null")
@@ -47,19 +50,32 @@ def train(cfg: DictConfig) -> Path:
     files.require_writable(path.with_suffix(".json"), state)
     with claims.claimed(path, wait=not progress.in_grid()):
         if path.is_file():  # Another process made it while this one waited.
-            return _there(path)
-        record = _trained(cfg, settings, path, state, dtype, device)
+            return _there(path, follower)
+        with follower.following():
+            record = _trained(cfg, settings, path, state, dtype, device)
     progress.finished(computed=True)
     accuracy = record["test"]["accuracy"]
     top = f"top-1 {100 * accuracy:.2f} %, " if accuracy is not None else ""
     RESULTS.info("%s%s: test %sloss %.4f", progress.said(), path, top, record["test"]["loss"])
+    follower.deliver(lambda: told.of_training(record))
     return path
 
 
-def _there(path: Path) -> Path:
+def _there(path: Path, follower: Follower) -> Path:
     LOG.info("%s exists already", path)
     progress.finished(computed=False)
+    described = path.with_suffix(".json")
+    if described.is_file():  # A checkpoint from elsewhere has no record.
+        follower.deliver(lambda: told.of_training(files.read_json(described)))
     return path
+
+
+def _follower(cfg: DictConfig, settings: dict[str, Any], path: Path) -> Follower:
+    """Return what tells the tracker of the training. Its signature is that of settings and seed."""
+    tracker = targets.build(configuration.plain(cfg.tracking), "start")
+    config = {**records.identity(settings), "seed": cfg.seed}
+    about = partial(told.about, configuration.plain(cfg.names), path.parent.name, records.signature(config), config)
+    return Follower(tracker, about, path.with_suffix(".tracked"))
 
 
 def _trained(

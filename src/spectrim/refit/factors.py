@@ -9,7 +9,6 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, to_device
 from spectrim.errors import UserError
@@ -24,6 +23,7 @@ from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Processes
 from spectrim.surgery.given_model import copied
 from spectrim.tools import resume
+from spectrim.tools.live import Bar
 from spectrim.tools.resume import ResumeFolder
 
 RIDGE = 1e-3  # penalty on a change of the weight, as a part of the inputs' mean second moment
@@ -50,7 +50,7 @@ def refit(
     batches = [to_device(inputs, device) for inputs, _ in objective.first(split, samples, "read")]
     processes = objective.processes(split)
     layers, followers, notes = layers_to_fit(compressed, dense, batches, processes)
-    with tqdm(desc="refit", total=len(layers), unit="layer", leave=False, disable=None) as bar:
+    with Bar(desc="refit", total=len(layers), unit="layer", leave=False) as bar:
 
         def met(name: str, flows: "_Flows") -> None:
             _fit_layer((compressed, dense), name, followers.get(name), flows, folder, processes)

@@ -17,6 +17,8 @@ CONF = str(Path(__file__).resolve().parents[1] / "conf")
 EXPERIMENTS = Path(CONF) / "experiment"
 # Each line holds a former and a present name. The commands in committed records use the former ones.
 FORMER_NAMES = EXPERIMENTS / "former_names.txt"
+# Options that a package brings, with the extra that installs it.
+EXTRAS = {"hydra/launcher/submitit_slurm": "cluster", "hydra/launcher/submitit_local": "cluster"}
 NEAR = 8  # the most grids that an error lists
 
 
@@ -90,6 +92,9 @@ def innermost(error: BaseException) -> str:
             return str(cause)
         if isinstance(cause, MissingConfigException) and str(cause.missing_cfg_file).startswith("experiment/"):
             return unknown_experiment(str(cause.missing_cfg_file).removeprefix("experiment/"))
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file in EXTRAS:
+            extra = EXTRAS[cause.missing_cfg_file]
+            return f"{cause.missing_cfg_file} needs extra packages: pip install 'spectrim[{extra}]'"
         cause = cause.__cause__
     return " ".join(str(error).partition("Config search path:")[0].split()) or type(error).__name__
 

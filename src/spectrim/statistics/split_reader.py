@@ -5,11 +5,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from spectrim.batches import Batches, Inputs, Pairs, sample_count
 from spectrim.errors import MissingInput, UserError
 from spectrim.statistics.processes import Distributed, Processes
+from spectrim.tools.live import Bar
 
 Batch = tuple[Inputs, Any]
 # What a user has to pass for each split that a selector may read.
@@ -79,7 +79,7 @@ class SplitReader:
 
         Raises ``UserError`` for an empty split.
         """
-        with tqdm(desc=label, unit="sample", total=samples, leave=False, disable=None) as bar:
+        with Bar(desc=label, unit="sample", total=samples, leave=False) as bar:
             for inputs, targets in self.until(split, samples):
                 self.read[split] += sample_count(targets, inputs)
                 yield inputs, targets

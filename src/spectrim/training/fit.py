@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spectrim.batches import Batches, Inputs, device_of, forward, sample_count, to_device
 from spectrim.data.images import ImageSplit
 from spectrim.data.splits import digest_if_known
 from spectrim.errors import UserError
 from spectrim.losses import Loss, are_scores, logits_of
+from spectrim.tools.live import Bar
 from spectrim.tools.settings import require_seed
 from spectrim.training.cuda_graph import Replayed, own_stream
 from spectrim.training.recipe import Recipe
@@ -121,7 +121,7 @@ class _Loop:
     def run(self, train: Batches, curve: list[dict], save: Callable[[], None] = lambda: None) -> list[dict]:
         """Train the epochs that are missing in ``curve``, and append them. ``save`` is called after each."""
         left, epochs = range(len(curve), self.recipe.epochs), self.recipe.epochs
-        bar = tqdm(left, "train", initial=len(curve), total=epochs, unit="epoch", disable=None)
+        bar = Bar(left, "train", initial=len(curve), total=epochs, unit="epoch")
         with bar, torch.random.fork_rng(), own_stream(device_of(self.model)):
             for epoch in bar:
                 started = time.perf_counter()
@@ -133,6 +133,7 @@ class _Loop:
                 point |= self.callbacks.after_epoch(epoch, self.model, self.optimizer)
                 curve.append(point)
                 _say(bar, point, epochs)
+                bar.tell(point)
                 save()
         return curve
 
@@ -182,7 +183,7 @@ class _Loop:
         return list(terms), values.detach(), outputs
 
 
-def _say(bar: tqdm, point: dict[str, Any], epochs: int) -> None:
+def _say(bar: Bar, point: dict[str, Any], epochs: int) -> None:
     said = {key: f"{value:.4f}" for key in ("loss", "accuracy") if (value := point[key]) is not None}
     bar.set_postfix(said)
     if bar.disable:  # no terminal: print one line per epoch

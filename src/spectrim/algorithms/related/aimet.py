@@ -20,7 +20,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.layer_report import reporter
@@ -36,6 +35,7 @@ from spectrim.surgery import find_layers, replacing
 from spectrim.surgery.cost import parameters
 from spectrim.surgery.given_model import copied
 from spectrim.tools import torchvision_shim
+from spectrim.tools.live import Bar
 from spectrim.tools.settings import settings
 
 MISSING = "AIMET is not installed here: run `make rivals`, then .venv-rivals/bin/spectrim algorithm=aimet"
@@ -110,7 +110,7 @@ class AIMET:
         ignored = [subject.get_submodule(n) for n, m in model.named_modules() if _is_conv(m) and n not in layers]
         greedy = GreedySelectionParameters(self._target(model), num_comp_ratio_candidates=self.candidates)
         chosen = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=ignored)
-        with tqdm(desc="aimet", unit="evaluation", leave=False, disable=None) as bar, _elsewhere():
+        with Bar(desc="aimet", unit="evaluation", leave=False) as bar, _elsewhere():
 
             def score(candidate: nn.Module, *_: Any, **__: Any) -> float:
                 found = objective.remembered(

@@ -10,13 +10,13 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from spectrim.algorithms.shared.budget import Costs
 from spectrim.algorithms.shared.measured import Measurements
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.errors import UserError
 from spectrim.tools import extras
+from spectrim.tools.live import Bar
 
 RANDOM = 10  # vectors that are tried before the Gaussian process proposes one
 SMALLEST = 0.01  # the least ratio of a layer: a common factor of 1 / SMALLEST makes every layer dense again
@@ -103,7 +103,8 @@ class BayesianSearch:
         log: list[dict] = []
         costs, read = self.space.costs, self.space.bench.objective.read
         with Measurements.opened(self.state, self.identity, read) as scores:
-            for step in tqdm(range(self.evaluations), label, unit="model", leave=False, disable=None):
+            bar = Bar(range(self.evaluations), label, unit="model", leave=False)
+            for step in bar:
                 ratios = self._propose(step, told, known)
                 ranks = self.space.ranks(ratios)
                 key = tuple(ranks.values())
@@ -113,6 +114,7 @@ class BayesianSearch:
                 told += [Tried(vector, known[key]) for vector in self.space.alike(ratios, ranks)]
                 kept = {f"{costs.measure}_kept": costs.achieved(ranks)}
                 log.append({"step": step, "score": known[key], **kept, "measured": measured})
+                bar.tell({**log[-1], "best": min(known.values())})
         best = min(known, key=lambda key: known[key])
         return dict(zip(self.space.tops, best, strict=True)), log
 

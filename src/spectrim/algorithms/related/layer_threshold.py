@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 
 from torch import nn
-from tqdm import tqdm
 
 from spectrim.algorithms.related.judged import JudgedBy, error_or_loss
 from spectrim.algorithms.shared.budget import Costs, MaybeBudgeted, costs_of
@@ -24,6 +23,7 @@ from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 from spectrim.surgery.given_model import copied
+from spectrim.tools.live import Bar
 from spectrim.tools.settings import require_parts, settings
 
 
@@ -66,7 +66,7 @@ class LayerThreshold(MaybeBudgeted):
             """Return the ranks at a tolerance that falls from infinity (0), where every layer is measured, to 0 (1)."""
             return layers.ranks(1 / place - 1 if place else math.inf)
 
-        with tqdm(total=layers.count, desc="thresholds", unit="model", leave=False, disable=None) as layers.bar:
+        with Bar(total=layers.count, desc="thresholds", unit="model", leave=False) as layers.bar:
             if self.tolerance is not None:
                 chosen = layers.ranks(self.tolerance)
             else:
@@ -89,7 +89,7 @@ class _Layers:
         self.count = sum(map(len, self.options.values()))
         self.log: dict[tuple[str, int], dict] = {}
         self.key = bench.decomposer, chosen.judged_by, content(bench.model.state_dict().values())
-        self.bar: tqdm
+        self.bar: Bar
 
     @staticmethod
     def _options(spectrum: Spectrum, energies: Sequence[float]) -> list[int]:

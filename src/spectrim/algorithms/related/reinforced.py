@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spectrim.algorithms.rank_selection import on_subset
 from spectrim.algorithms.shared.budget import Costs, costs_of
@@ -35,6 +34,7 @@ from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
+from spectrim.tools.live import Bar
 from spectrim.tools.settings import settings
 
 Ranks = dict[str, int]
@@ -87,7 +87,7 @@ class Reinforced:
         episodes: list[tuple[Tensor, float]] = []
         with (
             Measurements.opened(self.state, identity, objective.read) as measured,
-            tqdm(range(self.evaluations), "reinforced", unit="evaluation", leave=False, disable=None) as bar,
+            Bar(range(self.evaluations), "reinforced", unit="evaluation", leave=False) as bar,
         ):
             for _ in bar:
                 action = agent.act()
@@ -98,7 +98,9 @@ class Reinforced:
                 if len(episodes) == self.batch:
                     agent.learn(torch.stack([action for action, _ in episodes]), [reward for _, reward in episodes])
                     episodes = []
-                bar.set_postfix(best=f"{max(entry['reward'] for entry in log):.4f}")
+                best = max(entry["reward"] for entry in log)
+                bar.set_postfix(best=f"{best:.4f}")
+                bar.tell({**log[-1], "best": best})
         return bench.finish(max(log, key=lambda entry: entry["reward"])["ranks"], log)
 
     def _rewarded(self, ranks: Ranks, params_kept: float, loss: float, accuracy: float) -> dict[str, Any]:

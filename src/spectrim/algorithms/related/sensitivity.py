@@ -14,7 +14,6 @@ from bisect import bisect_right
 from collections.abc import Sequence
 
 from torch import nn
-from tqdm import tqdm
 
 from spectrim.algorithms.shared.budget import Budgeted
 from spectrim.algorithms.shared.compressed import Compressed
@@ -23,6 +22,7 @@ from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 from spectrim.surgery.given_model import copied
+from spectrim.tools.live import Bar
 from spectrim.tools.settings import require_parts, settings
 
 
@@ -72,7 +72,7 @@ class Sensitivity(Budgeted):
         working = copied(bench.model)
         dense = bench.objective.evaluate(working).loss
         log: list[dict] = []
-        for name, spectrum in tqdm(bench.spectra.items(), "sensitivity", unit="layer", leave=False, disable=None):
+        for name, spectrum in Bar(bench.spectra.items(), "sensitivity", unit="layer", leave=False):
             weight = bench.model.get_submodule(name).weight.numel()  # type: ignore[operator]
             ranks = {max(1, spectrum.rank_within(ratio * weight)) for ratio in self.ratios}
             layer = working.get_submodule(name)

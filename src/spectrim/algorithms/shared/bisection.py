@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TypeVar
 
-from tqdm import tqdm
+from spectrim.tools.live import Bar
 
 T = TypeVar("T")
 
@@ -17,7 +17,7 @@ def bisect(at: Callable[[float], T | None], low: float, high: float, steps: int,
     ``label``: the name of the progress bar; None shows none.
     """
     best = None
-    for _ in tqdm(range(steps), label, unit="step", leave=False, disable=None if label else True):
+    for _ in Bar(range(steps), label, unit="step", leave=False, disable=None if label else True):
         middle = (low + high) / 2
         found = at(middle)
         if found is None:

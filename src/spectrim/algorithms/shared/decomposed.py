@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from torch import nn
-from tqdm import tqdm
 
 from spectrim.decomposers.spectrum import (
     NO_MOMENTS,
@@ -19,6 +18,7 @@ from spectrim.errors import UserError
 from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.output_moments import output_moments
+from spectrim.tools.live import Bar
 from spectrim.tools.spill import SpillFolder
 
 
@@ -46,7 +46,7 @@ def _spectra(
     """Decompose the layers in the blocks of ``objective``. With ``layers_at_once`` the factors are kept on disk."""
     folder = None if objective.layers_at_once is None else SpillFolder()
     found: dict[str, Spectrum] = {}
-    with tqdm(desc="decompose", total=len(layers), unit="layer", leave=False, disable=None) as bar:
+    with Bar(desc="decompose", total=len(layers), unit="layer", leave=False) as bar:
         for block in objective.blocks(list(layers)):
             moments = moments_for(decomposer, model, {name: layers[name] for name in block}, objective)
             for name in block:

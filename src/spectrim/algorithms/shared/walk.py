@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.neighbourhood import Neighbourhood, Norm
@@ -19,6 +18,7 @@ from spectrim.statistics.objective import NoGradient, Objective
 from spectrim.surgery import replacing
 from spectrim.surgery.find_layers import left_dense
 from spectrim.surgery.given_model import copied
+from spectrim.tools.live import Bar
 from spectrim.tools.settings import settings
 
 Order = Literal["network", "reverse", "saving", "predicted"]
@@ -136,7 +136,7 @@ class Walk(ABC):
         loss = dense.loss
         chosen: dict[str, int] = {}
         log: list[dict] = []
-        for name in tqdm(self._ordered(bench, layers), "verify", unit="layer", leave=False, disable=None):
+        for name in Bar(self._ordered(bench, layers), "verify", unit="layer", leave=False):
             layer = layers[name]
             if self.refresh and chosen:
                 self._predict(layer, self._refreshed(bench, working).get(name))

@@ -1,0 +1,72 @@
+"""Let a tracker follow a run from its start to its end, and tell it once of a run that it has not followed."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from spectrim.cli.termination import STATUS, Terminated
+from spectrim.errors import UserError
+from spectrim.runs.tracking.followed import Followed
+from spectrim.runs.tracking.none import NoTracking
+from spectrim.runs.tracking.session import About, Results, Tracker
+from spectrim.tools import files, live
+
+
+class Follower:
+    """Tell a tracker of one run.
+
+    ``told``: the file that lists the places where all of the run was delivered: the settings of each tracker, such as
+    mode, project and entity. So a run that was told offline can still be told to a server.
+    """
+
+    def __init__(self, tracker: Tracker | NoTracking, about: Callable[[], About], told: Path) -> None:
+        self._tracker, self._about, self._told = tracker, about, told
+        self._followed: Followed | None = None
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Tell of the progress while the block runs. Where it fails, end the run with its exit status."""
+        if isinstance(self._tracker, NoTracking):
+            yield
+            return
+        self._followed = Followed(self._tracker, self._about())
+        try:
+            with live.heard_by(self._followed.progress):
+                yield
+        except BaseException as error:
+            self._followed.finish(None, _status_of(error))
+            raise
+
+    def deliver(self, results: Callable[[], Results]) -> None:
+        """Tell the results of a run that is recorded. One that was not followed is told whole, if it was not yet.
+
+        It comes after the record, because no server may cost a run.
+        """
+        if isinstance(self._tracker, NoTracking):
+            return
+        place = {"tracker": type(self._tracker).__name__, **asdict(self._tracker)}  # type: ignore[call-overload]
+        places = self._places()
+        if self._followed is None:
+            if place in places:
+                return
+            self._followed = Followed(self._tracker, self._about())
+        if self._followed.finish(results()) and place not in places:
+            with suppress(UserError):  # Without the file it is told again, which is no harm.
+                files.write({self._told: (json.dumps([*places, place], indent=1) + "\n").encode()})
+
+    def _places(self) -> list[Any]:
+        try:
+            found = files.read_json(self._told)
+        except (OSError, ValueError):  # none yet, or that of an older version, which is empty
+            return []
+        return found if isinstance(found, list) else []
+
+
+def _status_of(error: BaseException) -> int:
+    """Return the status with which the command exits."""
+    if isinstance(error, Terminated):
+        return STATUS
+    return 130 if isinstance(error, KeyboardInterrupt) else 1

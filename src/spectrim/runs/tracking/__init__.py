@@ -1,0 +1,1 @@
+"""Report runs while they happen, to Weights & Biases, TensorBoard, MLflow, csv files, or to nobody."""
