@@ -142,7 +142,7 @@ test: install-language  ## run the tests, those of language models too
 lint: $(STAMP)  ## run ruff, mypy and the check of the import layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy src experiments docs/_sphinx
+	$(BIN)/mypy src experiments dashboards docs/_sphinx
 	$(BIN)/lint-imports
 
 format: $(STAMP)  ## fix what ruff can fix

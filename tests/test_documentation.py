@@ -12,7 +12,8 @@ PAGES = [ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", 
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 EXPECTED = (
-    "getting_started own_network algorithms experiments results language_models large_models clusters architecture"
+    "getting_started own_network algorithms experiments results language_models large_models clusters tracking "
+    "searches architecture"
 )
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from spectrim.cli import grids
+from spectrim.cli import grids, search
 from spectrim.cli.compress import parser
+from spectrim.cli.search import space
 from spectrim.fetch import pretrained
 from spectrim.runs.configuration import grids_called
 
@@ -212,6 +213,8 @@ def test_a_line_for_a_shell_can_be_given(page: str, line: str) -> None:
         assert all(option in said for option in arguments if option.startswith("--"))
     elif program == "spectrim-compress":
         assert parser().parse_args(words).out is not None
+    elif program == "spectrim-search":
+        assert space(search.parser().parse_args(words).overrides)[1]
     else:
         # The tests of the documented commands compose these.
         assert program in {"spectrim", "spectrim-train", "spectrim-grid"}

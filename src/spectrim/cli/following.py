@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from spectrim.cli.termination import STATUS, Terminated
 from spectrim.errors import UserError
+from spectrim.runs import targets
 from spectrim.runs.tracking.followed import Followed
 from spectrim.runs.tracking.none import NoTracking
 from spectrim.runs.tracking.session import About, Results, Tracker
@@ -18,12 +18,14 @@ from spectrim.tools import files, live
 class Follower:
     """Tell a tracker of one run.
 
-    ``told``: the file that lists the places where all of the run was delivered: the settings of each tracker, such as
-    mode, project and entity. So a run that was told offline can still be told to a server.
+    ``place``: the settings of the tracker, such as mode, project and entity.
+    ``told``: the file that lists the places where all of the run was delivered. So a run that was told offline can
+    still be told to a server.
     """
 
-    def __init__(self, tracker: Tracker | NoTracking, about: Callable[[], About], told: Path) -> None:
-        self._tracker, self._about, self._told = tracker, about, told
+    def __init__(self, place: dict[str, Any], about: Callable[[], About], told: Path) -> None:
+        self._tracker: Tracker | NoTracking = targets.build(place, "start")
+        self._place, self._about, self._told = place, about, told
         self._followed: Followed | None = None
 
     @contextmanager
@@ -47,15 +49,14 @@ class Follower:
         """
         if isinstance(self._tracker, NoTracking):
             return
-        place = {"tracker": type(self._tracker).__name__, **asdict(self._tracker)}  # type: ignore[call-overload]
         places = self._places()
         if self._followed is None:
-            if place in places:
+            if self._place in places:
                 return
             self._followed = Followed(self._tracker, self._about())
-        if self._followed.finish(results()) and place not in places:
+        if self._followed.finish(results()) and self._place not in places:
             with suppress(UserError):  # Without the file it is told again, which is no harm.
-                files.write({self._told: (json.dumps([*places, place], indent=1) + "\n").encode()})
+                files.write({self._told: (json.dumps([*places, self._place], indent=1) + "\n").encode()})
 
     def _places(self) -> list[Any]:
         try:

@@ -29,13 +29,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Return the record of one run: the one on disk, or else a new one, which is written."""
     settings = signing.scientific(cfg)
     batchnorm.require(cfg.batch_norm)
+    if cfg.returns not in (None, "loss", "accuracy"):
+        raise UserError(f"returns={cfg.returns} is not loss, accuracy or null")
     folder, name = Path(configuration.text(cfg, "records")), configuration.text(cfg, "name")
     checkpoint = _checkpoint(cfg)
     settings, signature = signing.signed(settings, checkpoint)
-    tracker = targets.build(configuration.plain(cfg.tracking), "start")
     path = records.path_of(folder, name, signature)
     about = partial(told.about, configuration.plain(cfg.names), name, signature, records.identity(settings))
-    follower = Follower(tracker, about, path.with_suffix(".tracked"))
+    follower = Follower(configuration.plain(cfg.tracking), about, path.with_suffix(".tracked"))
     state = Path(configuration.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
     make = partial(_measured, cfg, settings, signature, checkpoint, state)
     record, made = (records.read_own(path), False) if path.exists() else _made(path, folder, make, follower)
@@ -47,6 +48,22 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     state.unlink(missing_ok=True)  # Here too, because a kill may have come right after the record.
     follower.deliver(lambda: told.of_run(record))
     return record
+
+
+def returned(record: dict[str, Any], metric: str | None) -> float | None:
+    """Return the metric of the compressed model on the verification split; None where ``metric`` is None.
+
+    Raises ``UserError`` where the record does not hold it.
+    """
+    if metric is None:
+        return None
+    if "verification" not in record:
+        found = f"the record {record['signature']} in {record['experiment']} was made without returns={metric}"
+        raise UserError(f"{found}; give the search a folder of its own by name=")
+    value = record["verification"][metric]
+    if value is None:
+        raise UserError(f"returns={metric}, but a model for {record['names']['data']} has none; take returns=loss")
+    return float(value)
 
 
 def _made(
@@ -84,6 +101,8 @@ def _measured(
     read = dict(given.objective.read)
     with phases.measure("evaluate"):
         outcome = given.outcome(found) if isinstance(found, Compressed) else given.readings(found)
+    if cfg.returns:
+        outcome["verification"] = given.verification(found)
     return {
         "schema": records.SCHEMA,
         "signature": signature,

@@ -38,6 +38,8 @@ def of_run(record: Mapping[str, Any]) -> Results:
                 before, after = dense[split][measure], small[split][measure]
                 summary |= {f"{split}/{measure}": after, f"{split}/{measure}_dense": before}
                 summary[f"{split}/{measure}_change"] = after - before
+    found = record.get("verification", {})  # of a run that a search asked for
+    summary |= {f"verification/{name}": found[name] for name in ("loss", "accuracy") if found.get(name) is not None}
     for name, phase in record["phases"].items():
         summary |= {f"phases/{name}/{unit}": value for unit, value in phase.items()}
     summary |= {f"samples_read/{split}": count for split, count in record["samples_read"].items()}

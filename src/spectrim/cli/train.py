@@ -72,10 +72,9 @@ def _there(path: Path, follower: Follower) -> Path:
 
 def _follower(cfg: DictConfig, settings: dict[str, Any], path: Path) -> Follower:
     """Return what tells the tracker of the training. Its signature is that of settings and seed."""
-    tracker = targets.build(configuration.plain(cfg.tracking), "start")
     config = {**records.identity(settings), "seed": cfg.seed}
     about = partial(told.about, configuration.plain(cfg.names), path.parent.name, records.signature(config), config)
-    return Follower(tracker, about, path.with_suffix(".tracked"))
+    return Follower(configuration.plain(cfg.tracking), about, path.with_suffix(".tracked"))
 
 
 def _trained(

@@ -82,6 +82,11 @@ class Task:
             "notes": self._notes(readings.notes),
         }
 
+    def verification(self, found: Compressed | Readings) -> Numbers:
+        """Return what the compressed model measures on the verification split, for a search."""
+        model = found.model if isinstance(found, Compressed) else self.model
+        return self.objective.evaluate(model, "verification")._asdict()
+
     @cached_property
     def _dense_cost(self) -> Cost:
         example = self.objective.example()

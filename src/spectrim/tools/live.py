@@ -25,7 +25,7 @@ def heard_by(listener: Listener) -> Iterator[None]:
 class Bar(tqdm):
     """A bar of tqdm that is shown on a terminal only, and that tells the listener of its block at each step."""
 
-    def __init__(self, iterable: Any = None, desc: str = "", total: float | None = None, **more: Any) -> None:
+    def __init__(self, iterable: Any = None, desc: str | None = None, total: float | None = None, **more: Any) -> None:
         super().__init__(iterable, desc, total, **{"disable": None, **more})
         self._name = desc  # tqdm forgets it in a bar that is not shown
         self._numbers: dict[str, float] = {}

@@ -48,7 +48,7 @@ class WandB:
             entity=self.entity,
             mode=self.mode,
             dir=self.dir,
-            id=about.signature,
+            id=None if "WANDB_SWEEP_ID" in os.environ else about.signature,  # an agent of a sweep gives one itself
             name=about.name,
             group=about.group,
             job_type=about.kind,
