@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,9 @@ from spectrim.runs import configuration
 
 SOURCE = str(Path(configuration.__file__).parents[2])
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
-# Of the grid whose job is killed. The large one takes ten minutes on two cores: SPECTRIM_LONG_TESTS=1.
-RATIOS, SEEDS = (10, 4) if os.environ.get("SPECTRIM_LONG_TESTS") else (2, 2)
+# Of the grid whose job is killed. The large one has 40 cells: SPECTRIM_LONG_TESTS=1.
+LONG = bool(os.environ.get("SPECTRIM_LONG_TESTS"))
+RATIOS, SEEDS = (10, 4) if LONG else (2, 2)
 SEARCHED = os.environ["PATH"] + ":/usr/sbin:/sbin"
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or any(shutil.which(name, path=SEARCHED) is None for name in NEEDED),
@@ -32,7 +34,7 @@ SlurmctldPort={controller}
 SlurmdPort={node}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=15
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
@@ -129,7 +131,7 @@ def test_a_grid_goes_on_after_a_job_was_killed_and_gives_the_same_numbers(
     told = r"^spectrim: 1 job of the grid ended without a result: \d+_\d+; the output is in build/slurm/\S+; the same"
     assert re.search(told, err, re.MULTILINE), err
     assert len(spread.numbers()) == spread.size - 1
-    again = spread.run(*ON_SLURM, **there)
+    again = spread.run(*(() if LONG else ON_SLURM), **there)  # a job of a recorded cell takes seconds, too
     assert again.returncode == 0, again.stderr
     assert spread.numbers() == alone.numbers() and len(alone.numbers()) == alone.size
 
@@ -150,3 +152,20 @@ def test_ctrl_c_tells_which_jobs_go_on_and_how_to_cancel_them(
     subprocess.run(cancel.split(), env=slurm, check=True)
     until(lambda: not said("squeue", "-h", env=slurm), 60)
     assert len(grid.numbers()) < grid.size
+
+
+def test_a_training_that_is_warned_of_its_time_limit_goes_on_from_its_state(
+    slurm: Any, until: Any, tmp_path: Path
+) -> None:
+    long = ["algorithm=svd_training_plain", "algorithm.recipe.epochs=150", "algorithm.seed=0,1"]
+    words = ["-m", "data=digits", "model=mlp", "checkpoint=null", *long, "records=records", *ON_SLURM]
+    command = [sys.executable, "-m", "spectrim.cli.run", *words]
+    started = subprocess.Popen(command, env=slurm, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    until(lambda: list(tmp_path.glob("build/training/*.state.safetensors")), 120)
+    (job, *_) = said("squeue", "-h", "-t", "R", "-o", "%A", env=slurm).split()
+    subprocess.run(["scancel", "--signal=USR2", job], env=slurm, check=True)  # what Slurm sends before the limit
+    _, err = started.communicate(timeout=600)
+    assert started.returncode == 0, err
+    logs = [path.read_text() for path in tmp_path.glob("build/slurm/*/*_log.out")]
+    assert sum("Requeued job" in log or "requeue" in log.lower() for log in logs) == 1
+    assert [len(re.findall(r"^epoch \d+/150", log, re.MULTILINE)) for log in logs] == [150, 150]

@@ -29,6 +29,20 @@ def test_help_imports_no_torch(program: str, entry: str, words: list[str]) -> No
         assert " resnet20," in done.stdout
 
 
+def test_the_tab_key_completes_without_torch() -> None:
+    script = SCRIPT.format(program="spectrim", entry="compress", words=["-sc", "query=bash"])
+    asked = os.environ | {"COMP_LINE": "spectrim model=resne", "COMP_POINT": "20"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=asked)
+    assert "model=resnet20" in done.stdout.split() and done.stderr == "\n"
+
+
+def test_the_help_of_a_search_imports_no_torch() -> None:
+    script = (
+        "import sys\nfrom spectrim.cli import search\nsearch.parser().format_help()\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_a_reader_of_the_help_may_end() -> None:
     reader, writer = os.pipe()
     os.close(reader)
