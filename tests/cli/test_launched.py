@@ -55,6 +55,16 @@ def test_a_job_without_a_result_is_named_after_all_have_ended(tmp_path: Path) ->
     assert waited == ["7_0", "7_1", "7_2"] and str(told.value).endswith("; the same command goes on")
 
 
+def test_a_job_that_could_not_begin_is_told_with_the_last_line_of_its_traceback(tmp_path: Path) -> None:
+    class Failed(RuntimeError):
+        __module__ = "submitit.core.utils"
+
+    line = "-" * 22
+    trace = f"Job (task=0) failed during processing with trace:\n{line}\nTraceback\nImportError: no torch\n{line}\n"
+    with pytest.raises(Lost, match=r"^a job of the grid could not begin: ImportError: no torch; the output is in "):
+        watched(launcher([job(tmp_path, "7_0")], Failed(f"{trace}You can check full logs with 'job.stderr(0)'")))
+
+
 def test_another_error_goes_on_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         watched(launcher([job(tmp_path, "7_0")], ZeroDivisionError()))

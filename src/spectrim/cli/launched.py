@@ -28,11 +28,14 @@ def watched(job: Callable[[], Any]) -> None:
             raise
         for one in jobs:
             one.wait()
-        raise Lost(_lost(jobs)) from error
+        raise Lost(_lost(jobs, error)) from error
 
 
-def _lost(jobs: list[Any]) -> str:
+def _lost(jobs: list[Any], error: Exception) -> str:
     lost = [one for one in jobs if not one.paths.result_pickle.exists()]
+    if not lost:  # The job ended with an error before it could run its cell, and told the traceback.
+        told = [line for line in str(error).partition("You can check")[0].splitlines() if line.strip("- ")]
+        return f"a job of the grid could not begin: {told[-1].strip()}; the output is in {jobs[0].paths.folder.parent}"
     count = "1 job" if len(lost) == 1 else f"{len(lost)} jobs"
     return (
         f"{count} of the grid ended without a result: {', '.join(one.job_id for one in lost)}; "
