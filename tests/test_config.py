@@ -14,6 +14,7 @@ import pytest
 from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
+from spectrim.algorithms.shared.compressed import decomposer_of
 from spectrim.cli import grid
 from spectrim.errors import UserError
 from spectrim.runs import configuration, targets
@@ -151,6 +152,25 @@ def test_grids_with_committed_records_keep_the_former_defaults_and_others_do_not
     assert chosen(*tuned) == ("greedy", 0.5)
     assert chosen(*tuned, "algorithm.selector.ranks=knapsack") == ("knapsack", 0.5)
     assert chosen("experiment=smoke", "algorithm=joint") == ("knapsack", 1.0)
+
+
+@pytest.mark.parametrize("option", [one for one in options("algorithm") if "probe" not in one])
+def test_an_algorithm_takes_its_own_decomposer_where_none_is_named(compose: Any, option: str) -> None:
+    """The command line and the call from Python choose alike, also for a selector within another algorithm."""
+    cfg = compose(f"algorithm={option}")
+    algorithm = targets.build(configuration.plain(cfg.algorithm))
+    assert targets.build(configuration.plain(cfg.decomposer)) == decomposer_of(algorithm)
+    named = compose(f"algorithm={option}", "decomposer=tucker2")
+    assert named.names.decomposer == "tucker2" and named.decomposer._target_.endswith("Tucker2")
+
+
+def test_joint_selection_takes_pivoted_factors_also_as_a_selector(compose: Any) -> None:
+    assert compose("algorithm=joint").names.decomposer == "pivoted"
+    assert compose("algorithm=refitted", "algorithm@algorithm.selector=joint").names.decomposer == "pivoted"
+    assert compose("algorithm=fine_tuning", "algorithm@algorithm.selector=joint").names.decomposer == "pivoted"
+    assert compose("algorithm=fine_tuning").names.decomposer == "svd_channel"  # truncation
+    whitened = compose("experiment=figure4/resnet20/joint", "algorithm=joint")
+    assert whitened.names.decomposer == "whitened_spatial"  # a grid names its own
 
 
 def test_a_present_name_stays_and_an_unknown_one_is_left_to_hydra() -> None:

@@ -34,6 +34,8 @@ def _settings(group: str, name: str) -> dict[str, Any]:
             settings |= _settings(group, default)
             continue
         ((place, option),) = default.items()  # such as /algorithm@selector: truncation
+        if place.startswith("override "):  # the choice of another group, which is no setting of this one
+            continue
         other, _, key = place.removeprefix("/").partition("@")
         if not _refers(option):
             settings[key] = _settings(other, option)

@@ -15,7 +15,7 @@ What differs here:
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from spectrim.algorithms.shared.trained import plain_svd
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.decomposers.subspaces import SubspaceSVD
+from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.tools.settings import settings
@@ -41,6 +42,8 @@ class ALDS(Budgeted):
     """
 
     subspaces: Sequence[int] = (1, 2, 4, 8)
+
+    decomposer: ClassVar[Decomposer] = SVD()  # the only one that it takes
 
     def __post_init__(self) -> None:
         super().__post_init__()

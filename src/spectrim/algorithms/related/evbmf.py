@@ -15,6 +15,7 @@ The paper fine-tunes afterwards. ``FineTuning`` does that here.
 """
 
 import math
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
+from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.tools.settings import settings
@@ -47,6 +49,8 @@ class EVBMF(MaybeBudgeted):
     """
 
     weaken: float = 0.0
+
+    decomposer: ClassVar[Decomposer] = SVD()  # its singular values are those of the noise model
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ allocation of ALDS (Liebenwein et al., arXiv 2107.11442, section 3.3) with one s
 several. With ``norm="frobenius"`` it is magnitude pruning of singular values.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from spectrim.algorithms.shared.budget import Budgeted
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
+from spectrim.decomposers.svd import SVD
 from spectrim.statistics.objective import Objective
 from spectrim.tools.settings import settings
 
@@ -26,6 +27,8 @@ class GlobalThreshold(Budgeted):
     """
 
     norm: Literal["spectral", "frobenius"] = "spectral"
+
+    decomposer: ClassVar[Decomposer] = SVD()  # needs no data, as the threshold does
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Find the threshold and cut. Raises ``UserError`` for a budget out of reach."""

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from operator import mul
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from spectrim.algorithms.shared.bisection import bisect
 from spectrim.algorithms.shared.workbench import Workbench
-from spectrim.decomposers.spectrum import Spectrum
+from spectrim.decomposers.best_view import PIVOTED
+from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.errors import UserError
 from spectrim.surgery import latency, replacing
 from spectrim.surgery.cost import layer_macs, parameters
@@ -200,6 +201,8 @@ class Budgeted:
     macs_kept: float | None = None
     milliseconds: float | None = None
     batch_size: int = 1
+
+    decomposer: ClassVar[Decomposer] = PIVOTED  # where the user names none
 
     def __post_init__(self) -> None:
         given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}

@@ -137,8 +137,8 @@ class Compressed:
         """Write the compressed model in a form that is read without spectrim.
 
         ``kind``: ``"plain"`` makes ``path`` a folder with the weights and the code that puts layers of torch in place
-            of the dense ones. The model's own code is then needed, and ``"pt2"`` and ``"onnx"`` do without it: one file
-            for ``torch.export.load``, or for a runtime of ONNX.
+            of the dense ones. Pivoted factors become plain ones, which are larger. The model's own code is then needed,
+            and ``"pt2"`` and ``"onnx"`` do without it: one file for ``torch.export.load``, or for a runtime of ONNX.
         ``example``: inputs to trace the model with; those of the first calibration batch by default.
         ``dynamic``: whether a traced model takes any number of samples and, where it allows, of token ids.
         ``opset``: version of the operators of ONNX.
