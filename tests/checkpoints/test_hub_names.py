@@ -60,7 +60,12 @@ def multiplied(small: Path, dense: Path, to: Path) -> Path:
     stored, plan = load_file(small / "model.safetensors"), sharded.Manifest.read(small).plan
     transposed = json.loads((dense / "config.json").read_text())["model_type"] == "gpt2"
     for layer in plan:
-        product = stored.pop(f"{layer}.second.weight") @ stored.pop(f"{layer}.first.weight")
+        product = stored.pop(f"{layer}.first.weight")
+        if f"{layer}.second.weight" in stored:
+            product = stored.pop(f"{layer}.second.weight") @ product
+        else:
+            whole = torch.cat([product, stored.pop(f"{layer}.second.others.weight") @ product])
+            product = whole[stored.pop(f"{layer}.second.positions")]
         stored[f"{layer}.weight"] = product.T.contiguous() if transposed else product
         if f"{layer}.second.bias" in stored:
             stored[f"{layer}.bias"] = stored.pop(f"{layer}.second.bias")
@@ -81,17 +86,24 @@ def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_it_is_the_model_that_transformers_reads_from_the_products(kind: str, tmp_path: Path, caplog: Any) -> None:
+@pytest.mark.parametrize("factors", ["plain", "pivoted"])
+def test_it_is_the_model_that_transformers_reads_from_the_products(
+    kind: str, factors: Any, tmp_path: Path, caplog: Any
+) -> None:
     dense, small = tmp_path / "dense", tmp_path / "small"
     model_class = as_on_the_hub(kind, dense)
-    plan = spectrim.compress_checkpoint(dense, small, ratio=0.5)
+    plan = spectrim.compress_checkpoint(dense, small, ratio=0.5, factors=factors)
     expected = model_class.from_pretrained(multiplied(small, dense, tmp_path / "products"))
     with caplog.at_level(logging.WARNING, "spectrim"):
         loaded, _ = language.load(small)
     assert type(loaded) is model_class
     torch.testing.assert_close(output(loaded), output(expected), atol=1e-5, rtol=1e-4)
     said = [record.getMessage() for record in caplog.records if record.name.startswith("spectrim")]
-    assert said == [f"{model_class.__name__} has no use for {names} in {small}" for names in UNUSED[kind]]
+    unused = UNUSED[kind]
+    if factors == "pivoted":
+        parts = "dense.second.others.weight, bert.pooler.dense.second.positions"
+        unused = [names.replace("dense.second.weight", parts) for names in unused]
+    assert said == [f"{model_class.__name__} has no use for {names} in {small}" for names in unused]
     factored = {name for name, module in loaded.named_modules() if isinstance(module, FactoredLayer)}
     prefix = "transformer." if kind == "gpt2" else ""
     merged = {layer for layer in plan if "block_sparse_moe" in layer or "pooler" in layer}
@@ -133,10 +145,22 @@ def rewritten(folder: Path, change: Any) -> None:
             lambda state: state.update(
                 {
                     f"model.layers.0.block_sparse_moe.experts.1.w2.{part}.weight": torch.ones(shape)
-                    for part, shape in (("first", (1, 10**5)), ("second", (10**5, 1)))
+                    for part, shape in (("first", (1, 10**5)), ("second.others", (10**5, 1)))
                 }
             ),
             "make up a weight that is larger than the model takes",
+        ),
+        (
+            "mixtral",
+            lambda state: state["model.layers.0.block_sparse_moe.experts.1.w2.second.positions"].fill_(1),
+            "the positions of the pivots of model.layers.0.block_sparse_moe.experts.1.w2 are no permutation",
+        ),
+        (
+            "mixtral",
+            lambda state: state.update(
+                {"model.layers.0.block_sparse_moe.experts.1.w2.first.weight": torch.ones(1, 40)}
+            ),
+            "the factors of model.layers.0.block_sparse_moe.experts.1.w2 do not fit one another",
         ),
         (
             "mixtral",

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import spectrim
 from spectrim.factored import large, linalg
-from spectrim.factored.forms import PlainForm
+from spectrim.factored.forms import PivotedForm, PlainForm
 from spectrim.factored.plan import Kept, RankPlan
+from spectrim.tools import safetensors_stream
 
 INDEX = "model.safetensors.index.json"
 
@@ -40,6 +41,7 @@ class Net(nn.Module):
 PLAN = RankPlan.of(
     {"wide": Kept(5, PlainForm("linear")), "square": Kept(7, PlainForm("linear")), "tall": Kept(1, PlainForm("linear"))}
 )
+PIVOTED = RankPlan.of({name: Kept(kept.keep, PivotedForm("linear")) for name, kept in PLAN.items()})
 
 
 def shard_names(count: int) -> list[str]:
@@ -75,21 +77,25 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+@pytest.mark.parametrize("plan", [PLAN, PIVOTED], ids=["plain", "pivoted"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_compressed_saved_and_loaded_is_the_model_cut_in_memory(model: Net, tmp_path: Path, count: int) -> None:
+def test_compressed_saved_and_loaded_is_the_model_cut_in_memory(
+    model: Net, tmp_path: Path, count: int, plan: RankPlan
+) -> None:
     dense, out = tmp_path / "dense", tmp_path / "out"
     if count == 1:
         dense.mkdir()
         save_file(state_of(model), dense / "model.safetensors")
     else:
         write_sharded(dense, state_of(model), count)
-    assert spectrim.compress_checkpoint(dense, out, plan=PLAN) == PLAN
+    assert spectrim.compress_checkpoint(dense, out, plan=plan) == plan
     torch.manual_seed(5)
     loaded, tokens = spectrim.load(out, into=Net().eval()), torch.randint(30, (4, 9))
-    for name, kept in PLAN.items():
+    for name, kept in plan.items():
         layer = model.get_submodule(name)
         layer.load_state_dict({**layer.state_dict(), "weight": cut(layer.weight, kept.rank)})  # type: ignore[arg-type]
         assert loaded.get_submodule(name).rank == kept.rank
+        assert loaded.get_submodule(name).pivoted == (plan is PIVOTED)
     torch.testing.assert_close(loaded(tokens), model(tokens), atol=1e-5, rtol=1e-4)
     assert loaded.head.weight is loaded.embed_tokens.weight
     assert (out / INDEX).exists() == (count > 1)
@@ -106,16 +112,18 @@ def cut(weight: Tensor, rank: int) -> Tensor:
     return (U[:, :rank] * S[:rank]) @ Vh[:rank]
 
 
+@pytest.mark.parametrize("factors", ["plain", "pivoted"])
 def test_a_ratio_cuts_to_the_ranks_of_truncation_and_leaves_embeddings(
-    model: Net, folder: Path, tmp_path: Path
+    model: Net, folder: Path, tmp_path: Path, factors: Any
 ) -> None:
-    plan = spectrim.compress_checkpoint(folder, tmp_path / "out", ratio=0.5)
+    plan = spectrim.compress_checkpoint(folder, tmp_path / "out", ratio=0.5, factors=factors)
     batch = (torch.randint(30, (2, 9)), torch.zeros(2, 9, 30))
     expected = spectrim.compress(
         model,
         calibration=[batch],
         loss=nn.functional.mse_loss,
         algorithm=spectrim.Truncation(ratio=0.5),
+        decomposer=spectrim.SVD(factors=factors),
         exclude=["conv"],
     )
     assert plan == expected.plan and set(plan) == {"wide", "square", "tall"}
@@ -136,6 +144,49 @@ def test_precision_is_kept_and_a_layer_above_break_even_stays_dense(tmp_path: Pa
     stored = load_file(out / shard_names(1)[0])
     assert stored.keys() == {"a.first.weight", "a.second.weight", "b.weight", "b.bias"}
     assert stored["a.first.weight"].dtype == torch.bfloat16 and torch.equal(stored["b.weight"], state["b.weight"])
+
+
+def test_a_budget_gives_pivoted_factors_of_higher_ranks_and_is_met(model: Net, folder: Path, tmp_path: Path) -> None:
+    total = sum(value.numel() for value in state_of(model).values())
+    pivoted = spectrim.compress_checkpoint(folder, tmp_path / "pivoted", params_kept=0.6)
+    plain = spectrim.compress_checkpoint(folder, tmp_path / "plain", params_kept=0.6, factors="plain")
+    assert {kept.form for kept in pivoted.values()} == {PivotedForm("linear")}
+    assert (
+        all(pivoted[name].rank >= plain[name].rank for name in plain) and pivoted["square"].rank > plain["square"].rank
+    )
+    for name in ("pivoted", "plain"):
+        read = [load_file(tmp_path / name / file) for file in shard_names(3)]
+        kept = sum(value.numel() for one in read for key, value in one.items() if not key.endswith(".positions"))
+        assert 0.55 * total < kept <= 0.6 * total
+
+
+@pytest.mark.parametrize("shape", [(20, 20), (21, 19), (19, 21), (21, 1)])
+@pytest.mark.parametrize("bias", [0, 21])
+def test_positions_among_sixteen_bit_numbers_begin_at_a_multiple_of_four(
+    tmp_path: Path, shape: tuple[int, int], bias: int
+) -> None:
+    """The numbers before them are odd or even in number; every tensor of the file begins at a multiple of its width."""
+    state = {"a.weight": torch.randn(shape).bfloat16(), "b.weight": torch.randn(20, 21).half(), "c": torch.ones(3)}
+    state |= {"mask": torch.ones(5, dtype=torch.bool), "b.bias": torch.ones(20).half(), "d": torch.ones(bias).half()}
+    folder, out = write_sharded(tmp_path / "dense", state, 1), tmp_path / "out"
+    plan = spectrim.compress_checkpoint(folder, out, ratio=0.6, dense=())
+    shard = safetensors_stream.Shard.at(out / shard_names(1)[0])
+    for name, entry in shard.entries.items():
+        assert shard.starts[name] % safetensors_stream.DTYPES[entry.dtype].itemsize == 0, name
+    read = load_file(shard.path)
+    for name, kept in plan.items():
+        coefficients, rows = read[f"{name}.second.others.weight"], read[f"{name}.first.weight"]
+        whole = torch.cat([rows, coefficients @ rows])[read[f"{name}.second.positions"]]
+        torch.testing.assert_close(whole.float(), cut(state[f"{name}.weight"].float(), kept.rank), atol=0.1, rtol=0.1)
+        assert coefficients.dtype == state[f"{name}.weight"].dtype and coefficients.abs().max() <= 2
+    assert set(plan) >= {"b"} and read["mask"].all() and torch.equal(read["d"], state["d"])
+
+
+def test_factors_too_large_for_half_precision_are_named_and_their_shard_not_written(tmp_path: Path) -> None:
+    folder = write_sharded(tmp_path / "dense", {"a.weight": 60_000 * torch.randn(10, 12).sign().half()}, 1)
+    plan = RankPlan.of({"a": Kept(5, PivotedForm("linear"))})
+    refuses("layer a of .*: a number is NaN or too large for float16", folder, tmp_path / "out", plan=plan)
+    assert not (tmp_path / "out" / shard_names(1)[0]).exists()
 
 
 def test_finished_shards_are_not_made_again_and_altered_ones_are(folder: Path, tmp_path: Path) -> None:

@@ -26,14 +26,15 @@ def dense(request: pytest.FixtureRequest, tiny: Any, word_folder: Path) -> tuple
     return model, word_folder
 
 
+@pytest.mark.parametrize("factors", ["plain", "pivoted"])
 def test_it_is_the_model_cut_in_memory_and_comes_with_all_it_needs(
-    dense: Any, token_batches: Any, tmp_path: Path
+    dense: Any, token_batches: Any, tmp_path: Path, factors: Any
 ) -> None:
     model, folder = dense
     out = tmp_path / "small"
-    plan = spectrim.compress_checkpoint(folder, out, ratio=0.5)
+    plan = spectrim.compress_checkpoint(folder, out, ratio=0.5, factors=factors)
     objective = Objective(token_loss, {"calibration": token_batches})
-    expected = spectrim.Truncation(ratio=0.5).compress(model, spectrim.SVD(), objective)
+    expected = spectrim.Truncation(ratio=0.5).compress(model, spectrim.SVD(factors=factors), objective)
     assert plan == expected.plan and len(plan) >= 8
     loaded, tokenizer = language.load(out)
     inputs = objective.example()

@@ -5,11 +5,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from spectrim.checkpoints import filling
 from spectrim.errors import UserError
 from spectrim.factored.dense import dense_kinds
+from spectrim.factored.forms import PivotedForm
 from spectrim.factored.plan import RankPlan
 from spectrim.fetch import by_configuration
 from spectrim.fetch.by_configuration import Place
@@ -20,6 +22,8 @@ LOG = logging.getLogger(__name__)
 FACTORS = {
     ".first.weight": ".weight",
     ".second.weight": ".weight",
+    ".second.others.weight": ".weight",
+    ".second.positions": ".weight",
     ".second.bias": ".bias",
 }
 
@@ -97,7 +101,16 @@ def _dense(name: str, plan: RankPlan, stored: Mapping[str, Shard], most: int) ->
         return read(name)
     if part == "bias":
         return read(f"{layer}.second.bias")
-    second, first = read(f"{layer}.second.weight"), read(f"{layer}.first.weight")
-    if len(second) * first.shape[-1] > most:
+    pivoted, first = isinstance(plan[layer].form, PivotedForm), read(f"{layer}.first.weight")
+    second = read(f"{layer}.second.others.weight" if pivoted else f"{layer}.second.weight")
+    if second.shape[-1] != len(first):
+        raise UserError(f"the factors of {layer} do not fit one another")
+    if (len(second) + len(first) * pivoted) * first.shape[-1] > most:
         raise UserError(f"the factors of {layer} make up a weight that is larger than the model takes")
-    return (second.float() @ first.float()).to(second.dtype)
+    rows = second.float() @ first.float()
+    if pivoted:
+        positions = read(f"{layer}.second.positions")
+        if not positions.sort().values.equal(torch.arange(len(first) + len(second), dtype=positions.dtype)):
+            raise UserError(f"the positions of the pivots of {layer} are no permutation; write the checkpoint again")
+        rows = torch.cat([first.float(), rows])[positions]
+    return rows.to(second.dtype)

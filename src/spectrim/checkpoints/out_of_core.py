@@ -2,23 +2,23 @@
 
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from torch import Tensor
 from tqdm import tqdm
 
+from spectrim.checkpoints.shard_contents import FORMS, contents, entries
 from spectrim.checkpoints.sharded import BESIDE, INDEX, MANIFEST, PICKLES, Manifest, Sharded
+from spectrim.decomposers.matrix import Factors
 from spectrim.errors import UserError
-from spectrim.factored import large, linalg
-from spectrim.factored.forms import PlainForm
+from spectrim.factored import linalg
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.fetch.by_configuration import CONFIG
 from spectrim.tools import digests, files, safetensors_stream
-from spectrim.tools.safetensors_stream import FLOATS, Entry, Shard
+from spectrim.tools.safetensors_stream import FLOATS, Entry
 
 STEPS = 30  # of the bisection for params_kept
 # Weights with two dimensions that are looked up, not multiplied by. Only the name tells them from linear layers.
@@ -41,6 +41,7 @@ def compress_checkpoint(
     plan: RankPlan | None = None,
     ratio: float | None = None,
     params_kept: float | None = None,
+    factors: Factors = "pivoted",
     dense: Sequence[str] = EMBEDDINGS,
     transposed: Sequence[str] | None = None,
 ) -> RankPlan:
@@ -50,7 +51,8 @@ def compress_checkpoint(
     ``FactoredLinear`` and have its precision. A layer stays dense where its rank would not make it smaller. All other
     tensors are copied byte by byte; configuration and tokenizer of transformers go to ``out/pretrained``.
 
-    Memory: at most three times the largest layer in float32, and some tens of MB (``large.truncated``).
+    Memory: at most three times the largest layer in float32, and some tens of MB (``large.truncated``). Pivoted factors
+    of more than half of a layer's parameters take up to six times the layer (``pivoting.pivoted``).
 
     Each shard is written atomically, and ``out/spectrim.json`` then records its digest. The same call after a kill goes
     on with the next shard. Load the result with ``spectrim.load(out, into=model)``, or without a model with
@@ -62,6 +64,8 @@ def compress_checkpoint(
     ``ratio``: share in (0, 1) of its parameters that each layer keeps, as in ``Truncation``.
     ``params_kept``: share in (0, 1) of all numbers in the checkpoint that is kept, by the largest common ratio that
         fits. Give exactly one of these three.
+    ``factors``: what is stored without ``plan``. ``pivoted`` has a higher rank in as many parameters than ``plain``
+        (``decomposers.SVD``). A plan says the form of each layer.
     ``dense``: without ``plan``, patterns of the names of layers that stay dense.
     ``transposed``: patterns of the names of layers whose weight is stored as (inputs, outputs). By default those of
         GPT-2 and its kin, where ``config.json`` names such a model.
@@ -71,6 +75,8 @@ def compress_checkpoint(
     """
     if [plan, ratio, params_kept].count(None) != 2:
         raise UserError("give exactly one of plan, ratio and params_kept")
+    if factors not in FORMS:
+        raise UserError(f"factors must be one of {', '.join(FORMS)}, got {factors!r}")
     source, out = Sharded.at(folder), Path(out)
     if (source.folder / MANIFEST).exists():
         raise UserError(f"{folder} is compressed already ({MANIFEST}); give the dense checkpoint")
@@ -79,13 +85,13 @@ def compress_checkpoint(
     if plan is not None:
         wanted = _of_plan(source.entries, plan)
     elif ratio is not None:
-        wanted = _of_ratio(source.entries, ratio, dense)
+        wanted = _of_ratio(source.entries, ratio, dense, factors)
     else:
-        wanted = _of_params(source.entries, params_kept, dense)
+        wanted = _of_params(source.entries, params_kept, dense, factors)
     patterns = _transposed(source.folder) if transposed is None else transposed
     flipped = {name for name in wanted if any(fnmatch(name, pattern) for pattern in patterns)}
     begun = Manifest.begun(out, wanted)  # Refuse a foreign folder before a lock is made in it.
-    results = {name: _results(shard, wanted, flipped) for name, shard in source.shards.items()}
+    results = {name: entries(shard, wanted, flipped) for name, shard in source.shards.items()}
     missing = sum(e.nbytes for name in results.keys() - begun.finished.keys() for e in results[name].values())
     files.require_writable(out / MANIFEST, out / BESIDE / CONFIG, nbytes=missing)
     try:
@@ -118,19 +124,32 @@ def _linear(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     return {name: entry for name, entry in named.items() if len(entry.shape) == 2 and entry.dtype in FLOATS}
 
 
-def _of_ratio(entries: Mapping[str, Entry], ratio: float, dense: Sequence[str]) -> RankPlan:
+def _of_ratio(entries: Mapping[str, Entry], ratio: float, dense: Sequence[str], factors: Factors) -> RankPlan:
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
         raise UserError(f"ratio must lie in (0, 1), got {ratio!r}")
     layers = {n: e for n, e in _linear(entries).items() if not any(fnmatch(n, pattern) for pattern in dense)}
     if not layers:
         raise UserError("this checkpoint has nothing to factor: no 2-D weight but those that stay dense")
-    ranks = {}
+    kept = {}
     for name, (_, (outputs, inputs), _) in layers.items():
-        ranks[name] = max(1, int(ratio * (outputs * inputs) / (outputs + inputs))) if outputs and inputs else 0
-    return _below_break_even(ranks, layers)
+        if outputs and inputs:
+            kept[name] = Kept(max(1, _rank_within(ratio * outputs * inputs, outputs, inputs, factors)), FORMS[factors])
+    return _smaller(kept, layers)
 
 
-def _of_params(entries: Mapping[str, Entry], kept: float | None, dense: Sequence[str]) -> RankPlan:
+def _params(kept: Kept, outputs: int, inputs: int) -> int:
+    """Return how many numbers the factors of a layer hold."""
+    pivots = kept.rank if kept.form == FORMS["pivoted"] else 0
+    return kept.rank * (outputs + inputs - pivots)
+
+
+def _rank_within(params: float, outputs: int, inputs: int, factors: Factors) -> int:
+    """Return the largest rank whose factors hold at most ``params`` numbers; 0 if there is none."""
+    ranks, form = range(min(outputs, inputs) + 1), FORMS[factors]
+    return bisect_right(ranks, params, key=lambda rank: _params(Kept(rank, form), outputs, inputs)) - 1
+
+
+def _of_params(entries: Mapping[str, Entry], kept: float | None, dense: Sequence[str], factors: Factors) -> RankPlan:
     """Return the plan of the largest ratio at which the whole checkpoint keeps at most the share ``kept``."""
     if isinstance(kept, bool) or not isinstance(kept, int | float) or not 0 < kept < 1:
         raise UserError(f"params_kept must lie in (0, 1), got {kept!r}")
@@ -138,14 +157,14 @@ def _of_params(entries: Mapping[str, Entry], kept: float | None, dense: Sequence
 
     def left(plan: RankPlan) -> float:
         shapes = {name: entries[f"{name}.weight"].shape for name in plan}
-        return 1 - sum(math.prod(own) - plan[name].rank * sum(own) for name, own in shapes.items()) / total
+        return 1 - sum(math.prod(own) - _params(plan[name], *own) for name, own in shapes.items()) / total
 
-    low, high, found = 0.0, 1.0, _of_ratio(entries, math.ulp(0.0), dense)
+    low, high, found = 0.0, 1.0, _of_ratio(entries, math.ulp(0.0), dense, factors)
     if left(found) > kept:
         raise UserError(f"params_kept={kept} is out of reach: at rank 1 {left(found):.4f} of them remain")
     for _ in range(STEPS):
         middle = (low + high) / 2
-        tried = _of_ratio(entries, middle, dense)
+        tried = _of_ratio(entries, middle, dense, factors)
         if left(tried) <= kept:
             low, found = middle, tried
         else:
@@ -158,14 +177,19 @@ def _of_plan(entries: Mapping[str, Entry], plan: RankPlan) -> RankPlan:
     for name, kept in plan.items():
         if name not in layers:
             raise UserError(f"the plan names {name!r}; this checkpoint has no 2-D weight {name}.weight")
-        if kept.form != PlainForm("linear") or not isinstance(kept.keep, int):
+        if kept.form not in FORMS.values() or not isinstance(kept.keep, int):
             raise UserError(f"the plan cuts {name!r} in another way than to the leading components of a linear layer")
-    return _below_break_even({name: kept.rank for name, kept in plan.items()}, layers)
+    return _smaller(plan, layers)
 
 
-def _below_break_even(ranks: Mapping[str, int], layers: Mapping[str, Entry]) -> RankPlan:
-    pays = {name: rank for name, rank in ranks.items() if 0 < rank <= linalg.break_even_rank(*layers[name].shape)}
-    return RankPlan.of({name: Kept(rank, PlainForm("linear")) for name, rank in pays.items()})
+def _smaller(plan: Mapping[str, Kept], layers: Mapping[str, Entry]) -> RankPlan:
+    """Return the part of a plan that makes layers smaller."""
+
+    def most(name: str) -> int:
+        shape = layers[name].shape
+        return min(shape) - 1 if plan[name].form == FORMS["pivoted"] else linalg.break_even_rank(*shape)
+
+    return RankPlan.of({name: kept for name, kept in plan.items() if 0 < kept.rank <= most(name)})
 
 
 def _write_all(
@@ -184,8 +208,8 @@ def _write_all(
                 bar.update(sum(entry.nbytes for entry in shard.entries.values()))
                 continue
             digest = digests.of_file(shard.path)
-            contents = _contents(shard, manifest.plan, flipped, bar)
-            result = safetensors_stream.write(manifest.folder / name, results[name], contents, shard.metadata)
+            made = contents(shard, manifest.plan, flipped, bar)
+            result = safetensors_stream.write(manifest.folder / name, results[name], made, shard.metadata)
             manifest.finished[name] = {"source": digest, "result": result}
             manifest.write()
     _copy_companions(source.folder, manifest.folder / BESIDE)
@@ -204,51 +228,3 @@ def _copy_companions(folder: Path, to: Path) -> None:
     ]
     if beside:
         files.write({to / path.name: path.read_bytes() for path in beside})
-
-
-def _ordered(shard: Shard) -> list[str]:
-    """Return the tensors of a shard, wide numbers first, so that each begins at a multiple of its number's width."""
-
-    def width(name: str) -> float:
-        _, shape, nbytes = shard.entries[name]
-        return nbytes / max(1, math.prod(shape))
-
-    return sorted(shard.entries, key=width, reverse=True)
-
-
-def _results(shard: Shard, plan: RankPlan, flipped: Collection[str]) -> dict[str, Entry]:
-    """Return the tensors of the compressed shard, in the order in which ``_contents`` yields them."""
-    return {new: entry for old in _ordered(shard) for new, entry in _entries(old, shard, plan, flipped).items()}
-
-
-def _entries(name: str, shard: Shard, plan: RankPlan, flipped: Collection[str]) -> dict[str, Entry]:
-    """Return what one tensor becomes: two factors of a layer's weight, or the tensor itself."""
-    layer, _, part = name.rpartition(".")
-    entry = shard.entries[name]
-    if layer in plan and part == "weight":
-        rank, (outputs, inputs) = plan[layer].rank, entry.shape[::-1] if layer in flipped else entry.shape
-        first, second = Entry.of(entry.dtype, rank, inputs), Entry.of(entry.dtype, outputs, rank)
-        return {f"{layer}.first.weight": first, f"{layer}.second.weight": second}
-    return {f"{layer}.second.bias" if layer in plan and part == "bias" else name: entry}
-
-
-def _contents(shard: Shard, plan: RankPlan, flipped: Collection[str], bar: "tqdm") -> Iterator[bytes | memoryview]:
-    for name in _ordered(shard):
-        layer, _, part = name.rpartition(".")
-        if layer in plan and part == "weight":
-            try:
-                read = partial(_weight, shard, name, layer in flipped)
-                second, first = large.truncated(read, plan[layer].rank)
-            except UserError as error:
-                raise UserError(f"layer {layer} of {shard.path}: {error}") from None
-            yield safetensors_stream.raw(first)
-            yield safetensors_stream.raw(second)
-            del first, second
-        else:
-            yield from shard.pieces(name)
-        bar.update(shard.entries[name].nbytes)
-
-
-def _weight(shard: Shard, name: str, flipped: bool) -> Tensor:
-    weight = shard.read(name)
-    return weight.T if flipped else weight

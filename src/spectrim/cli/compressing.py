@@ -15,6 +15,7 @@ from spectrim import api, language
 from spectrim.algorithms.shared.compressed import Compressed, decomposer_of
 from spectrim.checkpoints import sharded
 from spectrim.checkpoints.out_of_core import compress_checkpoint
+from spectrim.checkpoints.shard_contents import POSITIONS
 from spectrim.checkpoints.sharded import Sharded
 from spectrim.cli import given_data, given_model, upload
 from spectrim.cli.compress import BUDGETS
@@ -235,6 +236,12 @@ def _costs(result: Compressed) -> tuple[Cost, Cost]:
     return dense, small
 
 
+def _numbers_in(folder: Path) -> int:
+    """Return how many numbers a checkpoint holds, without the positions of pivots, which are no parameters."""
+    entries = Sharded.at(folder).entries.items()
+    return sum(math.prod(entry.shape) for name, entry in entries if not name.endswith(f".{POSITIONS}"))
+
+
 def _stream(options: Namespace, arguments: Sequence[str], folder: Path) -> None:
     """Compress a checkpoint that does not fit into memory, tensor by tensor and without data."""
     if options.params_kept is None or options.algorithm not in (None, "truncation"):
@@ -249,10 +256,7 @@ def _stream(options: Namespace, arguments: Sequence[str], folder: Path) -> None:
         return
     with Timed() as spent:
         plan = compress_checkpoint(folder, options.out, params_kept=options.params_kept)
-    sizes = [
-        Cost(sum(math.prod(entry.shape) for entry in Sharded.at(own).entries.values()), math.nan)  # type: ignore[arg-type]
-        for own in (folder, options.out)
-    ]
+    sizes = [Cost(_numbers_in(Path(own)), math.nan) for own in (folder, options.out)]  # type: ignore[arg-type]
     card = Card(
         name=options.model,
         arguments=arguments,

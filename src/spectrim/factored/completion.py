@@ -73,8 +73,7 @@ class Completion(nn.Module):
         """Take the pivots of ``B @ A``. Return their rows, which the first factor computes, shape (groups, rank, I)."""
         found = [pivoted(B, A) for B, A in zip(B_gOR, A_gRI, strict=True)]
         self.weight.copy_(torch.cat([own.coefficients_MR for own in found]).reshape(self.weight.shape))
-        places = [torch.cat([own.pivots, own.others]).argsort() + n * self.rows for n, own in enumerate(found)]
-        self.positions.copy_(torch.cat(places))
+        self.positions.copy_(torch.cat([own.positions + n * self.rows for n, own in enumerate(found)]))
         return torch.stack([own.pivot_rows_RI for own in found])
 
     def require_positions(self, positions: Tensor) -> None:

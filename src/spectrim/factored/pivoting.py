@@ -21,6 +21,11 @@ class Pivots(NamedTuple):
     pivot_rows_RI: Tensor
     coefficients_MR: Tensor
 
+    @property
+    def positions(self) -> Tensor:
+        """For each row its place among the pivots and, after them, the others. Shape (O,)."""
+        return torch.cat([self.pivots, self.others]).argsort()
+
 
 def pivoted(B_OR: Tensor, A_RI: Tensor) -> Pivots:
     """Choose R rows of ``B @ A`` as pivots, so that no coefficient of another row is above ``BOUND``.
@@ -30,17 +35,19 @@ def pivoted(B_OR: Tensor, A_RI: Tensor) -> Pivots:
     exchanged as in strong rank-revealing QR (Gu and Eisenstat, 1996). Dependent columns of B do no harm, because the
     choice is made in an orthonormal basis that contains them. Computed in float64.
 
+    Memory: the larger of four matrices of the shape of B and of two of each shape, in float64.
+
     Raises ``UserError`` for NaN or infinity.
     """
-    B, A = B_OR.double(), A_RI.double()
-    require_finite(B)
-    require_finite(A)
-    Q_OR, R_RR = torch.linalg.qr(B)
+    require_finite(B_OR)
+    require_finite(A_RI)
+    Q_OR, R_RR = torch.linalg.qr(B_OR.double())
     pivots = _exchanged(Q_OR, _by_elimination(Q_OR))
-    is_other = torch.ones(len(B), dtype=torch.bool, device=B.device)
+    is_other = torch.ones(len(Q_OR), dtype=torch.bool, device=Q_OR.device)
     is_other[pivots] = False
     others = is_other.nonzero().flatten()
-    return Pivots(pivots, others, Q_OR[pivots] @ (R_RR @ A), _coefficients(Q_OR, pivots)[others])
+    coefficients_MR = _coefficients(Q_OR, pivots)[others]
+    return Pivots(pivots, others, Q_OR[pivots] @ (R_RR @ A_RI.double()), coefficients_MR)
 
 
 def _by_elimination(Q_OR: Tensor) -> Tensor:
@@ -70,5 +77,5 @@ def _exchanged(Q_OR: Tensor, pivots: Tensor) -> Tensor:
             return pivots
         change = H_OR[row].clone()
         change[which] -= 1
-        H_OR = H_OR - torch.outer(H_OR[:, which] / largest, change)
+        H_OR -= torch.outer(H_OR[:, which] / largest, change)
         pivots[which] = row
