@@ -108,6 +108,15 @@ def test_float16_halves_the_file_and_rounds_once(net: nn.Sequential, saved: Any,
         assert torch.equal(loaded[name], value.half().to(value.dtype))
 
 
+def test_a_number_too_large_for_float16_is_named_and_no_file_written(net: nn.Sequential, tmp_path: Path) -> None:
+    compressed, plan = small(net)
+    with torch.no_grad():
+        compressed[0].second.weight[0] = 1e5
+    with pytest.raises(UserError, match="^0.second.weight cannot be saved: a number is NaN or too large for float16"):
+        single_file.save(tmp_path / "half.safetensors", compressed, plan, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
 def test_channels_last_weights_are_saved_whole(net: nn.Sequential, tmp_path: Path) -> None:
     twin = copy.deepcopy(net)
     single_file.save(tmp_path / "x.safetensors", twin.to(memory_format=torch.channels_last), RankPlan())

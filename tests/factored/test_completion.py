@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import spectrim
 from spectrim.batches import evaluating
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
@@ -82,6 +83,37 @@ def test_every_rank_below_the_full_one_is_smaller_than_dense(name: str, view: An
         assert parameters(spectrum.factor(rank)) == spectrum.cost(rank)
         assert spectrum.rank_within(spectrum.cost(rank)) == rank
         assert spectrum.rank_within(spectrum.cost(rank) - 1) == rank - 1
+
+
+def test_pivots_too_large_for_half_precision_end_in_one_line() -> None:
+    """An approximation may have larger numbers than the weight, which are rows of the factors."""
+    dense = nn.Linear(12, 10)
+    with torch.no_grad():
+        dense.weight.copy_(60_000 * torch.randn(10, 12).sign())
+    SVD(factors="pivoted").spectrum(dense.bfloat16()).factor(5)
+    spectrum = SVD(factors="pivoted").spectrum(dense.half())
+    with pytest.raises(UserError, match="^a number is NaN or too large for float16; use bfloat16 or float32$"):
+        spectrum.factor(5)
+    with pytest.raises(UserError, match="^layer 0: a number is NaN or too large for float16"):
+        spectrim.compress(nn.Sequential(dense), plan={"0": 5}, decomposer=SVD(factors="pivoted"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("view", ["channel", "spatial"])
+@pytest.mark.parametrize("name", ["linear", "tall", "groups", "embedding"])
+def test_zero_and_singular_blocks_are_factored_at_every_rank(name: str, view: Any, dtype: torch.dtype) -> None:
+    """Half of the outputs are zero (in groups: all of one group), the others are copies of one."""
+    dense = LAYERS[name]().to(dtype)
+    with torch.no_grad():
+        outputs = dense.weight.t() if name == "embedding" else dense.weight
+        outputs[: len(outputs) // 2] = 0
+        outputs[len(outputs) // 2 :] = outputs[-1:].clone()
+    spectrum = SVD(view, embeddings=True, factors="pivoted").spectrum(dense)
+    for rank in range(1, spectrum.break_even + 1):
+        layer = spectrum.factor(rank)
+        assert layer.second.weight.isfinite().all() and layer.second.weight.abs().max() <= 2
+        if view == "channel":  # of rank 1; a kernel in the spatial view has further rows
+            torch.testing.assert_close(layer.weight, dense.weight, atol=2e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spectrim.checkpoints.filling import architecture_of, fill, names_of_shared, require_stored, tensors_of
 from spectrim.errors import UserError
+from spectrim.factored import linalg
 from spectrim.factored.layers import FactoredLinear
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery.reopening import factored_layers
@@ -33,13 +34,14 @@ def save(
     ``beside``: tensors that the file holds in addition to those of the model.
     ``dtype``: precision of the floating-point numbers in the file; by default that of the model.
 
-    Raises ``UserError`` where a layer is not as the plan says, the disk is full or the folder cannot be written.
+    Raises ``UserError`` where a layer is not as the plan says, a number does not fit ``dtype``, the disk is full or the
+    folder cannot be written.
     """
     _require_ranks(model, plan)
     require_stored(model)
     aliases = names_of_shared(model)
     tensors = {
-        name: value.to(dtype) if dtype and value.is_floating_point() else value
+        name: _in_precision(name, value, dtype) if dtype and value.is_floating_point() else value
         for name, value in tensors_of(model).items()
         if aliases[name][0] == name
     }
@@ -47,6 +49,13 @@ def save(
     header = {"format": FORMAT, **(metadata or {}), "plan": plan.to_json(), "architecture": architecture_of(model)}
     header["digest"] = _digest(((name, tensors[name].detach().cpu()) for name in sorted(tensors)), header)
     safetensors_stream.save(Path(path), tensors, header)
+
+
+def _in_precision(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    try:
+        return linalg.in_precision(value, dtype)
+    except UserError as error:
+        raise UserError(f"{name} cannot be saved: {error}") from None
 
 
 def _require_ranks(model: nn.Module, plan: RankPlan) -> None:

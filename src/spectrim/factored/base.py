@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spectrim.factored.completion import Completion, factor_matrices, factor_weight
 from spectrim.factored.dense import attributes_of, dense_kinds
+from spectrim.factored.linalg import in_precision
 
 
 class BlockLinear(nn.Module):
@@ -117,16 +118,19 @@ class FactoredLayer(nn.Module, ABC):
 
     @torch.no_grad()
     def fill(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
-        """Copy ``weights`` into the factors, in their order, and ``bias`` into the last one, where it has any."""
+        """Copy ``weights`` into the factors, in their order, and ``bias`` into the last one, where it has any.
+
+        Raises ``UserError`` where a number is too large for the precision of this layer.
+        """
         for factor, weight in zip(self.factors, weights, strict=True):
-            factor.weight.copy_(weight)
+            factor.weight.copy_(in_precision(weight, factor.weight.dtype))
         self.fill_bias(bias)
 
     @torch.no_grad()
     def fill_bias(self, bias: Tensor | None) -> None:
         """Copy ``bias`` into the last factor, where both have one."""
         if self.bias is not None and bias is not None:
-            self.bias.copy_(bias)
+            self.bias.copy_(in_precision(bias, self.bias.dtype))
 
     @torch.no_grad()
     def fill_plain(self, weights: Sequence[Tensor]) -> None:
@@ -141,7 +145,10 @@ class FactoredLayer(nn.Module, ABC):
 
     @torch.no_grad()
     def fill_matrices(self, B_gOR: Tensor, A_gRI: Tensor) -> None:
-        """Set the two factors to ``B @ A``, a matrix for each group, and for each subspace within it."""
+        """Set the two factors to ``B @ A``, a matrix for each group, and for each subspace within it.
+
+        Raises ``UserError`` for NaN, and where a number is too large for the precision of this layer.
+        """
         first, second = self.first, self.second
         if isinstance(second, Completion):
             A_gRI = second.fill(B_gOR, A_gRI)
@@ -150,9 +157,10 @@ class FactoredLayer(nn.Module, ABC):
             # The columns of all subspaces of a group lie side by side.
             B_gOR = B_gOR.unflatten(0, (groups, -1)).transpose(1, 2).flatten(2)
             kernel_rows = second.kernel_size[0] if isinstance(second, nn.Conv2d) else 1
-            second.weight.copy_(factor_weight(B_gOR, kernel_rows).reshape(second.weight.shape))
+            weight = factor_weight(B_gOR, kernel_rows).reshape(second.weight.shape)
+            second.weight.copy_(in_precision(weight, second.weight.dtype))
         rows = A_gRI.squeeze(0).t() if isinstance(first, nn.Embedding) else A_gRI
-        first.weight.copy_(rows.reshape(first.weight.shape))
+        first.weight.copy_(in_precision(rows.reshape(first.weight.shape), first.weight.dtype))
 
     def adopt(self, dense: nn.Module, memo: dict[int, Any] | None = None) -> None:
         """Offer the attributes of ``dense`` and of its class, except those that this layer has itself.

@@ -84,26 +84,27 @@ def _is_large(W_OI: Tensor) -> bool:
     return min(W_OI.shape[-2:]) >= LARGE and W_OI.dtype == torch.float64
 
 
-def truncated(read: Callable[[], Tensor], rank: int) -> tuple[Tensor, Tensor]:
+def truncated(read: Callable[[], Tensor], rank: int, precision: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Return the factors B (O, k) and A (k, I) of the best approximation ``B @ A`` of rank k of a large matrix W.
 
     ``read``: returns W_OI. It is called several times, so that W need not stay in memory.
     ``rank``: the rank k.
+    ``precision``: of the factors; by default that of W.
 
-    ``B = U sqrt(S)`` and ``A = sqrt(S) Vh``, in the precision of W. They come from the leading eigenvectors of the
+    ``B = U sqrt(S)`` and ``A = sqrt(S) Vh``. They come from the leading eigenvectors of the
     smaller Gram matrix in float64. Squaring the singular values costs half of the digits, and float64 has more than
     twice the digits of float32. The error is about 1e-8 sigma_1, as for an SVD in float32.
 
     Memory: W with its Gram matrix, then that with k eigenvectors, then W with these and the factors. For a square W and
     k below break-even this is at most three times W in float32.
 
-    Raises ``UserError`` where W holds NaN or infinity.
+    Raises ``UserError`` where W holds NaN or infinity, and where a number of a factor is too large for ``precision``.
     """
     try:
         vectors = _leading_eigenvectors(gram(read()), rank, "evr")
     except scipy.linalg.LinAlgError:  # QR iteration is slower and hardly ever fails
         vectors = _leading_eigenvectors(gram(read()), rank, "ev")
-    return _projected(read(), vectors)
+    return _projected(read(), vectors, precision)
 
 
 def gram(W_OI: Tensor) -> Tensor:
@@ -130,9 +131,9 @@ def _leading_eigenvectors(C_SS: Tensor, rank: int, driver: str) -> Tensor:
     return torch.from_numpy(vectors[:, -rank:])
 
 
-def _projected(W_OI: Tensor, V_SR: Tensor) -> tuple[Tensor, Tensor]:
+def _projected(W_OI: Tensor, V_SR: Tensor, precision: torch.dtype | None) -> tuple[Tensor, Tensor]:
     """Return the two factors of the projection of W on ``V_SR``, which is overwritten."""
-    tall, wide, dtype = _tall(W_OI), W_OI.shape[0] < W_OI.shape[1], W_OI.dtype
+    tall, wide, dtype = _tall(W_OI), W_OI.shape[0] < W_OI.shape[1], precision or W_OI.dtype
     US_MR = torch.empty(tall.shape[0], V_SR.shape[1], dtype=torch.promote_types(dtype, torch.float32))
     energy_R = torch.zeros(V_SR.shape[1], dtype=torch.float64)
     done = 0
@@ -145,7 +146,7 @@ def _projected(W_OI: Tensor, V_SR: Tensor) -> tuple[Tensor, Tensor]:
     root_R = energy_R.pow(0.25)  # root of the singular values, which are the norms of these columns
     US_MR /= torch.where(root_R > 0, root_R, 1.0).to(US_MR.dtype)
     V_SR *= root_R
-    B_OR, A_IR = (factor.to(dtype).flip(1) for factor in ((V_SR, US_MR) if wide else (US_MR, V_SR)))
+    B_OR, A_IR = (linalg.in_precision(factor, dtype).flip(1) for factor in ((V_SR, US_MR) if wide else (US_MR, V_SR)))
     return B_OR.contiguous(), A_IR.T.contiguous()
 
 

@@ -43,6 +43,17 @@ def require_finite(weight: Tensor) -> None:
         raise UserError("a weight holds NaN or infinity; repair the checkpoint before compressing it")
 
 
+def in_precision(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``value`` in the precision ``dtype``.
+
+    Raises ``UserError`` where it is float16 and a number does not fit: the largest is 65,504, that of bfloat16 3e38.
+    """
+    rounded = value.to(dtype)
+    if dtype == torch.float16 and not torch.isfinite(rounded).all():
+        raise UserError("a number is NaN or too large for float16; use bfloat16 or float32")
+    return rounded
+
+
 def require_finite_moment(C: Tensor) -> None:
     """Raise ``UserError`` where a second moment of the inputs of a layer holds NaN or infinity."""
     if not torch.isfinite(C).all():

@@ -14,6 +14,7 @@ from spectrim.batches import Inputs, device_of, evaluating, first_argument, forw
 from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.layers import FactoredConv2d, FactoredLinear
+from spectrim.factored.linalg import in_precision
 from spectrim.refit.large_convolutions import fitted, is_large, reduced_rank
 from spectrim.refit.layer_barrier import Lockstep
 from spectrim.refit.layers_to_fit import layers_to_fit
@@ -53,7 +54,10 @@ def refit(
     with Bar(desc="refit", total=len(layers), unit="layer", leave=False) as bar:
 
         def met(name: str, flows: "_Flows") -> None:
-            _fit_layer((compressed, dense), name, followers.get(name), flows, folder, processes)
+            try:
+                _fit_layer((compressed, dense), name, followers.get(name), flows, folder, processes)
+            except UserError as error:
+                raise UserError(f"layer {name}: {error}") from None
             bar.update()
 
         with evaluating(compressed), evaluating(dense):
@@ -77,7 +81,7 @@ def _fit_layer(
     offset = (moments.y_gO - torch.einsum("goi,gi->go", W_gOI, moments.x_gI)).flatten()
     with torch.no_grad():
         if bias is not None:
-            bias.copy_(offset)
+            bias.copy_(in_precision(offset, bias.dtype))
         elif follower is not None:
             ours, theirs = (cast(Tensor, norms_of(model)[follower].running_mean) for model in models)
             ours.copy_(theirs - offset)

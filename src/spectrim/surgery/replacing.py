@@ -55,14 +55,17 @@ def apply(model: nn.Module, plan: RankPlan, spectra: Mapping[str, Spectrum], *, 
 
     ``shared``: the copy shares the other parameters with ``model``, for a copy that is only measured.
 
-    Raises ``UserError`` for a layer that is not in ``spectra``.
+    Raises ``UserError`` for a layer that is not in ``spectra``, and for factors that its precision cannot hold.
     """
     copies: dict[int, Any] = {id(own): own for own in model.parameters()} if shared else {}
     factored: list[tuple[nn.Module, FactoredLayer]] = []
     for name, kept in plan.items():
         if name not in spectra:
             raise UserError(f"the plan names {name!r}, which is not a layer of this model that can be factored")
-        before, layer = model.get_submodule(name), spectra[name].factor(kept.keep)
+        try:
+            before, layer = model.get_submodule(name), spectra[name].factor(kept.keep)
+        except UserError as error:
+            raise UserError(f"layer {name}: {error}") from None
         copies[id(before)] = in_place_of(before, layer)
         factored.append((before, layer))
     with WithoutHistory():
