@@ -116,8 +116,11 @@ def _gate_gradients(
     gates = GateRows(modules, objective.blocks(layers))
     handles = [_first(name, module).register_forward_hook(gates.keeping(name)) for name, module in modules.items()]
     processes = objective.processes(split)
-    # Each process draws other directions for its samples.
-    device, generator = device_of(model), torch.Generator().manual_seed(seed + processes.rank)
+    device, generator = device_of(model), torch.Generator().manual_seed(seed)
+    if processes.size > 1:  # A sample has the directions that one process would draw for it.
+        objective = objective.held(split, samples)
+        for shape in _shapes_before(model, objective, split):
+            torch.randn(shape, generator=generator)
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
     with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first(split, samples, "linearise"):
@@ -138,6 +141,19 @@ def _gate_gradients(
         for name, own in parts.items()
     }
     return Gates({name: own for name, own in rows.items() if name not in left}, left)
+
+
+def _shapes_before(model: nn.Module, objective: Objective, split: str) -> list[tuple[int, int]]:
+    """Return the shape of the scores of each batch that processes of lower ranks hold, in the order of one process."""
+    device = device_of(model)
+    shapes: list[tuple[int, ...]] = []
+    with evaluating(model), torch.no_grad():
+        for inputs, targets in objective.batches(split):
+            outputs = forward(model, to_device(inputs, device))
+            scores = scores_of(objective.loss, outputs, to_device(targets, device))
+            shapes.append((0, 0) if scores is None else tuple(scores.shape))
+    found = objective.processes(split).before(torch.tensor(shapes, dtype=torch.int64).reshape(-1, 2))
+    return [(rows, columns) for rows, columns in found.tolist() if rows]
 
 
 def _first(name: str, module: nn.Module) -> nn.Module:

@@ -75,6 +75,11 @@ class Processes:
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)]).to(rows.device)
 
+    def before(self, rows: Tensor) -> Tensor:
+        """Return the rows that processes of lower ranks hold. Their numbers of rows may differ."""
+        ranks = torch.full((len(rows),), self.rank, device=rows.device)
+        return self.gather(rows)[self.gather(ranks) < self.rank]
+
     def any_of(self, flags: Iterable[bool]) -> list[bool]:
         """Return for each flag whether any process has set it; they have the same flags in the same order."""
         return [count > 0 for count in self.add_up(torch.tensor([int(flag) for flag in flags])).tolist()]
