@@ -81,6 +81,15 @@ def test_settings_of_one_variant_are_told_apart_by_what_differs(record: Make) ->
     }
 
 
+def test_a_setting_that_older_records_omit_has_the_value_they_were_made_with(record: Make) -> None:
+    older, newer = record("resnet20", "joint"), record("resnet20", "joint", settings={"ranks": "knapsack"})
+    assert sorted(frame.runs([older, newer])["method"]) == ["joint, ranks greedy", "joint, ranks knapsack"]
+    pivoted = record("resnet20", "joint", decomposer="whitened")
+    pivoted["config"]["decomposer"]["factors"] = "pivoted"
+    plain = record("resnet20", "joint", decomposer="whitened")
+    assert sorted(frame.runs([plain, pivoted])["method"]) == ["joint, factors pivoted", "joint, factors plain"]
+
+
 def test_two_decomposers_go_by_their_classes(record: Make) -> None:
     other = record()
     other["config"] = other["config"] | {"decomposer": {"_class_": "WhitenedSVD"}}
