@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from spectrim.errors import UserError as UserError
     from spectrim.factored.plan import RankPlan as RankPlan
     from spectrim.statistics.processes import Distributed as Distributed
+    from spectrim.surgery.inference import for_inference as for_inference
     from spectrim.training.recipe import Recipe as Recipe
 
 # Imported at first use, so that reports, which need no torch, do not pay for it.
@@ -50,6 +51,7 @@ _HOME = {
     "WhitenedSVD": "spectrim.decomposers.whitened",
     "compress": "spectrim.api",
     "compress_checkpoint": "spectrim.checkpoints.out_of_core",
+    "for_inference": "spectrim.surgery.inference",
     "load": "spectrim.api",
 }
 __all__ = sorted(_HOME)

@@ -11,7 +11,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NAMES = ("curves", "selection", "sweep", "latency", "pivoted", "speed", "memory")
-TARGETS = {"curves": 1, "selection": 1, "sweep": 1, "latency": 0, "pivoted": 2, "speed": 2, "memory": 1}
+TARGETS = {"curves": 1, "selection": 1, "sweep": 1, "latency": 0, "pivoted": 4, "speed": 2, "memory": 1}
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,39 @@
+"""Put pivoted factors together once, for a model that only predicts."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.surgery.given_model import copied, eager
+from spectrim.surgery.reopening import factored_layers
+from spectrim.surgery.replacing import in_place_of
+
+
+def for_inference(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` that predicts the same and does not put pivoted factors together in each pass.
+
+    A pivoted layer becomes plain factors of the same rank, or dense where that has fewer numbers. So in memory the copy
+    is at most as large as the dense model. It shares all other parameters with ``model``, which stays as it is: train
+    and save that one, because its file is smaller. What is put together takes no gradient.
+
+    Raises ``UserError`` for a model that cannot be copied.
+    """
+    model = eager(model)
+    known: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    for layer in factored_layers(model).values():
+        if not layer.pivoted:
+            continue
+        plain = layer.plain_pair()
+        if isinstance(plain, nn.Sequential):
+            known[id(layer.second)] = _placed(plain[1], layer)
+        else:
+            known[id(layer)] = in_place_of(layer, plain).requires_grad_(False)
+    return copied(model, known)
+
+
+def _placed(second: nn.Module, layer: Any) -> nn.Module:
+    """Return the second factor in the mode and the memory format of its layer."""
+    if isinstance(second, nn.Conv2d) and not layer.first.weight.is_contiguous():
+        second.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return second.train(layer.training).requires_grad_(False)
