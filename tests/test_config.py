@@ -297,7 +297,11 @@ def test_build_makes_nested_objects_of_plain_containers() -> None:
 
 
 @pytest.mark.parametrize("error", [UserError("say this"), BrokenProcessPool("killed"), KeyboardInterrupt()])
-def test_the_command_line_ends_in_one_line_and_a_status(error: BaseException, capsys: pytest.CaptureFixture) -> None:
+def test_the_command_line_ends_in_one_line_and_a_status(
+    error: BaseException, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["spectrim"])  # not the options of pytest
+
     def job() -> None:
         raise error
 
@@ -308,7 +312,8 @@ def test_the_command_line_ends_in_one_line_and_a_status(error: BaseException, ca
     assert ending.value.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
-def test_a_fault_of_ours_is_not_hidden() -> None:
+def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["spectrim"])
     with pytest.raises(ZeroDivisionError):
         grid.command_line(lambda: 1 / 0)
 
