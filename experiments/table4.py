@@ -1,4 +1,4 @@
-"""Table 4: one selector with several decompositions of the same networks."""
+"""Table 4: one selector with several decompositions of the same networks, stored as plain or pivoted factors."""
 
 import sys
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ DECOMPOSITIONS = {
     "whitened_best_view": "whitened SVD, better view of each layer",
     "tucker2": "Tucker-2",
 }
+FORMS = ["plain", "pivoted"]
 VALUES = (
     "test_loss",
     "change_test_loss",
@@ -34,6 +35,7 @@ COLUMNS = (
     Column("model", "model"),
     Column("variant", "selector"),
     Column("method", "decomposition"),
+    Column("factors", "factors"),
     Column("test_loss", "test loss", 4),
     Column("change_test_loss", "Δ test loss", 4, signed=True),
     Column("test_accuracy", "top-1 %", 2, scale=100),
@@ -45,7 +47,7 @@ COLUMNS = (
     Column("n", "n"),
     Column("verdict", "test loss not above dense"),
 )
-PAPER = ("variant", "method", "params_kept", "test_accuracy", "change_test_loss", "verdict")
+PAPER = ("variant", "method", "factors", "params_kept", "test_accuracy", "change_test_loss")
 NOTES = (
     averages.NOTE,
     "Δ = compressed − dense. Params and MACs kept count the whole model. Predicted is the first-order change of the "
@@ -53,6 +55,8 @@ NOTES = (
     "statistics stay those of the dense network.",
     "A selector of S1 needs only the weight change at each rank, so it takes any decomposition. Truncation keeps the "
     "same share of every layer whatever the loss is. It shows the worth of the decomposition alone.",
+    "Pivoted factors of rank k store k rows of the weight and the coefficients of the others in them. The same size "
+    "then holds a higher rank, and a convolution saves no multiplication: params and MACs stand side by side.",
     "S1: Zhang et al., Lossless Model Compression via Joint Low-Rank Factorization Optimization, arXiv 2412.06867.",
 )
 
@@ -61,14 +65,17 @@ def build(options: Options) -> list[Path]:
     """Build Table 4."""
     found = command.load(options)
     runs = command.runs(options, found, frame.METHODS)
-    row = ["model", "variant", "decomposer"]
-    frame.require_one_setting(runs, row, "{variant} with {decomposer} on {model}", "Table 4 has one row")
+    row = ["model", "variant", "decomposer", "factors"]
+    one = "{variant} with {decomposer} on {model}, {factors} factors"
+    frame.require_one_setting(runs, row, one, "Table 4 has one row")
     order = list(DECOMPOSITIONS)
-    place = runs["decomposer"].map(lambda name: order.index(name) if name in order else len(order))
-    runs = runs.assign(method=runs["decomposer"].map(lambda name: DECOMPOSITIONS.get(name, name)), place=place)
-    rows = averages.with_dense(
-        runs.sort_values(["model", "variant", "place", "first_signature"], kind="stable"), VALUES
+    runs = runs.assign(
+        method=runs["decomposer"].map(lambda name: DECOMPOSITIONS.get(name, name)),
+        place=runs["decomposer"].map(lambda name: order.index(name) if name in order else len(order)),
+        form=runs["factors"].map(FORMS.index),
     )
+    order_of_rows = ["model", "variant", "form", "place", "first_signature"]
+    rows = averages.with_dense(runs.sort_values(order_of_rows, kind="stable"), VALUES, ["factors"])
     rows["verdict"] = claims.loss_verdicts(rows)
     caption = f"One selector with several decompositions, without fine-tuning, on {frame.data_of(rows)}"
     notes = [*NOTES, *_summary(rows)]

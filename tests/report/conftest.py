@@ -290,8 +290,7 @@ def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record
                     )
                     one["compressed"]["macs"] = int(1_000_000 * (0.1 + 0.9 * size))
                     if name == "joint":
-                        config = one["config"] | {"decomposer": one["config"]["decomposer"] | {"factors": "pivoted"}}
-                        found.append(one | {"config": config, "signature": records.signature(config)})
+                        found.append(_stored_as("pivoted", one))
                     for keeps in (True, False) if name == "alds" else (False,):
                         fitted = name in ("joint", "refitted")
                         config = one["config"] | ({} if keeps or fitted else {"batch_norm": "follow"})
@@ -302,26 +301,36 @@ def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record
 def table9() -> list[Record]:
     """Return joint selection with its default settings, and with others that each raise the loss."""
     variants = [
-        ({}, "whitened_spatial", 0.0),
-        ({"refit": 0}, "whitened_spatial", 0.02),
-        ({"significance": 0}, "whitened_spatial", 0.01),
-        ({"refit": 0, "significance": 0}, "whitened_spatial", 0.03),
-        ({}, "svd_spatial", 0.005),
+        ({}, "pivoted", "pivoted", 0.0),
+        ({"refit": 0}, "pivoted", "pivoted", 0.02),
+        ({"significance": 0}, "pivoted", "pivoted", 0.01),
+        ({"refit": 0, "significance": 0}, "pivoted", "pivoted", 0.03),
+        ({}, "whitened_channel", "pivoted", 0.005),
+        ({}, "whitened_best_view", "plain", 0.007),
     ]
-    whole = {"refit": 500, "significance": None, "interaction": 0, "step": 0.5, "samples": 250}
+    whole = {"refit": 500, "significance": None, "interaction": 0, "step": 1.0, "samples": 250, "ranks": "knapsack"}
     return [
-        make(
-            algorithm="joint",
-            seed=seed,
-            calibration_seed=seed,
-            change=0.01 + worse + 0.001 * seed,
-            experiment="table9",
-            settings={**whole, **less},
-            decomposer=decomposer,
+        _stored_as(
+            factors,
+            make(
+                algorithm="joint",
+                seed=seed,
+                calibration_seed=seed,
+                change=0.01 + worse + 0.001 * seed,
+                experiment="table9",
+                settings={**whole, **less},
+                decomposer=decomposer,
+            ),
         )
         for seed in (0, 1)
-        for less, decomposer, worse in variants
+        for less, decomposer, factors, worse in variants
     ]
+
+
+def _stored_as(factors: str, one: Record) -> Record:
+    """Return a record whose decomposer stores these factors."""
+    config = one["config"] | {"decomposer": one["config"]["decomposer"] | {"factors": factors}}
+    return one | {"config": config, "signature": records.signature(config)}
 
 
 def table6() -> list[Record]:

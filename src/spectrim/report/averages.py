@@ -14,18 +14,19 @@ NOTE = (
 )
 
 
-def with_dense(frame: pd.DataFrame, values: Sequence[str]) -> pd.DataFrame:
+def with_dense(frame: pd.DataFrame, values: Sequence[str], words: Sequence[str] = ()) -> pd.DataFrame:
     """Average runs over seeds: one row per model and method, each model's dense row first.
 
     The columns are those of ``over_seeds``, with ``KEYS``. A dense network does not depend on the calibration draw, so
     its row has one run per training seed. If there are several data sets, ``model`` states the data set too, and
-    ``network`` does not.
+    ``network`` does not. ``words``: further columns that tell methods apart; a dense row has none.
     """
     if frame["data"].nunique() > 1:
         frame = frame.assign(model=frame["model"] + " on " + frame["data"])
-    by = ("model", "data", "method", "variant", *KEYS)
+    by = ("model", "data", "method", "variant", *words, *KEYS)
     dense = frame.drop_duplicates(["model", "data", "seed"]).assign(mode="", calibration_seed=None)
     dense[["method", "variant", "algorithm"]] = "dense"
+    dense[list(words)] = None
     dense[["params_kept", "macs_kept", "layers_kept"]] = 1.0
     for split in ("calibration", "test"):
         for metric in ("loss", "accuracy"):

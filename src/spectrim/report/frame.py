@@ -73,6 +73,9 @@ def _row(record: Record) -> dict[str, Any]:
         "algorithm": algorithm,
         "mode": mode(config["algorithm"]),
         "decomposer": record["names"].get("decomposer", ""),
+        "factors": settings.get("decomposer.factors")
+        or settings.get("decomposer.base.factors")
+        or "plain",  # as stored
         "variant": _variant(algorithm, config["algorithm"]),
         "group": records.signature({key: value for key, value in settings.items() if key not in SEEDS}),
         "settings": settings,

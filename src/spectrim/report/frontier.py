@@ -67,7 +67,7 @@ def _points(runs: pd.DataFrame) -> pd.DataFrame:
         key not in REFITS and settings["batch_norm"] == "keep"
         for key, settings in zip(keys, runs["settings"], strict=True)
     ]
-    pivoted = [_pivoted(settings) for settings in runs["settings"]]
+    pivoted = runs["factors"] == "pivoted"
     marks = [KEPT * still + PIVOTED * stored for still, stored in zip(kept, pivoted, strict=True)]
     runs = runs.assign(
         curve=keys,
@@ -92,11 +92,6 @@ def _key(algorithm: str, settings: Mapping[str, Any]) -> str:
     if algorithm == "truncation" and settings.get("algorithm.energy") is not None:
         return "energy"
     return "verified" if settings.get("algorithm.max_loss_increase") is not None else algorithm
-
-
-def _pivoted(settings: Mapping[str, Any]) -> bool:
-    """Return whether the decomposer, or the one within it, stores pivoted factors."""
-    return "pivoted" in (settings.get("decomposer.factors"), settings.get("decomposer.base.factors"))
 
 
 def _request(settings: Mapping[str, Any]) -> tuple[str, float]:
