@@ -1,5 +1,6 @@
 """Models that send batches on unusual ways are compressed as their plain twins, or a note says what was left out."""
 
+import copy
 from collections import namedtuple
 from collections.abc import Mapping
 from typing import Any
@@ -232,3 +233,20 @@ def test_inputs_of_every_structure_are_taken_whole(inputs: Any, algorithm: Any) 
     data = [(inputs(x), torch.randint(5, (8,)))]
     result = spectrim.compress(model, calibration=data, algorithm=algorithm)
     assert result.plan and result.params_kept <= 0.7 and not result.notes
+
+
+def test_a_model_with_its_channels_last_is_compressed_as_its_twin() -> None:
+    """Torch computes some grouped convolutions wrongly there if the strides of a kernel are unusual."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1, groups=4), nn.Conv2d(32, 16, 1)]
+    ends = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES)]
+    first = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), *ends).eval()
+    twin = copy.deepcopy(first).to(memory_format=torch.channels_last)
+    data = [(torch.randn(20, 3, 8, 8), torch.randint(CLASSES, (20,))) for _ in range(2)]
+    one, other = (spectrim.compress(model, calibration=data, params_kept=0.6) for model in (first, twin))
+    assert one.plan == other.plan and len(one.plan) == 4
+    x = data[0][0]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            one.model(x), other.model(x.to(memory_format=torch.channels_last)), atol=1e-4, rtol=1e-3
+        )

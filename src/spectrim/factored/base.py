@@ -182,7 +182,7 @@ class FactoredLayer(nn.Module, ABC):
         vars(dense).update(own["_adopted"])
         weight = self.weight
         if weight.ndim == 4 and not self.first.weight.is_contiguous():
-            weight = weight.contiguous(memory_format=torch.channels_last)
+            weight = weight.clone(memory_format=torch.channels_last)  # with its strides in dimensions of size 1, too
         dense.register_parameter("weight", nn.Parameter(weight, self.first.weight.requires_grad))
         if not isinstance(dense, nn.Embedding):
             bias = None if self.bias is None else nn.Parameter(self.bias.clone(), self.bias.requires_grad)

@@ -139,10 +139,11 @@ class KernelCompletion(Completion):
 def factor_weight(B_gOR: Tensor, kernel_rows: int) -> Tensor:
     """Return matrices (g, O, R) in the shape of the weight of a second factor: (g * O / kh, R, kh, 1).
 
-    A row of a matrix is a pair of an output and a row of the kernel.
+    A row of a matrix is a pair of an output and a row of the kernel. The strides are those of a new tensor: with others
+    in a dimension of size 1, torch computes a grouped convolution of ``channels_last`` images wrongly.
     """
     weight = B_gOR.unflatten(1, (-1, kernel_rows)).transpose(2, 3).flatten(0, 1).unsqueeze(-1)
-    return weight.contiguous()  # torch 2.13 misreads the strides of a view where groups meet inputs with channels last
+    return weight.clone(memory_format=torch.contiguous_format)
 
 
 def factor_matrices(weight: Tensor, groups: int) -> Tensor:
