@@ -112,15 +112,15 @@ def _gate_gradients(
     first_order: bool,
 ) -> Gates:
     """Compute ``gate_gradients``."""
-    modules = {name: model.get_submodule(name) for name in layers}
-    gates = GateRows(modules, objective.blocks(layers))
-    handles = [_first(name, module).register_forward_hook(gates.keeping(name)) for name, module in modules.items()]
     processes = objective.processes(split)
     device, generator = device_of(model), torch.Generator().manual_seed(seed)
     if processes.size > 1:  # A sample has the directions that one process would draw for it.
         objective = objective.held(split, samples)
         for shape in _shapes_before(model, objective, split):
             torch.randn(shape, generator=generator)
+    modules = {name: model.get_submodule(name) for name in layers}
+    gates = GateRows(modules, objective.blocks(layers))
+    handles = [_first(name, module).register_forward_hook(gates.keeping(name)) for name, module in modules.items()]
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
     with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first(split, samples, "linearise"):
