@@ -1,6 +1,8 @@
 """A grid of cells of a second each, for the tests of what runs a grid on several machines."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +48,16 @@ class SmallGrid:
             except (OSError, ValueError):
                 continue
         return notes
+
+    def kill_one(self) -> bool:
+        """Kill a process that computes a cell. Return whether there was one."""
+        for process in self.running():
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:  # it has just ended
+                continue
+            return True
+        return False
 
 
 @pytest.fixture

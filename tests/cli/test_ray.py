@@ -1,7 +1,6 @@
 """A grid on a Ray cluster of this machine: a worker is killed, and the numbers stay those of one process."""
 
 import os
-import signal
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ def test_a_grid_survives_the_death_of_a_worker_and_gives_the_same_numbers(
     alone, spread = small_grid(tmp_path / "alone", RATIOS, SEEDS), small_grid(tmp_path / "spread", RATIOS, SEEDS)
     assert alone.run(**there).returncode == 0
     started = spread.start(*ON_RAY, **there)
-    os.kill(until(spread.running, 120)[0], signal.SIGKILL)
+    until(spread.kill_one, 300)
     _, err = started.communicate(timeout=1200)
     assert started.returncode == 0, err
     assert spread.numbers() == alone.numbers() and len(alone.numbers()) == alone.size

@@ -125,7 +125,7 @@ def test_a_grid_goes_on_after_a_job_was_killed_and_gives_the_same_numbers(
     there = {"env": slurm, "cwd": tmp_path}
     assert alone.run(**there).returncode == 0
     first = spread.start(*ON_SLURM, **there)
-    os.kill(until(spread.running, 120)[0], signal.SIGKILL)
+    until(spread.kill_one, 300)
     _, err = first.communicate(timeout=1200)
     assert first.returncode == 1
     told = r"^spectrim: 1 job of the grid ended without a result: \d+_\d+; the output is in build/slurm/\S+; the same"
@@ -141,7 +141,7 @@ def test_ctrl_c_tells_which_jobs_go_on_and_how_to_cancel_them(
 ) -> None:
     grid = small_grid(tmp_path / "records", 4, 2)
     started = grid.start(*ON_SLURM, env=slurm, cwd=tmp_path)
-    until(grid.running, 120)
+    until(grid.running, 300)
     assert "runs" in said("squeue", "-h", "-o", "%j", env=slurm).split()  # the name of a job
     started.send_signal(signal.SIGINT)
     _, err = started.communicate(timeout=60)
@@ -161,7 +161,7 @@ def test_a_training_that_is_warned_of_its_time_limit_goes_on_from_its_state(
     words = ["-m", "data=digits", "model=mlp", "checkpoint=null", *long, "records=records", *ON_SLURM]
     command = [sys.executable, "-m", "spectrim.cli.run", *words]
     started = subprocess.Popen(command, env=slurm, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    until(lambda: list(tmp_path.glob("build/training/*.state.safetensors")), 120)
+    until(lambda: list(tmp_path.glob("build/training/*.state.safetensors")), 300)
     (job, *_) = said("squeue", "-h", "-t", "R", "-o", "%A", env=slurm).split()
     subprocess.run(["scancel", "--signal=USR2", job], env=slurm, check=True)  # what Slurm sends before the limit
     _, err = started.communicate(timeout=600)

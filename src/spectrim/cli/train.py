@@ -74,7 +74,7 @@ def _follower(cfg: DictConfig, settings: dict[str, Any], path: Path) -> Follower
     """Return what tells the tracker of the training. Its signature is that of settings and seed."""
     config = {**records.identity(settings), "seed": cfg.seed}
     about = partial(told.about, configuration.plain(cfg.names), path.parent.name, records.signature(config), config)
-    return Follower(configuration.plain(cfg.tracking), about, path.with_suffix(".tracked"))
+    return Follower(configuration.plain(cfg.tracking), about, path.parent / f"{path.stem}.tracked")
 
 
 def _trained(
