@@ -67,15 +67,18 @@ class WhitenedSVD:
             raise UserError("a whitened decomposition needs the second moment of the layer's inputs")
         moment = moment.to(W_OI)
         if not isinstance(layer, nn.Embedding):
-            return WhitenedSpectrum(dense, self.view, *_decomposed(W_OI, moment, self.ridge), self.factors)
+            return WhitenedSpectrum(dense, self.view, *whitened_factors(W_OI, moment, self.ridge), self.factors)
         order, whole_rows = _by_frequency(moment.squeeze(0), self.whole)
         rare = order[whole_rows:]
-        svd, importance = _decomposed(W_OI[..., rare], moment[:, rare], self.ridge)
+        svd, importance = whitened_factors(W_OI[..., rare], moment[:, rare], self.ridge)
         return EmbeddingSpectrum(dense, svd, importance, order, whole_rows, self.factors)
 
 
-def _decomposed(W_OI: Tensor, moment: Tensor, ridge: float) -> tuple[linalg.SVD, Tensor]:
-    """Return factors of W with unit vectors, and the values that order the components."""
+def whitened_factors(W_OI: Tensor, moment: Tensor, ridge: float) -> tuple[linalg.SVD, Tensor]:
+    """Return factors of W with unit vectors, and the values that order the components.
+
+    ``moment``: of the inputs, or only its diagonal. ``ridge``: as in ``WhitenedSVD``.
+    """
     U_OR, S_R = resumed.left_vectors(W_OI, moment, ridge)
     A_RI = U_OR.transpose(-1, -2) @ W_OI
     size_R = A_RI.norm(dim=-1)

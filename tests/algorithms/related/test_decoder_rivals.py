@@ -1,0 +1,162 @@
+"""Each method for decoders has the property that its paper states, in the plain and in the pivoted form."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from spectrim.algorithms.related.lems import LEMS
+from spectrim.algorithms.related.svd_llm_v2 import SVDLLMv2, removed_parts
+from spectrim.algorithms.related.swift_svd import SwiftSVD
+from spectrim.algorithms.related.zero_sum import ZeroSum, in_order
+from spectrim.algorithms.shared.divergence import divergences
+from spectrim.algorithms.shared.layer_types import by_type
+from spectrim.algorithms.shared.workbench import Workbench
+from spectrim.algorithms.truncation import Truncation
+from spectrim.decomposers.two_sided import TwoSidedSVD
+from spectrim.decomposers.whitened import WhitenedSVD
+from spectrim.errors import UserError
+from spectrim.statistics.objective import Objective
+from spectrim.surgery import replacing
+
+RIVALS: Any = [SVDLLMv2, SwiftSVD, LEMS, ZeroSum]
+FORMS = ["plain", "pivoted"]
+
+
+@pytest.fixture
+def blocks() -> nn.Sequential:
+    """Four blocks of one layer each, whose spectra fall ever faster, and a head."""
+    net = nn.Sequential()
+    for place, decay in enumerate((0.95, 0.85, 0.7, 0.5)):
+        layer = nn.Linear(16, 16)
+        U, _, Vh = torch.linalg.svd(torch.randn(16, 16))
+        layer.weight.data = 2 * U @ (decay ** torch.arange(16)).diag() @ Vh
+        net.add_module(str(place), nn.Sequential(layer, nn.ReLU()))
+    return net.append(nn.Linear(16, 4))
+
+
+@pytest.fixture
+def data() -> Objective:
+    return Objective(F.cross_entropy, {"calibration": [(torch.randn(60, 16), torch.arange(60) % 4)]})
+
+
+@pytest.mark.parametrize("factors", FORMS)
+@pytest.mark.parametrize("rival", RIVALS)
+@pytest.mark.parametrize("budget", [{"params_kept": 0.6}, {"params_kept": None, "macs_kept": 0.6}], ids=str)
+def test_meets_its_budget_from_below(
+    rival: Any, factors: Any, budget: dict, blocks: nn.Sequential, data: Objective
+) -> None:
+    for decomposer in (WhitenedSVD("channel", samples=60, factors=factors), TwoSidedSVD("channel", factors=factors)):
+        result = rival(**budget).compress(blocks, decomposer, data)
+        kept = result.params_kept if budget["params_kept"] else result.macs_kept
+        assert 0.5 < kept <= 0.6
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_bad_settings_are_one_line(rival: Any, blocks: nn.Sequential, data: Objective) -> None:
+    with pytest.raises(UserError, match="must lie in"):
+        rival(params_kept=1.0)
+    with pytest.raises(UserError, match="out of reach"):
+        rival(params_kept=0.01).compress(blocks, WhitenedSVD("channel"), data)
+
+
+def test_layers_are_of_one_type_by_name_and_shape(blocks: nn.Sequential) -> None:
+    names = ["0.0", "1.0", "2.0", "3.0", "4"]
+    assert by_type(blocks, names) == [names[:4], names[4:]]
+    block = nn.ModuleDict({"q": nn.Linear(3, 3), "k": nn.Linear(3, 3)})
+    assert by_type(nn.ModuleList([block, block]), ["0.q", "0.k", "1.q", "1.k"]) == [["0.q", "1.q"], ["0.k", "1.k"]]
+
+
+def test_svd_llm_v2_removes_less_where_truncation_loses_more_and_the_target_on_average() -> None:
+    parts = removed_parts({"a": 1.0, "b": 2.0, "c": 50.0}, 0.3)
+    assert parts["a"] > parts["b"] > parts["c"] and sum(parts.values()) / 3 == pytest.approx(0.3)
+    assert removed_parts({"a": 5.0, "b": 5.0}, 0.3) == {"a": pytest.approx(0.3), "b": pytest.approx(0.3)}
+    assert removed_parts({name: 1e3 * loss for name, loss in zip("abc", (1.0, 2.0, 50.0), strict=True)}, 0.3) == {
+        name: pytest.approx(part) for name, part in parts.items()
+    }  # of no unit
+    assert removed_parts({"a": 0.0, "b": 3.0}, 0.9)["a"] == 1
+
+
+def test_svd_llm_v2_keeps_more_of_the_layer_with_the_flatter_spectrum(blocks: nn.Sequential, data: Objective) -> None:
+    result = SVDLLMv2(params_kept=0.6).compress(blocks, WhitenedSVD("channel", factors="pivoted"), data)
+    ranks = result.report.set_index("layer")["rank"].fillna(16)
+    assert ranks["0.0"] > ranks["3.0"]
+
+
+def test_swift_svd_reserves_a_part_of_the_uniform_rank(blocks: nn.Sequential, data: Objective) -> None:
+    decomposer = WhitenedSVD("channel", factors="pivoted")
+    uniform = Truncation(params_kept=0.6).compress(blocks, decomposer, data).plan
+    reserved = SwiftSVD(params_kept=0.6, reserve=1.0).compress(blocks, decomposer, data).plan
+    assert {name: kept.rank for name, kept in reserved.items()} == {name: kept.rank for name, kept in uniform.items()}
+    half, none = (
+        SwiftSVD(params_kept=0.6, reserve=part, weight=1.0).compress(blocks, decomposer, data) for part in (0.5, 0.0)
+    )
+    own, free = (result.report.set_index("layer")["rank"].fillna(16) for result in (half, none))
+    assert (own[list(uniform)] >= min(kept.rank for kept in uniform.values()) // 2).all()
+    assert own.max() - own.min() <= free[own.index].max() - free.min()  # nearer to uniform
+
+
+def test_the_divergence_is_that_of_the_model_with_one_layer_cut(blocks: nn.Sequential, data: Objective) -> None:
+    bench = Workbench.of(blocks, WhitenedSVD("channel", samples=60), data)
+    moved, (x, _) = divergences(bench, {"0.0": 2, "3.0": 2}, 60), next(iter(data.given("calibration")))
+    for name in ("0.0", "3.0"):
+        cut = replacing.apply(blocks, replacing.plan_of(bench.spectra, {name: 2}), bench.spectra)
+        p, q = blocks(x).log_softmax(-1), cut(x).log_softmax(-1)
+        assert moved[name] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean().detach()), rel=1e-4)
+    assert moved["0.0"] > moved["3.0"] > 0
+    assert divergences(bench, {"0.0": 2, "3.0": 2}, 60) == moved and data.read["calibration"] == 60 + 180
+    pairs = Objective(F.mse_loss, {"calibration": [(torch.randn(9, 16), torch.randn(9, 4))]})
+    with pytest.raises(UserError, match="class scores"):
+        SwiftSVD(params_kept=0.6).compress(blocks, WhitenedSVD("channel"), pairs)
+
+
+def test_lems_lets_early_layers_lose_less_by_the_depth_factor(data: Objective) -> None:
+    layer = nn.Linear(16, 16)
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(4)), nn.Linear(16, 4))
+    for block in list(net)[:4]:
+        block[0].load_state_dict(layer.state_dict())  # type: ignore[index]
+    decomposer = WhitenedSVD("channel", factors="pivoted")
+    flat, deep = (
+        LEMS(params_kept=0.6, depth=depth).compress(net, decomposer, data).report.set_index("layer")["rank"].fillna(16)
+        for depth in (0.0, 50.0)
+    )
+    assert deep["0.0"] >= flat["0.0"] and deep["3.0"] <= flat["3.0"] and not deep.equals(flat)
+
+
+def test_lems_predicts_the_measurement_at_its_point_and_keeps_the_floor(blocks: nn.Sequential, data: Objective) -> None:
+    decomposer = TwoSidedSVD("channel", factors="pivoted")
+    result = LEMS(params_kept=0.5, floor=0.3).compress(blocks, decomposer, data)
+    report = result.report.dropna(subset="rank")
+    bench = Workbench.of(blocks, decomposer, data)
+    for name, rank in zip(report["layer"], report["rank"], strict=True):
+        assert rank >= max(1, bench.spectra[name].rank_within(0.3 * bench.params_of(name)))
+    moved = divergences(bench, {entry["layer"]: entry["rank"] for entry in result.log}, 100)
+    assert {entry["layer"]: entry["divergence"] for entry in result.log} == moved
+
+
+def test_the_first_order_changes_of_zero_sum_cancel() -> None:
+    changes = {name: torch.randn(40).tolist() for name in "abc"}
+    curves = {name: [*torch.tensor(own).flip(0).cumsum(0).flip(0).tolist(), 0.0] for name, own in changes.items()}
+    removals = in_order(curves)
+    assert len(removals) == 3 * 39  # rank 1 is left of each
+    for name in "abc":
+        assert [one.rank for one in removals if one.layer == name] == list(range(39, 0, -1))  # the smallest first
+    largest = max(abs(one.change) for one in removals)
+    left = dict.fromkeys("abc", 40)
+    for before, one in zip([None, *removals], removals, strict=False):
+        total = before.total if before else 0.0
+        signs = {changes[name][rank - 1] >= 0 for name, rank in left.items() if rank > 1}
+        if len(signs) == 2:  # both could be had: the sum turns back towards zero
+            assert abs(one.total) <= max(abs(total), largest) and (one.change >= 0) == (total <= 0)
+        left[one.layer] -= 1
+    everything = sum(one.change for one in removals)
+    assert removals[-1].total == pytest.approx(everything)
+
+
+def test_zero_sum_ends_near_zero(blocks: nn.Sequential, data: Objective) -> None:
+    result = ZeroSum(params_kept=0.6).compress(blocks, WhitenedSVD("channel", factors="pivoted"), data)
+    (entry,) = result.log
+    assert result.predicted_change == pytest.approx(entry["predicted"], abs=1e-5)
+    assert abs(entry["predicted"]) <= entry["largest_sum"]
