@@ -128,3 +128,11 @@ def test_what_one_batch_shows_is_refused(net: nn.Module, batches: Any) -> None:
         spectrim.compress(net, calibration=batches, algorithm=verified, dry_run=True)
     with pytest.raises(UserError, match="target 5 does not fit a model with 5 classes"):
         spectrim.compress(net, calibration=[(x, torch.full((16,), 5))], algorithm="joint", dry_run=True)
+
+
+def test_a_two_sided_decomposition_is_rehearsed_with_its_gradients(net: nn.Sequential, batches: Any) -> None:
+    one, both = (
+        spectrim.compress(net, calibration=batches, params_kept=0.5, decomposer=decomposer, dry_run=True)
+        for decomposer in (spectrim.WhitenedSVD("channel"), spectrim.TwoSidedSVD("channel"))
+    )
+    assert both.memory_mib["decompose"] > one.memory_mib["decompose"]  # moments of outputs too

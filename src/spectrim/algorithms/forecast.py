@@ -189,8 +189,8 @@ def _taken(
     weights = sum(layer.params for layer in layers)
     block = 1.0 if objective.layers_at_once is None else min(1.0, objective.layers_at_once / len(layers))
     held = block * sum(8 * layer.full_rank * layer.component for layer in layers)
-    largest = max(8 * (4 * layer.params + 6 * sum(size**2 for size in layer.inputs)) for layer in layers)
-    gathered = block * sum(8 * layer.matrices * size**2 for layer in layers for size in layer.inputs)
+    largest = max(8 * (4 * layer.params + 6 * sum(size**2 for size in layer.moments)) for layer in layers)
+    gathered = block * sum(8 * layer.matrices * size**2 for layer in layers for size in layer.moments)
     model_bytes = item * parameters(model)
     memory = {"decompose": held + gathered + largest, "build": held + 2 * model_bytes}
     if does.gradients:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from spectrim.decomposers.matrix import View
-from spectrim.decomposers.spectrum import NO_MOMENTS, Directions, Moments, NeedsGradients, Spectrum
+from spectrim.decomposers.spectrum import NO_MOMENTS, Directions, Moments, Spectrum, directions_of
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.two_sided import TwoSidedSVD
 from spectrim.decomposers.whitened import WhitenedSVD
@@ -38,7 +38,7 @@ class BestView:
 
     @property
     def directions(self) -> Directions | None:
-        return self.base.directions if isinstance(self.base, NeedsGradients) else None
+        return directions_of(self.base)
 
     def views(self, layer: nn.Module) -> tuple[str, ...]:
         return tuple(view for candidate in self._candidates(layer) for view in candidate.views(layer))

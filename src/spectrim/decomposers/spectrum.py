@@ -155,6 +155,11 @@ class NeedsGradients(Protocol):
         """The gradients that ``spectrum`` needs, in the same views as the inputs; None where it needs none."""
 
 
+def directions_of(decomposer: object) -> Directions | None:
+    """Return the gradients whose second moments ``decomposer`` needs; None where it needs none."""
+    return decomposer.directions if isinstance(decomposer, NeedsGradients) else None
+
+
 _known: "WeakKeyDictionary[nn.Module, dict[Any, Spectrum]]" = WeakKeyDictionary()
 
 

@@ -92,7 +92,8 @@ def _catching(gathered: Sequence["_Gathered"], leaves: list[Tensor]) -> Callable
             for one in gathered:
                 one.add(gradient.detach(), size)
 
-        output.register_hook(receive)
+        if output.requires_grad:  # not where the model itself turns gradients off
+            output.register_hook(receive)
         return output
 
     return hook

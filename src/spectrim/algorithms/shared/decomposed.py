@@ -8,9 +8,9 @@ from spectrim.decomposers.spectrum import (
     NO_MOMENTS,
     Decomposer,
     Moments,
-    NeedsGradients,
     Spectrum,
     content,
+    directions_of,
     outputs_of,
     spectrum_of,
 )
@@ -65,7 +65,7 @@ def moments_for(
     if not decomposer.samples or not any(views.values()):
         return {}
     found = input_moments(model, views, objective, decomposer.samples)
-    directions = decomposer.directions if isinstance(decomposer, NeedsGradients) else None
+    directions = directions_of(decomposer)
     if directions is not None:
         for name, own in output_moments(model, views, objective, decomposer.samples, directions).items():
             found[name] |= {outputs_of(view): moment for view, moment in own.items()}

@@ -21,7 +21,7 @@ from spectrim.batches import (
     hooked,
     to_device,
 )
-from spectrim.decomposers.spectrum import Decomposer, Moments
+from spectrim.decomposers.spectrum import Decomposer, Moments, directions_of
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.forms import EmbeddingForm, Form, PlainForm
@@ -40,7 +40,7 @@ class Outline:
     """The shape of a layer, without its decomposition.
 
     ``matrices``: number of matrices of ``rows`` x ``columns`` that the weight is read as.
-    ``inputs``: size of the second moments that the decomposer takes, one for each view.
+    ``moments``: sizes of the second moments that the decomposer takes, one or two for each view.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Outline:
     matrices: int
     rows: int
     columns: int
-    inputs: tuple[int, ...]
+    moments: tuple[int, ...]
 
     @classmethod
     def of(cls, name: str, module: nn.Module, decomposer: Decomposer) -> "Outline":
@@ -58,8 +58,9 @@ class Outline:
         view = dense.view(getattr(decomposer, "view", "channel"))
         parts = parts if dense.inputs % parts == 0 else 1
         form: Form = EmbeddingForm() if isinstance(module, nn.Embedding) else PlainForm(view, parts)
-        inputs = tuple(dense.sides(own)[1] for own in decomposer.views(module))
-        return cls(name, module, form, dense.groups * parts, *dense.sides(view, parts), inputs)
+        sides = (1,) if directions_of(decomposer) is None else (1, 0)
+        moments = tuple(dense.sides(own)[side] for own in decomposer.views(module) for side in sides)
+        return cls(name, module, form, dense.groups * parts, *dense.sides(view, parts), moments)
 
     @property
     def full_rank(self) -> int:
@@ -78,7 +79,7 @@ class Outline:
     def decomposition(self) -> float:
         """Operations of the decomposition, up to a factor: an SVD, and the root of each second moment."""
         dense = isinstance(self.module, nn.Embedding)  # whose moments are diagonal
-        roots = 0 if dense else sum(12 * size**3 for size in self.inputs)
+        roots = 0 if dense else sum(12 * size**3 for size in self.moments)
         return self.matrices * (20 * self.full_rank**2 * max(self.rows, self.columns) + roots)
 
     def factor(self, rank: int) -> FactoredLayer:
@@ -255,7 +256,7 @@ def _extrapolated(
     """
     shapes: dict[tuple, list[Outline]] = {}
     for layer in sorted(layers, key=operations):
-        key = (layer.form, layer.matrices, layer.rows, layer.columns, layer.inputs)
+        key = (layer.form, layer.matrices, layer.rows, layer.columns, layer.moments)
         shapes.setdefault(key, []).append(layer)
     spent, total, largest, rate = 0.0, 0.0, 1.0, 0.0
     for alike in shapes.values():
