@@ -9,12 +9,13 @@ from given import CLASSES, Architecture, Given, images
 from spectrim.tools.torchvision_shim import prepare
 
 PIXELS = 64  # of a side, where the settings say nothing
+ALIVE = {"zero_init_last": False}  # else no loss depends on the residual branches of an untrained net
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4}
 MIXED = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_blocks": 2}
 FOUR = {"embed_dims": (16, 24, 32, 48), "depths": (1, 1, 1, 1)}
 # Settings by the name of a released model; or by MODULE.CLASS, where the name fixes them.
 MODELS: dict[str, dict[str, Any]] = {
-    "test_resnet": {},
+    "test_resnet": ALIVE,
     "test_byobnet": {},
     "test_convnext": {},
     "test_convnext2": {},
@@ -25,8 +26,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "test_vit": {},
     "test_vit2": {},
     "test_vit4": {},
-    "resnet18": {"channels": (16, 32, 48, 64)},
-    "seresnet18": {"channels": (16, 32, 48, 64)},
+    "resnet18": {"channels": (16, 32, 48, 64), **ALIVE},
+    "seresnet18": {"channels": (16, 32, 48, 64), **ALIVE},
     "densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
     "mobilenetv3_small_050": {},
     "lcnet_035": {},
