@@ -1,13 +1,15 @@
 """Run the architectures of torchvision, timm and transformers through spectrim, and write a table of what works.
 
 ``python benchmarks/zoo/zoo.py [PATTERN …]`` runs all architectures, or those whose names hold a pattern. Each has a
-process of its own, so that a crash is a row. A row that is in the folder of unfinished rows is not run again.
+process of its own, so that a crash is a row. A row that is in the folder of finished rows is not run again.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -58,18 +60,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="part of PACKAGE/NAME (default: all)")
     parser.add_argument("--rows", type=Path, default=ROOT / "build/zoo", help="of finished rows (default: build/zoo)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after these; call again")
     parser.add_argument("--out", type=Path, help="default: results/benchmarks, with a PATTERN build/zoo/table")
     options = parser.parse_args(arguments)
     parts = options.patterns or [""]
     chosen = [one for one in everything() if any(part in label(one) for part in parts)]
     if not chosen:
         parser.error(f"no architecture is called {' or '.join(options.patterns)}")
-    rows = []
+    rows, end = [], time.monotonic() + 60 * options.minutes
     for architecture in (bar := tqdm(chosen, file=sys.stderr, leave=False)):
         bar.set_description(label(architecture))
-        rows.append(finished(architecture, options.rows))
+        row = found(architecture, options.rows)
+        if row is None and time.monotonic() < end:
+            row = run(architecture, options.rows)
+        rows += [] if row is None else [row]
     out = options.out or (options.rows / "table" if options.patterns else ROOT / "results/benchmarks")
-    table = table_of(rows)
+    table = table_of(rows, len(chosen))
     origin = {**provenance("make zoo", "random numbers", None), "packages": {name: version(name) for name in PACKAGES}}
     files.write(
         {
@@ -100,17 +106,28 @@ def version(package: str) -> str:
         return ABSENT
 
 
-def finished(architecture: Architecture, folder: Path) -> Row:
-    """Return the row of ``architecture``, from ``folder`` where the same versions have made it."""
-    path = folder / f"{architecture.package}-{architecture.name}.json"
-    versions = {name: version(name) for name in ("spectrim", "torch", architecture.package)}
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["versions"] == versions:
-            return Row(**found["row"])
+def found(architecture: Architecture, folder: Path) -> Row | None:
+    """Return the row of ``architecture`` in ``folder``; None where these versions have not made it."""
+    path = _path(architecture, folder)
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"versions": None}
+    return Row(**kept["row"]) if kept["versions"] == _versions(architecture) else None
+
+
+def run(architecture: Architecture, folder: Path) -> Row:
+    """Run ``architecture``, and write its row to ``folder``."""
+    versions = _versions(architecture)
     row = absent(architecture) if versions[architecture.package] == ABSENT else in_process(architecture)
-    files.write({path: json.dumps({"versions": versions, "row": asdict(row)}, indent=1).encode()})
+    content = json.dumps({"versions": versions, "row": asdict(row)}, indent=1).encode()
+    files.write({_path(architecture, folder): content})
     return row
+
+
+def _path(architecture: Architecture, folder: Path) -> Path:
+    return folder / f"{architecture.package}-{architecture.name}.json"
+
+
+def _versions(architecture: Architecture) -> dict[str, str]:
+    return {name: version(name) for name in ("spectrim", "torch", architecture.package)}
 
 
 def absent(architecture: Architecture) -> Row:
@@ -151,15 +168,18 @@ def _child(architecture: Architecture, out: Connection) -> None:
         out.send(broken(architecture, f"{type(error).__name__}: {first_line(error)}"))
 
 
-def table_of(rows: Sequence[Row]) -> Table:
-    """Return the table, whose last notes are the reasons of all cells that do not work."""
+def table_of(rows: Sequence[Row], count: int) -> Table:
+    """Return the table, whose last notes are the reasons of all cells that do not work.
+
+    ``count``: number of architectures, run or not.
+    """
     data = pd.DataFrame([_line(row) for row in rows])
     said: dict[str, list[str]] = {}
     for row in rows:
         for trial, reason in row.reasons.items():
             said.setdefault(f"{row.cells[trial]}: {reason}", []).append(f"{row.name} ({trial})")
     reasons = [f"- {', '.join(where)}: {reason}" for reason, where in said.items()]
-    return Table("zoo", data, COLUMNS, CAPTION, [_summary(rows), *NOTES, "\n".join(reasons)], group="package")
+    return Table("zoo", data, COLUMNS, CAPTION, [_summary(rows, count), *NOTES, "\n".join(reasons)], group="package")
 
 
 def _line(row: Row) -> dict[str, Any]:
@@ -169,10 +189,11 @@ def _line(row: Row) -> dict[str, Any]:
     return {**head, **cells, "reasons": reasons}
 
 
-def _summary(rows: Sequence[Row]) -> str:
+def _summary(rows: Sequence[Row], count: int) -> str:
     words = Counter(word for row in rows for word in row.cells.values())
     said = ", ".join(f"{number} {word}" for word, number in words.items())
-    return f"{len(rows)} architectures, {sum(words.values())} tries: {said}."
+    some = "" if len(rows) == count else f" of {count}"
+    return f"{len(rows)}{some} architectures, {sum(words.values())} tries: {said}."
 
 
 if __name__ == "__main__":

@@ -98,24 +98,37 @@ def test_what_kills_the_process_is_a_row_and_so_is_a_net_that_cannot_be_made() -
 
 def test_a_finished_row_is_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(zoo, "in_process", tried)
-    first = zoo.finished(SMALL, tmp_path)
-    monkeypatch.setattr(zoo, "in_process", lambda _: pytest.fail("it is run again"))
-    assert zoo.finished(SMALL, tmp_path) == first
+    assert zoo.found(SMALL, tmp_path) is None
+    first = zoo.run(SMALL, tmp_path)
+    assert zoo.found(SMALL, tmp_path) == first
     monkeypatch.setattr(zoo, "version", lambda name: "2.0")
-    with pytest.raises(pytest.fail.Exception):
-        zoo.finished(SMALL, tmp_path)
+    assert zoo.found(SMALL, tmp_path) is None
+
+
+def test_a_run_that_is_out_of_time_writes_what_is_finished_and_goes_on_later(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Architecture("torch", "other", small)
+    monkeypatch.setattr(zoo, "everything", lambda: [SMALL, other])
+    monkeypatch.setattr(zoo, "in_process", tried)
+    zoo.run(SMALL, tmp_path / "rows")
+    folders = ["--rows", str(tmp_path / "rows"), "--out", str(tmp_path)]
+    assert zoo.main(["--minutes", "0", *folders]) == 0
+    assert "1 of 2 architectures" in capsys.readouterr().out
+    assert zoo.main(folders) == 0
+    assert "2 architectures" in (tmp_path / "zoo.md").read_text() and (tmp_path / "zoo.csv").exists()
 
 
 def test_a_package_that_is_missing_is_a_row(tmp_path: Path) -> None:
-    row = zoo.finished(Architecture("no-such-package", "net", small), tmp_path)
+    row = zoo.run(Architecture("no-such-package", "net", small), tmp_path)
     assert set(row.cells.values()) == {"not installed"}
 
 
 def test_the_table_tells_each_reason_once(tmp_path: Path) -> None:
     rows = [zoo.broken(Architecture("torch", name, small), "boom") for name in ("a", "b")]
-    text = zoo.table_of(rows).markdown()
+    text = zoo.table_of(rows, 2).markdown()
     assert text.count("crashes: boom") == 1 and "a (truncation), a (joint)" in text and "b (compact)" in text
-    assert zoo.table_of(rows).csv().count("truncation: boom; joint: boom") == 2
+    assert zoo.table_of(rows, 2).csv().count("truncation: boom; joint: boom") == 2
 
 
 def test_no_architecture_is_listed_twice() -> None:
