@@ -26,7 +26,7 @@ RESULTS := $(shell sed -n 's/^\[\(.*\)\]$$/\1/p' experiments/index.toml)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records verify index list-grids lint format docs readme bench chaos zoo notebook lock clean
+.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records verify index list-grids lint format docs readme bench chaos zoo notebook lock clean release
 .PHONY: $(RESULTS:%=reproduce-%) $(RESULTS:%=table-%)
 
 help:  ## print this list
@@ -138,6 +138,10 @@ smoke: $(STAMP)  ## train, run every algorithm and build a table in build/smoke:
 
 test: install-language  ## run the tests, those of language models too
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+release: $(STAMP)  ## the wheel in dist, and in build/release what SPECTRIM_RELEASE points to: records and checkpoints
+	$(BIN)/python -m hatchling build -t wheel -d dist
+	$(BIN)/python experiments/release.py --out build/release
 
 lint: $(STAMP)  ## run ruff, mypy and the check of the import layers
 	$(BIN)/ruff check .

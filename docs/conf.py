@@ -1,17 +1,16 @@
 """Settings of the site: ``make docs`` builds it from the Markdown pages, the tables and the docstrings."""
 
 import sys
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "docs" / "_sphinx"), str(ROOT / "src")]
 
-_PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+import spectrim  # noqa: E402 - from this checkout
 
 project = "spectrim"
 author = copyright = "The spectrim authors"
-version = release = _PROJECT["version"]
+version = release = spectrim.__version__
 
 # The root of the repository is the source, so that a relative link means the same on the site and in the repository.
 root_doc = "docs/index"

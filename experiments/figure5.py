@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from spectrim.records.records import Record
+from spectrim.records.records import Record, name_of
 from spectrim.report import averages, command, figure, frame, table, trainings
 from spectrim.report.command import Options
 from spectrim.report.figure import Curve
@@ -108,6 +108,7 @@ def _about(record: Record, shown: set[tuple[Any, ...]]) -> dict[str, Any]:
         **dict(zip(KEYS, training, strict=True)),
         "parts": (*begin, "no regulariser" if regulariser == "none" else regulariser, *end),
         "main": training in shown,
+        "record": name_of(record),
         "seed": record["seed"],
         "calibration_seed": record["calibration_seed"],
     }

@@ -11,7 +11,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from spectrim.records.records import Record, algorithm_of
+from spectrim.records.records import Record, algorithm_of, name_of
 from spectrim.report import averages, command, figure, frame, table
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table
@@ -114,6 +114,7 @@ def _points(record: Record) -> list[dict[str, Any]]:
     if "gamma" in settings:
         gamma = ", no gamma" if settings["gamma"] is None else f", gamma {settings['gamma']}"
     about = {
+        "record": name_of(record),
         "model": frame.model_of(record),
         "data": record["names"]["data"],
         "algorithm": algorithm,

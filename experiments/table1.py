@@ -139,7 +139,7 @@ def _reached(runs: pd.DataFrame) -> dict[str, Any]:
                 line[f"{stage}_{100 * size:.0f}{spread}"] = value
         line[f"{stage}_read"] = float(own["read"].max())
         line[f"{stage}_cpu_seconds"] = float(own["cpu_seconds"].max())
-    return line | {"n": ", ".join(dict.fromkeys(runs["n"])) or None}
+    return line | {"n": ", ".join(dict.fromkeys(runs["n"])) or None, "records": averages.records_of(runs["records"])}
 
 
 def _epochs(rows: pd.DataFrame) -> str:

@@ -144,6 +144,7 @@ def _claims(published: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
                     "model": model,
                     "obtained": judged.why,
                     "verdict": judged.word,
+                    "records": averages.records_of(pd.concat([dense, own])["records"]),
                 }
             )
     return pd.DataFrame(found)

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from spectrim.errors import UserError
-from spectrim.records.records import Record, algorithm_of, class_of
+from spectrim.records.records import Record, algorithm_of, class_of, name_of
 from spectrim.report import averages, claims, command, compare, frame, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
@@ -88,6 +88,7 @@ def _row(record: Record) -> dict[str, Any]:
     settings, dense, small = record["config"]["algorithm"], record["dense"], record["compressed"]
     scratch, order = trainings.from_scratch(record), _order(record)
     return {
+        "record": name_of(record),
         "model": trainings.net(record),
         "data": record["names"]["data"],
         "seed": record["seed"],

@@ -121,6 +121,7 @@ def _row(record: Record, known: pd.DataFrame) -> dict[str, Any]:
     read = trainings.samples_read(record) - sum(report.get("samples_read", {}).values())
     order = [*frame.SELECTORS, *CHOOSING]
     return {
+        "record": run["record"],
         "model": run["model"],
         "data": run["data"],
         "untrained": trainings.from_scratch(record),
@@ -169,6 +170,7 @@ def _growth(rows: pd.DataFrame, along: str) -> list[dict[str, Any]]:
                 "read_times": _times(first["read"], last["read"]),
                 "added_times": _times(first["added_mib"], last["added_mib"]),
                 "n": last["n"],
+                "records": averages.records_of(own["records"]),
             }
         )
     return found

@@ -86,7 +86,8 @@ def _probes(found: Sequence[Record]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for record in found:
         if records.algorithm_of(record) == "probe":
-            rows += [{"model": frame.model_of(record), "seed": record["seed"], **entry} for entry in record["log"]]
+            about = {"record": records.name_of(record), "model": frame.model_of(record), "seed": record["seed"]}
+            rows += [about | entry for entry in record["log"]]
     return pd.DataFrame(rows)
 
 
@@ -98,10 +99,10 @@ def _probe_tables(name: str, probes: pd.DataFrame, published: pd.DataFrame) -> l
             for low, high in pairwise(edges):
                 own = of_split[(of_split[key] > low) & (of_split[key] <= high)]
                 if len(own):
-                    rows.append({"split": split, "size": label, "bin": _bin(low, high), **measures(own)})
+                    rows.append({"split": split, "size": label, "bin": _bin(low, high), **_row(own)})
     bins = pd.DataFrame(rows)
     totals = [
-        {"model": model, "split": split, **measures(own)}
+        {"model": model, "split": split, **_row(own)}
         for model in models
         for split, own in probes[probes["model"] == model].groupby("split")
     ]
@@ -129,6 +130,10 @@ def _probe_tables(name: str, probes: pd.DataFrame, published: pd.DataFrame) -> l
 
 def _bin(low: float, high: float) -> str:
     return f"> {low:g}" if math.isinf(high) else f"{low:g} – {high:g}"
+
+
+def _row(own: pd.DataFrame) -> dict[str, Any]:
+    return {**measures(own), "records": averages.records_of(own["record"])}
 
 
 def measures(own: pd.DataFrame) -> dict[str, float]:

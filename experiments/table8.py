@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.records.records import Record, algorithm_of
+from spectrim.records.records import Record, algorithm_of, name_of
 from spectrim.report import averages, command, compare, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
@@ -102,7 +102,7 @@ def _about(record: Record) -> dict[str, Any]:
 def _moves(found: Sequence[Record]) -> pd.DataFrame:
     """Return one row per network and ratio: what a probe measured, if there is a bound."""
     rows = [
-        _about(record) | entry | {"tightness": entry["measured"] / entry["bound"]}
+        _about(record) | {"record": name_of(record)} | entry | {"tightness": entry["measured"] / entry["bound"]}
         for record in _of(found, "boundprobe")
         for entry in record["log"]
         if entry["bound"]
@@ -120,7 +120,7 @@ def _pairs(found: Sequence[Record]) -> pd.DataFrame:
     for (*_, epsilon), pair in sorted(runs.items(), key=lambda run: run[0]):
         if pair.keys() != {"theory", "bisect"}:
             continue
-        row = _about(pair["theory"]) | {"epsilon": epsilon}
+        row = _about(pair["theory"]) | {"epsilon": epsilon, "record": " ".join(map(name_of, pair.values()))}
         for how, record in pair.items():
             small, dense = record["compressed"], record["dense"]
             chosen = max((step for step in record["log"] if step["passed"]), key=lambda step: step["delta"])

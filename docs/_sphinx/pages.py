@@ -16,6 +16,7 @@ REDIRECT = (
     '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={0}"><a href="{0}">spectrim</a>\n'
 )
 MARKDOWN = MarkdownIt("commonmark").enable("table")
+RECORDS = re.compile(r"\]\(\.\./records/([^)]+)\.json\)")  # links of a table, which the report answers on the site
 FILE = re.compile(r"(table|figure)(\d+)(?:_(\w+))?$")
 
 
@@ -64,7 +65,7 @@ def _read(app: Sphinx, docname: str, source: list[str]) -> None:
     elif docname.startswith("results/"):
         figure = Path(app.srcdir, "results", "figures", f"{Path(docname).name}.png")
         shown = f"\n![{title_of(figure.stem)}](../figures/{figure.name})\n" if figure.exists() else ""
-        table = table_page(source[0])
+        table = table_page(RECORDS.sub(r"](../../report/runs/\1.html)", source[0]))
         title = title_of(Path(docname).name)
         source[0] = f"---\norphan: true\n---\n# {title}\n{shown}\n~~~{{raw}} html\n{table}\n~~~\n"
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from spectrim.tools.import_hook import when_imported
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from spectrim.algorithms.compact import Compact as Compact
     from spectrim.algorithms.fine_tuning import FineTuning as FineTuning

@@ -53,9 +53,8 @@ class Server(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server on this machine, whose http is taken for once."""
-    monkeypatch.setattr(download, "SCHEMES", ("http",))
+def server() -> Iterator[str]:
+    """The address of a server on this machine."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
         running.daemon_threads, running.block_on_close = True, False
         Thread(target=running.serve_forever, daemon=True).start()

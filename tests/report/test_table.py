@@ -85,6 +85,20 @@ def test_an_excerpt_has_few_columns_and_no_csv_of_its_own(table: Table, tmp_path
         table.paper(["loss"] * 7)
 
 
+def test_each_row_names_its_records_in_the_csv_and_links_them_in_markdown(table: Table) -> None:
+    named = ["a/1 a/2", "a/1 a/2", None]
+    data = table.data.assign(records=named, after=1)
+    shown = replace(table, data=data)
+    assert shown.csv().splitlines()[0].endswith(",after,records")
+    assert list(pd.read_csv(io.StringIO(shown.csv()))["records"][:2]) == named[:2]
+    first, second, third = shown.markdown().splitlines()[4:7]
+    assert first.endswith("| [1](../records/a/1.json) [2](../records/a/2.json) |")
+    assert second.endswith("|  |") and third.endswith("|  |")  # as the row above of the same group; none
+    apart = replace(shown, group=None).markdown().splitlines()[5]
+    assert apart.endswith("[2](../records/a/2.json) |")
+    assert "records" not in replace(shown, excerpt=True).markdown() + shown.latex()
+
+
 def test_a_column_for_the_code_is_not_in_the_csv(table: Table) -> None:
     assert "why" not in replace(table, hidden=["why"]).csv()
 

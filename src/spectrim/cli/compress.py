@@ -22,7 +22,9 @@ package.module:factory, such as torchvision.models:resnet18. Code is imported on
 
 def parser() -> Parser:
     """Return the parser of the command line."""
-    made = Parser(prog="spectrim-compress", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(
+        prog="spectrim-compress", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).with_version()
     made.add_argument("model", metavar="MODEL", help="a name on the hub, a folder, or package.module:factory")
     made.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder, written whole or not at all")
     size = made.add_argument_group("how small (exactly one)").add_mutually_exclusive_group(required=True)

@@ -90,7 +90,7 @@ def _words(grid: str, cell: Cell, folder: Path) -> list[str]:
 
 def parser() -> Parser:
     """Return the parser of the command line."""
-    whole = Parser(prog="spectrim-grid", description="Look after a committed grid of runs.")
+    whole = Parser(prog="spectrim-grid", description="Look after a committed grid of runs.").with_version()
     commands = whole.add_subparsers(required=True, metavar="COMMAND")
     for name, call, said in (
         ("status", tell, "tell which cells are done, running, failed or missing, and the hours left"),

@@ -4,7 +4,9 @@ import argparse
 import logging
 import os
 import sys
-from typing import NoReturn
+from typing import NoReturn, Self
+
+import spectrim
 
 LOG = logging.getLogger("spectrim.cli")
 RESULTS = logging.getLogger("spectrim.cli.results")
@@ -27,6 +29,11 @@ class _Console(logging.Handler):
 
 class Parser(argparse.ArgumentParser):
     """A command line whose mistakes are told in one line."""
+
+    def with_version(self) -> Self:
+        """Add the option ``--version``."""
+        self.add_argument("--version", action="version", version=f"%(prog)s {spectrim.__version__}")
+        return self
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists all options\n")

@@ -16,6 +16,7 @@ from spectrim.cli.following import Follower
 from spectrim.cli.messages import LOG, RESULTS
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
+from spectrim.fetch import release
 from spectrim.records import records
 from spectrim.records.provenance import provenance
 from spectrim.runs import configuration, signing, targets, task
@@ -145,12 +146,12 @@ def _checkpoint(cfg: DictConfig) -> Path | None:
     if cfg.checkpoint is None:
         return None
     path = Path(configuration.text(cfg, "checkpoint"))
-    if not path.is_file():
+    if not path.is_file() and not release.checkpoint(path):
         composed = HydraConfig.get()
         net = [one for one in composed.overrides.task if one.startswith("model.")]
         chosen = [f"{group}={composed.runtime.choices[group]}" for group in ("model", "data")]
         make = shlex.join(["spectrim-train", *chosen, f"seed={cfg.seed}", *net, f"checkpoint={path}"])
-        raise UserError(f"there is no checkpoint at {path}; make it with: {make}")
+        raise UserError(f"there is no checkpoint at {path}; set {release.ADDRESS}, or make it with: {make}")
     return path
 
 

@@ -5,6 +5,7 @@ import textwrap
 from contextlib import redirect_stdout
 from pathlib import Path
 
+import spectrim
 from spectrim.cli import streams
 from spectrim.runs.configuration import CONF, EXPERIMENTS, experiments
 
@@ -16,6 +17,7 @@ usage: {program} [-m] [GROUP=OPTION ...] [SETTING=VALUE ...] [--quiet | --verbos
   -m, --multirun   run every combination of the values that are separated by commas: seed=0,1,2
   --quiet          print warnings and errors only
   --verbose        print what a run does, too
+  --version        print the version
   --cfg job        print the composed configuration, with every setting and its value, and run nothing
   --config-dir D   look for further options in the folder D
   --hydra-help     the further options of Hydra
@@ -29,12 +31,16 @@ DOES = {
 
 
 def print_if_asked(program: str) -> None:
-    """Print the help and exit where the command line asks for it."""
-    if not {"-h", "--help"} & set(sys.argv[1:]):
+    """Print the help or the version and exit where the command line asks for it."""
+    asked = {"-h", "--help", "--version"} & set(sys.argv[1:])
+    if not asked:
         return
     streams.open_closed()
     with redirect_stdout(streams.Outlet(sys.stdout)):
-        _print(program)
+        if asked == {"--version"}:
+            print(f"{program} {spectrim.__version__}")
+        else:
+            _print(program)
     sys.exit(0)
 
 

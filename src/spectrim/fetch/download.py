@@ -15,12 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from spectrim.tools import digests
 
 SCHEMES = ("https", "file")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # a server of this machine, whose http nobody can alter on the way
 PATIENCE_SECONDS = 60.0  # for any download, in addition to the time that its size takes at the slowest rate
 SLOWEST_RATE = 50_000.0  # bytes per second
 # A client may keep the file twice and beside it the lists of its registry.
@@ -126,7 +128,7 @@ class Download(ABC):
 
 @dataclass(frozen=True)
 class Url(Download):
-    """A file at a web address, which is https. A file on this machine is taken too."""
+    """A file at a web address, which is https. A file or a server of this machine is taken too."""
 
     address: str
     sha256: str | None
@@ -141,7 +143,8 @@ class Url(Download):
         return self.address
 
     def download(self, work: Path, bar: "tqdm") -> str:
-        if self.address.partition(":")[0] not in SCHEMES:
+        parts = urlsplit(self.address)
+        if parts.scheme not in SCHEMES and not (parts.scheme == "http" and parts.hostname in LOOPBACK):
             return "only https is fetched"
         # -I: nothing in the user's folders or variables changes what the process imports.
         command = (sys.executable, "-I", str(GET), self.address, self.file, str(self.size))

@@ -13,13 +13,14 @@ from spectrim.tools import digests
 
 
 def _checkout() -> Path:
-    """Return the root of the checkout that holds this code, or else the folder of this file.
+    """Return the root of the checkout that holds this code, or else the folder of the installed package.
 
-    An installed package may lie in a project of someone else, whose commit and lock file say nothing of it.
+    Both hold ``experiments`` and ``results/index``. An installed package may lie in a project of someone else, whose
+    commit and lock file say nothing of it.
     """
     above = Path(__file__).resolve().parents[3] / "pyproject.toml"
     ours = above.is_file() and 'name = "spectrim"' in above.read_text(encoding="utf-8").splitlines()
-    return above.parent if ours else Path(__file__).resolve().parent
+    return above.parent if ours else Path(__file__).resolve().parents[1]
 
 
 ROOT = _checkout()

@@ -106,6 +106,11 @@ def path_of(folder: Path, experiment: str, signature: str) -> Path:
     return Path(folder).joinpath(*parts) / f"{signature}.json"
 
 
+def name_of(record: Record) -> str:
+    """Return EXPERIMENT/SIGNATURE, which names a record inside its folder."""
+    return f"{record['experiment']}/{record['signature']}"
+
+
 def encode(record: Record) -> bytes:
     """Return the bytes of a record's file. Raises ``UserError`` where a number is not finite or a field is missing."""
     missing = [key for key in REQUIRED if key not in record]

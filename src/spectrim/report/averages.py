@@ -50,8 +50,10 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) ->
     """Return the mean and standard deviation of each value over the runs of a group, with ``n``.
 
     The standard deviation has ddof = 1 and is NaN for a single run. Rows keep the order in which the groups first
-    appear. The columns are ``by``, each value and its ``_std``, ``runs`` (number of runs), and ``n`` (see
-    ``spelled_n``).
+    appear. The columns are ``by``, each value and its ``_std``, ``runs`` (number of runs), ``n`` (see ``spelled_n``),
+    and ``records`` (see ``records_of``).
+
+    ``frame``: with ``record``, the names of the records that a run is read from.
     """
     rows = []
     for keys, group in frame.groupby(list(by), sort=False, dropna=False):
@@ -60,9 +62,17 @@ def over_seeds(frame: pd.DataFrame, by: Sequence[str], values: Sequence[str]) ->
             numbers = group[value].astype(float)
             row[value] = float(numbers.mean())
             row[f"{value}_std"] = float(numbers.std(ddof=1)) if numbers.count() > 1 else math.nan
-        row |= {"runs": len(group), "n": spelled_n(group)}
+        row |= {"runs": len(group), "n": spelled_n(group), "records": records_of(group["record"])}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def records_of(named: "pd.Series[str]") -> str:
+    """Return the names of the records behind a row, EXPERIMENT/SIGNATURE each, with spaces between.
+
+    ``named``: such names, or several of them with spaces between.
+    """
+    return " ".join(dict.fromkeys(" ".join(named.dropna()).split()))
 
 
 def seeds_note(rows: pd.DataFrame, by: str = "model") -> str:

@@ -129,8 +129,10 @@ def load(options: Options) -> list[Record]:
     """
     found = records.read_all(options.records, options.experiment)
     if not found:
-        how = f"make reproduce-{options.script}" if options.default else f"spectrim -m experiment={options.experiment}"
-        raise UserError(f"no records of {options.experiment} in {options.records}: make them with `{how}`")
+        how = f"`spectrim -m experiment={options.experiment}`"
+        if options.default:
+            how = f"`make reproduce-{options.script}`, or fetch them with `spectrim-table {options.script} --fetch`"
+        raise UserError(f"no records of {options.experiment} in {options.records}: make them with {how}")
     return found
 
 
@@ -179,7 +181,7 @@ def origin(options: Options, found: Sequence[Record], read: Sequence[Path] = ())
             "versions": _distinct(run.get("versions") for run in runs),
         },
         "files": {path.name: digests.of_file(path) for path in read},
-        "records": {f"{record['experiment']}/{record['signature']}": records.digest(record) for record in found},
+        "records": {records.name_of(record): records.digest(record) for record in found},
     }
 
 

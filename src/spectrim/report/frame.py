@@ -65,6 +65,7 @@ def _row(record: Record) -> dict[str, Any]:
     algorithm, model = records.algorithm_of(record), model_of(record)
     row: dict[str, Any] = {
         "signature": record["signature"],
+        "record": records.name_of(record),
         "first_signature": records.first_signature(record),
         "experiment": record["experiment"],
         "model": model,

@@ -80,6 +80,7 @@ def _run(record: Record, run: Any) -> dict[str, Any]:
     budget = selector.get("params_kept")
     read = trainings.samples_read(record)
     return {
+        "record": records.name_of(record),
         "model": trainings.net(record),
         "data": record["names"]["data"],
         "selector": _name(record),

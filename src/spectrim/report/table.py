@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from spectrim.tools import files
 
 ABSENT = "–"
 HUGE = 1e6  # larger numbers that are not counts are printed with an exponent
+RECORDS = "records"  # column of the names of a row's records; ``averages.records_of`` fills it
+FOLDER = "../records"  # where a table in ``results/tables`` finds them
 PAPER = latex.FEW  # columns of an excerpt for a paper, which stays upright
 
 
@@ -93,7 +96,7 @@ class Table:
         return pd.DataFrame(cells)
 
     def markdown(self) -> str:
-        """Return the caption, the table and the notes as Markdown."""
+        """Return the caption, the table and the notes as Markdown. The last column links the records of each row."""
         align = ["left" if column.digits is None else "right" for column in self.columns]
         printed = (
             self.printed()
@@ -101,7 +104,23 @@ class Table:
             .rename(columns=lambda text: text.replace("|", "\\|"))
         )
         body = printed.to_markdown(index=False, colalign=align, disable_numparse=True)
-        return "\n\n".join([f"**{self.caption}**", body, *self.notes]) + "\n"
+        lines = map("".join, zip_longest(body.splitlines(), self._linked(), fillvalue=""))
+        return "\n\n".join([f"**{self.caption}**", "\n".join(lines), *self.notes]) + "\n"
+
+    def _linked(self) -> list[str]:
+        """Return the end of each line of the Markdown table: links to the records of its row.
+
+        Rows of one group that share their records, such as the points of a curve, link them once.
+        """
+        if self.excerpt or RECORDS not in self.data:
+            return []
+        cells, seen = [], set()
+        groups = [None] * len(self.data) if self.group is None else self.data[self.group]
+        for group, names in zip(groups, self.data[RECORDS].fillna(""), strict=True):
+            links = (f"[{at}]({FOLDER}/{name}.json)" for at, name in enumerate(names.split(), 1))
+            cells.append("" if self.group and (group, names) in seen else " ".join(links))
+            seen.add((group, names))
+        return [" runs |", ":-----|", *(f" {cell} |" for cell in cells)]
 
     def latex(self) -> str:
         """Return a LaTeX table that fits the page, with a rule between groups and the notes below."""
@@ -124,8 +143,10 @@ class Table:
         return [index for index, name in enumerate(names) if index and name]
 
     def csv(self) -> str:
-        """Return the numbers in full precision, under the column names of the frame."""
-        return self.data.drop(columns=list(self.hidden)).to_csv(index=False, lineterminator="\n")
+        """Return the numbers in full precision, under the column names of the frame, and last the records of a row."""
+        last = [column for column in (RECORDS,) if column in self.data]
+        shown = self.data[[*self.data.columns.drop([*self.hidden, *last]), *last]]
+        return shown.to_csv(index=False, lineterminator="\n")
 
     def paper(self, keys: Sequence[str], rows: "pd.Series[bool] | None" = None, notes: Sequence[str] = ()) -> "Table":
         """Return an excerpt for a paper, which is saved as Markdown and LaTeX.
