@@ -26,7 +26,7 @@ RESULTS := $(shell sed -n 's/^\[\(.*\)\]$$/\1/p' experiments/index.toml)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records verify index list-grids lint format docs readme bench chaos zoo notebook lock clean release
+.PHONY: help install install-language rivals reproduce train train-language train-svd search-table1 smoke test check-records verify index list-grids lint format docs readme bench chaos zoo notebook lock clean release report
 .PHONY: $(RESULTS:%=reproduce-%) $(RESULTS:%=table-%)
 
 help:  ## print this list
@@ -152,6 +152,9 @@ lint: $(STAMP)  ## run ruff, mypy and the check of the import layers
 format: $(STAMP)  ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+report: $(STAMP)  ## a site of every table, figure and run in build/report, to open without a server
+	$(BIN)/python experiments/report.py
 
 docs: $(STAMP)  ## build the site in build/site from the pages, the tables and the docstrings; a dead link is an error
 	rm -rf build/site build/doctrees  # a source page is not made anew where it exists

@@ -11,13 +11,18 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 import spectrim
+from spectrim.report.site.build import build
+from spectrim.report.site.tables import title_of
 
 REDIRECT = (
     '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url={0}"><a href="{0}">spectrim</a>\n'
 )
+# Raw, because the report is no page of the site: it is written beside them.
+REPORT = """~~~{raw} html
+<p><a href="../report/index.html">The report</a> has every table to sort and filter, and a page for every run.</p>
+~~~"""
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 RECORDS = re.compile(r"\]\(\.\./records/([^)]+)\.json\)")  # links of a table, which the report answers on the site
-FILE = re.compile(r"(table|figure)(\d+)(?:_(\w+))?$")
 
 
 def contents(index: str) -> str:
@@ -50,23 +55,15 @@ def _widths(app: Sphinx, doctree: nodes.document) -> None:
             cell["classes"].append(found)
 
 
-def title_of(name: str) -> str:
-    """Return the title of a table, a figure or a benchmark from the name of its file."""
-    found = FILE.match(name)
-    if not found:
-        return f"Benchmark: {name}"
-    kind, number, part = found.groups()
-    return f"{kind.capitalize()} {number}" + (f": {part.replace('_', ' ')}" if part else "")
-
-
 def _read(app: Sphinx, docname: str, source: list[str]) -> None:
     if docname == app.config.root_doc:
-        source[0] += f"\n{contents(source[0])}"
+        source[0] += f"\n{REPORT}\n{contents(source[0])}"
     elif docname.startswith("results/"):
-        figure = Path(app.srcdir, "results", "figures", f"{Path(docname).name}.png")
-        shown = f"\n![{title_of(figure.stem)}](../figures/{figure.name})\n" if figure.exists() else ""
+        name = Path(docname).name
+        title = title_of(name) or f"Benchmark: {name}"
+        figure = Path(app.srcdir, "results", "figures", f"{name}.png")
+        shown = f"\n![{title}](../figures/{figure.name})\n" if figure.exists() else ""
         table = table_page(RECORDS.sub(r"](../../report/runs/\1.html)", source[0]))
-        title = title_of(Path(docname).name)
         source[0] = f"---\norphan: true\n---\n# {title}\n{shown}\n~~~{{raw}} html\n{table}\n~~~\n"
 
 
@@ -94,15 +91,18 @@ class Package(SphinxDirective):
         return "\n".join([*lines, "", ""])
 
 
-def _redirect(app: Sphinx, error: Exception | None) -> None:
+def _finish(app: Sphinx, error: Exception | None) -> None:
     if error is None and app.builder.format == "html":
         target = f"{app.config.root_doc}.html"
         Path(app.outdir, "index.html").write_text(REDIRECT.format(target), encoding="utf-8")
+        if app.config.with_report:
+            build(Path(app.srcdir, "results"), Path(app.outdir, "report"))
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_config_value("with_report", True, "")
     app.connect("source-read", _read)
     app.connect("doctree-read", _widths)
-    app.connect("build-finished", _redirect)
+    app.connect("build-finished", _finish)
     app.add_directive("package", Package)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
