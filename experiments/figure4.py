@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 
-from spectrim.report import averages, claims, command, compare, figure, frame, frontier, table
+from spectrim.report import averages, claims, command, compare, figure, frame, frontier, paired, table
 from spectrim.report.claims import Claim
 from spectrim.report.command import Options
 from spectrim.report.frontier import CURVES, NEAR
@@ -80,13 +80,34 @@ def build(options: Options) -> list[Path]:
     for measure in MEASURES:
         for share in SHARES:
             pictures += _draw_all(rows, published, measure, share, options, origin)
+    beside = _beside_rivals(frontier.points(options, found), main)
     caption = f"Numbers of Figure 4: accuracy and loss without fine-tuning on {frame.data_of(rows)}"
-    notes = [*NOTES, *_published_note(published), *(_note(rows[rows["model"] == model]) for model in models)]
+    notes = [*NOTES, *beside, *_published_note(published), *(_note(rows[rows["model"] == model]) for model in models)]
     shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], "model", frontier.KEYS)
-    return pictures + table.save([shown, _paper(options.name, main)], options.out, origin)
+    return pictures + table.save([shown, _paper(options.name, main, beside)], options.out, origin)
 
 
-def _paper(name: str, rows: pd.DataFrame) -> Table:
+def _beside_rivals(points: pd.DataFrame, main: pd.DataFrame) -> list[str]:
+    """Return a note: the best line of the figure beside its best rival there, at each size, with the p-value."""
+    own = points[(points["target"] == "params_kept") & points["line"].isin(SHOWN)]
+    own = own[(own["network"] == main["network"].iloc[0]) & (own["data"] == main["data"].iloc[0])]
+    rivals = own[(own["curve"] != "joint") | (own["line"] == BEST)]
+    said, others, pairs = [], [], []
+    for size, there in rivals.groupby("requested", sort=False):
+        best = there[there["line"] == BEST]["variant"]
+        found = paired.with_best_rival(there, "variant", best.iloc[0], "change_test_accuracy_pp") if len(best) else None
+        if found:
+            said.append(f"{found[1]} at {100 * float(str(size)):g} %")
+            others.append(found[0])
+            pairs.append(f"{found[1].pairs}")
+    if not said:
+        return []
+    rival, count = "; ".join(dict.fromkeys(others)), ", ".join(dict.fromkeys(pairs))
+    ours = f"{SHOWN[BEST]}, minus its best rival, {paired.TEST}"
+    return [f"{ours}: {'; '.join(said)}. Rival: {rival}; pairs: {count}."]
+
+
+def _paper(name: str, rows: pd.DataFrame, beside: Sequence[str]) -> Table:
     """Return the change of accuracy of one network as an excerpt: a row per selector, a column per size."""
     lines: dict[str, dict[str, Any]] = {}
     for row in rows[rows["curve"].notna() & (rows["curve"] != "verified")].to_dict(orient="records"):
@@ -104,6 +125,7 @@ def _paper(name: str, rows: pd.DataFrame) -> Table:
     notes = [
         f"A dash: no size of this selector is within {100 * AT_MOST_OFF:g} points of the column's.",
         averages.seeds_note(rows),
+        *beside,
     ]
     return Table(f"{name}_paper", data, columns, caption, notes, excerpt=True)
 

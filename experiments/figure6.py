@@ -47,7 +47,7 @@ def build(options: Options) -> list[Path]:
     """Draw accuracy against cost, one panel per network, stage and size, and build the table of the same numbers."""
     found = command.load(options)
     listed = selectors.listed(LISTED)
-    rows = selectors.rows(options, found, listed)
+    rows = selectors.rows(selectors.runs(options, found, listed), listed)
     rows["stage"] = rows["epochs"].gt(0).map({False: "cut alone", True: "trained"})
     rows["cost"] = [row[STAGES[row["stage"]][0]] for _, row in rows.iterrows()]
     # The sizes of one draw share work, so the first size costs what a selection costs by itself.
@@ -79,6 +79,11 @@ class Panel:
     rows: pd.DataFrame
 
     @property
+    def lowest(self) -> float:
+        """The accuracy at which the panel ends."""
+        return 0.0 if math.isnan(self.dense) else self.dense - DEEPEST
+
+    @property
     def title(self) -> str:
         """The title of the panel in the table."""
         return f"{self.model}, {self.data}, {100 * self.size:.0f} %, {self.stage}"
@@ -107,24 +112,31 @@ def _draw(
         order = names["selector"].map(list(styles).index)
         for _, row in names.iloc[order.argsort(kind="stable")].iterrows():
             axes[0].plot([], [], label=row["approach"], **_style(row, styles))
+        if any((panel.rows["test_accuracy"] < panel.lowest).any() for panel in panels):
+            axes[0].plot([], [], "o", color="#777777", markerfacecolor="none", label="hollow: below the panel")
         figure.legend(canvas, axes, 2)
         return figure.save(canvas, name, options.out, origin)
 
 
 def _message(panels: Sequence[Panel]) -> str:
-    """Return the message: for each network, joint selection beside the best other selector at the smallest size."""
-    said = []
-    for panel in (one for one in panels if (one.stage, one.size) == ("cut alone", min(BUDGETS))):
+    """Return the message: joint selection beside the best other selector, cut alone to the smallest size."""
+    size = min(BUDGETS)
+    reached = {}
+    for panel in (one for one in panels if (one.stage, one.size) == ("cut alone", size)):
         ours, others = (panel.rows[(panel.rows["selector"] == "joint") == same] for same in (True, False))
         if len(ours) and len(others):
             best = others.iloc[int(others["test_accuracy"].argmax())]
-            (top1, seconds), (rival, longer) = (_reached(row) for row in (ours.iloc[0], best))
-            said.append(
-                f"{panel.model} cut to {100 * panel.size:.0f} %: joint selection keeps {top1} % accuracy in {seconds} "
-                f"CPU seconds, the best other selector {rival} % in {longer}"
-            )
-    nets = ", ".join(dict.fromkeys(one.model for one in panels))
-    return "; ".join(said) or f"Accuracy and cost of every selector on {nets}"
+            reached[panel.model] = (*_reached(ours.iloc[0]), *_reached(best))
+    if len(reached) == 1:
+        ((model, (top1, seconds, rival, longer)),) = reached.items()
+        return (
+            f"{model} cut to {100 * size:.0f} %: joint selection keeps {top1} % accuracy in {seconds} CPU seconds, the "
+            f"best other selector {rival} % in {longer}"
+        )
+    if reached:
+        said = (f"{top1} and {rival} % ({model})" for model, (top1, _, rival, _) in reached.items())
+        return f"Cut to {100 * size:.0f} %, joint selection and the best other selector keep {', '.join(said)} accuracy"
+    return f"Accuracy and cost of every selector on {', '.join(dict.fromkeys(one.model for one in panels))}"
 
 
 def _reached(row: "pd.Series[Any]") -> tuple[str, str]:
@@ -146,7 +158,7 @@ def _style(row: "pd.Series[Any]", styles: dict[str, dict[str, Any]]) -> dict[str
 
 
 def _draw_panel(axis: Axes, panel: Panel, styles: dict[str, dict[str, Any]]) -> None:
-    lowest = 0.0 if math.isnan(panel.dense) else panel.dense - DEEPEST
+    lowest = panel.lowest
     axis.axhline(100 * panel.dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)
     for _, row in panel.rows.iterrows():
         below, spread = row["test_accuracy"] < lowest, row["test_accuracy_std"]

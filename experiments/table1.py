@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.report import averages, command, selectors
+from spectrim.report import averages, command, paired, selectors
 from spectrim.report.command import Options
 from spectrim.report.selectors import BUDGETS, NEAR
 from spectrim.report.table import ABSENT, Column, Table, save
@@ -76,7 +76,8 @@ def build(options: Options) -> list[Path]:
     """Build the table of selectors in the source's order, its excerpts, and the table of every size."""
     found = command.load(options)
     listed = selectors.listed(LISTED)
-    rows = selectors.rows(options, found, listed)
+    runs = selectors.runs(options, found, listed)
+    rows = selectors.rows(runs, listed)
     numbered = {note: str(place + 1) for place, note in enumerate(dict.fromkeys(filter(None, listed["note"])))}
     blocks = [
         row
@@ -85,7 +86,12 @@ def build(options: Options) -> list[Path]:
     ]
     footnotes = [f"({mark}) {note}" for note, mark in numbered.items()]
     caption = "The rank selectors that S2 lists, with its labels, at equal sizes"
-    notes = [*(note.format(epochs=_epochs(rows)) for note in NOTES), *_own_sizes(rows), *footnotes]
+    notes = [
+        *(note.format(epochs=_epochs(rows)) for note in NOTES),
+        *_own_sizes(rows),
+        *_beside_rivals(runs, listed),
+        *footnotes,
+    ]
     rows["block"] = rows["model"] + ", " + rows["data"]
     tables = [
         Table(options.name, pd.DataFrame(blocks), COLUMNS, caption, notes, "block", ("model", "selector")),
@@ -160,6 +166,20 @@ def _own_sizes(rows: pd.DataFrame) -> list[str]:
     ]
     rule = f"They stand in the column of the nearest budget, if it is within {100 * NEAR:g} % of the parameters."
     return [f"Some selectors choose their size. {rule} {'; '.join(said)}."] if said else []
+
+
+def _beside_rivals(runs: pd.DataFrame, listed: pd.DataFrame) -> list[str]:
+    """Return a note: joint selection beside the best other selector, cut alone at the smallest size, by network."""
+    said = []
+    approach = listed.set_index("selector")["approach"]
+    cut = runs[(runs["epochs"] == 0) & (runs["budget"] == min(BUDGETS))].assign(top1=100 * runs["test_accuracy"])
+    for (model, data), own in cut.groupby(["model", "data"], sort=False):
+        found = paired.with_best_rival(own, "selector", "joint", "top1")
+        if found:
+            said.append(f"{model}, {data}: {found[1]}, {approach[found[0]]}, {found[1].pairs} pairs")
+    size = f"{100 * min(BUDGETS):.0f} %"
+    ours = f"Joint selection minus its best rival, cut alone to {size}, {paired.TEST}"
+    return [f"{ours}: {'; '.join(said)}."] if said else []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

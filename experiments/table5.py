@@ -10,7 +10,7 @@ import pandas as pd
 
 from spectrim.errors import UserError
 from spectrim.records.records import Record, algorithm_of, class_of, name_of
-from spectrim.report import averages, claims, command, compare, frame, trainings
+from spectrim.report import averages, claims, command, compare, frame, paired, trainings
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
 
@@ -28,6 +28,7 @@ COLUMNS = (
     Column("params_kept", "params kept %", 2, scale=100),
     Column("test_accuracy", "top-1 %", 2, scale=100),
     Column("change_pp", "Δ top-1 to dense pp", 2, signed=True),
+    Column("change_pp_p", "its p", 3),
     Column("test_loss", "test loss", 4),
     Column("seconds", "seconds", 0),
     Column("n", "n"),
@@ -36,9 +37,10 @@ PAPER = ("net", "method", "epochs", "params_kept", "test_accuracy", "change_pp")
 PAPER_NOTE = "Mean ± standard deviation over training seeds. Δ is the change to the dense network of the same seed."
 NOTES = (
     averages.NOTE,
-    "Params kept counts the whole model. Δ is the change to the dense network of the same seed; rows from a trained "
-    "net start from it. Epochs are those after that network, or all epochs from scratch. Seconds are those of "
-    "compression and training on one core. Networks that shared a GPU have none.",
+    "Params kept counts the whole model. Δ is the change to the dense network of the same seed, and its p is that of a "
+    "two-sided paired t-test; rows from a trained net start from that network. Epochs are those after it, or all "
+    "epochs from scratch. Seconds are those of compression and training on one core. Networks that shared a GPU have "
+    "none.",
     "SVD training trains U, Σ and V. After each epoch but the last few it cuts them as far as the loss on the training "
     "images moves by less than ε. Other methods were given a budget near the size that this left.",
     "Hoyer and nuclear are regularisers, with their strength; none is a training without one. Cuts counts the epochs "
@@ -75,6 +77,9 @@ def build(options: Options) -> list[Path]:
         )
         rows += _published(published, str(model), str(data))
     table = pd.DataFrame(rows)
+    table["change_pp_p"] = [
+        paired.p_value(*one) for one in zip(table["change_pp"], table["change_pp_std"], table["runs"], strict=True)
+    ]
     table["net"] = table["model"] + ", " + table["data"]
     table.loc[table["stage"] == DENSE, ["params_kept_std"]] = math.nan
     caption = "SVD training with rank selection, beside truncation after training"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spectrim.report import averages, command, frame
+from spectrim.report import averages, command, frame, paired
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
 
@@ -46,6 +46,7 @@ COLUMNS = (
     Column("test_loss", "test loss", 4),
     Column("change_test_loss", "Δ test loss to dense", 4, signed=True),
     Column("to_default", "Δ test loss to the default", 4, signed=True),
+    Column("to_default_p", "its p", 3),
     Column("seconds", "seconds", 0),
     Column("n", "n"),
 )
@@ -53,8 +54,8 @@ PAPER = ("model", "method", "params_kept", "test_accuracy", "change_test_loss", 
 NOTES = (
     averages.NOTE,
     "There is no fine-tuning. The test split is used once, after the selection. Δ to the default is the change to the "
-    "run of the same seed with the default settings, so its deviation shows how certain a difference is. Seconds are "
-    "those of the whole run, measured beside other runs on the same machine.",
+    "run of the same seed with the default settings, so its deviation shows how certain a difference is; its p is that "
+    "of a two-sided paired t-test. Seconds are those of the whole run, measured beside other runs on the same machine.",
     "The default: pivoted factors of the whitened spectrum in the better view of each layer, ranks by the knapsack. "
     "The first order as far as it is certain: each slope is shrunk by several standard errors over the samples. "
     "Greedy ranks: one component is removed after another. Interaction of components: the Fisher information off its "
@@ -83,6 +84,9 @@ def build(options: Options) -> list[Path]:
         runs.sort_values(["model", "changes", "method", "first_signature"], kind="stable"), VALUES
     )
     dense = rows["algorithm"] == "dense"
+    rows["to_default_p"] = [
+        paired.p_value(*one) for one in zip(rows["to_default"], rows["to_default_std"], rows["runs"], strict=True)
+    ]
     rows.loc[dense, ["to_default", "to_default_std", "seconds", "seconds_std"]] = float("nan")
     caption = f"Ablation of joint selection at one budget, on {frame.data_of(rows)}"
     table = Table(options.name, rows, COLUMNS, caption, NOTES, group="model", hidden=frame.KEYS)

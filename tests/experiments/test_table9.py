@@ -25,7 +25,7 @@ def test_rows_are_the_default_then_what_is_different(built: Callable[[str], Path
     ]
     assert rows["to_default"].iloc[2:].tolist() == pytest.approx([0.005, 0.02, 0.007, 0.01, 0.03])
     assert rows["to_default_std"].iloc[2:].tolist() == pytest.approx([0, 0, 0, 0, 0], abs=1e-9)
-    assert rows["to_default"].iloc[:2].isna().all()
+    assert rows["to_default"].iloc[:2].isna().all() and rows["to_default_p"].isna().all()  # no spread
     assert rows["change_test_loss_std"].iloc[2] == pytest.approx(0.001 / 2**0.5)
     assert set(rows["n"].iloc[1:]) == {"2 pairs"}
 

@@ -47,7 +47,7 @@ def rows(options: Options, found: Sequence[Record], published: Sequence[Claim]) 
     ``published``: the points of the published curve.
     Raises ``UserError`` where one point would be drawn through runs of different settings.
     """
-    runs = _points(command.runs(options, found, [*frame.SELECTORS, "refitted"]))
+    runs = points(options, found)
     about = runs.drop_duplicates(list(POINT))[[*POINT, *ABOUT, "decomposer", "asked"]]
     together = averages.with_dense(runs, VALUES).merge(about, "left", list(POINT))
     return pd.concat([_judged(own, of(published, own)) for _, own in together.groupby("model", sort=False)])
@@ -59,8 +59,9 @@ def of(published: Sequence[Claim], own: pd.DataFrame) -> list[Claim]:
     return [point for point in published if [claims.plain(point.model), claims.plain(point.data)] == names]
 
 
-def _points(runs: pd.DataFrame) -> pd.DataFrame:
+def points(options: Options, found: Sequence[Record]) -> pd.DataFrame:
     """Return the runs with ``variant`` the curve, ``asked`` the point on it and ``method`` both, in legend order."""
+    runs = command.runs(options, found, [*frame.SELECTORS, "refitted"])
     keys = [_key(*run) for run in zip(runs["algorithm"], runs["settings"], strict=True)]
     requests = [_request(settings) for settings in runs["settings"]]
     kept = [

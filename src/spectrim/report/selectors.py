@@ -36,7 +36,22 @@ def listed(path: Path) -> pd.DataFrame:
     return found
 
 
-def rows(options: Options, found: Sequence[Record], selectors: pd.DataFrame) -> pd.DataFrame:
+def runs(options: Options, found: Sequence[Record], selectors: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per run of a listed selector, in the order of the table.
+
+    Raises ``UserError`` where no record belongs to a listed selector.
+    """
+    order = {name: place for place, name in enumerate(selectors["selector"])}
+    known = frame.runs(found).set_index("signature")
+    own = pd.DataFrame([_run(one, known.loc[one["signature"]]) for one in found if _name(one) in order])
+    if own.empty:
+        raise command.lacking(options, "a selector of this table")
+    own["place"] = own["selector"].map(order)
+    own["size"] = -own["params_kept"]
+    return own.sort_values(["model", "data", "place", "scratch", "epochs", "size", "asked"], kind="stable")
+
+
+def rows(runs: pd.DataFrame, selectors: pd.DataFrame) -> pd.DataFrame:
     """Return one row per network, selector, requested size and number of training epochs, averaged over seeds.
 
     Zero epochs means truncation without training. The columns are ``BY``, each of ``VALUES`` and its ``_std``,
@@ -45,21 +60,13 @@ def rows(options: Options, found: Sequence[Record], selectors: pd.DataFrame) -> 
     Column ``at``: the budget that the row represents; NaN if none is close.
     Column ``dense_accuracy``: mean over the trained dense networks of the same seeds, with its ``_std``.
 
-    Raises ``UserError`` where no record belongs to a listed selector, or where one row would mix several settings.
+    Raises ``UserError`` where one row would mix several settings.
     """
-    order = {name: place for place, name in enumerate(selectors["selector"])}
-    known = frame.runs(found).set_index("signature")
-    runs = pd.DataFrame([_run(one, known.loc[one["signature"]]) for one in found if _name(one) in order])
-    if runs.empty:
-        raise command.lacking(options, "a selector of this table")
     for (model, data, name, scratch, asked, _, epochs), own in runs.groupby(list(BY), dropna=False):
         if own["setting"].nunique() > 1:
             what = f"{own['setting'].nunique()} settings of {name} at {asked}, {epochs} epochs, on {model}, {data}"
             start = " from scratch" if scratch else ""
             raise UserError(f"the records hold {what}{start}: they share one row; delete the older records")
-    runs["place"] = runs["selector"].map(order)
-    runs["size"] = -runs["params_kept"]
-    runs = runs.sort_values(["model", "data", "place", "scratch", "epochs", "size", "asked"], kind="stable")
     together = averages.over_seeds(runs, BY, VALUES)
     together["approach"] = together["selector"].map(selectors.set_index("selector")["approach"])
     together.loc[together["scratch"], "approach"] += ", from scratch"
