@@ -113,7 +113,7 @@ def _draw(
         for _, row in names.iloc[order.argsort(kind="stable")].iterrows():
             axes[0].plot([], [], label=row["approach"], **_style(row, styles))
         if any((panel.rows["test_accuracy"] < panel.lowest).any() for panel in panels):
-            axes[0].plot([], [], "o", color="#777777", markerfacecolor="none", label="hollow: below the panel")
+            axes[0].plot([], [], "o", color="#999999", markerfacecolor="none", label="hollow: below the panel")
         figure.legend(canvas, axes, 2)
         return figure.save(canvas, name, options.out, origin)
 

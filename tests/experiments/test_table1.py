@@ -124,6 +124,29 @@ def test_the_title_holds_joint_selection_against_the_best_other(two_nets: tuple[
         )
 
 
+def test_the_message_of_several_networks_is_one_sentence(script: Script) -> None:
+    module = script("figure6")
+    rows = pd.DataFrame(
+        [
+            {"selector": name, "test_accuracy": top1, "cost": 10.0, "stage": "cut alone"}
+            for name, top1 in (("joint", 0.9), ("alds", 0.8))
+        ]
+    )
+    panels = [module.Panel(model, "data", "cut alone", 0.3, 0.95, rows) for model in ("a", "b")]
+    said = "90.0 and 80.0 % (a), 90.0 and 80.0 % (b) accuracy"
+    assert module._message(panels) == f"Cut to 30 %, joint selection and the best other selector keep {said}"
+
+
+def test_the_legend_explains_hollow_markers_where_there_are_any(two_nets: tuple[Path, dict[str, Figure]]) -> None:
+    folder, canvases = two_nets
+    drawn = pd.read_csv(folder / "tables" / "figure6.csv")
+    below = drawn[drawn["test_accuracy"] < drawn["dense_accuracy"] - 0.2]
+    for name, net in (("figure6", "resnet20"), ("figure6_appendix", "vgg19_half")):
+        (legend,) = canvases[name].legends
+        said = [text.get_text() for text in legend.get_texts()]
+        assert ("hollow: below the panel" in said) == (net in set(below["model"]))
+
+
 def test_two_settings_are_not_taken_for_one(
     script: Script, factory: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
