@@ -128,7 +128,7 @@ def test_a_grid_goes_on_after_a_job_was_killed_and_gives_the_same_numbers(
     until(spread.kill_one, 300)
     _, err = first.communicate(timeout=1200)
     assert first.returncode == 1
-    told = r"^spectrim: 1 job of the grid ended without a result: \d+_\d+; the output is in \S+/build/slurm/\S+; the same"
+    told = r"^spectrim: 1 job of the grid ended without a result: \d+_\d+; the output is in \S+/build/slurm/\S+; the"
     assert re.search(told, err, re.MULTILINE), err
     assert len(spread.numbers()) == spread.size - 1
     again = spread.run(*(() if LONG else ON_SLURM), **there)  # a job of a recorded cell takes seconds, too
