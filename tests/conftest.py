@@ -80,6 +80,8 @@ def brief() -> Callable[[Any], Any]:
     short = {"recipe": Recipe(epochs=2, lr=0.01, precision="float32"), "evaluations": 12}
 
     def of(algorithm: Any) -> Any:
+        if getattr(algorithm, "refine", None) is not None:
+            algorithm = dataclasses.replace(algorithm, refine=dataclasses.replace(algorithm.refine, samples=64))
         return dataclasses.replace(algorithm, **{key: short[key] for key in vars(algorithm).keys() & short.keys()})
 
     return of

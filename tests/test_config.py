@@ -19,7 +19,7 @@ from spectrim.cli import grid
 from spectrim.errors import UserError
 from spectrim.runs import configuration, targets
 
-GROUPS = ("algorithm", "decomposer", "model", "data", "tracking", "recipe")
+GROUPS = ("algorithm", "decomposer", "model", "data", "tracking", "recipe", "refinement")
 
 
 def options(group: str) -> list[str]:
@@ -42,7 +42,8 @@ def nodes(node: Any) -> Iterator[dict]:
 def composed(compose: Any, group: str, option: str) -> dict:
     name = "train" if group == "recipe" else "config"
     texts = group == "data" and "${model.name}" in (Path(configuration.CONF) / group / f"{option}.yaml").read_text()
-    node = compose(f"{group}={option}", *(["model=smollm2"] if texts else []), name=name)
+    chosen = f"+{group}={option}" if group == "refinement" else f"{group}={option}"
+    node = compose(chosen, *(["model=smollm2"] if texts else []), name=name)
     return configuration.plain(node[group])
 
 
@@ -77,7 +78,7 @@ def test_every_option_says_what_it_is_in_its_first_line(group: str, option: str)
 
 
 @pytest.mark.parametrize(
-    ("group", "option"), [(g, o) for g in ("algorithm", "decomposer", "recipe") for o in options(g)]
+    ("group", "option"), [(g, o) for g in ("algorithm", "decomposer", "recipe", "refinement") for o in options(g)]
 )
 def test_every_choice_of_settings_is_built(compose: Any, group: str, option: str) -> None:
     settings = composed(compose, group, option)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spectrim.decomposers.whitened import WhitenedSVD as WhitenedSVD
     from spectrim.errors import UserError as UserError
     from spectrim.factored.plan import RankPlan as RankPlan
+    from spectrim.refit.refinement import Refinement as Refinement
     from spectrim.statistics.processes import Distributed as Distributed
     from spectrim.surgery.inference import for_inference as for_inference
     from spectrim.training.recipe import Recipe as Recipe
@@ -43,6 +44,7 @@ _HOME = {
     "RankPlan": "spectrim.factored.plan",
     "RankSelection": "spectrim.algorithms.rank_selection",
     "Recipe": "spectrim.training.recipe",
+    "Refinement": "spectrim.refit.refinement",
     "SVD": "spectrim.decomposers.svd",
     "SVDTraining": "spectrim.algorithms.svd_training",
     "SubspaceSVD": "spectrim.decomposers.subspaces",

@@ -58,7 +58,7 @@ def algorithm(request: pytest.FixtureRequest, compose: Any, brief: Any) -> Algor
 
 def trains(algorithm: Algorithm) -> bool:
     """Whether weights change beyond what a plan says."""
-    return "recipe" in vars(algorithm)
+    return "recipe" in vars(algorithm) or getattr(algorithm, "refine", None) is not None
 
 
 def refits(algorithm: Algorithm) -> bool:
@@ -82,7 +82,7 @@ def compressed_by(algorithm: Algorithm, net: nn.Sequential, objective: Objective
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_yields_a_record(compose: Any, digits: list[str], tmp_path: Path, name: str) -> None:
-    cfg = compose(*digits, f"algorithm={name}", "data.calibration_size=50")
+    cfg = compose(*digits, f"algorithm={name}", "data.calibration_size=50", "data.batch_size=25")
     if "evaluations" in cfg.algorithm:  # what a search does in a test, as in `brief`
         cfg.algorithm.evaluations = 3
     record = run.run(cfg)

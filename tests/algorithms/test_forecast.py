@@ -46,6 +46,18 @@ def test_the_time_is_told_within_a_factor(given: Any, algorithm: Any, monkeypatc
     assert 0.25 < told / spent.cpu_seconds < 4 or (algorithm is CHOICES[1] and told > spent.cpu_seconds / 4)
 
 
+def test_a_refinement_is_told_and_takes_longer_with_more_samples() -> None:
+    net, batches = linears()
+    told = []
+    for samples in (1000, 4000):
+        refine = spectrim.Refinement(samples=samples)
+        algorithm = spectrim.Joint(params_kept=0.5, samples=64, refit=64, refine=refine)
+        told.append(spectrim.compress(net, calibration=batches, algorithm=algorithm, dry_run=True))
+    first, second = (own.seconds["refine"] for own in told)
+    assert 0 < first < second
+    assert told[0].memory_mib["refine"] > 0
+
+
 @pytest.mark.parametrize("given", [convolutions, linears])
 def test_the_size_is_that_of_the_budget(given: Any) -> None:
     net, batches = given()

@@ -213,6 +213,10 @@ def _taken(
         seconds["refit"] = passes + rehearsal.fits(fitted)
         memory["refit"] = held + model_bytes + 2 * does.refit * max(own for own, _ in flows.values())
         memory["refit"] += rehearsal.refit_bytes(fitted)
+    if does.refine:
+        # Of a step: a pass of the dense model, and a pass forth and back, which takes three.
+        seconds["refine"] = does.refine * 4 * rehearsal.forward_seconds()
+        memory["refine"] = held + 5 * model_bytes  # weights, the best ones, gradients and two moments of them
     if work is None:
         notes.append("the time is that of the decompositions: this algorithm does not say what else it will do")
     if does.at_most:

@@ -12,6 +12,7 @@ from spectrim.algorithms.shared.bisection import bisect
 from spectrim.algorithms.shared.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.expansion import gates_at, significant
+from spectrim.algorithms.shared.refined import refined
 from spectrim.algorithms.shared.removal import Gated, keep_dearest, remove
 from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
@@ -19,6 +20,7 @@ from spectrim.decomposers.best_view import PIVOTED
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.refit import factors
+from spectrim.refit.refinement import Refinement
 from spectrim.statistics import paired_loss
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.find_layers import in_one_line, left_dense
@@ -54,6 +56,7 @@ class Joint:
         after each step, at the partly compressed model. 1 expands it once, at the dense model.
     ``refit``: number of calibration samples on which the kept factors are fitted to the outputs of the dense layers
         (``factors.refit``). 0 leaves them as they are cut. For class scores, no label is used.
+    ``refine``: gradient steps after the refit, without labels (``refinement.Refinement``); None takes none.
     ``significance``: add the first order, with each slope shrunk by this many standard errors (``significant``); 0 does
         not shrink. None leaves the first order out, because a trained network is near a minimum and some hundred
         images give too noisy slopes (Table 9). A decoder is not at a minimum on other texts (Table 3).
@@ -75,6 +78,7 @@ class Joint:
     refit: int = 500
     seed: int = 0
     interaction: float = 0.0
+    refine: Refinement | None = None
 
     decomposer: ClassVar[Decomposer] = PIVOTED  # where the user names none
 
@@ -109,6 +113,7 @@ class Joint:
         return Work(
             gates=expansions * directions * outlook.first(self.samples),
             refit=models * outlook.first(self.refit),
+            refine=self.refine.samples if self.refine else 0,
             evaluations=(models + 1) * outlook.of("verification") if searched else 0,
             params_kept=self.params_kept,
             macs_kept=self.macs_kept,
@@ -119,6 +124,8 @@ class Joint:
         """Select components and cut. Raises ``UserError`` for a budget out of reach or missing verification batches."""
         if self.max_loss_increase is not None:
             objective.given("verification")  # refused before the decomposition
+        if self.refine is not None:
+            self.refine.require(model, objective)
         bench = Workbench.of(model, decomposer, objective)
         if self.max_loss_increase is not None:
             search = _JointSearch(self, bench, costs_of(bench, "params"))
@@ -270,4 +277,5 @@ class _JointSearch:
         """Return the model at the point that was reached."""
         notes = left_dense(self.without_gates, self.bench.model)
         compressed = self.bench.finish(self._keep(self.point), self.log, notes)
-        return replace(compressed, notes=[*compressed.notes, *self._refitted(compressed.model)])
+        compressed = replace(compressed, notes=[*compressed.notes, *self._refitted(compressed.model)])
+        return refined(compressed, self.bench.model, self.bench.objective, self.settings.refine)

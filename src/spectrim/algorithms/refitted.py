@@ -5,10 +5,12 @@ from dataclasses import replace
 from torch import nn
 
 from spectrim.algorithms.shared.compressed import Algorithm, Compressed, decomposer_of
+from spectrim.algorithms.shared.refined import refined
 from spectrim.algorithms.shared.work import Foreseen, Outlook, Work
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.refit.factors import refit
+from spectrim.refit.refinement import Refinement
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.reopening import reopened
 from spectrim.surgery.unpacking import unpacked
@@ -20,10 +22,13 @@ class Refitted:
     """Compress by ``selector``, then fit the kept factors on ``samples`` calibration samples (``factors.refit``).
 
     Joint selection ends with the same refit. It needs no labels and no training.
+
+    ``refine``: gradient steps after the refit, without labels (``refinement.Refinement``); None takes none.
     """
 
     selector: Algorithm
     samples: int = 1000
+    refine: Refinement | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -33,7 +38,8 @@ class Refitted:
         """Return the work of the selector, with the refit. Raises ``UserError`` for one that does not say its own."""
         if not isinstance(self.selector, Foreseen):
             raise UserError(f"{type(self.selector).__name__} does not say what it will do; leave dry_run out")
-        return replace(self.selector.work(outlook), refit=outlook.first(self.samples))
+        steps = self.refine.samples if self.refine else 0
+        return replace(self.selector.work(outlook), refit=outlook.first(self.samples), refine=steps)
 
     @property
     def decomposer(self) -> Decomposer:
@@ -42,6 +48,8 @@ class Refitted:
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Compress and fit. Raises ``UserError`` for an empty calibration set."""
-        compressed = self.selector.compress(model, decomposer, objective)
-        notes = refit(compressed.model, reopened(unpacked(model)), objective, self.samples)
-        return replace(compressed, notes=[*compressed.notes, *notes])
+        if self.refine is not None:
+            self.refine.require(model, objective)
+        compressed, dense = self.selector.compress(model, decomposer, objective), reopened(unpacked(model))
+        notes = refit(compressed.model, dense, objective, self.samples)
+        return refined(replace(compressed, notes=[*compressed.notes, *notes]), dense, objective, self.refine)

@@ -26,7 +26,8 @@ BY_NAME = ("spectrim.", "torch.", "torchvision.")
 # records were made with. The signature omits a setting at that value, so that older records keep their signatures.
 LATE: Mapping[str, Mapping[str, Any]] = {
     "run": {"batch_norm": "keep", "also": {}},
-    "Joint": {"ranks": "greedy"},
+    "Joint": {"ranks": "greedy", "refine": None},
+    "Refitted": {"refine": None},
     "SVD": {"factors": "plain"},
     "WhitenedSVD": {"factors": "plain"},
 }

@@ -23,6 +23,7 @@ PLACES = (
     "spectrim.data.",
     "spectrim.decomposers.",
     "spectrim.models.",
+    "spectrim.refit.refinement.",
     "spectrim.runs.tracking.",
     "spectrim.training.recipe.",
     "torch.nn.",

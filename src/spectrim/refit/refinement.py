@@ -1,0 +1,296 @@
+"""Refine a compressed model: gradient steps without labels that bring its outputs closer to the dense ones."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from spectrim.batches import Inputs, alone_trainable, device_of, evaluating, forward, sample_count, to_device
+from spectrim.errors import UserError
+from spectrim.factored.base import FactoredLayer
+from spectrim.refit.blocks import block_error, outputs_of, repeated_blocks
+from spectrim.refit.distance import distance
+from spectrim.statistics.objective import Objective
+from spectrim.tools import resume
+from spectrim.tools.content import of_function, of_model
+from spectrim.tools.settings import settings
+
+HELD_OUT = 0.2  # part of the calibration batches that no step reads, on which the distance is measured
+HELD_OUT_SAMPLES = 1000  # number of calibration samples for it, where the steps read the train split
+PARTS = 4  # the distance is measured after each of so many equal parts of the steps
+WARM_UP = 0.1  # part of the steps in which the learning rate rises
+
+Batch = tuple[Inputs, Any]
+Augment = Callable[[Inputs, torch.Generator], Inputs]
+
+
+@settings
+class Refinement:
+    """Adam steps on the factors towards the outputs of the dense model, without labels (Hinton et al., 1503.02531).
+
+    The factors and biases of the factored layers are trained, and the weights and biases of every BatchNorm. The model
+    stays in eval mode, so statistics of BatchNorm stay and nothing is dropped.
+
+    A step lowers the distance of the outputs (``distance``), and with it the mean relative squared error of the blocks
+    that the model repeats, where it repeats any (``blocks.repeated_blocks``). Calibration batches that no step reads
+    are held out: the last fifth, or 1,000 samples where the steps read the train split. The distance on them is
+    measured before the steps and after each quarter of them. The weights with the smallest one are kept, so the result
+    is never farther from the dense model there than before.
+
+    ``samples``: number of samples in all steps, each as often as it is read. A step reads one batch. The batches are
+        held in memory. A split that is smaller is read several times, each time in another order.
+    ``lr``: learning rate of Adam, above 0. It rises in the first tenth of the steps and falls to 0 by a cosine.
+    ``split``: the split that the steps read. No label of it is used.
+    ``augment``: ``augment(inputs, generator)``, inputs of the same kind, changed at random by the generator of torch,
+        as in the training of the model; None changes nothing.
+    ``seed``: seed of the order of the batches and of ``augment``.
+    """
+
+    samples: int = 5000
+    lr: float = 3e-4
+    split: Literal["calibration", "train"] = "calibration"
+    augment: Augment | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UserError(f"samples of a refinement must be at least 1, got {self.samples}")
+        if not 0 < self.lr < math.inf:
+            raise UserError(f"lr of a refinement must be a finite number above 0, got {self.lr}")
+
+    def require(self, model: nn.Module, objective: Objective) -> None:
+        """Raise ``UserError`` where ``model`` cannot be refined on the splits of ``objective``."""
+        objective.given(self.split)
+        batches = len(list(itertools.islice(objective.batches("calibration"), 2)))
+        if batches < (2 if self.split == "calibration" else 1):
+            raise UserError("refine needs two calibration batches or more, since it holds some out; give smaller ones")
+        if objective.processes("calibration").size > 1:
+            raise UserError("refine works in one process; leave it out where several share the batches")
+        small = [name for name, own in model.named_parameters() if own.dtype in (torch.float16, torch.bfloat16)]
+        if small:
+            raise UserError(f"refine needs float32 weights, and {small[0]} is 16 bit: give model.float(), or no refine")
+
+
+class Refined(NamedTuple):
+    """What a refinement did: an entry for the log of a selection, and notes. No entry: nothing was done."""
+
+    entry: dict[str, Any] | None
+    notes: list[str]
+
+
+def refine(model: nn.Module, dense: nn.Module, objective: Objective, chosen: Refinement) -> Refined:
+    """Refine ``model``, in place, towards ``dense`` by the settings ``chosen``.
+
+    With a folder of ``resume``, each quarter of the steps is taken up where it was done before. A distance that is not
+    finite ends the steps with a note. Raises ``UserError`` as ``Refinement.require`` does.
+    """
+    chosen.require(model, objective)
+    weights = _trained(model)
+    if not weights:
+        return Refined(None, ["not refined: no layer is factored"])
+    began, loop = time.perf_counter(), _Steps(model, dense, objective, chosen, weights)
+    with loop.ready():
+        entry = loop.run()
+    if not math.isfinite(entry["distance_before"]):
+        return Refined(None, [f"not refined: the {loop.measure} on held-out inputs is {entry['distance_before']}"])
+    before, after = entry["distance_before"], entry["distance_after"]
+    text = f"refined by {entry['steps']} steps on {entry['inputs']} inputs, {entry['samples']} read in all: the"
+    notes = [f"{text} {loop.measure} on {loop.held_count} others went from {before:.4g} to {after:.4g}", *loop.notes]
+    return Refined({**entry, "seconds": round(time.perf_counter() - began, 2)}, notes)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained, by name."""
+    kinds = FactoredLayer, nn.modules.batchnorm._BatchNorm
+    wanted = {id(own) for module in model.modules() if isinstance(module, kinds) for own in module.parameters()}
+    if not any(isinstance(module, FactoredLayer) for module in model.modules()):
+        return {}
+    return {name: own for name, own in model.named_parameters() if id(own) in wanted}
+
+
+class _Steps:
+    """The steps of one refinement. Each is given by its number, so that a later process may begin at any."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dense: nn.Module,
+        objective: Objective,
+        chosen: Refinement,
+        weights: dict[str, nn.Parameter],
+    ) -> None:
+        self.model, self.dense, self.objective, self.chosen, self.weights = model, dense, objective, chosen, weights
+        self.device, self.notes = device_of(model), list[str]()
+        self.batches, self.held = _divided(objective, chosen)
+        self.held_count = sum(map(_count, self.held))
+        self.order = _order(list(map(_count, self.batches)), chosen.samples, chosen.seed)
+        self.optimizer = torch.optim.Adam(weights.values(), chosen.lr)
+        self.measure = "distance"
+        self.blocks: list[dict[str, Tensor]] = []  # what the blocks of both models put out in the last pass
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """Let only the trained weights require a gradient, in eval mode, while the block runs."""
+        blocks = repeated_blocks(self.model, self.dense)
+        with ExitStack() as stack:
+            for model in (self.model, self.dense):
+                stack.enter_context(evaluating(model))
+                self.blocks.append(stack.enter_context(outputs_of(model, blocks)))
+            stack.enter_context(alone_trainable(self.model, self.weights.values()))
+            try:
+                yield
+            finally:
+                for weight in self.weights.values():
+                    weight.grad = None
+
+    def run(self) -> dict[str, Any]:
+        """Do the steps and leave the best weights in the model. Return what the log says of it."""
+        before = nearest = self._held_distance()
+        best, done = self._copy(), 0
+        if not math.isfinite(before):
+            return {"distance_before": before}
+        bounds = [round(part * len(self.order) / PARTS) for part in range(PARTS + 1)]
+        with tqdm(desc="refine", total=len(self.order), unit="step", leave=False, disable=None) as bar:
+            for start, stop in itertools.pairwise(bounds):
+                if not self._resumed(range(start, stop), bar):
+                    break
+                done, now = stop, self._held_distance()
+                if now < nearest:
+                    nearest, best = now, self._copy()
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(best[name])
+        read = [self.batches[index] for index in self.order[:done]]
+        return {
+            "steps": done,
+            "inputs": sum(_count(self.batches[index]) for index in set(self.order[:done])),
+            "samples": sum(map(_count, read)),
+            "distance_before": before,
+            "distance_after": nearest,
+        }
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: weight.detach().clone() for name, weight in self.weights.items()}
+
+    def _resumed(self, steps: range, bar: tqdm) -> bool:
+        """Do ``steps``, or take up what an earlier process did. Return whether all distances were finite."""
+        folder = resume.current()
+        if folder is None:
+            return self._do(steps, bar)
+
+        def depends() -> list[Any]:
+            chosen = self.chosen.samples, self.chosen.lr, self.chosen.seed, of_function(self.chosen.augment)
+            about = [chosen, self.order, steps]
+            return [about, of_model(self.model), of_model(self.dense), self._state(), self.batches]
+
+        def made() -> dict[str, Tensor]:
+            return {"finite": torch.tensor(self._do(steps, bar)), **self._state()}
+
+        found = resume.tensors("refinement", depends, made, folder)
+        finite = bool(found.pop("finite"))
+        self._load(found)
+        bar.update(steps.stop - bar.n)
+        return finite
+
+    def _state(self) -> dict[str, Tensor]:
+        """Return the weights and what the optimizer keeps of each."""
+        found: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            found[f"weight:{name}"] = weight.detach()
+            found |= {f"{key}:{name}": value for key, value in sorted(self.optimizer.state[weight].items())}
+        return found
+
+    @torch.no_grad()
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        for key, value in state.items():
+            kind, _, name = key.partition(":")
+            weight = self.weights[name]
+            if kind == "weight":
+                weight.copy_(value)
+            else:
+                self.optimizer.state[weight][kind] = value if kind == "step" else value.to(weight.device)
+
+    def _do(self, steps: range, bar: tqdm) -> bool:
+        """Do ``steps``. Return False, with a note, where a distance is not finite or has no gradient."""
+        for step in steps:
+            inputs, targets = self._batch(step)
+            self.objective.read[self.chosen.split] += sample_count(targets, inputs)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.chosen.lr * _shape((step + 1) / len(self.order))
+            with torch.enable_grad():
+                found = self._distance(inputs, targets)
+                if (between := block_error(*self.blocks)) is not None:
+                    found = found + between
+            if not (found.requires_grad and math.isfinite(found.item())):
+                why = f"the distance became {found.item()}; lower lr" if found.requires_grad else "there is no gradient"
+                self.notes.append(f"the refinement stopped at step {step}: {why}")
+                return False
+            self.optimizer.zero_grad(set_to_none=True)
+            found.backward()
+            self.optimizer.step()
+            bar.update()
+        return True
+
+    def _batch(self, step: int) -> Batch:
+        inputs, targets = self.batches[self.order[step]]
+        if self.chosen.augment is not None:
+            inputs = self.chosen.augment(inputs, torch.Generator().manual_seed(self.chosen.seed * 100_003 + step))
+        return inputs, targets
+
+    def _distance(self, inputs: Inputs, targets: Any) -> Tensor:
+        inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
+        for seen in self.blocks:
+            seen.clear()
+        with torch.no_grad():
+            wanted = forward(self.dense, inputs)
+        found, self.measure = distance(self.objective.loss, forward(self.model, inputs), wanted, targets)
+        return found
+
+    @torch.no_grad()
+    def _held_distance(self) -> float:
+        """Return the mean distance on the held-out batches."""
+        self.objective.read["calibration"] += self.held_count
+        total = sum(_count(batch) * self._distance(*batch).item() for batch in self.held)
+        return total / self.held_count
+
+
+def _divided(objective: Objective, chosen: Refinement) -> tuple[list[Batch], list[Batch]]:
+    """Return the batches of the steps and those that are held out, in memory. They share none."""
+    if chosen.split != "calibration":
+        held = objective.held("calibration", HELD_OUT_SAMPLES).batches("calibration")
+        return list(objective.held(chosen.split, chosen.samples).batches(chosen.split)), list(held)
+    first = _count(next(iter(objective.batches("calibration"))))
+    wanted = max(math.ceil(chosen.samples / (1 - HELD_OUT)), first + 1)  # two batches at least
+    batches = list(objective.held("calibration", wanted).batches("calibration"))
+    count = max(1, round(HELD_OUT * len(batches)))
+    return batches[:-count], batches[-count:]
+
+
+def _count(batch: Batch) -> int:
+    inputs, targets = batch
+    return sample_count(targets, inputs)
+
+
+def _order(counts: Sequence[int], samples: int, seed: int) -> list[int]:
+    """Return the batches of all steps by their numbers: again and again in new orders until ``samples`` are read.
+
+    ``counts``: number of samples of each batch.
+    """
+    generator, order, read = torch.Generator().manual_seed(seed), list[int](), 0
+    while read < samples:
+        for index in torch.randperm(len(counts), generator=generator).tolist():
+            if read < samples:
+                order.append(index)
+                read += counts[index]
+    return order
+
+
+def _shape(progress: float) -> float:
+    """Return the learning rate over its peak at ``progress``, in (0, 1]."""
+    return min(1.0, progress / WARM_UP) * (1 + math.cos(math.pi * progress)) / 2
