@@ -24,6 +24,7 @@ from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.divergence import divergences
 from spectrim.algorithms.shared.knapsack import Options, choose
 from spectrim.algorithms.shared.workbench import Workbench
+from spectrim.decomposers.best_view import BestView
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.two_sided import TwoSidedSVD
 from spectrim.errors import UserError
@@ -46,7 +47,7 @@ class LEMS(Budgeted):
     depth: float = 5.0
     samples: int = 100
 
-    decomposer: ClassVar[Decomposer] = TwoSidedSVD("channel")  # where the user names none
+    decomposer: ClassVar[Decomposer] = BestView(TwoSidedSVD(factors="pivoted"))  # where the user names none
 
     def __post_init__(self) -> None:
         super().__post_init__()
