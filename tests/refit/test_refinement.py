@@ -208,6 +208,17 @@ def test_the_train_split_may_be_read_and_calibration_batches_are_held_out(
     assert dict(both.read) == {"calibration": 5 * 160, "train": 256}
 
 
+def test_the_last_calibration_batches_are_held_out(
+    net: nn.Module, cut: Compressed, batches: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refit has read the first ones, on which the model is closer to the dense one than elsewhere."""
+    monkeypatch.setattr(refinement, "HELD_OUT_SAMPLES", 40)
+    both = Objective(F.cross_entropy, {"calibration": batches, "train": batches[:1]})
+    done = refine(cut.model, net, both, Refinement(samples=32, lr=1e-9, split="train"))
+    assert done.entry is not None
+    assert done.entry["distance_before"] == pytest.approx(away(cut.model, net, batches[3:]), rel=1e-3)
+
+
 def test_blocks_that_a_model_repeats_are_brought_closer_too() -> None:
     net = ResNet(14, width=4).eval()
     batches = [(torch.randn(16, 3, 16, 16), torch.randint(10, (16,))) for _ in range(4)]

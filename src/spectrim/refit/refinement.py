@@ -39,9 +39,9 @@ class Refinement:
 
     A step lowers the distance of the outputs (``distance``), and with it the mean relative squared error of the blocks
     that the model repeats, where it repeats any (``blocks.repeated_blocks``). Calibration batches that no step reads
-    are held out: the last fifth, or 1,000 samples where the steps read the train split. The distance on them is
-    measured before the steps and after each quarter of them. The weights with the smallest one are kept, so the result
-    is never farther from the dense model there than before.
+    are held out: the last fifth, or the last 1,000 samples where the steps read the train split. The distance on them
+    is measured before the steps and after each quarter of them. The weights with the smallest one are kept, so the
+    result is never farther from the dense model there than before.
 
     ``samples``: number of samples in all steps, each as often as it is read. A step reads one batch. The batches are
         held in memory. A split that is smaller is read several times, each time in another order.
@@ -263,8 +263,12 @@ class _Steps:
 def _divided(objective: Objective, chosen: Refinement) -> tuple[list[Batch], list[Batch]]:
     """Return the batches of the steps and those that are held out, in memory. They share none."""
     if chosen.split != "calibration":
-        held = objective.held("calibration", HELD_OUT_SAMPLES).batches("calibration")
-        return list(objective.held(chosen.split, chosen.samples).batches(chosen.split)), list(held)
+        held: list[Batch] = []
+        for batch in objective.batches("calibration"):
+            held.append(batch)
+            while sum(map(_count, held[1:])) >= HELD_OUT_SAMPLES:  # a refit has read the first ones
+                del held[0]
+        return list(objective.held(chosen.split, chosen.samples).batches(chosen.split)), held
     first = _count(next(iter(objective.batches("calibration"))))
     wanted = max(math.ceil(chosen.samples / (1 - HELD_OUT)), first + 1)  # two batches at least
     batches = list(objective.held("calibration", wanted).batches("calibration"))
