@@ -384,3 +384,20 @@ def test_every_option_has_a_word_of_help() -> None:
     actions = [action for action in parser()._actions if action.dest != "help"]
     assert len(actions) > 15 and all(action.help for action in actions)
     assert spectrim.__name__ == parser().prog.partition("-")[0]
+
+
+def test_layers_that_stay_dense_for_one_reason_share_a_note() -> None:
+    layers = [f"{name}: left dense: include= does not name it (1.25% of the parameters)" for name in "abcde"]
+    other = "x.y: left dense: its weight is shared: twice (2.00% of the parameters)"
+    assert model_card.gathered(["first", *layers, other, "2.50% of the parameters"]) == [
+        "first",
+        "a, b, c and 2 more: left dense: include= does not name it (6.25% of the parameters)",
+        other,
+        "2.50% of the parameters",
+    ]
+
+
+def test_the_card_gathers_the_notes_of_its_layers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*IMAGES[:-1], "0.9", "--include", "6", "--out", "small"]) == 0
+    note = "0, 2, 8: left dense: include= does not name it ("
+    assert note in capsys.readouterr().out and f"- {note}" in (place / "small" / "README.md").read_text()

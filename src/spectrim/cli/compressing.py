@@ -20,7 +20,7 @@ from spectrim.checkpoints.sharded import Sharded
 from spectrim.cli import given_data, given_model, upload
 from spectrim.cli.compress import BUDGETS
 from spectrim.cli.given_data import Data
-from spectrim.cli.model_card import Card
+from spectrim.cli.model_card import Card, gathered
 from spectrim.errors import MissingInput, UserError
 from spectrim.runs.named import named
 from spectrim.statistics.objective import Objective
@@ -164,7 +164,7 @@ def _compress(
     if data is not None:
         test = Objective(data.loss, {"test": data.test})
         losses = test.evaluate(model, "test"), test.evaluate(result.model, "test")
-    notes = [*result.notes]
+    notes = gathered(result.notes)
     if data is not None and not data.labelled:
         notes.insert(0, "the targets of the losses are the dense model's own answers: the data have no labels for it")
     costs = _costs(result)

@@ -1,6 +1,7 @@
 """The model card of a compressed model: what it is, its sizes and losses, how it was made, and how it is loaded."""
 
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from pathlib import Path
 from spectrim.records.provenance import UNKNOWN, git_state, machine, versions
 from spectrim.statistics.evaluation import Evaluation
 from spectrim.surgery.cost import Cost
+
+LEFT = re.compile(r"(.+?): (left dense: .+) \((\d+\.\d+)% of the parameters\)")  # as ``find_layers.left_dense`` says it
+NAMED = 3  # layers that a note names
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,22 @@ class Card:
         own = f"spectrim {known.get('spectrim', UNKNOWN)}, commit {commit}{' with changes' if dirty else ''}"
         packages = ", ".join(f"{name} {known[name]}" for name in ("python", "torch", "transformers") if name in known)
         return [*lines, f"software: {own}; {packages}", f"machine: {here['system']}, {here['processor']}"]
+
+
+def gathered(notes: Sequence[str]) -> list[str]:
+    """Return the notes with one for all layers that stay dense for the same reason, with their share."""
+    layers: dict[str, list[tuple[str, float]]] = {}
+    for note in notes:
+        found = LEFT.fullmatch(note)
+        name, why, share = found.groups() if found else ("", note, "0")
+        layers.setdefault(why, []).append((name, float(share)))
+    return [_of_layers(why, own) if own[0][0] else why for why, own in layers.items()]
+
+
+def _of_layers(why: str, layers: Sequence[tuple[str, float]]) -> str:
+    names = ", ".join(name for name, _ in layers[:NAMED])
+    more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+    return f"{names}{more}: {why} ({sum(share for _, share in layers):.2f}% of the parameters)"
 
 
 def _row(name: str, dense: float, compressed: float) -> tuple[str, str, str, str]:
