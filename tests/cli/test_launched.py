@@ -13,7 +13,7 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
-from spectrim.cli import commands, launched
+from spectrim.cli import commands, grid, launched, progress
 from spectrim.cli.launched import Lost, left_behind, watched
 from spectrim.runs import configuration
 
@@ -63,6 +63,23 @@ def test_a_job_that_could_not_begin_is_told_with_the_last_line_of_its_traceback(
     trace = f"Job (task=0) failed during processing with trace:\n{line}\nTraceback\nImportError: no torch\n{line}\n"
     with pytest.raises(Lost, match=r"^a job of the grid could not begin: ImportError: no torch; the output is in "):
         watched(launcher([job(tmp_path, "7_0")], Failed(f"{trace}You can check full logs with 'job.stderr(0)'")))
+
+
+@pytest.mark.parametrize(
+    ("failed", "told"),
+    [([], ""), (["ratio is 2 (in spectrim a)"], "; ratio is 2 (in spectrim a)"), (["x", "y"], "; 2 runs failed: x; y")],
+)
+def test_a_lost_job_is_told_beside_the_cells_that_failed(
+    failed: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lose() -> None:
+        raise Lost("1 job was lost")
+
+    monkeypatch.setattr(progress, "left", lambda kind: failed if kind == "failed" else [])
+    monkeypatch.setattr(sys, "argv", ["spectrim"])
+    with pytest.raises(SystemExit):
+        grid.command_line(lose)
+    assert capsys.readouterr().err == f"spectrim: 1 job was lost{told}\n"
 
 
 def test_another_error_goes_on_as_it_is(tmp_path: Path) -> None:

@@ -155,11 +155,13 @@ def command_line(job: Callable[[], Any]) -> None:
             failed = progress.left("failed")
             for fault in progress.left("fault")[-1:]:  # a bug of ours: print one traceback in full
                 sys.stderr.write(fault)
-            if isinstance(error, launched.Lost):
-                LOG.error(innermost(error))
-            elif len(failed) < 2:
-                _end(innermost(error), 1)
-            _end(f"{len(failed)} runs failed: {'; '.join(failed)}", 1)
+            lost = isinstance(error, launched.Lost)
+            told = [innermost(error)] if lost or len(failed) < 2 else []
+            if len(failed) > 1:
+                told.append(f"{len(failed)} runs failed: {'; '.join(failed)}")
+            elif lost:
+                told += failed
+            _end("; ".join(told), 1)
         except BrokenProcessPool as error:
             if error.__cause__:  # a worker could not read its task: a bug, not a mistake
                 raise
