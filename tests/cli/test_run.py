@@ -252,7 +252,7 @@ def test_records_that_cannot_be_written_are_said_in_one_line(
         (["algorithm=truncation", "algorithm.ratio=null", "algorithm.rank=true"], "rank=True is not of type"),
         (["algorithm=truncation", "algorithm.ratio=nan"], "algorithm.ratio is nan"),
         (["algorithm=nosuch"], "Could not find 'algorithm/nosuch'"),
-        (["algorithm=nosuch"], "svd_training_priced truncation truncation_params\n"),
+        (["algorithm=nosuch"], "swift_svd truncation truncation_params zero_sum\n"),
         (["algorithm=null"], "Hydra cannot begin with these settings: "),
         (["+algorithm._partial_=true"], "has no method compress"),
         (["tracking={_target_:torch.nn.ReLU}"], "gives a ReLU, which has no method start"),
