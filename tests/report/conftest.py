@@ -333,6 +333,32 @@ def _stored_as(factors: str, one: Record) -> Record:
     return one | {"config": config, "signature": records.signature(config)}
 
 
+def table11() -> list[Record]:
+    """Return joint selection and a refitted knapsack, each with and without a refinement that halves the loss."""
+    found, steps = [], {"steps": 4, "inputs": 200, "samples": 400, "seconds": 3.0}
+    for seed in (0, 1):
+        for name, settings in (
+            ("joint", {"params_kept": 0.1}),
+            ("refitted", {"selector": {"_class_": "Knapsack", "params_kept": 0.1}}),
+        ):
+            for refine in (None, {"_class_": "Refinement", "samples": 400}):
+                worse = (0.04 if name == "joint" else 0.08) * (1 if refine is None else 0.5) + 0.001 * seed
+                own = {**settings, **({} if refine is None else {"refine": refine})}
+                one = make(
+                    "lenet5",
+                    algorithm=name,
+                    seed=seed,
+                    calibration_seed=seed,
+                    change=worse,
+                    experiment="table11",
+                    settings=own,
+                    decomposer="pivoted",
+                )
+                one["log"] = [] if refine is None else [{**steps, "distance_before": 0.2, "distance_after": 0.1}]
+                found.append(one)
+    return found
+
+
 def table6() -> list[Record]:
     """Return selectors on a trained network, and on untrained ones of two depths, widths and calibration sizes."""
     found = []
@@ -407,6 +433,7 @@ def everything() -> list[Record]:
         *table5(),
         *table6(),
         *table9(),
+        *table11(),
         *figure4(("resnet20",)),
         *figure("figure2", (0.4, 0.6, 0.8, 0.95), list(MODELS)),
         *figure("figure3", sweep, ["densenet22", "vgg19_half"]),
