@@ -1,6 +1,6 @@
 """Kill, starve and crowd every writer of the project, and see whether the work goes on as if nothing had happened.
 
-    python benchmarks/chaos/campaign.py [--quick] [--seed N] [--out FOLDER]
+    python benchmarks/chaos/campaign.py [--quick] [--trials N] [--seed N] [--out FOLDER]
 
 Each trial lets one fault happen to one writer, then runs the same work again without a fault. The second run must
 succeed, its files must be those of an unbroken run, and nothing else may lie in the folder. A fault that Python can see
@@ -31,7 +31,10 @@ from spectrim.records.provenance import provenance
 from spectrim.report.table import provenance_bytes
 from spectrim.tools import files
 
-QUICK_TRIALS, TRIALS, MOMENTS = 2, 40, 12  # a kind of fault and writer
+TRIALS = 40  # at most, of one kind of fault on one writer
+QUICK_TRIALS = 2
+COSTLY = 8  # A costly writer gets this many times fewer.
+CROWDS = 2, 3  # processes in one folder
 
 
 class Unbroken(NamedTuple):
@@ -47,16 +50,22 @@ class Unbroken(NamedTuple):
         return max(faults.HANGS_AFTER, faults.TIMES_UNBROKEN * self.seconds)
 
 
+Trials = Iterator[tuple[str, str, str | None]]  # the writer or reader, the kind of fault, what went wrong
+
+
 def main() -> None:
     """Entry of ``make chaos``."""
     parser = argparse.ArgumentParser(description="Kill and starve every writer; see whether the work goes on.")
     parser.add_argument("--quick", action="store_true", help="a part of the trials, about two minutes")
+    parser.add_argument("--trials", type=int, default=TRIALS, help="of one kind of fault on one writer, at most")
     parser.add_argument("--seed", type=int, default=0, help="of the calls and moments that are drawn")
     parser.add_argument("--out", type=Path, help="folder of chaos.csv and chaos.md; default: nothing is written")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a process with threads cannot be forked
+    targets.preload()
+    number = QUICK_TRIALS if options.quick else options.trials
     started, tried, failed = time.monotonic(), Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    for name, kind, complaint in trials(random.Random(options.seed), options.quick):
+    for name, kind, complaint in trials(random.Random(options.seed), number, options.quick):
         if name not in {known for known, _ in tried}:
             tqdm.write(f"{time.monotonic() - started:5.0f} s  {name}", file=sys.stderr)
         tried[name, kind] += 1
@@ -68,65 +77,77 @@ def main() -> None:
     print(table.to_markdown(index=False))
     print(f"{tried.total():,} tried, {failed.total()} failed, {time.monotonic() - started:.0f} s")
     if options.out:
-        origin = provenance(" ".join(sys.argv), None, None) | {"seed": options.seed, "quick": options.quick}
+        origin = provenance(" ".join(sys.argv), None, None) | {
+            "seed": options.seed,
+            "trials": number,
+            "quick": options.quick,
+        }
         contents = {
             "chaos.csv": table.to_csv(index=False),
-            "chaos.md": _page(table),
+            "chaos.md": _page(table, number),
             "chaos.provenance.json": provenance_bytes("chaos", origin).decode(),
         }
         files.write({options.out / name: text.encode() for name, text in contents.items()})
     sys.exit(bool(failed))
 
 
-def _page(table: pd.DataFrame) -> str:
+def _page(table: pd.DataFrame, number: int) -> str:
     total = table[["tried", "failed"]].sum()
     return (
         f"**Faults: {total['tried']:,} tried, {total['failed']} failed** (`make chaos`)\n\n"
         f"{table.to_markdown(index=False)}\n\n"
         "A trial fails where a fault ends in anything but one line, where the work cannot go on after it, where its "
         "files then differ from those of an unbroken run in more than times, or where anything but a free lock is left "
-        "behind.\n"
+        "behind.\n\n"
+        f"Each kind of fault meets each writer at every call that changes files, or at {number} calls or moments drawn "
+        f"at random where there are more; at {_share(number)} where the writer trains, searches or runs a grid.\n"
     )
 
 
-def trials(draw: random.Random, quick: bool) -> Iterator[tuple[str, str, str | None]]:
-    """Run all trials; yield the writer, the kind of fault, and what went wrong (None: nothing)."""
+def trials(draw: random.Random, number: int, quick: bool) -> Trials:
+    """Run all trials: ``number`` of a kind and writer, or with ``quick`` a sample of them."""
     with tempfile.TemporaryDirectory() as scratch:
         for target in targets.TARGETS:
-            yield from _of(target, draw, quick, Path(scratch))
+            yield from _of(target, draw, number, quick, Path(scratch))
         if not quick:
-            yield from _of_moments(targets.WORKERS, draw, MOMENTS, Path(scratch))
-        for target in (targets.GRID,) if quick else (targets.GRID, targets.TRAINING_GRID, targets.WORKERS):
-            for _ in range(1 if quick else MOMENTS // 3):
-                yield target.name, "another process on the same folder", crowded(target, Path(scratch))
-    yield from fuzz.trials(draw, quick)
+            yield from _of_workers(targets.WORKERS, draw, _share(number), Path(scratch))
+        crowded_ones = (targets.GRID, targets.TRAINING_GRID, targets.SEARCHING_GRID, targets.WORKERS)
+        for target in crowded_ones[:1] if quick else crowded_ones:
+            for processes in CROWDS[:1] if quick else CROWDS:
+                kind = f"{processes} processes on one folder"
+                yield target.name, kind, crowded(target, processes, Path(scratch))
+    yield from fuzz.trials(draw, number, quick)
 
 
-def _of(target: Target, draw: random.Random, quick: bool, scratch: Path) -> Iterator[tuple[str, str, str | None]]:
-    """Faults at calls that change files: all of them, or as many as a campaign has time for."""
+def _of(target: Target, draw: random.Random, number: int, quick: bool, scratch: Path) -> Trials:
+    """Let faults happen at calls that change files and at random moments."""
     unbroken = _unbroken(target, scratch)
     calls, seconds, _ = unbroken
-    slow = seconds > 3
-    number = QUICK_TRIALS if quick else TRIALS // 4 if slow else TRIALS
+    if target.costly and not quick:
+        number = _share(number)
     planned = [Fault(at, error=error) for error in ERRORS for at in _drawn(draw, calls, number)]
     planned += [Fault(at, signal=one) for one in SIGNALS for at in _drawn(draw, calls, number)]
     planned += [Fault(largest=draw.choice((0, 100, 5000))) for _ in range(1 if quick else 3)]
     planned += [Fault(signal=one, after=draw.uniform(0, seconds)) for one in SIGNALS for _ in range(number)]
     if quick:
-        planned = draw.sample(planned, 3 if slow else 12)
+        planned = draw.sample(planned, 3 if target.costly else 12)
     for fault in tqdm(planned, target.name, unit="trial", leave=False, disable=None):
         yield target.name, fault.kind, attacked(target, fault, unbroken, scratch)
 
 
-def _of_moments(
-    target: Target, draw: random.Random, number: int, scratch: Path
-) -> Iterator[tuple[str, str, str | None]]:
-    """Signals at random moments, for work in several processes, whose calls nobody can number."""
+def _of_workers(target: Target, draw: random.Random, number: int, scratch: Path) -> Trials:
+    """Let signals come at random moments to work in several processes, whose calls nobody can number."""
     unbroken = _unbroken(target, scratch)
-    for one in SIGNALS:
-        for _ in range(number):
-            fault = Fault(signal=one, after=draw.uniform(0, unbroken.seconds))
-            yield target.name, fault.kind, attacked(target, fault, unbroken, scratch)
+    for worker in (False, True):
+        for one in SIGNALS:
+            for _ in range(number):
+                fault = Fault(signal=one, after=draw.uniform(0, unbroken.seconds), worker=worker)
+                yield target.name, fault.kind, attacked(target, fault, unbroken, scratch)
+
+
+def _share(number: int) -> int:
+    """Return the trials of a costly writer."""
+    return max(1, number // COSTLY)
 
 
 def _drawn(draw: random.Random, calls: int, number: int) -> Sequence[int]:
@@ -161,16 +182,16 @@ def attacked(target: Target, fault: Fault, unbroken: Unbroken, scratch: Path) ->
     return _difference(targets.contents(folder), unbroken.files, str(fault))
 
 
-def crowded(target: Target, scratch: Path) -> str | None:
-    """Run the work twice at once in one folder; return what is wrong then."""
+def crowded(target: Target, processes: int, scratch: Path) -> str | None:
+    """Run the work several times at once in one folder; return what is wrong then."""
     unbroken = _unbroken(target, scratch)
     folder = _fresh(target, scratch)
-    both = [faults.Trial(target.work, folder, faults.NONE, unbroken.patience) for _ in range(2)]
-    for end in [trial.end() for trial in both]:
+    started = [faults.Trial(target.work, folder, faults.NONE, unbroken.patience) for _ in range(processes)]
+    for end in [trial.end() for trial in started]:
         complaint = end.fits(faults.NONE)
         if complaint:
             return complaint
-    return _difference(targets.contents(folder), unbroken.files, "two processes")
+    return _difference(targets.contents(folder), unbroken.files, f"{processes} processes")
 
 
 def _difference(found: dict[str, bytes], unbroken: dict[str, bytes], where: str) -> str | None:

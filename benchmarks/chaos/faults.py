@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS)
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-HANGS_AFTER = 120.0  # seconds, or so many times those of an unbroken run: the machine may be busy
+HANGS_AFTER = 300.0  # seconds, or so many times those of an unbroken run: the machine may be busy
 TIMES_UNBROKEN = 30
 
 DONE, REFUSED, BROKE = 0, 3, 4  # how a trial ends by itself
@@ -35,13 +36,15 @@ class Fault:
     """What happens, and when.
 
     ``signal`` is sent, or ``error`` raised, at call number ``at`` that changes the file system (from 0). Without
-    ``at``, the signal comes ``after`` so many seconds. ``largest``: no file may grow beyond so many bytes.
+    ``at``, the signal comes ``after`` so many seconds. ``worker``: it goes to a worker of joblib, once there is one.
+    ``largest``: no file may grow beyond so many bytes.
     """
 
     at: int | None = None
     signal: int = 0
     error: int = 0
     after: float = 0.0
+    worker: bool = False
     largest: int | None = None
 
     @property
@@ -52,7 +55,8 @@ class Fault:
         if self.error:
             return f"{errno.errorcode[self.error]} at a call"
         where = "at a call" if self.at is not None else "at a random moment"
-        return f"{signal.Signals(self.signal).name} {where}" if self.signal else "none"
+        whom = " to a worker" if self.worker else ""
+        return f"{signal.Signals(self.signal).name}{whom} {where}" if self.signal else "none"
 
 
 NONE = Fault()
@@ -60,21 +64,23 @@ NONE = Fault()
 
 @dataclass(frozen=True)
 class Ending:
-    """How a trial ended: ``code`` of the process (negative: the signal), ``calls`` that changed files, what it said."""
+    """How a trial ended: ``code`` of the process (negative: the signal), ``calls`` that changed files, what it said,
+    and whether it was killed because it hung."""
 
     code: int
     calls: int
     message: str
+    hung: bool = False
 
     def fits(self, fault: Fault) -> str | None:
         """Return what is wrong with this end under ``fault``; None if nothing is."""
         if self.code == DONE:
             return None
-        if self.code == -signal.SIGKILL and fault.signal != signal.SIGKILL:
+        if self.hung:
             return "it hangs"
         if self.code == BROKE or "Traceback" in self.message:
             return self.message
-        if fault.signal and self.code in (-fault.signal, 128 + fault.signal):
+        if fault.signal and not fault.worker and self.code in (-fault.signal, 128 + fault.signal):
             return None
         said = self.message.strip()
         return None if said and self.code in (REFUSED, *FAILED) else f"status {self.code}, said: {said!r}"
@@ -98,16 +104,16 @@ class Trial:
 
     def end(self) -> Ending:
         """Wait for the process; send the signal of the fault when its time has come, and kill what hangs."""
-        sent = self.fault.at is not None or not self.fault.signal
+        sent, hung = self.fault.at is not None or not self.fault.signal, False
         while True:
             done, status = os.waitpid(self.pid, os.WNOHANG)
             if done:
                 break
             seconds = time.monotonic() - self.started
             if not sent and seconds >= self.fault.after:
-                os.kill(self.pid, self.fault.signal)
-                sent = True
+                sent = self._send()
             if seconds > self.patience:
+                hung = True
                 os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.002)
         if not self._workers_end():
@@ -115,7 +121,15 @@ class Trial:
         with os.fdopen(self.read, "rb") as pipe:
             said = (pipe.read() or b"").decode(errors="replace")
         message, _, calls = said.partition(CALLS)
-        return Ending(os.waitstatus_to_exitcode(status), int(calls) if calls.isdigit() else 0, message)
+        return Ending(os.waitstatus_to_exitcode(status), int(calls) if calls.isdigit() else 0, message, hung)
+
+    def _send(self) -> bool:
+        """Send the signal of the fault. Return False where it is for a worker and there is none."""
+        whom = _workers(self.pid) if self.fault.worker else [self.pid]
+        with suppress(ProcessLookupError):  # It has just ended.
+            for pid in whom[-1:]:
+                os.kill(pid, self.fault.signal)
+        return bool(whom)
 
     def _workers_end(self) -> bool:
         """Wait for the processes that it started, which must end with it, and kill what stays."""
@@ -128,6 +142,17 @@ class Trial:
             time.sleep(0.02)
         os.killpg(self.pid, signal.SIGKILL)
         return False
+
+
+def _workers(group: int) -> list[int]:
+    """Return the numbers of joblib's workers in a group of processes."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):
+            own = os.getpgid(int(folder.name)) == group
+            if own and b"popen_loky" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return sorted(found)
 
 
 def run(work: Callable[[Path], Any], folder: Path, fault: Fault = NONE, patience: float = HANGS_AFTER) -> Ending:

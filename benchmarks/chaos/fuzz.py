@@ -8,11 +8,12 @@ import json
 import random
 import re
 import resource
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import faults
 import targets
@@ -25,13 +26,25 @@ from spectrim.checkpoints import sharded
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.records import records
+from spectrim.tools import resume
+from spectrim.tools.content import content
+from spectrim.tools.resume import Result, ResumeFolder
+from spectrim.training import saved_state
 
 READ = "files read: "
 MEMORY = 3 << 30  # bytes that a reader may add to what the process has
+SECONDS = 20.0  # of CPU that it may take for one file, and of the clock, on average: the machine may be busy
+EXAMPLES = 50  # files a reader, for each trial of a writer
+QUICK_EXAMPLES = 40
+RUN = "a training"
 NASTY: list[Any] = [
     None, True, "", "\0", "x" * 5000, -1, 0, 2**31, 2**64, 10**400, 1e308, float("inf"), float("nan"), [], {}, [[]],
     [5], {"a": {}}, "../../x", "linear", "spatial", "9" * 5000,
 ]  # fmt: skip
+
+
+KEPT = {"measured": torch.arange(24, dtype=torch.float64).reshape(4, 6)}
+KEPT_FILE = f"resume/kept-{content(['kept', 'inputs'])}.safetensors"
 
 
 class Reader(NamedTuple):
@@ -80,6 +93,24 @@ def _read_shards(folder: Path) -> None:
     sharded.load(folder / "out", into=targets.net())
 
 
+def _make_state(folder: Path) -> None:
+    saved_state.write(folder / "state.safetensors", KEPT, {"run": RUN, "curve": "[]"})
+
+
+def _read_state(folder: Path) -> None:
+    _require_kept(saved_state.read(folder / "state.safetensors", RUN)[0])
+
+
+def _kept(folder: Path) -> Result:
+    resume.WORTH_SECONDS = 0.0
+    return ResumeFolder(folder / "resume").result("kept", lambda: ["inputs"], lambda: Result(KEPT))
+
+
+def _require_kept(found: dict[str, torch.Tensor]) -> None:
+    if found.keys() != KEPT.keys() or not all(found[name].equal(value) for name, value in KEPT.items()):
+        raise AssertionError("damaged numbers were taken for good ones")
+
+
 READERS = (
     Reader("spectrim.load", "model.safetensors", _save, _load),
     Reader("a plan", "plan.json", _make_plan, _read_plan),
@@ -87,18 +118,23 @@ READERS = (
     Reader("the index of a folder", "out/model.safetensors.index.json", _make_shards, _read_shards),
     Reader("the manifest of a folder", "out/spectrim.json", _make_shards, _read_shards),
     Reader("a shard", "out/model-00001-of-00003.safetensors", _make_shards, _read_shards),
+    Reader("the state of a training", "state.safetensors", _make_state, _read_state),
+    Reader("a result kept by resume=", KEPT_FILE, _kept, lambda folder: _require_kept(_kept(folder).tensors)),
 )
 
 
-def trials(draw: random.Random, quick: bool) -> Iterator[tuple[str, str, str | None]]:
+def trials(draw: random.Random, number: int, quick: bool) -> Iterator[tuple[str, str, str | None]]:
     """Yield the reader, the kind of damage, and what went wrong (None: nothing), a trial a damaged file."""
     for reader in READERS:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "work"
             folder.mkdir()
             reader.make(folder)
-            examples, first = 40 if quick else 4000, draw.randrange(2**32)
-            end = faults.run(lambda place, r=reader, n=examples, s=first: _search(r, place, n, s), folder)
+            examples, first = QUICK_EXAMPLES if quick else EXAMPLES * number, draw.randrange(2**32)
+            patience = faults.HANGS_AFTER + SECONDS * examples
+            end = faults.run(
+                lambda place, r=reader, n=examples, s=first: _search(r, place, n, s), folder, faults.NONE, patience
+            )
             complaint = None if end.code == faults.DONE else end.message or f"status {end.code}"
             read = re.search(rf"{READ}(\d+)", end.message)  # a search ends at the first file that brings it down
             for _ in range(int(read[1]) - 1 if read else 0):
@@ -128,16 +164,24 @@ def _search(reader: Reader, folder: Path, examples: int, first: int) -> None:
         nonlocal read
         read += 1
         path.write_bytes(_damaged(whole, data))
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             with torch.random.fork_rng():
                 reader.read(folder)
         except UserError as refused:
             assert len(str(refused).splitlines()) == 1, f"more than one line: {refused}"
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
+    signal.signal(signal.SIGPROF, _too_slow)
     try:
         attempt()
     finally:
         print(f"{READ}{read}", file=sys.stderr)
+
+
+def _too_slow(*_: Any) -> NoReturn:
+    raise AssertionError(f"a file takes more than {SECONDS:.0f} seconds of CPU")
 
 
 def _damaged(whole: bytes, data: st.DataObject) -> bytes:

@@ -1,21 +1,25 @@
 """The writers that a campaign attacks: each makes files in an empty folder, and says what it made."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.plugins import Plugins
 from safetensors.torch import save_file
 from torch import nn
 
 import spectrim
-from spectrim.cli import commands
-from spectrim.tools import files
+from spectrim.cli import commands, compress
+from spectrim.tools import files, resume
 
 # What an unbroken run may have otherwise: times, memory, and where and when it ran.
+PARTS = ("run", "train", "compress", "compressing")
 VARYING = ("content_sha256", "phases", "provenance", "seconds", "cpu_seconds", "reporting", "created", "environment")
 
 
@@ -24,11 +28,21 @@ class Target:
     """One writer.
 
     ``work``: makes its files in the folder given. ``prepare``: makes what ``work`` reads, beside that folder.
+    ``costly``: takes a second or more, so that it gets fewer trials.
     """
 
     name: str
     work: Callable[[Path], Any]
     prepare: Callable[[Path], Any] = lambda folder: None
+    costly: bool = False
+
+
+def preload() -> None:
+    """Import what the work needs, so that a forked trial finds it in memory."""
+    for name in ("optuna", "sklearn.datasets", "torch._dynamo", *(f"spectrim.cli.{part}" for part in PARTS)):
+        import_module(name)
+    Plugins.instance()
+    compressed()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -39,6 +53,8 @@ def contents(folder: Path) -> dict[str, bytes]:
             data = path.read_bytes()
             if path.suffix == ".json":
                 data = json.dumps(_steady(json.loads(data)), sort_keys=True).encode()
+            if path.suffix == ".md":
+                data = re.sub(rb"(?m)^- (method|made): .*$", b"", data)
             found[str(path.relative_to(folder))] = data
     return found
 
@@ -62,6 +78,24 @@ def compressed() -> spectrim.Compressed:
 
 def _save(folder: Path) -> None:
     compressed().save(folder / "model.safetensors")
+
+
+def _resumed(folder: Path) -> None:
+    """Compress with every result kept in a folder, however little time it took."""
+    resume.WORTH_SECONDS = 0.0
+    torch.manual_seed(1)
+    batches = [(torch.randn(16, 24), torch.arange(16) % 4) for _ in range(2)]
+    algorithm = spectrim.Joint(params_kept=0.5)
+    result = spectrim.compress(net(), calibration=batches, algorithm=algorithm, resume=folder / "resume")
+    result.save(folder / "model.safetensors")
+
+
+def _user_command(folder: Path) -> None:
+    out = folder / "out"
+    if out.exists():  # The command is refused once its folder is whole.
+        return
+    rule = ["--algorithm", "truncation", "--decomposer", "svd_channel", "--params-kept", "0.6"]
+    sys.exit(compress.main(["targets:net", *rule, "--out", str(out)]))
 
 
 def _write_both(folder: Path) -> None:
@@ -120,16 +154,21 @@ def _grid(folder: Path, *more: str) -> None:
 
 CELLS = "algorithm=truncation,lossless", "seed=0,1"
 TRAINING = "algorithm=svd_training", "algorithm.recipe.epochs=3", "seed=0"
+SEARCH = "algorithm=bayesian", "algorithm.evaluations=5", "seed=0"
 TWO_WORKERS = "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
 
-GRID = Target("a grid, cell by cell", lambda folder: _grid(folder, *CELLS))
-TRAINING_GRID = Target("a grid that trains", lambda folder: _grid(folder, *TRAINING))
-WORKERS = Target("a grid, two workers", lambda folder: _grid(folder, *CELLS, *TWO_WORKERS))
+GRID = Target("a grid, cell by cell", lambda folder: _grid(folder, *CELLS), costly=True)
+TRAINING_GRID = Target("a grid that trains", lambda folder: _grid(folder, *TRAINING), costly=True)
+SEARCHING_GRID = Target("a grid that searches", lambda folder: _grid(folder, *SEARCH), costly=True)
+WORKERS = Target("a grid, two workers", lambda folder: _grid(folder, *CELLS, *TWO_WORKERS), costly=True)
 TARGETS = (
     Target("two files written together", _write_both),
     Target("Compressed.save", _save),
     Target("compress_checkpoint", _out_of_core, lambda folder: shards(folder.parent / "given")),
-    Target("spectrim-train", _train),
+    Target("compress(resume=)", _resumed),
+    Target("spectrim-compress", _user_command),
+    Target("spectrim-train", _train, costly=True),
     GRID,
     TRAINING_GRID,
+    SEARCHING_GRID,
 )

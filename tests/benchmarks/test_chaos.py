@@ -70,6 +70,28 @@ def test_what_hangs_and_workers_that_stay_are_caught(tmp_path: Path) -> None:
     assert run(forgets, tmp_path, patience=1).fits(Fault()) == "its workers outlive it"
 
 
+def test_a_signal_reaches_a_worker_and_not_its_parent(tmp_path: Path) -> None:
+    def parent(folder: Path) -> None:
+        worker = subprocess.Popen(["sh", "-c", "sleep 600; : popen_loky"], start_new_session=False)
+        raise SystemExit("the worker was killed" if worker.wait() == -9 else 0)
+
+    fault = Fault(signal=9, worker=True)
+    end = run(parent, tmp_path, fault, patience=60)
+    assert end.fits(fault) is None and end.message.startswith("the worker was killed")
+    assert fault.kind == "SIGKILL to a worker at a random moment"
+
+
+def test_a_slow_reader_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(folder: Path) -> None:
+        while True:
+            pass
+
+    monkeypatch.setattr(fuzz, "READERS", [fuzz.Reader("slow", "plan.json", fuzz._make_plan, read)])
+    monkeypatch.setattr(fuzz, "SECONDS", 0.05)
+    *_, complaint = next(fuzz.trials(random.Random(0), 1, quick=True))
+    assert complaint and "seconds of CPU" in complaint
+
+
 def test_a_careless_reader_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(folder: Path) -> None:
         if b"{" not in (folder / "plan.json").read_bytes():
@@ -78,7 +100,7 @@ def test_a_careless_reader_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyError("layer")
 
     monkeypatch.setattr(fuzz, "READERS", [fuzz.Reader("careless", "plan.json", fuzz._make_plan, read)])
-    complaints = [complaint for *_, complaint in fuzz.trials(random.Random(0), quick=True) if complaint]
+    complaints = [complaint for *_, complaint in fuzz.trials(random.Random(0), 1, quick=True) if complaint]
     assert complaints and "KeyError" in complaints[0]
 
 

@@ -48,6 +48,16 @@ def test_a_resumed_training_counts_what_was_read_before_it_stopped(tmp_path: Pat
     assert after == unbroken == {"train": 107 + 10 + 11 + 12 + 13, "calibration": 7}
 
 
+def test_a_damaged_state_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    saved_state.write(path, {"a": torch.ones(5)}, {"run": "r"})
+    assert saved_state.read(path, "r")[1] == {"run": "r"}
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="is damaged; remove it to start anew$"):
+        saved_state.read(path, "r")
+
+
 def test_a_state_of_an_older_version_has_counted_nothing(tmp_path: Path) -> None:
     path, optimizer = tmp_path / "state.safetensors", torch.optim.SGD(nn.Linear(3, 2).parameters())
     file = StateFile(path, read=Counter(train=5))

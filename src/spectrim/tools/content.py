@@ -38,6 +38,11 @@ def _add(digest: "hashlib.blake2b", value: Any) -> None:
         digest.update(value.getvalue() if isinstance(value, BytesIO) else repr(value).encode())
 
 
+def of_file(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
+    """Return a digest of what a safetensors file holds: its tensors and its metadata."""
+    return content([sorted(tensors.items()), sorted(texts.items())])
+
+
 def of_model(model: nn.Module) -> list[Any]:
     """Return what the outputs of ``model`` depend on: its structure, state and settings, and the code of its parts."""
     kinds = {type(module): None for module in model.modules()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectrim.errors import UserError
 from spectrim.tools import files, safetensors_stream
-from spectrim.tools.content import content
+from spectrim.tools.content import content, of_file
 from spectrim.tools.safetensors_stream import Shard
 
 # A result that takes less time is cheaper to compute again than to keep.
@@ -56,7 +56,7 @@ class ResumeFolder:
 
 
 def _write(path: Path, result: Result) -> None:
-    digest = content([sorted(result.tensors.items()), sorted(result.texts.items())])
+    digest = of_file(result.tensors, result.texts)
     try:
         safetensors_stream.save(path, result.tensors, {**result.texts, "format": FORMAT, "digest": digest})
     except UserError as error:
@@ -75,7 +75,7 @@ def _read(path: Path) -> Result | None:
     if texts.pop("format", None) != FORMAT:
         return None
     digest = texts.pop("digest", None)
-    if digest != content([sorted(tensors.items()), sorted(texts.items())]):
+    if digest != of_file(tensors, texts):
         return None
     return Result(tensors, texts)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import UserError
 from spectrim.tools import safetensors_stream
+from spectrim.tools.content import of_file
 from spectrim.training.state_lock import locked
 
 
@@ -59,9 +60,7 @@ class TrainingState:
             if buffer is not None:
                 tensors[f"momentum.{name}"] = buffer
         counted = json.dumps(self.read - self.read_before)
-        safetensors_stream.save(
-            self.path, tensors, {"curve": json.dumps(list(curve)), "run": self.run, "read": counted}
-        )
+        write(self.path, tensors, {"curve": json.dumps(list(curve)), "run": self.run, "read": counted})
 
     def resume(self, model: nn.Module, optimizer: torch.optim.SGD) -> list[dict]:
         """Fill model and optimizer from the file, if it exists, and return the curve so far.
@@ -86,23 +85,34 @@ class TrainingState:
         return json.loads(metadata["curve"])
 
 
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a state with a digest of its content. Raises ``UserError`` where that fails."""
+    safetensors_stream.save(path, tensors, {**metadata, "digest": of_file(tensors, metadata)})
+
+
 def read(path: Path, run: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a state.
 
     ``run``: must equal the entry of this name in the metadata.
-    Raises ``UserError`` where the file is truncated, cannot be read or belongs to another training or search.
+    Raises ``UserError`` where the file is damaged, cannot be read or belongs to another training or search.
     """
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or not a training's state ({error}); remove it to start anew") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is damaged; remove it to start anew") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); make it readable or remove it") from None
     if metadata.get("run") != run:
         raise _of_other_settings(path)
     # Copy the tensors out of the mapped file, where their alignment differs: kernels would round differently.
-    return {name: value.clone() for name, value in load_file(path).items()}, metadata
+    tensors = {name: value.clone() for name, value in load_file(path).items()}
+    digest = metadata.pop("digest", None)
+    if digest not in (None, of_file(tensors, metadata)):  # An older version wrote none.
+        raise UserError(f"{path} is damaged; remove it to start anew")
+    return tensors, metadata
 
 
 def _of_other_settings(path: Path) -> UserError:

@@ -13,7 +13,6 @@ import torch
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.data.splits import digest_if_known
 from spectrim.decomposers.spectrum import content
-from spectrim.tools import safetensors_stream
 from spectrim.training import saved_state
 from spectrim.training.state_lock import locked
 
@@ -65,7 +64,7 @@ class Measurements:
             if self.path:
                 table = torch.tensor(self.rows, dtype=torch.float64)
                 metadata = {"run": self.run, "reads": json.dumps(self.reads)}
-                safetensors_stream.save(self.path, {"measured": table}, metadata)
+                saved_state.write(self.path, {"measured": table}, metadata)
         else:
             self.read.update(self.reads[self.given])
         self.given += 1
