@@ -61,8 +61,9 @@ NOTES = (
     "Trained: {epochs}. A selector that trains while it selects has as many epochs as the others have after the cut.",
     "CPU seconds and images read are those of one selection, with decomposition and cut. The sizes of one calibration "
     "draw share work, so the largest cost of a draw is shown. Runs on a GPU shared it, so their seconds are not shown. "
-    "Images read include calibration, verification and images that a training reads to select. They do not include the "
-    "images of training steps.",
+    "Images read include calibration, verification, images that a training reads to select, and those of the report on "
+    "the layers. They do not include the images of training steps. Those of joint selection, knapsack and EVBMF were "
+    "counted again, each selection by itself; the records say how.",
 )
 SIZES_NOTES = (
     "This table shows each size of Table 1 by itself. Epochs are those after the cut or during selection; 0 means that "

@@ -47,6 +47,8 @@ NOTES = (
     "that end with a rank selection. Priced: energy is weighed against its cost in parameters. "
     "Steps as printed: no bound on how far a step on a factor moves its layer, at the learning rate that this needs. "
     "Spatial: a convolution becomes one of kh x 1 and one of 1 x kw; otherwise one of kh x kw and one of 1 x 1.",
+    "One training, LeNet-5 on MNIST with no regulariser and seed 0, was interrupted after an epoch and resumed by a "
+    "version that did not repeat an unbroken run bit by bit.",
     "Published rows are as printed in the source, with its own dense network. Nothing of them was run here.",
 )
 SOURCES = (

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 import spectrim
 from spectrim.checkpoints import filling, single_file
 from spectrim.decomposers.spectrum import spectrum_of
+from spectrim.errors import UserError
 from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.surgery import replacing
@@ -147,3 +149,14 @@ def test_the_digest_of_a_folder_is_that_of_its_manifest(tmp_path: Path) -> None:
     assert spectrim.load(tmp_path / "small", into=copy.deepcopy(model), sha256=sha256)
     with pytest.raises(spectrim.UserError, match="spectrim.json has another sha256"):
         spectrim.load(tmp_path / "small", into=model, sha256="0" * 64)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.ao is deprecated, and still in use
+def test_a_model_of_packed_integers_is_not_saved_without_them(tmp_path: Path) -> None:
+    """torch.ao keeps the weights of a quantised layer in a tuple, which a file of tensors would leave out."""
+    dense = nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4))
+    result = spectrim.compress(dense, algorithm=spectrim.Truncation(ratio=0.5))
+    small = torch.ao.quantization.quantize_dynamic(result.model, {nn.Linear}, torch.qint8)
+    with pytest.raises(UserError, match="which no file holds; save the model before it is quantised$"):
+        replace(result, model=small).save(tmp_path / "small.safetensors")
+    assert not list(tmp_path.iterdir())

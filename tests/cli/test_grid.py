@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from spectrim.cli import claims, commands, grid, messages, progress, run
+from spectrim.cli import claims, commands, grid, messages, run
 from spectrim.errors import UserError
 from spectrim.records import records
-from spectrim.runs import configuration
+from spectrim.runs import composition, configuration
 
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
 SOURCE = str(Path(configuration.__file__).parents[2])
@@ -188,6 +188,37 @@ def test_a_cell_that_another_process_computes_is_left_to_it_and_waited_for(
     assert waited == [claimed[0]] == [claimed[2]] and len(records.read_all(tmp_path, "runs")) == 2
 
 
+@pytest.mark.parametrize("left", [False, True], ids=["recorded there", "left there"])
+def test_a_grid_with_a_failed_cell_waits_for_the_others_too(
+    left: bool, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    usual, tried, waited = claims.claimed, list[Path](), list[Path]()
+
+    def taken(result: Path, wait: bool) -> Any:
+        tried.append(result)
+        if len(tried) == 1:
+            raise claims.Elsewhere("by a neighbour", result)
+        if len({*tried}) == 2 and result != tried[0]:
+            raise UserError("this one fails")
+        return usual(result, wait)
+
+    def end(result: Path) -> None:
+        waited.append(result)
+        if not left:
+            result.write_text("{}")
+
+    monkeypatch.setattr(claims, "claimed", taken)
+    monkeypatch.setattr(claims, "wait_for", end)
+    with pytest.raises(SystemExit) as ending:
+        in_process([*digits, "algorithm=truncation", "algorithm.ratio=0.4,0.6"], monkeypatch, tmp_path)
+    assert ending.value.code == 1 and waited == [tried[0]]
+    assert "waiting for 1 runs that other processes compute\n" in (said := capsys.readouterr().err)
+    assert said.splitlines()[-1].startswith("spectrim: this one fails (in ")
+    # What the neighbour left is computed; the failed cell is tried again only then.
+    assert tried == [tried[0], tried[1]] + ([tried[0], tried[1]] if left else [])
+    assert len(records.read_all(tmp_path, "runs")) == 1 if left else tried[0].read_text() == "{}"
+
+
 @pytest.mark.parametrize("option", ["--quiet", "--verbose"])
 def test_a_grid_says_as_much_as_it_is_asked_to(
     option: str, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
@@ -198,7 +229,7 @@ def test_a_grid_says_as_much_as_it_is_asked_to(
         assert said.out == said.err == ""
     else:
         assert said.out.count(" params kept ") == 2 and said.err.count("spectrim: select: ") == 2
-    assert messages.LEVEL not in os.environ and progress.FOLDER not in os.environ
+    assert messages.LEVEL not in os.environ and composition.FOLDER not in os.environ
 
 
 def test_a_process_of_joblib_leaves_ctrl_c_and_sigterm_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:

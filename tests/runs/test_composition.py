@@ -12,6 +12,7 @@ from typing import Any
 
 import hydra
 import pytest
+from hydra.initialize import initialize_config_dir
 
 from spectrim.cli import grid
 from spectrim.errors import UserError
@@ -209,3 +210,22 @@ def test_what_is_absurd_is_refused_at_once(
     said = capsys.readouterr().err
     assert ending.value.code == 1 and said.startswith(f"spectrim: {message}") and said.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("of_ours", [True, False], ids=["a command of ours", "another application"])
+def test_another_application_in_this_process_may_log_to_files(
+    of_ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its primary configuration is its own, and it takes options of ours."""
+    (tmp_path / "app.yaml").write_text("defaults: [_self_, algorithm: truncation]\n")
+    logs_to_files = ["hydra/job_logging=default", "hydra.job.name=app", "hydra.runtime.output_dir=out"]
+    given = ["hydra.searchpath=[pkg://spectrim.conf]", "hydra/hydra_logging=default", *logs_to_files]
+    if of_ours:
+        monkeypatch.setenv(composition.FOLDER, str(tmp_path))  # as while one of our commands runs, with --config-path
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        if of_ours:
+            with pytest.raises(UserError, match="FileHandler is refused: use hydra/job_logging=stdout or none$"):
+                hydra.compose("app", given, return_hydra_config=True)
+        else:
+            cfg = hydra.compose("app", given, return_hydra_config=True)
+            assert cfg.hydra.job_logging.handlers.file["class"] == "logging.FileHandler" and cfg.algorithm.ratio

@@ -62,9 +62,12 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def require_stored(model: nn.Module) -> None:
-    """Raise ``UserError`` where a tensor of ``model`` is of a class of its own, such as the integers of torchao."""
-    for name, value in tensors_of(model).items():
-        if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
+    """Raise ``UserError`` where a part of the state of ``model`` is no plain tensor, such as the integers of torchao.
+
+    The extra state that a module may add is no weight, and is left out of a file.
+    """
+    for name, value in model.state_dict(keep_vars=True).items():
+        if type(value) not in (Tensor, nn.Parameter, nn.Buffer) and not name.endswith("_extra_state"):
             kind = type(value.data).__name__ if type(value) is nn.Parameter else type(value).__name__
             raise UserError(f"{name} is of class {kind}, which no file holds; save the model before it is quantised")
 

@@ -140,13 +140,11 @@ def command_line(job: Callable[[], Any]) -> None:
     messages.take_options()
     _rename_arguments()
     with TemporaryDirectory(prefix="spectrim-") as folder:
-        os.environ[progress.FOLDER] = folder
+        os.environ[composition.FOLDER] = folder
         try:
             with redirect_stdout(streams.Outlet(sys.stdout)), redirect_stderr(stderr), terminable():
                 _check_options()
-                launched.watched(job)
-                while _waited():
-                    launched.watched(job)
+                _whole(job)
         except KeyboardInterrupt as stop:
             word, status = ("terminated", STATUS) if isinstance(stop, Terminated) else ("interrupted", 130)
             left = launched.left_behind(stop) or "the same command goes on where it stopped"
@@ -172,7 +170,7 @@ def command_line(job: Callable[[], Any]) -> None:
             sys.stderr.write(stderr.withheld)
             raise
         finally:
-            for variable in (progress.FOLDER, composition.SWEEP, messages.LEVEL):
+            for variable in (composition.FOLDER, composition.SWEEP, messages.LEVEL):
                 os.environ.pop(variable, None)
 
 
@@ -187,15 +185,27 @@ def _refuse_option(message: str) -> NoReturn:
     raise UserError(f"{message}; --help lists the options")
 
 
-def _waited() -> bool:
-    """Wait for the runs that other processes compute. Return whether there were any: the grid then goes on."""
-    elsewhere = progress.left("elsewhere")
-    if elsewhere:
-        LOG.info("waiting for %d runs that other processes compute", len(elsewhere))
+def _whole(job: Callable[[], Any]) -> None:
+    """Run a grid, wait for the runs that other processes compute, and compute those that they left.
+
+    Raises the error of a failed run, after the wait. A run that failed is computed again only where others were left.
+    """
+    while True:
+        failure = None
+        try:
+            launched.watched(job)
+        except MISTAKES as error:
+            failure = error
+        elsewhere = [Path(result) for result in progress.left("elsewhere")]
+        if elsewhere:
+            LOG.info("waiting for %d runs that other processes compute", len(elsewhere))
         for result in elsewhere:
-            claims.wait_for(Path(result))
+            claims.wait_for(result)
+        if failure and all(result.exists() for result in elsewhere):
+            raise failure
+        if not elsewhere:
+            return
         progress.begin_anew()
-    return bool(elsewhere)
 
 
 def _rename_arguments() -> None:

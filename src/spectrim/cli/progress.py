@@ -9,11 +9,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from spectrim.runs.composition import SWEEP
+from spectrim.runs.composition import FOLDER, SWEEP
 from spectrim.tools.profiling import duration
-
-# Environment variable: the folder of these files.
-FOLDER = "SPECTRIM_GRID_FOLDER"
 
 
 def in_grid() -> bool:

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spectrim.errors import UserError
 from spectrim.runs import targets
+from spectrim.runs.configuration import CONF
 
 # The launchers and sweepers that may stand in the node ``hydra``; the others of Hydra's plugins are not tested here.
 PLUGINS = (
@@ -35,13 +36,18 @@ PLUGINS = (
 HANDLERS = ("logging.StreamHandler", "logging.NullHandler")
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
 SHELL = ("setup", "additional_parameters")  # of the launcher for Slurm: lines of a shell script
+# Environment variable: the folder in which a command of ours collects what its cells say; set while the command runs.
+FOLDER = "SPECTRIM_GRID_FOLDER"
 # Environment variable: the sweep that runs, for the processes of its cells.
 SWEEP = "SPECTRIM_SWEEP"
 MOST_CELLS = 10_000  # Hydra composes every cell before the first run: this many take a quarter of an hour
 
 
 def guard() -> None:
-    """Make every composition of this process pass ``check`` first, also those of a single cell in a worker."""
+    """Make every composition of our commands pass ``check`` first, also those of a single cell in a worker.
+
+    Another application of Hydra in this process is not checked, whatever it takes from our configuration.
+    """
     usual: Callable[..., DictConfig] = ConfigLoaderImpl.load_configuration
     if hasattr(usual, "__wrapped__"):
         return
@@ -56,10 +62,17 @@ def guard() -> None:
         **named: Any,
     ) -> DictConfig:
         cfg = usual(self, config_name, overrides, run_mode, *more, **named)
-        check(cfg, run_mode, overrides)
+        if _is_ours(self):
+            check(cfg, run_mode, overrides)
         return cfg
 
     ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
+
+
+def _is_ours(loader: ConfigLoaderImpl) -> bool:
+    """Return whether a command of ours composes, or a worker of one: on another machine it has no ``FOLDER``."""
+    first = [source.path for source in loader.config_search_path.get_path() if source.provider == "main"]
+    return FOLDER in os.environ or first == [f"file://{CONF}"]
 
 
 def check(cfg: DictConfig, mode: RunMode | None = None, words: Sequence[str] = ()) -> None:
