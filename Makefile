@@ -55,7 +55,8 @@ $(STAMP): requirements.lock requirements-torch.lock pyproject.toml
 	@touch $@
 
 # $(call install_locked,PIP,LOCK...): install the files whose sha256 is in LOCK, then torch, whose build depends on the index.
-# --use-pep517: one package has no wheel, and pip deprecates to build it by its setup.py. --no-deps: a package that no lock names is an error of `pip check`, not a file that nobody has checked.
+# --use-pep517: one package has no wheel, and pip warns where it builds one by setup.py alone.
+# --no-deps: a package that no lock names is an error of `pip check`, not a file that nobody has checked.
 install_locked = $(1) install -q --use-pep517 --no-deps --require-hashes $(addprefix -r ,$(2)) \
     && $(1) install -q -r requirements-torch.lock $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 

@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,14 @@ from spectrim.tools import files
 TRIALS = 40  # at most, of one kind of fault on one writer
 QUICK_TRIALS = 2
 COSTLY = 8  # A costly writer gets this many times fewer.
-CROWDS = 2, 3  # processes in one folder
+# The work that processes do at once in one folder, and how many they are.
+CROWDS = (
+    (targets.GRID, 2),
+    (targets.GRID, 3),
+    (targets.TRAINING_GRID, 3),
+    (targets.SEARCHING_GRID, 3),
+    (targets.WORKERS, 2),
+)
 
 
 class Unbroken(NamedTuple):
@@ -111,11 +119,8 @@ def trials(draw: random.Random, number: int, quick: bool) -> Trials:
             yield from _of(target, draw, number, quick, Path(scratch))
         if not quick:
             yield from _of_workers(targets.WORKERS, draw, _share(number), Path(scratch))
-        crowded_ones = (targets.GRID, targets.TRAINING_GRID, targets.SEARCHING_GRID, targets.WORKERS)
-        for target in crowded_ones[:1] if quick else crowded_ones:
-            for processes in CROWDS[:1] if quick else CROWDS:
-                kind = f"{processes} processes on one folder"
-                yield target.name, kind, crowded(target, processes, Path(scratch))
+        for target, processes in CROWDS[:1] if quick else CROWDS:
+            yield target.name, f"{processes} processes on one folder", crowded(target, processes, Path(scratch))
     yield from fuzz.trials(draw, number, quick)
 
 
@@ -162,6 +167,7 @@ def _fresh(target: Target, scratch: Path) -> Path:
     return place / "work"
 
 
+@cache
 def _unbroken(target: Target, scratch: Path) -> Unbroken:
     folder, started = _fresh(target, scratch), time.monotonic()
     end = faults.run(target.work, folder, patience=10 * faults.HANGS_AFTER)

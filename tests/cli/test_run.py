@@ -220,6 +220,17 @@ def test_a_recorded_run_removes_what_a_kill_right_after_its_record_left(
 
 
 @pytest.mark.parametrize("key", ["records", "unfinished"])
+def test_a_disk_that_deletes_nothing_costs_no_run(
+    compose: Any, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    cfg = compose(*digits, "algorithm=truncation", f"unfinished={tmp_path}/unfinished")
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert run.run(cfg) == run.run(cfg)
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_the_selection(
     compose: Any, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:

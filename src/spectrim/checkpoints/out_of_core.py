@@ -100,7 +100,7 @@ def compress_checkpoint(
             try:
                 _write_all(source, Manifest.begun(out, wanted), results, flipped)
             finally:
-                (out / ".lock").unlink(missing_ok=True)
+                files.discard(out / ".lock")
     except Timeout:
         raise UserError(f"another process is writing to {out}; wait for it or give another folder") from None
     except OSError as error:

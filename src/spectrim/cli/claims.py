@@ -4,7 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -52,8 +52,7 @@ def claimed(result: Path, wait: bool) -> Iterator[None]:
         files.write({note: json.dumps({"machine": platform.node(), "process": os.getpid(), "since": since}).encode()})
         yield
     finally:
-        with suppress(OSError):  # A note that stays does no harm: without the lock it says nothing.
-            note.unlink(missing_ok=True)
+        files.discard(note)  # One that stays does no harm: without the lock it says nothing.
         _release(lock)
 
 
@@ -80,8 +79,7 @@ def wait_for(result: Path) -> None:
 
 def _release(lock: BaseFileLock) -> None:
     """Remove the file of a lock while it is held, and release it. A process that waits for it opens a new file."""
-    with suppress(OSError):
-        Path(lock.lock_file).unlink(missing_ok=True)
+    files.discard(Path(lock.lock_file))
     lock.release()
 
 

@@ -79,8 +79,7 @@ def failure_noted(record: Path) -> Iterator[None]:
             with suppress(UserError):  # A disk that is full must not hide the error.
                 files.write({note: (json.dumps({"reason": _reason(_of_the_machine(error))}, indent=1) + "\n").encode()})
         raise
-    with suppress(OSError):  # The record counts, whatever lies beside it.
-        note.unlink(missing_ok=True)
+    files.discard(note)
 
 
 def _reason(error: Exception) -> str:

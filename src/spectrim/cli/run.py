@@ -46,7 +46,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         _say(record)
     else:
         LOG.info("%s %s: already recorded", name, signature)
-    state.unlink(missing_ok=True)  # Here too, because a kill may have come right after the record.
+    files.discard(state)  # Here too, because a kill may have come right after the record.
     follower.deliver(lambda: told.of_run(record))
     return record
 

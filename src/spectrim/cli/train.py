@@ -41,7 +41,7 @@ def train(cfg: DictConfig) -> Path:
     require_seed("seed", cfg.seed)
     follower = _follower(cfg, settings, path)
     if path.is_file():
-        state.unlink(missing_ok=True)  # left by a kill right after the checkpoint was written
+        files.discard(state)  # left by a kill right after the checkpoint was written
         return _there(path, follower)
     dtype, device = _dtype(cfg.stored_as), device_called(cfg.device)  # refused now rather than after the training
     if cfg.threads is not None and (type(cfg.threads) is not int or cfg.threads < 1):
@@ -97,7 +97,7 @@ def _trained(
     # The record first: a checkpoint that is there is taken for finished.
     files.write({path.with_suffix(".json"): (json.dumps(record, indent=1) + "\n").encode()})
     single_file.save(path, model, RankPlan(), {"model": cfg.names.model, "data": cfg.names.data}, dtype)
-    state.unlink(missing_ok=True)
+    files.discard(state)
     return record
 
 

@@ -105,6 +105,12 @@ def require_writable(*paths: Path, nbytes: int = 0) -> None:
             raise refusal(path, error) from None
 
 
+def discard(path: Path) -> None:
+    """Remove a file that nobody needs any more, if it is there. A disk that refuses costs no result."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file. Raises ``ValueError`` where it is not JSON or holds NaN, and ``OSError``."""
     try:
