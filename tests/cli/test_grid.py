@@ -205,6 +205,7 @@ def test_a_grid_with_a_failed_cell_waits_for_the_others_too(
     def end(result: Path) -> None:
         waited.append(result)
         if not left:
+            result.parent.mkdir(parents=True, exist_ok=True)
             result.write_text("{}")
 
     monkeypatch.setattr(claims, "claimed", taken)

@@ -219,7 +219,6 @@ def test_a_recorded_run_removes_what_a_kill_right_after_its_record_left(
     assert not left.exists()
 
 
-@pytest.mark.parametrize("key", ["records", "unfinished"])
 def test_a_disk_that_deletes_nothing_costs_no_run(
     compose: Any, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +230,7 @@ def test_a_disk_that_deletes_nothing_costs_no_run(
     assert run.run(cfg) == run.run(cfg)
 
 
+@pytest.mark.parametrize("key", ["records", "unfinished"])
 def test_an_output_that_cannot_be_written_is_refused_before_the_selection(
     compose: Any, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:

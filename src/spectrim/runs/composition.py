@@ -71,8 +71,8 @@ def guard() -> None:
 
 def _is_ours(loader: ConfigLoaderImpl) -> bool:
     """Return whether a command of ours composes, or a worker of one: on another machine it has no ``FOLDER``."""
-    first = [source.path for source in loader.config_search_path.get_path() if source.provider == "main"]
-    return FOLDER in os.environ or first == [f"file://{CONF}"]
+    first = [str(source.path) for source in loader.get_search_path().get_path() if source.provider == "main"]
+    return FOLDER in os.environ or [path.removeprefix("file://") for path in first] == [CONF]
 
 
 def check(cfg: DictConfig, mode: RunMode | None = None, words: Sequence[str] = ()) -> None:
