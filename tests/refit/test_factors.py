@@ -300,3 +300,16 @@ def test_inputs_next_to_nothing_leave_finite_factors(form: str, scale: float) ->
     compressed = cut(net, FORMS[form], 1)
     refit(compressed, net, Objective(F.cross_entropy, {"calibration": batches}), 20)
     assert all(bool(value.isfinite().all()) for value in compressed.state_dict().values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_that_hardly_differ_from_their_means_do_not_make_the_weight_explode(form: str) -> None:
+    """Rounding leaves their moments indefinite, and the least squares without a minimum."""
+    net = nn.Sequential(nn.Conv2d(4, 8, 3, bias=True), nn.Flatten(), nn.Linear(8 * 20, 6)).eval()
+    batches = [(10 + 1e-5 * torch.randn(20, 4, 7, 6), torch.zeros(20).long())]
+    compressed = cut(net, FORMS[form], 1)
+    before = [layer.weight.norm() for layer in (compressed[0], compressed[2])]
+    refit(compressed, net, Objective(F.cross_entropy, {"calibration": batches}), 20)
+    assert all(
+        layer.weight.norm() < 10 * norm for layer, norm in zip((compressed[0], compressed[2]), before, strict=True)
+    )

@@ -229,10 +229,10 @@ def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
     kept = layer.plain([factor.weight.detach() for factor in layer.factors])
     weights = [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
     now = layer.product_of_plain(weights)
-    held = RIDGE * moments.xx_gII.diagonal(dim1=1, dim2=2).mean()
+    held = _penalty(moments.xx_gII)
     if not held:  # nothing flows in
         return now
-    xx = moments.xx_gII + held * torch.eye(moments.xx_gII.shape[-1]).to(moments.xx_gII)
+    xx = _lifted(moments.xx_gII, held)
     yx = moments.yx_gOI + held * now
     if isinstance(layer, FactoredLinear) and isinstance(layer.first, nn.Linear):
         *weights, product = reduced_rank(xx[0], yx[0], layer.rank)
@@ -244,6 +244,22 @@ def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
         return now  # what flows in is next to nothing, and its squares vanish
     layer.fill_plain(weights)
     return fitted_product
+
+
+def _penalty(xx_gII: Tensor) -> Tensor:
+    """Return the penalty on a change of the weight; 0 where nothing flows in.
+
+    Inputs that hardly differ from their means lose the deviations to rounding. Their moments may then have negative
+    eigenvalues, so the error would have no minimum. A larger penalty holds the weight in these directions.
+    """
+    held = RIDGE * xx_gII.diagonal(dim1=1, dim2=2).mean()
+    if held and bool(torch.linalg.cholesky_ex(_lifted(xx_gII, held)).info.any()):
+        held = held - 2 * torch.linalg.eigvalsh(xx_gII).min().clamp(max=0)
+    return held
+
+
+def _lifted(xx_gII: Tensor, held: Tensor) -> Tensor:
+    return xx_gII + held * torch.eye(xx_gII.shape[-1]).to(xx_gII)
 
 
 def _large(layer: FactoredLayer, weights: list[Tensor], xx: Tensor, yx: Tensor) -> list[Tensor] | None:
