@@ -99,7 +99,7 @@ def _changes(settings: Mapping[str, Any]) -> list[str]:
     """Return the settings of a run that differ from the defaults, in words."""
     said = []
     for name, words in PARTS.items():
-        value = settings.get(name, next(iter(words)))
+        value = frame.setting(settings, name)
         said.append(words.get(value, f"{name.rpartition('.')[2].replace('_', ' ')} {value}"))
     return [words for words in said if words]
 

@@ -172,19 +172,19 @@ def _differing(frame: pd.DataFrame) -> list[list[tuple[str, Any]]]:
         if rows["group"].nunique() < 2:
             continue
         keys = sorted({key for settings in rows["settings"] for key in settings} - set(SEEDS))
-        values = {key: [_value(settings, key) for settings in rows["settings"]] for key in keys}
+        values = {key: [setting(settings, key) for settings in rows["settings"]] for key in keys}
         differing = [key for key in keys if any(value != values[key][0] for value in values[key])]
         for index in rows.index:
             settings = frame["settings"][index]
-            found[int(index)] = [(key, _value(settings, key)) for key in differing]
+            found[int(index)] = [(key, setting(settings, key)) for key in differing]
     return found
 
 
-def _value(settings: Mapping[str, Any], key: str) -> Any:
+def setting(settings: Mapping[str, Any], key: str) -> Any:
     """Return a setting of a run; of one that a record omits, the value that older records were made with."""
-    place, _, setting = key.rpartition(".")
+    place, _, name = key.rpartition(".")
     owner = settings.get(f"{place}.{records.CLASS}", "")
-    return settings.get(key, records.LATE.get(owner, {}).get(setting))
+    return settings.get(key, records.LATE.get(owner, {}).get(name))
 
 
 def _said(key: str, value: Any) -> str:
