@@ -201,7 +201,7 @@ def _draw_all(
 def message(rows: pd.DataFrame, measure: str, share: str) -> str:
     """Return the message: at how many sizes of joint selection no rival that is as small is better.
 
-    Rivals with the same kind of factors are compared.
+    Rivals with the same kind of factors are compared. A size that none of them reaches does not count.
     """
     value, _ = MEASURES[measure]
     met = sizes = 0
@@ -210,8 +210,8 @@ def message(rows: pd.DataFrame, measure: str, share: str) -> str:
         for _, ours in own[own["curve"] == "joint"].iterrows():
             alike = others[others["pivoted"] == ours["pivoted"]]
             small = alike[alike[share] <= ours[share]][value]
-            met += not ((small > ours[value]) if measure == "accuracy" else (small < ours[value])).any()
-            sizes += 1
+            met += len(small) and not ((small > ours[value]) if measure == "accuracy" else (small < ours[value])).any()
+            sizes += len(small) > 0
     if not sizes:
         return f"Test {measure} of every selector by {UNITS[share]} kept, without fine-tuning"
     better = {"accuracy": "is more accurate", "loss": "has a lower loss"}[measure]
