@@ -32,7 +32,7 @@ from spectrim.records.provenance import provenance
 from spectrim.report.table import provenance_bytes
 from spectrim.tools import files
 
-TRIALS = 40  # at most, of one kind of fault on one writer
+TRIALS = 16  # at most, of one kind of fault on one writer
 QUICK_TRIALS = 2
 COSTLY = 8  # A costly writer gets this many times fewer.
 # The work that processes do at once in one folder, and how many they are.
