@@ -15,6 +15,7 @@ import curves
 import latency
 import memory
 import pivoted
+import refit
 import selection
 import speed
 import sweep
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "sweep": sweep.benchmark,
     "latency": latency.benchmark,
     "pivoted": pivoted.benchmark,
+    "refit": refit.benchmark,
     "speed": speed.benchmark,
     "memory": memory.benchmark,
 }

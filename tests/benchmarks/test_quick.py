@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("curves", "selection", "sweep", "latency", "pivoted", "speed", "memory")
-TARGETS = {"curves": 1, "selection": 1, "sweep": 1, "latency": 0, "pivoted": 4, "speed": 2, "memory": 1}
+NAMES = ("curves", "selection", "sweep", "latency", "pivoted", "refit", "speed", "memory")
+TARGETS = {"curves": 1, "selection": 1, "sweep": 1, "latency": 0, "pivoted": 4, "refit": 1, "speed": 2, "memory": 1}
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

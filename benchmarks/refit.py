@@ -1,0 +1,76 @@
+"""Time the refit of joint selection beside its gates, on blocks as wide as those of ResNet-18 and ResNet-50."""
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from measure import Outcome, Target, clocked, seconds
+from torch import nn
+
+from spectrim.algorithms import joint
+from spectrim.algorithms.joint import Joint
+from spectrim.refit import factors
+from spectrim.report.table import Column, Table
+from spectrim.statistics.objective import Objective
+
+COLUMNS = (
+    Column("block", "block"),
+    Column("layers", "layers fitted", 0),
+    Column("gates", "gates, s", 2),
+    Column("refit", "refit, s", 2),
+    Column("whole", "whole selection, s", 2),
+    Column("times", "refit over gates", 2),
+)
+# Name → (kernel sides and output channels of the convolutions of one block, channels of its input, side of its images).
+Block = tuple[list[tuple[int, int]], int, int]
+BLOCKS: dict[str, Block] = {
+    "ResNet-18, third stage": ([(3, 256), (3, 256)], 256, 14),
+    "ResNet-18, last stage": ([(3, 512), (3, 512)], 512, 7),
+    "ResNet-50, third stage": ([(1, 256), (3, 256), (1, 1024)], 1024, 14),
+    "ResNet-50, last stage": ([(1, 512), (3, 512), (1, 2048)], 2048, 7),
+}
+SMALL: dict[str, Block] = {"small": ([(3, 16), (3, 16)], 16, 7)}
+CLASSES = 10
+
+
+def benchmark(quick: bool) -> Outcome:
+    """Select half of the parameters of one block after another. Weights and inputs are random numbers."""
+    samples, blocks = (8, SMALL) if quick else (250, BLOCKS)
+    table = pd.DataFrame([_once(name, block, samples) for name, block in blocks.items()])
+    targets = [
+        Target(f"refit of {name} over its gates", float(times), 1.0, at_least=False)
+        for name, times in zip(table["block"], table["times"], strict=True)
+    ]
+    notes = [
+        *(target.line() for target in targets),
+        f"One block, mean pooling and a linear layer; {samples} samples for the gates, twice as many for the refit, "
+        "pivoted factors, one run each. The seconds of the whole selection hold the decompositions, too.",
+    ]
+    caption = "The refit of joint selection against its gates, at the widths of ResNet-18 and ResNet-50"
+    return Outcome(Table("refit", table, COLUMNS, caption, notes), targets, {"samples": samples}, "random numbers")
+
+
+def _once(name: str, block: Block, samples: int) -> dict[str, object]:
+    torch.manual_seed(0)
+    model, batches = _model(block), _batches(block, samples)
+    selector = Joint(params_kept=0.5, samples=samples, refit=2 * samples)
+    objective = Objective(F.cross_entropy, {"calibration": batches})
+    with clocked(joint, "gates_at") as gates, clocked(factors, "refit") as refit, clocked(factors, "_fit") as fits:
+        whole = seconds(lambda: selector.compress(model, Joint.decomposer, objective))
+    row = {"block": name, "layers": len(fits), "gates": sum(gates), "refit": sum(refit), "whole": whole}
+    return {**row, "times": sum(refit) / sum(gates)}
+
+
+def _model(block: Block) -> nn.Module:
+    convolutions, channels, _ = block
+    parts: list[nn.Module] = []
+    for side, outputs in convolutions:
+        own = nn.Conv2d(channels, outputs, side, padding=side // 2, bias=False)
+        parts += [own, nn.BatchNorm2d(outputs), nn.ReLU()]
+        channels = outputs
+    return nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)).eval()
+
+
+def _batches(block: Block, samples: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    _, channels, side = block
+    size = samples // 2
+    return [(torch.randn(size, channels, side, side), torch.randint(CLASSES, (size,))) for _ in range(4)]
