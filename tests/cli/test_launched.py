@@ -1,10 +1,12 @@
 """Jobs on a cluster: which ended without a result, which go on after Ctrl-C, and which extra starts them."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -123,18 +125,24 @@ def test_jobs_of_this_machine_outlive_ctrl_c_and_end_as_the_line_says(until: Any
     words = ["-m", "data=digits", "model=mlp", "checkpoint=null", *long, "records=r", "hydra/launcher=submitit_local"]
     command = [sys.executable, "-m", "spectrim.cli.run", *words]
     environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
-    started = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    until(lambda: len(list(tmp_path.glob("r/runs/.*.running"))) == 2, 240)
-    started.send_signal(signal.SIGINT)
-    _, err = started.communicate(timeout=60)
-    assert started.returncode == 130
-    told = (
-        r"^spectrim: interrupted; 2 jobs go on in processes of this machine; cancel them with: (kill -INT (\d+) (\d+))$"
-    )
-    kill, *processes = re.findall(told, err, re.MULTILINE)[0]
-    assert all(alive(int(process)) for process in processes)
-    subprocess.run(kill.split(), check=True)
-    until(lambda: not any(alive(int(process)) for process in processes), 60)
+    with (tmp_path / "told").open("w") as stderr:  # a file: the jobs hold it open for longer than the command
+        started = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=stderr)
+    try:
+        until(lambda: len(list(tmp_path.glob("r/runs/.*.running"))) == 2, 240)
+        started.send_signal(signal.SIGINT)
+        assert started.wait(60) == 130
+        err = (tmp_path / "told").read_text()
+        told = r"; 2 jobs go on in processes of this machine; cancel them with: (kill -INT (\d+) (\d+))$"
+        assert re.search("^spectrim: interrupted", err, re.MULTILINE)
+        kill, *processes = re.findall(told, err, re.MULTILINE)[0]
+        assert all(alive(int(process)) for process in processes)
+        subprocess.run(kill.split(), check=True)
+        until(lambda: not any(alive(int(process)) for process in processes), 60)
+    finally:
+        started.kill()
+        for note in tmp_path.glob("r/runs/.*.running"):  # of jobs that a failure of this test has left
+            with suppress(ProcessLookupError):
+                os.kill(json.loads(note.read_text())["process"], signal.SIGKILL)
 
 
 def alive(process: int) -> bool:
