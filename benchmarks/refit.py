@@ -46,7 +46,9 @@ def benchmark(quick: bool) -> Outcome:
         "pivoted factors, one run each. The seconds of the whole selection hold the decompositions, too.",
     ]
     caption = "The refit of joint selection against its gates, at the widths of ResNet-18 and ResNet-50"
-    return Outcome(Table("refit", table, COLUMNS, caption, notes), targets, {"samples": samples}, "random numbers")
+    return Outcome(
+        Table("refit", table, COLUMNS, caption, notes), targets, {"quick": quick, "samples": samples}, "random numbers"
+    )
 
 
 def _once(name: str, block: Block, samples: int) -> dict[str, object]:

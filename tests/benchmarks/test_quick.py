@@ -90,5 +90,5 @@ def test_an_unknown_name_is_refused_in_one_line() -> None:
     done = _run("curve")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith(
-        "unknown benchmark 'curve'; known: curves, selection, sweep, latency, pivoted, speed, memory"
+        "unknown benchmark 'curve'; known: curves, selection, sweep, latency, pivoted, refit, speed, memory"
     )
