@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spectrim.factored.layers import FactoredLinear, TuckerConv2d
 from spectrim.fetch import pretrained
 from spectrim.losses import IGNORED
+from spectrim.refit.refinement import Refinement
 from spectrim.runs import configuration
 from spectrim.statistics.objective import Objective
 from spectrim.training.recipe import Recipe
@@ -80,7 +81,7 @@ def brief() -> Callable[[Any], Any]:
     short = {"recipe": Recipe(epochs=2, lr=0.01, precision="float32"), "evaluations": 12}
 
     def of(algorithm: Any) -> Any:
-        if getattr(algorithm, "refine", None) is not None:
+        if isinstance(getattr(algorithm, "refine", None), Refinement):
             algorithm = dataclasses.replace(algorithm, refine=dataclasses.replace(algorithm.refine, samples=64))
         return dataclasses.replace(algorithm, **{key: short[key] for key in vars(algorithm).keys() & short.keys()})
 

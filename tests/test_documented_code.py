@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import spectrim
 from spectrim.cli import grids, search
 from spectrim.cli.compress import parser
 from spectrim.cli.search import space
@@ -67,7 +68,15 @@ def test_no_page_with_code_is_left_out() -> None:
     assert {kind for _, kind in kinds} == {"", "python", "yaml"}
     assert {page for page, kind in kinds if kind == "yaml"} == ELSEWHERE
     with_code = {page.name for page in PAGES if blocks(page, "python")}
-    pages = {"README.md", "faq.md", "language_models.md", "large_models.md", "own_network.md", "using_the_result.md"}
+    pages = {
+        "README.md",
+        "algorithms.md",
+        "faq.md",
+        "language_models.md",
+        "large_models.md",
+        "own_network.md",
+        "using_the_result.md",
+    }
     assert with_code - ELSEWHERE == pages
 
 
@@ -217,10 +226,15 @@ def test_a_line_for_a_shell_can_be_given(page: str, line: str) -> None:
         assert space(search.parser().parse_args(words).overrides)[1]
     else:
         # The tests of the documented commands compose these.
-        assert program in {"spectrim", "spectrim-train", "spectrim-grid"}
+        assert program in {"spectrim", "spectrim-train", "spectrim-grid", "spectrim-table"}
         if program == "spectrim-grid":
             options = grids.parser().parse_args(words)
             files = (options.first, options.second) if words[0] == "diff" else ()
             assert all((ROOT / file).is_file() for file in files) and (files or grids_called(options.experiment))
         else:
             assert any("=" in word for word in words)
+
+
+def test_the_page_on_algorithms(network: dict[str, Any]) -> None:
+    made = run(ROOT / "docs/algorithms.md", {"spectrim": spectrim, "batches": network["loader"], **network})
+    assert made["small"].params_kept <= 0.3 and made["small"].log[-1]["steps"] > 0

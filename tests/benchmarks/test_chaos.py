@@ -72,7 +72,7 @@ def test_what_hangs_and_workers_that_stay_are_caught(tmp_path: Path) -> None:
 
 def test_a_signal_reaches_a_worker_and_not_its_parent(tmp_path: Path) -> None:
     def parent(folder: Path) -> None:
-        worker = subprocess.Popen(["sh", "-c", "sleep 600; : popen_loky"], start_new_session=False)
+        worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)  # popen_loky"])
         raise SystemExit("the worker was killed" if worker.wait() == -9 else 0)
 
     fault = Fault(signal=9, worker=True)

@@ -82,7 +82,7 @@ def test_parameters_and_macs_are_those_of_the_factored_model(
 
 # They choose among singular components, of which a Tucker decomposition has none.
 REFUSED = {("tucker2", algorithm) for algorithm in ("evbmf", "global_threshold", "rank_selection")}
-REFUSED |= {("tucker2", algorithm) for algorithm in ("joint", "joint_cut")}
+REFUSED |= {("tucker2", algorithm) for algorithm in ("joint", "joint_cut", "joint_refined")}
 # It splits the plain SVD.
 REFUSED |= {(name, "alds") for name in ("tucker2", "whitened_best_view")}
 # What is trained as U, S and V starts from a plain SVD.

@@ -69,7 +69,8 @@ def test_a_cell_without_its_checkpoint_has_no_signature(
 
 def test_a_name_stands_for_a_grid_or_for_a_folder_of_grids() -> None:
     assert configuration.grids_called("table9/refit") == ["table9/refit"]
-    assert configuration.grids_called("table4/") == ["table4/compact_verified", "table4/truncation"]
+    pivoted = ["table4/truncation_pivoted", "table4/truncation_pivoted_best_view"]
+    assert configuration.grids_called("table4/") == ["table4/compact_verified", "table4/truncation", *pivoted]
     assert configuration.grids_called("table4_truncation") == ["table4/truncation"]
     with pytest.raises(UserError, match="^experiment=table4/trunkation is no grid: choose table4/truncation"):
         configuration.grids_called("table4/trunkation")
