@@ -57,6 +57,14 @@ def test_the_command_itself_ends_in_one_line(
     assert message in said and said.count("\n") == 1
 
 
+def test_a_letter_that_the_locale_does_not_know_is_told_in_one_line(digits: list[str], tmp_path: Path) -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "spectrim.cli.run", *digits, "model=nosüch"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **plain}, capture_output=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"spectrim: ") and b"model=nos" in done.stderr and done.stderr.count(b"\n") == 1
+
+
 @pytest.mark.parametrize("setting", ["hydra.sweep.dir=wall/hydra", "hydra.launcher.n_jobs=0"])
 def test_a_grid_that_cannot_begin_ends_in_one_line(
     setting: str, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
