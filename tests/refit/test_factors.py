@@ -196,9 +196,10 @@ def test_a_layer_that_a_batch_goes_around_is_said(dense: Net) -> None:
     net = Around().eval()
     data = objective()
     data.splits["calibration"].append((torch.full((40, 4, 7, 6), 99.0), torch.zeros(40).long()))  # type: ignore
+    before = threading.active_count()
     notes = refit(cut(net, FORMS["channel"], rank=1), net, data, samples=1000)
     assert "conv: not refitted: it is not called once on every batch" in notes
-    assert threading.active_count() < 5
+    assert threading.active_count() <= before + 1  # the monitor of progress bars may have begun
 
 
 class Residual(nn.Module):
