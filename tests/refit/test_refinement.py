@@ -21,7 +21,7 @@ from spectrim.refit import refinement
 from spectrim.refit.blocks import block_error, outputs_of, repeated_blocks
 from spectrim.refit.refinement import Refinement, refine
 from spectrim.statistics.objective import Objective
-from spectrim.tools import resume
+from spectrim.tools import live, resume
 
 STEPS = Refinement(samples=1280, lr=3e-3)
 
@@ -75,6 +75,13 @@ def test_it_comes_closer_on_inputs_that_no_step_reads(
     assert counted == {"steps": 40, "inputs": 128, "samples": 1280}
     assert "40 steps on 128 inputs, 1280 read in all: the KL divergence (nats) on 32 others" in done.notes[0]
     assert objective.read["calibration"] == 1280 + 5 * 32  # and the held-out batch before, and after each quarter
+
+
+def test_a_listener_is_told_of_every_step(net: nn.Module, cut: Compressed, objective: Objective) -> None:
+    heard: list[Any] = []
+    with live.heard_by(lambda name, done, total, _: heard.append((name, done, total))):
+        refine(cut.model, net, objective, Refinement(samples=96, lr=1e-4))
+    assert [step for step in heard if step[0] == "refine"] == [("refine", done, 3) for done in (1, 2, 3)]
 
 
 def test_only_factors_and_batchnorm_are_trained_and_all_flags_are_restored(

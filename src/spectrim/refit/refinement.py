@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from spectrim.batches import Inputs, alone_trainable, device_of, evaluating, forward, sample_count, to_device
 from spectrim.errors import UserError
@@ -19,6 +18,7 @@ from spectrim.refit.distance import distance
 from spectrim.statistics.objective import Objective
 from spectrim.tools import resume
 from spectrim.tools.content import of_function, of_model
+from spectrim.tools.live import Bar
 from spectrim.tools.settings import settings
 
 HELD_OUT = 0.2  # part of the calibration batches that no step reads, on which the distance is measured
@@ -156,7 +156,7 @@ class _Steps:
         if not math.isfinite(before):
             return {"distance_before": before}
         bounds = [round(part * len(self.order) / PARTS) for part in range(PARTS + 1)]
-        with tqdm(desc="refine", total=len(self.order), unit="step", leave=False, disable=None) as bar:
+        with Bar(desc="refine", total=len(self.order), unit="step", leave=False) as bar:
             for start, stop in itertools.pairwise(bounds):
                 if not self._resumed(range(start, stop), bar):
                     break
@@ -178,7 +178,7 @@ class _Steps:
     def _copy(self) -> dict[str, Tensor]:
         return {name: weight.detach().clone() for name, weight in self.weights.items()}
 
-    def _resumed(self, steps: range, bar: tqdm) -> bool:
+    def _resumed(self, steps: range, bar: Bar) -> bool:
         """Do ``steps``, or take up what an earlier process did. Return whether all distances were finite."""
         folder = resume.current()
         if folder is None:
@@ -216,7 +216,7 @@ class _Steps:
             else:
                 self.optimizer.state[weight][kind] = value if kind == "step" else value.to(weight.device)
 
-    def _do(self, steps: range, bar: tqdm) -> bool:
+    def _do(self, steps: range, bar: Bar) -> bool:
         """Do ``steps``. Return False, with a note, where a distance is not finite or has no gradient."""
         for step in steps:
             inputs, targets = self._batch(step)
