@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import spectrim
 from spectrim.algorithms.related.layer_threshold import LayerThreshold
-from spectrim.decomposers.spectrum import Decomposer
+from spectrim.decomposers.spectrum import Decomposer, Directions
 from spectrim.statistics import fisher, paired_loss
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.output_moments import output_moments
 from spectrim.statistics.processes import ALONE, Processes
 
 WORLD = 2
@@ -99,6 +100,10 @@ def measured(share: Callable[[Batches], Any], batches: Batches) -> dict[str, Any
         "within": objective.loss_within(cut, "calibration", evaluation.loss, evaluation.n),
         "not within": objective.loss_within(cut, "calibration", evaluation.loss * 0.99, evaluation.n),
         "gradients": objective.gradients(network(), ["0", "3", "6"]),
+        "moments": [
+            output_moments(network(), {"0": ["spatial"], "6": ["linear"]}, objective, 10**6, directions)
+            for directions in (Directions(), Directions(top=3), Directions(labels=True))
+        ],
     }
 
 
@@ -168,10 +173,10 @@ def test_the_plan_is_that_of_one_process(found: list[dict[str, Any]], name: str)
         assert torch.equal(value, found[1][name]["state"][key])
 
 
-def test_gates_losses_and_gradients_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
+def test_gates_losses_gradients_and_moments_are_those_of_one_process(found: list[dict[str, Any]]) -> None:
     expected = measured(alone, whole())
     for own in (one["measured"] for one in found):
-        for key in ("given", "gradients"):
+        for key in ("given", "gradients", "moments"):
             torch.testing.assert_close(own[key], expected[key])
         torch.testing.assert_close(own["losses"], expected["losses"])
         assert own["evaluation"].n == expected["evaluation"].n

@@ -27,6 +27,7 @@ from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
 from spectrim.losses import SpanLoss, TokenLoss, fisher_direction, scores_of
 from spectrim.statistics.batch_loss import finite_loss
+from spectrim.statistics.directions import generator_of
 from spectrim.statistics.gate_rows import GateRows, Weighed
 from spectrim.statistics.objective import Objective
 from spectrim.tools import resume
@@ -113,11 +114,8 @@ def _gate_gradients(
 ) -> Gates:
     """Compute ``gate_gradients``."""
     processes = objective.processes(split)
-    device, generator = device_of(model), torch.Generator().manual_seed(seed)
-    if processes.size > 1:  # A sample has the directions that one process would draw for it.
-        objective = objective.held(split, samples)
-        for shape in _shapes_before(model, objective, split):
-            torch.randn(shape, generator=generator)
+    objective, generator = generator_of(model, objective, samples, split, seed)
+    device = device_of(model)
     modules = {name: model.get_submodule(name) for name in layers}
     gates = GateRows(modules, objective.blocks(layers))
     handles = [_first(name, module).register_forward_hook(gates.keeping(name)) for name, module in modules.items()]
@@ -141,19 +139,6 @@ def _gate_gradients(
         for name, own in parts.items()
     }
     return Gates({name: own for name, own in rows.items() if name not in left}, left)
-
-
-def _shapes_before(model: nn.Module, objective: Objective, split: str) -> list[tuple[int, int]]:
-    """Return the shape of the scores of each batch that processes of lower ranks hold, in the order of one process."""
-    device = device_of(model)
-    shapes: list[tuple[int, ...]] = []
-    with evaluating(model), torch.no_grad():
-        for inputs, targets in objective.batches(split):
-            outputs = forward(model, to_device(inputs, device))
-            scores = scores_of(objective.loss, outputs, to_device(targets, device))
-            shapes.append((0, 0) if scores is None else tuple(scores.shape))
-    found = objective.processes(split).before(torch.tensor(shapes, dtype=torch.int64).reshape(-1, 2))
-    return [(rows, columns) for rows, columns in found.tolist() if rows]
 
 
 def _first(name: str, module: nn.Module) -> nn.Module:

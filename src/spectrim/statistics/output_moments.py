@@ -19,6 +19,7 @@ from spectrim.decomposers.spectrum import Directions
 from spectrim.factored.dense import DenseLayer
 from spectrim.losses import fisher_direction, scores_of
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
+from spectrim.statistics.directions import generator_of
 from spectrim.statistics.input_moments import Rows
 from spectrim.statistics.objective import Objective
 
@@ -42,6 +43,8 @@ def output_moments(
     ``directions``: what is differentiated.
     Raises ``UserError`` for an empty split or a loss that is not finite.
     """
+    if not directions.labels:
+        objective, generator = generator_of(model, objective, samples, split, directions.seed, directions.top)
     layers = {name: model.get_submodule(name) for name in views}
     gathered = {name: {view: _Gathered(layers[name], view) for view in own} for name, own in views.items()}
     leaves: list[Tensor] = []
@@ -49,9 +52,7 @@ def output_moments(
         layers[name].register_forward_hook(_catching(list(own.values()), leaves), with_kwargs=True)
         for name, own in gathered.items()
     ]
-    processes = objective.processes(split)
-    device, count = device_of(model), 0
-    generator = torch.Generator().manual_seed(directions.seed + processes.rank)
+    processes, device, count = objective.processes(split), device_of(model), 0
     with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first(split, samples, "moments"):
             outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
