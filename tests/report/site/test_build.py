@@ -118,6 +118,36 @@ def test_a_record_that_is_missing_is_one_line(tmp_path: Path) -> None:
         build(tmp_path, tmp_path / "out")
 
 
+def test_a_table_without_its_markdown_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "table1.csv").write_text("a\n1\n")
+    with pytest.raises(UserError, match=r"cannot read .*table1\.md: No such file or directory; build the table anew"):
+        build(tmp_path, tmp_path / "out")
+    (tmp_path / "tables" / "table1.md").write_text("**A caption alone**\n")
+    with pytest.raises(UserError, match=r"table1\.md is no table: build it anew"):
+        build(tmp_path, tmp_path / "out")
+
+
+def test_an_unknown_name_is_refused_and_leaves_an_older_report(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(RESULTS, out, ["figure2"])
+    with pytest.raises(UserError, match="no table or figure is called tabel2; choose from: table1 .*figure7"):
+        build(RESULTS, out, ["figure2", "tabel2"])
+    assert (out / "tables" / "figure2.html").is_file()
+
+
+def test_a_record_in_the_folder_of_another_experiment_is_named(tmp_path: Path) -> None:
+    for folder in ("tables", "figures"):
+        (tmp_path / folder).mkdir()
+    record = sorted((RESULTS / "records" / "figure2").glob("*.json"))[0]
+    (tmp_path / "records" / "mine").mkdir(parents=True)
+    (tmp_path / "records" / "mine" / record.name).write_bytes(record.read_bytes())
+    (tmp_path / "tables" / "table1.csv").write_text(f"a,records\n1,mine/{record.stem}\n")
+    (tmp_path / "tables" / "table1.md").write_text("**Caption**\n\n| a | runs |\n|--:|:--|\n| 1 | [1](x) |\n")
+    with pytest.raises(UserError, match=f"mine/{record.name} is the record figure2/{record.stem}: move it"):
+        build(tmp_path, tmp_path / "out")
+
+
 def test_without_tables_one_line_says_how_to_build_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no tables in .*: build them with `spectrim-table`"):
         build(tmp_path, tmp_path / "out")

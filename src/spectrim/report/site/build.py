@@ -27,9 +27,14 @@ def build(results: Path, out: Path, only: Sequence[str] = ()) -> int:
 
     ``results``: folder of ``tables``, ``figures`` and ``records``.
     ``only``: names of the tables and figures to show, with their runs; all by default.
-    Raises ``UserError`` where a table or a record cannot be read, or ``out`` holds anything else than a report.
+    Raises ``UserError`` where a table or a record cannot be read, where nothing has a name of ``only``, or where
+    ``out`` holds anything else than a report.
     """
-    shown = [table for table in tables.read_all(results) if not only or table.name in only]
+    every = {table.name: table for table in tables.read_all(results)}
+    unknown = [name for name in only if name not in every]
+    if unknown:
+        raise UserError(f"no table or figure is called {unknown[0]}; choose from: {' '.join(every)}")
+    shown = [table for name, table in every.items() if not only or name in only]
     if out.exists() and not (out / "report.css").is_file():
         raise UserError(f"{out} exists and is no report: choose another folder, or remove it")
     try:
@@ -62,9 +67,11 @@ def _write(shown: Sequence[Shown], results: Path, folder: Path) -> int:
         for name in dict.fromkeys(name for row in table.rows for name in row.records):
             users.setdefault(name, []).append(table)
     for name, own in users.items():
-        record = records.read(results / "records" / f"{name}.json")
+        path = results / "records" / f"{name}.json"
+        record = records.read(path)
+        if name_of(record) != name:
+            raise UserError(f"{path} is the record {name_of(record)}: move it to the place of that name")
         up = "../" * (name.count("/") + 1)
-        assert name_of(record) == name, f"{name} lies in the folder of another experiment"
         _page(pages, "run.html", folder / "runs" / f"{name}.html", up=up, run=runs.described(record), users=own)
     return 1 + len(shown) + len(users)
 

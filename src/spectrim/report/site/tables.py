@@ -61,7 +61,7 @@ def read_all(results: Path) -> list[Shown]:
     """Return every table with a csv, tables before figures, in the order of their numbers.
 
     ``results``: folder of ``tables`` and ``figures``.
-    Raises ``UserError`` where there is none, or where a csv and its Markdown file do not have the same rows.
+    Raises ``UserError`` where there is none, or where a csv has no Markdown file with the same rows.
     """
     names = sorted((path.stem for path in (results / "tables").glob("*.csv")), key=_place)
     if not names:
@@ -80,9 +80,14 @@ def _place(name: str) -> tuple[bool, int, str]:
 
 
 def _read(folder: Path, name: str, pictures: list[str]) -> Shown:
-    caption, grid, *notes = (folder / f"{name}.md").read_text(encoding="utf-8").strip().split("\n\n")
-    if not grid.startswith("|"):
-        raise UserError(f"{folder / name}.md is no table: build it anew")
+    path = folder / f"{name}.md"
+    try:
+        parts = path.read_text(encoding="utf-8").strip().split("\n\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; build the table anew") from error
+    if len(parts) < 2 or not parts[1].startswith("|"):
+        raise UserError(f"{path} is no table: build it anew")
+    caption, grid, *notes = parts
     body = [_cells(line) for line in grid.splitlines()]
     with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as stream:
         named = [(row.get(RECORDS) or "").split() for row in csv.DictReader(stream)]
