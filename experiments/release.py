@@ -34,8 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/release"), help="folder to write")
     options = parser.parse_args(arguments)
     try:
-        contents = {RECORDS: archive(options.results / "records")}
-        for path in sorted((options.results / "checkpoints").rglob("*.safetensors")):
+        records, checkpoints = options.results / "records", options.results / "checkpoints"
+        if not (records.is_dir() or checkpoints.is_dir()):
+            raise UserError(f"neither records nor checkpoints in {options.results}: give their folder by --results")
+        contents = {RECORDS: archive(records)}
+        for path in sorted(checkpoints.rglob("*.safetensors")):
             if path.name in contents:
                 raise UserError(f"two checkpoints are called {path.name}: rename one")
             contents[path.name] = path.read_bytes()
