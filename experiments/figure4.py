@@ -71,7 +71,8 @@ def build(options: Options) -> list[Path]:
     """Draw the frontier of one network, then every network and selector, and build the table of the same numbers."""
     found = command.load(options)
     published = claims.claims(compare.read_published(PUBLISHED), ["Not retrained"])
-    rows = frontier.rows(options, found, published)
+    points = frontier.points(options, found)
+    rows = frontier.rows(points, published)
     origin = command.origin(options, found, [PUBLISHED])
     models = sorted(dict.fromkeys(rows["model"]), key=frame.model_key)
     main = rows[(rows["network"] == NETWORK[0]) & (rows["data"] == NETWORK[1])]
@@ -80,7 +81,7 @@ def build(options: Options) -> list[Path]:
     for measure in MEASURES:
         for share in SHARES:
             pictures += _draw_all(rows, published, measure, share, options, origin)
-    beside = _beside_rivals(frontier.points(options, found), main)
+    beside = _beside_rivals(points, main)
     caption = f"Numbers of Figure 4: accuracy and loss without fine-tuning on {frame.data_of(rows)}"
     notes = [*NOTES, *beside, *_published_note(published), *(_note(rows[rows["model"] == model]) for model in models)]
     shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], "model", frontier.KEYS)
@@ -210,8 +211,9 @@ def message(rows: pd.DataFrame, measure: str, share: str) -> str:
         for _, ours in own[own["curve"] == "joint"].iterrows():
             alike = others[others["pivoted"] == ours["pivoted"]]
             small = alike[alike[share] <= ours[share]][value]
-            met += len(small) and not ((small > ours[value]) if measure == "accuracy" else (small < ours[value])).any()
-            sizes += len(small) > 0
+            if len(small):
+                met += not ((small > ours[value]) if measure == "accuracy" else (small < ours[value])).any()
+                sizes += 1
     if not sizes:
         return f"Test {measure} of every selector by {UNITS[share]} kept, without fine-tuning"
     better = {"accuracy": "is more accurate", "loss": "has a lower loss"}[measure]

@@ -38,16 +38,15 @@ ABOUT = ("curve", "kept", "pivoted", "line", "target", "requested")
 KEYS = (*frame.KEYS, *ABOUT)
 
 
-def rows(options: Options, found: Sequence[Record], published: Sequence[Claim]) -> pd.DataFrame:
+def rows(runs: pd.DataFrame, published: Sequence[Claim]) -> pd.DataFrame:
     """Return one row per curve and size, averaged over seeds, with each model's dense row first.
 
     The columns are those of ``averages.with_dense``, ``KEYS``, ``decomposer``, ``asked`` (the request in words),
     ``published`` (the published change of accuracy at this size) and ``verdict`` (on ALDS as published).
 
+    ``runs``: those of ``points``.
     ``published``: the points of the published curve.
-    Raises ``UserError`` where one point would be drawn through runs of different settings.
     """
-    runs = points(options, found)
     about = runs.drop_duplicates(list(POINT))[[*POINT, *ABOUT, "decomposer", "asked"]]
     together = averages.with_dense(runs, VALUES).merge(about, "left", list(POINT))
     return pd.concat([_judged(own, of(published, own)) for _, own in together.groupby("model", sort=False)])
@@ -60,7 +59,10 @@ def of(published: Sequence[Claim], own: pd.DataFrame) -> list[Claim]:
 
 
 def points(options: Options, found: Sequence[Record]) -> pd.DataFrame:
-    """Return the runs with ``variant`` the curve, ``asked`` the point on it and ``method`` both, in legend order."""
+    """Return the runs with ``variant`` the curve, ``asked`` the point on it and ``method`` both, in legend order.
+
+    Raises ``UserError`` where one point would be drawn through runs of different settings.
+    """
     runs = command.runs(options, found, [*frame.SELECTORS, "refitted"])
     keys = [_key(*run) for run in zip(runs["algorithm"], runs["settings"], strict=True)]
     requests = [_request(settings) for settings in runs["settings"]]
