@@ -82,12 +82,11 @@ def _refinement(record: Record) -> dict[str, Any]:
     """Return what the log of a run says of its refinement; NaN where there is none."""
     entry = record["log"][-1] if record["log"] else {}
     refined = "distance_after" in entry
-    said = {key: float(entry[key]) if refined else math.nan for key in DONE if key != "refine_seconds"}
+    said = {**entry, "refine_seconds": entry["seconds"]} if refined else {}
     return {
         "signature": record["signature"],
         "refined": "yes" if refined else "no",
-        **said,
-        "refine_seconds": entry["seconds"] if refined else math.nan,
+        **{key: said.get(key, math.nan) for key in DONE},
         "select_seconds": record["phases"]["select"]["seconds"],
     }
 
