@@ -77,8 +77,9 @@ class TwoSidedSVD:
                 "the gradients at the outputs of a layer hold NaN or infinity; check the model's weights and the data"
             )
         root_OO, inverse_OO = _roots(G_OO, self.damping)
-        U_OR, S_R = resumed.left_vectors(root_OO @ W_OI, C_II, self.ridge)
-        svd = _unit(inverse_OO @ U_OR, U_OR.mT @ (root_OO @ W_OI))
+        weighed_OI = root_OO @ W_OI
+        U_OR, S_R = resumed.left_vectors(weighed_OI, C_II, self.ridge)
+        svd = _unit(inverse_OO @ U_OR, U_OR.mT @ weighed_OI)
         return TwoSidedSpectrum(dense, self.view, svd, S_R, self.factors)
 
 
@@ -115,7 +116,7 @@ class TwoSidedSpectrum(WhitenedSpectrum):
     def relative_error_at(self, keep: Keep) -> float:
         if isinstance(keep, int):
             return float(self.relative_error()[keep])
-        dropped = [i for i in range(self.max_rank) if i not in set(keep)]
+        dropped = sorted(set(range(self.max_rank)) - set(keep))
         U, S, Vh = self.svd
         squared = _inner_products(linalg.SVD(U[..., dropped], S[..., dropped], Vh[..., dropped, :])).sum()
         return float(squared.clamp_min(0).sqrt()) / max(float(self.error()[0]), 1e-300)
