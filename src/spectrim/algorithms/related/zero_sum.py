@@ -11,6 +11,7 @@ is taken once. The projected-gradient step after each cut, the repeated cuts, an
 
 from collections.abc import Mapping, Sequence
 from heapq import heapify, heappop, heappush
+from itertools import accumulate
 from typing import ClassVar, NamedTuple
 
 from torch import nn
@@ -34,7 +35,8 @@ class ZeroSum(Budgeted):
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Order the components and cut. The log holds the predicted change and the largest sum on the way.
 
-        Raises ``UserError`` for a budget out of reach.
+        Both are those of the removals that are made: a layer that would not get smaller stays dense. Raises
+        ``UserError`` for a budget out of reach.
         """
         bench, costs, requested = self.budget(Workbench.of(model, decomposer, objective))
         curves = {name: curve.tolist() for name, curve in bench.first_order().items() if name in bench.spectra}
@@ -49,10 +51,8 @@ class ZeroSum(Budgeted):
             {name: "the calibration loss does not depend on it" for name in bench.spectra if name not in curves},
             bench.model,
         )
-        taken = [one for one in removals if one.rank >= ranks[one.layer]]
-        log: list[dict] = []
-        if taken:
-            log = [{"predicted": taken[-1].total, "largest_sum": max(abs(one.total) for one in taken)}]
+        sums = list(accumulate(one.change for one in removals if one.rank >= ranks[one.layer]))
+        log = [{"predicted": sums[-1], "largest_sum": max(map(abs, sums))}] if sums else []
         return bench.finish(ranks, log, notes)
 
 
