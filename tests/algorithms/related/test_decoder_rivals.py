@@ -15,6 +15,8 @@ from spectrim.algorithms.shared.divergence import divergences
 from spectrim.algorithms.shared.layer_types import by_type
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.algorithms.truncation import Truncation
+from spectrim.decomposers.matrix import MatrixSpectrum
+from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.two_sided import TwoSidedSVD
 from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
@@ -112,6 +114,15 @@ def test_the_divergence_is_that_of_the_model_with_one_layer_cut(blocks: nn.Seque
         SwiftSVD(params_kept=0.6).compress(blocks, WhitenedSVD("channel"), pairs)
 
 
+def test_a_layer_is_factored_once_for_all_batches(blocks: nn.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [(torch.randn(20, 16), torch.arange(20) % 4) for _ in range(3)]
+    bench = Workbench.of(blocks, SVD(), Objective(F.cross_entropy, {"calibration": batches}))
+    factor, ranks = MatrixSpectrum.factor, list[Any]()
+    monkeypatch.setattr(MatrixSpectrum, "factor", lambda own, keep: ranks.append(keep) or factor(own, keep))
+    divergences(bench, {"0.0": 2, "3.0": 3}, 60)
+    assert ranks == [2, 3]
+
+
 def test_lems_lets_early_layers_lose_less_by_the_depth_factor(data: Objective) -> None:
     layer = nn.Linear(16, 16)
     net = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(4)), nn.Linear(16, 4))
@@ -155,8 +166,12 @@ def test_the_first_order_changes_of_zero_sum_cancel() -> None:
     assert removals[-1].total == pytest.approx(everything)
 
 
-def test_zero_sum_ends_near_zero(blocks: nn.Sequential, data: Objective) -> None:
-    result = ZeroSum(params_kept=0.6).compress(blocks, WhitenedSVD("channel", factors="pivoted"), data)
+@pytest.mark.parametrize("kept", [0.6, 0.9])
+@pytest.mark.parametrize("factors", FORMS)
+def test_zero_sum_predicts_the_change_of_the_model_that_it_returns(
+    kept: float, factors: Any, blocks: nn.Sequential, data: Objective
+) -> None:
+    result = ZeroSum(params_kept=kept).compress(blocks, WhitenedSVD("channel", factors=factors), data)
     (entry,) = result.log
     assert result.predicted_change == pytest.approx(entry["predicted"], abs=1e-5)
     assert abs(entry["predicted"]) <= entry["largest_sum"]

@@ -33,6 +33,7 @@ def divergences(bench: Workbench, ranks: Mapping[str, int], samples: int) -> dic
 def _measured(bench: Workbench, ranks: Mapping[str, int], samples: int) -> dict[str, float]:
     objective, working = bench.objective, copied(bench.model)
     device, names, count = device_of(working), sorted(ranks), 0
+    cut = [bench.spectra[name].factor(ranks[name]) for name in names]
     sums = torch.zeros(len(names), dtype=torch.float64)
     with evaluating(working), torch.inference_mode():
         for inputs, targets in objective.first("calibration", samples, "measure"):
@@ -49,7 +50,7 @@ def _measured(bench: Workbench, ranks: Mapping[str, int], samples: int) -> dict[
             dense = log_probabilities()
             for i, name in enumerate(names):
                 layer = working.get_submodule(name)
-                replacing.replace(working, name, bench.spectra[name].factor(ranks[name]))
+                replacing.replace(working, name, cut[i])
                 sums[i] += float(F.kl_div(log_probabilities(), dense, reduction="sum", log_target=True))
                 replacing.replace(working, name, layer)
             objective.read["calibration"] += len(names) * sample_count(targets, inputs)
