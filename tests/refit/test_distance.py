@@ -1,5 +1,7 @@
 """The distance of two outputs is a KL divergence where they are scores, and a relative squared error elsewhere."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,3 +42,17 @@ def test_the_distance_of_other_outputs_is_the_sum_of_relative_squared_errors() -
 def test_a_wanted_output_of_zero_gives_a_finite_error() -> None:
     assert float(relative_error(torch.zeros(3), torch.zeros(3))) == 0
     assert torch.isfinite(relative_error(torch.full((3,), 1e-20), torch.zeros(3)))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "goal", "what"),
+    [
+        (torch.ones(3).long(), torch.ones(3).long(), "without a floating-point tensor"),
+        ([torch.ones(1, 4)], [torch.ones(3, 4)], "that differ in shape"),
+        ([torch.ones(0, 4)], [torch.ones(3, 4)], "that differ in shape"),
+        ([torch.ones(3, 4)] * 2, [torch.ones(3, 4)], "that differ in shape"),
+    ],
+)
+def test_outputs_that_cannot_be_compared_have_no_distance(outputs: Any, goal: Any, what: str) -> None:
+    found, measure = distance(F.mse_loss, outputs, goal, None)
+    assert found.isnan() and measure == f"relative squared error of outputs {what}"

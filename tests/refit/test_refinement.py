@@ -17,7 +17,7 @@ from spectrim.batches import evaluating
 from spectrim.decomposers.svd import SVD
 from spectrim.errors import UserError
 from spectrim.models.resnet import ResNet
-from spectrim.refit import refinement
+from spectrim.refit import held_out, refinement
 from spectrim.refit.blocks import block_error, outputs_of, repeated_blocks
 from spectrim.refit.refinement import Refinement, refine
 from spectrim.statistics.objective import Objective
@@ -179,6 +179,36 @@ def test_after_a_kill_it_ends_in_the_same_weights(
     assert {**found, "seconds": 0} == {**entry, "seconds": 0}
 
 
+@pytest.mark.parametrize("lr", [3e-3, 1e30])
+def test_what_is_taken_up_counts_as_read_and_a_stop_is_told_again(
+    net: nn.Module, cut: Compressed, objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lr: float
+) -> None:
+    monkeypatch.setattr(resume, "WORTH_SECONDS", 0.0)
+    read, notes = list[Any](), list[Any]()
+    for _ in range(2):
+        objective.start_selection()
+        with resume.into(tmp_path):
+            notes.append(refine(copy.deepcopy(cut.model), net, objective, Refinement(samples=640, lr=lr)).notes)
+        read.append(dict(objective.read))
+    assert read[0] == read[1] and notes[0] == notes[1]
+    assert any("stopped" in note for note in notes[0]) == (lr > 1)
+
+
+def test_outputs_that_cannot_be_compared_leave_the_model_as_it_is(net: nn.Module, batches: Any) -> None:
+    class Labels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = copy.deepcopy(net)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x).argmax(1)
+
+    inputs = [own for own, _ in batches]
+    result = compress(Labels(), calibration=inputs, algorithm=Refitted(Truncation(ratio=0.5), 64, STEPS))
+    said = "the relative squared error of outputs without a floating-point tensor on held-out inputs is nan"
+    assert result.notes[-1] == f"not refined: {said}"
+
+
 def test_other_settings_take_nothing_up(
     net: nn.Module, cut: Compressed, objective: Objective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,7 +249,7 @@ def test_the_last_calibration_batches_are_held_out(
     net: nn.Module, cut: Compressed, batches: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A refit has read the first ones, on which the model is closer to the dense one than elsewhere."""
-    monkeypatch.setattr(refinement, "HELD_OUT_SAMPLES", 40)
+    monkeypatch.setattr(held_out, "HELD_OUT_SAMPLES", 40)
     both = Objective(F.cross_entropy, {"calibration": batches, "train": batches[:1]})
     done = refine(cut.model, net, both, Refinement(samples=32, lr=1e-9, split="train"))
     assert done.entry is not None

@@ -1,5 +1,6 @@
 """How far the outputs of a compressed model are from those of the dense one, without labels."""
 
+import math
 from typing import Any
 
 import torch
@@ -14,16 +15,21 @@ def distance(loss: Loss, outputs: Any, wanted: Any, targets: Any) -> tuple[Tenso
     """Return how far ``outputs`` are from ``wanted``, those of the dense model, and the name of this measure.
 
     Class scores, as ``losses.scores_of`` finds them: the mean KL divergence ``KL(p_dense || p)`` of the predictions, in
-    nats. Other outputs: ``E ||y - y_dense||^2 / E ||y_dense||^2``, added up over all floating-point tensors. Targets
-    tell only which of the two it is, and which tokens of a text are predicted.
+    nats. Other outputs: ``E ||y - y_dense||^2 / E ||y_dense||^2``, added up over all floating-point tensors. It is NaN
+    where there are none, or where they differ in shape, as the boxes that a detector finds do. Targets tell only which
+    of the two it is, and which tokens of a text are predicted.
     """
     scores, goal = (scores_of(loss, own, targets) for own in (outputs, wanted))
     if scores is not None and goal is not None:
         logs = scores.log_softmax(-1), goal.log_softmax(-1)
         return F.kl_div(*logs, reduction="batchmean", log_target=True), "KL divergence (nats)"
-    pairs = zip(tensors_of(outputs), tensors_of(wanted), strict=True)
-    parts = [relative_error(y, z) for y, z in pairs if z.is_floating_point() and z.numel()]
-    return torch.stack(parts).sum(), "relative squared error"
+    ours, theirs = ([y for y in tensors_of(own) if y.is_floating_point() and y.numel()] for own in (outputs, wanted))
+    measure = "relative squared error"
+    if not theirs:
+        return torch.tensor(math.nan), f"{measure} of outputs without a floating-point tensor"
+    if [y.shape for y in ours] != [z.shape for z in theirs]:
+        return torch.tensor(math.nan), f"{measure} of outputs that differ in shape"
+    return torch.stack([relative_error(y, z) for y, z in zip(ours, theirs, strict=True)]).sum(), measure
 
 
 def relative_error(y: Tensor, wanted: Tensor) -> Tensor:

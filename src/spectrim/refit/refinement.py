@@ -3,30 +3,28 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, alone_trainable, device_of, evaluating, forward, sample_count, to_device
+from spectrim.batches import Inputs, alone_trainable, device_of, evaluating, forward, to_device
 from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
 from spectrim.refit.blocks import block_error, outputs_of, repeated_blocks
 from spectrim.refit.distance import distance
+from spectrim.refit.held_out import Batch, count_of, divided, order_of
 from spectrim.statistics.objective import Objective
 from spectrim.tools import resume
 from spectrim.tools.content import of_function, of_model
 from spectrim.tools.live import Bar
 from spectrim.tools.settings import settings
 
-HELD_OUT = 0.2  # part of the calibration batches that no step reads, on which the distance is measured
-HELD_OUT_SAMPLES = 1000  # number of calibration samples for it, where the steps read the train split
 PARTS = 4  # the distance is measured after each of so many equal parts of the steps
 WARM_UP = 0.1  # part of the steps in which the learning rate rises
 
-Batch = tuple[Inputs, Any]
 Augment = Callable[[Inputs, torch.Generator], Inputs]
 
 
@@ -114,6 +112,10 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: own for name, own in model.named_parameters() if id(own) in wanted}
 
 
+class _Stopped(Exception):
+    """Raised by a step after which none can follow; the text says which, and why."""
+
+
 class _Steps:
     """The steps of one refinement. Each is given by its number, so that a later process may begin at any."""
 
@@ -127,9 +129,9 @@ class _Steps:
     ) -> None:
         self.model, self.dense, self.objective, self.chosen, self.weights = model, dense, objective, chosen, weights
         self.device, self.notes = device_of(model), list[str]()
-        self.batches, self.held = _divided(objective, chosen)
-        self.held_count = sum(map(_count, self.held))
-        self.order = _order(list(map(_count, self.batches)), chosen.samples, chosen.seed)
+        self.batches, self.held = divided(objective, chosen.split, chosen.samples)
+        self.counts, self.held_count = list(map(count_of, self.batches)), sum(map(count_of, self.held))
+        self.order = order_of(self.counts, chosen.samples, chosen.seed)
         self.optimizer = torch.optim.Adam(weights.values(), chosen.lr)
         self.measure = "distance"
         self.blocks: list[dict[str, Tensor]] = []  # what the blocks of both models put out in the last pass
@@ -158,7 +160,10 @@ class _Steps:
         bounds = [round(part * len(self.order) / PARTS) for part in range(PARTS + 1)]
         with Bar(desc="refine", total=len(self.order), unit="step", leave=False) as bar:
             for start, stop in itertools.pairwise(bounds):
-                if not self._resumed(range(start, stop), bar):
+                try:
+                    self._resumed(range(start, stop), bar)
+                except _Stopped as why:
+                    self.notes.append(f"the refinement stopped at {why}")
                     break
                 done, now = stop, self._held_distance()
                 if now < nearest:
@@ -166,11 +171,11 @@ class _Steps:
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(best[name])
-        read = [self.batches[index] for index in self.order[:done]]
+        read = self.order[:done]
         return {
             "steps": done,
-            "inputs": sum(_count(self.batches[index]) for index in set(self.order[:done])),
-            "samples": sum(map(_count, read)),
+            "inputs": sum(self.counts[index] for index in set(read)),
+            "samples": sum(self.counts[index] for index in read),
             "distance_before": before,
             "distance_after": nearest,
         }
@@ -178,9 +183,9 @@ class _Steps:
     def _copy(self) -> dict[str, Tensor]:
         return {name: weight.detach().clone() for name, weight in self.weights.items()}
 
-    def _resumed(self, steps: range, bar: Bar) -> bool:
-        """Do ``steps``, or take up what an earlier process did. Return whether all distances were finite."""
-        folder = resume.current()
+    def _resumed(self, steps: range, bar: Bar) -> None:
+        """Do ``steps``, or take up what an earlier process did. Raises ``_Stopped`` as ``_do``, which keeps nothing."""
+        folder, read = resume.current(), self.objective.read[self.chosen.split]
         if folder is None:
             return self._do(steps, bar)
 
@@ -190,13 +195,13 @@ class _Steps:
             return [about, of_model(self.model), of_model(self.dense), self._state(), self.batches]
 
         def made() -> dict[str, Tensor]:
-            return {"finite": torch.tensor(self._do(steps, bar)), **self._state()}
+            self._do(steps, bar)
+            return self._state()
 
-        found = resume.tensors("refinement", depends, made, folder)
-        finite = bool(found.pop("finite"))
-        self._load(found)
+        self._load(resume.tensors("refinement", depends, made, folder))
         bar.update(steps.stop - bar.n)
-        return finite
+        passed = sum(self.counts[index] for index in self.order[steps.start : steps.stop])
+        self.objective.read[self.chosen.split] = read + passed  # as if done here
 
     def _state(self) -> dict[str, Tensor]:
         """Return the weights and what the optimizer keeps of each."""
@@ -216,26 +221,25 @@ class _Steps:
             else:
                 self.optimizer.state[weight][kind] = value if kind == "step" else value.to(weight.device)
 
-    def _do(self, steps: range, bar: Bar) -> bool:
-        """Do ``steps``. Return False, with a note, where a distance is not finite or has no gradient."""
+    def _do(self, steps: range, bar: Bar) -> None:
+        """Do ``steps``. Raises ``_Stopped`` where a distance is not finite or has no gradient."""
         for step in steps:
             inputs, targets = self._batch(step)
-            self.objective.read[self.chosen.split] += sample_count(targets, inputs)
+            self.objective.read[self.chosen.split] += self.counts[self.order[step]]
             for group in self.optimizer.param_groups:
                 group["lr"] = self.chosen.lr * _shape((step + 1) / len(self.order))
             with torch.enable_grad():
                 found = self._distance(inputs, targets)
                 if (between := block_error(*self.blocks)) is not None:
                     found = found + between
-            if not (found.requires_grad and math.isfinite(found.item())):
-                why = f"the distance became {found.item()}; lower lr" if found.requires_grad else "there is no gradient"
-                self.notes.append(f"the refinement stopped at step {step}: {why}")
-                return False
+            if not found.requires_grad:
+                raise _Stopped(f"step {step}: there is no gradient")
+            if not math.isfinite(found.item()):
+                raise _Stopped(f"step {step}: the distance became {found.item()}; lower lr")
             self.optimizer.zero_grad(set_to_none=True)
             found.backward()
             self.optimizer.step()
             bar.update()
-        return True
 
     def _batch(self, step: int) -> Batch:
         inputs, targets = self.batches[self.order[step]]
@@ -256,43 +260,8 @@ class _Steps:
     def _held_distance(self) -> float:
         """Return the mean distance on the held-out batches."""
         self.objective.read["calibration"] += self.held_count
-        total = sum(_count(batch) * self._distance(*batch).item() for batch in self.held)
+        total = sum(count_of(batch) * self._distance(*batch).item() for batch in self.held)
         return total / self.held_count
-
-
-def _divided(objective: Objective, chosen: Refinement) -> tuple[list[Batch], list[Batch]]:
-    """Return the batches of the steps and those that are held out, in memory. They share none."""
-    if chosen.split != "calibration":
-        held: list[Batch] = []
-        for batch in objective.batches("calibration"):
-            held.append(batch)
-            while sum(map(_count, held[1:])) >= HELD_OUT_SAMPLES:  # a refit has read the first ones
-                del held[0]
-        return list(objective.held(chosen.split, chosen.samples).batches(chosen.split)), held
-    first = _count(next(iter(objective.batches("calibration"))))
-    wanted = max(math.ceil(chosen.samples / (1 - HELD_OUT)), first + 1)  # two batches at least
-    batches = list(objective.held("calibration", wanted).batches("calibration"))
-    count = max(1, round(HELD_OUT * len(batches)))
-    return batches[:-count], batches[-count:]
-
-
-def _count(batch: Batch) -> int:
-    inputs, targets = batch
-    return sample_count(targets, inputs)
-
-
-def _order(counts: Sequence[int], samples: int, seed: int) -> list[int]:
-    """Return the batches of all steps by their numbers: again and again in new orders until ``samples`` are read.
-
-    ``counts``: number of samples of each batch.
-    """
-    generator, order, read = torch.Generator().manual_seed(seed), list[int](), 0
-    while read < samples:
-        for index in torch.randperm(len(counts), generator=generator).tolist():
-            if read < samples:
-                order.append(index)
-                read += counts[index]
-    return order
 
 
 def _shape(progress: float) -> float:
