@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spectrim.cli import streams
 from spectrim.cli.messages import Parser
-from spectrim.cli.termination import STATUS, Terminated, terminable
+from spectrim.cli.termination import ending, terminable
 from spectrim.errors import UserError
 
 BUDGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase")
@@ -76,10 +76,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             compressing.run(options, given)
     except UserError as error:
         return _said(str(error), 1)
-    except Terminated:
-        return _said("terminated; the same command goes on where it stopped", STATUS)
-    except KeyboardInterrupt:
-        return _said("interrupted; the same command goes on where it stopped", 130)
+    except KeyboardInterrupt as stop:
+        word, status = ending(stop)
+        return _said(f"{word}; the same command goes on where it stopped", status)
     return 0
 
 

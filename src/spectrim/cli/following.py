@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from spectrim.cli.termination import STATUS, Terminated
+from spectrim.cli.termination import ending
 from spectrim.errors import UserError
 from spectrim.runs import targets
 from spectrim.runs.tracking.followed import Followed
@@ -68,6 +68,4 @@ class Follower:
 
 def _status_of(error: BaseException) -> int:
     """Return the status with which the command exits."""
-    if isinstance(error, Terminated):
-        return STATUS
-    return 130 if isinstance(error, KeyboardInterrupt) else 1
+    return ending(error)[1] if isinstance(error, KeyboardInterrupt) else 1

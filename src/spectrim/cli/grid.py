@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from spectrim.cli import claims, launched, messages, progress, streams
 from spectrim.cli.messages import LOG
-from spectrim.cli.termination import STATUS, Terminated, terminable
+from spectrim.cli.termination import ending, terminable
 from spectrim.errors import UserError
 from spectrim.records.records import failure_path
 from spectrim.runs import composition
@@ -145,7 +145,7 @@ def command_line(job: Callable[[], Any]) -> None:
                 _check_options()
                 _whole(job)
         except KeyboardInterrupt as stop:
-            word, status = ("terminated", STATUS) if isinstance(stop, Terminated) else ("interrupted", 130)
+            word, status = ending(stop)
             left = launched.left_behind(stop) or "the same command goes on where it stopped"
             _end(f"{word}; {left}", status)
         except MISTAKES as error:

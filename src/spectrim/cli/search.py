@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from spectrim.cli import messages, streams
 from spectrim.cli.grid import MISTAKES
 from spectrim.cli.messages import LOG, RESULTS
-from spectrim.cli.termination import STATUS, Terminated, terminable
+from spectrim.cli.termination import ending, terminable
 from spectrim.errors import UserError
 from spectrim.runs import configuration
 from spectrim.tools import extras
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         LOG.error(configuration.innermost(error))
         return 1
     except KeyboardInterrupt as stop:
-        word, status = ("terminated", STATUS) if isinstance(stop, Terminated) else ("interrupted", 130)
+        word, status = ending(stop)
         LOG.error("%s; the same command goes on where it stopped", word)
         return status
     return 0

@@ -31,6 +31,11 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, usual)
 
 
+def ending(stop: KeyboardInterrupt) -> tuple[str, int]:
+    """Return the word for how a command was stopped, and the status with which it exits."""
+    return ("terminated", STATUS) if isinstance(stop, Terminated) else ("interrupted", 130)
+
+
 def _raise(*_: int | FrameType | None) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # A second one must not break what the first one set in motion.
     raise Terminated
