@@ -47,6 +47,15 @@ def test_a_trial_that_fails_is_left_out_and_all_of_them_are_an_error(
     assert "every trial failed, the last one so: ratio must lie in (0, 1]" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "value"), [("--trials", "0"), ("--trials", "-2"), ("--seed", "-1")])
+def test_a_number_that_cannot_be_is_refused_in_one_line(
+    words: list[str], option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert search.main([*words, "algorithm.ratio=0.2,0.9", option, value]) == 1
+    said = capsys.readouterr().err
+    assert option in said and value in said and said.count("\n") == 1
+
+
 def test_intervals_are_read_in_the_grammar_of_hydra() -> None:
     given = ["a=interval(0.1,0.9)", "b=int(interval(1,8))", "c=tag(log,interval(0.001,1.0))", "d=x,y", "e=3"]
     fixed, searched = search.space(given)

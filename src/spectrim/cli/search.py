@@ -22,6 +22,7 @@ from spectrim.cli.termination import ending, terminable
 from spectrim.errors import UserError
 from spectrim.runs import configuration
 from spectrim.tools import extras
+from spectrim.tools.settings import require_seed
 
 METRICS = {"loss": "minimize", "accuracy": "maximize"}
 
@@ -60,8 +61,11 @@ def search(options: argparse.Namespace) -> list[str]:
     """Run the trials, one after the other. Return the words of the best one.
 
     A trial that fails, such as one whose budget is out of reach, is told and left out. Raises ``UserError`` where all
-    fail.
+    fail, and for a number of trials or a seed that cannot be.
     """
+    if options.trials < 1:
+        raise UserError(f"--trials {options.trials} is too small; give at least 1")
+    require_seed("--seed", options.seed)
     fixed, searched = space(options.overrides)
     optuna = extras.imported("optuna", "search", "spectrim-search")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -117,7 +121,7 @@ def _composed(words: list[str]) -> Iterator[DictConfig]:
 
 def parser() -> messages.Parser:
     """Return the parser of the command line."""
-    made = messages.Parser(prog="spectrim-search", description="Search the settings of a run by optuna.")
+    made = messages.Parser(prog="spectrim-search", description="Search the settings of a run by optuna.").with_version()
     made.add_argument(
         "overrides", nargs="+", metavar="SETTING=VALUE", help="settings; interval(A,B) or A,B,C is searched"
     )
