@@ -4,10 +4,12 @@ import argparse
 import sys
 import tomllib
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib import import_module
 
 from spectrim.cli import streams
 from spectrim.cli.messages import Parser
+from spectrim.cli.termination import ending, terminable
 from spectrim.errors import UserError
 from spectrim.fetch import release
 from spectrim.records.provenance import ROOT
@@ -31,19 +33,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"${release.ADDRESS}. `spectrim-table NAME --help` lists the other options.",
     ).with_version()
     parser.add_argument("name", metavar="NAME", choices=names(), help=", ".join(names()))
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     options = parser.parse_args(arguments)
     fetching = Parser(prog="spectrim-table", add_help=False, allow_abbrev=False)
     fetching.add_argument("--fetch", metavar="ADDRESS", nargs="?", const="")
     given, rest = fetching.parse_known_args(options.rest)
-    try:
-        if given.fetch is not None:
-            rest += ["--records", str(release.records(given.fetch))]
-    except UserError as error:
-        print(f"spectrim-table: {error}", file=sys.stderr)
-        return 1
     sys.path.insert(0, str(SCRIPTS))  # as for a script there, which may import its neighbours
-    status: int = import_module(options.name).main(rest)
+    try:
+        with terminable(), redirect_stdout(streams.Outlet(sys.stdout)):
+            if given.fetch is not None:
+                rest += ["--records", str(release.records(given.fetch))]
+            status: int = import_module(options.name).main(rest)
+            return status
+    except UserError as error:
+        return _said(str(error), 1)
+    except KeyboardInterrupt as stop:
+        word, status = ending(stop)
+        return _said(f"{word}; give the same command again", status)
+
+
+def _said(line: str, status: int) -> int:
+    print(f"spectrim-table: {line}", file=sys.stderr)
     return status
 
 
