@@ -94,6 +94,8 @@ def test_each_row_names_its_records_in_the_csv_and_links_them_in_markdown(table:
     first, second, third = shown.markdown().splitlines()[4:7]
     assert first.endswith("| [1](../records/a/1.json) [2](../records/a/2.json) |")
     assert second.endswith("|  |") and third.endswith("|  |")  # as the row above of the same group; none
+    several = replace(shown, data=data.assign(**{str(table.group): "one"})).markdown().splitlines()[5]
+    assert several.endswith("[2](../records/a/2.json) |")  # the group has rows of other records
     apart = replace(shown, group=None).markdown().splitlines()[5]
     assert apart.endswith("[2](../records/a/2.json) |")
     assert "records" not in replace(shown, excerpt=True).markdown() + shown.latex()

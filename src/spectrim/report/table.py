@@ -110,17 +110,18 @@ class Table:
     def _linked(self) -> list[str]:
         """Return the end of each line of the Markdown table: links to the records of its row.
 
-        Rows of one group that share their records, such as the points of a curve, link them once.
+        A group whose rows all have the same records, such as the points of a curve, links them in its first row alone.
         """
         if self.excerpt or RECORDS not in self.data:
             return []
-        cells, seen = [], set()
-        groups = [None] * len(self.data) if self.group is None else self.data[self.group]
-        for group, names in zip(groups, self.data[RECORDS].fillna(""), strict=True):
-            links = (f"[{at}]({FOLDER}/{name}.json)" for at, name in enumerate(names.split(), 1))
-            cells.append("" if self.group and (group, names) in seen else " ".join(links))
-            seen.add((group, names))
-        return [" runs |", ":-----|", *(f" {cell} |" for cell in cells)]
+        named = self.data[RECORDS].fillna("")
+        if self.group is not None:
+            groups = self.data[self.group]
+            named = named.mask(groups.duplicated() & (named.groupby(groups).transform("nunique") == 1), "")
+        links = [
+            " ".join(f"[{at}]({FOLDER}/{name}.json)" for at, name in enumerate(names.split(), 1)) for names in named
+        ]
+        return [" runs |", ":-----|", *(f" {cell} |" for cell in links)]
 
     def latex(self) -> str:
         """Return a LaTeX table that fits the page, with a rule between groups and the notes below."""
