@@ -16,12 +16,13 @@ NETWORKS = ("resnet20", "resnet56", "resnext20", "densenet22")  # those of Table
 Rows = pd.DataFrame
 
 
-def rows(results: Path, table: str, **where: Any) -> Rows:
-    """Return the rows of a table's csv with these values. Raises ``UserError`` where there are none.
+def rows(results: Path, table: str, /, folder: str = "tables", **where: Any) -> Rows:
+    """Return the rows of a csv with these values. Raises ``UserError`` where there are none.
 
+    ``folder``: ``tables`` or ``benchmarks``.
     ``where``: by column, a value, or a list of values.
     """
-    path = results / "tables" / f"{table}.csv"
+    path = results / folder / f"{table}.csv"
     try:
         found = pd.read_csv(path)
     except OSError as error:
@@ -52,14 +53,12 @@ def selected(results: Path, models: Any, setting: str) -> Rows:
 
 
 def whitened(results: Path) -> str:
-    """Return the rise of the loss with a whitened decomposition over that with the plain one, in Table 4."""
+    """Return the rise of the loss with a whitened decomposition over that without, at equal factors, in Table 4."""
     cut = rows(results, "table4", variant=["truncation, params kept 0.5", "truncation, params kept 0.75"])
-    rise: dict[Any, float] = cut.set_index(["variant", "method"])["change_test_loss"].to_dict()
-    names = ("SVD, channel view", "SVD, spatial view", "SVD, better view of each layer")
-    parts = [
-        100 * rise[variant, f"whitened {name}"] / rise[variant, name] for variant in cut["variant"] for name in names
-    ]
-    return span(pd.Series(parts), 0, " %")
+    rise = cut.pivot(index=["variant", "factors"], columns="method", values="change_test_loss")
+    names = ["SVD, channel view", "SVD, spatial view", "SVD, better view of each layer"]
+    parts = rise[[f"whitened {name}" for name in names]].to_numpy() / rise[names].to_numpy()
+    return span(pd.Series(100 * parts.ravel()), 0, " %")
 
 
 def kept_loss(results: Path) -> str:
@@ -105,6 +104,12 @@ def points(row: Any) -> str:
 def macs(results: Path, variant: str) -> str:
     """Return the part of the MACs that a selector keeps of ResNet-20 at half of its parameters, in percent."""
     return f"{100 * at(results, 'resnet20', variant, '0.5')['macs_kept']:.0f} %"
+
+
+def pivoted_time(results: Path) -> str:
+    """Return by how much a pivoted convolution is slower than a plain one at batch size 1, at most, in percent."""
+    found = rows(results, "pivoted", "benchmarks", view=["channel", "spatial"], batch=1)
+    return f"{100 * (found['time_ratio'].max() - 1):.0f} %"
 
 
 def trained(results: Path, net: str, methods: Any, epochs: int | None = None) -> Rows:
@@ -154,6 +159,7 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "vgg_joint_30": lambda results: points(at(results, "vgg19_half", "joint, ours", "0.3")),
     "plain_macs": lambda results: macs(results, "joint, ours"),
     "pivoted_macs": lambda results: macs(results, "joint, ours, pivoted"),
+    "pivoted_time": pivoted_time,
     "cost_aimet": lambda results: f"{100 * cost(results, 'AIMET, greedy'):.1f} %",
     "cost_knapsack": lambda results: number(cost(results, "knapsack (BALF)"), 1),
     "tolerant_resnet20": lambda results: removed(tolerant(results, "0.01", "resnet20")),

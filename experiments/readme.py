@@ -93,6 +93,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
         "checkpoints": checkpoints,
     },
     "docs/supported_models.md": {"zoo": zoo},
+    "docs/using_the_result.md": {},
 }
 
 

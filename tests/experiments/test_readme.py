@@ -23,6 +23,7 @@ PAGES = {
     "docs/algorithms.md": {"selectors"},
     "docs/results.md": {"claims", "table2", "frontier", "language", "checkpoints"},
     "docs/supported_models.md": {"zoo"},
+    "docs/using_the_result.md": set(),
 }
 
 
@@ -31,7 +32,7 @@ def test_a_page_shows_what_results_hold(readme: ModuleType, page: str) -> None:
     assert {page: set(blocks) for page, blocks in readme.PAGES.items()} == PAGES
     text = (ROOT / page).read_text(encoding="utf-8")
     assert readme.filled(page, text, ROOT / "results") == text
-    assert {"docs/supported_models.md": "works"}.get(page, "±") in text
+    assert {"docs/supported_models.md": "works", "docs/using_the_result.md": " %<!-- = -->"}.get(page, "±") in text
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
@@ -76,6 +77,24 @@ def test_a_number_is_read_from_the_table(readme: ModuleType, tmp_path: Path) -> 
         readme.filled("page.md", "<!-- =nothing -->1<!-- = -->", ROOT / "results")
     with pytest.raises(UserError, match=r"cannot read .*table5\.csv"):
         readme.filled("page.md", text, tmp_path)
+
+
+def test_whitened_and_plain_spectra_are_compared_at_equal_factors(readme: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "tables").mkdir()
+    names = ("SVD, channel view", "SVD, spatial view", "SVD, better view of each layer")
+    data = [
+        {
+            "variant": "truncation, params kept 0.5",
+            "method": white + name,
+            "factors": factors,
+            "change_test_loss": rise * part,
+        }
+        for factors, rise, part_of in (("plain", 4.0, 0.5), ("pivoted", 1.0, 0.25))
+        for name in names
+        for white, part in (("", 1.0), ("whitened ", part_of))
+    ]
+    pd.DataFrame(data).to_csv(tmp_path / "tables" / "table4.csv", index=False)
+    assert readme.quoted.whitened(tmp_path) == "25 to 50 %"
 
 
 def test_a_row_that_is_no_longer_there_is_named(readme: ModuleType) -> None:
