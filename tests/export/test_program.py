@@ -67,6 +67,34 @@ def test_pt2_of_a_decoder_takes_any_number_of_texts_and_tokens(decoder: Any, tmp
         torch.testing.assert_close(found, decoder.model(input_ids=inputs[name]).logits, atol=1e-5, rtol=1e-4)
 
 
+class OfPackedMatrices(nn.Module):
+    """An LSTM, attention with a mask for each head, and an encoder whose padded positions count in a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent = nn.LSTM(16, 16, batch_first=True)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.recurrent(x)
+        x, _ = self.attention(x, x, x, attn_mask=x.new_zeros(4 * x.shape[0], x.shape[1], x.shape[1]))
+        padded = (torch.arange(x.shape[1]) > 3).expand(x.shape[:2])
+        return self.encoder(x, src_key_padding_mask=padded).mean(1)
+
+
+def test_pt2_of_modules_that_pack_matrices_takes_any_number_of_samples(tmp_path: Path) -> None:
+    batches = [(torch.randn(4, 6, 16), torch.randint(16, (4,)))]
+    algorithm = spectrim.Truncation(ratio=0.6)
+    result = spectrim.compress(OfPackedMatrices().eval(), calibration=batches, algorithm=algorithm)
+    assert {"recurrent.hh_l0", "attention.q_proj", "encoder.layers.0.linear1"} <= set(result.plan)
+    result.export("pt2", tmp_path / "small.pt2")
+    inputs = {str(count): torch.randn(count, 6, 16) for count in (1, 7)}
+    for name, found in run_alone(tmp_path, inputs, "module(value)").items():
+        with torch.no_grad():
+            torch.testing.assert_close(found, result.model(inputs[name]), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("opset", [18, 21, 23])
 def test_onnx_takes_any_number_of_samples(result: Any, tmp_path: Path, opset: int) -> None:
     runtime = pytest.importorskip("onnxruntime", reason="the extra export is not installed")

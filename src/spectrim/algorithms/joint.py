@@ -230,8 +230,7 @@ class _JointSearch:
     def _advance(self, point: _Point, requested: float) -> _Point:
         """Expand the loss at ``point`` and remove components until the ``requested`` share of the cost is left."""
         layers = point.layers = point.layers or self._expanded(point)
-        elsewhere = self.costs.total - self.costs.fixed - sum(self.costs.dense[name] for name in layers)
-        budget = requested * self.costs.total - elsewhere
+        budget = self.costs.of_layers(requested, layers)
         removal = keep_dearest(layers, budget) if self.settings.ranks == "knapsack" else remove(layers, budget)
         after = point.kept | {name: point.kept[name][own] for name, own in removal.kept.items()}
         found = _Point(after, point.predicted + removal.predicted)

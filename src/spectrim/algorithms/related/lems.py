@@ -65,34 +65,31 @@ class LEMS(Budgeted):
         """
         bench, costs, requested = self.budget(Workbench.of(model, decomposer, objective))
         costs.require(requested)
-        measured = {name: self._rank_of(bench, name, self.point) for name in bench.spectra}
+        least, measured = (
+            {name: bench.rank_at(name, part) for name in bench.spectra} for part in (self.floor, self.point)
+        )
+        costs.require_of_rule(requested, least)
         moved = divergences(bench, measured, self.samples)
         log: list[dict] = [{"layer": name, "rank": measured[name], "divergence": moved[name]} for name in measured]
         ranks, options, last = {}, {}, max(len(bench.spectra) - 1, 1)
         for place, name in enumerate(bench.spectra):
             factor = 1 + self.depth * (last - place) / last
-            ranks[name], options[name] = self._options(bench, costs, name, factor * moved[name], measured[name])
-        budget = requested * costs.total - (costs.total - costs.fixed - sum(costs.dense.values()))
-        chosen = choose(options, budget)
+            ranks[name], options[name] = _options(bench, costs, name, least[name], measured[name], factor * moved[name])
+        chosen = choose(options, costs.of_layers(requested, options))
         return bench.finish({name: ranks[name][option] for name, option in chosen.items()}, log)
 
-    def _options(
-        self, bench: Workbench, costs: Costs, name: str, moved: float, measured: int
-    ) -> tuple[list[int], Options]:
-        """Return the ranks that layer ``name`` may take, and what they cost and change; the last one stands for dense.
 
-        ``moved``: the change at rank ``measured``.
-        """
-        spectrum, curve = bench.spectra[name], costs.curves[name].tolist()
-        energy = spectrum.weighted_error().square().tolist()
-        least = self._rank_of(bench, name, self.floor)
-        ranks = [rank for rank in range(least, spectrum.break_even + 1) if curve[rank] < costs.dense[name]]
-        scale = moved / energy[measured] if energy[measured] > 0 else 0.0
-        changes = [scale * energy[rank] for rank in ranks] + [0.0]
-        prices = [curve[rank] for rank in ranks] + [costs.dense[name]]
-        return [*ranks, costs.full(name)], Options(np.array(prices), np.array(changes))
+def _options(
+    bench: Workbench, costs: Costs, name: str, least: int, measured: int, moved: float
+) -> tuple[list[int], Options]:
+    """Return the ranks that layer ``name`` may take, and what they cost and change; the last one stands for dense.
 
-    def _rank_of(self, bench: Workbench, name: str, part: float) -> int:
-        """Return the largest rank of layer ``name`` within ``part`` of its parameters, at least 1."""
-        spectrum = bench.spectra[name]
-        return min(max(spectrum.rank_within(part * bench.params_of(name)), 1), spectrum.break_even)
+    ``least``: the smallest of the ranks. ``moved``: the change at rank ``measured``.
+    """
+    spectrum, curve = bench.spectra[name], costs.curves[name].tolist()
+    energy = spectrum.weighted_error().square().tolist()
+    ranks = [rank for rank in range(least, spectrum.break_even + 1) if curve[rank] < costs.dense[name]]
+    scale = moved / energy[measured] if energy[measured] > 0 else 0.0
+    changes = [scale * energy[rank] for rank in ranks] + [0.0]
+    prices = [curve[rank] for rank in ranks] + [costs.dense[name]]
+    return [*ranks, costs.full(name)], Options(np.array(prices), np.array(changes))

@@ -79,10 +79,7 @@ class SwiftSVD(Budgeted):
 
     def _scores(self, bench: Workbench) -> dict[str, float]:
         """Return ``I^a (log(1 + E))^(1-a)`` of each layer, with I from 1 to 2 within its type."""
-        ranks = {}
-        for name, spectrum in bench.spectra.items():
-            at_point = spectrum.rank_within(self.point * bench.params_of(name))
-            ranks[name] = min(max(at_point, 1), spectrum.break_even)
+        ranks = {name: bench.rank_at(name, self.point) for name in bench.spectra}
         moved, scores = divergences(bench, ranks, self.samples), {}
         for group in by_type(bench.model, bench.spectra):
             low, high = min(moved[name] for name in group), max(moved[name] for name in group)

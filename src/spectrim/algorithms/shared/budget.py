@@ -1,6 +1,6 @@
 """What layers cost at every rank, and the search for the setting that meets a budget of the whole model."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from operator import mul
 from typing import ClassVar, Literal
@@ -69,6 +69,17 @@ class Costs:
             left = f"at rank 1 {self._left(self.least())} remain"
             raise UserError(f"{self._budget(requested)} is out of reach: {left}{outside}")
 
+    def require_of_rule(self, requested: float, least: Mapping[str, int]) -> None:
+        """Raise ``UserError`` where ``least``, the smallest ranks that a rule gives, cost more than ``requested``."""
+        if self.achieved(least) > requested:
+            left = self._left(self.achieved(least))
+            raise UserError(f"{self._budget(requested)} is out of reach of this rule: {left} remain at the least")
+
+    def of_layers(self, requested: float, layers: Iterable[str]) -> float:
+        """Return what ``layers`` may cost together so that the whole model costs the ``requested`` share."""
+        elsewhere = self.total - self.fixed - sum(self.dense[name] for name in layers)
+        return requested * self.total - elsewhere
+
     def pays(self, name: str, rank: int) -> bool:
         """Return whether the factors of layer ``name`` cost less than the dense layer."""
         return float(self.curves[name][rank]) < self.dense[name]
@@ -95,9 +106,7 @@ class Costs:
         least, most = dict(ranks_at(low)), dict(ranks_at(high))
         if self.achieved(most) <= requested:
             return self._paying(most)
-        if self.achieved(least) > requested:
-            left = self._left(self.achieved(least))
-            raise UserError(f"{self._budget(requested)} is out of reach of this rule: {left} remain at the least")
+        self.require_of_rule(requested, least)
 
         def within(setting: float) -> dict[str, int] | None:
             ranks = dict(ranks_at(setting))

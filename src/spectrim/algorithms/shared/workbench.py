@@ -113,6 +113,11 @@ class Workbench:
         """Return the number of parameters of layer ``name`` in the given model, without its bias."""
         return layer_parameters(self.before, name)
 
+    def rank_at(self, name: str, part: float) -> int:
+        """Return the largest rank of layer ``name`` within ``part`` of its parameters, from 1 to break-even."""
+        spectrum = self.spectra[name]
+        return min(max(spectrum.rank_within(part * self.params_of(name)), 1), spectrum.break_even)
+
     def to_train(self) -> nn.Module:
         """Return a copy of ``model`` for a training: layers whose rank the user has set are factored already."""
         return self._built({name: rank for name, (_, rank) in self.fixed.items()}, opened=self.spectra)

@@ -95,10 +95,10 @@ def _merged(
     """Return the sum of both masks, which broadcasts to (samples, heads, queries, keys)."""
     mask = None if attn_mask is None else _additive(attn_mask, dtype)
     if mask is not None and mask.dim() == 3:
-        mask = mask.unflatten(0, (len(q), -1))
+        mask = mask.unflatten(0, (q.shape[0], -1))
     if key_padding_mask is None:
         return mask
-    padding = _additive(key_padding_mask, dtype).reshape(len(q), 1, 1, k.shape[2])
+    padding = _additive(key_padding_mask, dtype).reshape(q.shape[0], 1, 1, k.shape[2])
     return padding if mask is None else mask + padding
 
 
@@ -134,7 +134,7 @@ class UnpackedEncoderLayer(Unpacked, nn.TransformerEncoderLayer):
 class UnpackedEncoder(Unpacked, nn.TransformerEncoder):
     """A stack of transformer layers that makes no nested tensors, which only the fused kernel takes.
 
-    Where ``nn.TransformerEncoder`` would make them, it sets padded positions to zero, and so does this one.
+    Where ``nn.TransformerEncoder`` would make them, it sets padded positions to zero. So does this one, traced or not.
     """
 
     kinds = (nn.TransformerEncoder,)
@@ -149,21 +149,20 @@ class UnpackedEncoder(Unpacked, nn.TransformerEncoder):
         output = src
         for layer in self.layers:
             output = layer(output, src_mask=mask, is_causal=bool(is_causal), src_key_padding_mask=src_key_padding_mask)
-        if src_key_padding_mask is not None and mask is None and self._makes_nested(src, src_key_padding_mask):
-            output = output.masked_fill(_padded(src_key_padding_mask).unsqueeze(-1), 0)
+        if src_key_padding_mask is not None and mask is None and self._may_make_nested(src):
+            padded = _padded(src_key_padding_mask)
+            if getattr(self, "mask_check", True):  # no branch on values, which torch.export could not trace
+                padded = padded & (padded.int().diff(dim=1) >= 0).all()
+            output = output.masked_fill(padded.unsqueeze(-1), 0)
         return output if self.norm is None else self.norm(output)
 
-    def _makes_nested(self, src: Tensor, padding: Tensor) -> bool:
-        """Return whether ``nn.TransformerEncoder`` would make nested tensors, as of torch 2.13."""
+    def _may_make_nested(self, src: Tensor) -> bool:
+        """Return whether ``nn.TransformerEncoder`` makes nested tensors if padding is at the end, as of torch 2.13."""
         possible = torch.backends.mha.get_fastpath_enabled() and getattr(self, "use_nested_tensor", False)
         if not possible or self.layers[0].training or src.dim() != 3 or torch.is_autocast_enabled():
             return False
-        if torch.is_grad_enabled() and (src.requires_grad or any(p.requires_grad for p in self.layers[0].parameters())):
-            return False
-        if not getattr(self, "mask_check", True):
-            return True
-        left_aligned = not torch.compiler.is_compiling() and bool((_padded(padding).int().diff(dim=1) >= 0).all())
-        return left_aligned
+        graded = src.requires_grad or any(p.requires_grad for p in self.layers[0].parameters())
+        return not (torch.is_grad_enabled() and graded)
 
 
 def _padded(padding: Tensor) -> Tensor:

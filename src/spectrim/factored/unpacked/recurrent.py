@@ -125,8 +125,8 @@ class UnpackedRecurrent(Unpacked, nn.RNNBase):
         steps = given.unbind(0) if sizes is None else given.split(list(sizes))
         outputs: list[Tensor] = [x] * len(steps)
         for index in reversed(range(len(steps))) if backwards else range(len(steps)):
-            count = len(state[0]) if sizes is None else sizes[index]
-            whole = count == len(state[0])
+            count = None if sizes is None else sizes[index]
+            whole = count is None or count == len(state[0])
             here = state if whole else tuple(part[:count] for part in state)
             new = step(self.mode, steps[index], getattr(self, f"hh_{name}")(here[0]), here)
             if self.proj_size:
