@@ -81,18 +81,23 @@ def build(options: Options) -> list[Path]:
     for measure in MEASURES:
         for share in SHARES:
             pictures += _draw_all(rows, published, measure, share, options, origin)
-    beside = _beside_rivals(points, main)
+    beside = {model: _beside_rivals(points, rows[rows["model"] == model]) for model in models}
     caption = f"Numbers of Figure 4: accuracy and loss without fine-tuning on {frame.data_of(rows)}"
-    notes = [*NOTES, *beside, *_published_note(published), *(_note(rows[rows["model"] == model]) for model in models)]
+    notes = [*NOTES, *(f"{model}: {note}" for model, own in beside.items() for note in own)]
+    notes += [*_published_note(published), *(_note(rows[rows["model"] == model]) for model in models)]
     shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], "model", frontier.KEYS)
-    return pictures + table.save([shown, _paper(options.name, main, beside)], options.out, origin)
+    excerpt = _paper(options.name, main, beside[main["model"].iloc[0]])
+    return pictures + table.save([shown, excerpt], options.out, origin)
 
 
 def _beside_rivals(points: pd.DataFrame, main: pd.DataFrame) -> list[str]:
-    """Return a note: the best line of the figure beside its best rival there, at each size, with the p-value."""
+    """Return a note: the best line of the figure beside its best rival, at each size, with the p-value.
+
+    Rivals with the same kind of factors are compared.
+    """
     own = points[(points["target"] == "params_kept") & points["line"].isin(SHOWN)]
     own = own[(own["network"] == main["network"].iloc[0]) & (own["data"] == main["data"].iloc[0])]
-    rivals = own[(own["curve"] != "joint") | (own["line"] == BEST)]
+    rivals = own[(own["curve"] != "joint") & own["pivoted"] | (own["line"] == BEST)]
     said, others, pairs = [], [], []
     for size, there in rivals.groupby("requested", sort=False):
         best = there[there["line"] == BEST]["variant"]

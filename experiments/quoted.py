@@ -128,6 +128,7 @@ def fine_tuned(results: Path, net: str, share: str, tail: str = "") -> Any:
     return trained(results, net, f"global threshold, params kept {share}, then fine-tuned{tail}").iloc[0]
 
 
+PIVOTED, REFITTED = "joint, ours, pivoted", "knapsack (BALF), refitted as ours, pivoted"
 LENET, RESNET, VGG = "lenet5, mnist", "resnet20, cifar10", "vgg19_half, cifar10"
 SIX_CUTS = ["hoyer 0.01, ε 0.1, 6 cuts", "none, ε 0.1, 6 cuts", "nuclear 0.001, ε 0.1, 6 cuts"]
 PRICED = "hoyer 0.005, ε 0.06, 4 cuts, priced, spatial"
@@ -157,8 +158,12 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "whitened": whitened,
     "kept_loss": kept_loss,
     "vgg_joint_30": lambda results: points(at(results, "vgg19_half", "joint, ours", "0.3")),
+    "resnext_joint_50": lambda results: points(at(results, "resnext20", PIVOTED, "0.5")),
+    "resnext_knapsack_50": lambda results: points(at(results, "resnext20", REFITTED, "0.5")),
+    "resnext_joint_30": lambda results: points(at(results, "resnext20", PIVOTED, "0.3")),
+    "resnext_knapsack_30": lambda results: points(at(results, "resnext20", REFITTED, "0.3")),
     "plain_macs": lambda results: macs(results, "joint, ours"),
-    "pivoted_macs": lambda results: macs(results, "joint, ours, pivoted"),
+    "pivoted_macs": lambda results: macs(results, PIVOTED),
     "pivoted_time": pivoted_time,
     "cost_aimet": lambda results: f"{100 * cost(results, 'AIMET, greedy'):.1f} %",
     "cost_knapsack": lambda results: number(cost(results, "knapsack (BALF)"), 1),

@@ -16,6 +16,7 @@ PARTS: dict[str, dict[Any, str]] = {
     "decomposer": {
         "pivoted": "",
         "whitened_best_view": "",
+        "two_sided": "spectrum whitened on both sides",
         "best_view": "spectrum of the weights",
         "whitened_channel": "channel view",
     },
@@ -59,7 +60,8 @@ NOTES = (
     "The default: pivoted factors of the whitened spectrum in the better view of each layer, ranks by the knapsack. "
     "The first order as far as it is certain: each slope is shrunk by several standard errors over the samples. "
     "Greedy ranks: one component is removed after another. Interaction of components: the Fisher information off its "
-    "diagonal is included. No refit: the factors stay as cut. Five expansions: the loss is expanded anew on the way.",
+    "diagonal is included. No refit: the factors stay as cut. Five expansions: the loss is expanded anew on the way. "
+    "Whitened on both sides: by the inputs, and by the gradients at the outputs (K-FAC).",
 )
 
 

@@ -20,6 +20,7 @@ CURVES = [
     "sensitivity (ASVD)",
     "knapsack (BALF)",
     "knapsack (BALF), refitted as ours",
+    "knapsack (BALF), refitted as ours, pivoted",
     "joint, ours",
     "joint, ours, pivoted",
 ]
@@ -84,6 +85,11 @@ def test_a_network_on_two_data_sets_has_every_point_of_both(
     assert drawn.loc[drawn["variant"] != "dense", "asked"].notna().all()
     excerpt = (tmp_path / "tables" / "figure4_paper.md").read_text()
     assert all(f"| {name}" in excerpt for name in CURVES)
+    text = (tmp_path / "tables" / "figure4.md").read_text()
+    for data in ("cifar10", "mnist"):
+        assert f"\nresnet20 on {data}: joint, pivoted (ours), minus its best rival" in text
+    assert text.count("Rival: knapsack (BALF), refitted as ours, pivoted; pairs: 3") == 2  # of the same kind of factors
+    assert "\njoint, pivoted (ours), minus its best rival" in excerpt  # of the one network that it shows
 
 
 @pytest.mark.parametrize(

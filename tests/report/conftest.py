@@ -289,7 +289,7 @@ def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record
                         decomposer="svd_channel" if name == "alds" else "whitened_spatial",
                     )
                     one["compressed"]["macs"] = int(1_000_000 * (0.1 + 0.9 * size))
-                    if name == "joint":
+                    if name in ("joint", "refitted"):
                         found.append(_stored_as("pivoted", one))
                     for keeps in (True, False) if name == "alds" else (False,):
                         fitted = name in ("joint", "refitted")
