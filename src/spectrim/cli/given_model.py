@@ -74,7 +74,7 @@ def _fill(model: nn.Module, path: Path) -> None:
             f"'{path.with_suffix('.safetensors')}')\""
         )
     shard = Shard.at(path)
-    if shard.metadata.get("format") == single_file.FORMAT:
+    if shard.metadata.get("format") in (single_file.FORMAT, single_file.EVERY_SIZE):
         single_file.load(path, model)
         return
     state = {name: shard.read(name) for name in shard.entries}
