@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,12 @@ def _save(folder: Path) -> None:
     compressed().save(folder / "model.safetensors")
 
 
-def _resumed(folder: Path) -> None:
+def _resumed(folder: Path, refine: spectrim.Refinement | None = None) -> None:
     """Compress with every result kept in a folder, however little time it took."""
     resume.WORTH_SECONDS = 0.0
     torch.manual_seed(1)
     batches = [(torch.randn(16, 24), torch.arange(16) % 4) for _ in range(2)]
-    algorithm = spectrim.Joint(params_kept=0.5)
+    algorithm = spectrim.Joint(params_kept=0.5, refine=refine)
     result = spectrim.compress(net(), calibration=batches, algorithm=algorithm, resume=folder / "resume")
     result.save(folder / "model.safetensors")
 
@@ -156,6 +157,7 @@ CELLS = "algorithm=truncation,lossless", "seed=0,1"
 TRAINING = "algorithm=svd_training", "algorithm.recipe.epochs=3", "seed=0"
 SEARCH = "algorithm=bayesian", "algorithm.evaluations=5", "seed=0"
 TWO_WORKERS = "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"
+REFINEMENT = spectrim.Refinement(samples=128, lr=0.01)  # eight steps: two in each part that is kept
 
 GRID = Target("a grid, cell by cell", lambda folder: _grid(folder, *CELLS), costly=True)
 TRAINING_GRID = Target("a grid that trains", lambda folder: _grid(folder, *TRAINING), costly=True)
@@ -166,6 +168,7 @@ TARGETS = (
     Target("Compressed.save", _save),
     Target("compress_checkpoint", _out_of_core, lambda folder: shards(folder.parent / "given")),
     Target("compress(resume=)", _resumed),
+    Target("compress(resume=), refined", partial(_resumed, refine=REFINEMENT)),
     Target("spectrim-compress", _user_command),
     Target("spectrim-train", _train, costly=True),
     GRID,

@@ -35,7 +35,6 @@ from spectrim.tools import files
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {"torchvision": torchvision_nets, "timm": timm_nets, "transformers": transformers_nets}
-PATIENCE = 600  # seconds that one architecture may take
 COLUMNS = (
     Column("package", "package"),
     Column("name", "architecture"),
@@ -61,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="part of PACKAGE/NAME (default: all)")
     parser.add_argument("--rows", type=Path, default=ROOT / "build/zoo", help="of finished rows (default: build/zoo)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no row after these; call again")
+    parser.add_argument(
+        "--patience", type=float, default=600, metavar="SECONDS", help="for one architecture (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="default: results/benchmarks, with a PATTERN build/zoo/table")
     options = parser.parse_args(arguments)
     parts = options.patterns or [""]
@@ -72,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bar.set_description(label(architecture))
         row = found(architecture, options.rows)
         if row is None and time.monotonic() < end:
-            row = run(architecture, options.rows)
+            row = run(architecture, options.rows, options.patience)
         rows += [] if row is None else [row]
     out = options.out or (options.rows / "table" if options.patterns else ROOT / "results/benchmarks")
     table = table_of(rows, len(chosen))
@@ -113,10 +115,10 @@ def found(architecture: Architecture, folder: Path) -> Row | None:
     return Row(**kept["row"]) if kept["versions"] == _versions(architecture) else None
 
 
-def run(architecture: Architecture, folder: Path) -> Row:
-    """Run ``architecture``, and write its row to ``folder``."""
+def run(architecture: Architecture, folder: Path, patience: float) -> Row:
+    """Run ``architecture`` for ``patience`` seconds at most, and write its row to ``folder``."""
     versions = _versions(architecture)
-    row = absent(architecture) if versions[architecture.package] == ABSENT else in_process(architecture)
+    row = absent(architecture) if versions[architecture.package] == ABSENT else in_process(architecture, patience)
     content = json.dumps({"versions": versions, "row": asdict(row)}, indent=1).encode()
     files.write({_path(architecture, folder): content})
     return row
@@ -135,21 +137,21 @@ def absent(architecture: Architecture) -> Row:
     return Row(architecture.package, architecture.name, cells=dict.fromkeys(SELECTORS, ABSENT))
 
 
-def in_process(architecture: Architecture) -> Row:
-    """Run one architecture in a process of its own. What kills or outlasts the process is a crash."""
+def in_process(architecture: Architecture, patience: float) -> Row:
+    """Run one architecture in a process of its own. A process that is killed, or takes longer, is a crash."""
     fork = multiprocessing.get_context("fork")  # the packages are imported once
     here, there = fork.Pipe(duplex=False)
     child = fork.Process(target=_child, args=(architecture, there))
     child.start()
     there.close()
     try:
-        row: Row | None = here.recv() if here.poll(PATIENCE) else None
+        row: Row | None = here.recv() if here.poll(patience) else None
     except EOFError:
         row = None
     if row is None and child.is_alive():
         child.kill()
     child.join()
-    reason = f"no answer in {PATIENCE} s" if child.exitcode == -9 else f"the process ended with {child.exitcode}"
+    reason = f"no answer in {patience:g} s" if child.exitcode == -9 else f"the process ended with {child.exitcode}"
     return row or broken(architecture, reason)
 
 

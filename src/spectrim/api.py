@@ -11,6 +11,7 @@ from spectrim.algorithms.by_plan import ByPlan
 from spectrim.algorithms.forecast import forecast
 from spectrim.algorithms.joint import Joint
 from spectrim.algorithms.lossless import Lossless
+from spectrim.algorithms.shared import every_size
 from spectrim.algorithms.shared.compressed import Algorithm, Compressed, decomposer_of
 from spectrim.algorithms.shared.measurement import Measurement
 from spectrim.batches import Batches
@@ -153,7 +154,14 @@ def _said(value: Any) -> str:
     return value.__name__ if isinstance(value, type) else repr(value)[:40]
 
 
-def load(path: str | Path, *, into: nn.Module, sha256: str | None = None) -> nn.Module:
+def load(
+    path: str | Path,
+    *,
+    into: nn.Module,
+    sha256: str | None = None,
+    params_kept: float | None = None,
+    calibration: Batches | None = None,
+) -> nn.Module:
     """Factor ``into`` by the plan saved at ``path``, fill it with the saved weights, and return it.
 
     ``path``: a file that ``Compressed.save`` wrote, or a folder that ``compress_checkpoint`` wrote.
@@ -161,8 +169,17 @@ def load(path: str | Path, *, into: nn.Module, sha256: str | None = None) -> nn.
         meta device they go to the CPU.
     ``sha256``: all 64 hex digits of the digest that the file must have, or the ``spectrim.json`` of a folder. The file
         itself holds a digest too, which shows damage; only a digest that you got elsewhere shows intent.
+    ``params_kept``: the part of the parameters to keep, in (0, 1], of a file saved with ``every_size=True``. The plan
+        is the one that ``compress`` with the same ``Joint`` makes for it; 1 gives the dense model.
+    ``calibration``: batches, without targets too, for the refit of ``Joint`` at this size. Left out, the factors stay
+        as they are cut, as after ``Joint(…, refit=0)``.
 
     Raises ``UserError`` where the file is missing, cut short, altered, or of another architecture.
     """
     into = eager(into, values=False)
+    if params_kept is not None and not Path(path).is_dir():
+        return every_size.load(Path(path), into, params_kept, sha256, calibration)
+    if params_kept is not None or calibration is not None:
+        given = "params_kept=" if params_kept is not None else "calibration="
+        raise UserError(f"{given} is for a file saved with every_size=True, and params_kept= goes with it")
     return sharded.load(path, into, sha256) if Path(path).is_dir() else single_file.load(path, into, sha256)

@@ -92,14 +92,14 @@ def test_what_kills_the_process_is_a_row_and_so_is_a_net_that_cannot_be_made() -
         raise ImportError("no such net")
 
     for make, reason in ((lambda: os._exit(3), "the process ended with 3"), (broken, "ImportError: no such net")):
-        row = zoo.in_process(Architecture("torch", "broken", make))
+        row = zoo.in_process(Architecture("torch", "broken", make), 600)
         assert set(row.cells.values()) == {CRASHES} and set(row.reasons.values()) == {reason}
 
 
 def test_a_finished_row_is_not_run_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(zoo, "in_process", tried)
+    monkeypatch.setattr(zoo, "in_process", lambda architecture, patience: tried(architecture))
     assert zoo.found(SMALL, tmp_path) is None
-    first = zoo.run(SMALL, tmp_path)
+    first = zoo.run(SMALL, tmp_path, 600)
     assert zoo.found(SMALL, tmp_path) == first
     monkeypatch.setattr(zoo, "version", lambda name: "2.0")
     assert zoo.found(SMALL, tmp_path) is None
@@ -110,8 +110,8 @@ def test_a_run_that_is_out_of_time_writes_what_is_finished_and_goes_on_later(
 ) -> None:
     other = Architecture("torch", "other", small)
     monkeypatch.setattr(zoo, "everything", lambda: [SMALL, other])
-    monkeypatch.setattr(zoo, "in_process", tried)
-    zoo.run(SMALL, tmp_path / "rows")
+    monkeypatch.setattr(zoo, "in_process", lambda architecture, patience: tried(architecture))
+    zoo.run(SMALL, tmp_path / "rows", 600)
     folders = ["--rows", str(tmp_path / "rows"), "--out", str(tmp_path)]
     assert zoo.main(["--minutes", "0", *folders]) == 0
     assert "1 of 2 architectures" in capsys.readouterr().out
@@ -120,7 +120,7 @@ def test_a_run_that_is_out_of_time_writes_what_is_finished_and_goes_on_later(
 
 
 def test_a_package_that_is_missing_is_a_row(tmp_path: Path) -> None:
-    row = zoo.run(Architecture("no-such-package", "net", small), tmp_path)
+    row = zoo.run(Architecture("no-such-package", "net", small), tmp_path, 600)
     assert set(row.cells.values()) == {"not installed"}
 
 

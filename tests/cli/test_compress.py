@@ -368,7 +368,8 @@ def test_memory_decides_how() -> None:
     ways = {free: given_model.Memory(free, weights) for free in (100, 299, 300, 1199, 1200)}
     assert [own.streamed for own in ways.values()] == [True, True, False, False, False]
     assert [own.layers_at_once for own in ways.values()][2:] == [8, 8, None]
-    assert given_model.memory_of(Path("."), 2.0).free == 2**31 and given_model._free() > 2**20
+    assert given_model.memory_for(weights, 2.0) == given_model.Memory(2**31, weights)
+    assert given_model.memory_for(weights, None).free > 2**20
 
 
 def test_a_folder_is_no_name_on_the_hub(place: Path) -> None:

@@ -113,9 +113,9 @@ class TestWithoutAPlan:
 def test_the_command_for_a_missing_checkpoint_makes_that_one(compose: Any, tmp_path: Path) -> None:
     asked = ["data=digits", "model=bias_free_mlp", "model.depth=3", "names.model=deep", f"checkpoints={tmp_path}/a b"]
     cfg = compose(*asked, "seed=4")
-    with pytest.raises(UserError, match="make it with: ") as refusal:
+    with pytest.raises(UserError, match="make it by `") as refusal:
         run.run(cfg)
-    program, *overrides = shlex.split(str(refusal.value).partition("make it with: ")[2])
+    program, *overrides = shlex.split(str(refusal.value).split("`")[1])
     made = compose(*overrides, name="train")
     assert program == "spectrim-train" and made.checkpoint == f"{tmp_path}/a b/deep-digits-seed4.safetensors"
     assert (made.model.depth, made.seed) == (3, 4)

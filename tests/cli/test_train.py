@@ -121,7 +121,7 @@ def test_a_checkpoint_that_is_missing_cut_altered_or_of_another_net_is_refused(
     compose: Any, folder: list[str], trained: Path, tmp_path: Path
 ) -> None:
     base, whole = [*folder, f"records={tmp_path}/records"], trained.read_bytes()
-    with pytest.raises(UserError, match="make it with: spectrim-train model=mlp data=digits seed=7"):
+    with pytest.raises(UserError, match="make it by `spectrim-train model=mlp data=digits seed=7"):
         run.run(compose(*base, "seed=7"))
     with pytest.raises(UserError, match="of another architecture"):
         run.run(compose(*base, "model.hidden=[16,18]"))

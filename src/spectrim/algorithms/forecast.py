@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from spectrim.algorithms.shared.rehearsal import Outline, Rehearsal, factored_model
+from spectrim.algorithms.shared.outline import Outline, block_of, decomposing_bytes
+from spectrim.algorithms.shared.rehearsal import Rehearsal, factored_model
 from spectrim.algorithms.shared.work import Foreseen, Outlook, Work
 from spectrim.batches import sample_count
 from spectrim.decomposers.spectrum import Decomposer
@@ -185,14 +186,10 @@ def _taken(
     taken = decomposer.samples if batch is None else min(decomposer.samples, _samples(objective, "calibration"))
     moment_seconds, moments = rehearsal.moments() if decomposer.samples else (0.0, {})
     seconds = {"decompose": taken * moment_seconds + rehearsal.decompositions(moments, does.largest_entries)}
+    memory = decomposing_bytes(model, layers, objective.layers_at_once)
+    block, held = block_of(layers, objective.layers_at_once), memory.pop("held")
     item = next(model.parameters()).element_size()
-    weights = sum(layer.params for layer in layers)
-    block = 1.0 if objective.layers_at_once is None else min(1.0, objective.layers_at_once / len(layers))
-    held = block * sum(8 * layer.full_rank * layer.component for layer in layers)
-    largest = max(8 * (4 * layer.params + 6 * sum(size**2 for size in layer.moments)) for layer in layers)
-    gathered = block * sum(8 * layer.matrices * size**2 for layer in layers for size in layer.moments)
-    model_bytes = item * parameters(model)
-    memory = {"decompose": held + gathered + largest, "build": held + 2 * model_bytes}
+    weights, model_bytes = sum(layer.params for layer in layers), item * parameters(model)
     if does.gradients:
         each, saved = rehearsal.gradient_pass()
         seconds["gradients"] = does.gradients * each

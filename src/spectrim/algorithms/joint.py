@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from spectrim.algorithms.shared.bisection import bisect
 from spectrim.algorithms.shared.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.algorithms.shared.every_size import EverySize
 from spectrim.algorithms.shared.expansion import gates_at, significant
 from spectrim.algorithms.shared.refined import refined
 from spectrim.algorithms.shared.removal import Gated, keep_dearest, remove
@@ -154,7 +156,8 @@ class _JointSearch:
 
     def __init__(self, chosen: Joint, bench: Workbench, costs: Costs) -> None:
         self.settings, self.bench, self.costs = chosen, bench, costs
-        self.point = _Point({name: torch.arange(spectrum.max_rank) for name, spectrum in bench.spectra.items()})
+        self.dense = _Point({name: torch.arange(spectrum.max_rank) for name, spectrum in bench.spectra.items()})
+        self.point = self.dense
         self.log: list[dict] = []
         self.without_gates: dict[str, str] = {}  # layers that stay dense, and why they have no gates
 
@@ -276,5 +279,12 @@ class _JointSearch:
         """Return the model at the point that was reached."""
         notes = left_dense(self.without_gates, self.bench.model)
         compressed = self.bench.finish(self._keep(self.point), self.log, notes)
-        compressed = replace(compressed, notes=[*compressed.notes, *self._refitted(compressed.model)])
+        notes = [*compressed.notes, *self._refitted(compressed.model)]
+        compressed = replace(compressed, notes=notes, every_size=self._every_size())
         return refined(compressed, self.bench.model, self.bench.objective, self.settings.refine)
+
+    def _every_size(self) -> Callable[[Path], None] | None:
+        """Return what writes the file of every size; None where components have no price apart from a budget."""
+        if self.settings.ranks != "knapsack" or self.settings.step < 1 or self.dense.layers is None:
+            return None
+        return EverySize(self.bench, self.dense.layers, self.settings.refit).save

@@ -1,7 +1,7 @@
 """A compressed model in one safetensors file, which is checked before it is loaded."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from spectrim.tools import digests, safetensors_stream
 from spectrim.tools.safetensors_stream import Shard
 
 FORMAT = "spectrim-1"
+EVERY_SIZE = "spectrim-every-size-1"  # all components (``every_size``)
 TORCH = "pt"  # the format that transformers wants a file to name
 
 
@@ -38,17 +39,28 @@ def save(
     folder cannot be written.
     """
     _require_ranks(model, plan)
-    require_stored(model)
-    aliases = names_of_shared(model)
     tensors = {
         name: _in_precision(name, value, dtype) if dtype and value.is_floating_point() else value
-        for name, value in tensors_of(model).items()
-        if aliases[name][0] == name
+        for name, value in stored(model).items()
     }
-    tensors |= beside or {}
     header = {"format": FORMAT, **(metadata or {}), "plan": plan.to_json(), "architecture": architecture_of(model)}
-    header["digest"] = _digest(((name, tensors[name].detach().cpu()) for name in sorted(tensors)), header)
-    safetensors_stream.save(Path(path), tensors, header)
+    write(path, tensors | dict(beside or {}), header)
+
+
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of ``model``, a shared one by its first name.
+
+    Raises ``UserError`` where one of them is no plain tensor.
+    """
+    require_stored(model)
+    aliases = names_of_shared(model)
+    return {name: value for name, value in tensors_of(model).items() if aliases[name][0] == name}
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write ``tensors`` with ``header`` and the digest of both, atomically (``safetensors_stream.save``)."""
+    digest = _digest(((name, tensors[name].detach().cpu()) for name in sorted(tensors)), header)
+    safetensors_stream.save(Path(path), tensors, {**header, "digest": digest})
 
 
 def _in_precision(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,10 +110,12 @@ def filled(into: nn.Module, shard: Shard, *, as_stored: bool = False) -> nn.Modu
     return fill(into, plan, [shard], shard.path, architecture=architecture, as_stored=as_stored)
 
 
-def verified(path: Path) -> Shard:
+def verified(path: Path, formats: Collection[str] = (FORMAT, TORCH)) -> Shard:
     """Return a checkpoint, read once to compare it with its digest.
 
     Its metadata hold format, plan, architecture, digest and what its writer added.
+
+    ``formats``: those that the caller can read.
 
     Raises ``UserError`` where the file is missing, cut short, altered or not a spectrim checkpoint.
     """
@@ -109,16 +123,20 @@ def verified(path: Path) -> Shard:
         raise UserError(f"there is no checkpoint at {path}")
     shard = Shard.at(path)
     metadata = shard.metadata
-    if metadata.get("format") not in (FORMAT, TORCH) or not {"plan", "architecture", "digest"} <= metadata.keys():
+    found = metadata.get("format")
+    if found not in (FORMAT, TORCH, EVERY_SIZE) or not {"plan", "architecture", "digest"} <= metadata.keys():
         raise UserError(f"{path} is not a spectrim checkpoint: its header has no plan")
+    if found not in formats:
+        asked = "pass params_kept=, one of them" if found == EVERY_SIZE else "leave params_kept out"
+        raise UserError(f"{path} holds {'every size' if found == EVERY_SIZE else 'one size'}; {asked}")
     if metadata["digest"] != _digest(((name, shard.read(name)) for name in sorted(shard.entries)), metadata):
         raise UserError(f"{path} was altered: its content does not match its digest; fetch or make it again")
     return shard
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]], header: Mapping[str, str]) -> str:
-    """Return the digest of plan, architecture and tensors, which are sorted by name."""
-    sha = hashlib.sha256(f"{header.get('plan')}:{header.get('architecture')}".encode())
+    """Return the digest of plan, architecture, sizes if any, and tensors, which are sorted by name."""
+    sha = hashlib.sha256(f"{header.get('plan')}:{header.get('architecture')}{header.get('sizes', '')}".encode())
     for name, value in tensors:
         sha.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
         sha.update(safetensors_stream.raw(value))

@@ -75,7 +75,7 @@ def _decoder(options: Namespace, arguments: Sequence[str]) -> None:
         if value:
             raise UserError(f"{name} belongs to package.module:factory; {options.model} brings its own")
     folder = given_model.folder_of(options.model)
-    memory = given_model.memory_of(folder, options.memory)
+    memory = given_model.memory_for(given_model.bytes_of(folder), options.memory)
     if memory.streamed:
         _stream(options, arguments, folder)
         return
@@ -121,8 +121,9 @@ def _of_factory(options: Namespace, arguments: Sequence[str]) -> None:
             f'model = spectrim.load("{options.out / WEIGHTS}", into={factory}({given})).eval()'
         )
 
+    memory = given_model.memory_for(sum(own.nbytes for own in model.parameters()), options.memory)
     weights = given_model.digests_of([] if options.weights is None else [options.weights])
-    _compress(options, arguments, model, data, options.algorithm or "joint", None, weights, save)
+    _compress(options, arguments, model, data, options.algorithm or "joint", memory.layers_at_once, weights, save)
 
 
 def _compress(

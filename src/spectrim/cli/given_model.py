@@ -19,6 +19,7 @@ from spectrim.errors import UserError, first_line
 from spectrim.fetch import pretrained
 from spectrim.fetch.cache import unpacked
 from spectrim.tools import digests, torchvision_shim
+from spectrim.tools.free_memory import free_memory
 from spectrim.tools.safetensors_stream import Shard
 
 FACTORY = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
@@ -74,7 +75,7 @@ def _fill(model: nn.Module, path: Path) -> None:
             f"'{path.with_suffix('.safetensors')}')\""
         )
     shard = Shard.at(path)
-    if shard.metadata.get("format") == single_file.FORMAT:
+    if shard.metadata.get("format") in (single_file.FORMAT, single_file.EVERY_SIZE):
         single_file.load(path, model)
         return
     state = {name: shard.read(name) for name in shard.entries}
@@ -130,18 +131,14 @@ class Memory:
         return BLOCK if self.free < MOST * self.weights else None
 
 
-def memory_of(folder: Path, gib: float | None) -> Memory:
-    """Return the memory for a checkpoint. ``gib``: what the user allows; None: what is free now."""
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return Memory(_free() if gib is None else int(gib * 2**30), weights)
+def memory_for(weights: int, gib: float | None) -> Memory:
+    """Return the memory for a model. ``gib``: what the user allows; None: what is free now."""
+    return Memory(free_memory() if gib is None else int(gib * 2**30), weights)
 
 
-def _free() -> int:
-    """Return the bytes of memory that are free now; outside of Linux, all that the machine has."""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def bytes_of(folder: Path) -> int:
+    """Return the bytes of the weights of a checkpoint."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def decoder(folder: Path, name: str, device: torch.device) -> tuple[nn.Module, Any]:

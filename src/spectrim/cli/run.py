@@ -151,7 +151,8 @@ def _checkpoint(cfg: DictConfig) -> Path | None:
         net = [one for one in composed.overrides.task if one.startswith("model.")]
         chosen = [f"{group}={composed.runtime.choices[group]}" for group in ("model", "data")]
         make = shlex.join(["spectrim-train", *chosen, f"seed={cfg.seed}", *net, f"checkpoint={path}"])
-        raise UserError(f"there is no checkpoint at {path}; set {release.ADDRESS}, or make it with: {make}")
+        also = f"or set {release.ADDRESS} to the address of a release that has it"
+        raise UserError(f"there is no checkpoint at {path}; make it by `{make}`, {also}")
     return path
 
 

@@ -27,6 +27,12 @@ def push(client: Any, name: str, out: Path) -> None:
         client.upload_folder(repo_id=name, folder_path=str(out))
     except Exception as error:
         raise UserError(
-            f"{out} is whole, but was not uploaded ({first_line(error)}); upload it by: hf upload {name} {out}"
+            f"{out} is whole, but was not uploaded ({_said(error)}); upload it by: hf upload {name} {out}"
         ) from None
     print(f"uploaded to {name}")
+
+
+def _said(error: Exception) -> str:
+    """Return what went wrong in one line. The error of a large file says only which one; its cause says why."""
+    said = first_line(error)
+    return said if isinstance(error, OSError) or not error.__cause__ else f"{said} {first_line(error.__cause__)}"

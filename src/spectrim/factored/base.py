@@ -56,6 +56,7 @@ OWN_NAMES = frozenset(
         "plain",
         "fill",
         "fill_matrices",
+        "matrices",
         "adopt",
         "dense_again",
         "plain_module",
@@ -161,6 +162,17 @@ class FactoredLayer(nn.Module, ABC):
             second.weight.copy_(in_precision(weight, second.weight.dtype))
         rows = A_gRI.squeeze(0).t() if isinstance(first, nn.Embedding) else A_gRI
         first.weight.copy_(in_precision(rows.reshape(first.weight.shape), first.weight.dtype))
+
+    @torch.no_grad()
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """Return B and A as ``fill_matrices`` takes them, of plain factors with one matrix a group or subspace."""
+        first, last = (factor.weight for factor in self.factors)
+        groups = self.second.groups if isinstance(self.second, nn.Conv2d) else 1
+        A = first.t() if isinstance(self.first, nn.Embedding) else first
+        B_gOR = factor_matrices(last, groups)
+        rank: int = vars(self)["rank"]
+        B_gOR = B_gOR.unflatten(2, (-1, rank)).transpose(1, 2).flatten(0, 1)
+        return B_gOR, A.reshape(len(B_gOR), rank, -1)
 
     def adopt(self, dense: nn.Module, memo: dict[int, Any] | None = None) -> None:
         """Offer the attributes of ``dense`` and of its class, except those that this layer has itself.

@@ -48,6 +48,12 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" and "_orig_mod" in dict(module.named_children())
 
 
+def versions(model: nn.Module) -> tuple[int, ...]:
+    """Return a count of the changes of each parameter and buffer. It tells most changes, at no cost."""
+    values = [*model.parameters(), *model.buffers()]
+    return tuple(-1 if value.is_inference() else value._version for value in values)
+
+
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore the buffers and the plain attributes of every module when the block ends.

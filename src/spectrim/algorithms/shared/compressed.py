@@ -1,5 +1,6 @@
 """Define an algorithm and what it returns: a compressed model with its plan, its report and its cost."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +46,7 @@ class Compressed:
     ``log``: the steps of the algorithm.
     ``notes``: which layers stay dense and why, and what else is worth knowing.
     ``trained``: whether the weights that are left differ from those of the given model.
+    ``every_size``: writes the file of every size; None where the algorithm does not choose by one order.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Compressed:
     log: list[dict] = field(default_factory=list, repr=False)
     notes: list[str] = field(default_factory=list)
     trained: bool = False
+    every_size: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         quantizer.announce(self.model, self.plan)
@@ -121,9 +124,21 @@ class Compressed:
             reestimate(self.model, self.dense, objective, SAMPLES)
         return self
 
-    def save(self, path: str | Path) -> None:
-        """Write the compressed model as safetensors. ``spectrim.load(path, into=dense_model)`` reads it back."""
-        single_file.save(path, self.model, self.plan)
+    def save(self, path: str | Path, *, every_size: bool = False) -> None:
+        """Write the compressed model as safetensors. ``spectrim.load(path, into=dense_model)`` reads it back.
+
+        ``every_size``: write all components of the given model instead, in at most twice its size. A budget is then
+            chosen when the file is loaded: ``spectrim.load(path, into=dense_model, params_kept=0.7)``. Of the
+            algorithms, ``Joint`` can do so, with ``ranks="knapsack"`` and ``step=1``.
+
+        Raises ``UserError`` for ``every_size`` after any other algorithm, or where the given model has changed since.
+        """
+        if not every_size:
+            single_file.save(path, self.model, self.plan)
+        elif self.every_size is None:
+            raise UserError("every_size=True needs algorithm=Joint(…) with ranks=knapsack and step=1, the defaults")
+        else:
+            self.every_size(Path(path))
 
     def export(
         self,

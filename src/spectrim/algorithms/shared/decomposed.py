@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from spectrim.algorithms.shared.outline import warn_if_short
 from spectrim.decomposers.spectrum import (
     NO_MOMENTS,
     Decomposer,
@@ -44,6 +45,7 @@ def _spectra(
     model: nn.Module, decomposer: Decomposer, objective: Objective, layers: Mapping[str, nn.Module]
 ) -> dict[str, Spectrum]:
     """Decompose the layers in the blocks of ``objective``. With ``layers_at_once`` the factors are kept on disk."""
+    warn_if_short(model, layers, decomposer, objective.layers_at_once)
     folder = None if objective.layers_at_once is None else SpillFolder()
     found: dict[str, Spectrum] = {}
     with Bar(desc="decompose", total=len(layers), unit="layer", leave=False) as bar:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.algorithms.shared.decomposed import moments_for
+from spectrim.algorithms.shared.outline import Outline
 from spectrim.batches import (
     alone_trainable,
     batch_size,
@@ -21,10 +22,8 @@ from spectrim.batches import (
     hooked,
     to_device,
 )
-from spectrim.decomposers.spectrum import Decomposer, Moments, directions_of
-from spectrim.factored.base import FactoredLayer
+from spectrim.decomposers.spectrum import Decomposer, Moments
 from spectrim.factored.dense import DenseLayer
-from spectrim.factored.forms import EmbeddingForm, Form, PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.refit.factors import POSITIONS, rehearse_fit
 from spectrim.statistics.fisher import gate_gradients
@@ -33,64 +32,6 @@ from spectrim.surgery import replacing
 
 GROWTH = 0.9  # larger matrices take less time for each operation
 SECONDS = 1.0  # for the decompositions, and for the fits, that are rehearsed; the first one may take longer
-
-
-@dataclass(frozen=True)
-class Outline:
-    """The shape of a layer, without its decomposition.
-
-    ``matrices``: number of matrices of ``rows`` x ``columns`` that the weight is read as.
-    ``moments``: sizes of the second moments that the decomposer takes, one or two for each view.
-    """
-
-    name: str
-    module: nn.Module
-    form: Form
-    matrices: int
-    rows: int
-    columns: int
-    moments: tuple[int, ...]
-
-    @classmethod
-    def of(cls, name: str, module: nn.Module, decomposer: Decomposer) -> "Outline":
-        """Return the outline of a layer, in the channel view where ``decomposer`` has no view of its own."""
-        dense, parts = DenseLayer.of(module), int(getattr(decomposer, "subspaces", 1))
-        view = dense.view(getattr(decomposer, "view", "channel"))
-        parts = parts if dense.inputs % parts == 0 else 1
-        form: Form = EmbeddingForm() if isinstance(module, nn.Embedding) else PlainForm(view, parts)
-        sides = (1,) if directions_of(decomposer) is None else (1, 0)
-        moments = tuple(dense.sides(own)[side] for own in decomposer.views(module) for side in sides)
-        return cls(name, module, form, dense.groups * parts, *dense.sides(view, parts), moments)
-
-    @property
-    def full_rank(self) -> int:
-        return min(self.rows, self.columns)
-
-    @property
-    def component(self) -> int:
-        """Number of parameters of one component."""
-        return self.matrices * (self.rows + self.columns)
-
-    @property
-    def params(self) -> int:
-        return self.matrices * self.rows * self.columns
-
-    @property
-    def decomposition(self) -> float:
-        """Operations of the decomposition, up to a factor: an SVD, and the root of each second moment."""
-        dense = isinstance(self.module, nn.Embedding)  # whose moments are diagonal
-        roots = 0 if dense else sum(12 * size**3 for size in self.moments)
-        return self.matrices * (20 * self.full_rank**2 * max(self.rows, self.columns) + roots)
-
-    def factor(self, rank: int) -> FactoredLayer:
-        """Return a factored layer with random weights. It has the name that it has in a spectrum."""
-        layer = self.form.layer_for(self.module, rank)
-        with torch.no_grad():
-            for factor in layer.factors:
-                factor.weight.normal_(std=factor.weight[0].numel() ** -0.5)
-            if layer.bias is not None:
-                layer.bias.zero_()
-        return layer
 
 
 def factored_model(model: nn.Module, layers: Sequence[Outline], ranks: Mapping[str, int]) -> nn.Module:

@@ -19,7 +19,7 @@ from spectrim.factored.plan import Keep, RankPlan, rank_of
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, latency, replacing
 from spectrim.surgery.cost import layer_parameters
-from spectrim.surgery.given_model import copied, eager, unchanged
+from spectrim.surgery.given_model import copied, eager, unchanged, versions
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.surgery.reopening import factored_layers, kept_in, reopened
 from spectrim.surgery.trial_run import failing_layers
@@ -157,11 +157,11 @@ class Workbench:
             if not faster:
                 kept, model = {}, pack(self._built({}))
         before = {name: layer for name, layer in factored_layers(self.given).items() if name not in kept}
-        versions = _versions(self.given)
+        now = versions(self.given)
         return Compressed(
             model=model,
             plan=RankPlan.of({**{name: kept_in(layer) for name, layer in before.items()}, **self._plan(kept)}),
-            reporter=reporter(lambda: self._report(kept, versions), self.objective),
+            reporter=reporter(lambda: self._report(kept, now), self.objective),
             dense=self.given,
             example=self.example,
             log=log or [],
@@ -208,9 +208,9 @@ class Workbench:
     def _plan(self, kept: Mapping[str, Keep]) -> RankPlan:
         return replacing.plan_of(self.all_spectra, kept)
 
-    def _predicted(self, versions: tuple[int, ...]) -> tuple[dict[str, Tensor], str]:
+    def _predicted(self, then: tuple[int, ...]) -> tuple[dict[str, Tensor], str]:
         """Return the first order for the report, and why there is none; empty where there is one."""
-        if "calibration" not in self._curves and _versions(self.given) != versions:
+        if "calibration" not in self._curves and versions(self.given) != then:
             return {}, "the given model has changed since it was compressed, so that nothing can be predicted now"
         try:
             with unchanged(self.model):
@@ -218,9 +218,9 @@ class Workbench:
         except UserError as error:
             return {}, str(error)
 
-    def _report(self, kept: Mapping[str, Keep], versions: tuple[int, ...]) -> tuple[pd.DataFrame, str]:
+    def _report(self, kept: Mapping[str, Keep], then: tuple[int, ...]) -> tuple[pd.DataFrame, str]:
         """Return the report, and why it predicts nothing; empty where it does (``layer_report``)."""
-        predicted, unpredicted = self._predicted(versions)
+        predicted, unpredicted = self._predicted(then)
         outside = math.nan if unpredicted else 0.0
         rows = []
         for name, spectrum in self.all_spectra.items():
@@ -271,9 +271,3 @@ def _overrides(choice: LayerChoice, spectra: Mapping[str, Spectrum], left: Mappi
             most = spectra[name].break_even
             raise UserError(f"overrides[{name!r}]={rank} is above {most}, the largest rank at which it gets smaller")
     return dict(choice.overrides)
-
-
-def _versions(model: nn.Module) -> tuple[int, ...]:
-    """Return a count of the changes of each parameter and buffer. It tells most changes, at no cost."""
-    values = [*model.parameters(), *model.buffers()]
-    return tuple(-1 if value.is_inference() else value._version for value in values)

@@ -1,0 +1,116 @@
+"""The shapes of a layer, and the memory that its decomposition takes, before it is decomposed."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from spectrim.batches import device_of
+from spectrim.decomposers.spectrum import Decomposer, directions_of
+from spectrim.factored.base import FactoredLayer
+from spectrim.factored.dense import DenseLayer
+from spectrim.factored.forms import EmbeddingForm, Form, PlainForm
+from spectrim.surgery.cost import parameters
+from spectrim.tools.free_memory import free_memory, in_gb
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The shape of a layer, without its decomposition.
+
+    ``matrices``: number of matrices of ``rows`` x ``columns`` that the weight is read as.
+    ``moments``: sizes of the second moments that the decomposer takes, one or two for each view.
+    """
+
+    name: str
+    module: nn.Module
+    form: Form
+    matrices: int
+    rows: int
+    columns: int
+    moments: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, decomposer: Decomposer) -> "Outline":
+        """Return the outline of a layer, in the channel view where ``decomposer`` has no view of its own."""
+        dense, parts = DenseLayer.of(module), int(getattr(decomposer, "subspaces", 1))
+        view = dense.view(getattr(decomposer, "view", "channel"))
+        parts = parts if dense.inputs % parts == 0 else 1
+        form: Form = EmbeddingForm() if isinstance(module, nn.Embedding) else PlainForm(view, parts)
+        sides = (1,) if directions_of(decomposer) is None else (1, 0)
+        moments = tuple(dense.sides(own)[side] for own in decomposer.views(module) for side in sides)
+        return cls(name, module, form, dense.groups * parts, *dense.sides(view, parts), moments)
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.rows, self.columns)
+
+    @property
+    def component(self) -> int:
+        """Number of parameters of one component."""
+        return self.matrices * (self.rows + self.columns)
+
+    @property
+    def params(self) -> int:
+        return self.matrices * self.rows * self.columns
+
+    @property
+    def moment_entries(self) -> int:
+        """Number of entries of the second moments of one matrix. Those of an embedding are diagonal."""
+        return sum(self.moments if isinstance(self.module, nn.Embedding) else (size**2 for size in self.moments))
+
+    @property
+    def decomposition(self) -> float:
+        """Operations of the decomposition, up to a factor: an SVD, and the root of each second moment."""
+        dense = isinstance(self.module, nn.Embedding)  # whose moments are diagonal
+        roots = 0 if dense else sum(12 * size**3 for size in self.moments)
+        return self.matrices * (20 * self.full_rank**2 * max(self.rows, self.columns) + roots)
+
+    def factor(self, rank: int) -> FactoredLayer:
+        """Return a factored layer with random weights. It has the name that it has in a spectrum."""
+        layer = self.form.layer_for(self.module, rank)
+        with torch.no_grad():
+            for factor in layer.factors:
+                factor.weight.normal_(std=factor.weight[0].numel() ** -0.5)
+            if layer.bias is not None:
+                layer.bias.zero_()
+        return layer
+
+
+def block_of(layers: Sequence[Outline], layers_at_once: int | None) -> float:
+    """Return the part of the layers whose decompositions are in memory at once."""
+    return 1.0 if layers_at_once is None else min(1.0, layers_at_once / len(layers))
+
+
+def decomposing_bytes(model: nn.Module, layers: Sequence[Outline], layers_at_once: int | None) -> dict[str, float]:
+    """Return the bytes that every selection takes: ``held`` in decompositions, and the peaks of its two first parts.
+
+    ``decompose``: beside what is held, the second moments of a block, and the work space of the largest layer.
+    ``build``: beside what is held, a copy of the model, and the one that is compressed.
+    """
+    block = block_of(layers, layers_at_once)
+    held = block * sum(8 * layer.full_rank * layer.component for layer in layers)
+    largest = max(8 * (4 * layer.params + 6 * layer.moment_entries) for layer in layers)
+    gathered = block * sum(8 * layer.matrices * layer.moment_entries for layer in layers)
+    item = next(model.parameters()).element_size()
+    return {"held": held, "decompose": held + gathered + largest, "build": held + 2 * item * parameters(model)}
+
+
+def warn_if_short(
+    model: nn.Module, layers: Mapping[str, nn.Module], decomposer: Decomposer, layers_at_once: int | None
+) -> None:
+    """Warn in one line where the memory that is free will not do for the decompositions.
+
+    It refuses nothing, because the system may have more to give, such as swap. Nothing is known of other devices.
+    """
+    if not layers or device_of(model).type != "cpu":
+        return
+    outlines = [Outline.of(name, module, decomposer) for name, module in layers.items()]
+    needed, free = max(decomposing_bytes(model, outlines, layers_at_once).values()), free_memory()
+    if needed > free:
+        fewer = "layers_at_once=8" if layers_at_once is None else f"less than layers_at_once={layers_at_once}"
+        LOG.warning("needs about %s of memory, and %s are free; give %s", in_gb(needed), in_gb(free), fewer)
