@@ -154,14 +154,14 @@ def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
     after_kill = recorded()
     status, said = stopped_by(signal.SIGINT, len(after_kill) + 1)
     after_interrupt = recorded()
-    (line,) = [line for line in said.splitlines() if not line.endswith("already recorded")]
+    (line,) = [line for line in said.splitlines() if not line.endswith("done already")]
     assert status == 130 and line == "spectrim: interrupted; the same command goes on where it stopped"
     assert 2 <= len(after_kill) < len(after_interrupt)
     assert len(records.read_all(tmp_path, "runs")) == len(after_interrupt)  # each of them whole
 
     cells = len(after_interrupt) + 5  # joblib does not keep to their order, but nearly
     in_process(asked(cells), monkeypatch, tmp_path)  # by whichever launcher
-    assert capsys.readouterr().err.count("already recorded") == len(after_interrupt)
+    assert f"spectrim: {len(after_interrupt)} of {cells} cells are done already\n" in capsys.readouterr().err
     assert len(recorded()) == cells == len(records.read_all(tmp_path, "runs"))
     assert after_kill.items() <= after_interrupt.items() <= recorded().items()
 

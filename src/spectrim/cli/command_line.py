@@ -21,10 +21,11 @@ from typing import Any, NoReturn
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from joblib.parallel import LokyBackend, register_parallel_backend
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
-from spectrim.cli import cluster_jobs, messages, progress, run_lock, streams
+from spectrim.cli import cluster_jobs, messages, missing_cells, progress, run_lock, streams
 from spectrim.cli.messages import LOG
 from spectrim.cli.termination import ending, terminable
 from spectrim.errors import UserError
@@ -126,9 +127,13 @@ class _Watched(LokyBackend):
         return super().configure(*args, initializer=_watch_parent, **settings)
 
 
-def run(job: Callable[[], Any]) -> None:
-    """Run a Hydra entry. A user's mistake prints one line on stderr and exits with status 1; Ctrl-C exits with 130,
-    SIGTERM with 143."""
+def run(job: Callable[[], Any], is_cell_done: Callable[[DictConfig], bool] = lambda _: False) -> None:
+    """Run a Hydra entry.
+
+    A user's mistake prints one line on stderr and exits with status 1; Ctrl-C exits with 130, SIGTERM with 143.
+
+    ``is_cell_done``: tells from the configuration of a cell of a grid that it need not be run.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us, to print them in one line
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
     streams.open_closed()
@@ -143,7 +148,8 @@ def run(job: Callable[[], Any]) -> None:
         try:
             with redirect_stdout(streams.Outlet(sys.stdout)), redirect_stderr(stderr), terminable():
                 _check_options()
-                _whole(job)
+                with missing_cells.alone(is_cell_done):
+                    _whole(job)
         except KeyboardInterrupt as stop:
             word, status = ending(stop)
             left = cluster_jobs.left_behind(stop) or "the same command goes on where it stopped"
@@ -218,8 +224,10 @@ def _rename_arguments() -> None:
 def _before_ours(error: Exception) -> bool:
     """Whether Hydra raised the error before it called our code: an override, a launcher setting, its folder."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
-    # Every composition passes through our module of that name, see ``composition.guard``, and joblib through this one.
-    homes = [name.partition(".")[0] for name in modules if name not in (composition.__name__, __name__)]
+    # Every composition passes through our module of that name, see ``composition.guard``, joblib through this one, and
+    # a grid through that of its missing cells.
+    passed = (composition.__name__, missing_cells.__name__, __name__)
+    homes = [name.partition(".")[0] for name in modules if name not in passed]
     return "hydra" in homes and "spectrim" not in homes[homes.index("hydra") :]
 
 

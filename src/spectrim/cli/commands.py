@@ -3,7 +3,7 @@
 import hydra
 from omegaconf import DictConfig
 
-from spectrim.cli import command_line, usage
+from spectrim.cli import command_line, missing_cells, usage
 from spectrim.runs.configuration import CONF
 
 
@@ -27,10 +27,10 @@ def _train(cfg: DictConfig) -> None:
 def compress() -> None:
     """Run the command ``spectrim``."""
     usage.print_if_asked("spectrim")
-    command_line.run(_compress)
+    command_line.run(_compress, missing_cells.has_record)
 
 
 def train() -> None:
     """Run the command ``spectrim-train``."""
     usage.print_if_asked("spectrim-train")
-    command_line.run(_train)
+    command_line.run(_train, missing_cells.has_checkpoint)
