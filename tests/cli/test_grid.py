@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from spectrim.algorithms.bound_probe import BoundProbe
-from spectrim.cli import commands, grid, run_lock, status
+from spectrim.cli import commands, grid, run_lock, status, termination
+from spectrim.cli.termination import Terminated
 from spectrim.errors import UserError
 from spectrim.records import records
 from spectrim.runs import cells
@@ -163,6 +165,21 @@ def test_the_hours_are_those_of_the_cells_that_are_left() -> None:
     assert status.hours_left([done, same]) == 1.5
     assert status.hours_left([done, same, new]) == 1.5 + 1.0
     assert status.hours_left([new]) is None
+
+
+@pytest.mark.parametrize(
+    ("stop", "status", "word"), [(KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")]
+)
+def test_a_stop_is_told_in_one_line(
+    stop: type, status: int, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stopped(*_: Any) -> None:
+        assert signal.getsignal(signal.SIGTERM) is termination._raise  # SIGTERM would end it so
+        raise stop
+
+    monkeypatch.setattr(grid, "_failed", stopped)
+    assert grid.main(["rerun", GRID]) == status
+    assert capsys.readouterr().err == f"spectrim-grid: {word}; the same command goes on where it stopped\n"
 
 
 def test_an_unknown_grid_is_one_line(capsys: pytest.CaptureFixture) -> None:

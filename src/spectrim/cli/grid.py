@@ -15,6 +15,7 @@ from spectrim.cli.command_line import MISTAKES
 from spectrim.cli.differences import differences, found
 from spectrim.cli.messages import Parser
 from spectrim.cli.status import State
+from spectrim.cli.termination import ending, terminable
 from spectrim.records import records
 from spectrim.runs import configuration
 from spectrim.runs.cells import Cell, cells
@@ -119,14 +120,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     streams.open_closed()
     try:
-        with redirect_stdout(streams.Outlet(sys.stdout)):
+        with terminable(), redirect_stdout(streams.Outlet(sys.stdout)):
             return 0 if options.call(options) else 1
     except MISTAKES as error:
         print(f"spectrim-grid: {configuration.innermost(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("spectrim-grid: interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        word, ended = ending(stop)
+        print(f"spectrim-grid: {word}; the same command goes on where it stopped", file=sys.stderr)
+        return ended
 
 
 if __name__ == "__main__":
