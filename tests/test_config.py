@@ -15,7 +15,7 @@ from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 
 from spectrim.algorithms.shared.compressed import decomposer_of
-from spectrim.cli import grid
+from spectrim.cli import command_line
 from spectrim.errors import UserError
 from spectrim.runs import configuration, targets
 
@@ -307,7 +307,7 @@ def test_the_command_line_ends_in_one_line_and_a_status(
         raise error
 
     with pytest.raises(SystemExit) as ending:
-        grid.command_line(job)
+        command_line.run(job)
     said = capsys.readouterr().err
     assert said.startswith("spectrim: ") and said.count("\n") == 1
     assert ending.value.code == (130 if isinstance(error, KeyboardInterrupt) else 1)
@@ -316,10 +316,10 @@ def test_the_command_line_ends_in_one_line_and_a_status(
 def test_a_fault_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["spectrim"])
     with pytest.raises(ZeroDivisionError):
-        grid.command_line(lambda: 1 / 0)
+        command_line.run(lambda: 1 / 0)
 
     def unreadable() -> None:
         raise BrokenProcessPool("a task cannot be read") from AttributeError("no such function")
 
     with pytest.raises(BrokenProcessPool):
-        grid.command_line(unreadable)
+        command_line.run(unreadable)

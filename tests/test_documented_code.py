@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import spectrim
-from spectrim.cli import grids, search, table
+from spectrim.cli import grid, search, table
 from spectrim.cli.compress import parser
 from spectrim.cli.search import space
 from spectrim.fetch import pretrained
@@ -233,7 +233,7 @@ def test_a_line_for_a_shell_can_be_given(page: str, line: str, capsys: pytest.Ca
         # The tests of the documented commands compose these.
         assert program in {"spectrim", "spectrim-train", "spectrim-grid"}
         if program == "spectrim-grid":
-            options = grids.parser().parse_args(words)
+            options = grid.parser().parse_args(words)
             files = (options.first, options.second) if words[0] == "diff" else ()
             assert all((ROOT / file).is_file() for file in files) and (files or grids_called(options.experiment))
         else:

@@ -1,6 +1,7 @@
 """The wheel alone: in an environment without the checkout it compresses a net and builds tables."""
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -58,6 +59,16 @@ def test_it_holds_scripts_grids_and_types_and_nothing_else(wheel: Path) -> None:
     core = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:") and "extra ==" not in line]
     heavy = ("wandb", "optuna", "greenlet", "tensorly", "transformers", "onnx", "sphinx")
     assert core and not [line for line in core if any(name in line for name in heavy)]
+
+
+def test_its_page_on_an_index_shows_no_picture_and_no_link_that_the_repository_alone_has(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as packed:
+        (metadata,) = (packed.read(name).decode() for name in packed.namelist() if name.endswith("METADATA"))
+    header, _, page = metadata.partition("\n\n")
+    assert "Description-Content-Type: text/markdown" in header
+    assert page.startswith("# spectrim\n") and "## Install" in page and "joint, ours, pivoted" in page
+    assert "![" not in page and "<!--" not in page and not re.findall(r"\]\((?!https://)", page)
+    assert "do not hold at our scale" in page  # the text of a link stays
 
 
 def test_it_is_the_package_that_runs(programs: Path, tmp_path: Path) -> None:

@@ -1,309 +1,209 @@
-"""A grid of runs, one after the other or by joblib: what fails is named, what was stopped goes on where it was."""
+"""How far a grid is: what is done, what failed and why, what is missing, and the hours that it takes."""
 
+import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from spectrim.cli import claims, commands, grid, messages, run
+from spectrim.algorithms.bound_probe import BoundProbe
+from spectrim.cli import commands, grid, run_lock, status, termination
+from spectrim.cli.termination import Terminated
 from spectrim.errors import UserError
 from spectrim.records import records
-from spectrim.runs import composition, configuration
+from spectrim.runs import cells
 
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
-SOURCE = str(Path(configuration.__file__).parents[2])
-LAUNCHERS = (["hydra/launcher=basic"], ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"])
+GRID = "table8/bounds_untrained"
 
 
-def started(arguments: list[str], folder: Path, stdout: int = subprocess.DEVNULL) -> subprocess.Popen:
-    """The command as a process."""
-    environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
-    environment.pop("HYDRA_FULL_ERROR", None)
-    command = [sys.executable, "-m", "spectrim.cli.run", *arguments]
-    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, and inherited so, in a background job
-    try:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True)
-    finally:
-        signal.signal(signal.SIGINT, usual)
+def told(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, list[str]]:
+    """Exit status and lines of the command."""
+    capsys.readouterr()
+    ended = grid.main(["status", *arguments])
+    captured = capsys.readouterr()
+    return ended, (captured.out + captured.err).splitlines()
 
 
-def ended(process: subprocess.Popen) -> tuple[int, str]:
-    """Exit status, and what was said on stderr, once it and all that it started are gone: each holds the pipe."""
-    _, said = process.communicate(timeout=300)
-    return process.returncode, said
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``sweep(words)``: run a part of the grid."""
+
+    def swept(*words: str) -> None:
+        monkeypatch.setattr(
+            sys, "argv", ["spectrim", "-m", f"experiment={GRID}", f"records={tmp_path}", *words, *QUIET]
+        )
+        commands.compress()
+
+    return swept
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["model=nosuch"], "spectrim: In 'config': Could not find 'model/nosuch' Available options in 'model':"),
-        (["model._target_=os.system", "algorithm=truncation"], "spectrim: config.model._target_=os.system"),
-        (["--mistyped"], "spectrim: unrecognized arguments: --mistyped; --help lists the options"),
-    ],
-)
-def test_the_command_itself_ends_in_one_line(
-    overrides: list[str], message: str, digits: list[str], tmp_path: Path
+def test_a_failed_cell_is_told_with_its_reason_until_it_succeeds(
+    sweep: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    status, said = ended(started([*digits, *overrides, "--multirun"], tmp_path))
-    assert status == 1
-    assert message in said and said.count("\n") == 1
+    usual = BoundProbe.measure
+
+    def failing(self: BoundProbe, model: Any, *given: Any) -> Any:
+        if len(list(model.parameters())) > 2:
+            raise UserError("no luck with deep nets")
+        return usual(self, model, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BoundProbe, "measure", failing)
+        with pytest.raises(SystemExit):
+            sweep("model.depth=2,3", "seed=0")
+    assert len(records.read_all(tmp_path, "table8")) == 1  # a note is no record
+    ended, lines = told(capsys, GRID, "--records", str(tmp_path))
+    assert ended == 1 and len(lines) == 16
+    assert re.fullmatch(f"{GRID}: 1 of 15 cells done, 1 failed, 13 missing, 0.00 hours left", lines[0])
+    assert re.fullmatch(r"  done    model.depth=2 seed=0 \(\d+ s\)", lines[1])
+    assert lines[2] == "  missing model.depth=2 seed=1"
+    assert lines[4] == "  failed  model.depth=3 seed=0: no luck with deep nets"
+    (note,) = tmp_path.rglob("*.failed.json")
+    assert json.loads(note.read_text()) == {"reason": "no luck with deep nets"}
+
+    capsys.readouterr()
+    folder = ["--records", str(tmp_path)]
+    assert grid.main(["failed", GRID, *folder]) == 1
+    command = f"spectrim experiment={GRID} model.depth=3 seed=0 records={tmp_path}"
+    assert capsys.readouterr().out == f"{GRID} model.depth=3 seed=0: no luck with deep nets\n  {command}\n"
+
+    assert grid.main(["rerun", GRID, *folder]) == 0
+    assert f"1 of 1: {command}\n{GRID}: 1 of 1 failed cells succeeded\n" in capsys.readouterr().out
+    assert grid.main(["failed", GRID, *folder]) == 0
+    assert not list(tmp_path.rglob("*.failed.json"))
+    assert told(capsys, GRID, "--records", str(tmp_path))[1][4].startswith("  done    model.depth=3 seed=0 (")
 
 
-def test_a_letter_that_the_locale_does_not_know_is_told_in_one_line(digits: list[str], tmp_path: Path) -> None:
-    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "-m", "spectrim.cli.run", *digits, "model=nosüch"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **plain}, capture_output=True, timeout=300)
-    assert done.returncode == 1
-    assert done.stderr.startswith(b"spectrim: ") and b"model=nos" in done.stderr and done.stderr.count(b"\n") == 1
-
-
-@pytest.mark.parametrize("setting", ["hydra.sweep.dir=wall/hydra", "hydra.launcher.n_jobs=0"])
-def test_a_grid_that_cannot_begin_ends_in_one_line(
-    setting: str, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_a_single_run_that_fails_leaves_no_note(
+    tmp_path: Path, digits: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    (tmp_path / "wall").write_text("a file, not a folder")
-    with pytest.raises(SystemExit) as ending:
-        in_process([*digits, "algorithm.gamma=1,2", "hydra/launcher=joblib", setting], monkeypatch, tmp_path)
-    said = capsys.readouterr().err
-    assert ending.value.code == 1
-    assert said.startswith("spectrim: Hydra cannot begin with these settings: ") and said.count("\n") == 1
-    assert not list(tmp_path.rglob("*.json"))
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS, ids=["basic", "joblib"])
-def test_the_runs_that_failed_are_counted_and_named_and_the_others_are_recorded(
-    launcher: list[str], digits: list[str], tmp_path: Path
-) -> None:
-    words = ["-m", *digits, "algorithm=truncation", "algorithm.ratio=2,0.4,0,0.6", *launcher]
-    status, said = ended(started(words, tmp_path))
-    assert status == 1 and said.count("\n") == 1
-    assert said.startswith("spectrim: 2 runs failed: ratio must lie in (0, 1], got 2 (in spectrim data=digits ")
-    assert "algorithm.ratio=2); ratio must lie in (0, 1], got 0 (in spectrim data=digits " in said
-    assert said.endswith("algorithm.ratio=0)\n")
-    assert {one["config"]["algorithm"]["ratio"] for one in records.read_all(tmp_path, "runs")} == {0.4, 0.6}
-
-
-def in_process(arguments: list[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(sys, "argv", ["spectrim", "-m", *arguments, *QUIET])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.chdir(folder)
-    commands.compress()
-
-
-def test_a_single_failed_run_is_named(
-    digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+    monkeypatch.setattr(sys, "argv", ["spectrim", *digits, "algorithm=truncation", "algorithm.ratio=2", *QUIET])
     with pytest.raises(SystemExit):
-        in_process([*digits, "algorithm=truncation", "algorithm.ratio=2,0.4"], monkeypatch, tmp_path)
-    said = capsys.readouterr().err
-    assert said.startswith("spectrim: ratio must lie in (0, 1], got 2 (in spectrim ") and said.count("\n") == 1
-    assert len(records.read_all(tmp_path, "runs")) == 1
+        commands.compress()
+    assert "ratio must lie in" in capsys.readouterr().err and not list(tmp_path.rglob("*.json"))
 
 
-def test_a_fault_of_ours_in_a_grid_is_shown_in_full_and_named(
-    digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_a_grid_of_committed_records_is_done(capsys: pytest.CaptureFixture) -> None:
+    ended, lines = told(capsys, "table8", "--records", "results/records")
+    assert ended == 0
+    assert lines == [
+        "table8/bounds: 15 of 15 cells done",
+        "table8/bounds_untrained: 15 of 15 cells done",
+        "table8/rank_selection: 60 of 60 cells done",
+    ]
+
+
+def test_a_missing_checkpoint_and_a_damaged_record_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    usual = run.run
-
-    def faulty(cfg: Any) -> dict[str, Any]:
-        return usual(cfg) if cfg.algorithm.ratio > 0.5 else {"ratio": 1 / 0}
-
-    monkeypatch.setattr(run, "run", faulty)
-    with pytest.raises(SystemExit) as ending:
-        in_process([*digits, "algorithm=truncation", "algorithm.ratio=2,0.4,0.6,0.5"], monkeypatch, tmp_path)
-    said = capsys.readouterr().err
-    assert ending.value.code == 1 and said.count("Traceback") == 1 and "in faulty" in said
-    last = said.splitlines()[-1]
-    assert last.startswith("spectrim: 3 runs failed: ratio must lie in (0, 1], got 2 (in spectrim ")
-    assert last.count("; ZeroDivisionError: division by zero (in spectrim ") == 2
-    assert len(records.read_all(tmp_path, "runs")) == 1
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS, ids=["basic", "joblib"])
-def test_a_grid_that_was_killed_and_interrupted_goes_on_where_it_stopped(
-    launcher: list[str],
-    tmp_path: Path,
-    digits: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-) -> None:
-    def asked(cells: int) -> list[str]:
-        ratios = ",".join(f"{0.2 + 0.02 * i:.2f}" for i in range(cells))
-        return [*digits, "model.hidden=[300,300]", "algorithm=truncation", f"algorithm.ratio={ratios}"]
-
-    def recorded() -> dict[str, tuple[int, int]]:
-        return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.glob("runs/*.json")}
-
-    def stopped_by(which: signal.Signals, at_least: int) -> tuple[int, str]:
-        # So many, of so large a net, that on a busy machine, too, the signal does not come after the last.
-        process = started(["-m", *asked(40), *QUIET, *launcher], tmp_path)
-        while len(recorded()) < at_least and process.poll() is None:
-            time.sleep(0.005)
-        process.send_signal(which)
-        return ended(process)
-
-    assert stopped_by(signal.SIGKILL, 2)[0] == -signal.SIGKILL
-    after_kill = recorded()
-    status, said = stopped_by(signal.SIGINT, len(after_kill) + 1)
-    after_interrupt = recorded()
-    (line,) = [line for line in said.splitlines() if not line.endswith("already recorded")]
-    assert status == 130 and line == "spectrim: interrupted; the same command goes on where it stopped"
-    assert 2 <= len(after_kill) < len(after_interrupt)
-    assert len(records.read_all(tmp_path, "runs")) == len(after_interrupt)  # each of them whole
-
-    cells = len(after_interrupt) + 5  # joblib does not keep to their order, but nearly
-    in_process(asked(cells), monkeypatch, tmp_path)  # by whichever launcher
-    assert capsys.readouterr().err.count("already recorded") == len(after_interrupt)
-    assert len(recorded()) == cells == len(records.read_all(tmp_path, "runs"))
-    assert after_kill.items() <= after_interrupt.items() <= recorded().items()
-
-
-def test_a_grid_that_is_started_twice_at_once_computes_each_cell_once(digits: list[str], tmp_path: Path) -> None:
-    words = ["-m", *digits, "model.hidden=[300,300]", "algorithm=truncation", "algorithm.ratio=0.2,0.3,0.4", "seed=0,1"]
-    both = [started(words, tmp_path, subprocess.PIPE) for _ in range(2)]
-    told = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sum(out.count(" params kept ") for out, _ in told) == 6 == len(records.read_all(tmp_path, "runs"))
-    assert {path.suffix for path in (tmp_path / "runs").iterdir()} == {".json"}
-
-
-def test_a_cell_that_another_process_computes_is_left_to_it_and_waited_for(
-    digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    words = [*digits, "algorithm=truncation", "algorithm.ratio=0.4,0.6"]
-    usual, claimed, waited = claims.claimed, list[Path](), list[Path]()
-
-    def taken(result: Path, wait: bool) -> Any:
-        claimed.append(result)
-        if len(claimed) == 1:
-            raise claims.Elsewhere("by a neighbour", result)
-        return usual(result, wait)
-
-    monkeypatch.setattr(claims, "claimed", taken)
-    monkeypatch.setattr(claims, "wait_for", waited.append)
-    in_process(words, monkeypatch, tmp_path)
-    said, line = capsys.readouterr(), r"\[{} of 2.*\] mlp/digits truncation \(algorithm.ratio={}\): params kept "
-    assert re.search(line.format(1, 0.6), said.out) and re.search(line.format(1, 0.4), said.out)
-    assert f"spectrim: {claimed[0]} is computed by a neighbour; going on with the next run\n" in said.err
-    assert waited == [claimed[0]] == [claimed[2]] and len(records.read_all(tmp_path, "runs")) == 2
-
-
-@pytest.mark.parametrize("left", [False, True], ids=["recorded there", "left there"])
-def test_a_grid_with_a_failed_cell_waits_for_the_others_too(
-    left: bool, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    usual, tried, waited = claims.claimed, list[Path](), list[Path]()
-
-    def taken(result: Path, wait: bool) -> Any:
-        tried.append(result)
-        if len(tried) == 1:
-            raise claims.Elsewhere("by a neighbour", result)
-        if len({*tried}) == 2 and result != tried[0]:
-            raise UserError("this one fails")
-        return usual(result, wait)
-
-    def end(result: Path) -> None:
-        waited.append(result)
-        if not left:
-            result.parent.mkdir(parents=True, exist_ok=True)
-            result.write_text("{}")
-
-    monkeypatch.setattr(claims, "claimed", taken)
-    monkeypatch.setattr(claims, "wait_for", end)
-    with pytest.raises(SystemExit) as ending:
-        in_process([*digits, "algorithm=truncation", "algorithm.ratio=0.4,0.6"], monkeypatch, tmp_path)
-    assert ending.value.code == 1 and waited == [tried[0]]
-    assert "waiting for 1 runs that other processes compute\n" in (said := capsys.readouterr().err)
-    assert said.splitlines()[-1].startswith("spectrim: this one fails (in ")
-    # What the neighbour left is computed; the failed cell is tried again only then.
-    assert tried == [tried[0], tried[1]] + ([tried[0], tried[1]] if left else [])
-    assert len(records.read_all(tmp_path, "runs")) == 1 if left else tried[0].read_text() == "{}"
-
-
-@pytest.mark.parametrize("option", ["--quiet", "--verbose"])
-def test_a_grid_says_as_much_as_it_is_asked_to(
-    option: str, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    in_process([*digits, "algorithm=truncation", "algorithm.ratio=0.4,0.6", option], monkeypatch, tmp_path)
-    said = capsys.readouterr()
-    if option == "--quiet":
-        assert said.out == said.err == ""
-    else:
-        assert said.out.count(" params kept ") == 2 and said.err.count("spectrim: select: ") == 2
-    assert messages.LEVEL not in os.environ and composition.FOLDER not in os.environ
-
-
-def test_a_process_of_joblib_leaves_ctrl_c_and_sigterm_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    stops = signal.SIGINT, signal.SIGTERM
-    usual = [signal.getsignal(stop) for stop in stops]
-    try:
-        with grid.cell("spectrim"):
-            assert [signal.getsignal(stop) for stop in stops] == usual
-        monkeypatch.setattr(grid, "parent_process", lambda: SimpleNamespace(pid=12345))
-        for stream in ("stdout", "stderr"):
-            monkeypatch.setattr(sys, stream, getattr(sys, stream))
-        with grid.cell("spectrim"):
-            assert all(signal.getsignal(stop) is signal.SIG_IGN for stop in stops)
-    finally:
-        grid._obey.cache_clear()
-        for stop, handler in zip(stops, usual, strict=True):
-            signal.signal(stop, handler)
-
-
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs the processes of /proc")
-def test_a_process_of_joblib_that_has_had_no_cell_ends_with_its_parent(digits: list[str], tmp_path: Path) -> None:
-    process = started(["-m", *digits, "algorithm=truncation", "algorithm.ratio=0.2,0.4", *LAUNCHERS[1]], tmp_path)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while process.poll() is None and not (workers := children.read_text().split()):
-        time.sleep(0.01)
-    time.sleep(0.5)  # It imports.
-    process.kill()
-    assert workers and ended(process)[0] == -signal.SIGKILL  # once all that it started are gone
-
-
-def test_a_worker_watches_its_parent_and_no_other_process_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    watched: list[int] = []
-    monkeypatch.setattr(grid, "_end_with", watched.append)
-    grid._watch_parent()
-    monkeypatch.setattr(grid, "parent_process", lambda: SimpleNamespace(pid=12345))
-    grid._watch_parent()
-    assert watched == [12345]
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS, ids=["basic", "joblib"])
-def test_a_reader_that_ends_and_a_closed_stream_cost_no_run(
-    launcher: list[str], digits: list[str], tmp_path: Path
-) -> None:
-    environment = os.environ | {"PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"}
-    words = ["-m", *digits, "algorithm=truncation", "algorithm.ratio=0.2,0.4", *launcher]
-    command = shlex.join([sys.executable, "-m", "spectrim.cli.run", *words])
-    script = f'{command} 2>&- | true; echo "${{PIPESTATUS[0]}}"'
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout == "0\n" and not done.stderr
-    assert len(records.read_all(tmp_path, "runs")) == 2
+    folder = tmp_path / "table8"
+    folder.mkdir()
+    for path in sorted(Path("results/records/table8").glob("*.json")):
+        (folder / path.name).write_text("{")
+    lines = told(capsys, GRID, "--records", str(tmp_path))[1]
+    assert lines[0].startswith(f"{GRID}: 0 of 15 cells done, 15 failed")
+    assert all(line.endswith(".json is damaged: delete it") for line in lines[1:])
+    monkeypatch.chdir(tmp_path)
+    lines = told(capsys, "table8/bounds")[1]
+    assert lines[0] == "table8/bounds: 0 of 15 cells done, 15 missing, hours left unknown"
+    assert lines[1].endswith(
+        ": its checkpoint results/checkpoints/table8/bias_free_mlp2-digits-seed0.safetensors is missing"
+    )
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (MemoryError(), "memory is exhausted: use a smaller model"),
-        (
-            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
-            "memory is exhausted",
-        ),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), "memory is exhausted: use a smaller model"),
-        (OSError(36, "File name too long", "x" * 5000), "the name of a file is too long, give a shorter one: xxx"),
-    ],
+    "content", [b"[1]", b"7", b"\xff\xfe", b"[" * 100_000, b'{"phases": 3}', b'{"phases": {"a": {"seconds": "x"}}}']
 )
-def test_what_the_machine_does_not_give_is_one_line(error: Exception, message: str) -> None:
-    with pytest.raises(UserError, match=message) as refusal, grid.cell("spectrim"):
-        raise error
-    assert len(str(refusal.value)) < 200 and "\n" not in str(refusal.value)
+def test_a_record_that_holds_anything_else_is_damaged(content: bytes, tmp_path: Path) -> None:
+    cell = cells.Cell(("seed=0",), "table8", "0" * 16, None)
+    path = records.path_of(tmp_path, cell.experiment, cell.signature)
+    path.parent.mkdir()
+    path.write_bytes(content)
+    assert status.state_of(cell, tmp_path) == status.State("failed", f"{path} is damaged: delete it")
+
+
+def test_a_cell_that_runs_is_told_with_its_process(tmp_path: Path) -> None:
+    cell = cells.Cell(("seed=0",), "table8", "0" * 16, None)
+    path = records.path_of(tmp_path, cell.experiment, "0" * 16)
+    records.failure_path(path).parent.mkdir()
+    records.failure_path(path).write_text('{"reason": "an earlier one"}')
+    assert status.state_of(cell, tmp_path).word == "failed"
+    with run_lock.locked(path, wait=False):
+        state = status.state_of(cell, tmp_path)
+        assert state.word == "running" and status.line(cell, state).startswith("  running seed=0: by process ")
+        assert status.summary("g", [state]) == "g: 0 of 1 cells done, 1 running, hours left unknown"
+
+
+def test_a_damaged_record_is_made_anew_and_kept_aside(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    ((_, stand),) = list(grid._states(GRID, tmp_path))
+    signature = str(stand[0][0].signature)
+    path = records.path_of(tmp_path, "table8", signature)
+    path.parent.mkdir()
+    path.write_text("{")
+    assert grid.main(["rerun", GRID, "--records", str(tmp_path)]) == 0
+    assert path.with_suffix(".damaged").read_text() == "{"
+    capsys.readouterr()
+    assert grid.main(["diff", str(path), signature[:10], "--records", "results/records"]) == 1
+    said = capsys.readouterr().out
+    assert "\nprovenance.time_utc: " in said and "config." not in said
+    assert grid.main(["diff", str(path), str(path)]) == 0 and capsys.readouterr().out == ""
+
+
+def test_the_hours_are_those_of_the_cells_that_are_left() -> None:
+    done, same, new = (
+        status.State("done", seconds=1800.0),
+        status.State("missing", seconds=5400.0),
+        status.State("failed"),
+    )
+    assert status.hours_left([done, done]) == 0
+    assert status.hours_left([done, same]) == 1.5
+    assert status.hours_left([done, same, new]) == 1.5 + 1.0
+    assert status.hours_left([new]) is None
+
+
+@pytest.mark.parametrize(
+    ("stop", "status", "word"), [(KeyboardInterrupt, 130, "interrupted"), (Terminated, 143, "terminated")]
+)
+def test_a_stop_is_told_in_one_line(
+    stop: type, status: int, word: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def stopped(*_: Any) -> None:
+        assert signal.getsignal(signal.SIGTERM) is termination._raise  # SIGTERM would end it so
+        raise stop
+
+    monkeypatch.setattr(grid, "_failed", stopped)
+    assert grid.main(["rerun", GRID]) == status
+    assert capsys.readouterr().err == f"spectrim-grid: {word}; the same command goes on where it stopped\n"
+
+
+def test_an_unknown_grid_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    ended, lines = told(capsys, "table9/refits")
+    assert ended == 1 and len(lines) == 1
+    assert lines[0].startswith("spectrim-grid: experiment=table9/refits is no grid: choose table9/refit")
+
+
+def test_it_does_not_load_torch() -> None:
+    command = [sys.executable, "-c", "import sys, spectrim.cli.grid; print(*sys.modules)"]
+    modules = set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert not modules & {"torch", "torchvision", "pandas", "wandb"}
+
+
+def test_a_wrong_word_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        grid.main(["statu", GRID])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "invalid choice: 'statu'" in error
+
+
+def test_a_reader_that_ends_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert grid.main(["failed", GRID, "--records", str(tmp_path)]) == 0

@@ -19,8 +19,7 @@ from spectrim.runs import configuration
 SOURCE = str(Path(configuration.__file__).parents[2])
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch")
 # Of the grid whose job is killed. The large one has 40 cells: SPECTRIM_LONG_TESTS=1.
-LONG = bool(os.environ.get("SPECTRIM_LONG_TESTS"))
-RATIOS, SEEDS = (10, 4) if LONG else (2, 2)
+RATIOS, SEEDS = (10, 4) if os.environ.get("SPECTRIM_LONG_TESTS") else (2, 2)
 SEARCHED = os.environ["PATH"] + ":/usr/sbin:/sbin"
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or any(shutil.which(name, path=SEARCHED) is None for name in NEEDED),
@@ -131,8 +130,10 @@ def test_a_grid_goes_on_after_a_job_was_killed_and_gives_the_same_numbers(
     told = r"^spectrim: 1 job of the grid ended without a result: \d+_\d+; the output is in \S+/build/slurm/\S+; the"
     assert re.search(told, err, re.MULTILINE), err
     assert len(spread.numbers()) == spread.size - 1
-    again = spread.run(*(() if LONG else ON_SLURM), **there)  # a job of a recorded cell takes seconds, too
+    queued = len(list(tmp_path.rglob("*_submitted.pkl")))
+    again = spread.run(*ON_SLURM, **there)
     assert again.returncode == 0, again.stderr
+    assert len(list(tmp_path.rglob("*_submitted.pkl"))) == queued + 1  # recorded cells become no jobs
     assert spread.numbers() == alone.numbers() and len(alone.numbers()) == alone.size
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spectrim.cli import run, told
+from spectrim.cli import run, tracked_values
 
 SCRIPT = Path(__file__).resolve().parents[2] / "dashboards" / "workspace.py"
 
@@ -43,7 +43,7 @@ class TestComposed:
     def test_there_is_a_workspace_and_a_report_for_each_table(self, script: Any, made: list[Any]) -> None:
         workspace, *reports = made
         assert [one["displayName"] for one in reports] == [f"spectrim {name}" for name in script.tables()]
-        assert len(reports) == 9 and workspace["entity"] == "mylab"
+        assert reports and workspace["entity"] == "mylab"
         sections = workspace["spec"]["section"]["panelBankConfig"]["sections"]
         assert [one["name"] for one in sections[:5]] == list(script.panels())
 
@@ -56,6 +56,6 @@ class TestComposed:
     def test_every_number_on_a_panel_is_one_that_runs_tell(
         self, made: list[Any], compose: Any, digits: list[str]
     ) -> None:
-        results = told.of_run(run.run(compose(*digits, "algorithm=truncation")))
+        results = tracked_values.of_run(run.run(compose(*digits, "algorithm=truncation")))
         shown = set(re.findall(r'"summary(?::|_metrics\.)([^"]+)"', json.dumps(made)))
         assert len(shown) > 8 and shown <= results.summary.keys() and "layers" in results.tables

@@ -14,7 +14,7 @@ import hydra
 import pytest
 from hydra.initialize import initialize_config_dir
 
-from spectrim.cli import grid
+from spectrim.cli import command_line
 from spectrim.errors import UserError
 from spectrim.records import provenance
 from spectrim.runs import composition, configuration
@@ -104,7 +104,7 @@ def started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, handlers: None) -> 
         ]
         monkeypatch.setattr(sys, "argv", ["spectrim", *words])
         try:
-            grid.command_line(job)
+            command_line.run(job)
         finally:
             result = mark.exists()
         return result
@@ -205,7 +205,7 @@ def test_what_is_absurd_is_refused_at_once(
     monkeypatch.setattr(sys, "argv", ["spectrim", "-m", *words])
     started = time.monotonic()
     with pytest.raises(SystemExit) as ending:
-        grid.command_line(job)
+        command_line.run(job)
     assert time.monotonic() - started < 20  # Hydra alone takes seconds where the machine is busy
     said = capsys.readouterr().err
     assert ending.value.code == 1 and said.startswith(f"spectrim: {message}") and said.count("\n") == 1

@@ -3,13 +3,13 @@
 import hydra
 from omegaconf import DictConfig
 
-from spectrim.cli import grid, usage
+from spectrim.cli import command_line, missing_cells, usage
 from spectrim.runs.configuration import CONF
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def _compress(cfg: DictConfig) -> float | None:
-    with grid.cell("spectrim"):
+    with command_line.cell("spectrim"):
         from spectrim.cli import run
 
         return run.returned(run.run(cfg), cfg.returns)
@@ -18,7 +18,7 @@ def _compress(cfg: DictConfig) -> float | None:
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="train")
 def _train(cfg: DictConfig) -> None:
-    with grid.cell("spectrim-train"):
+    with command_line.cell("spectrim-train"):
         from spectrim.cli import train
 
         train.train(cfg)
@@ -27,10 +27,10 @@ def _train(cfg: DictConfig) -> None:
 def compress() -> None:
     """Run the command ``spectrim``."""
     usage.print_if_asked("spectrim")
-    grid.command_line(_compress)
+    command_line.run(_compress, missing_cells.has_record)
 
 
 def train() -> None:
     """Run the command ``spectrim-train``."""
     usage.print_if_asked("spectrim-train")
-    grid.command_line(_train)
+    command_line.run(_train, missing_cells.has_checkpoint)

@@ -1,240 +1,135 @@
-"""Run a grid on the command line: report each failed run in one line, and end workers with their parent."""
+"""Look after a committed grid: ``spectrim-grid status|failed|rerun EXPERIMENT``, and ``diff`` for two records."""
 
-import errno
-import json
-import os
-import signal
+import argparse
+import shlex
+import subprocess
 import sys
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from functools import cache
-from multiprocessing import parent_process
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import RLock, Thread
-from traceback import format_exc, walk_tb
-from typing import Any, NoReturn
 
-from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException
-from joblib.parallel import LokyBackend, register_parallel_backend
-from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
+from hydra.initialize import initialize_config_dir
 
-from spectrim.cli import claims, launched, messages, progress, streams
-from spectrim.cli.messages import LOG
+from spectrim.cli import status, streams
+from spectrim.cli.command_line import MISTAKES
+from spectrim.cli.differences import differences, found
+from spectrim.cli.messages import Parser
+from spectrim.cli.status import State
 from spectrim.cli.termination import ending, terminable
-from spectrim.errors import UserError
-from spectrim.records.records import failure_path
-from spectrim.runs import composition
-from spectrim.runs.configuration import check_choices, innermost, invocation, present_names
-from spectrim.tools import files, malloc
+from spectrim.records import records
+from spectrim.runs import configuration
+from spectrim.runs.cells import Cell, cells
 
-composition.guard()  # here, because joblib's workers import this module before they compose a cell
-
-MISTAKES = (UserError, HydraException, OmegaConfBaseException)
+FOLDER = Path("build/records")
 
 
-@contextmanager
-def cell(program: str) -> Iterator[None]:
-    """Guard one run.
-
-    In a grid the others go on after a failure; ``command_line`` names the failed ones at the end. It also waits for
-    the runs that another process computes.
-    """
-    messages.configure()  # here too, because a process of a grid begins here
-    if parent_process() is not None:
-        _obey()
-    malloc.give_back()  # memory fragments of the last run would add up
-    malloc.keep()
-    try:
-        check_choices()
-        yield
-    except claims.Elsewhere as other:
-        LOG.info("%s is computed %s; going on with the next run", other.result, other)
-        progress.leave("elsewhere", str(other.result.absolute()))
-    except Exception as raised:
-        error = _of_the_machine(raised)
-        if not progress.in_grid():
-            raise error from raised.__cause__
-        said = f"{_reason(error)} (in {invocation(program)})"
-        progress.leave("failed", said)
-        if not isinstance(error, MISTAKES):
-            progress.leave("fault", format_exc())
-        progress.finished(computed=True)
-        raise UserError(said) from None
+def _states(name: str, folder: Path) -> Iterator[tuple[str, list[tuple[Cell, State]]]]:
+    """Yield each grid of this name with its cells and how they stand."""
+    with initialize_config_dir(configuration.CONF, version_base="1.3"):
+        for grid in configuration.grids_called(name):
+            yield grid, [(cell, status.state_of(cell, folder)) for cell in cells(grid)]
 
 
-@contextmanager
-def failure_noted(record: Path) -> Iterator[None]:
-    """Leave the reason of a failed cell beside the place of its record, until the cell succeeds."""
-    note = failure_path(record)
-    try:
-        yield
-    except Exception as error:
-        if progress.in_grid() or note.exists():
-            with suppress(UserError):  # A disk that is full must not hide the error.
-                files.write({note: (json.dumps({"reason": _reason(_of_the_machine(error))}, indent=1) + "\n").encode()})
-        raise
-    files.discard(note)
+def tell(options: argparse.Namespace) -> bool:
+    """Print how far a grid is, cell by cell, or how far each grid of a folder is. Return whether all cells are done."""
+    grids = list(_states(options.experiment, options.records))
+    for grid, stand in grids:
+        print(status.summary(grid, [state for _, state in stand]))
+        for cell, state in stand if len(grids) == 1 else ():
+            print(status.line(cell, state))
+    return all(state.word == "done" for _, stand in grids for _, state in stand)
 
 
-def _reason(error: Exception) -> str:
-    """Return in one line why a run failed. A fault of the code is told with its type."""
-    return innermost(error) if isinstance(error, MISTAKES) else f"{type(error).__name__}: {innermost(error)}"
+def tell_failed(options: argparse.Namespace) -> bool:
+    """Print each failed cell with its reason and its command. Return whether there is none."""
+    failed = list(_failed(options.experiment, options.records))
+    for grid, cell, state in failed:
+        print(f"{grid} {' '.join(cell.overrides)}: {state.why}")
+        print(f"  {shlex.join(['spectrim', *_words(grid, cell, options.records)])}")
+    if not failed:
+        print(f"{options.experiment}: no failed cell in {options.records}")
+    return not failed
 
 
-def _of_the_machine(error: Exception) -> Exception:
-    """Return ``error``, or in its place a ``UserError`` where memory is exhausted or a name is too long."""
-    exhausted = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's own, for a GPU
-    if exhausted or "DefaultCPUAllocator" in str(error):
-        return UserError("memory is exhausted: use a smaller model or data.batch_size, or layers_at_once=1")
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return UserError(f"the name of a file is too long, give a shorter one: {str(error.filename)[:40]}...")
-    return error
+def rerun(options: argparse.Namespace) -> bool:
+    """Run each failed cell again, one after the other. Return whether all of them succeeded."""
+    failed = list(_failed(options.experiment, options.records))
+    left = 0
+    for number, (grid, cell, _) in enumerate(failed, 1):
+        if status.state_of(cell, options.records).word != "failed":
+            continue  # another process took it up meanwhile
+        words = _words(grid, cell, options.records)
+        print(f"{number} of {len(failed)}: {shlex.join(['spectrim', *words])}", flush=True)
+        if cell.signature is not None:  # A damaged record would be read, not made again.
+            path = records.path_of(options.records, cell.experiment, cell.signature)
+            if path.exists():
+                path.replace(path.with_suffix(".damaged"))
+        command = [sys.executable, "-m", "spectrim.cli.run", *words, f"device={options.device}"]
+        left += bool(subprocess.run(command, check=False).returncode)
+    print(f"{options.experiment}: {len(failed) - left} of {len(failed)} failed cells succeeded")
+    return not left
 
 
-@cache
-def _obey() -> None:
-    """Make a joblib worker ignore Ctrl-C and SIGTERM, and go on where nobody reads what it prints."""
-    sys.stdout, sys.stderr = streams.Outlet(sys.stdout), streams.Outlet(sys.stderr)
-    for stop in (signal.SIGINT, signal.SIGTERM):  # The workers receive them too, from the terminal or from Slurm.
-        signal.signal(stop, signal.SIG_IGN)
-    tqdm.set_lock(RLock())  # tqdm's own lock is a system semaphore, which a killed worker leaks with a warning
+def compare(options: argparse.Namespace) -> bool:
+    """Print what differs between two records. Return whether nothing does."""
+    paths = [found(given, options.records) for given in (options.first, options.second)]
+    differ = differences(*(records.read(path) for path in paths))
+    for place, first, second in differ:
+        print(f"{place}: {first} | {second}")
+    return not differ
 
 
-def _end_with(parent: int) -> None:
-    while os.getppid() == parent:  # a killed parent cannot end its workers, which would wait for ever
-        time.sleep(1)
-    os._exit(1)
+def _failed(name: str, folder: Path) -> Iterator[tuple[str, Cell, State]]:
+    for grid, stand in _states(name, folder):
+        yield from ((grid, cell, state) for cell, state in stand if state.word == "failed")
 
 
-def _watch_parent() -> None:
-    """Start a thread that ends this worker with its parent."""
-    parent = parent_process()
-    if parent is not None and parent.pid is not None:  # not os.getppid(), which is another process after a kill
-        Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
+def _words(grid: str, cell: Cell, folder: Path) -> list[str]:
+    """Return the words of the command that runs one cell."""
+    return [f"experiment={grid}", *cell.overrides, f"records={folder}"]
 
 
-class _Watched(LokyBackend):
-    """Processes of joblib that watch their parent before they wait for their first cell."""
+def parser() -> Parser:
+    """Return the parser of the command line."""
+    whole = Parser(prog="spectrim-grid", description="Look after a committed grid of runs.").with_version()
+    commands = whole.add_subparsers(required=True, metavar="COMMAND")
+    for name, call, said in (
+        ("status", tell, "tell which cells are done, running, failed or missing, and the hours left"),
+        ("failed", tell_failed, "list the failed cells, each with its reason and its command"),
+        ("rerun", rerun, "run the failed cells again, one after the other"),
+    ):
+        command = commands.add_parser(name, help=said, description=f"{said.capitalize()}.")
+        command.add_argument(
+            "experiment", metavar="EXPERIMENT", help="a grid, such as table9/refit, or a folder of them"
+        )
+        command.set_defaults(call=call)
+        if call is rerun:
+            command.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    said = "show what differs between two records"
+    command = commands.add_parser("diff", help=said, description=f"{said.capitalize()}.")
+    for name in ("first", "second"):
+        command.add_argument(name, metavar=name.upper(), help="the file of a record, or the begin of its signature")
+    command.set_defaults(call=compare)
+    for command in commands.choices.values():
+        command.add_argument("--records", type=Path, default=FOLDER, help="folder (default: %(default)s)")
+    return whole
 
-    def configure(self, *args: Any, **settings: Any) -> Any:
-        return super().configure(*args, initializer=_watch_parent, **settings)
 
-
-def command_line(job: Callable[[], Any]) -> None:
-    """Run a Hydra entry. A user's mistake prints one line on stderr and exits with status 1; Ctrl-C exits with 130,
-    SIGTERM with 143."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let errors reach us, to print them in one line
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of ``spectrim-grid``. Return 0 where all is done, no cell failed or the records agree, else 1."""
+    options = parser().parse_args(arguments)
     streams.open_closed()
-    register_parallel_backend("loky", _Watched)  # the one that the launcher of Hydra takes
-    # joblib ends a process whose memory has grown between two cells, and starts another. No cell is lost by it.
-    warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
-    stderr = _Stderr(sys.stderr)
-    messages.take_options()
-    _rename_arguments()
-    with TemporaryDirectory(prefix="spectrim-") as folder:
-        os.environ[composition.FOLDER] = folder
-        try:
-            with redirect_stdout(streams.Outlet(sys.stdout)), redirect_stderr(stderr), terminable():
-                _check_options()
-                _whole(job)
-        except KeyboardInterrupt as stop:
-            word, status = ending(stop)
-            left = launched.left_behind(stop) or "the same command goes on where it stopped"
-            _end(f"{word}; {left}", status)
-        except MISTAKES as error:
-            failed = progress.left("failed")
-            for fault in progress.left("fault")[-1:]:  # a bug of ours: print one traceback in full
-                sys.stderr.write(fault)
-            lost = isinstance(error, launched.Lost)
-            told = [innermost(error)] if lost or len(failed) < 2 else []
-            if len(failed) > 1:
-                told.append(f"{len(failed)} runs failed: {'; '.join(failed)}")
-            elif lost:
-                told += failed
-            _end("; ".join(told), 1)
-        except BrokenProcessPool as error:
-            if error.__cause__:  # a worker could not read its task: a bug, not a mistake
-                raise
-            _end("a process of the grid was killed, perhaps for want of memory; the same command goes on", 1)
-        except Exception as error:
-            if _before_ours(error):  # Hydra has no error of its own for model=null or an unwritable folder
-                _end(f"Hydra cannot begin with these settings: {innermost(error)}", 1)
-            sys.stderr.write(stderr.withheld)
-            raise
-        finally:
-            for variable in (composition.FOLDER, composition.SWEEP, messages.LEVEL):
-                os.environ.pop(variable, None)
+    try:
+        with terminable(), redirect_stdout(streams.Outlet(sys.stdout)):
+            return 0 if options.call(options) else 1
+    except MISTAKES as error:
+        print(f"spectrim-grid: {configuration.innermost(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        word, ended = ending(stop)
+        print(f"spectrim-grid: {word}; the same command goes on where it stopped", file=sys.stderr)
+        return ended
 
 
-def _check_options() -> None:
-    """Refuse an unknown option in one line. Hydra would print its whole usage."""
-    parser = get_args_parser()
-    parser.error = _refuse_option  # type: ignore[method-assign]
-    parser.parse_args()
-
-
-def _refuse_option(message: str) -> NoReturn:
-    raise UserError(f"{message}; --help lists the options")
-
-
-def _whole(job: Callable[[], Any]) -> None:
-    """Run a grid, wait for the runs that other processes compute, and compute those that they left.
-
-    Raises the error of a failed run, after the wait. A run that failed is computed again only where others were left.
-    """
-    while True:
-        failure = None
-        try:
-            launched.watched(job)
-        except MISTAKES as error:
-            failure = error
-        elsewhere = [Path(result) for result in progress.left("elsewhere")]
-        if elsewhere:
-            LOG.info("waiting for %d runs that other processes compute", len(elsewhere))
-        for result in elsewhere:
-            claims.wait_for(result)
-        if failure and all(result.exists() for result in elsewhere):
-            raise failure
-        if not elsewhere:
-            return
-        progress.begin_anew()
-
-
-def _rename_arguments() -> None:
-    """Replace the former name of a grid in ``sys.argv``, and say so."""
-    for index, (given, present) in enumerate(zip(sys.argv, present_names(sys.argv), strict=True)):
-        if given != present:
-            LOG.warning("%s is named %s now", given, present)
-            sys.argv[index] = present
-
-
-def _before_ours(error: Exception) -> bool:
-    """Whether Hydra raised the error before it called our code: an override, a launcher setting, its folder."""
-    modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
-    # Every composition passes through our module of that name, see ``composition.guard``, and joblib through this one.
-    homes = [name.partition(".")[0] for name in modules if name not in (composition.__name__, __name__)]
-    return "hydra" in homes and "spectrim" not in homes[homes.index("hydra") :]
-
-
-def _end(line: str, status: int) -> NoReturn:
-    LOG.error(line)
-    sys.exit(status)
-
-
-class _Stderr(streams.Outlet):
-    """Drop the line that Hydra writes to stderr about a failed job: we print one line of our own."""
-
-    withheld = ""
-
-    def write(self, text: str) -> int:
-        if not text.startswith("Error executing job with overrides:"):
-            return super().write(text)
-        self.withheld = text
-        return len(text)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -43,6 +43,12 @@ def begin_anew() -> None:
     os.environ.pop(SWEEP, None)
 
 
+def begin(done: int) -> None:
+    """Note how many cells were done before the first one begins, and that it begins now."""
+    if SWEEP in os.environ:
+        os.environ[SWEEP] = json.dumps({**json.loads(os.environ[SWEEP]), "done": done, "began": time.time()})
+
+
 def finished(computed: bool) -> None:
     """Count a cell of the grid as finished.
 
@@ -57,12 +63,13 @@ def said() -> str:
     sweep = _sweep()
     if not sweep or FOLDER not in os.environ:
         return ""
-    cells = left("finished")
-    computed, missing = sum(map(bool, cells)), sweep["cells"] - len(cells)
+    ended = left("finished")
+    done = sweep.get("done", 0) + len(ended)
+    computed, missing = sum(map(bool, ended)), sweep["cells"] - done
     if not computed or missing <= 0:
-        return f"[{len(cells)} of {sweep['cells']}] "
+        return f"[{done} of {sweep['cells']}] "
     spent = time.time() - sweep["began"]
-    return f"[{len(cells)} of {sweep['cells']}, {duration(spent / computed * missing)} left] "
+    return f"[{done} of {sweep['cells']}, {duration(spent / computed * missing)} left] "
 
 
 def varied() -> str:

@@ -11,9 +11,9 @@ from omegaconf import DictConfig
 
 from spectrim.algorithms.shared.compressed import Algorithm, Compressed
 from spectrim.algorithms.shared.measurement import Measurement, Readings
-from spectrim.cli import claims, grid, progress, told
-from spectrim.cli.following import Follower
+from spectrim.cli import command_line, progress, run_lock, tracked_values
 from spectrim.cli.messages import LOG, RESULTS
+from spectrim.cli.tracking import Follower
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.fetch import release
@@ -36,7 +36,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     checkpoint = _checkpoint(cfg)
     settings, signature = signing.signed(settings, checkpoint)
     path = records.path_of(folder, name, signature)
-    about = partial(told.about, configuration.plain(cfg.names), name, signature, records.identity(settings))
+    about = partial(tracked_values.about, configuration.plain(cfg.names), name, signature, records.identity(settings))
     follower = Follower(configuration.plain(cfg.tracking), about, path.with_suffix(".tracked"))
     state = Path(configuration.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
     make = partial(_measured, cfg, settings, signature, checkpoint, state)
@@ -47,7 +47,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     else:
         LOG.info("%s %s: already recorded", name, signature)
     files.discard(state)  # Here too, because a kill may have come right after the record.
-    follower.deliver(lambda: told.of_run(record))
+    follower.deliver(lambda: tracked_values.of_run(record))
     return record
 
 
@@ -72,11 +72,11 @@ def _made(
 ) -> tuple[dict[str, Any], bool]:
     """Make a record, and return it with True. Return False beside a record that another process made meanwhile."""
     files.require_writable(path)
-    with claims.claimed(path, wait=not progress.in_grid()):
+    with run_lock.locked(path, wait=not progress.in_grid()):
         if path.exists():
             return records.read_own(path), False
         LOG.debug("the record will be %s", path)
-        with grid.failure_noted(path), follower.following():
+        with command_line.failure_noted(path), follower.following():
             record = records.sealed(make())
             records.write(folder, record)
     return record, True

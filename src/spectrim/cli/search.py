@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig
 
 from spectrim.cli import messages, streams
-from spectrim.cli.grid import MISTAKES
+from spectrim.cli.command_line import MISTAKES
 from spectrim.cli.messages import LOG, RESULTS
 from spectrim.cli.termination import ending, terminable
 from spectrim.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from spectrim.cli import claims
+from spectrim.cli import run_lock
 from spectrim.records import records
 from spectrim.runs.cells import Cell
 from spectrim.tools import files
@@ -38,7 +38,7 @@ def state_of(cell: Cell, folder: Path) -> State:
         seconds = _seconds(path)
         return State("failed", f"{path} is damaged: delete it") if seconds is None else State("done", seconds=seconds)
     committed, note = _seconds(records.path_of(COMMITTED, cell.experiment, cell.signature)), records.failure_path(path)
-    if where := claims.running(path):
+    if where := run_lock.running(path):
         return State("running", where, committed)
     if note.exists():
         return State("failed", str(_read(note).get("reason", "unknown")), committed)

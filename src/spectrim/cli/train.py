@@ -10,9 +10,9 @@ from omegaconf import DictConfig
 from torch import nn
 
 from spectrim.checkpoints import single_file
-from spectrim.cli import claims, progress, told
-from spectrim.cli.following import Follower
+from spectrim.cli import progress, run_lock, tracked_values
 from spectrim.cli.messages import LOG, RESULTS
+from spectrim.cli.tracking import Follower
 from spectrim.data.images import ImageSplit, Splits
 from spectrim.data.text import TextSplit, TextSplits
 from spectrim.errors import UserError
@@ -48,7 +48,7 @@ def train(cfg: DictConfig) -> Path:
         raise UserError(f"threads={cfg.threads!r} is not a whole number of at least 1, or null")
     files.require_writable(path)  # first, for a folder such as "." has no name to give another ending
     files.require_writable(path.with_suffix(".json"), state)
-    with claims.claimed(path, wait=not progress.in_grid()):
+    with run_lock.locked(path, wait=not progress.in_grid()):
         if path.is_file():  # Another process made it while this one waited.
             return _there(path, follower)
         with follower.following():
@@ -57,7 +57,7 @@ def train(cfg: DictConfig) -> Path:
     accuracy = record["test"]["accuracy"]
     top = f"top-1 {100 * accuracy:.2f} %, " if accuracy is not None else ""
     RESULTS.info("%s%s: test %sloss %.4f", progress.said(), path, top, record["test"]["loss"])
-    follower.deliver(lambda: told.of_training(record))
+    follower.deliver(lambda: tracked_values.of_training(record))
     return path
 
 
@@ -66,14 +66,15 @@ def _there(path: Path, follower: Follower) -> Path:
     progress.finished(computed=False)
     described = path.with_suffix(".json")
     if described.is_file():  # A checkpoint from elsewhere has no record.
-        follower.deliver(lambda: told.of_training(files.read_json(described)))
+        follower.deliver(lambda: tracked_values.of_training(files.read_json(described)))
     return path
 
 
 def _follower(cfg: DictConfig, settings: dict[str, Any], path: Path) -> Follower:
     """Return what tells the tracker of the training. Its signature is that of settings and seed."""
     config = {**records.identity(settings), "seed": cfg.seed}
-    about = partial(told.about, configuration.plain(cfg.names), path.parent.name, records.signature(config), config)
+    group, signature = path.parent.name, records.signature(config)
+    about = partial(tracked_values.about, configuration.plain(cfg.names), group, signature, config)
     return Follower(configuration.plain(cfg.tracking), about, path.parent / f"{path.stem}.tracked")
 
 

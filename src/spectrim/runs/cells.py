@@ -39,7 +39,7 @@ def cells(grid: str) -> list[Cell]:
     It must be called inside ``hydra.initialize_config_dir``.
     Raises ``UserError`` or an error of Hydra where a cell does not compose.
     """
-    found = {index: _cell(chosen, cfg) for index, chosen, cfg in configurations(grid)}
+    found = {index: cell(chosen, cfg) for index, chosen, cfg in configurations(grid)}
     return [found[index] for index in sorted(found)]
 
 
@@ -92,7 +92,8 @@ def _parsed(words: tuple[str, ...]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(words))
 
 
-def _cell(chosen: tuple[str, ...], cfg: DictConfig) -> Cell:
+def cell(chosen: tuple[str, ...], cfg: DictConfig) -> Cell:
+    """Return the cell of a composed configuration. ``chosen``: what it overrides."""
     settings, checkpoint = scientific(cfg), None if cfg.checkpoint is None else Path(cfg.checkpoint)
     signature = None
     if checkpoint is None or checkpoint.is_file():

@@ -101,6 +101,39 @@ def test_a_server_that_never_answers_costs_its_patience_and_one_line(tmp_path: P
     assert PATIENCE <= float(done.stdout.split()[-2]) < 6 * PATIENCE  # a busy machine needs long for the import alone
 
 
+def test_a_run_is_told_to_a_server_while_it_goes_on_and_to_its_end(wandb_server: Any, tmp_path: Path) -> None:
+    done = in_process(tmp_path, "online", WANDB_BASE_URL=wandb_server.address, WANDB_API_KEY="0" * 40)
+    assert done.stdout.startswith("True\nthe run went on") and done.stderr == ""
+    begun = next(given for name, given in wandb_server.asked if name == "UpsertBucket")
+    assert (begun["name"], begun["project"], begun["groupName"]) == ("0123456789abcdef", "spectrim", "table2")
+    assert '"c0ffee"' in begun["config"] and begun["displayName"] == "lenet5-mnist" and begun["jobType"] == "lossless"
+    rows = wandb_server.lines["wandb-history.jsonl"]
+    assert [row["progress/train/loss"] for row in rows if "progress/train/loss" in row] == [0.75]
+    assert [row["against rank/conv1/measured"] for row in rows if "against rank/conv1/measured" in row] == [0.5]
+    assert wandb_server.lines["wandb-summary.json"][-1]["test/loss"] == 1.25 and wandb_server.ended == [0]
+    sent = wandb_server.uploaded
+    assert sent["/artifact/record.json"] == sent["/artifact/plan.json"] == b"{}"
+    assert json.loads(sent["/artifact/layers.table.json"])["data"] == [["conv1", 3], ["fc", None]]
+    assert [name for name, _ in wandb_server.asked].count("CommitArtifact") == 2  # the table, and the files
+
+
+def test_a_run_that_fails_is_told_to_a_server_with_its_exit_status(wandb_server: Any, tmp_path: Path) -> None:
+    given = {"WANDB_BASE_URL": wandb_server.address, "WANDB_API_KEY": "0" * 40}
+    assert in_process(tmp_path, "online", status=143, **given).stdout.startswith("True\n")
+    assert wandb_server.ended == [143]
+
+
+def test_an_offline_run_is_sent_later_by_wandb_sync(wandb_server: Any, tmp_path: Path) -> None:
+    in_process(tmp_path, "offline")
+    (run,) = (tmp_path / "out" / "wandb").glob("offline-run-*-0123456789abcdef")
+    own = {"HOME": str(tmp_path), "WANDB_ERROR_REPORTING": "false", "WANDB_API_KEY": "0" * 40}
+    own["WANDB_BASE_URL"] = wandb_server.address
+    command = [sys.executable, "-m", "wandb", "sync", str(run)]
+    subprocess.run(command, env=os.environ | own, capture_output=True, timeout=120, check=True)
+    assert wandb_server.lines["wandb-summary.json"][-1]["test/loss"] == 1.25 and wandb_server.ended == [0]
+    assert wandb_server.uploaded["/artifact/record.json"] == b"{}"
+
+
 def test_without_the_package_a_run_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

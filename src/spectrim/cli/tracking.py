@@ -49,7 +49,7 @@ class Follower:
         """
         if isinstance(self._tracker, NoTracking):
             return
-        places = self._places()
+        places = _places(self._told)
         if self._followed is None:
             if self._place in places:
                 return
@@ -58,12 +58,18 @@ class Follower:
             with suppress(UserError):  # Without the file it is told again, which is no harm.
                 files.write({self._told: (json.dumps([*places, self._place], indent=1) + "\n").encode()})
 
-    def _places(self) -> list[Any]:
-        try:
-            found = files.read_json(self._told)
-        except (OSError, ValueError):  # none yet, or that of an older version, which is empty
-            return []
-        return found if isinstance(found, list) else []
+
+def was_told(place: dict[str, Any], told: Path) -> bool:
+    """Return whether a tracker with the settings ``place`` needs to be told nothing more. See ``Follower``."""
+    return place == {"_target_": f"{NoTracking.__module__}.{NoTracking.__qualname__}"} or place in _places(told)
+
+
+def _places(told: Path) -> list[Any]:
+    try:
+        found = files.read_json(told)
+    except (OSError, ValueError):  # none yet, or that of an older version, which is empty
+        return []
+    return found if isinstance(found, list) else []
 
 
 def _status_of(error: BaseException) -> int:

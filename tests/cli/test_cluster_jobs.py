@@ -15,8 +15,8 @@ import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 
-from spectrim.cli import commands, grid, launched, progress
-from spectrim.cli.launched import Lost, left_behind, watched
+from spectrim.cli import cluster_jobs, command_line, commands, progress
+from spectrim.cli.cluster_jobs import Lost, left_behind, watched
 from spectrim.runs import configuration
 
 SOURCE = str(Path(configuration.__file__).parents[2])
@@ -33,7 +33,7 @@ def job(folder: Path, number: str, done: bool = True, result: bool = True) -> An
 
 def launcher(jobs: list[Any], error: BaseException) -> Any:
     """A function that waits for ``jobs`` in a frame of the launcher, and raises ``error`` there."""
-    inside: dict[str, Any] = {"__name__": launched.SUBMITIT, "error": error}
+    inside: dict[str, Any] = {"__name__": cluster_jobs.SUBMITIT, "error": error}
     exec("def launch(jobs):\n    raise error", inside)
     return lambda: inside["launch"](jobs)
 
@@ -80,7 +80,7 @@ def test_a_lost_job_is_told_beside_the_cells_that_failed(
     monkeypatch.setattr(progress, "left", lambda kind: failed if kind == "failed" else [])
     monkeypatch.setattr(sys, "argv", ["spectrim"])
     with pytest.raises(SystemExit):
-        grid.command_line(lose)
+        command_line.run(lose)
     assert capsys.readouterr().err == f"spectrim: 1 job was lost{told}\n"
 
 

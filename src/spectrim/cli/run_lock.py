@@ -26,7 +26,7 @@ class Elsewhere(Exception):
 
 
 @contextmanager
-def claimed(result: Path, wait: bool) -> Iterator[None]:
+def locked(result: Path, wait: bool) -> Iterator[None]:
     """Lock a run against other processes while the block computes it.
 
     The lock lies beside ``result``, the file that the run makes. It works between machines where their file system

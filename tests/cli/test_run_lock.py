@@ -8,30 +8,30 @@ from threading import Event, Thread
 
 import pytest
 
-from spectrim.cli import claims
+from spectrim.cli import run_lock
 from spectrim.errors import UserError
 
 
 def second(result: Path) -> AbstractContextManager[None]:
-    return claims.claimed(result, wait=False)
+    return run_lock.locked(result, wait=False)
 
 
-def test_a_claimed_run_is_refused_to_others_and_told_until_it_ends(tmp_path: Path) -> None:
+def test_a_locked_run_is_refused_to_others_and_told_until_it_ends(tmp_path: Path) -> None:
     result = tmp_path / "table2" / "abc.json"
-    assert claims.running(result) is None
-    with claims.claimed(result, wait=False):
-        where = claims.running(result)
+    assert run_lock.running(result) is None
+    with run_lock.locked(result, wait=False):
+        where = run_lock.running(result)
         assert where is not None and where.startswith(f"by process {os.getpid()} on ")
-        with pytest.raises(claims.Elsewhere, match=f"^by process {os.getpid()} on .* since "), second(result):
+        with pytest.raises(run_lock.Elsewhere, match=f"^by process {os.getpid()} on .* since "), second(result):
             raise AssertionError
-        assert claims.running(result) == where
-    assert claims.running(result) is None and not list(result.parent.iterdir())
+        assert run_lock.running(result) == where
+    assert run_lock.running(result) is None and not list(result.parent.iterdir())
     with second(result):
         pass
 
 
-def test_a_claim_ends_with_an_error_of_the_run(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), claims.claimed(tmp_path / "abc.json", wait=False):
+def test_a_lock_ends_with_an_error_of_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), run_lock.locked(tmp_path / "abc.json", wait=False):
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
 
@@ -41,10 +41,10 @@ def test_who_waits_goes_on_when_the_other_has_ended(tmp_path: Path) -> None:
 
     def other() -> None:
         begun.set()
-        with claims.claimed(result, wait=True):
+        with run_lock.locked(result, wait=True):
             order.append("second")
 
-    with claims.claimed(result, wait=False):
+    with run_lock.locked(result, wait=False):
         thread = Thread(target=other)
         thread.start()
         begun.wait()
@@ -57,10 +57,10 @@ def test_who_waits_goes_on_when_the_other_has_ended(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_counts_for_nothing(tmp_path: Path) -> None:
     (tmp_path / ".abc.running").write_text(json.dumps({"machine": "a", "process": 1, "since": "then"}))
     (tmp_path / ".abc.lock").touch()
-    assert claims.running(tmp_path / "abc.json") is None
-    claims.wait_for(tmp_path / "abc.json")
+    assert run_lock.running(tmp_path / "abc.json") is None
+    run_lock.wait_for(tmp_path / "abc.json")
     assert [path.name for path in tmp_path.iterdir()] == [".abc.running"]
-    with claims.claimed(tmp_path / "abc.json", wait=False):
+    with run_lock.locked(tmp_path / "abc.json", wait=False):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -69,6 +69,6 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "wall").touch()
     with (
         pytest.raises(UserError, match="^cannot write .*abc.json: "),
-        claims.claimed(tmp_path / "wall" / "abc.json", wait=False),
+        run_lock.locked(tmp_path / "wall" / "abc.json", wait=False),
     ):
         raise AssertionError
