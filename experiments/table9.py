@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from spectrim.report import averages, command, frame, paired
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, save
@@ -21,6 +23,7 @@ PARTS: dict[str, dict[Any, str]] = {
         "whitened_channel": "channel view",
     },
     "algorithm.refit": {500: "", 0: "no refit", 2000: "refit by 2000 samples"},
+    "refits": {1: "", 2: "refit twice"},
     "algorithm.ranks": {"knapsack": "", "greedy": "greedy ranks"},
     "algorithm.significance": {None: "", 0: "the first order as it is", 4: "the first order as far as it is certain"},
     "algorithm.interaction": {0: "", 1: "interaction of components"},
@@ -68,11 +71,8 @@ NOTES = (
 def build(options: Options) -> list[Path]:
     """Build Table 9."""
     found = command.load(options)
-    runs = command.runs(options, found, ["joint"])
-    changes = [
-        _changes({**row["settings"], "decomposer": row["decomposer"], "factors": row["factors"]})
-        for _, row in runs.iterrows()
-    ]
+    runs = command.runs(options, found, ["joint", "refitted"])
+    changes = [_changes(_settings(row)) for _, row in runs.iterrows()]
     runs["method"] = ["; ".join(own) or DEFAULT for own in changes]
     runs["changes"] = [len(own) for own in changes]
     default = runs[runs["changes"] == 0]
@@ -95,6 +95,15 @@ def build(options: Options) -> list[Path]:
     return save(
         [table, table.paper(PAPER, notes=[averages.seeds_note(rows)])], options.out, command.origin(options, found)
     )
+
+
+def _settings(run: "pd.Series[Any]") -> dict[str, Any]:
+    """Return the settings of joint selection in a run, with how often its refit ran."""
+    inside, settings = "algorithm.selector.", run["settings"]
+    again = run["algorithm"] == "refitted"
+    if again:
+        settings = {key.replace(inside, "algorithm."): value for key, value in settings.items() if inside in key}
+    return {**settings, "decomposer": run["decomposer"], "factors": run["factors"], "refits": 1 + again}
 
 
 def _changes(settings: Mapping[str, Any]) -> list[str]:
