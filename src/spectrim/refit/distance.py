@@ -23,8 +23,9 @@ def distance(loss: Loss, outputs: Any, wanted: Any, targets: Any, temperature: f
     """
     scores, goal = (scores_of(loss, own, targets) for own in (outputs, wanted))
     if scores is not None and goal is not None:
-        logs = ((own / temperature).log_softmax(-1) for own in (scores, goal))
-        return temperature**2 * F.kl_div(*logs, reduction="batchmean", log_target=True), "KL divergence (nats)"
+        found, wished = ((own / temperature).log_softmax(-1) for own in (scores, goal))
+        softened = F.kl_div(found, wished, reduction="batchmean", log_target=True)
+        return temperature**2 * softened, "KL divergence (nats)"
     ours, theirs = ([y for y in tensors_of(own) if y.is_floating_point() and y.numel()] for own in (outputs, wanted))
     measure = "relative squared error"
     if not theirs:
