@@ -114,7 +114,7 @@ def pivoted_time(results: Path) -> str:
 
 def refined(results: Path, done: str) -> str:
     """Return the change of accuracy of joint selection at 30 %, with refinement or without, in Table 11."""
-    found = rows(results, "table11", network="resnet20", variant="joint, ours", refined=done, asked=0.3)
+    found = rows(results, "table11", model="resnet20 on cifar10", method=f"joint, ours, 0.3, {done}")
     return points(found.iloc[0])
 
 
