@@ -112,6 +112,12 @@ def pivoted_time(results: Path) -> str:
     return f"{100 * (found['time_ratio'].max() - 1):.0f} %"
 
 
+def refined(results: Path, done: str) -> str:
+    """Return the change of accuracy of joint selection at 30 %, with refinement or without, in Table 11."""
+    found = rows(results, "table11", model="resnet20 on cifar10", method=f"joint, ours, 0.3, {done}")
+    return points(found.iloc[0])
+
+
 def trained(results: Path, net: str, methods: Any, epochs: int | None = None) -> Rows:
     """Return the rows of Table 5 for a network and methods."""
     where: dict[str, Any] = {"net": net, "method": methods} | ({} if epochs is None else {"epochs": epochs})
@@ -165,6 +171,8 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "plain_macs": lambda results: macs(results, "joint, ours"),
     "pivoted_macs": lambda results: macs(results, PIVOTED),
     "pivoted_time": pivoted_time,
+    "refined_30": lambda results: refined(results, "yes"),
+    "unrefined_30": lambda results: refined(results, "no"),
     "cost_aimet": lambda results: f"{100 * cost(results, 'AIMET, greedy'):.1f} %",
     "cost_knapsack": lambda results: number(cost(results, "knapsack (BALF)"), 1),
     "tolerant_resnet20": lambda results: removed(tolerant(results, "0.01", "resnet20")),

@@ -20,6 +20,7 @@ SELECTORS = {
 DONE = ("inputs", "samples", "distance_before", "distance_after", "refine_seconds")
 VALUES = (
     "params_kept",
+    "macs_kept",
     "test_accuracy",
     "change_test_accuracy_pp",
     "change_test_loss",
@@ -31,6 +32,7 @@ COLUMNS = (
     Column("variant", "selector"),
     Column("refined", "refined"),
     Column("params_kept", "params kept %", 1, scale=100),
+    Column("macs_kept", "MACs kept %", 1, scale=100),
     Column("test_accuracy", "top-1 %", 2, scale=100),
     Column("change_test_accuracy_pp", "Δ top-1 pp", 2, signed=True),
     Column("change_test_loss", "Δ test loss", 4, signed=True),
@@ -46,13 +48,13 @@ PAPER = ("variant", "refined", "params_kept", "change_test_accuracy_pp", "change
 KEYS = (*frame.KEYS, "asked")
 NOTES = (
     averages.NOTE,
-    "Refinement: Adam on the factors and on BatchNorm, from the refitted model, towards the class scores of the dense "
-    "network. It reads no label. There is no fine-tuning, and no selector sees the test split. Both selectors "
-    "have the same decomposition and the same refinement. The refit of joint selection reads 500 calibration images, "
-    "that of the knapsack 1,000.",
-    "KL: the mean divergence from the dense network's class scores, in nats, on held-out calibration inputs. Inputs: "
-    "different images that the steps read, all from the training set. Samples: images in all steps. Seconds are those "
-    "of one run beside others on the same machine.",
+    "Refinement: steps of Muon on the factors, and of Adam on biases and BatchNorm, from the refitted model, towards "
+    "the class scores of the dense network at temperature 4. It reads no label. There is no fine-tuning, and no "
+    "selector sees the test split. Both selectors have the same decomposition, the same refit and the same refinement.",
+    "Pivoted factors save no multiplication in convolutions, so MACs may rise. Refinement leaves them as they are.",
+    "KL: the mean divergence from the dense network's class scores, in nats, on held-out calibration inputs. The "
+    "weights with the smallest one are kept. Inputs: different images that the steps read, all from the training set. "
+    "Samples: images in all steps. Seconds are those of one run beside others on the same machine.",
 )
 
 

@@ -294,7 +294,8 @@ def test_records_that_cannot_be_written_are_said_in_one_line(
         (["experiment=table9/refits"], "experiment=table9/refits is no grid: choose table9/refit, table9/"),
         (
             ["experiment=knapsack"],
-            "experiment=knapsack is no grid: choose figure4/other_nets/knapsack, table11/knapsack\n",
+            "experiment=knapsack is no grid: choose figure4/other_nets/knapsack, table11/knapsack, "
+            "table11/resnet20/knapsack\n",
         ),
         (["experiment=table5/"], "experiment=table5/ is a folder of grids: choose table5/lenet5/fine_tuning, "),
         (["experiment=qqqq"], "experiment=qqqq is no grid: the grids lie in "),

@@ -23,7 +23,7 @@ from spectrim.refit.refinement import Refinement, refine
 from spectrim.statistics.objective import Objective
 from spectrim.tools import live, resume
 
-STEPS = Refinement(samples=1280, lr=3e-3)
+STEPS = Refinement(samples=1280, lr=0.1)
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_no_label_is_used(net: nn.Module, cut: Compressed, batches: Any) -> None
     assert equal(cut.model, other)
 
 
-@pytest.mark.parametrize("lr", [0.3, 1e30])
+@pytest.mark.parametrize("lr", [30.0, 1e30])
 def test_steps_that_destroy_the_model_are_undone(
     net: nn.Module, cut: Compressed, objective: Objective, lr: float
 ) -> None:
@@ -114,7 +114,7 @@ def test_steps_that_destroy_the_model_are_undone(
     done = refine(cut.model, net, objective, Refinement(samples=640, lr=lr))
     assert equal(before, cut.model)
     assert done.entry is not None and done.entry["distance_after"] == done.entry["distance_before"]
-    if lr > 1:
+    if lr > 100:
         assert "the refinement stopped at step 1: the distance became nan; lower lr" in done.notes
 
 
@@ -271,7 +271,7 @@ def test_blocks_that_a_model_repeats_are_brought_closer_too() -> None:
         return float(found)
 
     before = error()
-    refine(model, net, objective, Refinement(samples=640, lr=3e-3))
+    refine(model, net, objective, Refinement(samples=1280, lr=3e-2))
     assert len(blocks) == 6 and error() < 0.8 * before
 
 

@@ -11,18 +11,21 @@ from spectrim.batches import tensors_of
 from spectrim.losses import Loss, scores_of
 
 
-def distance(loss: Loss, outputs: Any, wanted: Any, targets: Any) -> tuple[Tensor, str]:
+def distance(loss: Loss, outputs: Any, wanted: Any, targets: Any, temperature: float = 1.0) -> tuple[Tensor, str]:
     """Return how far ``outputs`` are from ``wanted``, those of the dense model, and the name of this measure.
 
     Class scores, as ``losses.scores_of`` finds them: the mean KL divergence ``KL(p_dense || p)`` of the predictions, in
     nats. Other outputs: ``E ||y - y_dense||^2 / E ||y_dense||^2``, added up over all floating-point tensors. It is NaN
     where there are none, or where they differ in shape, as the boxes that a detector finds do. Targets tell only which
     of the two it is, and which tokens of a text are predicted.
+
+    ``temperature``: ``T^2 KL`` of the class scores over ``T`` is returned (Hinton et al., 1503.02531).
     """
     scores, goal = (scores_of(loss, own, targets) for own in (outputs, wanted))
     if scores is not None and goal is not None:
-        logs = scores.log_softmax(-1), goal.log_softmax(-1)
-        return F.kl_div(*logs, reduction="batchmean", log_target=True), "KL divergence (nats)"
+        found, wished = ((own / temperature).log_softmax(-1) for own in (scores, goal))
+        softened = F.kl_div(found, wished, reduction="batchmean", log_target=True)
+        return temperature**2 * softened, "KL divergence (nats)"
     ours, theirs = ([y for y in tensors_of(own) if y.is_floating_point() and y.numel()] for own in (outputs, wanted))
     measure = "relative squared error"
     if not theirs:

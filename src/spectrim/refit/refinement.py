@@ -3,7 +3,7 @@
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ from spectrim.factored.base import FactoredLayer
 from spectrim.refit.blocks import block_error, outputs_of, repeated_blocks
 from spectrim.refit.distance import distance
 from spectrim.refit.held_out import Batch, count_of, divided, order_of
+from spectrim.refit.optimizer import Optimizer
 from spectrim.statistics.objective import Objective
 from spectrim.tools import resume
 from spectrim.tools.content import of_function, of_model
@@ -30,7 +31,7 @@ Augment = Callable[[Inputs, torch.Generator], Inputs]
 
 @settings
 class Refinement:
-    """Adam steps on the factors towards the outputs of the dense model, without labels (Hinton et al., 1503.02531).
+    """Steps on the factors towards the outputs of the dense model, without labels (Hinton et al., 1503.02531).
 
     The factors and biases of the factored layers are trained, and the weights and biases of every BatchNorm. The model
     stays in eval mode, so statistics of BatchNorm stay and nothing is dropped.
@@ -43,7 +44,11 @@ class Refinement:
 
     ``samples``: number of samples in all steps, each as often as it is read. A step reads one batch. The batches are
         held in memory. A split that is smaller is read several times, each time in another order.
-    ``lr``: learning rate of Adam, above 0. It rises in the first tenth of the steps and falls to 0 by a cosine.
+    ``lr``: above 0. A step moves each matrix by ``lr sqrt(d)`` of its norm (``optimizer.Optimizer``). Here ``d`` is the
+        distance before the steps, at most 1: the nearer the model, the shorter its steps. The rate rises in the first
+        tenth of the steps and falls to 0 by a cosine.
+    ``temperature``: above 0; divides class scores in the steps. Above 1, a step also hears classes that the dense model
+        thinks unlikely, which matters where it knows the inputs by heart. What is held out is compared at 1.
     ``split``: the split that the steps read. No label of it is used.
     ``augment``: ``augment(inputs, generator)``, inputs of the same kind, changed at random by the generator of torch,
         as in the training of the model; None changes nothing.
@@ -51,7 +56,8 @@ class Refinement:
     """
 
     samples: int = 5000
-    lr: float = 3e-4
+    lr: float = 4e-3
+    temperature: float = 4.0
     split: Literal["calibration", "train"] = "calibration"
     augment: Augment | None = None
     seed: int = 0
@@ -59,8 +65,9 @@ class Refinement:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise UserError(f"samples of a refinement must be at least 1, got {self.samples}")
-        if not 0 < self.lr < math.inf:
-            raise UserError(f"lr of a refinement must be a finite number above 0, got {self.lr}")
+        for name, value in (("lr", self.lr), ("temperature", self.temperature)):
+            if not 0 < value < math.inf:
+                raise UserError(f"{name} of a refinement must be a finite number above 0, got {value}")
 
     def require(self, model: nn.Module, objective: Objective) -> None:
         """Raise ``UserError`` where ``model`` cannot be refined on the splits of ``objective``."""
@@ -132,7 +139,7 @@ class _Steps:
         self.batches, self.held = divided(objective, chosen.split, chosen.samples)
         self.counts, self.held_count = list(map(count_of, self.batches)), sum(map(count_of, self.held))
         self.order = order_of(self.counts, chosen.samples, chosen.seed)
-        self.optimizer = torch.optim.Adam(weights.values(), chosen.lr)
+        self.optimizer: Optimizer
         self.measure = "distance"
         self.blocks: list[dict[str, Tensor]] = []  # what the blocks of both models put out in the last pass
 
@@ -157,6 +164,7 @@ class _Steps:
         best, done = self._copy(), 0
         if not math.isfinite(before):
             return {"distance_before": before}
+        self.optimizer = Optimizer(self.weights, self.chosen.lr * math.sqrt(min(before, 1)))
         bounds = [round(part * len(self.order) / PARTS) for part in range(PARTS + 1)]
         with Bar(desc="refine", total=len(self.order), unit="step", leave=False) as bar:
             for start, stop in itertools.pairwise(bounds):
@@ -190,55 +198,34 @@ class _Steps:
             return self._do(steps, bar)
 
         def depends() -> list[Any]:
-            chosen = self.chosen.samples, self.chosen.lr, self.chosen.seed, of_function(self.chosen.augment)
-            about = [chosen, self.order, steps]
-            return [about, of_model(self.model), of_model(self.dense), self._state(), self.batches]
+            chosen = [getattr(self.chosen, name) for name in ("samples", "lr", "temperature", "seed")]
+            about = [chosen, of_function(self.chosen.augment), self.order, steps]
+            return [about, of_model(self.model), of_model(self.dense), self.optimizer.state(), self.batches]
 
         def made() -> dict[str, Tensor]:
             self._do(steps, bar)
-            return self._state()
+            return self.optimizer.state()
 
-        self._load(resume.tensors("refinement", depends, made, folder))
+        self.optimizer.load(resume.tensors("refinement", depends, made, folder))
         bar.update(steps.stop - bar.n)
         passed = sum(self.counts[index] for index in self.order[steps.start : steps.stop])
         self.objective.read[self.chosen.split] = read + passed  # as if done here
-
-    def _state(self) -> dict[str, Tensor]:
-        """Return the weights and what the optimizer keeps of each."""
-        found: dict[str, Tensor] = {}
-        for name, weight in self.weights.items():
-            found[f"weight:{name}"] = weight.detach()
-            found |= {f"{key}:{name}": value for key, value in sorted(self.optimizer.state[weight].items())}
-        return found
-
-    @torch.no_grad()
-    def _load(self, state: Mapping[str, Tensor]) -> None:
-        for key, value in state.items():
-            kind, _, name = key.partition(":")
-            weight = self.weights[name]
-            if kind == "weight":
-                weight.copy_(value)
-            else:
-                self.optimizer.state[weight][kind] = value if kind == "step" else value.to(weight.device)
 
     def _do(self, steps: range, bar: Bar) -> None:
         """Do ``steps``. Raises ``_Stopped`` where a distance is not finite or has no gradient."""
         for step in steps:
             inputs, targets = self._batch(step)
             self.objective.read[self.chosen.split] += self.counts[self.order[step]]
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.chosen.lr * _shape((step + 1) / len(self.order))
             with torch.enable_grad():
-                found = self._distance(inputs, targets)
+                found = self._distance(inputs, targets, self.chosen.temperature)
                 if (between := block_error(*self.blocks)) is not None:
                     found = found + between
             if not found.requires_grad:
                 raise _Stopped(f"step {step}: there is no gradient")
             if not math.isfinite(found.item()):
                 raise _Stopped(f"step {step}: the distance became {found.item()}; lower lr")
-            self.optimizer.zero_grad(set_to_none=True)
             found.backward()
-            self.optimizer.step()
+            self.optimizer.step(_shape((step + 1) / len(self.order)))
             bar.update()
 
     def _batch(self, step: int) -> Batch:
@@ -247,13 +234,13 @@ class _Steps:
             inputs = self.chosen.augment(inputs, torch.Generator().manual_seed(self.chosen.seed * 100_003 + step))
         return inputs, targets
 
-    def _distance(self, inputs: Inputs, targets: Any) -> Tensor:
+    def _distance(self, inputs: Inputs, targets: Any, temperature: float = 1.0) -> Tensor:
         inputs, targets = to_device(inputs, self.device), to_device(targets, self.device)
         for seen in self.blocks:
             seen.clear()
         with torch.no_grad():
             wanted = forward(self.dense, inputs)
-        found, self.measure = distance(self.objective.loss, forward(self.model, inputs), wanted, targets)
+        found, self.measure = distance(self.objective.loss, forward(self.model, inputs), wanted, targets, temperature)
         return found
 
     @torch.no_grad()
