@@ -269,7 +269,7 @@ def _stream(options: Namespace, arguments: Sequence[str], folder: Path) -> None:
         method=f"truncation by SVD of {len(plan)} layers, tensor by tensor, {spent.seconds:.0f} s",
         loading=f'from spectrim.language import load\n\nmodel, tokenizer = load("{options.out}")',
         weights=given_model.digests_of(sorted(folder.glob("*.safetensors"))),
-        notes=["the model did not fit into memory, so no data chose its ranks and no loss was measured"],
+        notes=["the model did not fit into memory, so no data chose its ranks: measure it before you use it"],
     )
     files.write({options.out / CARD: card.text().encode()})
     _say(card, options.out)
