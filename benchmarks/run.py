@@ -17,6 +17,7 @@ import memory
 import pivoted
 import refit
 import selection
+import sizes
 import speed
 import sweep
 import torch
@@ -30,6 +31,7 @@ from spectrim.tools import files
 BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "curves": curves.benchmark,
     "selection": selection.benchmark,
+    "sizes": sizes.benchmark,
     "sweep": sweep.benchmark,
     "latency": latency.benchmark,
     "pivoted": pivoted.benchmark,

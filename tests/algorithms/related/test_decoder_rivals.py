@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from spectrim.algorithms.refitted import Refitted
 from spectrim.algorithms.related.lems import LEMS
 from spectrim.algorithms.related.svd_llm_v2 import SVDLLMv2, removed_parts
 from spectrim.algorithms.related.swift_svd import SwiftSVD
@@ -175,3 +176,32 @@ def test_zero_sum_predicts_the_change_of_the_model_that_it_returns(
     (entry,) = result.log
     assert result.predicted_change == pytest.approx(entry["predicted"], abs=1e-5)
     assert abs(entry["predicted"]) <= entry["largest_sum"]
+
+
+@pytest.mark.parametrize("factors", FORMS)
+def test_aa_svd_reaches_the_best_of_its_rank_on_the_inputs_of_the_compressed_model(
+    factors: Any, blocks: nn.Sequential, data: Objective
+) -> None:
+    """AA-SVD: ``min ||W X - W' X'||`` over the rank, with X' the inputs that the layers before leave in place of X."""
+    decomposer = WhitenedSVD("channel", samples=60, factors=factors)
+    selector = Truncation(params_kept=0.6)
+    cut = selector.compress(blocks, decomposer, data)
+    fitted = Refitted(selector, samples=60).compress(blocks, decomposer, data)
+    x = next(iter(data.given("calibration")))[0]
+    for place in range(1, 4):
+        name = f"{place}.0"
+        before, now = (model[:place](x).detach().double() for model in (blocks, fitted.model))  # type: ignore[index]
+        wanted = blocks.get_submodule(name)(before.float()).detach().double()
+        wanted, now = wanted - wanted.mean(0), now - now.mean(0)
+        U, S, _ = torch.linalg.svd(now, full_matrices=False)
+        there = S.gt(1e-6 * S[0])
+        reached = U[:, there].T @ wanted  # what some map of these inputs gives; a dead unit gives nothing
+        energy = torch.linalg.svdvals(reached).square()
+        best = float(wanted.square().sum() - energy[: fitted.plan[name].rank].sum())
+
+        def lost(model: nn.Module, name: str = name, now: Any = now, wanted: Any = wanted) -> float:
+            weight = model.get_submodule(name).weight.detach().double()  # type: ignore[operator, union-attr]
+            return float((wanted - now @ weight.T).square().sum())
+
+        assert best - 1e-6 < lost(fitted.model) < 1.15 * best  # the refit has a ridge
+        assert lost(fitted.model) < lost(cut.model)

@@ -129,6 +129,20 @@ def test_packed_layers_embeddings_and_subspaces_come_back_too(tmp_path: Path, de
     assert list(dense.state_dict()) == list(net.state_dict()) and differ(dense, net, batches[0][0]) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_decoder_with_tied_embeddings_comes_back(tiny: Any, token_batches: Any, tmp_path: Path, kind: str) -> None:
+    model = tiny(kind)
+    compressed(model, token_batches, 0.8).save(tmp_path / "all", every_size=True)
+    ids = token_batches[0][0]["input_ids"]
+    for size in (0.85, 0.75, 1):
+        made = model if size == 1 else compressed(model, token_batches, size).model
+        loaded = spectrim.load(tmp_path / "all", into=tiny(kind), params_kept=size)
+        assert plan_of(loaded) == plan_of(made)
+        assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight  # type: ignore[operator]
+        with torch.no_grad():
+            assert torch.allclose(loaded(ids).logits, made(ids).logits, rtol=1e-3, atol=1e-4)
+
+
 def test_calibration_batches_refit_the_factors_as_the_compression_does(net: nn.Sequential, tmp_path: Path) -> None:
     batches: Batches = [(torch.randn(60, 3, 8, 8), torch.randint(5, (60,)))]
     compressed(net, batches, 0.6, refit=60).save(tmp_path / "all", every_size=True)
@@ -259,6 +273,10 @@ def without_components(tensors: dict, header: dict) -> None:
     tensors["0.first.weight"] = tensors["0.first.weight"][:2].clone()
 
 
+def of_other_layers(tensors: dict, header: dict) -> None:
+    header["plan"] = header["plan"].replace('"0"', '"1"')
+
+
 def without_sizes(tensors: dict, header: dict) -> None:
     header["sizes"] = json.dumps([1])
 
@@ -268,6 +286,7 @@ def without_sizes(tensors: dict, header: dict) -> None:
     [
         (without_costs, "its sizes cannot be read"),
         (of_two_lengths, "costs and changes are not of one length"),
+        (of_other_layers, "they are of other layers than the components"),
         (without_sizes, "its sizes cannot be read"),
         (without_components, "layer '0': 0.first.weight is not there in the shape"),
     ],
@@ -287,6 +306,19 @@ def test_sizes_are_under_the_digest(saved: Any) -> None:
     safetensors_stream.save(path, {name: shard.read(name) for name in shard.entries}, shard.metadata | {"sizes": sizes})
     with pytest.raises(UserError, match="was altered: its content does not match its digest"):
         spectrim.load(path, into=net, params_kept=0.5)
+
+
+def test_a_damaged_file_is_refused_whatever_is_damaged(saved: Any) -> None:
+    net, path = saved
+    whole, draw = path.read_bytes(), random.Random(0)
+    header = int.from_bytes(whole[:8], "little")
+    for trial in range(60):
+        damaged, place = bytearray(whole), draw.randrange(header if trial % 2 else len(whole))
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged if trial % 5 else damaged[:place])
+        with pytest.raises(UserError):
+            spectrim.load(path, into=net, params_kept=0.5)
+    assert not factored_layers(net)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from spectrim.tools.safetensors_stream import Shard
 class _Sizes(NamedTuple):
     """What a plan is chosen from.
 
+    ``whole``: the plan that keeps all components, in plain factors.
     ``changes``: the predicted change of the loss by each component of each layer whose rank is chosen, shape (R,).
     ``costs``: what these layers cost at every rank.
     ``pivoted``: the largest rank of each layer whose factors are pivoted; 0 for plain factors.
@@ -45,20 +46,21 @@ class _Sizes(NamedTuple):
     ``refit``: number of samples of the refit.
     """
 
+    whole: RankPlan
     changes: Mapping[str, Tensor]
     costs: Costs
     pivoted: Mapping[str, int]
     fixed: RankPlan
     refit: int
 
-    def plan(self, params_kept: float, whole: RankPlan) -> RankPlan:
-        """Return the plan for a budget. ``whole``: the plan that keeps all components, in plain factors."""
+    def plan(self, params_kept: float) -> RankPlan:
+        """Return the plan for a budget. Raises ``UserError`` for one out of reach."""
         self.costs.require(params_kept)
         curves, dense = self.costs.curves, self.costs.dense
         layers = {name: Gated(own, curves[name], dense[name]) for name, own in self.changes.items()}
         found = keep_dearest(layers, self.costs.of_layers(params_kept, layers)).kept
         kept = {name: tuple(own.tolist()) for name, own in found.items() if self.costs.pays(name, len(own))}
-        forms = {name: _form(whole[name].form, len(own) <= self.pivoted[name]) for name, own in kept.items()}
+        forms = {name: _form(self.whole[name].form, len(own) <= self.pivoted[name]) for name, own in kept.items()}
         return RankPlan.of({**self.fixed, **{name: Kept(own, forms[name]) for name, own in kept.items()}})
 
     def text(self) -> str:
@@ -80,10 +82,11 @@ class _Sizes(NamedTuple):
             costs = Costs("params", curves=curves, **plain["costs"])
             if any(len(curves[name]) != len(changes[name]) + 1 for name in names):
                 raise ValueError("costs and changes are not of one length")
-            fixed = RankPlan.from_json(json.dumps(plain["fixed"]))
-            return cls(
-                changes, costs, {name: int(plain["pivoted"][name]) for name in names}, fixed, int(plain["refit"])
-            )
+            whole, fixed = (RankPlan.from_json(text) for text in (shard.metadata["plan"], json.dumps(plain["fixed"])))
+            if whole.keys() != {*names, *fixed}:
+                raise ValueError("they are of other layers than the components")
+            pivoted = {name: int(plain["pivoted"][name]) for name in names}
+            return cls(whole, changes, costs, pivoted, fixed, int(plain["refit"]))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{shard.path} is damaged: its sizes cannot be read ({error}); write it again") from None
 
@@ -124,10 +127,9 @@ class EverySize:
         if versions(bench.given) != self.then:
             raise UserError("the given model has changed since it was compressed; compress it again, then save")
         sizes = self._sizes()
-        spectra = {name: bench.all_spectra[name].plain() for name in [*sizes.changes, *sizes.fixed]}
-        whole = replacing.plan_of(spectra, {name: spectrum.max_rank for name, spectrum in spectra.items()})
-        model = pack(replacing.apply(bench.model, whole, spectra, shared=True))
-        every_size.save(path, model, whole, bench.given, sizes.text(), sizes.tensors())
+        spectra = {name: bench.all_spectra[name].plain() for name in sizes.whole}
+        model = pack(replacing.apply(bench.model, sizes.whole, spectra, shared=True))
+        every_size.save(path, model, sizes.whole, bench.given, sizes.text(), sizes.tensors())
 
     def _sizes(self) -> _Sizes:
         costs = costs_of(self.bench, "params")
@@ -136,7 +138,9 @@ class EverySize:
         pivoted = {name: _most_pivots(self.bench.spectra[name]) for name in dense}
         fixed = {name: spectrum.kept(rank) for name, (spectrum, rank) in self.bench.fixed.items()}
         changes = {name: own.alone_R.double().cpu() for name, own in self.layers.items()}
-        return _Sizes(changes, costs, pivoted, RankPlan.of(fixed), self.refit)
+        plain = {name: self.bench.all_spectra[name].plain() for name in [*changes, *fixed]}
+        whole = replacing.plan_of(plain, {name: spectrum.max_rank for name, spectrum in plain.items()})
+        return _Sizes(whole, changes, costs, pivoted, RankPlan.of(fixed), self.refit)
 
 
 def load(
@@ -153,8 +157,8 @@ def load(
     if sha256 is not None:
         digests.require(path, sha256)
     shard = every_size.verified(path)
-    sizes, whole = _Sizes.read(shard), RankPlan.from_json(shard.metadata["plan"])
-    plan = sizes.plan(params_kept, whole)
+    sizes = _Sizes.read(shard)
+    plan = sizes.plan(params_kept)
     if calibration is None:
         return every_size.filled(into, shard, plan)
     if not sizes.refit:
