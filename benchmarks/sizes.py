@@ -27,7 +27,7 @@ from spectrim.surgery.reopening import factored_layers, kept_in
 from spectrim.tools.memo import Memory
 
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "results" / "checkpoints"
-SIZES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+SIZES = (0.9, 0.7, 0.5, 0.3)
 COLUMNS = (
     Column("size", "asked %", 0, scale=100),
     Column("params_kept", "params kept %", 1, scale=100),
