@@ -67,8 +67,8 @@ def benchmark(quick: bool) -> Outcome:
     table = data.groupby("size", sort=False).agg(how).reset_index(drop=True)
     whole, dense, several = (max(own[key] for own in bytes_of) for key in ("whole", "dense", "several"))
     met = [
-        Target("ranks that differ from the plan for the size", float(data["ranks_apart"].max()), 0, at_least=False),
-        Target("largest difference of a score, cut", float(data["cut_apart"].max()), 1e-4, False, digits=6),
+        Target("ranks unlike the plan for the size", float(data["ranks_apart"].max()), 0, False, "layers", 0),
+        Target("largest difference of a score, cut", float(data["cut_apart"].max()), 1e-4, False, "parts", 6),
         Target("bytes of the file over those of the dense network", whole / dense, 2, at_least=False),
     ]
     notes = [
