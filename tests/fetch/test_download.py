@@ -2,10 +2,13 @@
 
 import errno
 import hashlib
+import io
 import os
 import re
 import socket
 import stat
+import subprocess
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -221,3 +224,25 @@ def test_what_to_do_by_hand(url: Url) -> None:
     assert PACKAGE.by_hand == "thing-1.0.tgz from `npm pack thing@1.0`"
     pip = Package(client="pip", name="thing", version="1.0", file="thing.whl", sha256=SHA256, size=1)
     assert pip.command[1:] == ("-m", "pip", "download", "--no-deps", "--only-binary=:all:", "thing==1.0")
+
+
+def test_the_setup_of_a_source_distribution_is_not_run(
+    tmp_path: Path, inbox: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark, shelf = tmp_path / "was-run", tmp_path / "shelf"
+    shelf.mkdir()
+    setup = f"open({str(mark)!r}, 'w')\nfrom setuptools import setup\nsetup(name='thing', version='1.0')\n".encode()
+    with tarfile.open(shelf / "thing-1.0.tar.gz", "w:gz") as archive:
+        for name, content in (("setup.py", setup), ("PKG-INFO", b"Metadata-Version: 2.1\nName: thing\nVersion: 1.0\n")):
+            entry = tarfile.TarInfo(f"thing-1.0/{name}")
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    for name, value in (("NO_INDEX", "1"), ("FIND_LINKS", str(shelf)), ("NO_BUILD_ISOLATION", "0")):
+        monkeypatch.setenv(f"PIP_{name}", value)  # pip's own settings of a machine whose index has no wheel
+    pip = Package(client="pip", name="thing", version="1.0", file="thing.whl", sha256=SHA256, size=1)
+    with pytest.raises(Unavailable, match="Could not find a version"):
+        pip.fetch(inbox)
+    assert not mark.exists()
+    source = tuple(word for word in pip.command if not word.startswith("--only-binary"))
+    subprocess.run([*source, "--quiet"], cwd=tmp_path, check=False, capture_output=True, timeout=120)
+    assert mark.exists()  # so the option alone keeps it from running
