@@ -1,18 +1,28 @@
 """A grid of cells of a second each, for the tests of what runs a grid on several machines."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from spectrim.records import records
+
+
+@pytest.fixture(autouse=True)
+def _no_handler_of_an_earlier_test() -> Iterator[None]:
+    """Take back the handlers that Hydra leaves at the root, whose streams end with the test."""
+    root = logging.getLogger()
+    yield
+    for handler in [own for own in root.handlers if type(own) is logging.StreamHandler]:
+        root.removeHandler(handler)
 
 
 class SmallGrid:
