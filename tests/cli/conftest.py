@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ from spectrim.records import records
 
 
 @pytest.fixture(autouse=True)
-def _no_handler_of_an_earlier_test() -> Iterator[None]:
-    """Take back the handlers that Hydra leaves at the root, whose streams end with the test."""
+def _no_handler_of_an_earlier_test() -> None:
+    """Remove the handlers that Hydra has left at the root, whose streams ended with their test."""
     root = logging.getLogger()
-    yield
     for handler in [own for own in root.handlers if type(own) is logging.StreamHandler]:
         root.removeHandler(handler)
 
