@@ -81,16 +81,15 @@ def has_record(cfg: DictConfig) -> bool:
     if cell.signature is None or cfg.returns is not None:  # The record may lack what a search asks for.
         return False
     path = records.path_of(Path(cfg.records), cell.experiment, cell.signature)
-    state = Path(cfg.unfinished) / f"{cell.signature}.state.safetensors"
+    state = records.state_path(Path(cfg.unfinished), cell.signature)
     if not path.exists() or state.exists():
         return False
     records.read_own(path)
-    return tracking.was_told(configuration.plain(cfg.tracking), path.with_suffix(".tracked"))
+    return tracking.was_told(configuration.plain(cfg.tracking), path)
 
 
 def has_checkpoint(cfg: DictConfig) -> bool:
     """Return whether a training would do nothing: its checkpoint is there, and its tracker was told."""
     path = Path(cfg.checkpoint)
-    state = Path(cfg.unfinished) / f"{path.stem}.state.safetensors"
-    told = path.parent / f"{path.stem}.tracked"
-    return path.is_file() and not state.exists() and tracking.was_told(configuration.plain(cfg.tracking), told)
+    state = records.state_path(Path(cfg.unfinished), path.stem)
+    return path.is_file() and not state.exists() and tracking.was_told(configuration.plain(cfg.tracking), path)

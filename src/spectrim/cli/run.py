@@ -37,8 +37,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     settings, signature = signing.signed(settings, checkpoint)
     path = records.path_of(folder, name, signature)
     about = partial(tracked_values.about, configuration.plain(cfg.names), name, signature, records.identity(settings))
-    follower = Follower(configuration.plain(cfg.tracking), about, path.with_suffix(".tracked"))
-    state = Path(configuration.text(cfg, "unfinished")) / f"{signature}.state.safetensors"
+    follower = Follower(configuration.plain(cfg.tracking), about, path)
+    state = records.state_path(Path(configuration.text(cfg, "unfinished")), signature)
     make = partial(_measured, cfg, settings, signature, checkpoint, state)
     record, made = (records.read_own(path), False) if path.exists() else _made(path, folder, make, follower)
     progress.finished(computed=made)

@@ -19,13 +19,13 @@ class Follower:
     """Tell a tracker of one run.
 
     ``place``: the settings of the tracker, such as mode, project and entity.
-    ``told``: the file that lists the places where all of the run was delivered. So a run that was told offline can
-    still be told to a server.
+    ``result``: the record or the checkpoint of the run. A file beside it lists the places where all of the run was
+        delivered. So a run that was told offline can still be told to a server.
     """
 
-    def __init__(self, place: dict[str, Any], about: Callable[[], About], told: Path) -> None:
+    def __init__(self, place: dict[str, Any], about: Callable[[], About], result: Path) -> None:
         self._tracker: Tracker | NoTracking = targets.build(place, "start")
-        self._place, self._about, self._told = place, about, told
+        self._place, self._about, self._told = place, about, told_beside(result)
         self._followed: Followed | None = None
 
     @contextmanager
@@ -59,9 +59,18 @@ class Follower:
                 files.write({self._told: (json.dumps([*places, self._place], indent=1) + "\n").encode()})
 
 
-def was_told(place: dict[str, Any], told: Path) -> bool:
-    """Return whether a tracker with the settings ``place`` needs to be told nothing more. See ``Follower``."""
-    return place == {"_target_": f"{NoTracking.__module__}.{NoTracking.__qualname__}"} or place in _places(told)
+def told_beside(result: Path) -> Path:
+    """Return the file that lists the trackers which were told of a run. ``result``: its record or its checkpoint."""
+    return result.parent / f"{result.stem}.tracked"
+
+
+def was_told(place: dict[str, Any], result: Path) -> bool:
+    """Return whether a tracker with the settings ``place`` needs to be told nothing more of a run.
+
+    ``result``: the record or the checkpoint of the run.
+    """
+    none = {"_target_": f"{NoTracking.__module__}.{NoTracking.__qualname__}"}
+    return place == none or place in _places(told_beside(result))
 
 
 def _places(told: Path) -> list[Any]:

@@ -35,7 +35,7 @@ def train(cfg: DictConfig) -> Path:
     A checkpoint that exists is left alone: remove it to train anew.
     """
     path, unfinished = Path(configuration.text(cfg, "checkpoint")), Path(configuration.text(cfg, "unfinished"))
-    state = unfinished / f"{path.stem}.state.safetensors"
+    state = records.state_path(unfinished, path.stem)
     settings = {key: configuration.plain(cfg[key]) for key in ("model", "data", "shape", "recipe")}
     targets.check_targets(settings)
     require_seed("seed", cfg.seed)
@@ -75,7 +75,7 @@ def _follower(cfg: DictConfig, settings: dict[str, Any], path: Path) -> Follower
     config = {**records.identity(settings), "seed": cfg.seed}
     group, signature = path.parent.name, records.signature(config)
     about = partial(tracked_values.about, configuration.plain(cfg.names), group, signature, config)
-    return Follower(configuration.plain(cfg.tracking), about, path.parent / f"{path.stem}.tracked")
+    return Follower(configuration.plain(cfg.tracking), about, path)
 
 
 def _trained(

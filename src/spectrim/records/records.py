@@ -225,6 +225,14 @@ def failure_path(record: Path) -> Path:
     return record.with_suffix(".failed.json")
 
 
+def state_path(folder: Path, name: str) -> Path:
+    """Return the path of the state that an unfinished run leaves.
+
+    ``name``: the signature of the run, or the stem of its checkpoint.
+    """
+    return folder / f"{name}.state.safetensors"
+
+
 def is_record(path: Path) -> bool:
     """Return whether a JSON file in a folder of records is a record, by its name. A note on a failed run is none."""
     return "." not in path.stem
