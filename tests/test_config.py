@@ -19,6 +19,7 @@ from spectrim.cli import command_line
 from spectrim.errors import UserError
 from spectrim.runs import configuration, targets
 
+TRAINED = ("torchvision", "smollm2", "resnet50", "efficientnet_lite0")  # come with their weights
 GROUPS = ("algorithm", "decomposer", "model", "data", "tracking", "recipe", "refinement")
 
 
@@ -184,7 +185,7 @@ def test_a_present_name_stays_and_an_unknown_one_is_left_to_hydra() -> None:
     ]
 
 
-@pytest.mark.parametrize("option", [o for o in options("model") if o not in ("torchvision", "smollm2")])
+@pytest.mark.parametrize("option", [o for o in options("model") if o not in TRAINED])
 def test_every_model_has_a_recipe_of_its_name(compose: Any, option: str) -> None:
     cfg = compose(f"model={option}", name="train")
     assert cfg.recipe._target_ == "spectrim.training.recipe.Recipe"

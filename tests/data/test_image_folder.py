@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 
 from spectrim.data import image_folder
-from spectrim.data.image_folder import MEAN, STD, ImageFolder
+from spectrim.data.image_folder import ImageFolder
 from spectrim.errors import UserError
+from spectrim.tools.imagenet import MEAN, STD
 from spectrim.tools.torchvision_shim import prepare
 
 COLOURS = {"cat": (255, 0, 0), "dog": (0, 0, 255)}

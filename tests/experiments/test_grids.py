@@ -34,7 +34,9 @@ def test_every_grid_belongs_to_a_table_or_figure_once(grids: ModuleType) -> None
     for name in grids.read():
         listed = grids.grids(name)
         assert listed and len(set(listed)) == len(listed)
-    assert set(own) | {"figure3"} == set(configuration.experiments()) - APART
+    assert set(own) | {"figure3"} == {
+        grid for grid in configuration.experiments() if grid not in APART and not grid.startswith("table12/")
+    }
 
 
 def test_an_artefact_was_made_of_the_records_of_its_grids(grids: ModuleType) -> None:
@@ -68,7 +70,9 @@ def test_the_script_lists_what_the_makefile_runs(grids: ModuleType, capsys: pyte
     assert grids.main(["table9", "--long"]) == 0
     assert capsys.readouterr().out == ""
     assert grids.main([]) == 0
-    assert set(capsys.readouterr().out.split()) == set(configuration.experiments()) - APART
+    assert set(capsys.readouterr().out.split()) == {
+        grid for grid in configuration.experiments() if grid not in APART and not grid.startswith("table12/")
+    }
     assert grids.main(["table10"]) == 1
     assert "index.toml has no table10; choose one of: table1 table2" in capsys.readouterr().err
 

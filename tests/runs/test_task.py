@@ -26,7 +26,7 @@ def test_the_test_split_of_other_data_is_measured_too(compose: Any, digits: list
     assert "also measured: again; also measured: more" in both["notes"][0]
 
 
-@pytest.mark.parametrize("given", ["also=3", "+also.x=3", "+also.x.y=3"])
+@pytest.mark.parametrize("given", ["also=3", "+also.x=3", "+also.x.y=3", "agreement=3", "+agreement.x=3"])
 def test_what_is_no_data_set_is_said_in_one_line(compose: Any, digits: list[str], given: str) -> None:
     with pytest.raises(UserError, match="is no data set; name one as") as refusal:
         run.run(compose(*digits, TRUNCATION, given))
@@ -55,3 +55,25 @@ def test_a_record_holds_the_samples_that_its_selection_reads_alone(compose: Any,
     assert recorded(list(settings), "first") == alone
     assert recorded(list(settings)[::-1], "then") == alone
     assert alone["joint"] != alone["truncation"]
+
+
+def test_a_run_is_compared_with_the_dense_model_sample_by_sample(compose: Any, digits: list[str]) -> None:
+    alone = run.run(compose(*digits, TRUNCATION))
+    found = run.run(compose(*digits, TRUNCATION, "paired=true", "+data@agreement.again=digits"))
+    assert found["signature"] != alone["signature"]
+    assert found["dense"] == alone["dense"] and found["compressed"] == alone["compressed"]
+    assert "test_losses" not in alone and "agreement" not in alone and "paired" not in alone["config"]
+    for net, losses in found["test_losses"].items():
+        assert len(losses) == found[net]["test"]["n"]
+        assert sum(losses) / len(losses) == pytest.approx(found[net]["test"]["loss"], rel=1e-5)
+    (beside,) = found["agreement"].values()
+    assert beside["divergence"] > 0 and 0 <= beside["same_answer"] < 1
+    assert beside["n"] == found["dense"]["test"]["n"]
+    dense = ["algorithm=lossless", "algorithm.gamma=1e-9"]  # no rank is so near
+    kept = run.run(compose(*digits, *dense, "paired=true", "+data@agreement.again=digits"))
+    assert kept["agreement"]["again"] == beside | {"divergence": 0, "same_answer": 1}
+
+
+def test_paired_must_be_true_or_false(compose: Any, digits: list[str]) -> None:
+    with pytest.raises(UserError, match="paired must be true or false, got 3"):
+        run.run(compose(*digits, TRUNCATION, "paired=3"))

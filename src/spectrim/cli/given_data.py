@@ -18,13 +18,14 @@ from spectrim.data.corpus import Corpus, shuffled
 from spectrim.data.digits import Digits
 from spectrim.data.fashion_mnist import FashionMNIST
 from spectrim.data.hub import HubCorpus, column, rows
-from spectrim.data.image_folder import EXTENSIONS, MEAN, STD, FolderSplit
+from spectrim.data.image_folder import EXTENSIONS, FolderSplit
 from spectrim.data.imdb import IMDBCorpus
 from spectrim.data.mnist import MNIST
 from spectrim.data.sotu import SOTU
 from spectrim.data.text import TextSplit, Tokens, blocks, identity_of
 from spectrim.errors import UserError
 from spectrim.losses import Loss, logits_of, token_loss
+from spectrim.tools.imagenet import MEAN, STD
 from spectrim.tools.torchvision_shim import prepare
 
 LEAST = 4  # samples in all: two to select on, one to verify on, one to report

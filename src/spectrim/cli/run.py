@@ -95,7 +95,8 @@ def _measured(
     with phases.measure("load"):
         weights = None if checkpoint is None else (checkpoint, settings["checkpoint"])
         data, also = settings["data"], settings["also"]
-        given = task.load(settings["model"], cfg.seed, weights, data, also, device, cfg.layers_at_once)
+        beside = settings["agreement"], settings["paired"]
+        given = task.load(settings["model"], cfg.seed, weights, data, also, device, cfg.layers_at_once, *beside)
     given.objective.start_selection()
     with phases.measure("select"):
         found = _found(algorithm, given, decomposer, cfg.batch_norm)

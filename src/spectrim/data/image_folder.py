@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from spectrim.data.images import Batch, Splits
 from spectrim.data.splits import ImageData, digest_of, draw_indices
 from spectrim.errors import UserError, first_line
+from spectrim.tools.imagenet import MEAN, STD
 from spectrim.tools.settings import settings
 from spectrim.tools.torchvision_shim import prepare
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training set
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # those of torchvision
 WORKERS_PER_CORE = 8
 
@@ -108,9 +108,6 @@ class ImageFolder(ImageData):
         Raises ``UserError`` where a folder is missing or cannot be listed, a class has no images, the classes of
         ``val`` and ``train`` differ, or ``workers`` are more than the machine can run.
         """
-        prepare()
-        from torchvision import transforms
-
         if not self.root:
             raise UserError("data.root is not set: name a folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg")
         cores = os.cpu_count() or 1
@@ -125,14 +122,7 @@ class ImageFolder(ImageData):
             odd = sorted(set(classes) ^ set(test_classes))
             raise UserError(f"{root}: train and val hold different classes ({', '.join(odd[:4])})")
         indices = draw_indices(self, len(train_paths), len(test_paths))
-        transform = transforms.Compose(
-            [
-                transforms.Resize(self.resize),
-                transforms.CenterCrop(self.image_size),
-                transforms.ToTensor(),
-                transforms.Normalize(MEAN, STD),
-            ]
-        )
+        transform = centre_crop(self.resize, self.image_size)
 
         def split(paths: list[str], labels: Tensor, own: Tensor, name: str) -> FolderSplit:
             chosen = tuple(paths[index] for index in own.tolist())
@@ -154,6 +144,24 @@ class ImageFolder(ImageData):
             image_size=self.image_size,
             digest=digest_of(train, calibration, verification, test),
         )
+
+
+def centre_crop(resize: int, image_size: int) -> Callable[[Image.Image], Tensor]:
+    """Return the transform that torchvision's weights for ImageNet expect: RGB image → float32 (3, H, W).
+
+    ``resize``: length of the shorter side before the crop. ``image_size``: side of the crop. Both are in pixels.
+    """
+    prepare()
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.Resize(resize),
+            transforms.CenterCrop(image_size),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
 
 
 def _listing(root: Path, part: str) -> tuple[list[str], Tensor, list[str]]:

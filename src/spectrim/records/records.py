@@ -25,7 +25,7 @@ BY_NAME = ("spectrim.", "torch.", "torchvision.")
 # Settings that were added after the first records: owner (``run`` or a class name) → setting → the value that the first
 # records were made with. The signature omits a setting at that value, so that older records keep their signatures.
 LATE: Mapping[str, Mapping[str, Any]] = {
-    "run": {"batch_norm": "keep", "also": {}},
+    "run": {"batch_norm": "keep", "also": {}, "agreement": {}, "paired": False},
     "Joint": {"ranks": "greedy", "refine": None},
     "Refitted": {"refine": None},
     "SVD": {"factors": "plain"},

@@ -25,7 +25,10 @@ def scientific(cfg: DictConfig) -> dict[str, Any]:
     }
     targets.check_targets(settings)
     require_seed("seed", cfg.seed)
-    return settings | {"batch_norm": cfg.batch_norm, "also": _also(cfg.also) if cfg.also else {}}
+    if not isinstance(cfg.paired, bool):
+        raise UserError(f"paired must be true or false, got {cfg.paired}")
+    others = {name: _others(name, cfg[name]) if cfg[name] else {} for name in ("also", "agreement")}
+    return settings | {"batch_norm": cfg.batch_norm, **others, "paired": cfg.paired}
 
 
 def signed(
@@ -40,10 +43,10 @@ def signed(
     return settings, records.signature(records.identity(settings))
 
 
-def _also(nodes: Any) -> dict[str, Any]:
-    """Return the settings of each data set whose test split is measured too, by its name."""
+def _others(setting: str, nodes: Any) -> dict[str, Any]:
+    """Return the settings of each data set in ``also`` or ``agreement``, by its name."""
     given: Any = configuration.plain(nodes) if isinstance(nodes, DictConfig) else {"": None}
     for name, node in given.items():
         if not isinstance(node, dict) or not isinstance(node.get("data"), dict):
-            raise UserError(f"also.{name} is no data set; name one as +data@also.NAME=sotu")
+            raise UserError(f"{setting}.{name} is no data set; name one as +data@{setting}.NAME=sotu")
     return {name: node["data"] for name, node in given.items()}

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.measurement import Readings
 from spectrim.checkpoints import single_file
 from spectrim.runs import targets
+from spectrim.statistics import agreement, paired_loss
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.remembered import MEASUREMENTS
 from spectrim.surgery.cost import Cost, model_cost
@@ -36,6 +37,8 @@ class Task:
     ``data_digest``: the digest of all splits.
     ``description``: a line on the data for the notes of a record; may be empty.
     ``also``: the test splits of other data sets, by name.
+    ``agreement``: the test splits on which predictions are compared with those of the dense model, by name.
+    ``paired``: whether to record the loss of each test sample.
     ``dense``: what the dense model measures, by split; filled as it is needed.
     """
 
@@ -45,6 +48,8 @@ class Task:
     data_digest: str
     description: str
     also: dict[str, Objective] = field(default_factory=dict)
+    agreement: dict[str, Objective] = field(default_factory=dict)
+    paired: bool = False
     dense: dict[str, Numbers] = field(default_factory=dict)
 
     def outcome(self, compressed: Compressed) -> dict[str, Any]:
@@ -67,6 +72,7 @@ class Task:
             "layers": json.loads(compressed.report.to_json(orient="records", double_precision=15)),
             "log": compressed.log,
             "notes": self._notes(compressed.notes),
+            **self._beside_dense(compressed.model),
         }
 
     def readings(self, readings: Readings) -> dict[str, Any]:
@@ -87,6 +93,28 @@ class Task:
         model = found.model if isinstance(found, Compressed) else self.model
         return self.objective.evaluate(model, "verification")._asdict()
 
+    def _beside_dense(self, model: nn.Module) -> dict[str, Any]:
+        """Compare a model with the dense one sample by sample, as far as the run asks for it."""
+        found: dict[str, Any] = {}
+        if self.paired:
+            found["test_losses"] = {"dense": self._dense_losses, "compressed": _losses(self.test, model)}
+        if self.agreement:
+            found["agreement"] = {
+                name: agreement.agreement(
+                    self._dense_answers[name], agreement.log_probabilities(one, model, "test")
+                )._asdict()
+                for name, one in self.agreement.items()
+            }
+        return found
+
+    @cached_property
+    def _dense_losses(self) -> list[float]:
+        return _losses(self.test, self.model)
+
+    @cached_property
+    def _dense_answers(self) -> dict[str, Tensor]:
+        return {name: agreement.log_probabilities(one, self.model, "test") for name, one in self.agreement.items()}
+
     @cached_property
     def _dense_cost(self) -> Cost:
         example = self.objective.example()
@@ -106,6 +134,10 @@ def _on_test(objective: Objective, model: nn.Module) -> Numbers:
     return objective.evaluate(model, "test")._asdict()
 
 
+def _losses(objective: Objective, model: nn.Module) -> list[float]:
+    return paired_loss.losses(objective, model, "test").values.tolist()
+
+
 def _same(first: nn.Module, second: nn.Module) -> bool:
     """Return whether two models have equal layers, parameters and buffers, to the last bit."""
     ours, theirs = ([(name, type(module)) for name, module in model.named_modules()] for model in (first, second))
@@ -121,6 +153,8 @@ def load(
     also: Mapping[str, Settings],
     device: torch.device,
     layers_at_once: int | None = None,
+    agreement: Mapping[str, Settings] | None = None,
+    paired: bool = False,
 ) -> Task:
     """Build the model on ``device`` and load its splits. Equal arguments return the task of the last call.
 
@@ -128,8 +162,11 @@ def load(
     ``weights``: the checkpoint to load; None leaves the initial weights.
     ``also``: other data sets whose test splits are measured too, by name.
     ``layers_at_once``: see ``Objective``.
+    ``agreement``: other data sets on whose test splits predictions are compared with the dense model's, by name.
+    ``paired``: whether to record the loss of each test sample.
     """
-    return _cached(json.dumps(model), seed, weights, json.dumps(data), json.dumps(also), device, layers_at_once)
+    others, beside = json.dumps(also), json.dumps(agreement or {})
+    return _cached(json.dumps(model), seed, weights, json.dumps(data), others, device, layers_at_once, beside, paired)
 
 
 @lru_cache(maxsize=1)
@@ -141,9 +178,14 @@ def _cached(
     also_json: str,
     device: torch.device,
     layers_at_once: int | None,
+    agreement_json: str,
+    paired: bool,
 ) -> Task:
     splits = targets.build(json.loads(data_json), "load").load()
-    others = {name: targets.build(node, "load").load() for name, node in json.loads(also_json).items()}
+    others, beside = (
+        {name: targets.build(node, "load").load() for name, node in json.loads(given).items()}
+        for given in (also_json, agreement_json)
+    )
     model, dense_on_test = _model(model_json, seed, weights, device)
 
     def dense(splits: Any, objective: Objective) -> Numbers:
@@ -155,16 +197,23 @@ def _cached(
     memory = Memory(whitened=1, gates=8, **MEASUREMENTS)  # the budgets of a grid share the gates of joint selection
     seen = Objective(splits.loss, {name: getattr(splits, name) for name in SPLITS}, layers_at_once, memory)
     test = Objective(splits.loss, {"test": splits.test})
-    also = {name: Objective(other.loss, {"test": other.test}) for name, other in others.items()}
+    also, compared = (
+        {name: Objective(other.loss, {"test": other.test}) for name, other in loaded.items()}
+        for loaded in (others, beside)
+    )
     found: dict[str, Numbers] = {"test": dense(splits, test)}
     if also:
         found["also"] = {name: dense(others[name], objective) for name, objective in also.items()}
-    said = [splits.description, *(f"also measured: {other.description or name}" for name, other in others.items())]
+    said = [
+        splits.description,
+        *(f"also measured: {other.description or name}" for name, other in others.items()),
+        *(f"agreement measured: {other.description or name}" for name, other in beside.items()),
+    ]
     digest = splits.digest
-    if also:
-        tests = "".join(other.test.digest() for other in others.values())
+    if also or compared:
+        tests = "".join(other.test.digest() for other in (*others.values(), *beside.values()))
         digest = hashlib.sha256((digest + tests).encode()).hexdigest()
-    return Task(model, seen, test, digest, "; ".join(filter(None, said)), also, found)
+    return Task(model, seen, test, digest, "; ".join(filter(None, said)), also, compared, paired, found)
 
 
 @lru_cache(maxsize=1)
