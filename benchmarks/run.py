@@ -15,6 +15,7 @@ import curves
 import latency
 import memory
 import pivoted
+import quantised
 import refit
 import selection
 import sizes
@@ -35,6 +36,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "sweep": sweep.benchmark,
     "latency": latency.benchmark,
     "pivoted": pivoted.benchmark,
+    "quantised": quantised.benchmark,
     "refit": refit.benchmark,
     "speed": speed.benchmark,
     "memory": memory.benchmark,

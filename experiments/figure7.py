@@ -107,7 +107,9 @@ def _draw(rows: pd.DataFrame, title: str, name: str, options: Options, origin: M
 def _points(record: Record) -> list[dict[str, Any]]:
     settings = record["config"]["algorithm"]
     algorithm = algorithm_of(record)
-    if algorithm not in ALGORITHMS or _varied(settings) or record["config"]["decomposer"].get("embeddings"):
+    decomposer = record["config"]["decomposer"]
+    otherwise = decomposer.get("embeddings") or "base" in decomposer  # Table 3 has them; base: pivoted factors
+    if algorithm not in ALGORITHMS or _varied(settings) or otherwise:
         return []
     asked = settings.get("params_kept")
     gamma = ""

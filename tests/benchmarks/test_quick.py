@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("curves", "selection", "sizes", "sweep", "latency", "pivoted", "refit", "speed", "memory")
-TARGETS = dict.fromkeys(NAMES, 1) | {"sizes": 3, "latency": 0, "pivoted": 4, "speed": 2}
+NAMES = ("curves", "selection", "sizes", "sweep", "latency", "pivoted", "quantised", "refit", "speed", "memory")
+TARGETS = dict.fromkeys(NAMES, 1) | {"sizes": 3, "latency": 0, "quantised": 0, "pivoted": 4, "speed": 2}
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -74,6 +75,23 @@ def test_no_layer_is_timed_above_its_share_of_macs(folder: Path) -> None:
     assert all((row["verdict"] == "SLOWER") == (float(row["time_ratio"]) > 1) for row in rows)
 
 
+def test_integers_of_few_bits_stand_for_the_weight_to_half_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from quantised import GROUP, rounded
+
+    W = torch.randn(5, GROUP + 8, generator=torch.Generator().manual_seed(0))
+    for bits, group in ((8, GROUP + 8), (4, GROUP)):
+        stored, value = rounded(W, bits)
+        scales = stored["scales"].float().repeat_interleave(group, 1)[:, : GROUP + 8]
+        edge = 2 ** (bits - 1) - 1  # the largest positive weight of a group is cut by up to half a step more
+        assert ((value - W).abs() <= scales * (0.51 + (edge * scales < W))).all()
+        assert stored["codes"].numel() == W.shape[0] * (GROUP + 8 if bits == 8 else GROUP)  # two groups, two a byte
+    low, high = stored["codes"] & 15, stored["codes"] >> 4
+    codes = torch.stack([low, high], -1).flatten(1).to(torch.int8)
+    codes = torch.where(codes > 7, codes - 16, codes)[:, : GROUP + 8]
+    assert torch.equal(codes * scales, value)  # the packed integers say all
+
+
 def test_a_missed_target_is_printed_as_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from measure import Target
@@ -90,5 +108,6 @@ def test_an_unknown_name_is_refused_in_one_line() -> None:
     done = _run("curve")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith(
-        "unknown benchmark 'curve'; known: curves, selection, sizes, sweep, latency, pivoted, refit, speed, memory"
+        "unknown benchmark 'curve'; known: "
+        "curves, selection, sizes, sweep, latency, pivoted, quantised, refit, speed, memory"
     )

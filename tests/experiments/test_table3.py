@@ -121,3 +121,41 @@ def test_two_settings_are_not_averaged(
         records.write(tmp_path / "records", one)
     assert script("table3").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 1
     assert "2 settings of rank selection, ε 0.1 of smollm2 on cifar10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rival", "draws", "verdict"),
+    [
+        (0.08, 3, "is ahead of knapsack (BALF), pivoted: −0.0800 nats, standard error 0.0003, 3 calibration draws."),
+        (0.0, 3, "is level with knapsack (BALF), pivoted: 0.0000 nats, standard error 0.0003, 3 calibration draws."),
+        (
+            -0.01,
+            1,
+            "is behind knapsack (BALF), pivoted: +0.0100 nats, one calibration draw, so without a standard error.",
+        ),
+    ],
+)
+def test_pivoted_selections_are_judged_by_the_aim_and_beside_rivals_of_the_same_form(
+    script: Script, factory: ModuleType, tmp_path: Path, rival: float, draws: int, verdict: str
+) -> None:
+    forms = {"joint": "TwoSidedSVD", "knapsack": "WhitenedSVD", "truncation": "WhitenedSVD"}
+    for draw in range(draws):
+        for algorithm, base in forms.items():
+            beside = {"joint": 0.02, "knapsack": 0.02 + rival + 0.0005 * (draw - 1) * (draws > 1), "truncation": 0.5}
+            one = factory.make(
+                "smollm2", algorithm, experiment="table3", change=beside[algorithm], kept=0.8, calibration_seed=draw,
+                settings={"params_kept": 0.8, "ratio": None} if algorithm == "truncation" else {"params_kept": 0.8},
+            )  # fmt: skip
+            one["config"]["decomposer"] = {"_class_": "BestView", "base": {"_class_": base, "factors": "pivoted"}}
+            for net in ("dense", "compressed"):
+                one[net]["test"] |= {"loss": 4.0 + (net == "compressed") * beside[algorithm], "accuracy": None}
+                one[net]["also"] = {"sotu": {"loss": 3.5 + 2 * (net == "compressed"), "accuracy": None, "n": 24}}
+            records.write(tmp_path / "records", one | {"signature": records.signature(one["config"])})
+    assert script("table3").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "tables" / "table3.md").read_text()
+    ours = "joint, ours, both sides whitened, pivoted"
+    assert f"smollm2, cifar10 at 80 %: {ours}, {verdict}" in text
+    assert f"smollm2, cifar10 at 80 %: {ours}, is ahead of whitened SVD, uniform ratio, pivoted: −0.4800 nats" in text
+    assert "the aim at 80 %, perplexities of at most 62.0 and 45.0, is not met: 55.7 and 244.7 (" in text
+    for method in (ours, "knapsack (BALF), pivoted", "whitened SVD, uniform ratio, pivoted"):
+        assert f" {method}, 80 % of the parameters" in text
