@@ -2,7 +2,8 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spectrim.algorithms.joint import Joint
+from spectrim.algorithms.related.knapsack import Knapsack
+from spectrim.algorithms.shared.compressed import Algorithm
+from spectrim.algorithms.truncation import Truncation
 from spectrim.checkpoints import single_file
-from spectrim.decomposers.best_view import BestView
 from spectrim.decomposers.two_sided import TwoSidedSVD
+from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.factored.plan import RankPlan
 from spectrim.fetch import pretrained
 from spectrim.language import perplexity
@@ -34,7 +38,10 @@ from spectrim.tools.memo import Memory
 RESUME = Path(__file__).resolve().parents[1] / "build" / "benchmarks" / "quantised"
 SIZES = (0.9, 0.8, 0.7)
 GROUP = 32  # weights that share a scale at 4 bits; at 8 bits a row does
-PRECISIONS = {"float32": 32, "bfloat16": 16, "8 bits": 8, "4 bits": 4}
+PRECISIONS = {"bfloat16": 16, "8 bits": 8, "4 bits": 4}
+RIVALS: dict[str, Callable[..., Algorithm]] = {"uniform ratio (SVD-LLM)": Truncation, "knapsack (BALF)": Knapsack}
+RIVAL_SIZE = 0.8
+CALIBRATION, TEST = 32, 16  # blocks of 256 tokens
 BATCHES, PROMPT, TOKENS, TURNS = (1, 16), 32, 16, 5
 CORPORA = ("imdb_corpus", "sotu")
 COLUMNS = (
@@ -42,12 +49,15 @@ COLUMNS = (
     Column("precision", "stored in"),
     Column("params_kept", "params kept %", 1, scale=100),
     Column("megabytes", "MB of the file", 1),
-    Column("bytes_kept", "bytes, % of dense float32", 1, scale=100),
+    Column("bytes_kept", "bytes, % of dense bfloat16", 1, scale=100),
     Column("imdb_corpus", "perplexity, reviews", 2),
     Column("sotu", "perplexity, speeches", 2),
     Column("batch_1", "ms a token at batch 1, % of dense", 0, scale=100),
     Column("batch_16", "at batch 16", 0, scale=100),
 )
+
+
+Models = Mapping[str, tuple[nn.Module, RankPlan]]  # by their names in the table
 
 
 class Given(NamedTuple):
@@ -60,45 +70,52 @@ class Given(NamedTuple):
 
 def benchmark(quick: bool) -> Outcome:
     """Compress a decoder to each size, store each model in each precision, and measure all of them."""
+    with resume.into(None if quick else RESUME):  # what a killed run has measured is kept
+        return _measured(quick)
+
+
+def _measured(quick: bool) -> Outcome:
     given, sizes = (_tiny(), (0.8,)) if quick else (_smollm2(), SIZES)
-    models = {"dense": (given.model, RankPlan())} | {
-        f"joint, {100 * size:g} %": made for size, made in _compressed(given, sizes, quick)
-    }
-    times = _milliseconds([model for model, _ in models.values()], quick)
-    whole = _params(given.model)
-    rows = []
-    with tqdm(desc="quantised", total=len(models) * len(PRECISIONS), leave=False, disable=None) as bar:
-        for (name, (model, plan)), own in zip(models.items(), times, strict=True):
-            for precision, bits in PRECISIONS.items():
-                found = _stored(model, plan, bits, given.tests)
-                speed = own if precision == "float32" else {}
-                about = {"model": name, "precision": precision, "params_kept": _params(model) / whole}
-                rows.append({**about, **found, **speed})
-                bar.update()
-    data = pd.DataFrame(rows)
+    models = {"dense": (given.model, RankPlan()), **dict(_compressed(given, sizes))}
+    times = _times([model for model, _ in models.values()], quick)
+    data = pd.DataFrame(list(_rows(models, times, given)))
     data["bytes_kept"] = data["megabytes"] / data["megabytes"].iloc[0]
-    blocks = {name: len(test.labels) for name, test in given.tests.items()} if not quick else {}
     notes = [
         *_winners(data),
         f"Weights of 8 bits: one scale a row. Of 4 bits: one scale for {GROUP} weights. Both rounded to nearest, "
-        "symmetric, without calibration, as torchao's IntxWeightOnlyConfig does. Scales, the embedding, which is also "
-        "the head, and norms are stored in bfloat16 then. All computing is in float32, with the weights as stored.",
-        "Joint: joint selection, pivoted factors of the spectrum whitened on both sides, one calibration draw of 64 "
-        f"blocks of 256 tokens; no fine-tuning. Perplexity: on test blocks of 256 tokens ({blocks}).",
-        f"Speed: greedy decoding of {TOKENS} tokens after {PROMPT}, with a cache, eager, float32; the median of "
+        "symmetric, without calibration, as torchao's IntxWeightOnlyConfig does. Scales, norms and the embedding, "
+        "which is also the head, are stored in bfloat16. All computing is in float32, with the weights as stored. The "
+        "dense weights come from a file of 4 bits in blocks of another kind.",
+        "Joint: joint selection, pivoted factors of the spectrum whitened on both sides, one calibration draw of "
+        f"{CALIBRATION} blocks of 256 tokens of reviews; no fine-tuning. Rivals: pivoted factors of the spectrum "
+        f"whitened by the inputs, from the same blocks. Perplexity: {TEST} test blocks a corpus.",
+        f"Speed: greedy decoding of {TOKENS} tokens after {PROMPT}, with a cache, eager, in float32; the median of "
         f"{TURNS} turns of all models, on one thread. Weights of 8 and 4 bits are not timed: without a kernel of "
         "their own they are unpacked at each call.",
     ]
-    settings = {"quick": quick, "sizes": list(sizes), "precisions": list(PRECISIONS), "blocks": blocks}
+    settings = {"quick": quick, "sizes": list(sizes), "precisions": list(PRECISIONS), "calibration": CALIBRATION}
     caption = "Low rank, weights of few bits, and both, of a decoder"
     digest = "noise" if quick else ", ".join(test.digest() for test in given.tests.values())
     return Outcome(Table("quantised", data, COLUMNS, caption, notes, group="model"), [], settings, digest)
 
 
+def _rows(models: Models, times: Sequence[dict[str, float]], given: Given) -> Iterator[dict[str, Any]]:
+    """Yield a row for each model and precision. Rivals are stored in the first one only."""
+    whole = _params(given.model)
+    with tqdm(desc="quantised", total=len(models), leave=False, disable=None) as bar:
+        for (name, (model, plan)), own in zip(models.items(), times, strict=True):
+            rival = name.startswith(tuple(RIVALS))
+            for precision, bits in list(PRECISIONS.items())[: 1 if rival else None]:
+                about = {"model": name, "precision": precision, "params_kept": _params(model) / whole}
+                yield {**about, **_stored(model, plan, bits, given.tests), **(own if bits == 16 else {})}
+            bar.update()
+
+
 def _smollm2() -> Given:
-    """Return SmolLM2 with the first calibration draw of Table 3, and 24 test blocks of each corpus."""
+    """Return SmolLM2, calibration blocks of reviews, and test blocks of each corpus."""
+    sizes = [f"data.calibration_size={CALIBRATION}", f"data.test_size={TEST}"]
     with initialize_config_dir(configuration.CONF, version_base="1.3"):
-        composed = {name: compose("config", ["model=smollm2", f"data={name}", "data.test_size=24"]) for name in CORPORA}
+        composed = {name: compose("config", ["model=smollm2", f"data={name}", *sizes]) for name in CORPORA}
     model = targets.build(configuration.plain(composed[CORPORA[0]].model), "forward").eval()
     splits = {name: targets.build(configuration.plain(cfg.data), "load").load() for name, cfg in composed.items()}
     return Given(model, splits[CORPORA[0]].calibration, {name: own.test for name, own in splits.items()})
@@ -117,19 +134,18 @@ def _tiny() -> Given:
     return Given(library.LlamaForCausalLM(config).eval(), batches, dict.fromkeys(CORPORA, batches))
 
 
-def _compressed(
-    given: Given, sizes: Sequence[float], quick: bool
-) -> Iterator[tuple[float, tuple[nn.Module, RankPlan]]]:
-    """Yield each size with its model and plan. Decompositions and gates are kept in ``RESUME`` for the next run."""
+def _compressed(given: Given, sizes: Sequence[float]) -> Iterator[tuple[str, tuple[nn.Module, RankPlan]]]:
+    """Yield each compressed model with its plan, by its name in the table. The rivals have one size."""
     objective = Objective(
         token_loss, {"calibration": given.calibration}, memory=Memory(whitened=1, gates=1, **MEASUREMENTS)
     )
-    decomposer = BestView(TwoSidedSVD(factors="pivoted"))
-    with resume.into(None if quick else RESUME):
-        for size in sizes:
-            chosen = Joint(params_kept=size, samples=500, significance=4, refit=0)
-            made = chosen.compress(given.model, decomposer, objective)
-            yield size, (made.model, made.plan)
+    joint = partial(Joint, samples=500, significance=4, refit=0)
+    one_sided, both_sided = WhitenedSVD("channel", factors="pivoted"), TwoSidedSVD("channel", factors="pivoted")
+    chosen = [("joint, ours", joint, both_sided, size) for size in sizes]
+    chosen += [(name, selector, one_sided, RIVAL_SIZE) for name, selector in RIVALS.items()]
+    for name, selector, decomposer, size in chosen:
+        made = selector(params_kept=size).compress(given.model, decomposer, objective)
+        yield f"{name}, {100 * size:g} %", (made.model, made.plan)
 
 
 def _params(model: nn.Module) -> int:
@@ -141,7 +157,7 @@ def _stored(model: nn.Module, plan: RankPlan, bits: int, tests: Mapping[str, Any
     small: Any = copied(model)
     table, tensors = small.get_input_embeddings().weight, dict[str, Tensor]()
     for name, tensor in single_file.stored(small).items():
-        if not tensor.is_floating_point() or bits == 32:
+        if not tensor.is_floating_point():
             tensors[name] = tensor
         elif bits < 16 and tensor.ndim == 2 and tensor.data_ptr() != table.data_ptr():
             parts, value = rounded(tensor.detach(), bits)
@@ -154,7 +170,17 @@ def _stored(model: nn.Module, plan: RankPlan, bits: int, tests: Mapping[str, Any
         path = Path(folder) / "model.safetensors"
         single_file.write(path, tensors, {"plan": plan.to_json()})
         megabytes = path.stat().st_size / 1e6
-    return {"megabytes": megabytes} | {name: perplexity(small, test) for name, test in tests.items()}
+    return {"megabytes": megabytes} | {name: _perplexity(small, test, name) for name, test in tests.items()}
+
+
+def _perplexity(model: nn.Module, test: Any, name: str) -> float:
+    """Return the perplexity on a test split. It is kept in ``RESUME`` too."""
+
+    def measured() -> dict[str, Tensor]:
+        return {"perplexity": torch.tensor(perplexity(model, test), dtype=torch.float64)}
+
+    found = resume.tensors("perplexity", lambda: [name, TEST, *single_file.stored(model).values()], measured)
+    return float(found["perplexity"])
 
 
 def rounded(W_OI: Tensor, bits: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -177,7 +203,7 @@ def rounded(W_OI: Tensor, bits: int) -> tuple[dict[str, Tensor], Tensor]:
     return {"codes": stored, "scales": scale_OG1.squeeze(-1).bfloat16()}, value
 
 
-def _milliseconds(models: Sequence[nn.Module], quick: bool) -> list[dict[str, float]]:
+def _times(models: Sequence[nn.Module], quick: bool) -> list[dict[str, float]]:
     """Return, for each model, the time of decoding over that of the first one, at each batch size."""
     found: list[dict[str, float]] = [{} for _ in models]
     for batch in BATCHES:
@@ -201,7 +227,7 @@ def _decoding(model: Any, prompt: Tensor) -> float:
 def _winners(data: pd.DataFrame) -> list[str]:
     """Return, for each compressed model as stored, whether the dense one at fewer bytes has lower perplexities."""
     dense, lines = data[data["model"] == "dense"], []
-    for _, row in data[(data["model"] != "dense") & (data["precision"] != "float32")].iterrows():
+    for _, row in data[data["model"] != "dense"].iterrows():
         name = f"{row['model']} in {row['precision']} ({row['megabytes']:.1f} MB)"
         smaller = dense[dense["megabytes"] <= row["megabytes"]]
         best = smaller[(smaller[list(CORPORA)] <= row[list(CORPORA)]).all(axis=1)]
@@ -210,7 +236,7 @@ def _winners(data: pd.DataFrame) -> list[str]:
             told = f"quantisation alone wins: dense in {other['precision']} ({other['megabytes']:.1f} MB) is smaller"
             lines.append(f"{name}: {told}, and its perplexities are not higher.")
         elif len(smaller):
-            lines.append(f"{name}: better on one corpus at least than any smaller file of the dense model.")
+            lines.append(f"{name}: no smaller file of the dense model has perplexities as low on both corpora.")
         else:
             lines.append(f"{name}: smaller than any file of the dense model.")
     return lines
