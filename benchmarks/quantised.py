@@ -2,8 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -17,12 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spectrim.algorithms.joint import Joint
-from spectrim.algorithms.related.knapsack import Knapsack
-from spectrim.algorithms.shared.compressed import Algorithm
-from spectrim.algorithms.truncation import Truncation
 from spectrim.checkpoints import single_file
 from spectrim.decomposers.two_sided import TwoSidedSVD
-from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.factored.plan import RankPlan
 from spectrim.fetch import pretrained
 from spectrim.language import perplexity
@@ -39,8 +34,7 @@ RESUME = Path(__file__).resolve().parents[1] / "build" / "benchmarks" / "quantis
 SIZES = (0.9, 0.8, 0.7)
 GROUP = 32  # weights that share a scale at 4 bits; at 8 bits a row does
 PRECISIONS = {"bfloat16": 16, "8 bits": 8, "4 bits": 4}
-RIVALS: dict[str, Callable[..., Algorithm]] = {"uniform ratio (SVD-LLM)": Truncation, "knapsack (BALF)": Knapsack}
-RIVAL_SIZE = 0.8
+FEW_BITS_AT = 0.8  # the compressed model that is stored in 8 bits, too
 CALIBRATION, TEST = 32, 8  # blocks of 256 tokens
 BATCHES, PROMPT, TOKENS, TURNS = (1, 16), 32, 16, 5
 CORPORA = ("imdb_corpus", "sotu")
@@ -87,8 +81,7 @@ def _measured(quick: bool) -> Outcome:
         "which is also the head, are stored in bfloat16. All computing is in float32, with the weights as stored. The "
         "dense weights come from a file of 4 bits in blocks of another kind.",
         "Joint: joint selection, pivoted factors of the spectrum whitened on both sides, one calibration draw of "
-        f"{CALIBRATION} blocks of 256 tokens of reviews; no fine-tuning. Rivals: pivoted factors of the spectrum "
-        f"whitened by the inputs, from the same blocks. Perplexity: {TEST} test blocks a corpus.",
+        f"{CALIBRATION} blocks of 256 tokens of reviews; no fine-tuning. Perplexity: on {TEST} test blocks a corpus.",
         f"Speed: greedy decoding of {TOKENS} tokens after {PROMPT}, with a cache, eager, in float32; the median of "
         f"{TURNS} turns of all models, on one thread. Weights of 8 and 4 bits are not timed: without a kernel of "
         "their own they are unpacked at each call.",
@@ -100,12 +93,12 @@ def _measured(quick: bool) -> Outcome:
 
 
 def _rows(models: Models, times: Sequence[dict[str, float]], given: Given) -> Iterator[dict[str, Any]]:
-    """Yield a row for each model and precision. Rivals are stored in the first one only."""
+    """Yield a row for each model and precision. Only the dense model and one compressed one have 8 and 4 bits."""
     whole = _params(given.model)
     with tqdm(desc="quantised", total=len(models), leave=False, disable=None) as bar:
         for (name, (model, plan)), own in zip(models.items(), times, strict=True):
-            rival = name.startswith(tuple(RIVALS))
-            for precision, bits in list(PRECISIONS.items())[: 1 if rival else None]:
+            in_all = name in ("dense", _name(FEW_BITS_AT))
+            for precision, bits in list(PRECISIONS.items())[: None if in_all else 1]:
                 about = {"model": name, "precision": precision, "params_kept": _params(model) / whole}
                 yield {**about, **_stored(model, plan, bits, given.tests), **(own if bits == 16 else {})}
             bar.update()
@@ -135,17 +128,19 @@ def _tiny() -> Given:
 
 
 def _compressed(given: Given, sizes: Sequence[float]) -> Iterator[tuple[str, tuple[nn.Module, RankPlan]]]:
-    """Yield each compressed model with its plan, by its name in the table. The rivals have one size."""
+    """Yield each compressed model with its plan, by its name in the table."""
     objective = Objective(
         token_loss, {"calibration": given.calibration}, memory=Memory(whitened=1, gates=1, **MEASUREMENTS)
     )
-    joint = partial(Joint, samples=500, significance=4, refit=0)
-    one_sided, both_sided = WhitenedSVD("channel", factors="pivoted"), TwoSidedSVD("channel", factors="pivoted")
-    chosen = [("joint, ours", joint, both_sided, size) for size in sizes]
-    chosen += [(name, selector, one_sided, RIVAL_SIZE) for name, selector in RIVALS.items()]
-    for name, selector, decomposer, size in chosen:
-        made = selector(params_kept=size).compress(given.model, decomposer, objective)
-        yield f"{name}, {100 * size:g} %", (made.model, made.plan)
+    decomposer = TwoSidedSVD("channel", factors="pivoted")
+    for size in sizes:
+        chosen = Joint(params_kept=size, samples=500, significance=4, refit=0)
+        made = chosen.compress(given.model, decomposer, objective)
+        yield _name(size), (made.model, made.plan)
+
+
+def _name(size: float) -> str:
+    return f"joint, {100 * size:g} %"
 
 
 def _params(model: nn.Module) -> int:
