@@ -36,7 +36,7 @@ GROUP = 32  # weights that share a scale at 4 bits; at 8 bits a row does
 PRECISIONS = {"bfloat16": 16, "8 bits": 8, "4 bits": 4}
 FEW_BITS_AT = 0.8  # the compressed model that is stored in 8 bits, too
 CALIBRATION, TEST = 32, 8  # blocks of 256 tokens
-BATCHES, PROMPT, TOKENS, TURNS = (1, 16), 32, 16, 5
+BATCHES, PROMPT, TOKENS, TURNS = (1, 16), 32, 8, 3
 CORPORA = ("imdb_corpus", "sotu")
 COLUMNS = (
     Column("model", "model"),
