@@ -7,7 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from spectrim.report import averages, claims, command, compare, frame
+from spectrim.records import records
+from spectrim.records.records import Record
+from spectrim.report import averages, claims, command, compare, frame, samples
 from spectrim.report.command import Options
 from spectrim.report.table import Column, Table, number, save
 
@@ -70,6 +72,11 @@ CLAIM_NOTES = (
     "parameters removed from the whole model.",
     "The reading favours the claim: one lossless or compact row of a model is enough, if its mean test loss meets it.",
 )
+OWN_WEIGHTS = "table12"  # the experiment with a network of the papers and its ImageNet weights
+OWN_NOTE = (
+    "Its own weights, 20 images: the claimed network with ImageNet weights, calibrated and judged on the same images. "
+    "± is the standard error over the images."
+)
 
 
 def build(options: Options) -> list[Path]:
@@ -91,17 +98,28 @@ def build(options: Options) -> list[Path]:
         group="model",
         hidden=frame.KEYS,
     )
+    beside = records.read_all(options.records, OWN_WEIGHTS) if options.default else []
+    own = _own_weights(beside)
     judged = Table(
         f"{options.name}_claims",
-        _claims(published, rows),
+        _claims(published, rows, own),
         CLAIM_COLUMNS,
         f"Claims, tested on {data}",
-        [SOURCES, *CLAIM_NOTES],
+        [SOURCES, *CLAIM_NOTES, *([] if own.empty else [OWN_NOTE])],
     )
     # Of the truncations an excerpt has the mildest one.
     mildest = rows["params_kept"] == rows.groupby(["model", "algorithm"])["params_kept"].transform("max")
     excerpt = table.paper(PAPER, (rows["algorithm"] != "truncation") | mildest, [PAPER_NOTE, averages.seeds_note(rows)])
-    return save([table, excerpt, judged], options.out, command.origin(options, found, [PUBLISHED]))
+    return save([table, excerpt, judged], options.out, command.origin(options, [*found, *beside], [PUBLISHED]))
+
+
+def _own_weights(found: Sequence[Record]) -> pd.DataFrame:
+    """Return the rows of the networks with ImageNet weights, with the standard error of the change of the loss."""
+    runs = frame.runs(found)
+    if runs.empty:
+        return runs
+    runs = runs[runs["algorithm"].isin(claims.PROMISING)].merge(samples.measures(found), on="signature")
+    return averages.with_dense(runs, (*VALUES, "error"))
 
 
 def _unverified(rows: pd.DataFrame) -> list[str]:
@@ -126,28 +144,38 @@ def _published(published: pd.DataFrame, row: "pd.Series[Any]") -> str | None:
     return "; ".join(said) or None
 
 
-def _claims(published: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per claim of S1 and S1b about compressed networks and per model of its family."""
-    ours = rows[rows["algorithm"].isin(claims.PROMISING)]
+def _claims(published: pd.DataFrame, rows: pd.DataFrame, own_weights: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per claim of S1 and S1b about compressed networks and per model of its family.
+
+    ``own_weights``: rows of networks with ImageNet weights. The claims about them get a row more.
+    """
     found = []
     for claim in claims.claims(published, CLAIMED):
-        family = ours[[frame.family(name) == frame.family(claim.model) for name in ours["network"]]]
-        for model in list(dict.fromkeys(family["model"])) or [None]:
-            own = family[family["model"] == model]
-            dense = rows[(rows["model"] == model) & (rows["algorithm"] == "dense")]
-            judged = claims.judge(claim, own, dense)
-            found.append(
-                {
-                    "claim": claim.name,
-                    "source": claim.source,
-                    "published": claim.said,
-                    "model": model,
-                    "obtained": judged.why,
-                    "verdict": judged.word,
-                    "records": averages.records_of(pd.concat([dense, own])["records"]),
-                }
-            )
+        family = rows[[frame.family(name) == frame.family(claim.model) for name in rows["network"]]]
+        promising = family[family["algorithm"].isin(claims.PROMISING)]
+        for model in list(dict.fromkeys(promising["model"])) or [None]:
+            found.append(_claim(claim, family[family["model"] == model], model))
+        if len(own_weights):
+            same = own_weights[[claims.plain(name) == claims.plain(claim.model) for name in own_weights["network"]]]
+            for model in dict.fromkeys(same["model"]):
+                named = f"{model}, its own weights, 20 images, leakage in its favour"
+                found.append(_claim(claim, same[same["model"] == model], named))
     return pd.DataFrame(found)
+
+
+def _claim(claim: claims.Claim, rows: pd.DataFrame, named: str | None) -> dict[str, Any]:
+    """Return the row of one claim and one model. ``rows``: those of the model. ``named``: the model, for the reader."""
+    ours, dense = rows[rows["algorithm"].isin(claims.PROMISING)], rows[rows["algorithm"] == "dense"]
+    judged = claims.judge(claim, ours, dense)
+    return {
+        "claim": claim.name,
+        "source": claim.source,
+        "published": claim.said,
+        "model": named,
+        "obtained": judged.why,
+        "verdict": judged.word,
+        "records": averages.records_of(pd.concat([dense, ours])["records"]),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -66,6 +66,24 @@ def test_calibration_from_the_test_set(root: Path) -> None:
     assert splits.calibration.digest() == splits.test.digest()
 
 
+def test_a_folder_may_hold_some_of_the_classes_of_a_network(root: Path, tmp_path: Path) -> None:
+    """The labels are the places in the file of names, and the pictures are those of the same folders."""
+    names = tmp_path / "names.txt"
+    names.write_text("zebra\ndog\nbee\ncat\n")
+    plain, placed = settings(root).load(), settings(root, classes=str(names)).load()
+    assert placed.num_classes == 4 and plain.num_classes == 2
+    for part in ("train", "calibration", "test"):
+        before, after = getattr(plain, part), getattr(placed, part)
+        assert after.paths == before.paths
+        assert after.labels.tolist() == [(3, 1)[label] for label in before.labels.tolist()]
+    assert placed.digest != plain.digest
+    names.write_text("cat\nbee\n")
+    with pytest.raises(UserError, match="must name each class once, one a line; mend dog"):
+        settings(root, classes=str(names)).load()
+    with pytest.raises(UserError, match="nowhere.txt cannot be read .*; give a text file"):
+        settings(root, classes=str(tmp_path / "nowhere.txt")).load()
+
+
 def test_worker_processes_read_the_same(root: Path) -> None:
     plain, parallel = settings(root).load().test, settings(root, workers=1).load().test
     for (first, _), (second, _) in zip(plain, parallel, strict=True):

@@ -63,3 +63,15 @@ def test_every_claim_of_the_abstract_and_the_tables_has_a_verdict(built: Callabl
     assert claims.loc["s1-resnext50", "verdict"] == "does not hold"  # the made-up nets drop 60 % at most
     assert claims.loc["s1b-table4-vgg13bn", "verdict"] == "holds"
     assert set(claims.loc[claims["source"].isin(["S1b Table 5", "S1b Table 6"]), "verdict"]) == {"not comparable"}
+
+
+def test_a_network_with_its_own_weights_is_judged_beside_those_of_its_family(built: Callable[[str], Path]) -> None:
+    claims = pd.read_csv(built("table2") / "tables" / "table2_claims.csv")
+    own = claims[claims["model"].fillna("").str.contains("its own weights")]
+    assert own["claim"].tolist() == ["s1b-table4-resnet50"]  # not of its whole family
+    (row,) = own.to_dict(orient="records")
+    assert row["verdict"] == "does not hold"
+    assert "drop of 56 % or more: +2.0000 ± 0.0100 at 60.0 %" in row["obtained"]
+    assert row["obtained"].endswith("−0.0100 ± 0.0100 at 20.0 % (compact, verified)")
+    family = claims[(claims["claim"] == "s1b-table4-resnet50") & (claims["model"] == "resnet20")]
+    assert "±" not in family["obtained"].item()

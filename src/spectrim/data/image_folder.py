@@ -86,6 +86,8 @@ class ImageFolder(ImageData):
     then normalised by ImageNet's mean and standard deviation.
 
     ``root``: folder with ``train`` and ``val``.
+    ``classes``: text file with the names of all classes, one a line, in the order of the network's outputs. The folder
+        may then hold some of them. Empty: the classes are those of the folder, in alphabetical order.
     ``workers``: number of processes that read images.
     """
 
@@ -94,6 +96,7 @@ class ImageFolder(ImageData):
     image_size: int = 224
     resize: int = 256
     workers: int = 0
+    classes: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,7 +109,8 @@ class ImageFolder(ImageData):
         """Return the four splits.
 
         Raises ``UserError`` where a folder is missing or cannot be listed, a class has no images, the classes of
-        ``val`` and ``train`` differ, or ``workers`` are more than the machine can run.
+        ``val`` and ``train`` differ or are not in the file ``classes``, or ``workers`` are more than the machine can
+        run.
         """
         if not self.root:
             raise UserError("data.root is not set: name a folder that holds train/CLASS/*.jpg and val/CLASS/*.jpg")
@@ -121,6 +125,9 @@ class ImageFolder(ImageData):
         if test_classes != classes:
             odd = sorted(set(classes) ^ set(test_classes))
             raise UserError(f"{root}: train and val hold different classes ({', '.join(odd[:4])})")
+        if self.classes:
+            place, classes = _places(Path(os.path.expanduser(self.classes)), classes)
+            train_labels, test_labels = place[train_labels], place[test_labels]
         indices = draw_indices(self, len(train_paths), len(test_paths))
         transform = centre_crop(self.resize, self.image_size)
 
@@ -187,6 +194,21 @@ def _listing(root: Path, part: str) -> tuple[list[str], Tensor, list[str]]:
     if not classes:
         raise UserError(f"{root / part} holds no folders; give each class a folder with its images")
     return paths, torch.tensor(labels, dtype=torch.int64), classes
+
+
+def _places(path: Path, folders: list[str]) -> tuple[Tensor, list[str]]:
+    """Return the place of each folder's class in the file ``path``, int64, and all classes of the file.
+
+    Raises ``UserError`` where the file cannot be read, or does not name a folder once.
+    """
+    try:
+        known = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.classes={path} cannot be read ({first_line(error)}); give a text file") from None
+    odd = [name for name in folders if known.count(name) != 1]
+    if odd:
+        raise UserError(f"data.classes={path} must name each class once, one a line; mend {odd[0]}")
+    return torch.tensor([known.index(name) for name in folders], dtype=torch.int64), known
 
 
 def _images(folder: Path) -> Iterator[Path]:

@@ -1,4 +1,4 @@
-"""Test images of CIFAR-10 at the size of ImageNet's: natural images that networks for ImageNet have not seen."""
+"""Enlarged test images of CIFAR-10: natural images that networks for ImageNet have not seen."""
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class UpscaledCIFAR10(ImageData):
     batch_size: int = 20
     calibration_from: str = "test"
     test_size: int = 200
-    image_size: int = 224
+    image_size: int = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()

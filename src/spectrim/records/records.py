@@ -26,6 +26,7 @@ BY_NAME = ("spectrim.", "torch.", "torchvision.")
 # records were made with. The signature omits a setting at that value, so that older records keep their signatures.
 LATE: Mapping[str, Mapping[str, Any]] = {
     "run": {"batch_norm": "keep", "also": {}, "agreement": {}, "paired": False},
+    "ImageFolder": {"classes": ""},
     "Joint": {"ranks": "greedy", "refine": None},
     "Refitted": {"refine": None},
     "SVD": {"factors": "plain"},

@@ -142,7 +142,8 @@ def lossless_claim(ours: pd.DataFrame, drop: float) -> Verdict:
 
     The reading favours the claim: one row that meets it is enough, although that row is then selected by test loss.
 
-    ``ours``: rows of one model, with ``method``, ``params_kept`` and the mean ``change_test_loss``.
+    ``ours``: rows of one model, with ``method``, ``params_kept`` and the mean ``change_test_loss``. A column ``error``,
+        where there is one, holds the standard error of that change, for the reason.
     ``drop``: share of parameters removed.
     """
     if ours.empty:
@@ -162,4 +163,5 @@ def lossless_claim(ours: pd.DataFrame, drop: float) -> Verdict:
 
 
 def _row_said(row: "pd.Series[Any]") -> str:
-    return f"{number(float(row['change_test_loss']), 4, True)} at {100 * row['drop']:.1f} % ({row['method']})"
+    error = f" ± {row['error']:.4f}" if "error" in row else ""
+    return f"{number(float(row['change_test_loss']), 4, True)}{error} at {100 * row['drop']:.1f} % ({row['method']})"
