@@ -18,6 +18,7 @@ from spectrim.records.records import is_record
 from spectrim.report import coverage
 from spectrim.runs import configuration
 from spectrim.runs.cells import cells
+from spectrim.runs.read_once import read_once
 from spectrim.tools import files
 
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     folder = options.records
     met: dict[tuple[str, str], str] = {}
-    with initialize_config_dir(configuration.CONF, version_base="1.3"):
+    with initialize_config_dir(configuration.CONF, version_base="1.3"), read_once():
         for grid in tqdm(sys.stdin.read().split(), "grids", unit="grid", leave=False, disable=None):
             for cell in cells(grid):
                 if cell.signature is None:

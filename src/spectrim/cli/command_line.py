@@ -19,10 +19,8 @@ from traceback import format_exc, walk_tb
 from typing import Any, NoReturn
 
 from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException
 from joblib.parallel import LokyBackend, register_parallel_backend
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from tqdm import tqdm
 
 from spectrim.cli import cluster_jobs, messages, missing_cells, progress, run_lock, streams
@@ -30,13 +28,11 @@ from spectrim.cli.messages import LOG
 from spectrim.cli.termination import ending, terminable
 from spectrim.errors import UserError
 from spectrim.records.records import failure_path
-from spectrim.runs import composition
-from spectrim.runs.configuration import check_choices, innermost, invocation, present_names
+from spectrim.runs import composition, read_once
+from spectrim.runs.configuration import MISTAKES, check_choices, innermost, invocation, present_names
 from spectrim.tools import files, malloc
 
 composition.guard()  # here, because joblib's workers import this module before they compose a cell
-
-MISTAKES = (UserError, HydraException, OmegaConfBaseException)
 
 
 @contextmanager
@@ -225,8 +221,8 @@ def _before_ours(error: Exception) -> bool:
     """Whether Hydra raised the error before it called our code: an override, a launcher setting, its folder."""
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)]
     # Every composition passes through our module of that name, see ``composition.guard``, joblib through this one, and
-    # a grid through that of its missing cells.
-    passed = (composition.__name__, missing_cells.__name__, __name__)
+    # a grid through that of its missing cells and that of the files that they share.
+    passed = (composition.__name__, read_once.__name__, missing_cells.__name__, __name__)
     homes = [name.partition(".")[0] for name in modules if name not in passed]
     return "hydra" in homes and "spectrim" not in homes[homes.index("hydra") :]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from hydra.initialize import initialize_config_dir
 
 from spectrim.cli import status, streams
-from spectrim.cli.command_line import MISTAKES
 from spectrim.cli.differences import differences, found
 from spectrim.cli.messages import Parser
 from spectrim.cli.status import State
@@ -19,13 +18,14 @@ from spectrim.cli.termination import ending, terminable
 from spectrim.records import records
 from spectrim.runs import configuration
 from spectrim.runs.cells import Cell, cells
+from spectrim.runs.read_once import read_once
 
 FOLDER = Path("build/records")
 
 
 def _states(name: str, folder: Path) -> Iterator[tuple[str, list[tuple[Cell, State]]]]:
     """Yield each grid of this name with its cells and how they stand."""
-    with initialize_config_dir(configuration.CONF, version_base="1.3"):
+    with initialize_config_dir(configuration.CONF, version_base="1.3"), read_once():
         for grid in configuration.grids_called(name):
             yield grid, [(cell, status.state_of(cell, folder)) for cell in cells(grid)]
 
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminable(), redirect_stdout(streams.Outlet(sys.stdout)):
             return 0 if options.call(options) else 1
-    except MISTAKES as error:
+    except configuration.MISTAKES as error:
         print(f"spectrim-grid: {configuration.innermost(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:

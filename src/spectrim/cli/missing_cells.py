@@ -16,6 +16,7 @@ from spectrim.cli import progress, tracking
 from spectrim.cli.messages import LOG
 from spectrim.records import records
 from spectrim.runs import cells, configuration
+from spectrim.runs.read_once import read_once
 
 Batches = list[list[list[str]]]  # of cells, each of them a list of overrides
 
@@ -47,8 +48,10 @@ def _leave_out(sweeper: Any, is_cell_done: Callable[[DictConfig], bool]) -> None
 
     def missing(overrides: list[Override], batch_size: int | None) -> Batches:
         batches: Batches = split(overrides, batch_size)
-        composed = partial(sweeper.hydra_context.config_loader.load_sweep_config, sweeper.config)
-        left = [[cell for cell in batch if not _done(composed(cell), is_cell_done)] for batch in batches]
+        loader = sweeper.hydra_context.config_loader
+        composed = partial(loader.load_sweep_config, sweeper.config)
+        with read_once(loader):
+            left = [[cell for cell in batch if not _done(composed(cell), is_cell_done)] for batch in batches]
         total, done = sum(map(len, batches)), sum(map(len, batches)) - sum(map(len, left))
         progress.begin(done)
         if done:

@@ -16,7 +16,6 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig
 
 from spectrim.cli import messages, streams
-from spectrim.cli.command_line import MISTAKES
 from spectrim.cli.messages import LOG, RESULTS
 from spectrim.cli.termination import ending, terminable
 from spectrim.errors import UserError
@@ -78,7 +77,7 @@ def search(options: argparse.Namespace) -> list[str]:
         words = [f"{key}={value}" for key, value in trial.params.items()]
         try:
             value = _run([*fixed, *words])
-        except MISTAKES as error:
+        except configuration.MISTAKES as error:
             reason = configuration.innermost(error)
             LOG.warning("trial %d of %d, %s: %s", number, options.trials, " ".join(words), reason)
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
@@ -139,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with terminable(), redirect_stdout(streams.Outlet(sys.stdout)):
             RESULTS.info("best: %s", shlex.join(["spectrim", *search(options)]))
-    except MISTAKES as error:
+    except configuration.MISTAKES as error:
         LOG.error(configuration.innermost(error))
         return 1
     except KeyboardInterrupt as stop:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from hydra import compose
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -56,12 +57,12 @@ def configurations(grid: str) -> Iterator[tuple[int, tuple[str, ...], DictConfig
     for index, chosen in enumerate(product(*(choices(one) for one in swept))):
         options = tuple(word for word in chosen if _needs_composition(word, whole))
         by_options.setdefault(options, []).append((index, chosen))
-    running = HydraConfig.instance()
+    running: Any = HydraConfig.instance()
     before = running.cfg
     try:
         for options, own in by_options.items():
             cfg = _composed(grid, options) if options else whole
-            running.set_config(cfg)  # interpolations such as ${hydra:runtime.choices.model} look there
+            running.cfg = cfg  # interpolations such as ${hydra:runtime.choices.model} look there
             for index, chosen in own:
                 values = _parsed(tuple(word for word in chosen if word not in options))
                 ConfigLoaderImpl._apply_overrides_to_config(values, cfg)

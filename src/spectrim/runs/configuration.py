@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import MissingConfigException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from spectrim.errors import UserError
 
@@ -19,6 +20,7 @@ EXPERIMENTS = Path(CONF) / "experiment"
 FORMER_NAMES = EXPERIMENTS / "former_names.txt"
 # Options that a package brings, with the extra that installs it.
 EXTRAS = {"hydra/launcher/submitit_slurm": "cluster", "hydra/launcher/submitit_local": "cluster"}
+MISTAKES = (UserError, HydraException, OmegaConfBaseException)  # of a user; anything else is a fault of ours
 NEAR = 8  # the most grids that an error lists
 
 
