@@ -131,7 +131,7 @@ def test_a_part_of_the_positions_of_a_convolution_serves(
     whole, some = (cut(dense, FORMS["spatial"], rank=2) for _ in range(2))
     before = (whole(x) - dense(x)).square().mean()
     refit(whole, dense, data, samples=120)
-    monkeypatch.setattr("spectrim.refit.factors.POSITIONS", positions)
+    monkeypatch.setattr("spectrim.refit.moments.POSITIONS", positions)
     refit(some, dense, data, samples=120)
     assert not torch.equal(some(x), whole(x))
     assert (some(x) - dense(x)).square().mean() < 0.8 * before

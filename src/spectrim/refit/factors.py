@@ -1,11 +1,9 @@
 """Fit the factors of a compressed model to the outputs of the dense layers, by least squares and without labels."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +16,9 @@ from spectrim.factored.linalg import in_precision
 from spectrim.refit.large_convolutions import fitted, is_large, reduced_rank
 from spectrim.refit.layer_barrier import Lockstep
 from spectrim.refit.layers_to_fit import layers_to_fit
+from spectrim.refit.moments import Flows, Moments, moments_of
 from spectrim.statistics.batchnorm import norms_of
-from spectrim.statistics.input_moments import Positions, Rows, mask_of
+from spectrim.statistics.input_moments import mask_of
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Processes
 from spectrim.surgery.given_model import copied
@@ -29,7 +28,6 @@ from spectrim.tools.resume import ResumeFolder
 
 RIDGE = 1e-3  # penalty on a change of the weight, as a part of the inputs' mean second moment
 ITERATIONS = 60  # of LBFGS, which fits all layers but Linear ones and large convolutions
-POSITIONS = 32768  # number of positions of a convolution over all samples; neighbouring positions are nearly alike
 
 
 def refit(
@@ -53,7 +51,7 @@ def refit(
     layers, followers, notes = layers_to_fit(compressed, dense, batches, processes)
     with Bar(desc="refit", total=len(layers), unit="layer", leave=False) as bar:
 
-        def met(name: str, flows: "_Flows") -> None:
+        def met(name: str, flows: Flows) -> None:
             try:
                 _fit_layer((compressed, dense), name, followers.get(name), flows, folder, processes)
             except UserError as error:
@@ -69,13 +67,13 @@ def _fit_layer(
     models: tuple[nn.Module, nn.Module],
     name: str,
     follower: str | None,
-    flows: "_Flows",
+    flows: Flows,
     folder: ResumeFolder | None,
     processes: Processes,
 ) -> None:
     layer = models[0].get_submodule(name)
     assert isinstance(layer, FactoredLayer)
-    moments = _moments(models[1].get_submodule(name), flows, processes)
+    moments = moments_of(models[1].get_submodule(name), flows, processes)
     bias = layer.bias
     W_gOI = _resumed_fit(layer, moments if bias is None and follower is None else moments.centred(), folder)
     offset = (moments.y_gO - torch.einsum("goi,gi->go", W_gOI, moments.x_gI)).flatten()
@@ -87,40 +85,11 @@ def _fit_layer(
             ours.copy_(theirs - offset)
 
 
-class _Moments(NamedTuple):
-    """Hold second moments ``E[x x^T]``, ``E[y x^T]`` and means of inputs x and wanted outputs y; float64, g groups."""
-
-    xx_gII: Tensor
-    yx_gOI: Tensor
-    x_gI: Tensor
-    y_gO: Tensor
-
-    def centred(self) -> "_Moments":
-        """Return the second moments of the deviations from the means."""
-        x, y = self.x_gI, self.y_gO
-        return self._replace(
-            xx_gII=self.xx_gII - x.unsqueeze(2) * x.unsqueeze(1), yx_gOI=self.yx_gOI - y.unsqueeze(2) * x.unsqueeze(1)
-        )
-
-
-@dataclass
-class _Flows:
-    """Hold what one layer sees in each batch.
-
-    ``x``: its input in the compressed model. ``y``: its output in the dense model. ``masks``: 0 at padding (None: no
-    padding).
-    """
-
-    x: list[Tensor]
-    y: list[Tensor]
-    masks: list[Tensor | None]
-
-
 def _in_step(
     models: tuple[nn.Module, nn.Module],
     layers: Sequence[str],
     batches: Sequence[Inputs],
-    met: Callable[[str, _Flows], None],
+    met: Callable[[str, Flows], None],
 ) -> None:
     """Pass the batches through both models and call ``met`` at each layer, before any of the passes goes on.
 
@@ -129,7 +98,7 @@ def _in_step(
     layer, for all batches. Raises ``UserError`` where a batch does not come by all layers in their order.
     """
     nothing = [torch.empty(0)] * len(batches)
-    flows = _Flows(list(nothing), list(nothing), [mask_of(inputs) for inputs in batches])
+    flows = Flows(list(nothing), list(nothing), [mask_of(inputs) for inputs in batches])
     passes = Lockstep(lambda station: met(layers[station], flows))
     autocast = _autocast_of(device_of(models[0]))
 
@@ -172,34 +141,7 @@ def _autocast_of(device: torch.device) -> Callable[[], torch.autocast]:
     return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled)
 
 
-def _moments(dense: nn.Module, flows: _Flows, processes: Processes) -> _Moments:
-    rows = Rows(dense, "channel" if isinstance(dense, nn.Conv2d) else "linear")
-    sums: list[Tensor] = []
-    count = 0
-    positions = _positions(flows.y) if isinstance(dense, nn.Conv2d) else [None] * len(flows.y)
-    for x, y, mask, at in zip(flows.x, flows.y, flows.masks, positions, strict=True):
-        x, y = rows.inputs(x, mask, at), rows.outputs(y, mask, at)
-        parts = [part.double() for part in (x.mT @ x, y.mT @ x, x.sum(1), y.sum(1))]
-        sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
-        count += x.shape[1]
-    count = int(processes.add_up(torch.tensor(count)))
-    return _Moments(*(processes.add_up(total) / max(count, 1) for total in sums))
-
-
-def _positions(outputs: Sequence[Tensor]) -> list[Positions | None]:
-    """Return the positions to fit in each batch, ``POSITIONS`` in all and as many a sample; None: every one."""
-    part = POSITIONS / sum(y[:, 0].numel() for y in outputs)
-    if part >= 1:
-        return [None] * len(outputs)
-    generator, positions = torch.Generator().manual_seed(0), list[Positions | None]()
-    for y in outputs:
-        size = y[:, 0].shape
-        chosen = torch.randperm(size.numel(), generator=generator)[: math.ceil(part * size.numel())]
-        positions.append(torch.unravel_index(chosen.to(y.device), size))
-    return positions
-
-
-def _resumed_fit(layer: FactoredLayer, moments: _Moments, folder: ResumeFolder | None) -> Tensor:
+def _resumed_fit(layer: FactoredLayer, moments: Moments, folder: ResumeFolder | None) -> Tensor:
     """Do what ``_fit`` does, or take up the factors that an earlier process has fitted to the same moments."""
     if folder is None:
         return _fit(layer, moments)
@@ -220,25 +162,24 @@ def rehearse_fit(layer: FactoredLayer) -> None:
         W = layer.product([factor.weight.double() for factor in layer.factors])
         x = torch.randn(len(W), 64, W.shape[-1], dtype=W.dtype, device=W.device)
         xx = x.mT @ x / 64 + torch.eye(W.shape[-1]).to(W)
-        moments = _Moments(xx, (W + torch.randn_like(W) * W.std()) @ xx, x.mean(1), torch.zeros_like(W[..., 0]))
+        moments = Moments(xx, (W + torch.randn_like(W) * W.std()) @ xx, x.mean(1), torch.zeros_like(W[..., 0]))
     _fit(layer, moments)
 
 
-def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
+def _fit(layer: FactoredLayer, moments: Moments) -> Tensor:
     """Set the factors to the best fit near their current weights. Return their product, of shape (g, O, I)."""
     kept = layer.plain([factor.weight.detach() for factor in layer.factors])
     weights = [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
     now = layer.product_of_plain(weights)
-    held = _penalty(moments.xx_gII)
+    held, xx, root = _held(moments.xx_gII)
     if not held:  # nothing flows in
         return now
-    xx = _lifted(moments.xx_gII, held)
     yx = moments.yx_gOI + held * now
     if isinstance(layer, FactoredLinear) and isinstance(layer.first, nn.Linear):
-        *weights, product = reduced_rank(xx[0], yx[0], layer.rank)
+        *weights, product = reduced_rank(root[0], yx[0], layer.rank)
         fitted_product = product.unsqueeze(0)
     else:
-        weights = _large(layer, weights, xx, yx) or _by_gradient(layer, weights, xx, yx)
+        weights = _large(layer, weights, xx, root, yx) or _by_gradient(layer, weights, xx, yx)
         fitted_product = layer.product_of_plain(weights)
     if not all(weight.to(kept[0].dtype).isfinite().all() for weight in weights):
         return now  # what flows in is next to nothing, and its squares vanish
@@ -246,28 +187,30 @@ def _fit(layer: FactoredLayer, moments: _Moments) -> Tensor:
     return fitted_product
 
 
-def _penalty(xx_gII: Tensor) -> Tensor:
-    """Return the penalty on a change of the weight; 0 where nothing flows in.
+def _held(xx_gII: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a penalty on a change of the weight, the moments with it on the diagonal, and their Cholesky factors.
 
-    Inputs that hardly differ from their means lose the deviations to rounding. Their moments may then have negative
-    eigenvalues, so the error would have no minimum. A larger penalty holds the weight in these directions.
+    The penalty is 0 where nothing flows in. Inputs that hardly differ from their means lose the deviations to rounding.
+    Their moments may then have negative eigenvalues, so the error would have no minimum. A larger penalty holds the
+    weight in these directions.
     """
-    held = RIDGE * xx_gII.diagonal(dim1=1, dim2=2).mean()
-    if held and bool(torch.linalg.cholesky_ex(_lifted(xx_gII, held)).info.any()):
-        held = held - 2 * torch.linalg.eigvalsh(xx_gII).min().clamp(max=0)
-    return held
+    penalty = RIDGE * xx_gII.diagonal(dim1=1, dim2=2).mean()
+    held = xx_gII.clone()
+    held.diagonal(dim1=1, dim2=2).add_(penalty)
+    root, failed = torch.linalg.cholesky_ex(held)
+    if penalty and bool(failed.any()):
+        more = -2 * torch.linalg.eigvalsh(xx_gII).min().clamp(max=0)
+        held.diagonal(dim1=1, dim2=2).copy_(xx_gII.diagonal(dim1=1, dim2=2) + (penalty + more))
+        return penalty + more, held, torch.linalg.cholesky(held)
+    return penalty, held, root
 
 
-def _lifted(xx_gII: Tensor, held: Tensor) -> Tensor:
-    return xx_gII + held * torch.eye(xx_gII.shape[-1]).to(xx_gII)
-
-
-def _large(layer: FactoredLayer, weights: list[Tensor], xx: Tensor, yx: Tensor) -> list[Tensor] | None:
+def _large(layer: FactoredLayer, weights: list[Tensor], xx: Tensor, root: Tensor, yx: Tensor) -> list[Tensor] | None:
     """Return the best fit of a large convolution; None for other layers, and where rounding spoils it."""
     if not isinstance(layer, FactoredConv2d) or not is_large(layer, yx.numel()):
         return None
     with suppress(torch.linalg.LinAlgError):
-        return fitted(layer, weights, xx, yx)
+        return fitted(layer, weights, xx, root, yx)
     return None
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from spectrim.factored.layers import FactoredConv2d
 
 LARGE = 1 << 20  # entries of a weight; smaller ones are fitted by LBFGS, as those of the published numbers were
-TOLERANCE = 1e-5  # an iteration that explains less than this part more of the outputs is the last
+TOLERANCE = 1e-4  # an iteration that explains less than this part more of the outputs is the last
 ITERATIONS = 60
 TINY = 1e-12  # of the mean diagonal, so that components without any weight leave a Gram matrix invertible
 
@@ -30,7 +30,9 @@ def is_large(layer: FactoredConv2d, entries: int) -> bool:
     return entries >= LARGE and layer.first.groups == layer.second.groups
 
 
-def fitted(layer: FactoredConv2d, weights: list[Tensor], xx_gII: Tensor, yx_gOI: Tensor) -> list[Tensor]:
+def fitted(
+    layer: FactoredConv2d, weights: list[Tensor], xx_gII: Tensor, root_gII: Tensor, yx_gOI: Tensor
+) -> list[Tensor]:
     """Return the weights of both factors that fit best, all in float64.
 
     In the channel view this is the least error of all. In the other views it is that of a minimum near ``weights``, to
@@ -40,13 +42,14 @@ def fitted(layer: FactoredConv2d, weights: list[Tensor], xx_gII: Tensor, yx_gOI:
 
     ``weights``: the plain ones at hand.
     ``xx_gII``, ``yx_gOI``: the second moments of each group. ``xx`` must be positive definite.
+    ``root_gII``: the Cholesky factor of each ``xx``.
     Raises ``torch.linalg.LinAlgError`` where rounding makes a Gram matrix singular.
     """
     found = []
-    for group, (xx_II, yx_OI) in enumerate(zip(xx_gII, yx_gOI, strict=True)):
+    for group, (xx_II, root_II, yx_OI) in enumerate(zip(xx_gII, root_gII, yx_gOI, strict=True)):
         first, second = (weight.unflatten(0, (len(xx_gII), -1))[group] for weight in weights)
         if layer.view == "channel":
-            A, B, _ = reduced_rank(xx_II, yx_OI, layer.rank)
+            A, B, _ = reduced_rank(root_II, yx_OI, layer.rank)
         else:
             sides = zip(first.shape[2:], second.shape[2:], strict=True)
             kernel = [one * other for one, other in sides]  # either is 1
@@ -57,18 +60,24 @@ def fitted(layer: FactoredConv2d, weights: list[Tensor], xx_gII: Tensor, yx_gOI:
     return [torch.cat(part) for part in zip(*found, strict=True)]
 
 
-def reduced_rank(xx_II: Tensor, yx_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def reduced_rank(root_II: Tensor, yx_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the best factors A (R, I) and B (O, R) of their rank, in closed form, and their product.
 
     The product is the least-squares fit, projected on its leading outputs (Izenman 1975).
+
+    ``root_II``: the Cholesky factor L of the moment of the inputs. In inputs ``L^{-1} x`` the fit is ``yx L^{-T}``.
     """
-    W = torch.linalg.solve(xx_II, yx_OI.mT).mT
-    U = torch.linalg.eigh(W @ xx_II @ W.mT).eigenvectors[:, -rank:]
-    return U.mT @ W, U, U @ U.mT @ W
+    fit_IO = torch.linalg.solve_triangular(root_II, yx_OI.mT, upper=False)
+    U = torch.linalg.eigh(fit_IO.mT @ fit_IO).eigenvectors[:, -rank:]
+    A = torch.linalg.solve_triangular(root_II.mT, fit_IO @ U, upper=True).mT
+    return A, U, U @ A
 
 
 class _Moments(NamedTuple):
-    """Hold the second moments of one group, by pixels of the second kernel: xx (P, K, P, K), and yx (P, O, K)."""
+    """Hold the second moments of one group, by pixels of the second kernel: xx (P, K, P, K), and yx (P, O, K).
+
+    ``xx`` is in float32, for its product with the first factor takes most of the time of a fit.
+    """
 
     xx_PKPK: Tensor
     yx_POK: Tensor
@@ -81,7 +90,7 @@ class _Moments(NamedTuple):
             xx, yx = xx.transpose(1, 2).transpose(4, 5), yx.transpose(2, 3)
         outer = xx.shape[1]
         xx = xx.permute(1, 0, 2, 4, 3, 5).reshape(outer, -1, outer, xx.shape[0] * xx.shape[2])
-        return cls(xx, yx.permute(2, 0, 1, 3).flatten(2))
+        return cls(xx.float(), yx.permute(2, 0, 1, 3).flatten(2))
 
 
 def _by_variable_projection(moments: _Moments, A_RK: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +106,7 @@ def _by_variable_projection(moments: _Moments, A_RK: Tensor) -> tuple[Tensor, Te
     if not energy > 0:  # nothing flows out
         return A_RK, B_OPR
     columns = B_OPR.reshape(-1, len(A_RK))
-    L_x = torch.linalg.cholesky(moments.xx_PKPK.diagonal(dim1=0, dim2=2).sum(-1))
+    L_x = torch.linalg.cholesky(_lifted(moments.xx_PKPK.diagonal(dim1=0, dim2=2).to(A_RK).sum(-1)))
     L_m = torch.linalg.cholesky(_lifted(columns.mT @ columns)) / energy.sqrt()
 
     def first_at(point: NDArray[np.float64]) -> Tensor:
@@ -123,7 +132,7 @@ def _by_variable_projection(moments: _Moments, A_RK: Tensor) -> tuple[Tensor, Te
 def _best_second(moments: _Moments, A_RK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the moments ``A xx`` and ``yx A^T`` of the first factor's outputs, and the best second factor (O, P R)."""
     pixels, inputs = moments.xx_PKPK.shape[:2]
-    Z_PRPK = (A_RK @ moments.xx_PKPK.reshape(pixels, inputs, -1)).reshape(pixels, -1, pixels, inputs)
+    Z_PRPK = (A_RK.float() @ moments.xx_PKPK.reshape(pixels, inputs, -1)).to(A_RK).reshape(pixels, -1, pixels, inputs)
     G_SS = (Z_PRPK @ A_RK.mT).reshape(pixels * len(A_RK), -1)
     yx_OS = (moments.yx_POK @ A_RK.mT).transpose(0, 1).flatten(1)
     return Z_PRPK, yx_OS, torch.cholesky_solve(yx_OS.mT, torch.linalg.cholesky(_lifted(G_SS))).mT

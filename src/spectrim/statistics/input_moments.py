@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, hooked, to_device
@@ -12,6 +11,7 @@ from spectrim.factored.dense import DenseLayer
 from spectrim.factored.layers import FactoredConv2d
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Processes
+from spectrim.statistics.shifted_moments import is_wide, padded, patch_moment
 
 
 def input_moments(
@@ -99,9 +99,7 @@ class Rows:
 
 def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """Return the patch that the kernel of ``layer`` sees at each position: a view (N, C, rows, columns, kh, kw)."""
-    around = layer._reversed_padding_repeated_twice  # left, right, top, bottom, also where padding is "same"
-    if any(around):
-        x = F.pad(x, list(around), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    x = padded(layer, x)
     for axis, size, stride, dilation in zip((2, 3), layer.kernel_size, layer.stride, layer.dilation, strict=True):
         x = x.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
     return x
@@ -121,13 +119,18 @@ class _Gathered:
 
     def __init__(self, layer: nn.Module, view: str) -> None:
         self.count, self.sum, self.rows = 0, torch.zeros(0), Rows(layer, view)
+        self.wide = self.rows.first if is_wide(layer) else None
         self.mask: Tensor | None = None
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        x = self.rows.inputs(first_argument(args, kwargs), self.mask)
-        added = (x.transpose(1, 2) @ x).double()
-        self.sum = added if not self.count else self.sum + added
-        self.count += x.shape[1]
+        x = first_argument(args, kwargs)
+        if self.wide is not None:
+            added, count = patch_moment(self.wide, x), _patches(self.wide, x)[:, 0, ..., 0, 0].numel()
+        else:
+            x = self.rows.inputs(x, self.mask)
+            added, count = x.transpose(1, 2) @ x, x.shape[1]
+        self.sum = added.double() if not self.count else self.sum + added.double()
+        self.count += count
 
     def mean(self, processes: Processes) -> Tensor:
         """Return the mean of ``x x^T`` over the inputs that all processes saw."""

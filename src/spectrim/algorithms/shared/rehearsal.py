@@ -25,7 +25,8 @@ from spectrim.batches import (
 from spectrim.decomposers.spectrum import Decomposer, Moments
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import Kept, RankPlan
-from spectrim.refit.factors import POSITIONS, rehearse_fit
+from spectrim.refit.factors import rehearse_fit
+from spectrim.refit.moments import POSITIONS
 from spectrim.statistics.fisher import gate_gradients
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing

@@ -1,0 +1,98 @@
+"""Second moments of what flows through a layer, for its fit."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+from spectrim.statistics.input_moments import Positions, Rows
+from spectrim.statistics.processes import Processes
+from spectrim.statistics.shifted_moments import is_wide, padded, patch_moment
+
+POSITIONS = 32768  # number of positions of a convolution over all samples; neighbouring positions are nearly alike
+
+
+class Moments(NamedTuple):
+    """Hold second moments ``E[x x^T]``, ``E[y x^T]`` and means of inputs x and wanted outputs y; float64, g groups."""
+
+    xx_gII: Tensor
+    yx_gOI: Tensor
+    x_gI: Tensor
+    y_gO: Tensor
+
+    def centred(self) -> "Moments":
+        """Return the second moments of the deviations from the means."""
+        x, y = self.x_gI, self.y_gO
+        return self._replace(
+            xx_gII=self.xx_gII - x.unsqueeze(2) * x.unsqueeze(1), yx_gOI=self.yx_gOI - y.unsqueeze(2) * x.unsqueeze(1)
+        )
+
+
+@dataclass
+class Flows:
+    """Hold what one layer sees in each batch.
+
+    ``x``: its input in the compressed model. ``y``: its output in the dense model. ``masks``: 0 at padding (None: no
+    padding).
+    """
+
+    x: list[Tensor]
+    y: list[Tensor]
+    masks: list[Tensor | None]
+
+
+Sums = tuple[int, Sequence[Tensor]]  # number of rows, and sums over them in the order of ``Moments``
+
+
+def moments_of(dense: nn.Module, flows: Flows, processes: Processes) -> Moments:
+    """Return the moments over all batches and processes. ``dense``: the layer that made ``flows.y``."""
+    sums: list[Tensor] = []
+    count = 0
+    for rows, found in _sums_by_batch(dense, flows):
+        parts = [part.double() for part in found]
+        sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
+        count += rows
+    count = int(processes.add_up(torch.tensor(count)))
+    return Moments(*(processes.add_up(total) / max(count, 1) for total in sums))
+
+
+def _sums_by_batch(dense: nn.Module, flows: Flows) -> Iterator[Sums]:
+    positions = _positions(flows.y) if isinstance(dense, nn.Conv2d) else [None] * len(flows.y)
+    if isinstance(dense, nn.Conv2d) and is_wide(dense) and None in positions:
+        alike = len({x.shape[1:] for x in flows.x}) == 1
+        pairs = [(torch.cat(flows.x), torch.cat(flows.y))] if alike else zip(flows.x, flows.y, strict=True)
+        return (_sums_of_wide(dense, *pair) for pair in pairs)
+    rows = Rows(dense, "channel" if isinstance(dense, nn.Conv2d) else "linear")
+    return (_sums(rows, *one) for one in zip(flows.x, flows.y, flows.masks, positions, strict=True))
+
+
+def _sums(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None, at: Positions | None) -> Sums:
+    x, y = rows.inputs(x, mask, at), rows.outputs(y, mask, at)
+    return x.shape[1], (x.mT @ x, y.mT @ x, x.sum(1), y.sum(1))
+
+
+def _sums_of_wide(dense: nn.Conv2d, x: Tensor, y: Tensor) -> Sums:
+    """Return the sums over all positions in a part of the time of ``_sums``, for the patches are never made."""
+    around, (kh, kw), groups = padded(dense, x), dense.kernel_size, dense.groups
+    yx = conv2d_weight(around, dense.weight.shape, y, groups=groups)  # the gradient is this product
+    x_sum = around.sum(0).unfold(1, kh, 1).unfold(2, kw, 1).sum((1, 2))
+    yx = yx.reshape(groups, -1, yx[0].numel())
+    sums = x_sum.reshape(groups, -1), y.sum((0, 2, 3)).reshape(groups, -1)
+    return y[:, 0].numel(), (patch_moment(dense, x), yx, *sums)
+
+
+def _positions(outputs: Sequence[Tensor]) -> list[Positions | None]:
+    """Return the positions to fit in each batch, ``POSITIONS`` in all and as many a sample; None: every one."""
+    part = POSITIONS / sum(y[:, 0].numel() for y in outputs)
+    if part >= 1:
+        return [None] * len(outputs)
+    generator, positions = torch.Generator().manual_seed(0), list[Positions | None]()
+    for y in outputs:
+        size = y[:, 0].shape
+        chosen = torch.randperm(size.numel(), generator=generator)[: math.ceil(part * size.numel())]
+        positions.append(torch.unravel_index(chosen.to(y.device), size))
+    return positions
