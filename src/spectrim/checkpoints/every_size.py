@@ -1,6 +1,6 @@
 """All components of the factored layers in one file, from which a model of any size is filled."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.layers import FactoredEmbedding
 from spectrim.factored.plan import Kept, RankPlan
+from spectrim.surgery.tied import places, tied_layers
 from spectrim.surgery.unpacking import pack, unpack_around
 from spectrim.tools.safetensors_stream import NAMES, Entry, Shard
 
@@ -32,8 +33,13 @@ def save(
     Raises ``UserError`` where the model holds other than plain tensors, and as ``single_file.write`` does.
     """
     header = {"plan": plan.to_json(), "architecture": architecture_of(dense), "sizes": sizes}
-    tensors = {**single_file.stored(whole), **beside}
-    single_file.write(path, tensors, {"format": single_file.EVERY_SIZE, **header})
+    tensors = single_file.stored(whole)
+    for name, others in tied_layers(whole).items():  # of shared factors, those of the layer in the plan
+        for other in others:
+            for key in tensors_of(whole.get_submodule(other)).keys() - {"bias"}:
+                tensors.pop(f"{other}.{key}", None)
+        tensors |= {f"{name}.{key}": value for key, value in tensors_of(whole.get_submodule(name)).items()}
+    single_file.write(path, {**tensors, **beside}, {"format": single_file.EVERY_SIZE, **header})
 
 
 def verified(path: Path) -> Shard:
@@ -54,24 +60,31 @@ def filled(into: nn.Module, shard: Shard, plan: RankPlan) -> nn.Module:
     stored = RankPlan.from_json(shard.metadata["plan"])
     pack_again = unpack_around(into, stored.keys())
     try:
-        made = {name: _layer(into, name, own, plan.get(name), shard) for name, own in stored.items()}
-        fill(into, plan, [_AtOneSize.of(shard, made)], shard.path)
+        made: dict[str, Tensor] = {}
+        for name, own in stored.items():
+            made |= _tensors(into, name, own, plan.get(name), shard)
+        fill(into, plan, [_AtOneSize.of(shard, made, stored)], shard.path)
     except BaseException:
         pack_again()
         raise
     return pack(into)
 
 
-def _layer(into: nn.Module, name: str, stored: Kept, kept: Kept | None, shard: Shard) -> dict[str, Tensor]:
-    """Return the tensors of layer ``name`` with the components in ``kept``; those of the dense layer for None."""
+def _tensors(into: nn.Module, name: str, stored: Kept, kept: Kept | None, shard: Shard) -> dict[str, Tensor]:
+    """Return the tensors of layer ``name`` with the components in ``kept``; those of the dense layer for None.
+
+    Those of layers that share its weight come with it.
+    """
     try:
         template = DenseLayer.of(into.get_submodule(name)).without_weights().module
         whole = _on_cpu(stored.form.layer_for(template, stored.rank)).double()
         _read_into(whole, name, shard)
         if kept is None:
             dense = {"weight": whole.weight} if whole.bias is None else {"weight": whole.weight, "bias": whole.bias}
-            return {key: value.to(into.get_parameter(f"{name}.{key}").dtype) for key, value in dense.items()}
-        return _cut(whole, kept, template).state_dict()
+            named = {f"{name}.{key}": value.detach() for key, value in dense.items()}
+            return {key: value.to(into.get_parameter(key).dtype) for key, value in named.items()}
+        found = places(into, name, _cut(whole, kept, template))
+        return {f"{place}.{key}": value for place, own in found.items() for key, value in own.state_dict().items()}
     except (AttributeError, UserError) as error:
         raise UserError(f"{shard.path} is of another architecture, layer {name!r}: {error}") from None
 
@@ -112,13 +125,13 @@ class _AtOneSize(Shard):
     made: Mapping[str, Tensor]
 
     @classmethod
-    def of(cls, shard: Shard, layers: Mapping[str, Mapping[str, Tensor]]) -> "_AtOneSize":
-        made = {f"{name}.{key}": value.detach() for name, own in layers.items() for key, value in own.items()}
+    def of(cls, shard: Shard, made: Mapping[str, Tensor], layers: Collection[str]) -> "_AtOneSize":
         others = {
             name: entry
             for name, entry in shard.entries.items()
             if not any(name.startswith(f"{layer}.") for layer in layers)
         }
+        made = {name: value for name, value in made.items() if name not in others}  # such as the bias of a head
         entries = others | {name: Entry.of(NAMES[value.dtype], *value.shape) for name, value in made.items()}
         return cls(shard.path, entries, shard.starts, shard.metadata, made)
 

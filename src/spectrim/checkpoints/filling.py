@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from spectrim.errors import UserError
-from spectrim.factored.completion import Completion, require_permutation
+from spectrim.factored.completion import Completion, TransposedCompletion, require_permutation
 from spectrim.factored.layers import FactoredEmbedding
 from spectrim.factored.plan import RankPlan
+from spectrim.factored.tied import TiedLinear
 from spectrim.surgery.replacing import replace
 from spectrim.surgery.unpacking import unpack_around
 from spectrim.tools.safetensors_stream import Shard
@@ -149,10 +150,17 @@ def require_positions(model: nn.Module, names: Iterable[str], read: Callable[[st
         try:
             if isinstance(owner, Completion) and tensor == "positions":
                 owner.require_positions(read(name))
-            elif isinstance(owner, FactoredEmbedding) and tensor == "place":
+            elif _is_permutation(owner, tensor):
                 require_permutation(read(name))
         except UserError as error:
             raise UserError(f"{where} is damaged: {name}: {error}; write it again") from None
+
+
+def _is_permutation(owner: nn.Module, tensor: str) -> bool:
+    """Return whether a buffer holds each of its places once."""
+    if isinstance(owner, TransposedCompletion):
+        return tensor == "order"
+    return isinstance(owner, FactoredEmbedding | TiedLinear) and tensor == "place"
 
 
 def _require_no_buffer_left_on_meta(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from spectrim.checkpoints import filling
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery.reopening import factored_layers, kept_in
+from spectrim.surgery.tied import tied_layers
 from spectrim.surgery.unpacking import unpack_around
 
 METHOD = "spectrim"
@@ -41,6 +42,42 @@ def announce(model: nn.Module, plan: RankPlan) -> None:
         config, quantizer = classes()
         own.config.quantization_config = config(plan.as_dict())
         own.hf_quantizer = quantizer(own.config.quantization_config)
+    _name_ties(own)
+
+
+def _tie(model: Any, plan: RankPlan) -> None:
+    """Tie the weights of the layers in the plan. Otherwise transformers ties weights only after they are read."""
+    groups: dict[str, list[str]] = {}
+    for target, source in model.all_tied_weights_keys.items():
+        groups.setdefault(source, []).append(target)
+    for source, targets in groups.items():
+        if any(f"{layer}.weight" in (source, *targets) for layer in plan):
+            for target in targets:
+                layer, _, part = target.rpartition(".")
+                setattr(model.get_submodule(layer), part, model.get_parameter(source))
+
+
+def _name_ties(model: Any) -> None:
+    """Tell transformers which factors are shared, in place of weights that are no more, so that it saves each once."""
+    ties = {name: others for name, others in tied_layers(model).items() if name in factored_layers(model)}
+    pairs, gone = dict[str, str](), set[str]()
+    for name, others in ties.items():
+        gone |= {f"{place}.weight" for place in (name, *others)}
+        first = {id(own): f"{name}.{key}" for key, own in model.get_submodule(name).named_parameters()}
+        named = {f"{other}.{key}": own for other in others for key, own in model.get_submodule(other).named_parameters()}
+        pairs |= {other: first[id(own)] for other, own in named.items() if id(own) in first}
+    for name, module in model.named_modules():
+        if not hasattr(module, "get_expanded_tied_weights_keys"):
+            continue
+        vars(module).pop("_tied_weights_keys", None)  # of an earlier compression
+        known, start = module._tied_weights_keys, f"{name}." if name else ""
+        if isinstance(known, dict):
+            module._tied_weights_keys = {
+                target: source for target, source in known.items() if not {start + target, start + source} & gone
+            }
+    if pairs:
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **pairs}
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 def plan_of(config: Any) -> RankPlan | None:
@@ -90,9 +127,11 @@ def classes() -> tuple[Any, Any]:
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
             plan = _plan_in(model, RankPlan.from_json(json.dumps(self.quantization_config.plan)))
+            _tie(model, plan)
             with filling.factored(model, plan, "the plan in config.json"):
                 known = set(model._keys_to_ignore_on_load_unexpected or ())
                 model._keys_to_ignore_on_load_unexpected = known | {f"{re.escape(name)}$" for name in guards(plan)}
+                _name_ties(model)
             return model
 
         def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

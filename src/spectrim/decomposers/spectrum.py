@@ -18,6 +18,8 @@ from spectrim.tools.spill import SpillFolder
 # The second moment E[x x^T] of a layer's inputs, shape (g, I, I), by the view that says what one input x is. Of an
 # embedding, whose x has a single 1, only the diagonal, shape (g, I).
 Moments = Mapping[str, Tensor]
+# The key of E[h h^T], shape (g, O, O), of an embedding: h is an input of a linear layer with the same weight.
+HEAD = "head"
 NO_MOMENTS: Moments = MappingProxyType({})
 
 

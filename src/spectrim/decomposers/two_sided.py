@@ -5,12 +5,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from spectrim.decomposers import resumed
+from spectrim.decomposers import oblique, resumed
 from spectrim.decomposers.matrix import Factors, View, to_matrix
 from spectrim.decomposers.spectrum import NO_MOMENTS, Directions, Moments, outputs_of
 from spectrim.decomposers.whitened import WhitenedSpectrum
 from spectrim.errors import UserError
-from spectrim.factored import linalg
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import Keep
 from spectrim.tools.settings import settings
@@ -76,25 +75,11 @@ class TwoSidedSVD:
             raise UserError(
                 "the gradients at the outputs of a layer hold NaN or infinity; check the model's weights and the data"
             )
-        root_OO, inverse_OO = _roots(G_OO, self.damping)
+        root_OO, inverse_OO = oblique.roots(G_OO, self.damping)
         weighed_OI = root_OO @ W_OI
         U_OR, S_R = resumed.left_vectors(weighed_OI, C_II, self.ridge)
-        svd = _unit(inverse_OO @ U_OR, U_OR.mT @ weighed_OI)
+        svd = oblique.unit(inverse_OO @ U_OR, U_OR.mT @ weighed_OI)
         return TwoSidedSpectrum(dense, self.view, svd, S_R, self.factors)
-
-
-def _roots(G_OO: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Return the root of a second moment plus ``damping`` times its mean eigenvalue, and the inverse of that root."""
-    values, vectors = torch.linalg.eigh(G_OO)
-    root = (values.clamp_min(0) + linalg.floor_of(values, damping)).sqrt().unsqueeze(-2)
-    return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT
-
-
-def _unit(B_OR: Tensor, A_RI: Tensor) -> linalg.SVD:
-    """Return ``B A`` as sums of unit vectors, and the sizes of the components."""
-    sizes, tiny = (B_OR.norm(dim=-2), A_RI.norm(dim=-1)), torch.finfo(B_OR.dtype).tiny
-    left, right = (size.clamp_min(tiny) for size in sizes)
-    return linalg.SVD(B_OR / left.unsqueeze(-2), sizes[0] * sizes[1], A_RI / right.unsqueeze(-1))
 
 
 class TwoSidedSpectrum(WhitenedSpectrum):
@@ -107,23 +92,11 @@ class TwoSidedSpectrum(WhitenedSpectrum):
 
     def error(self) -> Tensor:
         if self._error is None:
-            # The square at rank k sums the inner products of the components that it drops.
-            tails = _inner_products(self.svd).flip(-2, -1).cumsum(-1).cumsum(-2).flip(-2, -1)
-            squared = tails.diagonal(dim1=-2, dim2=-1).sum(0).clamp_min(0)
-            self._error = torch.cat([squared, squared.new_zeros(1)]).sqrt().cpu()
+            self._error = oblique.error(self.svd)
         return self._error
 
     def relative_error_at(self, keep: Keep) -> float:
         if isinstance(keep, int):
             return float(self.relative_error()[keep])
         dropped = sorted(set(range(self.max_rank)) - set(keep))
-        U, S, Vh = self.svd
-        squared = _inner_products(linalg.SVD(U[..., dropped], S[..., dropped], Vh[..., dropped, :])).sum()
-        return float(squared.clamp_min(0).sqrt()) / max(float(self.error()[0]), 1e-300)
-
-
-def _inner_products(factors: linalg.SVD) -> Tensor:
-    """Return the Frobenius inner product of each two components. Shape (g, R, R)."""
-    U, S, Vh = (part.double() for part in factors)
-    B_OR = U * S.unsqueeze(-2)
-    return (B_OR.mT @ B_OR) * (Vh @ Vh.mT)
+        return oblique.error_without(self.svd, dropped) / max(float(self.error()[0]), 1e-300)

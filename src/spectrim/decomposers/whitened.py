@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from spectrim.decomposers import resumed
+from spectrim.decomposers import oblique, resumed
 from spectrim.decomposers.matrix import Factors, MatrixSpectrum, View, to_matrix
-from spectrim.decomposers.spectrum import NO_MOMENTS, Moments
+from spectrim.decomposers.spectrum import HEAD, NO_MOMENTS, Moments
 from spectrim.errors import UserError
 from spectrim.factored import linalg
 from spectrim.factored.base import FactoredLayer
@@ -31,7 +31,7 @@ class WhitenedSVD:
     ``ridge``: is added to C as a fraction of its mean eigenvalue, so that the full rank reproduces W.
     ``samples``: number of calibration samples for C.
     ``embeddings``: whether embeddings are factored too. An embedding is a Linear whose inputs have a single 1, so C is
-        diagonal and holds the frequency of each id.
+        diagonal and holds the frequency of each id. A head that shares its weight counts as well (``TiedSpectrum``).
     ``whole``: the most frequent ids that together make this fraction of all look-ups keep their rows, and only the
         other rows are factored. This is GroupReduce (Chen et al., arXiv 1806.06950) with two groups, the first of full
         rank.
@@ -70,6 +70,9 @@ class WhitenedSVD:
             return WhitenedSpectrum(dense, self.view, *whitened_factors(W_OI, moment, self.ridge), self.factors)
         order, whole_rows = _by_frequency(moment.squeeze(0), self.whole)
         rare = order[whole_rows:]
+        if HEAD in moments:
+            both = tied_factors(W_OI[..., rare], moment[:, rare], moments[HEAD].to(W_OI), self.ridge)
+            return TiedSpectrum(dense, *both, order, whole_rows, self.factors)
         svd, importance = whitened_factors(W_OI[..., rare], moment[:, rare], self.ridge)
         return EmbeddingSpectrum(dense, svd, importance, order, whole_rows, self.factors)
 
@@ -84,6 +87,24 @@ def whitened_factors(W_OI: Tensor, moment: Tensor, ridge: float) -> tuple[linalg
     size_R = A_RI.norm(dim=-1)
     unit = A_RI / size_R.clamp_min(torch.finfo(size_R.dtype).tiny).unsqueeze(-1)
     return linalg.SVD(U_OR, size_R, unit), S_R
+
+
+def tied_factors(W_OI: Tensor, frequency_I: Tensor, H_OO: Tensor, ridge: float) -> tuple[linalg.SVD, Tensor]:
+    """Return what ``whitened_factors`` does for an embedding W whose transpose is also the weight of a head.
+
+    ``frequency_I``: of each id among the inputs of the embedding. ``H_OO``: the second moment of the head's inputs.
+
+    The metric is that of ``TiedSpectrum``. Raises ``UserError`` for a moment with NaN or infinity.
+    """
+    linalg.require_finite_moment(H_OO)
+    looked_up = (W_OI.square() * frequency_I.unsqueeze(-2)).sum()
+    scored = ((H_OO @ W_OI) * W_OI * frequency_I.unsqueeze(-2)).sum()
+    tiny = torch.finfo(W_OI.dtype).tiny
+    M_OO = torch.eye(H_OO.shape[-1]).to(W_OI) / looked_up.clamp_min(tiny) + H_OO / scored.clamp_min(tiny)
+    root_OO, inverse_OO = oblique.roots(M_OO, ridge)
+    weighed_OI = root_OO @ W_OI
+    U_OR, S_R = resumed.left_vectors(weighed_OI, frequency_I, ridge)
+    return oblique.unit(inverse_OO @ U_OR, U_OR.mT @ weighed_OI), S_R
 
 
 def _by_frequency(frequency_I: Tensor, whole: float) -> tuple[Tensor, int]:
@@ -164,3 +185,31 @@ class EmbeddingSpectrum(WhitenedSpectrum):
                 layer.whole.weight.copy_(self.rows)
                 layer.place[self.order] = torch.arange(len(self.order), dtype=torch.int32, device=self.device)
         return layer
+
+
+class TiedSpectrum(EmbeddingSpectrum):
+    """The spectrum of an embedding whose weight is also that of a head.
+
+    Let D be diagonal with the frequency of each id, W the embedding with a row for each id, and h an input of the head.
+    A change E of W changes what is looked up by ``tr(E^T D E)`` in the mean, and the scores by ``E h``. The loss feels
+    the score of an id about as often as the id is predicted: the Fisher information of a softmax is near its diagonal,
+    with entries ``E[p (1 - p)]``. Ids are predicted as often as they are read, so D weighs both uses. Each counts as
+    a part of its whole. The decomposition minimises ``tr(D E M E^T)`` for
+    ``M = 1 / tr(W^T D W) + E[h h^T] / E[h^T W^T D W h]``. So ``D^(1/2) W M^(1/2)`` is decomposed, as in
+    ``TwoSidedSVD``, and M is never singular.
+
+    ``weighted_error`` is the root of the sum of both relative squared errors.
+    """
+
+    _error: Tensor | None = None
+
+    def error(self) -> Tensor:
+        if self._error is None:
+            self._error = oblique.error(self.svd)
+        return self._error
+
+    def relative_error_at(self, keep: Keep) -> float:
+        if isinstance(keep, int):
+            return float(self.relative_error()[keep])
+        dropped = sorted(set(range(self.max_rank)) - set(keep))
+        return oblique.error_without(self.svd, dropped) / float(self.norm.clamp_min(1e-300))

@@ -9,10 +9,10 @@ from spectrim.batches import Inputs
 from spectrim.checkpoints.filling import names_of_shared, tensors_of
 from spectrim.errors import UserError
 from spectrim.export.agreement import require_same
+from spectrim.factored.base import FactoredLayer
 from spectrim.factored.unpacked.base import Unpacked
 from spectrim.surgery.given_model import copied
-from spectrim.surgery.reopening import factored_layers
-from spectrim.surgery.replacing import in_place_of
+from spectrim.surgery.reopening import factored_layers, substituted
 from spectrim.tools import files, safetensors_stream
 
 WEIGHTS, CODE = "model.safetensors", "__init__.py"
@@ -58,9 +58,8 @@ def load(model: nn.Module) -> nn.Module:
 
 def plain_model(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` with modules of torch in place of the factored layers. It shares the parameters."""
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    layers = factored_layers(model).values()
-    return copied(model, shared | {id(layer): in_place_of(layer, layer.plain_module()) for layer in layers})
+    layers = {name: layer.plain_module() for name, layer in factored_layers(model).items()}
+    return copied(model, substituted(model, layers))
 
 
 def write(folder: Path, model: nn.Module, example: Inputs | None) -> None:
@@ -76,7 +75,8 @@ def write(folder: Path, model: nn.Module, example: Inputs | None) -> None:
             kind = type(module).__name__
             raise UserError(f'{name or "the model"} is now an {kind}, which torch has not; export as "pt2"')
     plain = plain_model(model)
-    made = {name: code_of(plain.get_submodule(name), name) for name in factored_layers(model)}
+    replaced = [name for name, module in model.named_modules() if isinstance(module, FactoredLayer)]
+    made = {name: code_of(plain.get_submodule(name), name) for name in replaced}
     if example is not None:
         require_same(plain, model, example, "plain layers", 'the model may read their attributes; export as "pt2"')
     first = _shared(plain)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.factored.completion import Completion, factor_matrices, factor_weight
+from spectrim.factored.completion import Completion, Transposed, factor_matrices, factor_weight
 from spectrim.factored.dense import attributes_of, dense_kinds
 from spectrim.factored.linalg import in_precision
 
@@ -35,7 +35,7 @@ class BlockLinear(nn.Module):
         return linear_of(weight, None, self.weight.requires_grad)
 
 
-Factor = nn.Linear | BlockLinear | nn.Conv2d | nn.Embedding | Completion
+Factor = nn.Linear | BlockLinear | nn.Conv2d | nn.Embedding | Completion | Transposed
 
 
 # The names that factored layers use for themselves. A dense layer with such an attribute cannot be replaced by one.
@@ -59,6 +59,7 @@ OWN_NAMES = frozenset(
         "matrices",
         "adopt",
         "dense_again",
+        "dense_with",
         "plain_module",
         "plain_pair",
         "pivoted",
@@ -188,16 +189,20 @@ class FactoredLayer(nn.Module, ABC):
     @torch.no_grad()
     def dense_again(self) -> nn.Module:
         """Return the dense layer that this one replaced, with the product of the factors as its weight."""
+        weight = self.weight
+        if weight.ndim == 4 and not self.first.weight.is_contiguous():
+            weight = weight.clone(memory_format=torch.channels_last)  # with its strides in dimensions of size 1, too
+        bias = None if self.bias is None else nn.Parameter(self.bias.clone(), self.bias.requires_grad)
+        return self.dense_with(nn.Parameter(weight, self.first.weight.requires_grad), bias)
+
+    def dense_with(self, weight: nn.Parameter, bias: nn.Parameter | None) -> nn.Module:
+        """Return the dense layer that this one replaced, with these parameters."""
         own: dict[str, Any] = vars(self)
         dense: nn.Module = own["_adopted_class"].__new__(own["_adopted_class"])
         nn.Module.__init__(dense)
         vars(dense).update(own["_adopted"])
-        weight = self.weight
-        if weight.ndim == 4 and not self.first.weight.is_contiguous():
-            weight = weight.clone(memory_format=torch.channels_last)  # with its strides in dimensions of size 1, too
-        dense.register_parameter("weight", nn.Parameter(weight, self.first.weight.requires_grad))
+        dense.register_parameter("weight", weight)
         if not isinstance(dense, nn.Embedding):
-            bias = None if self.bias is None else nn.Parameter(self.bias.clone(), self.bias.requires_grad)
             dense.register_parameter("bias", bias)
         return dense
 

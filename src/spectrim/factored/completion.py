@@ -136,6 +136,33 @@ class KernelCompletion(Completion):
         return F.conv2d(padded, kernel, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
+class Transposed(nn.Module):
+    """``x -> x W``: the transposed map of a linear layer with the weight W, whose parameter it holds."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight
+
+
+class TransposedCompletion(Transposed):
+    """The transposed map of a ``LinearCompletion``, whose coefficients it holds.
+
+    ``order``: the inputs that are pivots, then the others, int32. It is the inverse of ``positions``.
+    """
+
+    def __init__(self, of: LinearCompletion) -> None:
+        super().__init__(of.weight)
+        self.order: Tensor
+        self.register_buffer("order", of.positions.argsort().to(torch.int32))
+
+    def forward(self, input: Tensor) -> Tensor:
+        pivots, others = input.index_select(-1, self.order).tensor_split([self.weight.shape[1]], -1)
+        return pivots + others @ self.weight
+
+
 def factor_weight(B_gOR: Tensor, kernel_rows: int) -> Tensor:
     """Return matrices (g, O, R) in the shape of the weight of a second factor: (g * O / kh, R, kh, 1).
 

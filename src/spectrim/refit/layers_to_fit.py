@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spectrim.batches import Inputs, evaluating, first_argument, forward, hooked, of_one_row, of_one_sample
 from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d, FactoredLinear, TuckerConv2d
+from spectrim.factored.tied import TiedLinear
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.processes import ALONE, Processes
 
@@ -43,8 +44,14 @@ def layers_to_fit(
     return (
         [name for name in first.shapes if name not in unfit],
         {name: norm for one in passes for name, norm in one.followers.items() if norm not in shared},
-        [f"{name}: not refitted: {why}" for name, why in unfit.items()],
+        [f"{name}: not refitted: {why}" for name, why in {**unfit, **_tied(model)}.items()],
     )
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Return why layers that share the factors of an embedding are not fitted: a better head would spoil its rows."""
+    heads = [name for name, module in model.named_modules() if isinstance(module, TiedLinear)]
+    return dict.fromkeys(heads, "its factors are also those of an embedding")
 
 
 @dataclass

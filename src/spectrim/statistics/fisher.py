@@ -25,11 +25,13 @@ from spectrim.batches import (
 )
 from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
+from spectrim.factored.tied import TiedLinear
 from spectrim.losses import SpanLoss, TokenLoss, fisher_direction, scores_of
 from spectrim.statistics.batch_loss import finite_loss
 from spectrim.statistics.directions import generator_of
 from spectrim.statistics.gate_rows import GateRows, Weighed
 from spectrim.statistics.objective import Objective
+from spectrim.surgery.tied import tied_layers
 from spectrim.tools import resume
 
 
@@ -118,7 +120,12 @@ def _gate_gradients(
     device = device_of(model)
     modules = {name: model.get_submodule(name) for name in layers}
     gates = GateRows(modules, objective.blocks(layers))
-    handles = [_first(name, module).register_forward_hook(gates.keeping(name)) for name, module in modules.items()]
+    ties = tied_layers(model)
+    handles = [
+        _first(place, model.get_submodule(place)).register_forward_hook(gates.keeping(name))
+        for name in layers
+        for place in (name, *ties.get(name, ()))  # one gate for all uses of a weight
+    ]
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
     with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first(split, samples, "linearise"):
@@ -142,7 +149,7 @@ def _gate_gradients(
 
 
 def _first(name: str, module: nn.Module) -> nn.Module:
-    if not isinstance(module, FactoredLinear | FactoredEmbedding | FactoredConv2d):
+    if not isinstance(module, FactoredLinear | FactoredEmbedding | TiedLinear | FactoredConv2d):
         kind, instead = type(module).__name__, "decompose by an SVD, or let an algorithm choose ranks"
         raise UserError(f"layer {name}: a {kind} is cut to a rank, its components have no gates; {instead}")
     return module.first

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, hooked, to_device
+from spectrim.decomposers.spectrum import HEAD
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.layers import FactoredConv2d
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.shifted_moments import is_wide, padded, patch_moment
+from spectrim.surgery.tied import tied_layers
 
 
 def input_moments(
@@ -24,7 +26,8 @@ def input_moments(
     """Return ``E[x x^T]`` over samples and positions: layer → view → float64 (g, I, I) on the layer's device.
 
     An embedding has the diagonal only, of shape (g, I): the frequency of each id (``_Counted``). Positions that
-    ``attention_mask`` among the inputs marks as padding do not count.
+    ``attention_mask`` among the inputs marks as padding do not count. If linear layers share the weight of an embedding,
+    the second moment of their inputs comes beside its own, as ``HEAD``. All embeddings that share it count together.
 
     ``views``: layer → the views of its weight. A view determines what one input x is: a vector of a Linear, a patch of
     I/g * kh * kw numbers in the channel view of a convolution, a row of I/g * kw numbers in the spatial view.
@@ -33,12 +36,15 @@ def input_moments(
     """
     layers = {name: model.get_submodule(name) for name in views}
     gathered = {name: {view: _gatherer(layers[name], view) for view in own} for name, own in views.items()}
+    places = [(layers[name], one) for name, own in gathered.items() for one in own.values()]
+    for name, others in tied_layers(model).items():
+        if own := gathered.get(name):
+            tied = [model.get_submodule(other) for other in others]
+            places += [(other, one) for other in tied if isinstance(other, nn.Embedding) for one in own.values()]
+            heads = [other for other in tied if isinstance(other, nn.Linear)]
+            places += [(head, own.setdefault(HEAD, _Gathered(head, "linear"))) for head in heads]
     hooks = [one for own in gathered.values() for one in own.values()]
-    handles = [
-        layers[name].register_forward_pre_hook(one, with_kwargs=True)
-        for name, own in gathered.items()
-        for one in own.values()
-    ]
+    handles = [layer.register_forward_pre_hook(one, with_kwargs=True) for layer, one in places]
     device = device_of(model)
     with hooked(handles), evaluating(model), torch.inference_mode():
         for inputs, _ in objective.first(split, samples, "moments"):

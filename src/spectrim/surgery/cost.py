@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.batches import Inputs, alone_trainable, batch_size, device_of, evaluating, forward, to_device
+from spectrim.surgery.tied import tied_layers
 from spectrim.surgery.unpacking import unpacked
 
 
@@ -42,12 +43,19 @@ def layer_parameters(model: nn.Module, name: str) -> int:
 
 
 def layer_macs(model: nn.Module, layers: Sequence[str], example: Inputs) -> tuple[dict[str, float], float]:
-    """Count the MACs of one input in each of ``layers``, with their submodules, and in the whole model."""
-    counter, twice = _counted(model, example), 2 * batch_size(example)
+    """Count the MACs of one input in each of ``layers``, with their submodules, and in the whole model.
+
+    Layers that share the weight of an embedding count with it.
+    """
+    counter, twice, ties = _counted(model, example), 2 * batch_size(example), tied_layers(model)
     root, counts = type(model).__name__, counter.get_flop_counts()
-    # The counter has no entry for a layer without products, as an embedding.
-    own = {name: counts.get(f"{root}.{name}", {}) for name in layers}
-    return {name: sum(found.values()) / twice for name, found in own.items()}, counter.get_total_flops() / twice
+
+    def macs(name: str) -> float:
+        # The counter has no entry for a layer without products, as an embedding.
+        return sum(counts.get(f"{root}.{name}", {}).values()) / twice
+
+    own = {name: sum(map(macs, (name, *ties.get(name, ())))) for name in layers}
+    return own, counter.get_total_flops() / twice
 
 
 def _counted(model: nn.Module, example: Inputs) -> FlopCounterMode:

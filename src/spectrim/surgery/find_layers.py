@@ -17,7 +17,10 @@ from spectrim.factored.dense import attributes_of, dense_kinds, with_article
 from spectrim.surgery.cost import parameters
 from spectrim.surgery.given_model import eager, unchanged
 from spectrim.surgery.layer_choice import EVERY_LAYER, LayerChoice
+from spectrim.surgery.tied import tied_layers
 from spectrim.surgery.unpacking import SHARED, refusals
+
+UNCALLED = "the model does not call it"
 
 
 def factorable(
@@ -31,6 +34,8 @@ def factorable(
     Modules of other kinds that hold a matrix are named too, as a Conv1d or an LSTM is that was not ``unpacked``.
     Without an example the model is not run. A layer then stays dense if a module of torch holds it, which may read its
     weight, and so does every embedding.
+    Embeddings and linear layers that share one weight are found together, by the name of the first embedding
+    (``tied.tied_layers``). They stay dense unless all of them can be replaced.
 
     ``embeddings``: whether embeddings are replaced too.
     ``choice``: which layers the user wants to be factored.
@@ -46,6 +51,8 @@ def factorable(
     choice.require_known(model)
     places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    ties = [(first, *others) for first, others in tied_layers(model).items()] if embeddings else []
+    sharing = {name: len(tie) for tie in ties for name in tie}
     layers: dict[str, nn.Module] = {}
     dense, packed = dict[str, str](), refusals(model)
     for name, module in model.named_modules():
@@ -58,16 +65,24 @@ def factorable(
             continue
         if unwanted := choice.reason(name):
             dense[name] = unwanted
-        elif places[module] > 1 or owners[id(module._parameters.get("weight"))] > 1:
+        elif places[module] > 1 or owners[id(module._parameters.get("weight"))] > sharing.get(name, 1):
             dense[name] = SHARED
         elif reason := _reason(module):
             dense[name] = reason
         else:
             layers[name] = module
     unfit = _held_by_torch(model, layers) if example is None else _unfit_for_replacement(model, layers, example)
+    for tie in ties:
+        if any(unfit.get(name) != UNCALLED for name in tie):  # the weight is used elsewhere
+            unfit = {name: reason for name, reason in unfit.items() if name not in tie or reason != UNCALLED}
     for name, reason in unfit.items():
         del layers[name]
         dense[name] = reason
+    for tie in ties:
+        left = [name for name in tie if name not in layers]
+        for name in tie[0 if left else 1 :]:
+            if layers.pop(name, None) is not None and left:
+                dense[name] = f"it shares its weight with {left[0]}, which stays dense"
     return layers, dense
 
 
@@ -163,7 +178,9 @@ class _Watch(TorchFunctionMode):
     def __init__(self, layers: Mapping[str, nn.Module], inputs: Inputs) -> None:
         super().__init__()
         self.given = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(inputs)}
-        self.owner_of = {id(layer.weight): name for name, layer in layers.items()}
+        self.owners_of: dict[int, set[str]] = {}
+        for name, layer in layers.items():
+            self.owners_of.setdefault(id(layer.weight), set()).add(name)
         self.name_of = {id(layer): name for name, layer in layers.items()}
         self.running: list[str | None] = [None]
         self.called, self.read, self.on_others = set[str](), set[str](), set[str]()
@@ -171,7 +188,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in (*args, *(kwargs or {}).values()):
             for item in value if isinstance(value, tuple | list) else (value,):
-                self._note(self.owner_of.get(id(item)))
+                self._note(self.owners_of.get(id(item), set()))
         return func(*args, **(kwargs or {}))
 
     @contextmanager
@@ -181,7 +198,7 @@ class _Watch(TorchFunctionMode):
 
         def looked_up(module: nn.Module, attribute: str) -> Any:
             if attribute in ("weight", "bias"):
-                self._note(self.name_of.get(id(module)))
+                self._note({self.name_of[id(module)]} if id(module) in self.name_of else set())
             return look_up(module, attribute)
 
         with ExitStack() as stack:
@@ -209,9 +226,9 @@ class _Watch(TorchFunctionMode):
     def _are_given(self, values: tuple[Tensor, ...]) -> bool:
         return all(value.untyped_storage().data_ptr() in self.given for value in values)
 
-    def _note(self, owner: str | None) -> None:
-        if owner is not None and owner != self.running[-1]:
-            self.read.add(owner)
+    def _note(self, owners: set[str]) -> None:
+        if self.running[-1] not in owners:
+            self.read |= owners
 
 
 def _held_by_torch(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -232,6 +249,6 @@ def _unfit_for_replacement(model: nn.Module, layers: Mapping[str, nn.Module], ex
     watch = _Watch(layers, inputs)
     with unchanged(model), evaluating(model), torch.no_grad(), watch.of_modules(), watch:
         forward(model, inputs)
-    unfit = {name: "the model does not call it" for name in layers if name not in watch.called}
+    unfit = {name: UNCALLED for name in layers if name not in watch.called}
     unfit |= {name: "the ids that it looks up are not among the inputs" for name in watch.on_others}
     return unfit | {name: "the model reads its weight" for name in layers if name in watch.read}

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from spectrim.surgery.given_model import copied, eager
-from spectrim.surgery.reopening import factored_layers
-from spectrim.surgery.replacing import in_place_of
+from spectrim.surgery.reopening import factored_layers, substituted
+from spectrim.surgery.tied import tied_layers
 
 
 def for_inference(model: nn.Module) -> nn.Module:
@@ -20,16 +20,22 @@ def for_inference(model: nn.Module) -> nn.Module:
     Raises ``UserError`` for a model that cannot be copied.
     """
     model = eager(model)
-    known: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    for layer in factored_layers(model).values():
+    seconds, replaced, ties = dict[int, Any](), dict[str, nn.Module](), tied_layers(model)
+    for name, layer in factored_layers(model).items():
         if not layer.pivoted:
             continue
         plain = layer.plain_pair()
-        if isinstance(plain, nn.Sequential):
-            known[id(layer.second)] = _placed(plain[1], layer)
-        else:
-            known[id(layer)] = in_place_of(layer, plain).requires_grad_(False)
-    return copied(model, known)
+        if not isinstance(plain, nn.Sequential):
+            replaced[name] = plain.requires_grad_(False)
+            continue
+        seconds[id(layer.second)] = _placed(plain[1], layer)
+        if name in ties:  # what shares the factors takes the new one from here
+            own: dict[int, Any] = {id(parameter): parameter for parameter in layer.parameters()}
+            replaced[name] = copied(layer, own | seconds)
+    known = substituted(model, replaced)
+    for second in seconds.values():
+        second.requires_grad_(False)
+    return copied(model, seconds | known)
 
 
 def _placed(second: nn.Module, layer: Any) -> nn.Module:

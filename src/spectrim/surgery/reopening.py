@@ -1,5 +1,8 @@
 """Open the layers that an earlier compression factored, so that they can be decomposed again."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
 from spectrim.errors import UserError
@@ -9,11 +12,29 @@ from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, Factored
 from spectrim.factored.plan import Kept
 from spectrim.surgery.given_model import copied
 from spectrim.surgery.replacing import in_place_of
+from spectrim.surgery.tied import places, tied_layers
 
 
 def factored_layers(model: nn.Module) -> dict[str, FactoredLayer]:
-    """Return the factored layers of ``model`` by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLayer)}
+    """Return the factored layers of ``model`` by name. Of those that share their factors, it is the first embedding."""
+    others = {other for own in tied_layers(model).values() for other in own}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLayer)}
+    return {name: layer for name, layer in found.items() if name not in others}
+
+
+def substituted(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[int, Any]:
+    """Return the layers that stand for others in a copy, by the id of the other, as ``given_model.copied`` takes them.
+
+    The copy then shares the parameters of ``model``.
+
+    ``layers``: what replaces layers of ``model``, by name. Layers that share their weight are replaced, too.
+    """
+    known: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    for name, layer in layers.items():
+        for place, own in places(model, name, layer).items():
+            before = model.get_submodule(place)
+            known[id(before)] = in_place_of(before, own)
+    return known
 
 
 def reopened(model: nn.Module) -> nn.Module:
@@ -24,8 +45,7 @@ def reopened(model: nn.Module) -> nn.Module:
     layers = factored_layers(model)
     if not layers:
         return model
-    copies = {id(parameter): parameter for parameter in model.parameters()}
-    return copied(model, copies | {id(layer): in_place_of(layer, layer.dense_again()) for layer in layers.values()})
+    return copied(model, substituted(model, {name: layer.dense_again() for name, layer in layers.items()}))
 
 
 def kept_in(layer: FactoredLayer) -> Kept:

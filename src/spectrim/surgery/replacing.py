@@ -12,16 +12,22 @@ from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import Keep, RankPlan
+from spectrim.factored.tied import TiedLinear
 from spectrim.surgery.given_model import WithoutHistory
+from spectrim.surgery.tied import places
 
 # The attributes in which a module of torch holds its hooks on calls.
 HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` at the dotted ``name`` of ``model``, in place, as ``in_place_of`` the layer that was there."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, in_place_of(model.get_submodule(name), layer))
+    """Put ``layer`` at the dotted ``name`` of ``model``, in place, as ``in_place_of`` the layer that was there.
+
+    Layers that share the weight of an embedding are replaced with it (``tied.places``).
+    """
+    for place, own in places(model, name, layer).items():
+        parent, _, child = place.rpartition(".")
+        setattr(model.get_submodule(parent), child, in_place_of(model.get_submodule(place), own))
 
 
 def in_place_of(before: nn.Module, layer: nn.Module) -> nn.Module:
@@ -58,19 +64,23 @@ def apply(model: nn.Module, plan: RankPlan, spectra: Mapping[str, Spectrum], *, 
     Raises ``UserError`` for a layer that is not in ``spectra``, and for factors that its precision cannot hold.
     """
     copies: dict[int, Any] = {id(own): own for own in model.parameters()} if shared else {}
-    factored: list[tuple[nn.Module, FactoredLayer]] = []
+    factored: list[tuple[nn.Module, Any]] = []
     for name, kept in plan.items():
         if name not in spectra:
             raise UserError(f"the plan names {name!r}, which is not a layer of this model that can be factored")
         try:
-            before, layer = model.get_submodule(name), spectra[name].factor(kept.keep)
+            layer = spectra[name].factor(kept.keep)
         except UserError as error:
             raise UserError(f"layer {name}: {error}") from None
-        copies[id(before)] = in_place_of(before, layer)
-        factored.append((before, layer))
+        for place, own in places(model, name, layer).items():
+            before = model.get_submodule(place)
+            copies[id(before)] = in_place_of(before, own)
+            factored.append((before, own))
     with WithoutHistory():
         result = copy.deepcopy(model, copies)
         for before, layer in factored:  # an attribute or a hook may lead to another module: here to the one of the copy
+            if isinstance(layer, TiedLinear):  # so does the bias, which is still that of ``model``
+                layer._parameters["bias"] = copy.deepcopy(layer._parameters["bias"], copies)
             layer.adopt(before, copies)
             vars(layer).update({name: copy.deepcopy(vars(before)[name], copies) for name in HOOKS})
     return result

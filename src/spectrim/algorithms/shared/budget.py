@@ -6,16 +6,18 @@ from operator import mul
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectrim.algorithms.shared.bisection import bisect
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.best_view import PIVOTED
 from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.errors import UserError
+from spectrim.factored.tied import TiedLinear
 from spectrim.surgery import latency, replacing
 from spectrim.surgery.cost import layer_macs, parameters
 from spectrim.surgery.find_layers import dense_shares
+from spectrim.surgery.tied import tied_layers
 from spectrim.tools.settings import settings
 
 Measure = Literal["params", "macs", "milliseconds"]
@@ -187,12 +189,24 @@ def _macs_of_a_parameter(bench: Workbench) -> dict[str, list[float]]:
     spectra = {name: spectrum.plain() for name, spectrum in bench.all_spectra.items()}
     plan = replacing.plan_of(spectra, dict.fromkeys(spectra, 1))
     cut = replacing.apply(bench.model, plan, spectra, shared=True)
-    factors = {name: [f"{name}.{part}" for part, _ in cut.get_submodule(name).named_children()] for name in plan}
-    macs, _ = layer_macs(cut, [factor for own in factors.values() for factor in own], bench.example_for("macs_kept"))
+    factors = {name: _uses_of_factors(cut, name) for name in plan}
+    used = [use for own in factors.values() for uses in own for use in uses]
+    macs, _ = layer_macs(cut, used, bench.example_for("macs_kept"))
     return {
-        name: [macs[factor] / size for factor, size in zip(factors[name], own.sizes(1), strict=True)]
+        name: [sum(macs[use] for use in uses) / size for uses, size in zip(factors[name], own.sizes(1), strict=True)]
         for name, own in spectra.items()
     }
+
+
+def _uses_of_factors(model: nn.Module, name: str) -> list[list[str]]:
+    """Return, for each factor of layer ``name``, the modules that hold its parameters, by their names in ``model``."""
+    parts, others = [part for part, _ in model.get_submodule(name).named_children()], tied_layers(model).get(name, ())
+    uses = [[f"{name}.{part}"] for part in parts]
+    for other in others:
+        turned = {"first": "second", "second": "first"} if isinstance(model.get_submodule(other), TiedLinear) else {}
+        for part, own in zip(parts, uses, strict=True):
+            own.append(f"{other}.{turned.get(part, part)}")
+    return uses
 
 
 @settings

@@ -17,7 +17,7 @@ from spectrim.errors import MissingInput, UserError
 from spectrim.factored.dense import dense_kinds
 from spectrim.factored.plan import Keep, RankPlan, rank_of
 from spectrim.statistics.objective import Objective
-from spectrim.surgery import find_layers, latency, replacing
+from spectrim.surgery import find_layers, latency, replacing, tied
 from spectrim.surgery.cost import layer_parameters
 from spectrim.surgery.given_model import copied, eager, unchanged, versions
 from spectrim.surgery.layer_choice import LayerChoice
@@ -81,8 +81,10 @@ class Workbench:
         if not spectra:
             reasons = find_layers.in_one_line(left) or f"it has no {' or '.join(k.__name__ for k in dense_kinds())}"
             raise UserError(f"this model has nothing to factor: {reasons}")
-        fixed = {name: (spectra.pop(name), rank) for name, rank in _overrides(objective.choice, spectra, left).items()}
-        notes = tuple(find_layers.left_dense(left, opened))
+        shared = tied.notes(opened, spectra)
+        overrides = _overrides(objective.choice, spectra, {**left, **shared})
+        fixed = {name: (spectra.pop(name), rank) for name, rank in overrides.items()}
+        notes = (*find_layers.left_dense(left, opened), *(f"{name}: {why}" for name, why in shared.items()))
         return cls(
             model,
             before,
@@ -119,7 +121,12 @@ class Workbench:
         return min(max(spectrum.rank_within(part * self.params_of(name)), 1), spectrum.break_even)
 
     def to_train(self) -> nn.Module:
-        """Return a copy of ``model`` for a training: layers whose rank the user has set are factored already."""
+        """Return a copy of ``model`` for a training: layers whose rank the user has set are factored already.
+
+        Raises ``UserError`` for an embedding that shares its weight: a training of its factors would untie it.
+        """
+        if shared := next(iter(tied.notes(self.model, self.spectra)), None):
+            raise UserError(f"{shared} shares its weight with an embedding, which cannot be trained as factors; exclude it")
         return self._built({name: rank for name, (_, rank) in self.fixed.items()}, opened=self.spectra)
 
     def first_order(self, split: str = "calibration", model: nn.Module | None = None) -> dict[str, Tensor]:
@@ -251,10 +258,12 @@ def _that_runs(
     while True:
         kept = {name: own for name, own in keep.items() if name not in failing}
         model = make(kept)
-        found = failing_layers(model, kept, example) if kept and example is not None else {}
+        first = {other: name for name, others in tied.tied_layers(model).items() for other in others}
+        found = failing_layers(model, {**kept, **first}, example) if kept and example is not None else {}
         if not found:
             return model, failing
-        failing |= {name: f"the model fails with it factored: {reason}" for name, reason in found.items()}
+        for name, reason in found.items():
+            failing[first.get(name, name)] = f"the model fails with it factored: {reason}"
 
 
 def _is_smaller(model: nn.Module, name: str, spectrum: Spectrum, rank: int) -> bool:
