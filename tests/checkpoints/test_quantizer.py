@@ -33,13 +33,20 @@ def made(kind: str) -> tuple[nn.Module, dict[str, Tensor], str]:
     if kind == "mixtral":
         moe = {"intermediate_size": 40, "num_local_experts": 3, "num_key_value_heads": 1, "num_experts_per_tok": 2}
         return library.MixtralForCausalLM(library.MixtralConfig(**SIZES, **moe)).eval(), inputs, "AutoModelForCausalLM"
+    if kind == "masked bert":
+        return (
+            library.BertForMaskedLM(library.BertConfig(**SIZES, intermediate_size=40)).eval(),
+            inputs,
+            "AutoModelForMaskedLM",
+        )
     if kind == "bert":
         config = library.BertConfig(**SIZES, intermediate_size=40, num_labels=3)
         return library.BertForSequenceClassification(config).eval(), inputs, "AutoModelForSequenceClassification"
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 32}
     if kind == "gpt2":
         return library.GPT2LMHeadModel(library.GPT2Config(**SIZES, **special)).eval(), inputs, "AutoModelForCausalLM"
-    config = library.LlamaConfig(**SIZES, **special, intermediate_size=40, num_key_value_heads=1)
+    ties = {"tie_word_embeddings": kind == "tied llama"}
+    config = library.LlamaConfig(**SIZES, **special, intermediate_size=40, num_key_value_heads=1, **ties)
     return library.LlamaForCausalLM(config).eval(), inputs, "AutoModelForCausalLM"
 
 
@@ -207,3 +214,39 @@ def test_device_map_and_generate(tmp_path: Path) -> None:
     loaded = getattr(pretrained.library(), auto).from_pretrained(tmp_path, device_map="cpu")
     settings = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(loaded.generate(**inputs, **settings), result.model.generate(**inputs, **settings))
+
+
+@pytest.mark.parametrize("kind", ["tied llama", "gpt2", "t5", "masked bert"])
+@pytest.mark.parametrize("factors", ["plain", "pivoted"])
+def test_a_tied_embedding_is_stored_once_and_comes_back_tied(kind: str, factors: str, tmp_path: Path) -> None:
+    model, inputs, auto = made(kind)
+    decomposer = spectrim.WhitenedSVD(view="channel", embeddings=True, samples=3, whole=0.3, factors=factors)
+    algorithm = spectrim.Truncation(params_kept=0.75)
+    result = spectrim.compress(model, calibration=[inputs], algorithm=algorithm, decomposer=decomposer)
+    plan, ties = result.plan, result.model.all_tied_weights_keys
+    (first,) = (name for name, kept in plan.items() if "embedding" in kept.form.to_text())
+    heads = {other.rpartition(".first.")[0] for other in ties if ".first." in other}
+    assert heads and not heads & plan.keys() and first not in heads
+    language.save(tmp_path / "ours", result.model, plan)
+    result.model.save_pretrained(tmp_path / "theirs")
+    stored = load_file(tmp_path / "theirs" / "model.safetensors")
+    assert f"{first}.first.weight" in stored and not ties.keys() & stored.keys()
+    with torch.no_grad():
+        expected = result.model.eval()(**inputs).logits
+    opener = getattr(pretrained.library(), auto)
+    opened = opener.from_pretrained(tmp_path / "theirs")
+    opened.save_pretrained(tmp_path / "again")
+    for own in (language.load(tmp_path / "ours")[0], opened, opener.from_pretrained(tmp_path / "again")):
+        own.tie_weights()  # which must find what it looks for
+        for other, name in ties.items():
+            assert own.get_parameter(other) is own.get_parameter(name)
+        with torch.no_grad():
+            assert torch.equal(own.eval()(**inputs).logits, expected)
+    if kind != "masked bert":
+        again = opened.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False)
+        assert torch.equal(again, result.model.generate(inputs["input_ids"], max_new_tokens=3, do_sample=False))
+    whole = type(model).from_pretrained  # a second compression names its factors anew
+    twice = spectrim.compress(whole(tmp_path / "ours"), calibration=[inputs], plan={first: 2}, decomposer=decomposer)
+    twice.model.save_pretrained(tmp_path / "twice")
+    with torch.no_grad():
+        assert torch.equal(whole(tmp_path / "twice").eval()(**inputs).logits, twice.model.eval()(**inputs).logits)

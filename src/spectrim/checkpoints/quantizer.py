@@ -64,7 +64,9 @@ def _name_ties(model: Any) -> None:
     for name, others in ties.items():
         gone |= {f"{place}.weight" for place in (name, *others)}
         first = {id(own): f"{name}.{key}" for key, own in model.get_submodule(name).named_parameters()}
-        named = {f"{other}.{key}": own for other in others for key, own in model.get_submodule(other).named_parameters()}
+        named = {
+            f"{other}.{key}": own for other in others for key, own in model.get_submodule(other).named_parameters()
+        }
         pairs |= {other: first[id(own)] for other, own in named.items() if id(own) in first}
     for name, module in model.named_modules():
         if not hasattr(module, "get_expanded_tied_weights_keys"):

@@ -139,9 +139,9 @@ class KernelCompletion(Completion):
 class Transposed(nn.Module):
     """``x -> x W``: the transposed map of a linear layer with the weight W, whose parameter it holds."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, of: nn.Module) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight = of.get_parameter("weight")
 
     def forward(self, input: Tensor) -> Tensor:
         return input @ self.weight
@@ -154,7 +154,7 @@ class TransposedCompletion(Transposed):
     """
 
     def __init__(self, of: LinearCompletion) -> None:
-        super().__init__(of.weight)
+        super().__init__(of.others)
         self.order: Tensor
         self.register_buffer("order", of.positions.argsort().to(torch.int32))
 

@@ -25,8 +25,7 @@ class TiedLinear(FactoredLayer):
         self.rank, self.whole_rows = embedding.rank, embedding.whole_rows
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         second = embedding.second
-        completes = isinstance(second, LinearCompletion)
-        self.first: Transposed = TransposedCompletion(second) if completes else Transposed(second.weight)
+        self.first = TransposedCompletion(second) if isinstance(second, LinearCompletion) else Transposed(second)
         self.second: nn.Linear = linear(embedding.first.weight)
         self._parameters["bias"] = bias  # the base has a property of this name
         if self.whole_rows:
@@ -74,7 +73,7 @@ def counterpart(layer: nn.Module, other: nn.Module) -> nn.Module:
     bias = other._parameters.get("bias")
     if isinstance(layer, nn.Embedding):
         if isinstance(other, FactoredLayer):
-            return other.dense_with(layer.weight, bias)
+            return other.dense_with(layer.get_parameter("weight"), bias)
         assert other._parameters["weight"] is layer.weight
         return other
     if not isinstance(other, TiedLinear):

@@ -43,7 +43,9 @@ def refit(
 
     Returns a note for each factored layer that is not fitted: one called several times in a pass, whose later inputs
     depend on the fit, or one whose rows depend on the values of a batch, such as an expert. An embedding is not fitted,
-    as its inputs are the same in both models. Raises ``UserError`` for an empty split.
+    as its inputs are the same in both models, nor is a head that shares its factors.
+
+    Raises ``UserError`` for an empty split.
     """
     device, folder = device_of(compressed), resume.current()  # the passes are threads, which have none
     batches = [to_device(inputs, device) for inputs, _ in objective.first(split, samples, "read")]

@@ -26,8 +26,8 @@ def input_moments(
     """Return ``E[x x^T]`` over samples and positions: layer → view → float64 (g, I, I) on the layer's device.
 
     An embedding has the diagonal only, of shape (g, I): the frequency of each id (``_Counted``). Positions that
-    ``attention_mask`` among the inputs marks as padding do not count. If linear layers share the weight of an embedding,
-    the second moment of their inputs comes beside its own, as ``HEAD``. All embeddings that share it count together.
+    ``attention_mask`` among the inputs marks as padding do not count. Embeddings that share a weight count together. If
+    linear layers share it, too, the second moment of their inputs comes beside the frequencies, as ``HEAD``.
 
     ``views``: layer → the views of its weight. A view determines what one input x is: a vector of a Linear, a patch of
     I/g * kh * kw numbers in the channel view of a convolution, a row of I/g * kw numbers in the spatial view.

@@ -71,6 +71,7 @@ def factorable(
             dense[name] = reason
         else:
             layers[name] = module
+    _leave_together(ties, layers, dense)
     unfit = _held_by_torch(model, layers) if example is None else _unfit_for_replacement(model, layers, example)
     for tie in ties:
         if any(unfit.get(name) != UNCALLED for name in tie):  # the weight is used elsewhere
@@ -78,12 +79,18 @@ def factorable(
     for name, reason in unfit.items():
         del layers[name]
         dense[name] = reason
+    _leave_together(ties, layers, dense)
+    others = {name for _, *own in ties for name in own}
+    return {name: layer for name, layer in layers.items() if name not in others}, dense
+
+
+def _leave_together(ties: Iterable[Sequence[str]], layers: dict[str, nn.Module], dense: dict[str, str]) -> None:
+    """Move layers from ``layers`` to ``dense`` that share their weight with one that is not among ``layers``."""
     for tie in ties:
         left = [name for name in tie if name not in layers]
-        for name in tie[0 if left else 1 :]:
-            if layers.pop(name, None) is not None and left:
+        for name in tie:
+            if left and layers.pop(name, None) is not None:
                 dense[name] = f"it shares its weight with {left[0]}, which stays dense"
-    return layers, dense
 
 
 def _holds_a_matrix(module: nn.Module) -> bool:

@@ -52,5 +52,7 @@ def notes(model: nn.Module, names: Collection[str]) -> dict[str, str]:
     """Return why layers have no rank of their own, as they share the weight of an embedding among ``names``."""
     ties = {name: others for name, others in tied_layers(model).items() if name in names}
     return {
-        other: f"its rank is that of {name}, whose weight it shares" for name, others in ties.items() for other in others
+        other: f"its rank is that of {name}, whose weight it shares"
+        for name, others in ties.items()
+        for other in others
     }

@@ -126,7 +126,9 @@ class Workbench:
         Raises ``UserError`` for an embedding that shares its weight: a training of its factors would untie it.
         """
         if shared := next(iter(tied.notes(self.model, self.spectra)), None):
-            raise UserError(f"{shared} shares its weight with an embedding, which cannot be trained as factors; exclude it")
+            raise UserError(
+                f"{shared} shares its weight with an embedding, which cannot be trained as factors; exclude it"
+            )
         return self._built({name: rank for name, (_, rank) in self.fixed.items()}, opened=self.spectra)
 
     def first_order(self, split: str = "calibration", model: nn.Module | None = None) -> dict[str, Tensor]:
