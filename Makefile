@@ -112,7 +112,7 @@ check-records: $(STAMP)  ## check that every cell of every grid has a record, an
 
 train: $(STAMP)  ## train the committed checkpoints that are missing (hours on two cores)
 	$(BIN)/spectrim-train -m model=resnet20 seed=0,1,2
-	$(BIN)/spectrim-train -m model=resnet56,resnext20,densenet22
+	$(BIN)/spectrim-train -m model=resnet56,resnext20,densenet22,cct2
 	$(BIN)/spectrim-train -m model=lenet5 data=mnist,fashion_mnist seed=0,1,2
 	$(BIN)/spectrim-train model=vgg19_half stored_as=float16
 	$(BIN)/spectrim-train model=resnet20 data=digits recipe=digits threads=1
