@@ -9,7 +9,7 @@ from spectrim.refit.moments import Flows, moments_of
 from spectrim.statistics import shifted_moments
 from spectrim.statistics.input_moments import Rows, input_moments
 from spectrim.statistics.objective import Objective
-from spectrim.statistics.shifted_moments import is_wide, patch_moment
+from spectrim.statistics.shifted_moments import is_wide, patch_moment, shifts
 
 LAYERS = {
     "usual": (nn.Conv2d(4, 6, 3, padding=1), (7, 7)),
@@ -41,6 +41,10 @@ def test_is_the_moment_of_the_patches(given: tuple[nn.Conv2d, Tensor]) -> None:
     layer, x = given
     patches = Rows(layer, "channel").inputs(x.double())
     torch.testing.assert_close(patch_moment(layer, x.double()), patches.mT @ patches)
+
+
+def test_shifts_of_a_kernel_are_counted_without_their_opposites() -> None:
+    assert [shifts(kernel) for kernel in ((1, 1), (1, 3), (3, 3))] == [1, 3, 13]
 
 
 def test_images_of_zeros_have_no_moment() -> None:

@@ -9,6 +9,7 @@ patch.
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
+from math import prod
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ def is_wide(layer: nn.Module) -> bool:
     if not isinstance(layer, nn.Conv2d) or layer.weight.numel() < LARGE:
         return False
     return max(layer.kernel_size) > 1 and {*layer.stride, *layer.dilation} == {1}
+
+
+def shifts(kernel: Sequence[int]) -> int:
+    """Return the number of shifts between two pixels of a kernel, of which one and its opposite count once."""
+    return (prod(2 * side - 1 for side in kernel) + 1) // 2
 
 
 def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:

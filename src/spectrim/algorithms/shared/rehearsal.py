@@ -29,6 +29,7 @@ from spectrim.refit.factors import rehearse_fit
 from spectrim.refit.moments import POSITIONS
 from spectrim.statistics.fisher import gate_gradients
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.shifted_moments import is_wide, shifts
 from spectrim.surgery import replacing
 
 GROWTH = 0.9  # larger matrices take less time for each operation
@@ -145,7 +146,10 @@ class Rehearsal:
             rows, columns = dense.sides(dense.view("channel"))
             if isinstance(layer.module, nn.Conv2d):
                 positions = min(positions, POSITIONS)
-            operations += 2 * dense.groups * positions * columns * (rows + columns)
+            pairs = columns**2
+            if positions < POSITIONS and is_wide(layer.module):
+                pairs = dense.inputs**2 * shifts(dense.kernel)
+            operations += 2 * dense.groups * positions * (columns * rows + pairs)
         return operations * _seconds_of_a_product()
 
     def _of_one_batch(self) -> Objective:
