@@ -21,6 +21,7 @@ from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, replacing
 from spectrim.surgery.cost import parameters
+from spectrim.surgery.latency import measured
 from spectrim.surgery.layer_choice import LayerChoice
 
 IDS, WIDTH, LENGTH = 40, 12, 6
@@ -315,6 +316,33 @@ def test_exports_compute_the_same(kind: str, objective: Objective, tmp_path: Pat
     result = cut(Decoder(), objective, kind)
     result.export("plain", tmp_path / "plain")  # raises unless the outputs are the same
     result.export("pt2", tmp_path / "small.pt2")
+
+
+@pytest.mark.parametrize("kind", DECOMPOSERS)
+@pytest.mark.parametrize("unused", ["token", "head"])
+def test_a_place_that_is_not_called_counts_for_nothing(unused: str, kind: str, objective: Objective) -> None:
+    class Half(Decoder):
+        def forward(self, ids: Tensor) -> Tensor:
+            x = torch.tanh(self.body(torch.eye(IDS)[ids][..., :WIDTH] if unused == "token" else self.token(ids)))
+            return self.head(x) if unused == "token" else x
+
+    result = cut(Half(), objective, kind)
+    assert "token" in result.plan and torch.isfinite(scores(result.model, objective)).all()
+    require_tied(result.model)
+
+
+def test_the_time_of_the_head_counts_with_the_embedding(objective: Objective) -> None:
+    model = Decoder()
+    own = spectrum(model, objective, WHITE)
+    timed: list[type] = []
+
+    def clock(module: nn.Module, inputs: Any) -> float:
+        timed.append(type(module))
+        return {Decoder: 9.0, nn.Embedding: 1.0, nn.Linear: 4.0, FactoredEmbedding: 2.0, TiedLinear: 1.5}[type(module)]
+
+    times = measured(model, {"token": own}, objective.example(), 8, clock)
+    assert times.layers["token"].dense == 5.0 and set(times.layers["token"].factored) == {3.5} and times.total == 9.0
+    assert {nn.Linear, TiedLinear} <= set(timed)
 
 
 def test_a_refit_leaves_it_and_says_so(objective: Objective) -> None:

@@ -68,9 +68,11 @@ class WhitenedSVD:
         moment = moment.to(W_OI)
         if not isinstance(layer, nn.Embedding):
             return WhitenedSpectrum(dense, self.view, *whitened_factors(W_OI, moment, self.ridge), self.factors)
+        if not moment.any():  # nothing is looked up: a head alone uses the weight
+            moment = torch.ones_like(moment) / moment.shape[-1]
         order, whole_rows = _by_frequency(moment.squeeze(0), self.whole)
         rare = order[whole_rows:]
-        if HEAD in moments:
+        if HEAD in moments and moments[HEAD].numel():  # some head is called
             both = tied_factors(W_OI[..., rare], moment[:, rare], moments[HEAD].to(W_OI), self.ridge)
             return TiedSpectrum(dense, *both, order, whole_rows, self.factors)
         svd, importance = whitened_factors(W_OI[..., rare], moment[:, rare], self.ridge)

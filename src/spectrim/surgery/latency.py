@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, repeated, to_device
 from spectrim.decomposers.spectrum import Spectrum
 from spectrim.surgery import replacing
+from spectrim.surgery.tied import places
 
 Clock = Callable[[nn.Module, Inputs], float]  # milliseconds of one forward pass of the module on the inputs
 
@@ -56,27 +57,37 @@ def measured(
 ) -> Times:
     """Time the layers of ``spectra``, dense and factored, on the inputs that each gets when ``model`` runs.
 
-    Layers with the same class, settings, inputs and factors are measured once. Layers may run faster inside of the
-    model, with inputs still in the cache, than alone. If they add up to more than the model, ``outside`` is 0.
+    Layers with the same class, settings, inputs and factors are measured once. Layers that share the weight of an
+    embedding count with it. Layers may run faster inside of the model, with inputs still in the cache, than alone. If
+    they add up to more than the model, ``outside`` is 0.
 
     ``example``: inputs, shortened or repeated to ``batch_size`` samples.
     ``clock``: ``milliseconds`` by default.
     """
     clock = clock or milliseconds
     inputs = to_device(repeated(example, batch_size), device_of(model))
-    given = _inputs_of(model, list(spectra), inputs)
     layers = {name: model.get_submodule(name) for name in spectra}
+    every = {name: places(model, name, layer) for name, layer in layers.items()}
+    given = _inputs_of(model, [place for own in every.values() for place in own], inputs)
     ranks = {name: ranks_to_measure(spectrum.break_even) for name, spectrum in spectra.items()}
-    kinds = {name: _kind(layers[name], spectra[name], ranks[name], given[name]) for name in spectra}
+    kinds = {
+        name: _kind(layers[name], spectra[name], ranks[name], [call for place in every[name] for call in given[place]])
+        for name in spectra
+    }
+
+    def factored(name: str, rank: int) -> dict[str, nn.Module]:
+        made = places(model, name, spectra[name].factor(rank))
+        return {place: replacing.in_place_of(every[name][place], own) for place, own in made.items()}
+
     forms = {
-        name: [layers[name], *(replacing.in_place_of(layers[name], spectra[name].factor(rank)) for rank in ranks[name])]
+        name: [every[name], *(factored(name, rank) for rank in ranks[name])]
         for name in dict(zip(kinds.values(), kinds, strict=True)).values()  # one layer of each kind
     }
     whole, fastest = math.inf, {name: [math.inf] * len(own) for name, own in forms.items()}
     for _ in range(ROUNDS):
         whole = min(whole, clock(model, inputs))
         for name, own in forms.items():
-            times = [sum(clock(form, call) for call in given[name]) for form in own]
+            times = [sum(clock(one, call) for place, one in form.items() for call in given[place]) for form in own]
             fastest[name] = [min(pair) for pair in zip(fastest[name], times, strict=True)]
     of_kind = {kinds[name]: LayerTimes(times[0], ranks[name], tuple(times[1:])) for name, times in fastest.items()}
     found = {name: of_kind[kind] for name, kind in kinds.items()}
