@@ -316,6 +316,8 @@ def test_exports_compute_the_same(kind: str, objective: Objective, tmp_path: Pat
     result = cut(Decoder(), objective, kind)
     result.export("plain", tmp_path / "plain")  # raises unless the outputs are the same
     result.export("pt2", tmp_path / "small.pt2")
+    pytest.importorskip("onnxruntime")
+    result.export("onnx", tmp_path / "small.onnx")
 
 
 @pytest.mark.parametrize("kind", DECOMPOSERS)
@@ -343,6 +345,21 @@ def test_the_time_of_the_head_counts_with_the_embedding(objective: Objective) ->
     times = measured(model, {"token": own}, objective.example(), 8, clock)
     assert times.layers["token"].dense == 5.0 and set(times.layers["token"].factored) == {3.5} and times.total == 9.0
     assert {nn.Linear, TiedLinear} <= set(timed)
+
+
+def test_a_forecast_counts_it_once(objective: Objective) -> None:
+    model = Decoder()
+    given: Any = {"calibration": objective.given("calibration"), "decomposer": WHITE, "params_kept": 0.6}
+    forecast = spectrim.compress(model, loss=token_loss, dry_run=True, **given)
+    assert forecast.dense.params == parameters(model) and forecast.compressed.params <= 0.6 * parameters(model)
+    assert "head: its rank is that of token, whose weight it shares" in forecast.notes
+
+
+def test_a_refinement_moves_both_layers(objective: Objective) -> None:
+    steps = spectrim.Refinement(samples=48)
+    result = spectrim.Joint(params_kept=0.6, samples=24, refine=steps).compress(Decoder(), WHITE, objective)
+    assert any(note.startswith("refined by") for note in result.notes)
+    require_tied(result.model)
 
 
 def test_a_refit_leaves_it_and_says_so(objective: Objective) -> None:

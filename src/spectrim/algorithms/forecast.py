@@ -16,7 +16,7 @@ from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.factored.linalg import break_even_rank
 from spectrim.statistics.objective import Objective
-from spectrim.surgery import find_layers
+from spectrim.surgery import find_layers, tied
 from spectrim.surgery.cost import Cost, layer_macs, model_cost, parameters
 from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.reopening import reopened
@@ -89,7 +89,7 @@ def forecast(model: nn.Module, algorithm: Any, decomposer: Decomposer, objective
         outlook = Outlook({name: _samples(objective, name) for name in objective.splits}, len(layers))
         work = algorithm.work(outlook) if isinstance(algorithm, Foreseen) else None
         ranks = _ranks(opened, layers, work or Work(), objective, example)
-        notes = find_layers.left_dense(left, opened)
+        notes = find_layers.left_dense(left, opened) + tied.in_lines(opened, found)
         seconds, memory = _taken(opened, layers, ranks, work, decomposer, objective, notes)
         compressed = None if ranks is None else _cost(factored_model(opened, layers, ranks), example)
         return Forecast(

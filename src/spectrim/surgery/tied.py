@@ -56,3 +56,8 @@ def notes(model: nn.Module, names: Collection[str]) -> dict[str, str]:
         for name, others in ties.items()
         for other in others
     }
+
+
+def in_lines(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Return ``notes``, a line a layer."""
+    return [f"{name}: {why}" for name, why in notes(model, names).items()]

@@ -81,10 +81,9 @@ class Workbench:
         if not spectra:
             reasons = find_layers.in_one_line(left) or f"it has no {' or '.join(k.__name__ for k in dense_kinds())}"
             raise UserError(f"this model has nothing to factor: {reasons}")
-        shared = tied.notes(opened, spectra)
-        overrides = _overrides(objective.choice, spectra, {**left, **shared})
+        notes = (*find_layers.left_dense(left, opened), *tied.in_lines(opened, spectra))
+        overrides = _overrides(objective.choice, spectra, {**left, **tied.notes(opened, spectra)})
         fixed = {name: (spectra.pop(name), rank) for name, rank in overrides.items()}
-        notes = (*find_layers.left_dense(left, opened), *(f"{name}: {why}" for name, why in shared.items()))
         return cls(
             model,
             before,
