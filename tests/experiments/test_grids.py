@@ -13,7 +13,7 @@ import pytest
 from spectrim.runs import configuration
 
 ROOT = Path(__file__).parents[2]
-APART = {"smoke", "imagenet/table2"}  # grids of no committed table
+APART = {"smoke", "imagenet/table2", "imagenet/table2_packaged"}  # grids of no committed table
 
 
 @pytest.fixture(scope="module")

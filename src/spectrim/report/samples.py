@@ -26,7 +26,7 @@ def _row(record: Record) -> dict[str, Any]:
     losses = record.get("test_losses", {"compressed": [], "dense": []})
     change = pd.Series(losses["compressed"], dtype=float) - pd.Series(losses["dense"], dtype=float)
     row |= {
-        "error": float(change.sem()) if len(change) > 1 else math.nan,
+        "error": float(change.std(ddof=1)) / math.sqrt(len(change)) if len(change) > 1 else math.nan,
         "lowered": int((change < 0).sum()) if len(change) else math.nan,
         "samples": len(change) or math.nan,
     }
