@@ -28,6 +28,7 @@ LATE: Mapping[str, Mapping[str, Any]] = {
     "run": {"batch_norm": "keep", "also": {}, "agreement": {}, "paired": False},
     "ImageFolder": {"classes": ""},
     "Joint": {"ranks": "greedy", "refine": None},
+    "Recipe": {"optimizer": "sgd"},
     "Refitted": {"refine": None},
     "SVD": {"factors": "plain"},
     "WhitenedSVD": {"factors": "plain"},

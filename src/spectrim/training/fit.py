@@ -1,11 +1,11 @@
-"""The training loop: SGD that resumes after a kill and then ends in the same weights as an unbroken training."""
+"""The training loop, which resumes after a kill and then ends in the same weights as an unbroken training."""
 
 import math
 import time
 from collections.abc import Callable, Collection, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -113,6 +113,10 @@ class _Loop:
 
     def __init__(self, model: nn.Module, training: Training, callbacks: Callbacks) -> None:
         self.model, self.recipe, self.training, self.callbacks = model, training.recipe, training, callbacks
+        if callbacks is not PLAIN and self.recipe.optimizer != "sgd":
+            raise UserError(
+                f"recipe.optimizer={self.recipe.optimizer}: a method that selects while it trains knows sgd alone"
+            )
         self.optimizer = _optimizer(model, self.recipe, training.undecayed)
         self.loss = training.loss
         if self.loss is F.cross_entropy:
@@ -130,7 +134,7 @@ class _Loop:
                 point["seconds"] = round(time.perf_counter() - started, 2)
                 if isinstance(train, ImageSplit):
                     point["side"] = self.recipe.image_size(epoch, train.images.shape[-1])
-                point |= self.callbacks.after_epoch(epoch, self.model, self.optimizer)
+                point |= self.callbacks.after_epoch(epoch, self.model, cast(torch.optim.SGD, self.optimizer))
                 curve.append(point)
                 _say(bar, point, epochs)
                 bar.tell(point)
@@ -194,14 +198,13 @@ def _smoothed(outputs: Any, targets: Tensor, label_smoothing: float) -> Tensor:
     return F.cross_entropy(logits_of(outputs).float(), targets, label_smoothing=label_smoothing)
 
 
-def _optimizer(model: nn.Module, recipe: Recipe, undecayed: Collection[str]) -> torch.optim.SGD:
+def _optimizer(model: nn.Module, recipe: Recipe, undecayed: Collection[str]) -> torch.optim.Optimizer:
     decayed = [parameter for name, parameter in model.named_parameters() if name not in undecayed]
     spared = [parameter for name, parameter in model.named_parameters() if name in undecayed]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    given = [group for group in groups if group["params"]]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(given, recipe.lr, (recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        recipe.lr,
-        recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        nesterov=recipe.momentum > 0,
+        given, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0
     )

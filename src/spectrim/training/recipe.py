@@ -9,16 +9,19 @@ from spectrim.tools.settings import settings
 
 @settings
 class Recipe:
-    """How a network is trained by SGD.
+    """How a network is trained.
 
     The learning rate rises linearly from ``lr / 10`` to ``lr``, then falls linearly to zero.
 
+    ``momentum``: of SGD (Nesterov); of AdamW the decay of the mean gradient.
+    ``weight_decay``: of SGD a part of the gradient; of AdamW a part of the step (decoupled).
     ``warmup``: fraction of the steps in which the learning rate rises.
     ``flip``: whether each image is flipped with probability ½.
     ``crop_padding``: number of zeros around each image, from which it is cropped at a random offset.
     ``image_sizes``: pairs (fraction of the epochs, side in pixels). Early epochs on smaller images cost less. Epochs
     after the last pair use the full side.
     ``precision``: ``bfloat16`` (autocast) or ``float32``.
+    ``optimizer``: ``sgd`` or ``adamw``. Convolutions take the first, transformers the second.
     """
 
     epochs: int
@@ -32,6 +35,7 @@ class Recipe:
     crop_padding: int = 4
     image_sizes: Sequence[Sequence[float]] = ()
     precision: str = "bfloat16"
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or not 0 < self.lr < math.inf:
@@ -50,6 +54,8 @@ class Recipe:
             )
         if self.precision not in ("bfloat16", "float32"):
             raise UserError(f"precision is bfloat16 or float32, got {self.precision}")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise UserError(f"optimizer is sgd or adamw, got {self.optimizer}")
 
     def learning_rate(self, progress: float) -> float:
         """Return the learning rate after a fraction ``progress`` of the training."""

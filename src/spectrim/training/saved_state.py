@@ -18,6 +18,9 @@ from spectrim.tools import safetensors_stream
 from spectrim.tools.content import of_file
 from spectrim.training.state_lock import locked
 
+# Key of an optimizer's state → its prefix in the file: of SGD the first, of AdamW the others.
+_PREFIXES = {"momentum_buffer": "momentum", "exp_avg": "mean", "exp_avg_sq": "square", "step": "step"}
+
 
 @dataclass(frozen=True)
 class StateFile:
@@ -52,17 +55,18 @@ class TrainingState:
         self.path, self.run, self.read = path, run, read
         self.read_before = Counter(read)
 
-    def save(self, model: nn.Module, optimizer: torch.optim.SGD, curve: Sequence[dict]) -> None:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, curve: Sequence[dict]) -> None:
         """Write the state after an epoch. Raises ``UserError`` where that fails; the state before it is kept."""
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         for name, parameter in model.named_parameters():
-            buffer = optimizer.state[parameter].get("momentum_buffer")
-            if buffer is not None:
-                tensors[f"momentum.{name}"] = buffer
+            for key, prefix in _PREFIXES.items():
+                value = optimizer.state[parameter].get(key)
+                if value is not None:
+                    tensors[f"{prefix}.{name}"] = value
         counted = json.dumps(self.read - self.read_before)
         write(self.path, tensors, {"curve": json.dumps(list(curve)), "run": self.run, "read": counted})
 
-    def resume(self, model: nn.Module, optimizer: torch.optim.SGD) -> list[dict]:
+    def resume(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
         """Fill model and optimizer from the file, if it exists, and return the curve so far.
 
         A parameter that changed its shape while training takes the shape that it has in the file. Raises ``UserError``
@@ -78,8 +82,9 @@ class TrainingState:
             saved = values[f"model.{name}"]
             if saved.shape != parameter.shape:
                 parameter.data = saved.to(parameter.device)
-            if f"momentum.{name}" in values:
-                optimizer.state[parameter]["momentum_buffer"] = values[f"momentum.{name}"].to(parameter.device)
+            for key, prefix in _PREFIXES.items():
+                if f"{prefix}.{name}" in values:
+                    optimizer.state[parameter][key] = values[f"{prefix}.{name}"].to(parameter.device)
         model.load_state_dict({name[6:]: value for name, value in values.items() if name in known})
         self.read.update(json.loads(metadata.get("read", "{}")))
         return json.loads(metadata["curve"])
