@@ -1,9 +1,11 @@
 """Training is the same however often it was interrupted, and keeps the last good state."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -63,6 +65,34 @@ def test_a_resumed_training_ends_in_the_weights_of_an_unbroken_one(tmp_path: Pat
     assert [point["loss"] for point in resumed_curve] == [point["loss"] for point in whole]
     assert [point["side"] for point in whole] == [4, 8, 8]
     assert list(tmp_path.iterdir()) == [state]
+
+
+def test_a_resumed_training_by_adamw_ends_in_the_weights_of_an_unbroken_one(tmp_path: Path) -> None:
+    recipe, state, calls = replace(RECIPE, optimizer="adamw", lr=0.01), tmp_path / "state.safetensors", 0
+
+    def killed(outputs: Tensor, targets: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 11:  # in epoch 2 of five steps each
+            raise Interrupted
+        return F.cross_entropy(outputs, targets)
+
+    unbroken, resumed = network(), network()
+    fit(unbroken, images(), Training(recipe, 3))
+    with pytest.raises(Interrupted):
+        fit(network(), images(), Training(recipe, 3, killed), state=StateFile(state))
+    curve = fit(resumed, images(), Training(recipe, 3), state=StateFile(state))
+    assert len(curve) == 3
+    for one, other in zip(unbroken.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    plain = network()
+    fit(plain, images(), Training(RECIPE, 3))
+    assert not torch.allclose(plain[0].weight, resumed[0].weight)
+
+
+def test_a_method_that_selects_while_it_trains_refuses_adamw() -> None:
+    with pytest.raises(UserError, match="recipe.optimizer=adamw: .* knows sgd alone"):
+        fit(network(), images(), Training(replace(RECIPE, optimizer="adamw"), 3), stop_after(0))
 
 
 def test_a_finished_training_is_not_done_again(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_early_epochs_see_smaller_images() -> None:
         {"image_sizes": [0.3, 16]},
         {"image_sizes": [[0.3]]},
         {"precision": "float8"},
+        {"optimizer": "adam"},
     ],
 )
 def test_a_recipe_that_cannot_work_is_refused(bad: dict) -> None:
