@@ -73,10 +73,19 @@ def cost(results: Path, rival: str) -> float:
     return float(found["cpu_seconds"]["joint, ours"] / found["cpu_seconds"][rival])
 
 
-def tolerant(results: Path, tolerance: str, model: Any = None) -> Rows:
-    """Return the rows of joint selection with a tolerance of the loss, in Figure 4."""
-    where: dict[str, Any] = {"variant": "joint, ours, loss verified", "asked": f"max loss increase {tolerance}"}
+def tolerant(results: Path, tolerance: str, model: Any = None, factors: str = "") -> Rows:
+    """Return the rows of joint selection with a tolerance of the loss, in Figure 4.
+
+    ``factors``: empty for plain ones, or ``, pivoted``.
+    """
+    variant = f"joint, ours, loss verified{factors}"
+    where: dict[str, Any] = {"variant": variant, "asked": f"max loss increase {tolerance}"}
     return rows(results, "figure4", **where, **({} if model is None else {"model": model}))
+
+
+def tolerant_macs(results: Path, factors: str = "") -> str:
+    """Return the part of the MACs that a tolerance of 0.01 nats keeps of ResNet-20, in percent."""
+    return f"{100 * tolerant(results, '0.01', 'resnet20', factors)['macs_kept'].iloc[0]:.0f} %"
 
 
 def within(results: Path) -> str:
@@ -176,6 +185,12 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "cost_aimet": lambda results: f"{100 * cost(results, 'AIMET, greedy'):.1f} %",
     "cost_knapsack": lambda results: number(cost(results, "knapsack (BALF)"), 1),
     "tolerant_resnet20": lambda results: removed(tolerant(results, "0.01", "resnet20")),
+    "tolerant_pivoted": lambda results: removed(tolerant(results, "0.01", "resnet20", ", pivoted")),
+    "tolerant_pivoted_loss": lambda results: number(
+        float(tolerant(results, "0.01", "resnet20", ", pivoted")["change_test_loss"].iloc[0]), 4, True
+    ),
+    "tolerant_pivoted_macs": lambda results: tolerant_macs(results, ", pivoted"),
+    "tolerant_macs": tolerant_macs,
     "tolerant_resnet56": lambda results: removed(tolerant(results, "0.01", "resnet56")),
     "tolerant_vgg": lambda results: removed(tolerant(results, "0.01", "vgg19_half")),
     "within": within,
