@@ -250,3 +250,34 @@ def test_a_tied_embedding_is_stored_once_and_comes_back_tied(kind: str, factors:
     twice.model.save_pretrained(tmp_path / "twice")
     with torch.no_grad():
         assert torch.equal(whole(tmp_path / "twice").eval()(**inputs).logits, twice.model.eval()(**inputs).logits)
+
+
+def test_a_head_that_was_untied_by_hand_is_not_saved_as_a_tied_one(tmp_path: Path) -> None:
+    model, inputs, _ = made("tied llama")
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    decomposer = spectrim.WhitenedSVD(view="channel", embeddings=True, samples=3)
+    result = spectrim.compress(
+        model, calibration=[inputs], algorithm=spectrim.Truncation(ratio=0.5), decomposer=decomposer
+    )
+    assert {"lm_head", "model.embed_tokens"} <= result.plan.keys()
+    with pytest.raises(spectrim.UserError, match="set model.config.tie_word_embeddings=False"):
+        result.model.save_pretrained(tmp_path)
+    result.model.config.tie_word_embeddings = False
+    result.model.save_pretrained(tmp_path)
+    opened = type(model).from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(opened.eval()(**inputs).logits, result.model.eval()(**inputs).logits)
+
+
+def test_a_wrong_order_of_the_pivots_of_a_head_is_refused(tmp_path: Path) -> None:
+    model, inputs, _ = made("gpt2")
+    decomposer = spectrim.SVD(embeddings=True, factors="pivoted")
+    result = spectrim.compress(
+        model, calibration=[inputs], algorithm=spectrim.Truncation(ratio=0.5), decomposer=decomposer
+    )
+    result.model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.first.order"][1] = tensors["lm_head.first.order"][0]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(spectrim.UserError, match="lm_head.first.order: it is no permutation"):
+        type(model).from_pretrained(tmp_path)

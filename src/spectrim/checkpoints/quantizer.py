@@ -59,27 +59,35 @@ def _tie(model: Any, plan: RankPlan) -> None:
 
 def _name_ties(model: Any) -> None:
     """Tell transformers which factors are shared, in place of weights that are no more, so that it saves each once."""
-    ties = {name: others for name, others in tied_layers(model).items() if name in factored_layers(model)}
-    pairs, gone = dict[str, str](), set[str]()
+    layers = factored_layers(model)
+    ties = {name: others for name, others in tied_layers(model).items() if name in layers}
+    if not ties:
+        return
+    pairs, places = dict[str, str](), set[str]()
     for name, others in ties.items():
-        gone |= {f"{place}.weight" for place in (name, *others)}
-        first = {id(own): f"{name}.{key}" for key, own in model.get_submodule(name).named_parameters()}
-        named = {
-            f"{other}.{key}": own for other in others for key, own in model.get_submodule(other).named_parameters()
-        }
-        pairs |= {other: first[id(own)] for other, own in named.items() if id(own) in first}
-    for name, module in model.named_modules():
-        if not hasattr(module, "get_expanded_tied_weights_keys"):
-            continue
-        vars(module).pop("_tied_weights_keys", None)  # of an earlier compression
-        known, start = module._tied_weights_keys, f"{name}." if name else ""
+        places |= {name, *others}
+        first = {id(own): key for key, own in layers[name].named_parameters(name)}
+        for other in others:
+            named = model.get_submodule(other).named_parameters(other)
+            pairs |= {key: first[id(own)] for key, own in named if id(own) in first}
+
+    def is_gone(key: str) -> bool:  # or of an earlier compression
+        return any(key.startswith(f"{place}.") and key != f"{place}.bias" for place in places)
+
+    for name, part in model.named_modules():
+        known, start = getattr(part, "_tied_weights_keys", None), f"{name}." if name else ""
         if isinstance(known, dict):
-            module._tied_weights_keys = {
-                target: source for target, source in known.items() if not {start + target, start + source} & gone
-            }
-    if pairs:
-        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **pairs}
+            left = {one: other for one, other in known.items() if not is_gone(start + one) | is_gone(start + other)}
+            part._tied_weights_keys = left
+    model._tied_weights_keys = {**(model._tied_weights_keys or {}), **pairs}
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _require_tied(model: Any, plan: RankPlan) -> None:
+    """Raise ``UserError`` where the configuration ties a factored layer that the model holds apart."""
+    for one, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if {one.removesuffix(".weight"), other.removesuffix(".weight")} & plan.keys():
+            raise UserError(f"the configuration ties {one} to {other}: set model.config.tie_word_embeddings=False")
 
 
 def plan_of(config: Any) -> RankPlan | None:
@@ -145,6 +153,7 @@ def classes() -> tuple[Any, Any]:
         def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
             filling.require_stored(model)
             plan = {name: kept_in(layer) for name, layer in factored_layers(model).items()}
+            _require_tied(model, RankPlan.of(plan))
             self.quantization_config.plan = RankPlan.of(plan).as_dict()  # A merged adapter changes ranks.
             return {**model.state_dict(), **guards(plan)}, {}
 
