@@ -127,6 +127,18 @@ def refined(results: Path, done: str) -> str:
     return points(found.iloc[0])
 
 
+def own_weights(results: Path) -> Any:
+    """Return the row of Table 12 on which ResNet-50 is smallest with a loss not above the dense one's."""
+    found = rows(results, "table12", model="resnet50", verdict="holds")
+    return found.loc[found["params_kept"].idxmin()]
+
+
+def own_weights_published(results: Path) -> str:
+    """Return the lowest rise of the loss of ResNet-50 in Table 12 at S1b's drop or more, in nats."""
+    found = rows(results, "table12", model="resnet50")
+    return number(float(found.loc[found["params_kept"] <= 0.441, "change_test_loss"].min()), 2, True)
+
+
 def trained(results: Path, net: str, methods: Any, epochs: int | None = None) -> Rows:
     """Return the rows of Table 5 for a network and methods."""
     where: dict[str, Any] = {"net": net, "method": methods} | ({} if epochs is None else {"epochs": epochs})
@@ -180,6 +192,11 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "plain_macs": lambda results: macs(results, "joint, ours"),
     "pivoted_macs": lambda results: macs(results, PIVOTED),
     "pivoted_time": pivoted_time,
+    "own_weights_drop": lambda results: f"{100 * (1 - own_weights(results)['params_kept']):.0f} %",
+    "own_weights_change": lambda results: number(float(own_weights(results)["change_test_loss"]), 2, True),
+    "own_weights_error": lambda results: number(float(own_weights(results)["error"]), 2),
+    "own_weights_same": lambda results: f"{100 * own_weights(results)['same_answer']:.0f} %",
+    "own_weights_published": own_weights_published,
     "refined_30": lambda results: refined(results, "yes"),
     "unrefined_30": lambda results: refined(results, "no"),
     "cost_aimet": lambda results: f"{100 * cost(results, 'AIMET, greedy'):.1f} %",

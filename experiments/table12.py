@@ -63,8 +63,8 @@ NOTES = (
     "Elsewhere: 200 test images of CIFAR-10, enlarged to 128 x 128 pixels. They are natural images that neither the "
     "training nor the selection has seen. KL is the mean divergence from the dense network's predictions, in nats; no "
     "label is read.",
-    "One run a row: the networks have one training, and 20 images allow one calibration draw. Joint selection stores "
-    "pivoted factors; the others store plain ones.",
+    "One run a row: the networks have one training, and 20 images allow one calibration draw. The verified selection "
+    "tries one rank a layer.",
 )
 REACH_NOTE = (
     "± is the standard error over the images. Of each selector the best run on the reported images is taken, which "
