@@ -67,9 +67,11 @@ def counterpart(layer: nn.Module, other: nn.Module) -> nn.Module:
     """
     if isinstance(layer, FactoredEmbedding):
         if isinstance(other, nn.Linear | TiedLinear):
-            return TiedLinear(layer, other._parameters["bias"])
-        known = {id(own): own for own in (*layer.parameters(), layer._adopted)}
-        return copy.deepcopy(layer, known)  # the same parameters in modules of its own
+            own: FactoredLayer = TiedLinear(layer, other._parameters["bias"])
+        else:  # the same parameters in modules of its own
+            own = copy.deepcopy(layer, {id(one): one for one in (*layer.parameters(), layer._adopted)})
+        own.adopt(other)
+        return own
     bias = other._parameters.get("bias")
     if isinstance(layer, nn.Embedding):
         if isinstance(other, FactoredLayer):

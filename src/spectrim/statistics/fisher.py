@@ -86,8 +86,8 @@ def gate_gradients(
 
     Which dimension of a layer holds the samples is found from the gradients (``sample_rows``). A layer whose rows
     several samples share is left out, as is one that the loss does not depend on. A batch that does not reach a layer,
-    as with experts, counts zero there. With ``objective.layers_at_once`` each block of layers takes a backward pass of
-    its own, in the order given.
+    as with experts, counts zero there. A gate of an embedding also scales the layers that share its factors. With
+    ``objective.layers_at_once`` each block of layers takes a backward pass of its own, in the order given.
 
     They are taken up from the folder of ``resume`` where it holds them.
 
