@@ -130,7 +130,7 @@ def refined(results: Path, done: str) -> str:
 def own_weights(results: Path) -> Any:
     """Return the row of Table 12 on which ResNet-50 is smallest with a loss not above the dense one's."""
     found = rows(results, "table12", model="resnet50", verdict="holds")
-    return found.loc[found["params_kept"].idxmin()]
+    return found.iloc[int(found["params_kept"].argmin())]
 
 
 def own_weights_published(results: Path) -> str:
