@@ -6,6 +6,7 @@ from pathlib import Path
 import omegaconf.base
 import pytest
 from hydra import compose
+from hydra._internal import defaults_list
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,7 +21,12 @@ WORDS = (
     ["experiment=table2/other_nets/one_shot", "model=resnet56"],
     ["experiment=table1/lenet5/fine_tuning_after_searches"],
     ["experiment=table2/other_nets/one_shot", "model=vgg19_half", "algorithm=compact", "algorithm.gamma=0.1"],
-    ["algorithm=refitted", "algorithm@algorithm.selector=joint", "+data@also.sotu=sotu", "hydra/launcher=joblib"],
+    [
+        "algorithm=refitted",
+        "algorithm@algorithm.selector=joint",
+        "+data@also.clothes=fashion_mnist",
+        "hydra/launcher=joblib",
+    ],
 )
 
 
@@ -103,10 +109,22 @@ def test_more_folders_of_one_composition_are_not_those_of_the_next(conf: Path, t
         assert composed(["+option=one"]).option == "one"  # a plain value, where no folder has such an option
 
 
+def test_a_default_that_refers_to_another_choice_follows_it(conf: Path) -> None:
+    (conf / "config.yaml").write_text("defaults: [_self_, net: small, recipe: '${net}']\n")
+    for group in ("net", "recipe"):
+        (conf / group).mkdir()
+        for option in ("small", "large"):
+            (conf / group / f"{option}.yaml").write_text(f"name: {option}\n")
+    with read_once():
+        for option in ("small", "large", "small"):
+            assert composed([f"net={option}"]).recipe.name == option
+
+
 def test_hydra_is_as_before_after_an_error(conf: Path) -> None:
     loader = GlobalHydra.instance().config_loader()
-    before = loader.repository, omegaconf.base.parse
+    before = loader.repository, omegaconf.base.parse, defaults_list._create_interpolation_map
     with pytest.raises(ZeroDivisionError), read_once():
         assert loader.repository is not before[0] and omegaconf.base.parse is not before[1]
+        assert defaults_list._create_interpolation_map is not before[2]
         raise ZeroDivisionError
-    assert loader.repository is before[0] and omegaconf.base.parse is before[1]
+    assert (loader.repository, omegaconf.base.parse, defaults_list._create_interpolation_map) == before
