@@ -63,8 +63,8 @@ def test_a_cell_has_the_signature_of_its_record(compose: Any) -> None:
 def test_hydra_composes_once_for_each_choice_of_options(compose: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     usual, composed = cells.compose, []
     monkeypatch.setattr(cells, "compose", lambda *given, **more: composed.append(given) or usual(*given, **more))
-    assert len(cells.cells("table2/other_nets/one_shot")) == 72
-    assert len(composed) == 1 + 4 * 2  # four models, two algorithms; three draws and three neighbourhoods are set
+    assert len(cells.cells("table2/other_nets/one_shot")) == 90
+    assert len(composed) == 1 + 5 * 2  # five models, two algorithms; three draws and three neighbourhoods are set
 
 
 def test_a_cell_without_its_checkpoint_has_no_signature(
