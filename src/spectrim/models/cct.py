@@ -84,7 +84,7 @@ class CCT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for convolution in (self.conv1, self.conv2):
             x = F.relu(F.max_pool2d(convolution(x), 3, 2, 1))
-        positions = self.positions
+        positions: Tensor = self.positions
         if positions.shape[2:] != x.shape[2:]:
             positions = F.interpolate(positions, x.shape[2:], mode="bicubic", align_corners=False)
         tokens = self.norm(self.blocks((x + positions).flatten(2).transpose(1, 2)))
