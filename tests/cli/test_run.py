@@ -18,7 +18,8 @@ from spectrim.algorithms.truncation import Truncation
 from spectrim.cli import commands, run
 from spectrim.errors import UserError
 from spectrim.records import records
-from spectrim.runs import configuration, signing
+from spectrim.runs import configuration, signing, task
+from spectrim.tools import resume
 
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
 
@@ -346,6 +347,31 @@ def test_blocks_of_layers_change_neither_the_plan_nor_the_signature(compose: Any
     assert apart["plan"] == whole["plan"]
     for one, other in zip(apart["log"], whole["log"], strict=True):
         assert one == pytest.approx(other, rel=1e-5)  # a layer at full rank differs from a dense one by rounding
+
+
+def test_runs_share_a_folder_of_results_without_an_effect_on_their_records(
+    compose: Any, digits: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resume, "WORTH_SECONDS", 0)
+    asked = (*digits, "algorithm=joint", "algorithm.samples=30", "decomposer=whitened_channel")
+    timed = {"phases", "provenance", "reporting", records.SEAL}
+
+    def measured(size: float, *more: str) -> dict[str, Any]:
+        for cache in (task._cached, task._model):  # as in another process
+            cache.cache_clear()
+        record = run.run(compose(*asked, f"algorithm.params_kept={size}", *more))
+        next(Path(compose(*asked).records).rglob(f"{record['signature']}.json")).unlink()
+        return {key: value for key, value in record.items() if key not in timed}
+
+    alone, shared = measured(0.5), f"resume={tmp_path / 'shared'}"
+    assert not (tmp_path / "shared").exists()
+    assert measured(0.5, shared) == alone
+    kept = {path.name for path in (tmp_path / "shared").iterdir()}
+    assert {name.partition("-")[0] for name in kept} >= {"whitened", "gates", "gradients", "fit"}
+    measured(0.6, shared)
+    more = {path.name for path in (tmp_path / "shared").iterdir()} - kept
+    assert {name.partition("-")[0] for name in more} == {"fit"}  # of other ranks; the rest serves every size
+    assert measured(0.5, shared) == alone
 
 
 def test_blocks_that_cannot_be_are_refused(compose: Any, digits: list[str]) -> None:

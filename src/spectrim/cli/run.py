@@ -21,7 +21,7 @@ from spectrim.records import records
 from spectrim.records.provenance import provenance
 from spectrim.runs import configuration, signing, targets, task
 from spectrim.statistics import batchnorm
-from spectrim.tools import files
+from spectrim.tools import files, resume
 from spectrim.tools.device import device_called
 from spectrim.tools.profiling import Phases
 
@@ -98,7 +98,7 @@ def _measured(
         beside = settings["agreement"], settings["paired"]
         given = task.load(settings["model"], cfg.seed, weights, data, also, device, cfg.layers_at_once, *beside)
     given.objective.start_selection()
-    with phases.measure("select"):
+    with phases.measure("select"), resume.into(cfg.resume):
         found = _found(algorithm, given, decomposer, cfg.batch_norm)
     read = dict(given.objective.read)
     with phases.measure("evaluate"):
