@@ -65,13 +65,16 @@ NOTES = (
     "inputs are those of the compressed model. No first order: the Fisher information alone; the other rows also use "
     "slopes that are beyond chance. Interaction: the effects of removed components on each other are included, from "
     "more samples.",
-    "Pivoted: at rank k a layer stores k rows of its weight and the coefficients of the other rows, k (O + I - k) "
-    "numbers instead of k (O + I). Both sides whitened: by the inputs, and by the gradients at the outputs (K-FAC).",
     "Embedding too: the rows of frequent tokens stay as they are. The rows of all other tokens are factored, each "
     "weighed by how often its token occurs. In all other rows the embedding stays dense.",
     "Published rows are as printed in S1b for BERT, at a drop that it does not define. Nothing of it was run here. "
     "Top-1 of SQuAD is exact match.",
     "S1b: Zhang et al., Compression for Better, arXiv 2412.06868.",
+)
+
+PIVOTED = (
+    "Pivoted: at rank k a layer stores k rows of its weight and the coefficients of the other rows, k (O + I - k) "
+    "numbers instead of k (O + I). Both sides whitened: by the inputs, and by the gradients at the outputs (K-FAC)."
 )
 
 
@@ -88,12 +91,13 @@ def build(options: Options) -> list[Path]:
     rows["net"] = rows["model"] + ", " + rows["data"]
     rows["verdict"] = claims.loss_verdicts(rows)
     published = compare.read_published(PUBLISHED)
+    forms = [PIVOTED] if rows["kind"].str.endswith("_pivoted").any() else []
     table = Table(
         options.name,
         pd.concat([rows, pd.DataFrame(_published(published))], ignore_index=True),
         [*COLUMNS, *_elsewhere(others), *LAST],
         "Language models without fine-tuning",
-        [*NOTES, *_data(found), *_claims(published, rows), *table3_aims.said(rows, runs, others, KINDS)],
+        [*NOTES, *forms, *_data(found), *_claims(published, rows), *table3_aims.said(rows, runs, others, KINDS)],
         group="net",
         hidden=ABOUT,
     )
