@@ -31,7 +31,7 @@ from spectrim.tools import resume
 from spectrim.tools.memo import Memory
 
 RESUME = Path(__file__).resolve().parents[1] / "build" / "benchmarks" / "quantised"
-SIZES = (0.9, 0.8, 0.7)
+SIZES = (0.8,)
 GROUP = 32  # weights that share a scale at 4 bits; at 8 bits a row does
 PRECISIONS = {"bfloat16": 16, "8 bits": 8, "4 bits": 4}
 FEW_BITS_AT = 0.8  # the compressed model that is stored in 8 bits, too
