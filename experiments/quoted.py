@@ -110,9 +110,9 @@ def points(row: Any) -> str:
     return number(row["change_test_accuracy_pp"], 2, True)
 
 
-def macs(results: Path, variant: str) -> str:
-    """Return the part of the MACs that a selector keeps of ResNet-20 at half of its parameters, in percent."""
-    return f"{100 * at(results, 'resnet20', variant, '0.5')['macs_kept']:.0f} %"
+def macs(results: Path, variant: str, model: str = "resnet20") -> str:
+    """Return the part of the MACs that a selector keeps of a network at half of its parameters, in percent."""
+    return f"{100 * at(results, model, variant, '0.5')['macs_kept']:.0f} %"
 
 
 def pivoted_time(results: Path) -> str:
@@ -189,6 +189,14 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "resnext_knapsack_50": lambda results: points(at(results, "resnext20", REFITTED, "0.5")),
     "resnext_joint_30": lambda results: points(at(results, "resnext20", PIVOTED, "0.3")),
     "resnext_knapsack_30": lambda results: points(at(results, "resnext20", REFITTED, "0.3")),
+    "cct_joint_50": lambda results: points(at(results, "cct2", PIVOTED, "0.5")),
+    "cct_knapsack_50": lambda results: points(at(results, "cct2", REFITTED, "0.5")),
+    "cct_joint_30": lambda results: points(at(results, "cct2", PIVOTED, "0.3")),
+    "cct_knapsack_30": lambda results: points(at(results, "cct2", REFITTED, "0.3")),
+    "cct_macs": lambda results: macs(results, PIVOTED, "cct2"),
+    "cct_stated": lambda results: removed(selected(results, "cct2", "one-shot, gamma 0.008"), 1),
+    "cct_wide": lambda results: removed(selected(results, "cct2", "one-shot, gamma 0.03")),
+    "cct_verified": lambda results: removed(selected(results, "cct2", "verified")),
     "plain_macs": lambda results: macs(results, "joint, ours"),
     "pivoted_macs": lambda results: macs(results, PIVOTED),
     "pivoted_time": pivoted_time,
