@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim.refit import moments
+from spectrim.api import compress
+from spectrim.refit import large_convolutions, moments
 from spectrim.refit.moments import Flows, moments_of
 from spectrim.statistics import shifted_moments
 from spectrim.statistics.input_moments import Rows, input_moments
 from spectrim.statistics.objective import Objective
-from spectrim.statistics.shifted_moments import is_wide, patch_moment, shifts
+from spectrim.statistics.shifted_moments import is_wide, padded, patch_moment, shifts
 
 LAYERS = {
     "usual": (nn.Conv2d(4, 6, 3, padding=1), (7, 7)),
@@ -40,7 +41,9 @@ def all_wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_is_the_moment_of_the_patches(given: tuple[nn.Conv2d, Tensor]) -> None:
     layer, x = given
     patches = Rows(layer, "channel").inputs(x.double())
-    torch.testing.assert_close(patch_moment(layer, x.double()), patches.mT @ patches)
+    count, moment = patch_moment(layer, padded(layer, x.double()))
+    assert count == patches.shape[1]
+    torch.testing.assert_close(moment, patches.mT @ patches)
 
 
 def test_shifts_of_a_kernel_are_counted_without_their_opposites() -> None:
@@ -48,7 +51,8 @@ def test_shifts_of_a_kernel_are_counted_without_their_opposites() -> None:
 
 
 def test_images_of_zeros_have_no_moment() -> None:
-    assert not patch_moment(nn.Conv2d(2, 3, 3, padding=1), torch.zeros(2, 2, 5, 5)).any()
+    layer = nn.Conv2d(2, 3, 3, padding=1)
+    assert not patch_moment(layer, padded(layer, torch.zeros(2, 2, 5, 5)))[1].any()
 
 
 def test_only_wide_kernels_that_move_pixel_by_pixel_are_read_so(all_wide: None) -> None:
@@ -89,3 +93,34 @@ def test_whitening_gets_the_same_moments(
     monkeypatch.setattr(shifted_moments, "LARGE", 1)
     found = input_moments(model, {"0": [view]}, objective, 5)["0"][view]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_half_inputs_do_not_make_the_moments_coarse(all_wide: None, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(4, 6, 3, padding=1), torch.randn(8, 4, 6, 6)
+    processes = Objective(nn.CrossEntropyLoss(), {"calibration": [(x, torch.zeros(8))]}).processes("calibration")
+    with torch.no_grad():
+        expected = moments_of(layer, Flows([x], [layer(x)], [None]), processes)
+        half = x.to(dtype)
+        with torch.autocast("cpu", dtype):
+            wanted = layer(x)
+            given = [moments_of(layer, Flows([inputs], [wanted], [None]), processes) for inputs in (x, half)]
+    assert wanted.dtype == dtype
+    for found in given:
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == torch.float64
+            torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(given[0].xx_gII, expected.xx_gII)  # whose inputs have every digit
+
+
+def test_a_refit_of_wide_convolutions_runs_under_autocast(all_wide: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large_convolutions, "LARGE", 1)
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+    net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    x = torch.randn(16, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        result = compress(net, calibration=[(x, torch.randint(4, (16,)))], params_kept=0.6)
+        assert result.plan
+        assert (result.model(x) - net(x)).abs().mean() < net(x).abs().mean()

@@ -18,15 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from spectrim.factored.layers import FactoredConv2d
+from spectrim.statistics.shifted_moments import LARGE
 
-LARGE = 1 << 20  # entries of a weight; smaller ones are fitted by LBFGS, as those of the published numbers were
 TOLERANCE = 3e-4  # an iteration that explains less than this part more of the outputs is the last
 ITERATIONS = 60
 TINY = 1e-12  # of the mean diagonal, so that components without any weight leave a Gram matrix invertible
 
 
 def is_large(layer: FactoredConv2d, entries: int) -> bool:
-    """Return whether ``fitted`` fits ``layer``, whose weight has so many ``entries``. It does not fit subspaces."""
+    """Return whether ``fitted`` fits ``layer``, whose weight has so many ``entries``. It does not fit subspaces.
+
+    Smaller ones are fitted by LBFGS, as those of the published numbers were.
+    """
     return entries >= LARGE and layer.first.groups == layer.second.groups
 
 

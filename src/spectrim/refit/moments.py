@@ -77,12 +77,14 @@ def _sums(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None, at: Positions |
 
 def _sums_of_wide(dense: nn.Conv2d, x: Tensor, y: Tensor) -> Sums:
     """Return the sums over all positions in a part of the time of ``_sums``, for the patches are never made."""
-    around, (kh, kw), groups = padded(dense, x), dense.kernel_size, dense.groups
+    around = padded(dense, x)
+    count, xx = patch_moment(dense, around)
+    around, y = around.to(xx), y.to(xx)  # under autocast they may differ
+    (kh, kw), groups = dense.kernel_size, dense.groups
     yx = conv2d_weight(around, dense.weight.shape, y, groups=groups)  # the gradient is this product
     x_sum = around.sum(0).unfold(1, kh, 1).unfold(2, kw, 1).sum((1, 2))
     yx = yx.reshape(groups, -1, yx[0].numel())
-    sums = x_sum.reshape(groups, -1), y.sum((0, 2, 3)).reshape(groups, -1)
-    return y[:, 0].numel(), (patch_moment(dense, x), yx, *sums)
+    return count, (xx, yx, x_sum.reshape(groups, -1), y.sum((0, 2, 3)).reshape(groups, -1))
 
 
 def _positions(outputs: Sequence[Tensor]) -> list[Positions | None]:

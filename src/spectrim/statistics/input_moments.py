@@ -131,10 +131,10 @@ class _Gathered:
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = first_argument(args, kwargs)
         if self.wide is not None:
-            added, count = patch_moment(self.wide, x), _patches(self.wide, x)[:, 0, ..., 0, 0].numel()
+            count, added = patch_moment(self.wide, padded(self.wide, x))
         else:
             x = self.rows.inputs(x, self.mask)
-            added, count = x.transpose(1, 2) @ x, x.shape[1]
+            count, added = x.shape[1], x.transpose(1, 2) @ x
         self.sum = added.double() if not self.count else self.sum + added.double()
         self.count += count
 

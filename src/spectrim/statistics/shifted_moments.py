@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 from math import prod
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,12 +38,20 @@ def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return F.pad(x, list(around), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
 
 
-def patch_moment(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """Return the sum of ``p p^T`` over all patches p of images ``x``, of shape (G, I, I) and in the precision of x.
+def patch_moment(layer: nn.Conv2d, around: Tensor) -> tuple[int, Tensor]:
+    """Return the number of patches p that the kernel sees, and the sum of ``p p^T`` over them, of shape (G, I, I).
+
+    The sum is taken in float32 or more, whatever the images and autocast.
 
     ``layer``: a convolution whose stride and dilation are 1.
+    ``around``: the images, as ``padded`` returns them.
     """
-    x_GHWNC = padded(layer, x).unflatten(1, (layer.groups, -1)).permute(1, 3, 4, 0, 2).contiguous()
+    with torch.autocast(around.device.type, enabled=False):
+        return _patch_moment(layer, around.to(torch.promote_types(around.dtype, torch.float32)))
+
+
+def _patch_moment(layer: nn.Conv2d, around: Tensor) -> tuple[int, Tensor]:
+    x_GHWNC = around.unflatten(1, (layer.groups, -1)).permute(1, 3, 4, 0, 2).contiguous()
     (kh, kw), inputs = layer.kernel_size, x_GHWNC.shape[-1]
     blocks = x_GHWNC.new_zeros(kh, kw, kh, kw, layer.groups, inputs, inputs)
     used_HW = x_GHWNC.any(0).flatten(2).any(2)
@@ -52,7 +61,13 @@ def patch_moment(layer: nn.Conv2d, x: Tensor) -> Tensor:
         for (top, left), block in _terms(x_GHWNC, used_HW, (kh, kw), shift):
             blocks[top, left, top + shift[0], left + shift[1]].add_(block, alpha=1.0 if any(shift) else 0.5)
     half = blocks.permute(4, 5, 0, 1, 6, 2, 3).flatten(4).flatten(1, 3)
-    return half + half.mT
+    count = len(around) * prod(_moves(used_HW.shape, (kh, kw)))
+    return count, half + half.mT
+
+
+def _moves(sides: Sequence[int], kernel: Sequence[int]) -> list[int]:
+    """Return the number of places of the kernel along each axis of an image."""
+    return [size - side + 1 for size, side in zip(sides, kernel, strict=True)]
 
 
 def _terms(
@@ -65,7 +80,7 @@ def _terms(
 
     ``used_HW``: False where all images are zero, as in a border.
     """
-    counts = [size - side + 1 for size, side in zip(used_HW.shape, kernel, strict=True)]
+    counts = _moves(used_HW.shape, kernel)
     firsts = [range(max(0, -step), side - max(0, step)) for step, side in zip(shift, kernel, strict=True)]
     for piece in product(*map(_pieces, firsts, counts)):
         moved = [slice(part.start + step, part.stop + step) for part, step in zip(piece, shift, strict=True)]
