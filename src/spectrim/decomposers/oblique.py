@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
+from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.factored import linalg
+from spectrim.factored.plan import Keep
 
 
 def roots(G_OO: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -20,22 +22,29 @@ def unit(B_OR: Tensor, A_RI: Tensor) -> linalg.SVD:
     return linalg.SVD(B_OR / left.unsqueeze(-2), sizes[0] * sizes[1], A_RI / right.unsqueeze(-1))
 
 
-def error(factors: linalg.SVD) -> Tensor:
-    """Return the Frobenius norm of the change of the weight for every rank. Float64 of shape (R + 1,), on the CPU."""
-    # The square at rank k sums the inner products of the components that it drops.
-    tails = inner_products(factors).flip(-2, -1).cumsum(-1).cumsum(-2).flip(-2, -1)
-    squared = tails.diagonal(dim1=-2, dim2=-1).sum(0).clamp_min(0)
-    return torch.cat([squared, squared.new_zeros(1)]).sqrt().cpu()
+class ObliqueSpectrum(MatrixSpectrum):
+    """A spectrum whose squared errors do not add up over the components, as these are not orthogonal."""
+
+    _error: Tensor | None = None
+
+    def error(self) -> Tensor:
+        if self._error is None:
+            # The square at rank k sums the inner products of the components that it drops.
+            tails = _inner_products(self.svd).flip(-2, -1).cumsum(-1).cumsum(-2).flip(-2, -1)
+            squared = tails.diagonal(dim1=-2, dim2=-1).sum(0).clamp_min(0)
+            self._error = torch.cat([squared, squared.new_zeros(1)]).sqrt().cpu()
+        return self._error
+
+    def relative_error_at(self, keep: Keep) -> float:
+        if isinstance(keep, int):
+            return float(self.relative_error()[keep])
+        dropped = sorted(set(range(self.max_rank)) - set(keep))
+        U, S, Vh = self.svd
+        squared = _inner_products(linalg.SVD(U[..., dropped], S[..., dropped], Vh[..., dropped, :])).sum()
+        return float(squared.clamp_min(0).sqrt()) / float(self.norm.clamp_min(1e-300))
 
 
-def error_without(factors: linalg.SVD, dropped: list[int]) -> float:
-    """Return the Frobenius norm of the sum of the components ``dropped``."""
-    U, S, Vh = factors
-    squared = inner_products(linalg.SVD(U[..., dropped], S[..., dropped], Vh[..., dropped, :])).sum()
-    return float(squared.clamp_min(0).sqrt())
-
-
-def inner_products(factors: linalg.SVD) -> Tensor:
+def _inner_products(factors: linalg.SVD) -> Tensor:
     """Return the Frobenius inner product of each two components. Shape (g, R, R)."""
     U, S, Vh = (part.double() for part in factors)
     B_OR = U * S.unsqueeze(-2)

@@ -105,9 +105,13 @@ class Spectrum(ABC):
         return self.error()
 
     def relative_error(self) -> Tensor:
-        """Return ``error`` over the norm of the weight; zero for a zero weight."""
-        curve = self.error()
-        return curve / curve[0].clamp_min(1e-300)
+        """Return ``error`` over ``norm``; zero for a zero weight."""
+        return self.error() / self.norm.clamp_min(1e-300)
+
+    @property
+    def norm(self) -> Tensor:
+        """The Frobenius norm of the weight, float64."""
+        return self.error()[0]
 
     def relative_error_at(self, keep: Keep) -> float:
         """Return ``relative_error`` at ``keep``. The default is for components whose squared errors add up."""

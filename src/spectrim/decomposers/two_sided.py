@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spectrim.decomposers import oblique, resumed
 from spectrim.decomposers.matrix import Factors, View, to_matrix
@@ -11,7 +11,6 @@ from spectrim.decomposers.spectrum import NO_MOMENTS, Directions, Moments, outpu
 from spectrim.decomposers.whitened import WhitenedSpectrum
 from spectrim.errors import UserError
 from spectrim.factored.dense import DenseLayer
-from spectrim.factored.plan import Keep
 from spectrim.tools.settings import settings
 
 
@@ -82,21 +81,8 @@ class TwoSidedSVD:
         return TwoSidedSpectrum(dense, self.view, svd, S_R, self.factors)
 
 
-class TwoSidedSpectrum(WhitenedSpectrum):
+class TwoSidedSpectrum(oblique.ObliqueSpectrum, WhitenedSpectrum):
     """``W = sum_i s_i b_i a_i^T`` with unit vectors b_i and a_i, none of which need be orthogonal.
 
     ``weighted_error`` is the root of twice the predicted change of the loss.
     """
-
-    _error: Tensor | None = None
-
-    def error(self) -> Tensor:
-        if self._error is None:
-            self._error = oblique.error(self.svd)
-        return self._error
-
-    def relative_error_at(self, keep: Keep) -> float:
-        if isinstance(keep, int):
-            return float(self.relative_error()[keep])
-        dropped = sorted(set(range(self.max_rank)) - set(keep))
-        return oblique.error_without(self.svd, dropped) / max(float(self.error()[0]), 1e-300)

@@ -160,7 +160,7 @@ class EmbeddingSpectrum(WhitenedSpectrum):
     ) -> None:
         super().__init__(layer, "channel", svd, importance, factors)
         weight = layer.weight.detach()
-        self.order, self.rows, self.norm = order, weight[order[:whole_rows]].clone(), weight.double().norm().cpu()
+        self.order, self.rows, self._norm = order, weight[order[:whole_rows]].clone(), weight.double().norm().cpu()
 
     def form(self, rank: int) -> EmbeddingForm:
         return EmbeddingForm(len(self.rows), self.is_pivoted(rank))
@@ -168,8 +168,9 @@ class EmbeddingSpectrum(WhitenedSpectrum):
     def first_order(self, gradient: Tensor) -> Tensor:
         return super().first_order(gradient[self.order[len(self.rows) :]])
 
-    def relative_error(self) -> Tensor:
-        return self.error() / self.norm.clamp_min(1e-300)
+    @property
+    def norm(self) -> Tensor:
+        return self._norm
 
     def sizes(self, rank: int) -> tuple[int, ...]:
         return (*super().sizes(rank), self.rows.numel()) if len(self.rows) else super().sizes(rank)
@@ -189,7 +190,7 @@ class EmbeddingSpectrum(WhitenedSpectrum):
         return layer
 
 
-class TiedSpectrum(EmbeddingSpectrum):
+class TiedSpectrum(oblique.ObliqueSpectrum, EmbeddingSpectrum):
     """The spectrum of an embedding whose weight is also that of a head.
 
     Let D be diagonal with the frequency of each id, W the embedding with a row for each id, and h an input of the head.
@@ -202,16 +203,3 @@ class TiedSpectrum(EmbeddingSpectrum):
 
     ``weighted_error`` is the root of the sum of both relative squared errors.
     """
-
-    _error: Tensor | None = None
-
-    def error(self) -> Tensor:
-        if self._error is None:
-            self._error = oblique.error(self.svd)
-        return self._error
-
-    def relative_error_at(self, keep: Keep) -> float:
-        if isinstance(keep, int):
-            return float(self.relative_error()[keep])
-        dropped = sorted(set(range(self.max_rank)) - set(keep))
-        return oblique.error_without(self.svd, dropped) / float(self.norm.clamp_min(1e-300))
