@@ -84,6 +84,15 @@ def test_a_folder_may_hold_some_of_the_classes_of_a_network(root: Path, tmp_path
         settings(root, classes=str(tmp_path / "nowhere.txt")).load()
 
 
+def test_a_name_of_a_class_may_have_spaces(root: Path, tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        (root / part / "dog").rename(root / part / "great dane")
+    names = tmp_path / "names.txt"
+    names.write_text("great white shark\ncat\n\n great dane \n")
+    splits = settings(root, classes=str(names)).load()
+    assert splits.num_classes == 3 and set(splits.train.labels.tolist()) == {1, 2}
+
+
 def test_worker_processes_read_the_same(root: Path) -> None:
     plain, parallel = settings(root).load().test, settings(root, workers=1).load().test
     for (first, _), (second, _) in zip(plain, parallel, strict=True):

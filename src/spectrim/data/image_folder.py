@@ -202,7 +202,7 @@ def _places(path: Path, folders: list[str]) -> tuple[Tensor, list[str]]:
     Raises ``UserError`` where the file cannot be read, or does not name a folder once.
     """
     try:
-        known = path.read_text(encoding="utf-8").split()
+        known = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.classes={path} cannot be read ({first_line(error)}); give a text file") from None
     odd = [name for name in folders if known.count(name) != 1]
