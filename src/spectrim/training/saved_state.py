@@ -84,7 +84,8 @@ class TrainingState:
                 parameter.data = saved.to(parameter.device)
             for key, prefix in _PREFIXES.items():
                 if f"{prefix}.{name}" in values:
-                    optimizer.state[parameter][key] = values[f"{prefix}.{name}"].to(parameter.device)
+                    found = values[f"{prefix}.{name}"]  # torch counts steps on the CPU
+                    optimizer.state[parameter][key] = found if key == "step" else found.to(parameter.device)
         model.load_state_dict({name[6:]: value for name, value in values.items() if name in known})
         self.read.update(json.loads(metadata.get("read", "{}")))
         return json.loads(metadata["curve"])
