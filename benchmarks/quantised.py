@@ -26,6 +26,7 @@ from spectrim.report.table import Column, Table
 from spectrim.runs import configuration, targets
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.remembered import MEASUREMENTS
+from spectrim.surgery.cost import parameters
 from spectrim.surgery.given_model import copied
 from spectrim.tools import resume
 from spectrim.tools.memo import Memory
@@ -94,12 +95,12 @@ def _measured(quick: bool) -> Outcome:
 
 def _rows(models: Models, times: Sequence[dict[str, float]], given: Given) -> Iterator[dict[str, Any]]:
     """Yield a row for each model and precision. Only the dense model and one compressed one have 8 and 4 bits."""
-    whole = _params(given.model)
+    whole = parameters(given.model)
     with tqdm(desc="quantised", total=len(models), leave=False, disable=None) as bar:
         for (name, (model, plan)), own in zip(models.items(), times, strict=True):
             in_all = name in ("dense", _name(FEW_BITS_AT))
             for precision, bits in list(PRECISIONS.items())[: None if in_all else 1]:
-                about = {"model": name, "precision": precision, "params_kept": _params(model) / whole}
+                about = {"model": name, "precision": precision, "params_kept": parameters(model) / whole}
                 yield {**about, **_stored(model, plan, bits, given.tests), **(own if bits == 16 else {})}
             bar.update()
 
@@ -141,10 +142,6 @@ def _compressed(given: Given, sizes: Sequence[float]) -> Iterator[tuple[str, tup
 
 def _name(size: float) -> str:
     return f"joint, {100 * size:g} %"
-
-
-def _params(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _stored(model: nn.Module, plan: RankPlan, bits: int, tests: Mapping[str, Any]) -> dict[str, float]:
