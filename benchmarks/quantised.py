@@ -1,4 +1,4 @@
-"""Compare low rank with weights of 8 and 4 bits, and both together: bytes of the file, perplexity, decoding speed."""
+"""Compare low rank with weights of few bits, and both together: bytes of the file, perplexity, decoding speed."""
 
 import tempfile
 import time
@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from spectrim.algorithms.joint import Joint
 from spectrim.checkpoints import single_file
+from spectrim.decomposers.matrix import Factors
 from spectrim.decomposers.two_sided import TwoSidedSVD
 from spectrim.factored.plan import RankPlan
 from spectrim.fetch import pretrained
@@ -32,13 +34,16 @@ from spectrim.tools import resume
 from spectrim.tools.memo import Memory
 
 RESUME = Path(__file__).resolve().parents[1] / "build" / "benchmarks" / "quantised"
-SIZES = (0.8,)
-GROUP = 32  # weights that share a scale at 4 bits; at 8 bits a row does
-PRECISIONS = {"bfloat16": 16, "8 bits": 8, "4 bits": 4}
-FEW_BITS_AT = 0.8  # the compressed model that is stored in 8 bits, too
-CALIBRATION, TEST = 32, 8  # blocks of 256 tokens
+GROUP = 32  # weights that share a scale below 8 bits; at 8 bits a row does
+DENSE = {"bfloat16": 16, "8 bits": 8, "6 bits": 6, "4 bits": 4}
+COMPRESSED = {"bfloat16": 16, "8 bits": 8, "4 bits": 4}
+SIZES: Mapping[Factors, tuple[float, ...]] = {"pivoted": (0.9, 0.8, 0.7), "plain": (0.9, 0.8)}
+DRAWS = (0, 1, 2)
+CALIBRATION, TEST = 64, 8  # blocks of 256 tokens
+TIMED = ("dense", "joint, pivoted, 80 %", "joint, plain, 80 %")  # of the first draw
 BATCHES, PROMPT, TOKENS, TURNS = (1, 16), 32, 8, 3
 CORPORA = ("imdb_corpus", "sotu")
+MEASURED = ("params_kept", "megabytes", "bytes_kept", *CORPORA)
 COLUMNS = (
     Column("model", "model"),
     Column("precision", "stored in"),
@@ -52,15 +57,20 @@ COLUMNS = (
 )
 
 
-Models = Mapping[str, tuple[nn.Module, RankPlan]]  # by their names in the table
-
-
 class Given(NamedTuple):
     """A decoder, its calibration batches, and the test batches of each corpus."""
 
     model: nn.Module
     calibration: Any
     tests: Mapping[str, Any]
+
+
+class Made(NamedTuple):
+    """A model of the table by its name, dense or compressed, with its plan."""
+
+    name: str
+    model: nn.Module
+    plan: RankPlan
 
 
 def benchmark(quick: bool) -> Outcome:
@@ -70,44 +80,58 @@ def benchmark(quick: bool) -> Outcome:
 
 
 def _measured(quick: bool) -> Outcome:
-    given, sizes = (_tiny(), (0.8,)) if quick else (_smollm2(), SIZES)
-    models = {"dense": (given.model, RankPlan()), **dict(_compressed(given, sizes))}
-    times = _times([model for model, _ in models.values()], quick)
-    data = pd.DataFrame(list(_rows(models, times, given)))
-    data["bytes_kept"] = data["megabytes"] / data["megabytes"].iloc[0]
+    draws, sizes = (DRAWS[:1], dict.fromkeys(SIZES, (0.8,))) if quick else (DRAWS, SIZES)
+    runs, times, digests = list[dict[str, Any]](), dict[str, dict[str, float]](), list[str]()
+    for draw in tqdm(draws, desc="quantised", leave=False, disable=None):
+        given = _tiny() if quick else _smollm2(draw)
+        made = [Made("dense", given.model, RankPlan()), *_compressed(given, sizes)]
+        times = times or _times([one for one in made if one.name in TIMED], quick)
+        runs += _rows(made[:1] if draw == draws[0] else [], DENSE, given)
+        runs += _rows(made[1:], COMPRESSED, given)
+        digests = ["noise"] if quick else [test.digest() for test in given.tests.values()]
+    frame = pd.DataFrame(runs)
+    frame["bytes_kept"] = frame["megabytes"] / frame["megabytes"].iloc[0]
+    data = _averaged(frame, times)
     notes = [
         *_winners(data),
-        f"Weights of 8 bits: one scale a row. Of 4 bits: one scale for {GROUP} weights. Both rounded to nearest, "
-        "symmetric, without calibration, as torchao's IntxWeightOnlyConfig does. Scales, norms and the embedding, "
-        "which is also the head, are stored in bfloat16. All computing is in float32, with the weights as stored. The "
-        "dense weights come from a file of 4 bits in blocks of another kind.",
-        "Joint: joint selection, pivoted factors of the spectrum whitened on both sides, one calibration draw of "
-        f"{CALIBRATION} blocks of 256 tokens of reviews; no fine-tuning. Perplexity: on {TEST} test blocks a corpus.",
+        "Numbers with a deviation (ddof = 1) are means over "
+        f"{len(draws)} calibration draws. Weights of 8 bits: one scale a row. Of 6 and 4 bits: one scale for {GROUP} "
+        "weights. All are rounded to nearest, symmetric, without calibration, as torchao's IntxWeightOnlyConfig does. "
+        "Scales, norms and the embedding, which is also the head, are stored in bfloat16. All computing is in float32, "
+        "with the weights as stored. The dense weights come from a file of 4 bits in blocks of another kind.",
+        f"Joint: joint selection on the spectrum whitened on both sides, from {CALIBRATION} blocks of 256 tokens of "
+        f"reviews; no fine-tuning. Perplexity: on {TEST} test blocks a corpus.",
         f"Speed: greedy decoding of {TOKENS} tokens after {PROMPT}, with a cache, eager, in float32; the median of "
-        f"{TURNS} turns of all models, on one thread. Weights of 8 and 4 bits are not timed: without a kernel of "
-        "their own they are unpacked at each call.",
+        f"{TURNS} turns of all models, on one thread, first draw. Weights of few bits are not timed: without a kernel "
+        "of their own they are unpacked at each call.",
     ]
-    settings = {"quick": quick, "sizes": list(sizes), "precisions": list(PRECISIONS), "calibration": CALIBRATION}
+    settings = {"quick": quick, "sizes": sizes, "draws": draws, "precisions": DENSE, "calibration": CALIBRATION}
     caption = "Low rank, weights of few bits, and both, of a decoder"
-    digest = "noise" if quick else ", ".join(test.digest() for test in given.tests.values())
-    return Outcome(Table("quantised", data, COLUMNS, caption, notes, group="model"), [], settings, digest)
+    return Outcome(Table("quantised", data, COLUMNS, caption, notes, group="model"), [], settings, ", ".join(digests))
 
 
-def _rows(models: Models, times: Sequence[dict[str, float]], given: Given) -> Iterator[dict[str, Any]]:
-    """Yield a row for each model and precision. Only the dense model and one compressed one have 8 and 4 bits."""
+def _rows(models: Sequence[Made], precisions: Mapping[str, int], given: Given) -> Iterator[dict[str, Any]]:
+    """Yield what is measured of each model in each precision."""
     whole = parameters(given.model)
-    with tqdm(desc="quantised", total=len(models), leave=False, disable=None) as bar:
-        for (name, (model, plan)), own in zip(models.items(), times, strict=True):
-            in_all = name in ("dense", _name(FEW_BITS_AT))
-            for precision, bits in list(PRECISIONS.items())[: None if in_all else 1]:
-                about = {"model": name, "precision": precision, "params_kept": parameters(model) / whole}
-                yield {**about, **_stored(model, plan, bits, given.tests), **(own if bits == 16 else {})}
-            bar.update()
+    for name, model, plan in models:
+        for precision, bits in precisions.items():
+            about = {"model": name, "precision": precision, "params_kept": parameters(model) / whole}
+            yield about | _stored(model, plan, bits, given.tests)
 
 
-def _smollm2() -> Given:
-    """Return SmolLM2, calibration blocks of reviews, and test blocks of each corpus."""
-    sizes = [f"data.calibration_size={CALIBRATION}", f"data.test_size={TEST}"]
+def _averaged(frame: pd.DataFrame, times: Mapping[str, dict[str, float]]) -> pd.DataFrame:
+    """Return the mean and the deviation over the draws, by model and precision, with the times of the models."""
+    groups = frame.groupby(["model", "precision"], sort=False)[list(MEASURED)]
+    data = groups.mean().join(groups.std(ddof=1).add_suffix("_std")).reset_index()
+    for key in (f"batch_{batch}" for batch in BATCHES):
+        own = data["model"].map({name: seconds[key] for name, seconds in times.items()})
+        data[key] = own.where(data["precision"] == next(iter(DENSE)))
+    return data
+
+
+def _smollm2(draw: int) -> Given:
+    """Return SmolLM2, one draw of calibration blocks of reviews, and test blocks of each corpus."""
+    sizes = [f"data.calibration_size={CALIBRATION}", f"data.test_size={TEST}", f"data.calibration_seed={draw}"]
     with initialize_config_dir(configuration.CONF, version_base="1.3"):
         composed = {name: compose("config", ["model=smollm2", f"data={name}", *sizes]) for name in CORPORA}
     model = targets.build(configuration.plain(composed[CORPORA[0]].model), "forward").eval()
@@ -128,20 +152,15 @@ def _tiny() -> Given:
     return Given(library.LlamaForCausalLM(config).eval(), batches, dict.fromkeys(CORPORA, batches))
 
 
-def _compressed(given: Given, sizes: Sequence[float]) -> Iterator[tuple[str, tuple[nn.Module, RankPlan]]]:
-    """Yield each compressed model with its plan, by its name in the table."""
-    objective = Objective(
-        token_loss, {"calibration": given.calibration}, memory=Memory(whitened=1, gates=1, **MEASUREMENTS)
-    )
-    decomposer = TwoSidedSVD("channel", factors="pivoted")
-    for size in sizes:
-        chosen = Joint(params_kept=size, samples=500, significance=4, refit=0)
-        made = chosen.compress(given.model, decomposer, objective)
-        yield _name(size), (made.model, made.plan)
-
-
-def _name(size: float) -> str:
-    return f"joint, {100 * size:g} %"
+def _compressed(given: Given, sizes: Mapping[Factors, Sequence[float]]) -> Iterator[Made]:
+    """Yield the model of each form of factors and size."""
+    for form, kept in sizes.items():
+        memory = Memory(whitened=1, gates=1, **MEASUREMENTS)
+        objective = Objective(token_loss, {"calibration": given.calibration}, memory=memory)
+        for size in kept:
+            chosen = Joint(params_kept=size, samples=500, significance=4, refit=0)
+            made = chosen.compress(given.model, TwoSidedSVD("channel", factors=form), objective)
+            yield Made(f"joint, {form}, {100 * size:g} %", made.model, made.plan)
 
 
 def _stored(model: nn.Module, plan: RankPlan, bits: int, tests: Mapping[str, Any]) -> dict[str, float]:
@@ -176,10 +195,11 @@ def _perplexity(model: nn.Module, test: Any, name: str) -> float:
 
 
 def rounded(W_OI: Tensor, bits: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Return ``W`` in integers of 8 or 4 bits, as it is stored, and the weight that they stand for.
+    """Return ``W`` in integers of at most 8 bits, as it is stored, and the weight that they stand for.
 
-    Symmetric rounding to nearest. The largest weight of a row, or of ``GROUP`` neighbours in a row at 4 bits, sets the
-    scale. Two integers of 4 bits share a byte. The last group of a row is filled up with zeros.
+    Symmetric rounding to nearest. The largest weight of a row, or of ``GROUP`` neighbours in a row below 8 bits, sets
+    the scale. The integers follow one another without gaps between their bits. The last group of a row is filled up
+    with zeros.
     """
     columns, largest = W_OI.shape[1], 2 ** (bits - 1) - 1
     group = columns if bits == 8 else GROUP
@@ -188,22 +208,21 @@ def rounded(W_OI: Tensor, bits: int) -> tuple[dict[str, Tensor], Tensor]:
     scale_OG1 = scale_OG1.bfloat16().to(W_OI.dtype)
     codes = (W_OGI / scale_OG1).round().clamp(-largest - 1, largest)
     value = (codes * scale_OG1).flatten(1)[:, :columns]
-    stored = codes.flatten(1).to(torch.int8)
-    if bits == 4:
-        low, high = stored.view(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
-        stored = (low & 15) | (high & 15) << 4
-    return {"codes": stored, "scales": scale_OG1.squeeze(-1).bfloat16()}, value
+    places = torch.arange(bits, dtype=torch.uint8)
+    binary = codes.flatten(1).to(torch.int8).view(torch.uint8)[..., None] >> places & 1
+    packed = torch.from_numpy(np.packbits(binary.flatten(1).numpy(), axis=1, bitorder="little"))
+    return {"codes": packed, "scales": scale_OG1.squeeze(-1).bfloat16()}, value
 
 
-def _times(models: Sequence[nn.Module], quick: bool) -> list[dict[str, float]]:
+def _times(models: Sequence[Made], quick: bool) -> dict[str, dict[str, float]]:
     """Return, for each model, the time of decoding over that of the first one, at each batch size."""
-    found: list[dict[str, float]] = [{} for _ in models]
+    found: dict[str, dict[str, float]] = {one.name: {} for one in models}
     for batch in BATCHES:
         prompt = torch.randint(3, 60, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
-        turns = [[_decoding(model, prompt) for model in models] for _ in range(1 if quick else TURNS)]
+        turns = [[_decoding(one.model, prompt) for one in models] for _ in range(1 if quick else TURNS)]
         medians = [median(own) for own in zip(*turns, strict=True)]
-        for row, seconds in zip(found, medians, strict=True):
-            row[f"batch_{batch}"] = seconds / medians[0]
+        for one, seconds in zip(models, medians, strict=True):
+            found[one.name][f"batch_{batch}"] = seconds / medians[0]
     return found
 
 
@@ -217,18 +236,16 @@ def _decoding(model: Any, prompt: Tensor) -> float:
 
 
 def _winners(data: pd.DataFrame) -> list[str]:
-    """Return, for each compressed model as stored, whether the dense one at fewer bytes has lower perplexities."""
-    dense, lines = data[data["model"] == "dense"], []
+    """Return which compressed models, as stored, a smaller file of the dense model is as good as on every corpus."""
+    dense, told = data[data["model"] == "dense"], dict[str, list[str]]()
     for _, row in data[data["model"] != "dense"].iterrows():
-        name = f"{row['model']} in {row['precision']} ({row['megabytes']:.1f} MB)"
         smaller = dense[dense["megabytes"] <= row["megabytes"]]
         best = smaller[(smaller[list(CORPORA)] <= row[list(CORPORA)]).all(axis=1)]
+        said = "Smaller than every file of the dense model"
         if len(best):
-            other = best.iloc[0]
-            told = f"quantisation alone wins: dense in {other['precision']} ({other['megabytes']:.1f} MB) is smaller"
-            lines.append(f"{name}: {told}, and its perplexities are not higher.")
+            said = f"Quantisation alone wins: dense in {best['precision'].iloc[0]} ({best['megabytes'].iloc[0]:.1f} MB)"
+            said += " is smaller, and its perplexities are not higher, than"
         elif len(smaller):
-            lines.append(f"{name}: no smaller file of the dense model has perplexities as low on both corpora.")
-        else:
-            lines.append(f"{name}: smaller than any file of the dense model.")
-    return lines
+            said = "No smaller file of the dense model has perplexities as low on both corpora as"
+        told.setdefault(said, []).append(f"{row['model']} in {row['precision']} ({row['megabytes']:.1f} MB)")
+    return [f"{said}: {'; '.join(models)}." for said, models in told.items()]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -79,17 +80,19 @@ def test_integers_of_few_bits_stand_for_the_weight_to_half_a_step(monkeypatch: p
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from quantised import GROUP, rounded
 
-    W = torch.randn(5, GROUP + 8, generator=torch.Generator().manual_seed(0))
-    for bits, group in ((8, GROUP + 8), (4, GROUP)):
+    columns = GROUP + 8
+    W = torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
+    for bits, group in ((8, columns), (6, GROUP), (4, GROUP)):
         stored, value = rounded(W, bits)
-        scales = stored["scales"].float().repeat_interleave(group, 1)[:, : GROUP + 8]
+        scales = stored["scales"].float().repeat_interleave(group, 1)[:, :columns]
         edge = 2 ** (bits - 1) - 1  # the largest positive weight of a group is cut by up to half a step more
         assert ((value - W).abs() <= scales * (0.51 + (edge * scales < W))).all()
-        assert stored["codes"].numel() == W.shape[0] * (GROUP + 8 if bits == 8 else GROUP)  # two groups, two a byte
-    low, high = stored["codes"] & 15, stored["codes"] >> 4
-    codes = torch.stack([low, high], -1).flatten(1).to(torch.int8)
-    codes = torch.where(codes > 7, codes - 16, codes)[:, : GROUP + 8]
-    assert torch.equal(codes * scales, value)  # the packed integers say all
+        whole = columns if bits == 8 else 2 * GROUP  # the second group is filled up
+        assert stored["codes"].numel() == W.shape[0] * whole * bits // 8
+        binary = np.unpackbits(stored["codes"].numpy(), axis=1, bitorder="little").reshape(5, whole, bits)
+        codes = binary.astype(int) @ (1 << np.arange(bits))
+        codes = torch.from_numpy(np.where(codes > edge, codes - 2**bits, codes))[:, :columns]
+        assert torch.equal(codes * scales, value)  # the packed integers say all
 
 
 def test_a_missed_target_is_printed_as_missed(monkeypatch: pytest.MonkeyPatch) -> None:
