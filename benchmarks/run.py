@@ -22,6 +22,7 @@ import sizes
 import speed
 import sweep
 import torch
+import variants
 from measure import Outcome
 
 from spectrim.errors import UserError
@@ -38,6 +39,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "pivoted": pivoted.benchmark,
     "quantised": quantised.benchmark,
     "refit": refit.benchmark,
+    "variants": variants.benchmark,
     "speed": speed.benchmark,
     "memory": memory.benchmark,
 }

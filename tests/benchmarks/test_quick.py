@@ -12,8 +12,10 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-NAMES = ("curves", "selection", "sizes", "sweep", "latency", "pivoted", "quantised", "refit", "speed", "memory")
-TARGETS = dict.fromkeys(NAMES, 1) | {"sizes": 3, "latency": 0, "quantised": 0, "pivoted": 4, "refit": 2, "speed": 2}
+KNOWN = "curves, selection, sizes, sweep, latency, pivoted, quantised, refit, variants, speed, memory"
+NAMES = KNOWN.split(", ")
+OTHERS = {"latency": 0, "quantised": 0, "refit": 2, "speed": 2, "variants": 2, "sizes": 3, "pivoted": 4}
+TARGETS = dict.fromkeys(NAMES, 1) | OTHERS
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -76,6 +78,15 @@ def test_no_layer_is_timed_above_its_share_of_macs(folder: Path) -> None:
     assert all((row["verdict"] == "SLOWER") == (float(row["time_ratio"]) > 1) for row in rows)
 
 
+def test_views_in_the_knapsack_are_those_of_joint_selection_or_predicted_to_be_better(folder: Path) -> None:
+    default, inside, refitted = _rows(folder, "variants")
+    origin = json.loads((folder / "variants.provenance.json").read_text())
+    assert [target["measured"] for target in origin["targets"]] == [0, 0]
+    assert float(inside["predicted"]) <= float(default["predicted"]) * 1.001  # the knapsack ends within a thousandth
+    assert all(0.49 < float(row["params_kept"]) <= 0.5 for row in (default, inside, refitted))
+    assert refitted["to_default"] and not default["to_default"]
+
+
 def test_integers_of_few_bits_stand_for_the_weight_to_half_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from quantised import GROUP, rounded
@@ -110,7 +121,4 @@ def test_a_missed_target_is_printed_as_missed(monkeypatch: pytest.MonkeyPatch) -
 def test_an_unknown_name_is_refused_in_one_line() -> None:
     done = _run("curve")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith(
-        "unknown benchmark 'curve'; known: "
-        "curves, selection, sizes, sweep, latency, pivoted, quantised, refit, speed, memory"
-    )
+    assert done.stderr.splitlines()[-1].endswith(f"unknown benchmark 'curve'; known: {KNOWN}")
