@@ -110,9 +110,9 @@ def points(row: Any) -> str:
     return number(row["change_test_accuracy_pp"], 2, True)
 
 
-def macs(results: Path, variant: str, model: str = "resnet20") -> str:
-    """Return the part of the MACs that a selector keeps of a network at half of its parameters, in percent."""
-    return f"{100 * at(results, model, variant, '0.5')['macs_kept']:.0f} %"
+def macs(results: Path, variant: str, model: str = "resnet20", share: str = "0.5") -> str:
+    """Return the part of the MACs that a selector keeps of a network at a share of its parameters, in percent."""
+    return f"{100 * at(results, model, variant, share)['macs_kept']:.0f} %"
 
 
 def pivoted_time(results: Path) -> str:
@@ -184,7 +184,10 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "densenet_verified": lambda results: removed(selected(results, "densenet22", "verified")),
     "whitened": whitened,
     "kept_loss": kept_loss,
-    "vgg_joint_30": lambda results: points(at(results, "vgg19_half", "joint, ours", "0.3")),
+    "vgg_joint_30": lambda results: points(at(results, "vgg19_half", PIVOTED, "0.3")),
+    "vgg_knapsack_30": lambda results: points(at(results, "vgg19_half", REFITTED, "0.3")),
+    "vgg_joint_macs": lambda results: macs(results, PIVOTED, "vgg19_half", "0.3"),
+    "vgg_knapsack_macs": lambda results: macs(results, REFITTED, "vgg19_half", "0.3"),
     "resnext_joint_50": lambda results: points(at(results, "resnext20", PIVOTED, "0.5")),
     "resnext_knapsack_50": lambda results: points(at(results, "resnext20", REFITTED, "0.5")),
     "resnext_joint_30": lambda results: points(at(results, "resnext20", PIVOTED, "0.3")),
