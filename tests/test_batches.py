@@ -1,14 +1,17 @@
 """A model that does not take its inputs is said in one line, with the layer, whoever called it."""
 
 from collections import namedtuple
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import spectrim
 from spectrim import api
 from spectrim.batches import (
+    aliased,
     alone_trainable,
     batch_size,
     first_samples,
@@ -16,6 +19,7 @@ from spectrim.batches import (
     one_sample,
     repeated,
     sample_count,
+    tensors_of,
 )
 from spectrim.cli import run
 from spectrim.errors import UserError
@@ -161,3 +165,71 @@ def test_a_packed_sequence_is_one_argument() -> None:
     packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 5, 4), [5, 3, 2], batch_first=True)
     assert batch_size(packed) == 3
     assert forward(nn.LSTM(4, 6, batch_first=True), packed)[1][0].shape == (1, 3, 6)
+
+
+@dataclass
+class Output:
+    scores: Tensor
+    features: dict[str, Tensor]
+    about: str = "text"
+    count: int = field(init=False, default=0)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    inner: Output
+    names: tuple[str, ...]
+
+
+def test_the_tensors_of_a_dataclass_are_found_and_changed() -> None:
+    scores, features = torch.randn(3, 2), torch.randn(3, 4)
+    given = Frozen(Output(scores, {"a": features}), ("x",))
+    assert [id(own) for own in tensors_of(given)] == [id(scores), id(features)]
+    changed = aliased(given)
+    assert isinstance(changed, Frozen) and isinstance(changed.inner, Output) and changed.names == ("x",)
+    assert changed.inner.scores is not scores and torch.equal(changed.inner.scores, scores)
+    assert torch.equal(one_sample(given, 1, 3).inner.features["a"], features[1:2])
+    kept = Output(scores, {}, "other")
+    assert first_samples(kept, 2, 3).about == "other" and tensors_of(Output) == []
+
+
+@pytest.mark.parametrize("wrap", [lambda y: Output(y, {}), lambda y: {"scores": y}, lambda y: (y, None)])
+def test_a_model_may_return_tensors_in_any_structure(wrap: Any) -> None:
+    class Wrapped(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return wrap(super().forward(x))
+
+    def loss(outputs: Any, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(first(outputs), targets)
+
+    def first(outputs: Any) -> Tensor:
+        return tensors_of(outputs)[0]
+
+    torch.manual_seed(0)
+    net = Wrapped(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5))
+    plain = nn.Sequential(*net)
+    data = [(torch.randn(8, 6), torch.randint(5, (8,))) for _ in range(3)]
+    joint = spectrim.Joint(params_kept=0.7, samples=24, refit=24, refine=spectrim.Refinement(samples=24))
+    result = spectrim.compress(net, calibration=data, loss=loss, algorithm=joint)
+    same = spectrim.compress(plain, calibration=data, loss=lambda y, t: loss((y,), t), algorithm=joint)
+    assert result.plan.keys() == same.plan.keys() and "distance_after" in result.log[-1]
+
+
+def test_outputs_without_tensors_are_one_line() -> None:
+    class Hidden:
+        def __init__(self, scores: Tensor) -> None:
+            self.scores = scores
+
+    class Hiding(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return Hidden(super().forward(x))
+
+    net = Hiding(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5))
+    data = [(torch.randn(8, 6), torch.randint(5, (8,)))]
+    with pytest.raises(UserError, match="^the outputs are a Hidden in which no tensor is found; let the model return"):
+        spectrim.compress(
+            net,
+            calibration=data,
+            loss=lambda outputs, targets: nn.functional.cross_entropy(outputs.scores, targets),
+            algorithm=spectrim.Joint(params_kept=0.7, samples=8),
+        )

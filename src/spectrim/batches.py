@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import fields, is_dataclass, replace
 from traceback import walk_tb
 from typing import Any
 
@@ -122,8 +122,8 @@ def _sampled(values: Any, chosen: Tensor, count: int, inside: bool = False) -> A
         return values[chosen.to(values.device)] if values.ndim and len(values) == count else values
     if isinstance(values, tuple | list) and _are_samples(values, count, inside):
         return _rebuilt(values, [values[index] for index in chosen.tolist()])
-    if isinstance(values, Mapping):
-        return _renamed(values, {key: _sampled(value, chosen, count, inside=True) for key, value in values.items()})
+    if (parts := _parts(values)) is not None:
+        return _renamed(values, {key: _sampled(value, chosen, count, inside=True) for key, value in parts.items()})
     if isinstance(values, tuple | list):
         return _rebuilt(values, [_sampled(value, chosen, count, inside=True) for value in values])
     return values
@@ -142,16 +142,27 @@ def _rebuilt(values: Any, items: list[Any]) -> Any:
     return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
 
 
-def _renamed(values: Mapping[str, Any], items: dict[str, Any]) -> Any:
-    """Return ``items`` in an output of transformers where ``values`` are one; in a dict otherwise."""
-    return type(values)(**items) if hasattr(values, "to_tuple") else items
+def _parts(values: Any) -> Mapping[str, Any] | None:
+    """Return the parts of a mapping or of a dataclass by name; None for anything else."""
+    if isinstance(values, Mapping):
+        return values
+    if isinstance(values, type) or not is_dataclass(values):
+        return None
+    return {own.name: getattr(values, own.name) for own in fields(values) if own.init}
+
+
+def _renamed(values: Any, items: dict[str, Any]) -> Any:
+    """Return ``items`` in a dataclass where ``values`` are one, as outputs of transformers are; in a dict otherwise."""
+    if is_dataclass(values) and all(getattr(values, name) is item for name, item in items.items()):
+        return values
+    return replace(values, **items) if is_dataclass(values) else items  # type: ignore[type-var]
 
 
 def _mapped(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
     if isinstance(inputs, Tensor | PackedSequence):
         return change(inputs)
-    if isinstance(inputs, Mapping):
-        return _renamed(inputs, {key: _mapped(value, change) for key, value in inputs.items()})
+    if (parts := _parts(inputs)) is not None:
+        return _renamed(inputs, {key: _mapped(value, change) for key, value in parts.items()})
     if isinstance(inputs, tuple | list):
         return _rebuilt(inputs, [_mapped(value, change) for value in inputs])
     return inputs
@@ -160,17 +171,6 @@ def _mapped(inputs: Inputs, change: Callable[[Any], Any]) -> Inputs:
 def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """Return what a layer is called on, whether by position or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """Batches of a split that can be iterated repeatedly; each iteration validates every batch."""
-
-    split: str
-    batches: Batches
-
-    def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
-        return pairs(self.batches, self.split)
 
 
 def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:

@@ -160,3 +160,17 @@ def test_a_model_of_packed_integers_is_not_saved_without_them(tmp_path: Path) ->
     with pytest.raises(UserError, match="which no file holds; save the model before it is quantised$"):
         replace(result, model=small).save(tmp_path / "small.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sides", [(6, 6), (6, 9)])
+def test_a_transposed_view_of_a_weight_is_another_tensor(sides: tuple[int, int], tmp_path: Path) -> None:
+    def net(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+        encode, decode = nn.Linear(*sides, bias=False), nn.Linear(*sides[::-1], bias=False)
+        decode.weight = nn.Parameter(encode.weight.detach().t())
+        return nn.Sequential(encode, nn.Tanh(), decode).to(dtype)
+
+    given, x = net(), torch.randn(4, sides[0])
+    single_file.save(tmp_path / "net", given, RankPlan())
+    for into in (net(), net(torch.float64), copy.deepcopy(net()), net().to("meta")):
+        loaded = spectrim.load(tmp_path / "net", into=into)
+        torch.testing.assert_close(loaded(x.to(loaded[0].weight)).float(), given(x))

@@ -311,3 +311,15 @@ def test_what_cannot_be_refined_is_refused_before_the_selection(net: nn.Module, 
 def test_fewer_samples_than_a_batch_take_one_step(net: nn.Module, cut: Compressed, objective: Objective) -> None:
     entry = refine(cut.model, net, objective, Refinement(samples=1, lr=1e-4)).entry
     assert entry is not None and (entry["steps"], entry["inputs"]) == (1, 32)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_model_that_computes_the_same_is_refined_without_a_fault(seed: int) -> None:
+    """The divergence of equal scores is 0 but for rounding, which may be below 0."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 40))
+    nn.init.zeros_(net[0].weight)
+    data = [(torch.randn(8, 6), torch.randint(40, (8,))) for _ in range(3)]
+    joint = Joint(params_kept=0.9, samples=8, refine=Refinement(samples=16))
+    result = compress(net, calibration=data, algorithm=joint)
+    assert 0 <= result.log[-1]["distance_after"] <= result.log[-1]["distance_before"]

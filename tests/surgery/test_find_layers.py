@@ -245,3 +245,22 @@ def test_a_module_with_a_parametrised_weight_is_noted_with_all_that_it_holds() -
         f"0: left dense: {other} ({in_conv / total:.2%} of the parameters)",
         f"1: left dense: {computed} ({in_linear / total:.2%} of the parameters)",
     ]
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.Conv1d])
+def test_a_convolution_of_single_images_stays_dense(kind: Any) -> None:
+    class OneByOne(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.whole, self.single, self.head = kind(3, 12, 3, padding=1), kind(12, 12, 3), nn.Linear(12, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.stack([self.single(own).flatten(1).mean(1) for own in self.whole(x)]))
+
+    shape = (6, 3, 7, 7) if kind is nn.Conv2d else (6, 3, 7)
+    data = [(torch.randn(shape), torch.randint(5, (6,))) for _ in range(2)]
+    joint = spectrim.Joint(params_kept=0.9, samples=6, refit=6)
+    result = spectrim.compress(OneByOne(), calibration=data, algorithm=joint)
+    name = {nn.Conv2d: "single", nn.Conv1d: "single.conv"}[kind]
+    assert result.plan and name not in result.plan
+    assert any("it is called on an image without a dimension of samples" in note for note in result.notes)

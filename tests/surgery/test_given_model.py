@@ -194,3 +194,20 @@ def test_compression_changes_neither_state_nor_mode(training: bool) -> None:
     compress(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training == training for module in model)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_rows_that_a_look_up_scales_come_back(kind: Any) -> None:
+    torch.manual_seed(0)
+    first = kind(20, 6, max_norm=1.0)
+    model = nn.Sequential(first, *([nn.Flatten()] if kind is nn.Embedding else []), nn.LazyLinear(12), nn.Linear(12, 5))
+    ids = [torch.randint(20, (8, 4)) for _ in range(2)]
+    before = first.weight.detach().clone()
+    model.eval()(ids[0])
+    assert not torch.equal(first.weight, before)  # torch scales them in place, in eval mode too
+    with torch.no_grad():
+        first.weight.copy_(before)
+    data = [(own, torch.randint(5, (8,))) for own in ids]
+    joint = spectrim.Joint(params_kept=0.9, samples=8, refit=8)
+    result = spectrim.compress(model, calibration=data, algorithm=joint)
+    assert result.plan and torch.equal(first.weight, before)

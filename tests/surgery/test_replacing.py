@@ -165,3 +165,23 @@ def test_what_is_frozen_stays_frozen(weight: bool, bias: bool) -> None:
         (layer,) = net
         assert (layer.first.weight.requires_grad, layer.second.weight.requires_grad) == (weight, weight)
         assert layer.bias.requires_grad == bias and layer.in_features == 8
+
+
+@pytest.mark.parametrize("weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("places", [1, 2])
+def test_flags_of_a_tied_head_stay_in_the_model_and_in_the_copy(weight: bool, bias: bool, places: int) -> None:
+    model: Any = nn.ModuleDict({"token": nn.Embedding(9, 6)})
+    for place in range(places):
+        model[f"head{place}"] = nn.Linear(6, 9)
+        model[f"head{place}"].weight = model["token"].weight
+        model[f"head{place}"].bias.requires_grad_(bias)
+    model["token"].weight.requires_grad_(weight)
+    spectrum = SVD(embeddings=True).spectrum(model["token"])
+    copied = replacing.apply(model, RankPlan.of({"token": spectrum.kept(2)}), {"token": spectrum})
+    assert [own.requires_grad for own in model.parameters()] == [weight, *[bias] * places]
+    replacing.replace(model, "token", spectrum.factor(2))
+    for net in (model, copied):
+        for place in range(places):
+            head = net[f"head{place}"]
+            assert head.bias.requires_grad == bias and head.first.weight.requires_grad == weight

@@ -81,8 +81,8 @@ def names_of_shared(model: nn.Module) -> dict[str, tuple[str, ...]]:
     groups: dict[object, list[str]] = {}
     for name, value in tensors_of(model).items():
         # An address would not do, as all tensors on the meta device have the address 0.
-        place = (value.untyped_storage()._cdata, value.storage_offset(), value.shape) if value.numel() else name
-        groups.setdefault(place, []).append(name)
+        place = value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride()
+        groups.setdefault(place if value.numel() else name, []).append(name)
     return {name: tuple(names) for names in groups.values() for name in names}
 
 

@@ -7,9 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectrim.errors import UserError
-
-# What every module of torch holds: parameters, buffers, submodules, hooks and its mode.
-TORCH_OWN = frozenset(vars(nn.Module()))
+from spectrim.tools.content import TORCH_OWN
 
 
 def transposed_kinds() -> tuple[type[nn.Module], ...]:

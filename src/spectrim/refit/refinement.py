@@ -19,7 +19,7 @@ from spectrim.refit.held_out import Batch, count_of, divided, order_of
 from spectrim.refit.optimizer import Optimizer
 from spectrim.statistics.objective import Objective
 from spectrim.tools import resume
-from spectrim.tools.content import of_function, of_model
+from spectrim.tools.content import content, of_function, of_model
 from spectrim.tools.live import Bar
 from spectrim.tools.settings import settings
 
@@ -139,6 +139,8 @@ class _Steps:
         self.batches, self.held = divided(objective, chosen.split, chosen.samples)
         self.counts, self.held_count = list(map(count_of, self.batches)), sum(map(count_of, self.held))
         self.order = order_of(self.counts, chosen.samples, chosen.seed)
+        self.folder = resume.current()
+        self.depends = self._depends() if self.folder else ""
         self.optimizer: Optimizer
         self.measure = "distance"
         self.blocks: list[dict[str, Tensor]] = []  # what the blocks of both models put out in the last pass
@@ -193,23 +195,27 @@ class _Steps:
 
     def _resumed(self, steps: range, bar: Bar) -> None:
         """Do ``steps``, or take up what an earlier process did. Raises ``_Stopped`` as ``_do``, which keeps nothing."""
-        folder, read = resume.current(), self.objective.read[self.chosen.split]
-        if folder is None:
+        read = self.objective.read[self.chosen.split]
+        if self.folder is None:
             return self._do(steps, bar)
-
-        def depends() -> list[Any]:
-            chosen = [getattr(self.chosen, name) for name in ("samples", "lr", "temperature", "seed")]
-            about = [chosen, of_function(self.chosen.augment), self.order, steps]
-            return [about, of_model(self.model), of_model(self.dense), self.optimizer.state(), self.batches]
 
         def made() -> dict[str, Tensor]:
             self._do(steps, bar)
             return self.optimizer.state()
 
-        self.optimizer.load(resume.tensors("refinement", depends, made, folder))
+        inputs = [self.depends, steps, self.optimizer.state()]
+        self.optimizer.load(resume.tensors("refinement", lambda: inputs, made, self.folder))
         bar.update(steps.stop - bar.n)
         passed = sum(self.counts[index] for index in self.order[steps.start : steps.stop])
         self.objective.read[self.chosen.split] = read + passed  # as if done here
+
+    def _depends(self) -> str:
+        """Return a digest of all that the steps depend on, but for the weights that they have reached."""
+        chosen = [getattr(self.chosen, name) for name in ("samples", "lr", "temperature", "seed")]
+        about = [chosen, of_function(self.chosen.augment), self.order]
+        return content(
+            [about, of_model(self.model), of_model(self.dense), of_function(self.objective.loss), self.batches]
+        )
 
     def _do(self, steps: range, bar: Bar) -> None:
         """Do ``steps``. Raises ``_Stopped`` where a distance is not finite or has no gradient."""
@@ -245,10 +251,10 @@ class _Steps:
 
     @torch.no_grad()
     def _held_distance(self) -> float:
-        """Return the mean distance on the held-out batches."""
+        """Return the mean distance on the held-out batches, at least 0 or NaN."""
         self.objective.read["calibration"] += self.held_count
         total = sum(count_of(batch) * self._distance(*batch).item() for batch in self.held)
-        return total / self.held_count
+        return max(total / self.held_count, 0.0)  # a divergence near 0 may be below it by rounding
 
 
 def _shape(progress: float) -> float:

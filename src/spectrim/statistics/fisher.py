@@ -24,6 +24,7 @@ from spectrim.batches import (
     to_device,
 )
 from spectrim.errors import UserError
+from spectrim.factored.dense import with_article
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
 from spectrim.factored.tied import TiedLinear
 from spectrim.losses import SpanLoss, TokenLoss, fisher_direction, scores_of
@@ -193,6 +194,11 @@ def _by_outputs(loss: Tensor, outputs: Any, count: int) -> Weighed:
     def weighed(weights: Tensor | None) -> Tensor:
         if weights is None:
             return loss
+        if not tensors:
+            raise UserError(
+                f"the outputs are {with_article(outputs)} in which no tensor is found; "
+                "let the model return tensors, in a tuple, a mapping or a dataclass"
+            )
         total = loss * 0
         gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
         for tensor, gradient in zip(tensors, gradients, strict=True):

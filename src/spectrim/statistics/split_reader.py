@@ -2,11 +2,12 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from spectrim.batches import Batches, Inputs, Pairs, sample_count
+from spectrim.batches import Batches, Inputs, pairs, sample_count
 from spectrim.errors import MissingInput, UserError
 from spectrim.statistics.processes import Distributed, Processes
 from spectrim.tools.live import Bar
@@ -18,6 +19,17 @@ KINDS = {
     "verification": "batches of (inputs, targets) that calibration= does not hold",
     "train": "batches of (inputs, targets) with a length",
 }
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Batches of a split that can be iterated repeatedly; each iteration validates every batch."""
+
+    split: str
+    batches: Batches
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
+        return pairs(self.batches, self.split)
 
 
 class SplitReader:
@@ -66,7 +78,7 @@ class SplitReader:
 
     def batches(self, split: str) -> Batches:
         """Return the batches without counting them. Iteration raises ``UserError`` for a batch that is not a pair."""
-        return Pairs(split, self.given(split))
+        return _Pairs(split, self.given(split))
 
     def counted(self, split: str) -> Iterator[Batch]:
         """Yield the batches and count their samples."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.overrides import TorchFunctionMode
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, tensors_of, to_device
+from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, tensors_of, to_device
 from spectrim.errors import UserError
 from spectrim.factored.base import OWN_NAMES
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
@@ -178,6 +178,7 @@ class _Watch(TorchFunctionMode):
 
     ``called``: the layers that are called. ``read``: the layers whose weight or bias is used while their own
     ``forward`` is not running. ``on_others``: the embeddings that are called on anything but a part of ``inputs``.
+    ``on_one``: the convolutions that are called on a single image, without a dimension of samples.
 
     It uses no hooks: nn.TransformerEncoderLayer reads the weights of its layers only where it sees none.
     """
@@ -190,7 +191,7 @@ class _Watch(TorchFunctionMode):
             self.owners_of.setdefault(id(layer.weight), set()).add(name)
         self.name_of = {id(layer): name for name, layer in layers.items()}
         self.running: list[str | None] = [None]
-        self.called, self.read, self.on_others = set[str](), set[str](), set[str]()
+        self.called, self.read, self.on_others, self.on_one = (set[str]() for _ in range(4))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in (*args, *(kwargs or {}).values()):
@@ -222,6 +223,8 @@ class _Watch(TorchFunctionMode):
             self.called |= {name} if name else set()
             if name and isinstance(module, nn.Embedding) and not self._are_given((*given, *named.values())):
                 self.on_others.add(name)
+            if name and isinstance(module, nn.Conv2d) and first_argument(given, named).ndim < 4:
+                self.on_one.add(name)
             self.running.append(name)
             try:
                 return forward_of(module, *given, **named)
@@ -258,4 +261,5 @@ def _unfit_for_replacement(model: nn.Module, layers: Mapping[str, nn.Module], ex
         forward(model, inputs)
     unfit = {name: UNCALLED for name in layers if name not in watch.called}
     unfit |= {name: "the ids that it looks up are not among the inputs" for name in watch.on_others}
+    unfit |= {name: "it is called on an image without a dimension of samples" for name in watch.on_one}
     return unfit | {name: "the model reads its weight" for name in layers if name in watch.read}

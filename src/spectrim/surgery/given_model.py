@@ -60,13 +60,14 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
     A forward pass may count its calls, update a buffer, keep an activation or append to a list. Tensors, lists,
     dictionaries, sets and deques that an attribute holds get their contents back, also where they lie in one another.
-    Scripted parts and objects of other classes are not restored. Memory: a copy of the buffers and of these tensors.
+    So do the rows of an embedding with ``max_norm``, which looking them up scales. Scripted parts and objects of other
+    classes are not restored. Memory: a copy of the buffers and of these tensors.
     """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     before = [(module, attributes_of(module), dict(module.named_buffers(recurse=False))) for module in modules]
     held: dict[int, Any] = {}
-    for _, attributes, buffers in before:
-        _gather([*buffers.values(), *attributes.values()], held)
+    for module, attributes, buffers in before:
+        _gather([*buffers.values(), *attributes.values(), *_scaled_by_passes(module)], held)
     contents = [(value, _contents(value)) for value in held.values()]
     try:
         yield
@@ -78,6 +79,12 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             module._buffers = {name: None for name, buffer in module._buffers.items() if buffer is None} | buffers
         for value, content in contents:
             _restore(value, content)
+
+
+def _scaled_by_passes(module: nn.Module) -> list[Tensor]:
+    """Return the rows of an embedding with ``max_norm``. What is written to them leaves the count of ``versions``."""
+    weight = module._parameters.get("weight")
+    return [] if weight is None or getattr(module, "max_norm", None) is None else [weight.data]
 
 
 def _gather(values: Iterable[Any], held: dict[int, Any]) -> None:

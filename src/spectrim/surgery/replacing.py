@@ -43,9 +43,10 @@ def in_place_of(before: nn.Module, layer: nn.Module) -> nn.Module:
         layer.adopt(before)
         old = before if isinstance(before, FactoredLayer) else DenseLayer.of(before)
         weight = before.first.weight if isinstance(before, FactoredLayer) else old.weight
+        bias = old.bias is not None and old.bias.requires_grad  # asked first: a head may hold the bias of ``before``
         layer.requires_grad_(weight.requires_grad)
         if layer.bias is not None and old.bias is not None:
-            layer.bias.requires_grad_(old.bias.requires_grad)
+            layer.bias.requires_grad_(bias)
     return layer
 
 

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PLAIN = Tensor | int | float | str | bytes | None
+PLAIN = Tensor | int | float | complex | str | bytes | torch.dtype | torch.device | None
+TORCH_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, submodules, hooks and mode of every module
+HOOKS = "_forward_pre_hooks", "_forward_hooks"
+OF_NO_FORWARD = {"generation_config"}  # of transformers; it holds a hash of this process
 
 
 def content(values: Iterable[Any]) -> str:
@@ -43,62 +46,84 @@ def of_file(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> str:
     return content([sorted(tensors.items()), sorted(texts.items())])
 
 
-def of_model(model: nn.Module) -> list[Any]:
-    """Return what the outputs of ``model`` depend on: its structure, state and settings, and the code of its parts."""
-    kinds = {type(module): None for module in model.modules()}
-    code = [(kind.__qualname__, of_function(kind.forward)) for kind in kinds]
-    return [repr(model), model.state_dict(), [_settings(module) for module in model.modules()], code]
+def of_model(model: nn.Module, outer: frozenset[int] = frozenset()) -> list[Any]:
+    """Return what the outputs of ``model`` depend on: its structure, state and settings, and the code of its parts.
+
+    ``outer``: as for ``_plain``.
+    """
+    modules = list(model.modules())
+    outer = outer.union(map(id, modules))
+    kinds = {kind for module in modules for kind in type(module).__mro__} - {nn.Module, object}
+    code = sorted(content(_of_class(kind, outer)) for kind in kinds)
+    return [repr(model), model.state_dict(), [_settings(module, outer) for module in modules], code]
 
 
-def _settings(module: nn.Module) -> list[Any]:
-    """Return the numbers and texts among the attributes of a module, but for its mode, which a pass may change."""
-    return [(key, own) for key, own in vars(module).items() if key != "training" and isinstance(own, int | float | str)]
+def _of_class(kind: type, outer: frozenset[int]) -> list[Any]:
+    """Return the functions of a class, properties and static methods among them, and its numbers and texts."""
+    found: list[Any] = [kind.__qualname__]
+    for name, own in vars(kind).items():
+        function = getattr(own, "fget", getattr(own, "__func__", own))
+        if isinstance(function, FunctionType):
+            found.append(of_function(function, outer))
+        elif isinstance(own, int | float | str) and not name.startswith("__"):
+            found.append([name, own])
+    return found
 
 
-def of_function(function: Any) -> list[Any]:
+def _settings(module: nn.Module, outer: frozenset[int]) -> list[Any]:
+    """Return the attributes of a module but for its mode, the buffers outside of its state, and its hooks."""
+    own = {name: vars(module)[name] for name in sorted(vars(module).keys() - TORCH_OWN - OF_NO_FORWARD)}
+    hooks = [of_function(hook, outer) for kind in HOOKS for hook in vars(module).get(kind, {}).values()]
+    return [_plain(own, outer), list(module.named_buffers(recurse=False)), hooks]
+
+
+def of_function(function: Any, outer: frozenset[int] = frozenset()) -> list[Any]:
     """Return what a function, a module or another object that is called computes by: its code and its state.
 
     The functions that it calls by name are not followed.
+
+    ``outer``: as for ``_plain``.
     """
     if isinstance(function, nn.Module):
-        return of_model(function)
+        return of_model(function, outer)
+    outer = outer | {id(function)}
     if isinstance(function, partial):
-        return [of_function(function.func), function.args, function.keywords]
+        return [of_function(function.func, outer), _plain(function.args, outer), _plain(function.keywords, outer)]
     if isinstance(function, MethodType):
-        return [of_function(function.__func__), _plain(function.__self__)]
+        return [of_function(function.__func__, outer), _plain(function.__self__, outer)]
     if isinstance(function, FunctionType):
-        enclosed = [_plain(cell.cell_contents) for cell in function.__closure__ or () if _is_set(cell)]
-        defaults = _plain(function.__defaults__), _plain(function.__kwdefaults__)
+        enclosed = [_plain(cell.cell_contents, outer) for cell in function.__closure__ or () if _is_set(cell)]
+        defaults = _plain(function.__defaults__, outer), _plain(function.__kwdefaults__, outer)
         return [function.__qualname__, _of_code(function.__code__), defaults, enclosed]
     call = type(function).__call__
-    return [_plain(function), of_function(call) if isinstance(call, FunctionType) else repr(call)]
+    return [_plain(function, outer - {id(function)}), of_function(call) if isinstance(call, FunctionType) else ""]
 
 
 def _of_code(code: CodeType) -> list[Any]:
     """Return the instructions of a function and of those inside of it, without names of files and line numbers."""
-    constants = [_of_code(one) if isinstance(one, CodeType) else repr(one) for one in code.co_consts]
+    constants = [_of_code(one) if isinstance(one, CodeType) else _plain(one) for one in code.co_consts]
     return [code.co_code.hex(), code.co_names, constants]
 
 
-def _plain(value: Any, outer: tuple[int, ...] = ()) -> Any:
+def _plain(value: Any, outer: frozenset[int] = frozenset()) -> Any:
     """Return a value in a form whose digest is the same in another process. Of an object it holds what is plain.
 
-    ``outer``: identities of the containers that hold ``value``, which may hold themselves.
+    ``outer``: identities of what holds ``value``, which may hold itself: only its name is returned.
     """
     if isinstance(value, PLAIN):
         return value
-    if isinstance(value, nn.Module):
-        return of_model(value)
-    if isinstance(value, FunctionType):
-        return [value.__qualname__, _of_code(value.__code__)]
     name = getattr(value, "__qualname__", type(value).__qualname__)
-    if id(value) in outer:
+    if id(value) in outer or isinstance(value, type):
         return name
-    inner = (*outer, id(value))
+    if isinstance(value, nn.Module | FunctionType | MethodType | partial):
+        return of_function(value, outer)
+    inner = outer | {id(value)}
     if isinstance(value, Mapping):
         return [name, [(_plain(key, inner), _plain(own, inner)) for key, own in value.items()]]
     if isinstance(value, list | tuple):
         return [name, [_plain(own, inner) for own in value]]
+    if isinstance(value, set | frozenset):
+        return [name, sorted(content([_plain(own, inner)]) for own in value)]
     state = getattr(value, "__dict__", {}).items()
     held = [(key, own) for key, own in state if isinstance(own, PLAIN | list | tuple | dict)]
     return [name, [(key, _plain(own, inner)) for key, own in held]]

@@ -348,3 +348,46 @@ def test_a_given_model_that_is_not_dense_or_has_changed_is_refused(net: nn.Seque
         net[0].weight.zero_()
     with pytest.raises(UserError, match="^the given model has changed since it was compressed"):
         result.save(tmp_path / "all", every_size=True)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Sequential(nn.Conv1d(3, 16, 3), nn.ReLU(), nn.Conv1d(16, 16, 3), nn.Flatten(), nn.Linear(80, 5)),
+        lambda: nn.Sequential(nn.ConvTranspose1d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(176, 5)),
+    ],
+    ids=["conv1d", "transposed"],
+)
+def test_packed_layers_are_refitted_from_a_file_too(tmp_path: Path, make: Any) -> None:
+    torch.manual_seed(0)
+    net, batches = make(), [(torch.randn(40, 3, 9), torch.randint(5, (40,))) for _ in range(2)]
+    compressed(net, batches, 0.6, refit=80).save(tmp_path / "all", every_size=True)
+    made, cut = (compressed(net, batches, 0.7, refit=refit).model for refit in (80, 0))
+    fitted = spectrim.load(tmp_path / "all", into=blank(net), params_kept=0.7, calibration=batches)
+    assert differ(fitted, made, batches[0][0]) < 1e-1 * differ(cut, made, batches[0][0])
+
+
+def test_attention_and_a_recurrent_layer_are_refitted_from_a_file_too(tmp_path: Path) -> None:
+    net, batches = Attention(12), texts(30)
+    compressed(net, batches, 0.6, refit=60).save(tmp_path / "all", every_size=True)
+    made, cut = (compressed(net, batches, 0.7, refit=refit).model for refit in (60, 0))
+    fitted = spectrim.load(tmp_path / "all", into=blank(net), params_kept=0.7, calibration=batches)
+    assert differ(fitted, made, batches[0][0]) < 1e-1 * differ(cut, made, batches[0][0])
+
+
+def test_labels_of_an_encoder_decoder_make_its_inputs_when_a_file_is_refitted(tmp_path: Path) -> None:
+    library = pytest.importorskip("transformers")
+    config = library.T5Config(
+        vocab_size=60, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    torch.manual_seed(0)
+    net = library.T5ForConditionalGeneration(config).eval()
+    batches: Any = [
+        {"input_ids": torch.randint(5, 60, (6, 8)), "labels": torch.randint(5, 60, (6, 5))} for _ in range(2)
+    ]
+    compressed(net, batches, 0.8, refit=12).save(tmp_path / "all", every_size=True)
+    made = compressed(net, batches, 0.7, refit=12).model
+    fitted = spectrim.load(tmp_path / "all", into=blank(net), params_kept=0.7, calibration=batches)
+    given = {"input_ids": batches[0]["input_ids"], "decoder_input_ids": batches[0]["labels"]}
+    with torch.no_grad():
+        torch.testing.assert_close(fitted(**given).logits, made(**given).logits, rtol=1e-2, atol=1e-2)

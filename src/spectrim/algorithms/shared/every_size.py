@@ -26,11 +26,12 @@ from spectrim.factored.forms import EmbeddingForm, Form, PivotedForm, PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.losses import default_loss
 from spectrim.refit import factors
+from spectrim.statistics.collated import with_decoder_inputs
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 from spectrim.surgery.given_model import copied, versions
 from spectrim.surgery.reopening import factored_layers
-from spectrim.surgery.unpacking import pack
+from spectrim.surgery.unpacking import pack, unpacked
 from spectrim.tools import digests
 from spectrim.tools.safetensors_stream import Shard
 
@@ -163,8 +164,8 @@ def load(
         return every_size.filled(into, shard, plan)
     if not sizes.refit:
         raise UserError(f"{path} was made without a refit (refit=0); leave calibration= out")
-    dense = every_size.filled(copied(into), shard, RankPlan())
-    objective = Objective(default_loss(into), {"calibration": calibration})
+    dense = unpacked(every_size.filled(copied(into), shard, RankPlan()))
+    objective = Objective(default_loss(into), {"calibration": with_decoder_inputs(calibration, into)})
     model = every_size.filled(into, shard, plan)
     with torch.inference_mode(False):
         factors.refit(model, dense, objective, sizes.refit)
