@@ -119,11 +119,15 @@ def _draw(
 
 
 def _message(panels: Sequence[Panel]) -> str:
-    """Return the message: joint selection beside the best other selector, cut alone to the smallest size."""
+    """Return the message: joint selection beside the best other selector, cut alone to the smallest size.
+
+    All are compared with plain factors, the only ones that the rivals have.
+    """
     size = min(BUDGETS)
     reached = {}
     for panel in (one for one in panels if (one.stage, one.size) == ("cut alone", size)):
-        ours, others = (panel.rows[(panel.rows["selector"] == "joint") == same] for same in (True, False))
+        alike = panel.rows[~selectors.pivoted(panel.rows)]
+        ours, others = (alike[(alike["selector"] == "joint") == same] for same in (True, False))
         if len(ours) and len(others):
             best = others.iloc[int(others["test_accuracy"].argmax())]
             reached[panel.model] = (*_reached(ours.iloc[0]), *_reached(best))
@@ -146,7 +150,7 @@ def _reached(row: "pd.Series[Any]") -> tuple[str, str]:
 
 def _styles(listed: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Return the colour and marker of each selector. They do not depend on which selectors were run."""
-    order = sorted(listed["selector"], key=lambda name: name != "joint")  # joint selection has the first colour
+    order = sorted(listed["selector"], key=lambda name: not name.startswith("joint"))  # ours have the first colours
     return {
         name: {"color": colour, "marker": marker, "markeredgecolor": colour, "markersize": 5.5, "linestyle": "none"}
         for name, colour, marker in zip(order, figure.PALETTE, MARKERS, strict=False)

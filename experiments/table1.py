@@ -54,13 +54,15 @@ NOTES = (
     averages.NOTE,
     "Params kept counts the whole model. No selector exceeds its budget. A dash means that there is no run. All "
     "selectors use a plain SVD, because those that train need it. Joint selection and knapsack are made for a whitened "
-    "decomposition.",
+    "decomposition. The row with pivoted factors has one: it is joint selection as it is by default, with the ranks of "
+    "the knapsack.",
     "The labels are those that the source prints. A selector that the source does not list has none. Layers' ranks "
     "says whether the rank of a layer depends on the other layers.",
     "Cut alone: the BatchNorm statistics are estimated again after the cut, without labels, for every selector. "
     "Trained: {epochs}. A selector that trains while it selects has as many epochs as the others have after the cut.",
     "CPU seconds and images read are those of one selection, with decomposition and cut. The sizes of one calibration "
     "draw share work, so the largest cost of a draw is shown. Runs on a GPU shared it, so their seconds are not shown. "
+    "The runs with pivoted factors shared the processor with other work, which made their seconds longer. "
     "Images read include calibration, verification, images that a training reads to select, and those of the report on "
     "the layers. They do not include the images of training steps. Those of joint selection, knapsack and EVBMF were "
     "counted again, each selection by itself; the records say how.",
@@ -170,16 +172,20 @@ def _own_sizes(rows: pd.DataFrame) -> list[str]:
 
 
 def _beside_rivals(runs: pd.DataFrame, listed: pd.DataFrame) -> list[str]:
-    """Return a note: joint selection beside the best other selector, cut alone at the smallest size, by network."""
+    """Return a note: joint selection beside the best other selector, cut alone at the smallest size, by network.
+
+    All are compared with plain factors, the only ones that the rivals have.
+    """
     said = []
     approach = listed.set_index("selector")["approach"]
-    cut = runs[(runs["epochs"] == 0) & (runs["budget"] == min(BUDGETS))].assign(top1=100 * runs["test_accuracy"])
+    alike = runs[(runs["epochs"] == 0) & (runs["budget"] == min(BUDGETS)) & ~selectors.pivoted(runs)]
+    cut = alike.assign(top1=100 * alike["test_accuracy"])
     for (model, data), own in cut.groupby(["model", "data"], sort=False):
         found = paired.with_best_rival(own, "selector", "joint", "top1")
         if found:
             said.append(f"{model}, {data}: {found[1]}, {approach[found[0]]}, {found[1].pairs} pairs")
     size = f"{100 * min(BUDGETS):.0f} %"
-    ours = f"Joint selection minus its best rival, cut alone to {size}, {paired.TEST}"
+    ours = f"Joint selection minus its best rival, both with plain factors, cut alone to {size}, {paired.TEST}"
     return [f"{ours}: {'; '.join(said)}."] if said else []
 
 

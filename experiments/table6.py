@@ -191,15 +191,24 @@ def _exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def _searched(rows: pd.DataFrame) -> list[str]:
-    """Return, for each trained network, the cost of joint selection over its rivals', and whether it meets its aim."""
+    """Return the cost of joint selection over its rivals', on trained networks, and whether it meets its aim.
+
+    A rival that was run with several decompositions is compared at the same one.
+    """
     said = []
-    for model, own in rows[~rows["untrained"]].groupby("model", sort=False):
+    trained = rows[~rows["untrained"]]
+    for (model, decomposer), ours in trained[trained["algorithm"] == "joint"].groupby(
+        ["model", "decomposer"], sort=False
+    ):
+        own = trained[trained["model"] == model]
+        alike = own[own["decomposer"] == decomposer]
         for rival, aim in AIMS.items():
-            times = _seconds(own, "joint") / _seconds(own, rival)
+            theirs = alike if (alike["algorithm"] == rival).any() else own
+            times = _seconds(ours, "joint") / _seconds(theirs, rival)
             if not math.isnan(times):
                 word = "" if aim is None else f" (aim: at most {aim:g}, {'met' if times <= aim else 'not met'})"
-                name = frame.SELECTORS[rival]
-                said.append(f"{model}: joint selection takes {number(times, 3)} times the CPU seconds of {name}{word}.")
+                named = f"{model}, {decomposer}: joint selection takes {number(times, 3)} times the CPU seconds of"
+                said.append(f"{named} {frame.SELECTORS[rival]}{word}.")
     return said
 
 

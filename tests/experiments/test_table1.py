@@ -45,7 +45,7 @@ def test_rows_are_those_of_the_source_then_further_ones_below_a_rule(rows: pd.Da
     assert own["approach"].str.partition(" et al.")[0].tolist()[:8] == SOURCE
     assert own["approach"].iloc[8:10].str.startswith("S2: SVD training").all()
     beside = own[own["block"] == "resnet20, cifar10: not in the source"]
-    assert beside["approach"].str.partition(" ")[0].tolist() == ["joint,", "S1:", "S1:", "knapsack"]
+    assert beside["approach"].str.partition(" ")[0].tolist() == ["joint,", "joint,", "S1:", "S1:", "knapsack"]
     assert beside[["layers", "strategy", "timing"]].isna().all(axis=None)
     assert own["block"].iloc[0] == "resnet20, cifar10 (dense 91.00 ± 0.00 %)"
     text = (folder / "tables" / "table1.tex").read_text()
@@ -156,6 +156,34 @@ def test_two_settings_are_not_taken_for_one(
     for name in ("table1", "figure6"):
         assert script(name).main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 1
         assert "2 settings of joint at 50 %, 0 epochs, on resnet20, cifar10" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [lambda own: own, lambda own: {"base": own}], ids=["its own", "of its base"])
+def test_pivoted_factors_have_a_row_of_their_own_and_meet_no_plain_rival(
+    script: Script, run: Run, factory: ModuleType, tmp_path: Path, place: Callable[[dict[str, str]], dict[str, object]]
+) -> None:
+    built = {}
+    for name in ("plain", "pivoted"):
+        for one in factory.table1(nets=("resnet20",)):
+            chosen = one["config"]["algorithm"]
+            if name == "pivoted" and chosen.get("selector", chosen)["_class_"] == "Joint":
+                records.write(tmp_path / name, one)
+                one["config"]["decomposer"] |= place({"factors": "pivoted"})
+                one["compressed"]["test"]["accuracy"] += 0.01
+            records.write(tmp_path / name, one | {"signature": records.signature(one["config"])})
+        assert script("table1").main(["--records", str(tmp_path / name), "--out", str(tmp_path / name)]) == 0
+        canvas = run("figure6", tmp_path / name, tmp_path / name)["figure6"]
+        text = (tmp_path / name / "tables" / "table1.md").read_text()
+        rivals = next(line for line in text.splitlines() if line.startswith("Joint selection minus"))
+        built[name] = pd.read_csv(tmp_path / name / "tables" / "table1.csv"), rivals, canvas.get_suptitle()
+    (plain, *said), (both, *again) = built.values()
+    assert said == again
+    own = both["approach"] == "joint, ours, pivoted"
+    pd.testing.assert_frame_equal(both[~own], plain[plain["approach"] != "joint, ours, pivoted"])
+    for key in ("cut_30", "trained_70"):
+        assert both[own][key].item() == pytest.approx(of(plain, "resnet20", "joint, ours")[key] + 0.01)
+    drawn = pd.read_csv(tmp_path / "pivoted" / "tables" / "figure6.csv")
+    assert (drawn["approach"] == "joint, ours, pivoted").sum() == 6  # three sizes, with training and without
 
 
 def test_a_selection_by_itself_costs_what_the_first_size_did(

@@ -29,6 +29,7 @@ SELECTORS = {
     "knapsack": "knapsack (BALF)",
     "joint": "joint, ours",
 }
+PIVOTED = ", pivoted"  # after the name of a selector whose layers hold pivoted factors
 RULES = ("rank", "ratio", "energy", "params_kept")  # a truncation follows one of them
 # Runs of one setting may differ in these keys only.
 SEEDS = ("seed", "checkpoint", "data.calibration_seed")

@@ -25,7 +25,6 @@ CURVES = {
     "verified": Curve("joint, ours, loss verified", "#E69F00", "*"),
     "joint": Curve(frame.SELECTORS["joint"], "#D55E00", "X"),
 }
-PIVOTED = ", pivoted"  # after the name of a curve whose layers hold pivoted factors
 REFITS = ("refitted", "verified", "joint")  # curves whose refit moves the BatchNorm means with the factors
 KEPT = ", BatchNorm kept"
 NEAR = 0.005  # share of the parameters: a published size this close to a row is the same size
@@ -71,7 +70,7 @@ def points(options: Options, found: Sequence[Record]) -> pd.DataFrame:
         for key, settings in zip(keys, runs["settings"], strict=True)
     ]
     pivoted = runs["factors"] == "pivoted"
-    marks = [KEPT * still + PIVOTED * stored for still, stored in zip(kept, pivoted, strict=True)]
+    marks = [KEPT * still + frame.PIVOTED * stored for still, stored in zip(kept, pivoted, strict=True)]
     runs = runs.assign(
         curve=keys,
         kept=kept,

@@ -24,7 +24,8 @@ def listed(path: Path) -> pd.DataFrame:
     """Read the list of selectors, in the order of the table.
 
     The columns are the class name in lower case, the printed name, the three labels of the source, and a footnote.
-    Labels and footnote may be empty. Raises ``UserError`` where the file or a column is missing.
+    ``frame.PIVOTED`` follows the class name where the layers hold pivoted factors. Labels and footnote may be empty.
+    Raises ``UserError`` where the file or a column is missing.
     """
     try:
         found = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -43,7 +44,8 @@ def runs(options: Options, found: Sequence[Record], selectors: pd.DataFrame) -> 
     """
     order = {name: place for place, name in enumerate(selectors["selector"])}
     known = frame.runs(found).set_index("signature")
-    own = pd.DataFrame([_run(one, known.loc[one["signature"]]) for one in found if _name(one) in order])
+    both = [(one, known.loc[one["signature"]]) for one in found]
+    own = pd.DataFrame([_run(one, run) for one, run in both if _name(one, run) in order])
     if own.empty:
         raise command.lacking(options, "a selector of this table")
     own["place"] = own["selector"].map(order)
@@ -74,10 +76,15 @@ def rows(runs: pd.DataFrame, selectors: pd.DataFrame) -> pd.DataFrame:
     return together.merge(_dense(runs), "left", ["model", "data"])
 
 
-def _name(record: Record) -> str:
-    """Return the class name of the selector in lower case; for fine-tuning, that of the selector it follows."""
+def pivoted(rows: pd.DataFrame) -> "pd.Series[bool]":
+    """Return which rows have pivoted factors."""
+    return rows["selector"].str.endswith(frame.PIVOTED)
+
+
+def _name(record: Record, run: Any) -> str:
+    """Return the name in the list of selectors; for fine-tuning, that of the selector it follows."""
     chosen = record["config"]["algorithm"]
-    return records.class_of(chosen.get("selector", chosen))
+    return records.class_of(chosen.get("selector", chosen)) + frame.PIVOTED * (run["factors"] == "pivoted")
 
 
 def _run(record: Record, run: Any) -> dict[str, Any]:
@@ -90,7 +97,7 @@ def _run(record: Record, run: Any) -> dict[str, Any]:
         "record": records.name_of(record),
         "model": trainings.net(record),
         "data": record["names"]["data"],
-        "selector": _name(record),
+        "selector": _name(record, run),
         "scratch": scratch,
         "asked": _requested(record, selector),
         "budget": math.nan if budget is None else float(budget),
