@@ -54,8 +54,7 @@ NOTES = (
     averages.NOTE,
     "Params kept counts the whole model. No selector exceeds its budget. A dash means that there is no run. All "
     "selectors use a plain SVD, because those that train need it. Joint selection and knapsack are made for a whitened "
-    "decomposition. The row with pivoted factors has one: it is joint selection as it is by default, with the ranks of "
-    "the knapsack.",
+    "decomposition. The row with pivoted factors has one, in the better view of each layer, and ranks by the knapsack.",
     "The labels are those that the source prints. A selector that the source does not list has none. Layers' ranks "
     "says whether the rank of a layer depends on the other layers.",
     "Cut alone: the BatchNorm statistics are estimated again after the cut, without labels, for every selector. "
