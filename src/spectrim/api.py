@@ -161,6 +161,7 @@ def load(
     sha256: str | None = None,
     params_kept: float | None = None,
     calibration: Batches | None = None,
+    loss: Loss | None = None,
 ) -> nn.Module:
     """Factor ``into`` by the plan saved at ``path``, fill it with the saved weights, and return it.
 
@@ -171,14 +172,15 @@ def load(
         itself holds a digest too, which shows damage; only a digest that you got elsewhere shows intent.
     ``params_kept``: the part of the parameters to keep, in (0, 1], of a file saved with ``every_size=True``. The plan
         is the one that ``compress`` with the same ``Joint`` makes for it; 1 gives the dense model.
-    ``calibration``: batches, without targets too, for the refit of ``Joint`` at this size. Left out, the factors stay
-        as they are cut, as after ``Joint(…, refit=0)``.
+    ``calibration``: batches for the refit of ``Joint`` at this size, with targets unless ``Joint`` had
+        ``refit_by="outputs"``. Left out, the factors stay as they are cut, as after ``Joint(…, refit=0)``.
+    ``loss``: the one that ``compress`` had, where it was given any; it goes with ``calibration``.
 
     Raises ``UserError`` where the file is missing, cut short, altered, or of another architecture.
     """
     into = eager(into, values=False)
     if params_kept is not None and not Path(path).is_dir():
-        return every_size.load(Path(path), into, params_kept, sha256, calibration)
+        return every_size.load(Path(path), into, params_kept, sha256, calibration, loss)
     if params_kept is not None or calibration is not None:
         given = "params_kept=" if params_kept is not None else "calibration="
         raise UserError(f"{given} is for a file saved with every_size=True, and params_kept= goes with it")

@@ -23,6 +23,7 @@ from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.refit import factors
 from spectrim.refit.refinement import Refinement
+from spectrim.refit.weighting import RefitBy, output_weights
 from spectrim.statistics import paired_loss
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.find_layers import in_one_line, left_dense
@@ -58,6 +59,8 @@ class Joint:
         after each step, at the partly compressed model. 1 expands it once, at the dense model.
     ``refit``: number of calibration samples on which the kept factors are fitted to the outputs of the dense layers
         (``factors.refit``). 0 leaves them as they are cut. For class scores, no label is used.
+    ``refit_by``: ``"loss"``: an error of an output counts as much as the loss feels it, to second order
+        (``weighting.output_weights``). ``"outputs"``: the errors of all outputs of a layer count alike.
     ``refine``: gradient steps after the refit, without labels (``refinement.Refinement``); None takes none.
     ``significance``: add the first order, with each slope shrunk by this many standard errors (``significant``); 0 does
         not shrink. None leaves the first order out, because a trained network is near a minimum and some hundred
@@ -78,6 +81,7 @@ class Joint:
     samples: int = 250
     significance: float | None = None
     refit: int = 500
+    refit_by: RefitBy = "loss"
     seed: int = 0
     interaction: float = 0.0
     refine: Refinement | None = None
@@ -113,6 +117,7 @@ class Joint:
         models = (GREEDY_TRIES if greedy else TRIES) if searched else 1
         expansions = models if searched and greedy else math.ceil((1 - kept) / self.step - ROUNDING)
         return Work(
+            gradients=outlook.first(self.refit) if self.refit_by == "loss" else 0,
             gates=expansions * directions * outlook.first(self.samples),
             refit=models * outlook.first(self.refit),
             refine=self.refine.samples if self.refine else 0,
@@ -265,7 +270,9 @@ class _JointSearch:
         """Fit the factors of ``model`` in place. Return notes on the layers that are not fitted."""
         if not self.settings.refit:
             return []
-        return factors.refit(model, self.bench.model, self.bench.objective, self.settings.refit)
+        dense, objective, samples = self.bench.model, self.bench.objective, self.settings.refit
+        weights = output_weights(self.settings.refit_by, dense, self.bench.all_spectra, objective, samples)
+        return factors.refit(model, dense, objective, samples, weights=weights)
 
     def _cut(self, point: _Point) -> nn.Module:
         model = self.bench.trial(self._keep(point))
@@ -287,4 +294,4 @@ class _JointSearch:
         """Return what writes the file of every size; None where components have no price apart from a budget."""
         if self.settings.ranks != "knapsack" or self.settings.step < 1 or self.dense.layers is None:
             return None
-        return EverySize(self.bench, self.dense.layers, self.settings.refit).save
+        return EverySize(self.bench, self.dense.layers, self.settings.refit, self.settings.refit_by).save

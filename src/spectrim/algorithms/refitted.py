@@ -11,6 +11,7 @@ from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.refit.factors import refit
 from spectrim.refit.refinement import Refinement
+from spectrim.refit.weighting import RefitBy, output_weights
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.reopening import reopened
 from spectrim.surgery.unpacking import unpacked
@@ -21,13 +22,16 @@ from spectrim.tools.settings import settings
 class Refitted:
     """Compress by ``selector``, then fit the kept factors on ``samples`` calibration samples (``factors.refit``).
 
-    Joint selection ends with the same refit. It needs no labels and no training.
+    Joint selection ends with the same refit, by the loss. It needs no labels and no training.
 
+    ``refit_by``: ``"outputs"``: the errors of all outputs of a layer count alike. ``"loss"``: an error counts as much
+        as the loss feels it, to second order (``weighting.output_weights``). Targets are then needed.
     ``refine``: gradient steps after the refit, without labels (``refinement.Refinement``); None takes none.
     """
 
     selector: Algorithm
     samples: int = 1000
+    refit_by: RefitBy = "outputs"
     refine: Refinement | None = None
 
     def __post_init__(self) -> None:
@@ -39,7 +43,9 @@ class Refitted:
         if not isinstance(self.selector, Foreseen):
             raise UserError(f"{type(self.selector).__name__} does not say what it will do; leave dry_run out")
         steps = self.refine.samples if self.refine else 0
-        return replace(self.selector.work(outlook), refit=outlook.first(self.samples), refine=steps)
+        work, samples = self.selector.work(outlook), outlook.first(self.samples)
+        gradients = work.gradients + (samples if self.refit_by == "loss" else 0)
+        return replace(work, gradients=gradients, refit=samples, refine=steps)
 
     @property
     def decomposer(self) -> Decomposer:
@@ -51,5 +57,6 @@ class Refitted:
         if self.refine is not None:
             self.refine.require(model, objective)
         compressed, dense = self.selector.compress(model, decomposer, objective), reopened(unpacked(model))
-        notes = refit(compressed.model, dense, objective, self.samples)
+        weights = output_weights(self.refit_by, dense, compressed.plan, objective, self.samples)
+        notes = refit(compressed.model, dense, objective, self.samples, weights=weights)
         return refined(replace(compressed, notes=[*compressed.notes, *notes]), dense, objective, self.refine)

@@ -27,9 +27,9 @@ BY_NAME = ("spectrim.", "torch.", "torchvision.")
 LATE: Mapping[str, Mapping[str, Any]] = {
     "run": {"batch_norm": "keep", "also": {}, "agreement": {}, "paired": False},
     "ImageFolder": {"classes": ""},
-    "Joint": {"ranks": "greedy", "refine": None},
+    "Joint": {"ranks": "greedy", "refine": None, "refit_by": "outputs"},
     "Recipe": {"optimizer": "sgd"},
-    "Refitted": {"refine": None},
+    "Refitted": {"refine": None, "refit_by": "outputs"},
     "SVD": {"factors": "plain"},
     "WhitenedSVD": {"factors": "plain"},
 }

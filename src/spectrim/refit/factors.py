@@ -17,6 +17,7 @@ from spectrim.refit.large_convolutions import fitted, is_large, reduced_rank
 from spectrim.refit.layer_barrier import Lockstep
 from spectrim.refit.layers_to_fit import layers_to_fit
 from spectrim.refit.moments import Flows, Moments, moments_of
+from spectrim.refit.weighting import Weights, mixed, roots_of
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.input_moments import mask_of
 from spectrim.statistics.objective import Objective
@@ -31,7 +32,12 @@ ITERATIONS = 60  # of LBFGS, which fits all layers but Linear ones and large con
 
 
 def refit(
-    compressed: nn.Module, dense: nn.Module, objective: Objective, samples: int, split: str = "calibration"
+    compressed: nn.Module,
+    dense: nn.Module,
+    objective: Objective,
+    samples: int,
+    split: str = "calibration",
+    weights: Weights | None = None,
 ) -> list[str]:
     """Fit the factors of the factored layers of ``compressed``, in place, to the outputs of the layers of ``dense``.
 
@@ -40,6 +46,9 @@ def refit(
     minimise ``E ||y - W x - b||^2`` at their rank, beginning with those at hand. So a layer also makes up for what the
     layers before it lost. The offset b goes into the bias, or else into the running mean of the BatchNorm that the
     layer feeds; without either there is none.
+
+    ``weights``: G of layers, from ``weighting.output_weights``. The squared norm of an error e is then ``e^T G e``,
+        damped (``weighting.roots_of``). In layers without G, and with None, all outputs count alike.
 
     Returns a note for each factored layer that is not fitted: one called several times in a pass, whose later inputs
     depend on the fit, or one whose rows depend on the values of a batch, such as an expert. An embedding is not fitted,
@@ -55,7 +64,8 @@ def refit(
 
         def met(name: str, flows: Flows) -> None:
             try:
-                _fit_layer((compressed, dense), name, followers.get(name), flows, folder, processes)
+                G_gOO = None if weights is None else weights.get(name)
+                _fit_layer((compressed, dense), name, followers.get(name), flows, folder, processes, G_gOO)
             except UserError as error:
                 raise UserError(f"layer {name}: {error}") from None
             bar.update()
@@ -72,12 +82,13 @@ def _fit_layer(
     flows: Flows,
     folder: ResumeFolder | None,
     processes: Processes,
+    G_gOO: Tensor | None,
 ) -> None:
     layer = models[0].get_submodule(name)
     assert isinstance(layer, FactoredLayer)
     moments = moments_of(models[1].get_submodule(name), flows, processes)
     bias = layer.bias
-    W_gOI = _resumed_fit(layer, moments if bias is None and follower is None else moments.centred(), folder)
+    W_gOI = _resumed_fit(layer, moments if bias is None and follower is None else moments.centred(), G_gOO, folder)
     offset = (moments.y_gO - torch.einsum("goi,gi->go", W_gOI, moments.x_gI)).flatten()
     with torch.no_grad():
         if bias is not None:
@@ -143,16 +154,17 @@ def _autocast_of(device: torch.device) -> Callable[[], torch.autocast]:
     return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled)
 
 
-def _resumed_fit(layer: FactoredLayer, moments: Moments, folder: ResumeFolder | None) -> Tensor:
+def _resumed_fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None, folder: ResumeFolder | None) -> Tensor:
     """Do what ``_fit`` does, or take up the factors that an earlier process has fitted to the same moments."""
     if folder is None:
-        return _fit(layer, moments)
+        return _fit(layer, moments, G_gOO)
 
     def made() -> dict[str, Tensor]:
-        return {"product": _fit(layer, moments), **layer.state_dict()}  # pivoted factors have positions, too
+        return {"product": _fit(layer, moments, G_gOO), **layer.state_dict()}  # pivoted factors have positions, too
 
     before = [repr(layer), *(value.clone() for value in layer.state_dict().values())]
-    found = resume.tensors("fit", lambda: [*before, *moments], made, folder)
+    given = moments if G_gOO is None else (*moments, G_gOO)
+    found = resume.tensors("fit", lambda: [*before, *given], made, folder)
     product = found.pop("product").to(moments.xx_gII.device)
     layer.load_state_dict(found)
     return product
@@ -165,11 +177,15 @@ def rehearse_fit(layer: FactoredLayer) -> None:
         x = torch.randn(len(W), 64, W.shape[-1], dtype=W.dtype, device=W.device)
         xx = x.mT @ x / 64 + torch.eye(W.shape[-1]).to(W)
         moments = Moments(xx, (W + torch.randn_like(W) * W.std()) @ xx, x.mean(1), torch.zeros_like(W[..., 0]))
-    _fit(layer, moments)
+    _fit(layer, moments, W @ W.mT)
 
 
-def _fit(layer: FactoredLayer, moments: Moments) -> Tensor:
-    """Set the factors to the best fit near their current weights. Return their product, of shape (g, O, I)."""
+def _fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None = None) -> Tensor:
+    """Set the factors to the best fit near their current weights. Return their product, of shape (g, O, I).
+
+    The norm of G is the plain one of outputs ``G^(1/2) y``, and the last factor mixes outputs freely. So the fit is a
+    plain one to those outputs, whose last factor is mixed back.
+    """
     kept = layer.plain([factor.weight.detach() for factor in layer.factors])
     weights = [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
     now = layer.product_of_plain(weights)
@@ -177,12 +193,17 @@ def _fit(layer: FactoredLayer, moments: Moments) -> Tensor:
     if not held:  # nothing flows in
         return now
     yx = moments.yx_gOI + held * now
+    back_gOO = None
+    if G_gOO is not None:
+        root_gOO, back_gOO = roots_of(G_gOO.to(yx))
+        yx, weights[-1] = root_gOO @ yx, mixed(root_gOO, weights[-1])
     if isinstance(layer, FactoredLinear) and isinstance(layer.first, nn.Linear):
-        *weights, product = reduced_rank(root[0], yx[0], layer.rank)
-        fitted_product = product.unsqueeze(0)
+        weights = list(reduced_rank(root[0], yx[0], layer.rank))
     else:
         weights = _large(layer, weights, xx, root, yx) or _by_gradient(layer, weights, xx, yx)
-        fitted_product = layer.product_of_plain(weights)
+    if back_gOO is not None:
+        weights[-1] = mixed(back_gOO, weights[-1])
+    fitted_product = layer.product_of_plain(weights)
     if not all(weight.to(kept[0].dtype).isfinite().all() for weight in weights):
         return now  # what flows in is next to nothing, and its squares vanish
     layer.fill_plain(weights)

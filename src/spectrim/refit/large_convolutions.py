@@ -50,7 +50,7 @@ def fitted(
     found = []
     for xx_II, root_II, yx_OI in zip(xx_gII, root_gII, yx_gOI, strict=True):
         if layer.view == "channel":
-            A, B, _ = reduced_rank(root_II, yx_OI, layer.rank)
+            A, B = reduced_rank(root_II, yx_OI, layer.rank)
         else:
             kernel = [one * other for one, other in zip(sizes[0][2:], sizes[1][2:], strict=True)]  # either is 1
             W_OI = torch.cholesky_solve(yx_OI.mT, root_II).mT
@@ -61,8 +61,8 @@ def fitted(
     return [torch.cat(part) for part in zip(*found, strict=True)]
 
 
-def reduced_rank(root_II: Tensor, yx_OI: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the best factors A (R, I) and B (O, R) of their rank, in closed form, and their product.
+def reduced_rank(root_II: Tensor, yx_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best factors A (R, I) and B (O, R) of their rank, in closed form.
 
     The product is the least-squares fit, projected on its leading outputs (Izenman 1975).
 
@@ -71,7 +71,7 @@ def reduced_rank(root_II: Tensor, yx_OI: Tensor, rank: int) -> tuple[Tensor, Ten
     fit_IO = torch.linalg.solve_triangular(root_II, yx_OI.mT, upper=False)
     U = torch.linalg.eigh(fit_IO.mT @ fit_IO).eigenvectors[:, -rank:]
     A = torch.linalg.solve_triangular(root_II.mT, fit_IO @ U, upper=True).mT
-    return A, U, U @ A
+    return A, U
 
 
 class _Moments(NamedTuple):

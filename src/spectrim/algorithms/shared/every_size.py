@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from spectrim.decomposers.spectrum import Spectrum
 from spectrim.errors import UserError
 from spectrim.factored.forms import EmbeddingForm, Form, PivotedForm, PlainForm
 from spectrim.factored.plan import Kept, RankPlan
-from spectrim.losses import default_loss
+from spectrim.losses import Loss, default_loss
 from spectrim.refit import factors
+from spectrim.refit.weighting import RefitBy, output_weights
 from spectrim.statistics.collated import with_decoder_inputs
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
@@ -44,7 +45,7 @@ class _Sizes(NamedTuple):
     ``costs``: what these layers cost at every rank.
     ``pivoted``: the largest rank of each layer whose factors are pivoted; 0 for plain factors.
     ``fixed``: what is kept of the layers whose rank the user has set.
-    ``refit``: number of samples of the refit.
+    ``refit``, ``refit_by``: number of samples of the refit, and what it makes small.
     """
 
     whole: RankPlan
@@ -53,6 +54,7 @@ class _Sizes(NamedTuple):
     pivoted: Mapping[str, int]
     fixed: RankPlan
     refit: int
+    refit_by: RefitBy
 
     def plan(self, params_kept: float) -> RankPlan:
         """Return the plan for a budget. Raises ``UserError`` for one out of reach."""
@@ -66,7 +68,12 @@ class _Sizes(NamedTuple):
 
     def text(self) -> str:
         costs = {"total": self.costs.total, "fixed": self.costs.fixed, "dense": self.costs.dense}
-        kept = {"refit": self.refit, "pivoted": dict(self.pivoted), "fixed": self.fixed.as_dict()}
+        kept = {
+            "refit": self.refit,
+            "refit_by": self.refit_by,
+            "pivoted": dict(self.pivoted),
+            "fixed": self.fixed.as_dict(),
+        }
         return json.dumps({"costs": costs, **kept}, sort_keys=True)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -87,7 +94,10 @@ class _Sizes(NamedTuple):
             if whole.keys() != {*names, *fixed}:
                 raise ValueError("they are of other layers than the components")
             pivoted = {name: int(plain["pivoted"][name]) for name in names}
-            return cls(whole, changes, costs, pivoted, fixed, int(plain["refit"]))
+            refit_by = plain.get("refit_by", "outputs")  # older files do not say it
+            if refit_by not in get_args(RefitBy):
+                raise ValueError(f"refit_by is {refit_by!r}")
+            return cls(whole, changes, costs, pivoted, fixed, int(plain["refit"]), refit_by)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{shard.path} is damaged: its sizes cannot be read ({error}); write it again") from None
 
@@ -109,12 +119,13 @@ class EverySize:
     """The choice between the sizes of a model, as a selection leaves it.
 
     ``layers``: the expansion of the loss at the dense model.
-    ``refit``: number of samples of the refit that each size gets.
+    ``refit``, ``refit_by``: number of samples of the refit that each size gets, and what it makes small.
     """
 
     bench: Workbench
     layers: Mapping[str, Gated]
     refit: int
+    refit_by: RefitBy
     then: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,15 +152,21 @@ class EverySize:
         changes = {name: own.alone_R.double().cpu() for name, own in self.layers.items()}
         plain = {name: self.bench.all_spectra[name].plain() for name in [*changes, *fixed]}
         whole = replacing.plan_of(plain, {name: spectrum.max_rank for name, spectrum in plain.items()})
-        return _Sizes(whole, changes, costs, pivoted, RankPlan.of(fixed), self.refit)
+        return _Sizes(whole, changes, costs, pivoted, RankPlan.of(fixed), self.refit, self.refit_by)
 
 
 def load(
-    path: Path, into: nn.Module, params_kept: float, sha256: str | None = None, calibration: Batches | None = None
+    path: Path,
+    into: nn.Module,
+    params_kept: float,
+    sha256: str | None = None,
+    calibration: Batches | None = None,
+    loss: Loss | None = None,
 ) -> nn.Module:
     """Factor ``into`` by the plan for ``params_kept``, fill it from a file of every size, and return it.
 
     ``calibration``: batches for the refit of the factors at this size; None leaves them as they are cut.
+    ``loss``: the loss by which the refit weighs outputs; None: the default one of the model.
 
     Raises ``UserError`` for a size out of reach, another kind of file, another model, and a file made without a refit.
     """
@@ -165,8 +182,9 @@ def load(
     if not sizes.refit:
         raise UserError(f"{path} was made without a refit (refit=0); leave calibration= out")
     dense = unpacked(every_size.filled(copied(into), shard, RankPlan()))
-    objective = Objective(default_loss(into), {"calibration": with_decoder_inputs(calibration, into)})
+    objective = Objective(loss or default_loss(into), {"calibration": with_decoder_inputs(calibration, into)})
     model = every_size.filled(into, shard, plan)
     with torch.inference_mode(False):
-        factors.refit(model, dense, objective, sizes.refit)
+        weights = output_weights(sizes.refit_by, dense, sizes.whole, objective, sizes.refit)
+        factors.refit(model, dense, objective, sizes.refit, weights=weights)
     return model
