@@ -22,13 +22,16 @@ NETWORK = ("resnet20", "cifar10")
 SHOWN = {
     "joint": "joint selection (ours)",
     "joint, pivoted": "joint, pivoted (ours)",
+    "joint, pivoted, refit by the loss": "joint, refit by the loss (ours)",
     "refitted, pivoted": "knapsack, pivoted, refit",
+    "refitted, pivoted, refit by the loss": "knapsack, refit by the loss",
     "refitted": "knapsack with our refit",
     "knapsack": "knapsack (BALF)",
     "sensitivity": "sensitivity (ASVD)",
     "aimet": "greedy (AIMET)",
 }
-BEST, BEST_COLOUR = "joint, pivoted", "#A50026"  # the line that is drawn strongest
+# The line that is drawn strongest: the first of these that a network has.
+BEST, BEST_COLOUR = ("joint, pivoted, refit by the loss", "joint, pivoted"), "#A50026"
 UNITS = {"params_kept": "parameters", "macs_kept": "MACs"}
 SHARES = {share: f"{unit} kept (%)" for share, unit in UNITS.items()}
 MEASURES = {"accuracy": ("test_accuracy", 100), "loss": ("test_loss", 1)}
@@ -36,6 +39,7 @@ SIZES = (0.826, 0.7, 0.5, 0.4, 0.3)  # shares of the parameters, the columns of 
 AT_MOST_OFF = 0.02  # share of the parameters: how near a row must be to a column
 DEEPEST = 0.2  # accuracy below the dense network's at which a panel ends; the table has all points
 LEAST = 0.05  # accuracy that a panel spans at least, so that a change of nothing looks like it
+HIDDEN = (*frontier.KEYS, "best")
 ROOM = 1  # percentage points of accuracy above the highest value of a panel
 COLUMNS = (
     Column("model", "model"),
@@ -57,7 +61,9 @@ NOTES = (
     "Δ = compressed − dense. Shares count the whole model. There is no fine-tuning, and no selector sees the test "
     "split. BatchNorm statistics are estimated again after the compression, without labels, unless a row says that "
     "they are kept. A refit fits the factors to the outputs of the dense layers, without labels, and moves the "
-    f"BatchNorm means. The panels of accuracy end {100 * DEEPEST:.0f} points below the dense network.",
+    "BatchNorm means. By the loss: an error of an output counts as much as the loss feels it, by K-FAC's Fisher "
+    "information; otherwise all outputs of a layer count alike. "
+    f"The panels of accuracy end {100 * DEEPEST:.0f} points below the dense network.",
     "Pivoted: rows of each matrix and the coefficients of its other rows, the same map in fewer numbers. In "
     "convolutions that saves no multiplication, so at equal parameters the rank, and with it the MACs, are higher.",
     "Loss verified: the fewest parameters whose rise of the loss is certainly within the request. Certain means that "
@@ -73,6 +79,7 @@ def build(options: Options) -> list[Path]:
     published = claims.claims(compare.read_published(PUBLISHED), ["Not retrained"])
     points = frontier.points(options, found)
     rows = frontier.rows(points, published)
+    rows["best"] = [_best(rows[rows["model"] == row["model"]]) == row["line"] for _, row in rows.iterrows()]
     origin = command.origin(options, found, [PUBLISHED])
     models = sorted(dict.fromkeys(rows["model"]), key=frame.model_key)
     main = rows[(rows["network"] == NETWORK[0]) & (rows["data"] == NETWORK[1])]
@@ -85,7 +92,7 @@ def build(options: Options) -> list[Path]:
     caption = f"Numbers of Figure 4: accuracy and loss without fine-tuning on {frame.data_of(rows)}"
     notes = [*NOTES, *(f"{model}: {note}" for model, own in beside.items() for note in own)]
     notes += [*_published_note(published), *(_note(rows[rows["model"] == model]) for model in models)]
-    shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], "model", frontier.KEYS)
+    shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], "model", HIDDEN)
     excerpt = _paper(options.name, main, beside[main["model"].iloc[0]])
     return pictures + table.save([shown, excerpt], options.out, origin)
 
@@ -97,10 +104,11 @@ def _beside_rivals(points: pd.DataFrame, main: pd.DataFrame) -> list[str]:
     """
     own = points[(points["target"] == "params_kept") & points["line"].isin(SHOWN)]
     own = own[(own["network"] == main["network"].iloc[0]) & (own["data"] == main["data"].iloc[0])]
-    rivals = own[(own["curve"] != "joint") & own["pivoted"] | (own["line"] == BEST)]
+    line = _best(main)
+    rivals = own[(own["curve"] != "joint") & own["pivoted"] | (own["line"] == line)]
     said, others, pairs = [], [], []
     for size, there in rivals.groupby("requested", sort=False):
-        best = there[there["line"] == BEST]["variant"]
+        best = there[there["line"] == line]["variant"]
         found = paired.with_best_rival(there, "variant", best.iloc[0], "change_test_accuracy_pp") if len(best) else None
         if found:
             said.append(f"{found[1]} at {100 * float(str(size)):g} %")
@@ -109,8 +117,13 @@ def _beside_rivals(points: pd.DataFrame, main: pd.DataFrame) -> list[str]:
     if not said:
         return []
     rival, count = "; ".join(dict.fromkeys(others)), ", ".join(dict.fromkeys(pairs))
-    ours = f"{SHOWN[BEST]}, minus its best rival, {paired.TEST}"
+    ours = f"{SHOWN[str(line)]}, minus its best rival, {paired.TEST}"
     return [f"{ours}: {'; '.join(said)}. Rival: {rival}; pairs: {count}."]
+
+
+def _best(rows: pd.DataFrame) -> str | None:
+    """Return the line of one network that is drawn strongest; None without any."""
+    return next((line for line in BEST if (rows["line"] == line).any()), None)
 
 
 def _paper(name: str, rows: pd.DataFrame, beside: Sequence[str]) -> Table:
@@ -207,14 +220,15 @@ def _draw_all(
 def message(rows: pd.DataFrame, measure: str, share: str) -> str:
     """Return the message: at how many sizes of joint selection no rival that is as small is better.
 
-    Rivals with the same kind of factors are compared. A size that none of them reaches does not count.
+    Rivals with the same kind of factors are compared, but none with the better kind of refit. A size that none of them
+    reaches does not count.
     """
     value, _ = MEASURES[measure]
     met = sizes = 0
     for _, own in rows.groupby("model", sort=False):
         others = own[~own["curve"].isin(["joint", "verified"]) & (own["algorithm"] != "dense")]
         for _, ours in own[own["curve"] == "joint"].iterrows():
-            alike = others[others["pivoted"] == ours["pivoted"]]
+            alike = others[(others["pivoted"] == ours["pivoted"]) & (others["by_loss"] <= ours["by_loss"])]
             small = alike[alike[share] <= ours[share]][value]
             if len(small):
                 met += not ((small > ours[value]) if measure == "accuracy" else (small < ours[value])).any()
@@ -222,20 +236,20 @@ def message(rows: pd.DataFrame, measure: str, share: str) -> str:
     if not sizes:
         return f"Test {measure} of every selector by {UNITS[share]} kept, without fine-tuning"
     better = {"accuracy": "is more accurate", "loss": "has a lower loss"}[measure]
-    rivals = f"no rival with the same kind of factors and as few {UNITS[share]}"
+    rivals = f"no rival with the same kind of factors and refit, and as few {UNITS[share]},"
     return f"At {met} of {sizes} sizes, {rivals} {better} than joint selection"
 
 
 def _errorbar(axis: Axes, own: pd.DataFrame, share: str, value: str, scale: float, lowest: float) -> None:
     """Draw one curve with its standard deviations.
 
-    A curve with BatchNorm kept is dotted. One of pivoted factors is dashed, with hollow markers. The curve ``BEST`` is
-    thick and whole, and lies above the others.
+    A curve with BatchNorm kept is dotted. One of pivoted factors is dashed, with hollow markers. The best curve is thick
+    and whole, and lies above the others.
 
     ``lowest``: no bar of the value reaches below it.
     """
     first = own.iloc[0]
-    best = first["line"] == BEST
+    best = first["best"]
     hollow = first["pivoted"] and not best
     axis.errorbar(
         100 * own[share],
@@ -256,9 +270,9 @@ def _errorbar(axis: Axes, own: pd.DataFrame, share: str, value: str, scale: floa
 
 def _colour(row: "pd.Series[Any]") -> str:
     """Return the colour of a curve by one of its rows: darker with BatchNorm kept, lighter with pivoted factors."""
-    if row["line"] == BEST:
+    if row["best"]:
         return BEST_COLOUR
-    kept, pivoted = bool(row["kept"]), bool(row["pivoted"])
+    kept, pivoted = bool(row["kept"]), bool(row["pivoted"]) and not row["by_loss"]
     red, green, blue = (pivoted / 2 + part / 2 ** (kept + pivoted) for part in to_rgb(CURVES[row["curve"]].colour))
     return to_hex((red, green, blue))
 

@@ -31,9 +31,9 @@ NEAR = 0.005  # share of the parameters: a published size this close to a row is
 TARGETS = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "energy", "ratio", "rank")
 VALUES = ("params_kept", "macs_kept", "test_accuracy", "change_test_accuracy_pp", "test_loss", "change_test_loss")
 POINT = ("network", "data", "method")  # not ``model``, which ``averages.with_dense`` may rename
-# Columns for the code: the key of the curve, whether BatchNorm statistics stayed, whether factors are pivoted, these
-# three as one key, name and value of the request.
-ABOUT = ("curve", "kept", "pivoted", "line", "target", "requested")
+# Columns for the code: the key of the curve, whether BatchNorm statistics stayed, whether factors are pivoted, whether
+# the refit is by the loss, these four as one key, name and value of the request.
+ABOUT = ("curve", "kept", "pivoted", "by_loss", "line", "target", "requested")
 KEYS = (*frame.KEYS, *ABOUT)
 
 
@@ -70,11 +70,16 @@ def points(options: Options, found: Sequence[Record]) -> pd.DataFrame:
         for key, settings in zip(keys, runs["settings"], strict=True)
     ]
     pivoted = runs["factors"] == "pivoted"
-    marks = [KEPT * still + frame.PIVOTED * stored for still, stored in zip(kept, pivoted, strict=True)]
+    by_loss = [frame.setting(settings, "algorithm.refit_by") == "loss" for settings in runs["settings"]]
+    marks = [
+        KEPT * still + frame.PIVOTED * stored + frame.BY_LOSS * weighed
+        for still, stored, weighed in zip(kept, pivoted, by_loss, strict=True)
+    ]
     runs = runs.assign(
         curve=keys,
         kept=kept,
         pivoted=pivoted,
+        by_loss=by_loss,
         line=[key + mark for key, mark in zip(keys, marks, strict=True)],
         target=[target for target, _ in requests],
         requested=[value for _, value in requests],

@@ -143,16 +143,26 @@ def test_a_decoder_with_tied_embeddings_comes_back(tiny: Any, token_batches: Any
             assert torch.allclose(loaded(ids).logits, made(ids).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_calibration_batches_refit_the_factors_as_the_compression_does(net: nn.Sequential, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["loss", "outputs"])
+def test_calibration_batches_refit_the_factors_as_the_compression_does(
+    net: nn.Sequential, tmp_path: Path, by: str
+) -> None:
     batches: Batches = [(torch.randn(60, 3, 8, 8), torch.randint(5, (60,)))]
-    compressed(net, batches, 0.6, refit=60).save(tmp_path / "all", every_size=True)
+    unlabelled: Batches = [(batches[0][0], None)]
+    compressed(net, batches, 0.6, refit=60, refit_by=by).save(tmp_path / "all", every_size=True)
+
+    def loaded(size: float, calibration: Batches | None = None) -> nn.Module:
+        return spectrim.load(tmp_path / "all", into=blank(net), params_kept=size, calibration=calibration)
+
     for size in (0.7, 0.4):
-        made, cut = (compressed(net, batches, size, refit=refit).model for refit in (60, 0))
-        unlabelled: Batches = [(batches[0][0], None)]
-        fitted = spectrim.load(tmp_path / "all", into=blank(net), params_kept=size, calibration=unlabelled)
+        made, cut = (compressed(net, batches, size, refit=refit, refit_by=by).model for refit in (60, 0))
         x = batches[0][0]
+        fitted = loaded(size, batches if by == "loss" else unlabelled)
         assert differ(fitted, made, x) < 1e-2 * differ(cut, made, x)
-        assert differ(spectrim.load(tmp_path / "all", into=blank(net), params_kept=size), cut, x) < 1e-4
+        assert differ(loaded(size), cut, x) < 1e-4
+    if by == "loss":
+        with pytest.raises(UserError, match="the calibration batches have no targets, which the loss needs"):
+            loaded(0.4, unlabelled)
 
 
 def test_what_the_user_fixed_is_kept_and_what_was_left_dense_stays_so(net: nn.Sequential, tmp_path: Path) -> None:
