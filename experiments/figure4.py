@@ -243,8 +243,8 @@ def message(rows: pd.DataFrame, measure: str, share: str) -> str:
 def _errorbar(axis: Axes, own: pd.DataFrame, share: str, value: str, scale: float, lowest: float) -> None:
     """Draw one curve with its standard deviations.
 
-    A curve with BatchNorm kept is dotted. One of pivoted factors is dashed, with hollow markers. The best curve is thick
-    and whole, and lies above the others.
+    A curve with BatchNorm kept is dotted. One of pivoted factors is dashed, with hollow markers. The best curve is
+    thick and whole, and lies above the others.
 
     ``lowest``: no bar of the value reaches below it.
     """
