@@ -33,6 +33,7 @@ from spectrim.factored.linalg import tail_sums
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.models.resnet import ResNet
 from spectrim.refit import factors
+from spectrim.refit.weighting import output_weights
 from spectrim.report.paired import p_value
 from spectrim.report.table import Column, Table, number
 from spectrim.runs import configuration, targets
@@ -46,7 +47,7 @@ from spectrim.tools.content import of_model
 from spectrim.tools.memo import Memory
 
 ROOT = Path(__file__).resolve().parents[1]
-RESUME, CHECKPOINTS = ROOT / "build" / "benchmarks" / "variants", ROOT / "results" / "checkpoints"
+RESUME, CHECKPOINTS = ROOT / "build/benchmarks/variants", ROOT / "results/checkpoints"
 SIZES, SEEDS = (0.5, 0.3), (0, 1, 2)
 CALIBRATION, VERIFICATION = 1000, 4000  # all of the 5,000 images that no training sees
 DEFAULT = "joint selection, default"
@@ -134,7 +135,7 @@ def _measured(quick: bool) -> Outcome:
             dearer |= {key: own for view in views for key, own in _plain_is_dearer(view).items()}
             for size in sizes:
                 made = dict(_compressed(subject, size, *views))
-                unlike += _unlike(made[DEFAULT].plan, _chosen(better, better.options, size))
+                unlike += _unlike(made[DEFAULT].plan, _chosen(better.costs, better.options, size))
                 rows += _rows(subject, size, made, dense[-1])
                 bar.update()
     data, larger = _averaged(pd.DataFrame(rows)), list(dearer.values())
@@ -194,7 +195,7 @@ def _compressed(subject: Subject, size: float, *views: Expansion) -> Iterator[tu
     yield DEFAULT, Joint(params_kept=size, **settings).compress(model, Joint.decomposer, objective)
     first = views[0]
     both = {name: [option for view in views for option in view.options[name]] for name in first.options}
-    chosen = _chosen(first, both, size)
+    chosen = _chosen(first.costs, both, size)
     spectra = {**first.bench.spectra, **{name: own.spectrum for name, own in chosen.items()}}
     log = [{"predicted": sum(own.change for own in chosen.values())}]
     bench = replace(first.bench, spectra=MappingProxyType(spectra))
@@ -205,21 +206,21 @@ def _compressed(subject: Subject, size: float, *views: Expansion) -> Iterator[tu
 
 
 def _refitted(subject: Subject, compressed: Compressed) -> Compressed:
-    samples = Joint(params_kept=0.5, **subject.settings).refit
-    factors.refit(compressed.model, subject.model, subject.objective, samples)
+    """Fit the factors as joint selection does, in place."""
+    model, objective, chosen = subject.model, subject.objective, Joint(params_kept=0.5, **subject.settings)
+    layers = [name for name, own in model.named_modules() if isinstance(own, nn.Conv2d | nn.Linear)]
+    weights = output_weights(chosen.refit_by, model, layers, objective, chosen.refit)
+    factors.refit(compressed.model, model, objective, chosen.refit, weights=weights)
     return compressed
 
 
-def _chosen(own: Expansion, options: Mapping[str, Sequence[Option]], size: float) -> dict[str, Option]:
+def _chosen(costs: Costs, options: Mapping[str, Sequence[Option]], size: float) -> dict[str, Option]:
     """Return the option of each layer that is not left dense, by the knapsack."""
     layers = {
-        name: knapsack.Options(
-            np.array([*(option.cost for option in given), own.costs.dense[name]]),
-            np.array([*(option.change for option in given), 0.0]),
-        )
+        name: knapsack.Options(*np.array([*((own.cost, own.change) for own in given), (costs.dense[name], 0.0)]).T)
         for name, given in options.items()
     }
-    best = knapsack.choose(layers, own.costs.of_layers(size, layers))
+    best = knapsack.choose(layers, costs.of_layers(size, layers))
     return {name: given[best[name]] for name, given in options.items() if best[name] < len(given)}
 
 
@@ -294,6 +295,5 @@ def _verdicts(data: pd.DataFrame) -> Iterator[str]:
 
 
 def _dense_networks(dense: Sequence[Judged]) -> str:
-    accuracy = np.mean([own.accuracy for own in dense])
-    loss = np.mean([float(own.losses.values.mean()) for own in dense])
+    accuracy, loss = np.mean([(own.accuracy, float(own.losses.values.mean())) for own in dense], 0)
     return f"{len(dense)} trainings. The dense networks: top-1 {100 * accuracy:.2f} %, loss {loss:.4f}."

@@ -84,6 +84,8 @@ def test_views_in_the_knapsack_are_those_of_joint_selection_or_predicted_to_be_b
     assert [target["measured"] for target in origin["targets"]] == [0, 0]
     assert float(inside["predicted"]) <= float(default["predicted"]) * 1.001  # the knapsack ends within a thousandth
     assert all(0.49 < float(row["params_kept"]) <= 0.5 for row in (default, inside, refitted))
+    assert float(inside["spatial"]) == float(default["spatial"]) == 6  # one plan: so the refit is the same one
+    assert float(inside["to_default"]) == pytest.approx(0, abs=1e-6)
     assert refitted["to_default"] and not default["to_default"]
 
 
