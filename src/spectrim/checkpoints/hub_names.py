@@ -97,7 +97,7 @@ def _dense(name: str, plan: RankPlan, stored: Mapping[str, Shard], most: int) ->
             raise UserError(f"the checkpoint lacks {name}")
         return stored[name].read(name)
 
-    if layer not in plan:
+    if name in stored or layer not in plan:  # a router may hold more than a weight and a bias
         return read(name)
     if part == "bias":
         return read(f"{layer}.second.bias")
