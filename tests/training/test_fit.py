@@ -186,3 +186,21 @@ def test_a_loss_that_stops_being_finite_keeps_the_last_good_state(
 def test_a_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(UserError, match=r"^seed=.* is not a whole number in 0\.\.4294967295$"):
         Training(RECIPE, seed)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_what_cannot_be_trained_is_one_line(optimizer: str, precision: str) -> None:
+    recipe = Recipe(epochs=1, lr=0.1, optimizer=optimizer, precision=precision)
+    words, classes = [(torch.randint(9, (4, 3)), torch.randint(2, (4,)))], nn.Linear(12, 2)
+    for kind in (nn.Embedding, nn.EmbeddingBag):
+        sparse = nn.Sequential(kind(9, 12, sparse=True), nn.Unflatten(-1, (12,)), nn.Linear(12, 2))
+        with pytest.raises(
+            UserError, match="^0 has sparse gradients, which no recipe takes; set model.0.sparse = False"
+        ):
+            fit(sparse, words, Training(recipe, 0))
+    frozen = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), classes).requires_grad_(False)
+    with pytest.raises(UserError, match="^the training loss has no gradient: all weights are frozen"):
+        fit(frozen, words, Training(recipe, 0))
+    with pytest.raises(UserError, match="^the training loss has no gradient"):
+        fit(frozen.requires_grad_(), words, Training(recipe, 0, loss=lambda y, t: F.cross_entropy(y.detach(), t)))

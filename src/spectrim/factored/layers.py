@@ -75,7 +75,8 @@ class FactoredEmbedding(FactoredLayer):
     """``i -> B A[i]``: look up a row of ``rank`` numbers in A, then multiply by B (embedding_dim, rank).
 
     As in ALBERT (Lan et al., arXiv 1909.11942, section 3.1). ``whole_rows`` ids keep their rows as they are: those
-    whose number in the buffer ``place`` (num_embeddings,) is below it. A holds the rows of all other ids.
+    whose number in the buffer ``place`` (num_embeddings,) is below it. A holds the rows of all other ids. In a training
+    the row at ``padding_idx`` of the dense embedding takes gradients as all others do.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, rank: int, whole_rows: int = 0) -> None:

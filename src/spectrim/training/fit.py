@@ -95,8 +95,12 @@ def fit(
     random numbers depend on seed and epoch only, it then ends in the same weights as an unbroken one.
 
     Raises ``FloatingPointError`` where the loss is not finite; the state of the last epoch stays in the file. Raises
-    ``UserError`` where the file is truncated, belongs to another training or is in use by another process.
+    ``UserError`` for a loss without a gradient, for an embedding with sparse ones, and where the file is truncated,
+    belongs to another training or is in use by another process.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise UserError(f"{name} has sparse gradients, which no recipe takes; set model.{name}.sparse = False")
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     loop = _Loop(model, training, callbacks)
     if state is None:
@@ -183,6 +187,11 @@ class _Loop:
         outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
         terms = {"loss": self.loss(outputs, targets), **self.callbacks.penalties(epoch)}
         values = torch.stack(list(terms.values()))
+        if not values.requires_grad:
+            raise UserError(
+                "the training loss has no gradient: all weights are frozen, or the model or the loss detaches its "
+                "output; call model.requires_grad_() before"
+            )
         values.sum().backward()
         return list(terms), values.detach(), outputs
 
