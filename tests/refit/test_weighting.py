@@ -1,6 +1,7 @@
 """A refit by the loss makes the errors small that the loss feels, whatever the form of the factors."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,13 @@ from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.tucker2 import Tucker2
 from spectrim.errors import MissingInput, UserError
 from spectrim.factored.plan import RankPlan
+from spectrim.refit import weighting
 from spectrim.refit.factors import refit
-from spectrim.refit.weighting import output_weights, roots_of
+from spectrim.refit.weighting import output_weights, roots_of, weights_of
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
+from spectrim.tools import resume
+from spectrim.tools.spill import SpilledTensors
 
 Make = Callable[[nn.Module], Any]
 FORMS: dict[str, Make] = {
@@ -120,7 +124,43 @@ def test_the_weights_are_the_fisher_information_of_the_outputs() -> None:
     with torch.no_grad():
         p = torch.cat([model(x) for x, _ in data.splits["calibration"]]).softmax(1).double()
     wanted = torch.diag(p.mean(0)) - p.T @ p / len(p)
-    torch.testing.assert_close(found["head"][0], wanted, atol=0.02, rtol=0)
+    G = weights_of(found, "head")
+    assert G is not None
+    torch.testing.assert_close(G[0], wanted, atol=0.02, rtol=0)
+
+
+def test_layers_in_blocks_have_the_same_weights_and_are_refitted_alike() -> None:
+    model, batches, found = Classifier().eval(), tokens(), []
+    for at_once in (None, 1):
+        data = Objective(F.cross_entropy, {"calibration": batches}, layers_at_once=at_once)
+        weights = output_weights("loss", model, ["body", "head"], data, 40)
+        assert weights is not None
+        found.append([weights_of(weights, name) for name in ("body", "head")])
+        assert isinstance(weights["body"], Tensor if at_once is None else SpilledTensors)
+    for all_at_once, one_by_one in zip(*found, strict=True):
+        torch.testing.assert_close(all_at_once, one_by_one)
+
+
+def test_a_killed_process_takes_the_weights_up(tmp_path: Path) -> None:
+    model, batches = Classifier().eval(), tokens()
+
+    def found(samples: int = 40, data: Any = batches) -> Tensor:
+        with resume.into(tmp_path):
+            weights = output_weights(
+                "loss", model, ["head"], Objective(F.cross_entropy, {"calibration": data}), samples
+            )
+        G = weights_of(weights, "head")
+        assert G is not None
+        return G
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resume, "WORTH_SECONDS", 0)
+        first = found()
+        patch.setattr(weighting, "output_moments", None)  # it is not called again
+        assert torch.equal(found(), first)
+        for others in ({"samples": 20}, {"data": tokens()}):
+            with pytest.raises(TypeError):
+                found(**others)
 
 
 def test_outputs_need_no_weights_and_no_targets() -> None:

@@ -210,6 +210,9 @@ def _taken(
         seconds["refit"] = passes + rehearsal.fits(fitted)
         memory["refit"] = held + model_bytes + 2 * does.refit * max(own for own, _ in flows.values())
         memory["refit"] += rehearsal.refit_bytes(fitted)
+        if does.weighed:
+            seconds["refit"] += does.weighed * rehearsal.gradient_pass()[0]
+            memory["refit"] += rehearsal.weighing_bytes() if objective.layers_at_once is None else 0
     if does.refine:
         # Of a step: a pass of the dense model, and a pass forth and back, which takes three.
         seconds["refine"] = does.refine * 4 * rehearsal.forward_seconds()

@@ -117,9 +117,9 @@ class Joint:
         models = (GREEDY_TRIES if greedy else TRIES) if searched else 1
         expansions = models if searched and greedy else math.ceil((1 - kept) / self.step - ROUNDING)
         return Work(
-            gradients=outlook.first(self.refit) if self.refit_by == "loss" else 0,
             gates=expansions * directions * outlook.first(self.samples),
             refit=models * outlook.first(self.refit),
+            weighed=outlook.first(self.refit) if self.refit_by == "loss" else 0,
             refine=self.refine.samples if self.refine else 0,
             evaluations=(models + 1) * outlook.of("verification") if searched else 0,
             params_kept=self.params_kept,

@@ -43,9 +43,9 @@ class Refitted:
         if not isinstance(self.selector, Foreseen):
             raise UserError(f"{type(self.selector).__name__} does not say what it will do; leave dry_run out")
         steps = self.refine.samples if self.refine else 0
-        work, samples = self.selector.work(outlook), outlook.first(self.samples)
-        gradients = work.gradients + (samples if self.refit_by == "loss" else 0)
-        return replace(work, gradients=gradients, refit=samples, refine=steps)
+        samples = outlook.first(self.samples)
+        weighed = samples if self.refit_by == "loss" else 0
+        return replace(self.selector.work(outlook), refit=samples, weighed=weighed, refine=steps)
 
     @property
     def decomposer(self) -> Decomposer:

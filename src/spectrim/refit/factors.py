@@ -17,7 +17,7 @@ from spectrim.refit.large_convolutions import fitted, is_large, reduced_rank
 from spectrim.refit.layer_barrier import Lockstep
 from spectrim.refit.layers_to_fit import layers_to_fit
 from spectrim.refit.moments import Flows, Moments, moments_of
-from spectrim.refit.weighting import Weights, mixed, roots_of
+from spectrim.refit.weighting import Weights, mixed, roots_of, weights_of
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.input_moments import mask_of
 from spectrim.statistics.objective import Objective
@@ -64,7 +64,7 @@ def refit(
 
         def met(name: str, flows: Flows) -> None:
             try:
-                G_gOO = None if weights is None else weights.get(name)
+                G_gOO = weights_of(weights, name)
                 _fit_layer((compressed, dense), name, followers.get(name), flows, folder, processes, G_gOO)
             except UserError as error:
                 raise UserError(f"layer {name}: {error}") from None

@@ -11,11 +11,14 @@ from spectrim.errors import UserError
 from spectrim.factored.dense import DenseLayer
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.output_moments import output_moments
+from spectrim.tools import resume
+from spectrim.tools.spill import SpilledTensors, SpillFolder
 
 DAMPING = 0.1  # of the mean weight of an output; it is added to the weights of all
 
+DIRECTIONS = Directions(labels=False, top=None, seed=0)
 RefitBy = Literal["outputs", "loss"]
-Weights = Mapping[str, Tensor]  # layer → G, float64 (g, O, O)
+Weights = Mapping[str, Tensor | SpilledTensors]  # layer → G, float64 (g, O, O), or the file that holds it
 
 
 def output_weights(
@@ -24,7 +27,8 @@ def output_weights(
     """Return how much the loss feels an error of each layer's outputs: ``G = E[g g^T]`` for gradients g at them.
 
     An error e at one position raises the loss by ``e^T G e / 2`` to second order, with K-FAC's Fisher information
-    (``output_moments``). The result is remembered for other budgets. An embedding has none.
+    (``output_moments``). The result is remembered for other budgets. An embedding has none. With ``layers_at_once`` of
+    the objective the moments are on disk.
 
     ``by``: ``"outputs"`` gives None: all outputs of a layer count alike.
     ``samples``: number of samples to read, in whole batches.
@@ -40,14 +44,40 @@ def output_weights(
     }
 
     def measured() -> Weights:
-        found = output_moments(dense, views, objective, samples, Directions(False, None, 0))
-        for name, own in found.items():
-            if not next(iter(own.values())).isfinite().all():
-                raise UserError(f"layer {name}: the gradients at its outputs hold NaN or infinity; check the weights")
-        return {name: next(iter(own.values())) for name, own in found.items()}
+        folder = None if objective.layers_at_once is None else SpillFolder()
+        found: dict[str, Tensor | SpilledTensors] = {}
+        for block in objective.blocks(list(views)):
+            for name, G_gOO in _moments(dense, {name: views[name] for name in block}, objective, samples).items():
+                if not G_gOO.isfinite().all():
+                    problem = "the gradients at its outputs hold NaN or infinity"
+                    raise UserError(f'layer {name}: {problem}; check the data, or give refit_by="outputs"')
+                found[name] = G_gOO if folder is None else folder.write({"G": G_gOO})
+        return found
 
     key = (tuple(views), samples, content(dense.state_dict().values()))
     return objective.remembered(dense, "output weights", lambda: key, measured)
+
+
+def _moments(
+    dense: nn.Module, views: Mapping[str, tuple[str]], objective: Objective, samples: int
+) -> Mapping[str, Tensor]:
+    """Return G of some layers, each of which has one view. A killed process takes them up (``resume``)."""
+
+    def made() -> resume.Result:
+        found = output_moments(dense, views, objective, samples, DIRECTIONS)
+        return resume.Result({name: own[views[name][0]] for name, own in found.items()})
+
+    folder = resume.current()
+    if folder is None:
+        return made().tensors
+    key = [*views, samples, repr(DIRECTIONS)]
+    return objective.resumed(folder, "weights", dense, "calibration", made, key, samples).tensors
+
+
+def weights_of(weights: Weights | None, layer: str) -> Tensor | None:
+    """Return G of a layer; None where all its outputs count alike."""
+    found = None if weights is None else weights.get(layer)
+    return found.read()["G"] if isinstance(found, SpilledTensors) else found
 
 
 def roots_of(G_gOO: Tensor) -> tuple[Tensor, Tensor]:

@@ -138,6 +138,11 @@ class Rehearsal:
             most = max(most, 8 * (dense.groups * columns * (9 * columns + 6 * rows) + 25 * factors))
         return most
 
+    def weighing_bytes(self) -> int:
+        """Return the bytes of the second moments by which a refit weighs the outputs of all layers."""
+        denses = [DenseLayer.of(layer.module) for layer in self.layers]
+        return sum(8 * dense.groups * dense.sides(dense.view("channel"))[0] ** 2 for dense in denses)
+
     def refit_moments(self, samples: int, flows: Mapping[str, tuple[float, float]]) -> float:
         """Return the seconds in which a refit takes the second moments of all layers."""
         operations = 0.0

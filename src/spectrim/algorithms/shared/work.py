@@ -36,6 +36,7 @@ class Work:
     ``gradients``, ``gates``, ``evaluations``: samples of which weight gradients are taken, gate gradients at full rank
         (each direction counts), and the loss alone.
     ``refit``: samples on which the factors are refitted; 0 for no refit.
+    ``weighed``: samples from which a refit learns how much each output counts; 0 where all outputs count alike.
     ``refine``: samples in all steps of a refinement; 0 for none.
     ``largest_entries``: whether the largest entry of each error is computed, which takes as long as a decomposition.
     ``params_kept``, ``macs_kept``: the budget, where there is one of these.
@@ -47,6 +48,7 @@ class Work:
     gates: int = 0
     evaluations: int = 0
     refit: int = 0
+    weighed: int = 0
     refine: int = 0
     largest_entries: bool = False
     params_kept: float | None = None
