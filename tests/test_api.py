@@ -484,6 +484,36 @@ def test_inference_mode_changes_nothing(net: nn.Sequential, batches: Any, algori
         assert spectrim.compress(net, calibration=batches, algorithm=algorithm).plan == outside.plan
 
 
+@pytest.mark.parametrize("algorithm", [None, "joint", "truncation"])
+def test_a_model_made_in_inference_mode_is_refused(net: nn.Sequential, batches: Any, algorithm: Any) -> None:
+    with torch.inference_mode():
+        made = copy.deepcopy(net)
+    for mode in (False, True):
+        with (
+            torch.inference_mode(mode),
+            pytest.raises(spectrim.UserError, match=r"^0.weight of the model was made inside of torch.inference_mode"),
+        ):
+            spectrim.compress(made, calibration=batches, algorithm=algorithm)
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize("loaded_inside", [False, True])
+@pytest.mark.parametrize("more", [{}, {"params_kept": 0.6}, {"params_kept": 0.6, "calibration": True}])
+def test_a_model_is_loaded_wherever_it_was_made(
+    net: nn.Sequential, batches: Any, tmp_path: Path, made_inside: bool, loaded_inside: bool, more: dict[str, Any]
+) -> None:
+    joint = spectrim.Joint(params_kept=0.6, samples=16, refit=16)
+    spectrim.compress(net, calibration=batches, algorithm=joint).save(tmp_path / "net", every_size=bool(more))
+    more = more | ({"calibration": batches} if "calibration" in more else {})
+    expected = spectrim.load(tmp_path / "net", into=copy.deepcopy(net), **more)
+    with torch.inference_mode(made_inside):
+        into = copy.deepcopy(net)
+    with torch.inference_mode(loaded_inside):
+        loaded = spectrim.load(tmp_path / "net", into=into, **more)
+    for key, value in expected.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], value)
+
+
 def test_a_loader_that_does_not_begin_anew_is_said(net: nn.Sequential, batches: Any) -> None:
     class Once:
         def __init__(self) -> None:

@@ -24,7 +24,7 @@ from spectrim.statistics.batchnorm import BatchNorm, require
 from spectrim.statistics.collated import Collator, collated, with_decoder_inputs
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Distributed
-from spectrim.surgery.given_model import eager, unchanged
+from spectrim.surgery.given_model import eager, require_gradients, unchanged
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.tools import resume as resuming
 
@@ -94,6 +94,7 @@ def compress(
     """
     require(batch_norm)
     model = eager(model)
+    require_gradients(model)
     selector = _selector(params_kept, plan, algorithm)
     views = decomposer_of(selector) if decomposer is None else _instance("decomposer", decomposer)
     if isinstance(loss, type) or not (loss is None or callable(loss)):

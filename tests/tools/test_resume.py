@@ -183,6 +183,15 @@ def test_a_folder_that_cannot_be_written_is_refused_first(net: nn.Module, batche
     assert "\n" not in str(refusal.value)
 
 
+def test_an_empty_name_is_no_folder(
+    net: nn.Module, batches: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="^resume= is an empty name; give a folder, or leave it out$"):
+        spectrim.compress(net, calibration=batches, algorithm=JOINT, resume="")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_digest_of_a_function_covers_its_code_and_what_it_encloses() -> None:
     def scaled(by: float) -> Callable[[Tensor], Tensor]:
         return lambda x: x * by

@@ -43,6 +43,16 @@ def eager(model: nn.Module, values: bool = True) -> nn.Module:
     return model
 
 
+def require_gradients(model: nn.Module) -> None:
+    """Raise ``UserError`` where a parameter of ``model`` can have no gradient, whatever it requires."""
+    for name, value in model.named_parameters():
+        if value.is_inference():
+            raise UserError(
+                f"{name} of the model was made inside of torch.inference_mode, which allows no gradient; "
+                "build the model outside of it"
+            )
+
+
 def _is_compiled(module: nn.Module) -> bool:
     # By name: torch._dynamo takes long to import, and no module is compiled before somebody has imported it.
     return type(module).__name__ == "OptimizedModule" and "_orig_mod" in dict(module.named_children())

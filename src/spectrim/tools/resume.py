@@ -87,8 +87,10 @@ _CURRENT: ContextVar[ResumeFolder | None] = ContextVar("resume", default=None)
 def into(folder: str | Path | None) -> Iterator[None]:
     """Keep the results that are computed inside the block in ``folder``, and take up those that it holds.
 
-    None keeps nothing. Raises ``UserError`` where the folder cannot be written.
+    None keeps nothing. Raises ``UserError`` where the folder has no name or cannot be written.
     """
+    if folder == "":
+        raise UserError("resume= is an empty name; give a folder, or leave it out")
     token = _CURRENT.set(None if folder is None else ResumeFolder(Path(folder)))
     try:
         yield

@@ -181,10 +181,10 @@ def load(
         return every_size.filled(into, shard, plan)
     if not sizes.refit:
         raise UserError(f"{path} was made without a refit (refit=0); leave calibration= out")
-    dense = unpacked(every_size.filled(copied(into), shard, RankPlan()))
     objective = Objective(loss or default_loss(into), {"calibration": with_decoder_inputs(calibration, into)})
-    model = every_size.filled(into, shard, plan)
     with torch.inference_mode(False):
+        dense = unpacked(every_size.filled(copied(into), shard, RankPlan()))
+        model = every_size.filled(into, shard, plan)
         weights = output_weights(sizes.refit_by, dense, sizes.whole, objective, sizes.refit)
         factors.refit(model, dense, objective, sizes.refit, weights=weights)
     return model
