@@ -111,7 +111,7 @@ def compress(
     if resume is not None and any(objective.processes(name).size > 1 for name in splits):
         raise UserError("resume= serves a selection of one process; leave it out where several share the batches")
     if dry_run:
-        with unchanged(model), torch.inference_mode(False):
+        with unchanged(model), torch.inference_mode(False), torch.random.fork_rng():
             return forecast(model, selector, views, objective)
     objective.require_same("models", lambda: str(content(model.state_dict().values())))
     with unchanged(model), torch.inference_mode(False), resuming.into(resume):

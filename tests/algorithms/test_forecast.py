@@ -113,6 +113,16 @@ def test_nothing_is_changed_and_nothing_is_kept(net: nn.Module, batches: Any, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("decomposer", [spectrim.SVD(), spectrim.WhitenedSVD(samples=16)])
+def test_the_random_numbers_of_the_caller_are_left_alone(net: nn.Module, batches: Any, decomposer: Any) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    for algorithm in CHOICES:
+        spectrim.compress(net, calibration=batches, algorithm=algorithm, decomposer=decomposer, dry_run=True)
+    assert torch.equal(torch.rand(2), expected)
+
+
 def test_without_batches_what_needs_none_is_told(net: nn.Module) -> None:
     told = spectrim.compress(net, algorithm=spectrim.Truncation(ratio=0.5), dry_run=True)
     assert told.compressed.params < told.dense.params and set(told.seconds) == {"decompose"}

@@ -95,3 +95,26 @@ def test_a_view_of_a_parameter_may_be_an_input(requires_grad: bool) -> None:
     model = Queries().requires_grad_(requires_grad)
     assert model_cost(model, torch.randn(3, 6, 5)) == Cost(6 * 8 + 8 * 5 + 5, 6 * 8 * 5)
     assert all(parameter.requires_grad == requires_grad for parameter in model.parameters())
+
+
+class Counting(nn.Sequential):
+    """Counts its calls, and keeps its last outputs."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.calls = 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen += len(x)
+        self.kept = super().forward(x)
+        return self.kept
+
+
+def test_counting_the_cost_leaves_no_trace() -> None:
+    model = Counting(nn.Embedding(9, 6, max_norm=0.1), nn.Linear(6, 6))
+    before = model[0].weight.detach().clone()
+    assert model_cost(model, torch.tensor([[1, 2, 3]])).macs == 3 * 36
+    assert model.calls == 0 and model.seen == 0 and not hasattr(model, "kept")
+    assert torch.equal(model[0].weight, before)

@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.batches import Inputs, alone_trainable, batch_size, device_of, evaluating, forward, to_device
+from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.tied import tied_layers
 from spectrim.surgery.unpacking import unpacked
 
@@ -67,6 +68,7 @@ def _counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
         # It does not see into every kernel of attention either. Plain products reach the same number. And it fails on
         # an argument that requires a gradient without having a history, as a view of a parameter under no_grad.
         with (
+            unchanged(model),
             evaluating(model),
             torch.no_grad(),
             alone_trainable(model, ()),
