@@ -17,6 +17,7 @@ from spectrim.checkpoints import single_file
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
+from spectrim.fetch import pretrained
 from spectrim.surgery.reopening import factored_layers, kept_in
 from spectrim.tools import safetensors_stream
 from spectrim.tools.safetensors_stream import Shard
@@ -386,7 +387,8 @@ def test_attention_and_a_recurrent_layer_are_refitted_from_a_file_too(tmp_path: 
 
 
 def test_labels_of_an_encoder_decoder_make_its_inputs_when_a_file_is_refitted(tmp_path: Path) -> None:
-    library = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
+    library = pretrained.library()
     config = library.T5Config(
         vocab_size=60, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0
     )
@@ -401,3 +403,16 @@ def test_labels_of_an_encoder_decoder_make_its_inputs_when_a_file_is_refitted(tm
     given = {"input_ids": batches[0]["input_ids"], "decoder_input_ids": batches[0]["labels"]}
     with torch.no_grad():
         torch.testing.assert_close(fitted(**given).logits, made(**given).logits, rtol=1e-2, atol=1e-2)
+
+
+def test_batches_that_do_not_fit_leave_the_model_as_it_is(net: nn.Sequential, tmp_path: Path) -> None:
+    batches: Any = [(torch.randn(40, 3, 8, 8), torch.randint(5, (40,)))]
+    compressed(net, batches, 0.6, refit=40).save(tmp_path / "all", every_size=True)
+    x, y = batches[0]
+    for wrong in ([(x[:, :1], y)], [(x, y.float())], [], [(x, y + 9)]):
+        into = blank(net)
+        before, layers = copy.deepcopy(into.state_dict()), list(into.modules())
+        with pytest.raises(UserError):
+            spectrim.load(tmp_path / "all", into=into, params_kept=0.5, calibration=wrong)
+        assert list(into.modules()) == layers
+        assert all(torch.equal(value, before[name]) for name, value in into.state_dict().items())

@@ -184,7 +184,7 @@ def load(
     objective = Objective(loss or default_loss(into), {"calibration": with_decoder_inputs(calibration, into)})
     with torch.inference_mode(False):
         dense = unpacked(every_size.filled(copied(into), shard, RankPlan()))
-        model = every_size.filled(into, shard, plan)
         weights = output_weights(sizes.refit_by, dense, sizes.whole, objective, sizes.refit)
+        model = every_size.filled(into, shard, plan)  # what fails before leaves ``into`` as it is
         factors.refit(model, dense, objective, sizes.refit, weights=weights)
     return model
