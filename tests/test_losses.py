@@ -225,6 +225,13 @@ def test_the_older_names_of_decoders_are_tasks_too() -> None:
 
     assert default_loss(GPT2LMHeadModel(2, 2)) is token_loss
 
+    class PeftModel(nn.Sequential):
+        def get_base_model(self) -> nn.Module:
+            return self[0]
+
+    assert default_loss(PeftModel(GPT2LMHeadModel(2, 2))) is token_loss
+    assert default_loss(PeftModel(nn.Linear(2, 2))) is F.cross_entropy
+
 
 def test_a_loss_module_of_torch_is_given_the_logits() -> None:
     logits, targets = torch.randn(4, 3), torch.arange(4) % 3

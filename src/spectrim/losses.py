@@ -145,7 +145,11 @@ OF_TASKS: dict[str, Loss] = {
 
 
 def default_loss(model: nn.Module) -> Loss:
-    """Return the loss that a model of transformers is trained by, as far as it is known; else cross-entropy."""
+    """Return the loss that a model of transformers is trained by, as far as it is known; else cross-entropy.
+
+    A model with adapters of PEFT has the loss of the model inside.
+    """
+    model = getattr(model, "get_base_model", lambda: model)()
     # The older names of decoders, such as GPT2LMHeadModel, tell transformers no task.
     older = type(model).__name__.endswith("LMHeadModel")
     task = "ForCausalLM" if older else str(getattr(model, "loss_type", None))

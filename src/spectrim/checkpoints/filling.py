@@ -176,8 +176,8 @@ def _require_no_buffer_left_on_meta(model: nn.Module) -> None:
 def _put(model: nn.Module, names: Sequence[str], old: Tensor, value: Tensor, as_stored: bool) -> None:
     """Copy ``value`` into the tensor ``old`` of the model, or put a new tensor at all of its ``names``."""
     dtype = value.dtype if as_stored else old.dtype
-    is_frozen = old.is_inference() and not torch.is_inference_mode_enabled()
-    if not old.is_meta and old.dtype == dtype and not is_frozen:
+    is_writable = torch.is_inference_mode_enabled() or not old.is_inference()
+    if not old.is_meta and old.dtype == dtype and is_writable:
         old.copy_(value)
         return
     new = value.to(device="cpu" if old.is_meta else old.device, dtype=dtype)
