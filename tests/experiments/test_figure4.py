@@ -106,12 +106,13 @@ def test_the_title_counts_the_sizes_at_which_no_rival_is_better(measure: str, sa
             "curve": [None, "joint", "joint", "alds", "verified", None, "joint", "alds", "joint"],
             "algorithm": ["dense", "joint", "joint", "alds", "joint", "dense", "joint", "alds", "joint"],
             "pivoted": [None, False, False, False, False, None, False, False, True],
+            "by_loss": [False] * 9,
             "params_kept": [1.0, 0.5, 0.3, 0.3, 0.2, 1.0, 0.5, 0.4, 0.6],
             "test_accuracy": [0.9, 0.7, 0.6, 0.8, 0.9, 0.9, 0.5, 0.4, 0.6],
             "test_loss": [0.3, 0.4, 0.6, 0.5, 0.1, 0.3, 0.9, 1.1, 0.5],
         }
     )
-    rivals = "no rival with the same kind of factors and as few parameters"
+    rivals = "no rival with the same kind of factors and refit, and as few parameters,"
     assert script("figure4").message(rows, measure, "params_kept") == said.format(rivals)
     without = rows[rows["curve"] != "joint"]
     assert script("figure4").message(without, measure, "params_kept").startswith(f"Test {measure} of every selector")
@@ -153,3 +154,24 @@ def test_two_settings_are_not_drawn_as_one_point(
         records.write(tmp_path / "records", factory.make(algorithm="joint", experiment="figure4", settings=settings))
     assert script("figure4").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 1
     assert "2 settings of joint, ours at params kept 0.5 on resnet20" in capsys.readouterr().err
+
+
+def test_a_refit_by_the_loss_has_lines_of_its_own_and_takes_the_place_of_the_others_in_the_figure(
+    run: Callable[[str, Path, Path], dict[str, Figure]], factory: ModuleType, tmp_path: Path
+) -> None:
+    for one in factory.figure4(("resnet20",)):
+        records.write(tmp_path / "records", one)
+        algorithm = one["config"]["algorithm"]
+        if algorithm["_class_"] in ("Joint", "Refitted") and "pivoted" in str(one["config"]["decomposer"]):
+            config = one["config"] | {"algorithm": algorithm | {"refit_by": "loss"}}
+            records.write(tmp_path / "records", one | {"config": config, "signature": records.signature(config)})
+    figures = run("figure4", tmp_path / "records", tmp_path)
+    drawn = pd.read_csv(tmp_path / "tables" / "figure4.csv")
+    both = [f"{name}{tail}" for name in CURVES[-3::2] for tail in ("", ", by the loss")]
+    assert [name for name in dict.fromkeys(drawn["variant"]) if "pivoted" in name] == both
+    handles, names = figures["figure4"].axes[0].get_legend_handles_labels()
+    lines = {name: handle[0] for name, handle in zip(names, handles, strict=True)}
+    assert set(both) & set(lines) == {name for name in both if name.endswith("by the loss")}
+    best = lines.pop("joint, ours, pivoted, by the loss")
+    assert all(best.get_linewidth() > line.get_linewidth() for line in lines.values())
+    assert "\njoint, by the loss (ours), minus its best rival" in (tmp_path / "tables" / "figure4_paper.md").read_text()

@@ -30,7 +30,7 @@ SELECTORS = {
     "joint": "joint, ours",
 }
 PIVOTED = ", pivoted"  # after the name of a selector whose layers hold pivoted factors
-BY_LOSS = ", refit by the loss"  # after the name of a selector whose refit weighs outputs by the loss
+BY_LOSS = ", by the loss"  # after the name of a selector whose refit weighs outputs by the loss
 RULES = ("rank", "ratio", "energy", "params_kept")  # a truncation follows one of them
 # Runs of one setting may differ in these keys only.
 SEEDS = ("seed", "checkpoint", "data.calibration_seed")
