@@ -193,6 +193,22 @@ def test_the_tensors_of_a_dataclass_are_found_and_changed() -> None:
     assert first_samples(kept, 2, 3).about == "other" and tensors_of(Output) == []
 
 
+def test_a_batch_may_be_a_dataclass() -> None:
+    class Reading(nn.Sequential):
+        def forward(self, given: Any) -> Tensor:
+            return super().forward(given.scores if isinstance(given, Output) else given)
+
+    torch.manual_seed(0)
+    net = Reading(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 5))
+    data = [(torch.randn(8, 6), torch.randint(5, (8,))) for _ in range(2)]
+    joint = spectrim.Joint(params_kept=0.7, samples=16, refit=16)
+    plain = spectrim.compress(net, calibration=data, algorithm=joint)
+    wrapped = spectrim.compress(net, calibration=[(Output(x, {}), y) for x, y in data], algorithm=joint)
+    assert wrapped.plan == plain.plan and wrapped.cost == plain.cost and wrapped.notes == plain.notes
+    assert batch_size(Output(data[0][0], {})) == 8
+    torch.testing.assert_close(wrapped.model(data[0][0]), plain.model(data[0][0]))
+
+
 @pytest.mark.parametrize("wrap", [lambda y: Output(y, {}), lambda y: {"scores": y}, lambda y: (y, None)])
 def test_a_model_may_return_tensors_in_any_structure(wrap: Any) -> None:
     class Wrapped(nn.Sequential):

@@ -246,7 +246,7 @@ def batch_size(inputs: Inputs) -> int:
         return int(inputs.batch_sizes[0])
     if isinstance(inputs, Tensor):
         return len(inputs) if inputs.ndim else 1
-    values = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    values = inputs if (parts := _parts(inputs)) is None else list(parts.values())
     if isinstance(values, tuple | list):
         for value in values:
             if isinstance(value, list):  # of samples
