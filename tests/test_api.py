@@ -1,6 +1,7 @@
 """The one-call interface, as its users type it."""
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim
 from spectrim.algorithms.related.global_threshold import GlobalThreshold
+from spectrim.api import _selector
 from spectrim.batches import evaluating
 from spectrim.decomposers.best_view import BestView
 from spectrim.factored.forms import PivotedForm, PlainForm
+from spectrim.losses import label_loss, span_loss, token_loss
 from spectrim.runs import configuration
 from spectrim.runs.named import named
 
@@ -398,6 +401,13 @@ def test_a_plan_is_followed(net: nn.Sequential, batches: Any) -> None:
     assert {name: kept.rank for name, kept in by_hand.plan.items()} == {"6": 3, "0": 2}
     read = spectrim.RankPlan.from_json(joint.plan.to_json())
     assert spectrim.compress(net, calibration=batches, plan=read).plan == joint.plan
+
+
+def test_a_size_alone_of_a_decoder_is_what_the_command_line_takes_for_text() -> None:
+    cut = named("algorithm", "joint_cut")
+    assert dataclasses.replace(cut, params_kept=0.8) == _selector(0.8, None, None, token_loss)
+    for loss in (F.cross_entropy, label_loss, span_loss):  # an encoder is refitted
+        assert _selector(0.8, None, None, loss) == spectrim.Joint(params_kept=0.8)
 
 
 def test_a_size_alone_is_joint_selection_with_its_own_decomposer(net: nn.Sequential, batches: Any) -> None:

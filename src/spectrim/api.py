@@ -19,7 +19,7 @@ from spectrim.checkpoints import sharded, single_file
 from spectrim.decomposers.spectrum import Decomposer, content
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
-from spectrim.losses import Loss, default_loss
+from spectrim.losses import Loss, TokenLoss, default_loss
 from spectrim.statistics.batchnorm import BatchNorm, require
 from spectrim.statistics.collated import Collator, collated, with_decoder_inputs
 from spectrim.statistics.objective import Objective
@@ -27,6 +27,10 @@ from spectrim.statistics.processes import Distributed
 from spectrim.surgery.given_model import eager, require_gradients, unchanged
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.tools import resume as resuming
+
+# Settings of joint selection for decoders, those of ``joint_cut``. A refit on some thousand tokens does them harm. They
+# are not at a minimum on other texts, so first-order slopes tell something.
+DECODER: dict[str, Any] = {"samples": 500, "significance": 4.0, "refit": 0}
 
 
 def compress(
@@ -61,7 +65,8 @@ def compress(
     ``train``: batches with a length, for algorithms that train.
     ``loss``: ``loss(model_output, targets)``, a scalar, the mean over the batch. By default cross-entropy; for a model
         of transformers the one of its task: next tokens, labels of tokens, or answers.
-    ``params_kept``: the part of the parameters to keep, in (0, 1). Short for ``algorithm=Joint(params_kept=…)``.
+    ``params_kept``: the part of the parameters to keep, in (0, 1). Short for ``algorithm=Joint(params_kept=…)``, for a
+        model that predicts next tokens with the settings of ``joint_cut``: no refit, and slopes beyond chance.
     ``algorithm``: the selector, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default.
     ``decomposer``: the decomposer, or its name on the command line, such as ``"whitened_channel"``. By default the one
         that the algorithm names: pivoted factors of the whitened weight for ``Joint``, else ``SVD()``.
@@ -95,7 +100,7 @@ def compress(
     require(batch_norm)
     model = eager(model)
     require_gradients(model)
-    selector = _selector(params_kept, plan, algorithm)
+    selector = _selector(params_kept, plan, algorithm, loss or default_loss(model))
     views = decomposer_of(selector) if decomposer is None else _instance("decomposer", decomposer)
     if isinstance(loss, type) or not (loss is None or callable(loss)):
         raise UserError(f"loss={_said(loss)} is not loss(outputs, targets); pass a function or an instance of torch.nn")
@@ -121,14 +126,18 @@ def compress(
 
 
 def _selector(
-    params_kept: float | None, plan: RankPlan | Mapping[str, int] | None, algorithm: Algorithm | str | None
+    params_kept: float | None,
+    plan: RankPlan | Mapping[str, int] | None,
+    algorithm: Algorithm | str | None,
+    loss: Loss,
 ) -> Algorithm:
     given = {"params_kept": params_kept, "plan": plan, "algorithm": algorithm}
     several = [f"{name}=" for name, value in given.items() if value is not None]
     if len(several) > 1:
         raise UserError(f"{' and '.join(several)} each say what to keep; pass one of them")
     if params_kept is not None:
-        return Joint(params_kept=params_kept)
+        decodes = isinstance(loss, TokenLoss) and loss.ahead > 0
+        return Joint(params_kept=params_kept, **(DECODER if decodes else {}))
     if plan is not None:
         return ByPlan(plan)
     return Lossless() if algorithm is None else _instance("algorithm", algorithm)
