@@ -30,6 +30,8 @@ NOT_IN_FRONT = (
     "global threshold",
     "ALDS, BatchNorm kept",
     "knapsack (BALF), pivoted",
+    "knapsack (BALF), refitted as ours, pivoted",
+    "joint, ours, pivoted",
     "knapsack (BALF), refitted as ours",
 )
 
