@@ -66,7 +66,7 @@ def benchmark(quick: bool) -> Outcome:
 def _once(name: str, block: Block, samples: int, read: int) -> dict[str, object]:
     torch.manual_seed(0)
     model, batches = _model(block), _batches(block, samples)
-    selector = Joint(params_kept=0.5, samples=samples, refit=read)
+    selector = Joint(params_kept=0.5, samples=samples, refit=read, refit_by="outputs")
     objective = Objective(F.cross_entropy, {"calibration": batches})
     with (
         clocked(joint, "gates_at") as gates,

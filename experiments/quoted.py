@@ -163,6 +163,7 @@ def fine_tuned(results: Path, net: str, share: str, tail: str = "") -> Any:
 
 
 PIVOTED, REFITTED = "joint, ours, pivoted", "knapsack (BALF), refitted as ours, pivoted"
+BY_LOSS, RIVAL = (f"{name}, by the loss" for name in (PIVOTED, REFITTED))
 LENET, RESNET, VGG = "lenet5, mnist", "resnet20, cifar10", "vgg19_half, cifar10"
 SIX_CUTS = ["hoyer 0.01, ε 0.1, 6 cuts", "none, ε 0.1, 6 cuts", "nuclear 0.001, ε 0.1, 6 cuts"]
 PRICED = "hoyer 0.005, ε 0.06, 4 cuts, priced, spatial"
@@ -195,15 +196,17 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "vgg_knapsack_30": lambda results: points(at(results, "vgg19_half", REFITTED, "0.3")),
     "vgg_joint_macs": lambda results: macs(results, PIVOTED, "vgg19_half", "0.3"),
     "vgg_knapsack_macs": lambda results: macs(results, REFITTED, "vgg19_half", "0.3"),
-    "resnext_joint_50": lambda results: points(at(results, "resnext20", PIVOTED, "0.5")),
-    "resnext_knapsack_50": lambda results: points(at(results, "resnext20", REFITTED, "0.5")),
-    "resnext_joint_30": lambda results: points(at(results, "resnext20", PIVOTED, "0.3")),
-    "resnext_knapsack_30": lambda results: points(at(results, "resnext20", REFITTED, "0.3")),
-    "cct_joint_50": lambda results: points(at(results, "cct2", PIVOTED, "0.5")),
-    "cct_knapsack_50": lambda results: points(at(results, "cct2", REFITTED, "0.5")),
-    "cct_joint_30": lambda results: points(at(results, "cct2", PIVOTED, "0.3")),
-    "cct_knapsack_30": lambda results: points(at(results, "cct2", REFITTED, "0.3")),
-    "cct_macs": lambda results: macs(results, PIVOTED, "cct2"),
+    "resnext_joint_50": lambda results: points(at(results, "resnext20", BY_LOSS, "0.5")),
+    "resnext_knapsack_50": lambda results: points(at(results, "resnext20", RIVAL, "0.5")),
+    "resnext_joint_30": lambda results: points(at(results, "resnext20", BY_LOSS, "0.3")),
+    "resnext_knapsack_30": lambda results: points(at(results, "resnext20", RIVAL, "0.3")),
+    "cct_joint_50": lambda results: points(at(results, "cct2", BY_LOSS, "0.5")),
+    "cct_knapsack_50": lambda results: points(at(results, "cct2", RIVAL, "0.5")),
+    "cct_joint_30": lambda results: points(at(results, "cct2", BY_LOSS, "0.3")),
+    "cct_knapsack_30": lambda results: points(at(results, "cct2", RIVAL, "0.3")),
+    "cct_macs": lambda results: macs(results, BY_LOSS, "cct2"),
+    "cct_equal_30": lambda results: points(at(results, "cct2", PIVOTED, "0.3")),
+    "resnext_equal_30": lambda results: points(at(results, "resnext20", PIVOTED, "0.3")),
     "cct_stated": lambda results: removed(selected(results, "cct2", "one-shot, gamma 0.008"), 1),
     "cct_wide": lambda results: removed(selected(results, "cct2", "one-shot, gamma 0.03")),
     "cct_verified": lambda results: removed(selected(results, "cct2", "verified")),
