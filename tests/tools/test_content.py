@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,11 @@ class Net(nn.Module):
 
     def scaled(self, x: Tensor) -> Tensor:
         return x
+
+
+@dataclass(slots=True)
+class Slotted:
+    scale: float
 
 
 def by(read: Callable[[Any], Any]) -> type[Net]:
@@ -82,6 +90,12 @@ WAYS: dict[str, Callable[[float], Net]] = {
     "set": lambda number: holding({number, "a", "b"}, lambda own: sum(part for part in own if part not in ("a", "b"))),
     "tensor": lambda number: holding(torch.tensor([number]), lambda own: own[0]),
     "object": lambda number: holding(SimpleNamespace(scale=number), lambda own: own.scale),
+    "slots": lambda number: holding(Slotted(number), lambda own: own.scale),
+    "array": lambda number: holding(np.array([number]), lambda own: float(own[0])),
+    "scalar": lambda number: holding(np.float32(number), float),
+    "queue": lambda number: holding(deque([number]), lambda own: own[0]),
+    "range": lambda number: holding(range(int(number)), len),
+    "set in an object": lambda number: holding(SimpleNamespace(scales={number}), lambda own: max(own.scales)),
     "function": lambda number: holding(lambda: number, lambda own: own()),
     "partial": lambda number: holding(partial(max, number, 0.0), lambda own: own()),
     "type": lambda number: holding(torch.float16 if number == 2 else torch.float64, lambda own: torch.finfo(own).eps),

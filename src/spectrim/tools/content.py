@@ -1,17 +1,20 @@
 """Digests of what a computation depends on: tensors, settings, functions, and the code of models."""
 
 import hashlib
+from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import partial
 from io import BytesIO
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 PLAIN = Tensor | int | float | complex | str | bytes | torch.dtype | torch.device | None
 TORCH_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, submodules, hooks and mode of every module
+HELD = list | tuple | deque | range | dict | set | frozenset | np.ndarray | np.generic
 HOOKS = "_forward_pre_hooks", "_forward_hooks"
 OF_NO_FORWARD = {"generation_config"}  # of transformers; it holds a hash of this process
 
@@ -120,12 +123,15 @@ def _plain(value: Any, outer: frozenset[int] = frozenset()) -> Any:
     inner = outer | {id(value)}
     if isinstance(value, Mapping):
         return [name, [(_plain(key, inner), _plain(own, inner)) for key, own in value.items()]]
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | deque | range):
         return [name, [_plain(own, inner) for own in value]]
     if isinstance(value, set | frozenset):
         return [name, sorted(content([_plain(own, inner)]) for own in value)]
-    state = getattr(value, "__dict__", {}).items()
-    held = [(key, own) for key, own in state if isinstance(own, PLAIN | list | tuple | dict)]
+    if isinstance(value, np.ndarray | np.generic):
+        return [name, str(value.dtype), value.shape, "" if value.dtype.hasobject else value.tobytes()]
+    slots = [slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ()) if hasattr(value, slot)]
+    state = {slot: getattr(value, slot) for slot in slots if not slot.startswith("__")} | getattr(value, "__dict__", {})
+    held = [(key, own) for key, own in state.items() if isinstance(own, PLAIN | HELD)]
     return [name, [(key, _plain(own, inner)) for key, own in held]]
 
 
