@@ -22,8 +22,8 @@ from spectrim.tools.resume import Result, ResumeFolder
 
 JOINT = spectrim.Joint(params_kept=0.5, samples=30, refit=30)
 CHOICES: list[tuple[Any, Any, set[str]]] = [
-    (JOINT, spectrim.BestView(spectrim.WhitenedSVD(samples=30)), {"whitened", "gates", "fit"}),
-    (JOINT, spectrim.SVD(), {"svd", "gates", "fit"}),
+    (JOINT, spectrim.BestView(spectrim.WhitenedSVD(samples=30)), {"whitened", "gates", "weights", "fit"}),
+    (JOINT, spectrim.SVD(), {"svd", "gates", "weights", "fit"}),
     (spectrim.Lossless(), spectrim.SubspaceSVD(), {"svd", "largest", "gradients"}),
     (spectrim.Truncation(ratio=0.5), spectrim.Tucker2(), {"svd"}),
 ]
