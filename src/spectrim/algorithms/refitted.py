@@ -31,8 +31,8 @@ class Refitted:
 
     selector: Algorithm
     samples: int = 1000
-    refit_by: RefitBy = "outputs"
     refine: Refinement | None = None
+    refit_by: RefitBy = "outputs"
 
     def __post_init__(self) -> None:
         if self.samples < 1:
