@@ -127,6 +127,11 @@ def _linear(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 def _of_ratio(entries: Mapping[str, Entry], ratio: float, dense: Sequence[str], factors: Factors) -> RankPlan:
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
         raise UserError(f"ratio must lie in (0, 1), got {ratio!r}")
+    return _at_ratio(entries, ratio, dense, factors)
+
+
+def _at_ratio(entries: Mapping[str, Entry], ratio: float, dense: Sequence[str], factors: Factors) -> RankPlan:
+    """Return the plan that keeps ``ratio`` of every layer, in (0, 1]."""
     layers = {n: e for n, e in _linear(entries).items() if not any(fnmatch(n, pattern) for pattern in dense)}
     if not layers:
         raise UserError("this checkpoint has nothing to factor: no 2-D weight but those that stay dense")
@@ -138,9 +143,9 @@ def _of_ratio(entries: Mapping[str, Entry], ratio: float, dense: Sequence[str], 
 
 
 def _params(kept: Kept, outputs: int, inputs: int) -> int:
-    """Return how many numbers the factors of a layer hold."""
-    pivots = kept.rank if kept.form == FORMS["pivoted"] else 0
-    return kept.rank * (outputs + inputs - pivots)
+    """Return how many numbers the factors of a layer hold. At full rank they may be plain, as in memory."""
+    is_pivoted = kept.form == FORMS["pivoted"] and kept.rank <= linalg.most_pivots(outputs, inputs)
+    return kept.rank * (outputs + inputs - kept.rank * is_pivoted)
 
 
 def _rank_within(params: float, outputs: int, inputs: int, factors: Factors) -> int:
@@ -159,12 +164,14 @@ def _of_params(entries: Mapping[str, Entry], kept: float | None, dense: Sequence
         shapes = {name: entries[f"{name}.weight"].shape for name in plan}
         return 1 - sum(math.prod(own) - _params(plan[name], *own) for name, own in shapes.items()) / total
 
-    low, high, found = 0.0, 1.0, _of_ratio(entries, math.ulp(0.0), dense, factors)
+    low, high, found, most = 0.0, 1.0, *(_at_ratio(entries, end, dense, factors) for end in (math.ulp(0.0), 1.0))
+    if left(most) <= kept:
+        return most
     if left(found) > kept:
         raise UserError(f"params_kept={kept} is out of reach: at rank 1 {left(found):.4f} of them remain")
     for _ in range(STEPS):
         middle = (low + high) / 2
-        tried = _of_ratio(entries, middle, dense, factors)
+        tried = _at_ratio(entries, middle, dense, factors)
         if left(tried) <= kept:
             low, found = middle, tried
         else:
