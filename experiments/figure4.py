@@ -79,7 +79,7 @@ def build(options: Options) -> list[Path]:
     published = claims.claims(compare.read_published(PUBLISHED), ["Not retrained"])
     points = frontier.points(options, found)
     rows = frontier.rows(points, published)
-    rows["best"] = [_best(rows[rows["model"] == row["model"]]) == row["line"] for _, row in rows.iterrows()]
+    rows["best"] = rows["line"] == rows["model"].map({model: _best(own) for model, own in rows.groupby("model")})
     origin = command.origin(options, found, [PUBLISHED])
     models = sorted(dict.fromkeys(rows["model"]), key=frame.model_key)
     main = rows[(rows["network"] == NETWORK[0]) & (rows["data"] == NETWORK[1])]

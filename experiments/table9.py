@@ -61,9 +61,9 @@ NOTES = (
     "There is no fine-tuning. The test split is used once, after the selection. Δ to the default is the change to the "
     "run of the same seed with the default settings, so its deviation shows how certain a difference is; its p is that "
     "of a two-sided paired t-test. Seconds are those of the whole run, measured beside other runs on the same machine.",
-    "The default: pivoted factors of the whitened spectrum in the better view of each layer, ranks by the knapsack, "
-    "a refit in which all outputs of a layer count alike. "
-    "Refit by the loss: an error counts as much as the loss feels it. "
+    "The default of this table: pivoted factors of the whitened spectrum in the better view of each layer, ranks by "
+    "the knapsack, a refit in which all outputs of a layer count alike. Refit by the loss, the default of the library: "
+    "an error counts as much as the loss feels it. "
     "The first order as far as it is certain: each slope is shrunk by several standard errors over the samples. "
     "Greedy ranks: one component is removed after another. Interaction of components: the Fisher information off its "
     "diagonal is included. No refit: the factors stay as cut. Five expansions: the loss is expanded anew on the way. "

@@ -188,6 +188,8 @@ def load(
 
     Raises ``UserError`` where the file is missing, cut short, altered, or of another architecture.
     """
+    if loss is not None and calibration is None:
+        raise UserError("loss= is for the refit of a size; give calibration=, too, or leave it out")
     into = eager(into, values=False)
     if params_kept is not None and not Path(path).is_dir():
         return every_size.load(Path(path), into, params_kept, sha256, calibration, loss)

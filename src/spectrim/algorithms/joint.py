@@ -81,10 +81,10 @@ class Joint:
     samples: int = 250
     significance: float | None = None
     refit: int = 500
-    refit_by: RefitBy = "loss"
     seed: int = 0
     interaction: float = 0.0
     refine: Refinement | None = None
+    refit_by: RefitBy = "loss"
 
     decomposer: ClassVar[Decomposer] = PIVOTED  # where the user names none
 

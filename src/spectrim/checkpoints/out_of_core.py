@@ -164,11 +164,12 @@ def _of_params(entries: Mapping[str, Entry], kept: float | None, dense: Sequence
         shapes = {name: entries[f"{name}.weight"].shape for name in plan}
         return 1 - sum(math.prod(own) - _params(plan[name], *own) for name, own in shapes.items()) / total
 
-    low, high, found, most = 0.0, 1.0, *(_at_ratio(entries, end, dense, factors) for end in (math.ulp(0.0), 1.0))
+    found, most = (_at_ratio(entries, ratio, dense, factors) for ratio in (math.ulp(0.0), 1.0))
     if left(most) <= kept:
         return most
     if left(found) > kept:
         raise UserError(f"params_kept={kept} is out of reach: at rank 1 {left(found):.4f} of them remain")
+    low, high = 0.0, 1.0
     for _ in range(STEPS):
         middle = (low + high) / 2
         tried = _at_ratio(entries, middle, dense, factors)

@@ -237,6 +237,7 @@ def saved(net: nn.Sequential, tmp_path: Path) -> tuple[nn.Sequential, Path]:
         ({"params_kept": 0.5, "calibration": []}, r"was made without a refit \(refit=0\); leave calibration= out$"),
         ({"params_kept": 0.5, "sha256": "0" * 64}, r"sha256"),
         ({"calibration": []}, r"^calibration= is for a file saved with every_size=True"),
+        ({"params_kept": 0.5, "loss": nn.CrossEntropyLoss()}, r"^loss= is for the refit of a size; give calibration="),
     ],
     ids=str,
 )
