@@ -102,6 +102,11 @@ def aliased(outputs: Any) -> Any:
     return _with_tensors(outputs, lambda tensor: tensor.view_as(tensor))
 
 
+def detached(inputs: Inputs) -> Inputs:
+    """Return the same inputs without a gradient."""
+    return _with_tensors(inputs, Tensor.detach)
+
+
 def _with_tensors(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Change every tensor, also the one inside of a packed sequence."""
     return _mapped(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
 from spectrim.errors import UserError, first_line
+from spectrim.tools import token_entropy
+from spectrim.tools.normals import Normals
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) → mean over the batch, a scalar
 IGNORED = -100  # the label of a token that is not predicted, as in transformers and torch
@@ -36,8 +38,11 @@ class TokenLoss:
     ahead: int = 1
 
     def __call__(self, outputs: Any, targets: Tensor) -> Tensor:
-        logits = self._predicting(outputs).flatten(0, 1).float()
-        return F.cross_entropy(logits, targets[:, self.ahead :].flatten(), ignore_index=IGNORED)
+        logits, wanted = logits_of(outputs), targets[:, self.ahead :]
+        predicting = self._predicting(outputs)
+        if logits.ndim == 3 and predicting.shape[:2] == wanted.shape and logits.numel() > token_entropy.BLOCK:
+            return token_entropy.cross_entropy(logits, wanted, IGNORED)
+        return F.cross_entropy(predicting.flatten(0, 1).float(), wanted.flatten(), ignore_index=IGNORED)
 
     def count(self, targets: Tensor) -> int:
         """Return the number of predicted tokens."""
@@ -90,11 +95,16 @@ def are_scores(outputs: Any, targets: Any) -> bool:
     )
 
 
+def have_scores(loss: Loss, outputs: Any, targets: Any) -> bool:
+    """Return whether the outputs hold a row of scores for each prediction."""
+    return isinstance(loss, TokenLoss | SpanLoss) or are_scores(outputs, targets)
+
+
 def scores_of(loss: Loss, outputs: Any, targets: Any) -> Tensor | None:
     """Return one row of scores for each prediction, float32; None where the outputs are no scores."""
     if isinstance(loss, TokenLoss | SpanLoss):
         return loss.predictions(outputs, targets)
-    return logits_of(outputs).float() if are_scores(outputs, targets) else None
+    return logits_of(outputs).float() if have_scores(loss, outputs, targets) else None
 
 
 def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
@@ -130,8 +140,13 @@ def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:
     the same second moment. For a confident row, however, that label is almost always the same and its gradient is
     almost zero. A Gaussian direction is equally informative for every row, so far fewer rows suffice.
     """
-    p = logits.detach().float().softmax(-1)
-    v = p.sqrt() * torch.randn(p.shape, generator=generator).to(p)
+    return direction(logits.detach(), Normals(logits.numel(), generator))
+
+
+def direction(logits: Tensor, normals: Normals) -> Tensor:
+    """Return ``fisher_direction`` of ``logits``, for the next of some random numbers."""
+    p = logits.float().softmax(-1)
+    v = p.sqrt() * normals.take(p.numel()).view(p.shape).to(p)
     return v - p * v.sum(-1, keepdim=True)
 
 

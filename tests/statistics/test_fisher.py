@@ -12,6 +12,7 @@ from spectrim.errors import UserError
 from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.statistics.fisher import gate_gradients
+from spectrim.statistics.gate_rows import GateRows
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 
@@ -79,15 +80,15 @@ def test_rows_are_those_of_each_sample_alone() -> None:
 
 def test_gates_in_blocks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = factored(Net().eval())
-    splits, names, grad = {"calibration": batches()}, ["conv", "fc"], torch.autograd.grad
+    splits, names, flow_back = {"calibration": batches()}, ["conv", "fc"], GateRows._flow_back
     whole = gate_gradients(model, names, Objective(F.cross_entropy, splits), samples=6).rows
     held = []
 
-    def watched(loss: Tensor, between: list[Tensor], **settings: Any) -> Any:
-        held.append(len(between))
-        return grad(loss, between, **settings)
+    def watched(gates: GateRows, calls: list, starts: list, keep: bool) -> None:
+        held.extend([len(calls)] if calls else [])
+        flow_back(gates, calls, starts, keep)
 
-    monkeypatch.setattr(torch.autograd, "grad", watched)
+    monkeypatch.setattr(GateRows, "_flow_back", watched)
     apart = gate_gradients(model, names, Objective(F.cross_entropy, splits, layers_at_once=1), samples=6).rows
     assert held == [1] * (2 * 3 * 2)  # batches; given targets, drawn directions and the check of the rows; layers
     for name in names:

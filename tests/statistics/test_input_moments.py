@@ -95,3 +95,42 @@ def test_stops_at_the_samples_asked_for_and_leaves_the_model_as_it_was() -> None
 def test_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="calibration set is empty"):
         moment_of(Probe(nn.Linear(2, 2)), "linear", objective(), samples=2)
+
+
+class Heads(nn.Module):
+    """Linear layers that read one tensor, but for what ``between`` does to it from the third batch on."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.gate = nn.Linear(7, 7), nn.Linear(7, 3), nn.Linear(7, 3), nn.Linear(7, 3)
+        self.between, self.calls = between, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = x + 0
+        q, k = self.q(x), self.k(x)
+        if self.calls > 2 and self.between == "changed in place":
+            x.mul_(2)
+        elif self.calls > 2 and self.between == "another part":
+            x = x[1:]
+        elif self.calls > 2 and self.between == "other strides":
+            x = x.transpose(0, 1)
+        v = 0 if self.calls > 2 and self.between == "not called" else self.v(x).sum()
+        return q.flatten(1) + self.gate(q).mean() + k.mean() + v
+
+
+@pytest.mark.parametrize("between", ["nothing", "changed in place", "another part", "other strides", "not called"])
+def test_layers_that_read_the_same_tensors_have_one_moment_and_others_their_own(between: str) -> None:
+    batches, names = [torch.randn(4, 5, 7) for _ in range(4)], ["q", "k", "v", "gate"]
+
+    def moments(names: list[str]) -> dict[str, Tensor]:
+        found = input_moments(Heads(between), {name: ["linear"] for name in names}, objective(*batches), 100)
+        return {name: own["linear"] for name, own in found.items()}
+
+    torch.manual_seed(0)
+    together = moments(names)
+    for name in names:
+        torch.manual_seed(0)
+        assert together[name].equal(moments([name])[name])
+    assert together["k"] is together["q"] and together["gate"] is not together["q"]
+    assert (together["v"] is together["q"]) == (between == "nothing")

@@ -151,3 +151,9 @@ def test_outputs_that_are_no_scores_take_the_gradient_of_the_loss() -> None:
 def test_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="calibration set is empty"):
         moment_of(InPlace(nn.Linear(2, 2), 2), "linear", Objective(F.cross_entropy, {"calibration": []}))
+
+
+def test_inputs_that_require_a_gradient_change_nothing() -> None:
+    model, x = InPlace(nn.Linear(5, 6), 6), torch.randn(9, 5)
+    found = moment_of(model, "linear", objective_of(x))
+    assert found.any() and moment_of(model, "linear", objective_of(x.clone().requires_grad_(True))).equal(found)

@@ -11,7 +11,7 @@ from spectrim.errors import UserError
 from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.losses import fisher_direction
-from spectrim.statistics import fisher
+from spectrim.statistics import directions
 from spectrim.statistics.fisher import Gates, gate_gradients
 from spectrim.statistics.gate_rows import MIXED, OUTSIDE
 from spectrim.statistics.objective import Objective
@@ -154,7 +154,7 @@ def plan_of(net: nn.Module, batches: list) -> dict:
 def test_the_plan_depends_neither_on_the_order_of_the_samples_nor_on_their_batches(
     inside: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fisher, "fisher_direction", fixed_direction)
+    monkeypatch.setattr(directions, "fisher_direction", fixed_direction)
     torch.manual_seed(0)
     net, (x, y) = Net(inside), batch()
     plan, order = plan_of(net, [(x, y)]), torch.randperm(COUNT)
@@ -164,7 +164,7 @@ def test_the_plan_depends_neither_on_the_order_of_the_samples_nor_on_their_batch
 
 @pytest.mark.parametrize("inside", [layout for layout in LAYOUTS if "views" not in layout and layout != "experts"])
 def test_the_plan_of_a_transposed_twin_is_the_same(inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fisher, "fisher_direction", fixed_direction)
+    monkeypatch.setattr(directions, "fisher_direction", fixed_direction)
     torch.manual_seed(0)
     net, twin, data = Net("batch first"), Net(inside), [batch()]
     twin.load_state_dict(net.state_dict())

@@ -1,11 +1,65 @@
 """Draw the random directions of the Fisher information, the same in one process and in several that share a split."""
 
+from typing import Any, NamedTuple
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.batches import device_of, evaluating, forward, to_device
-from spectrim.losses import scores_of
+from spectrim.losses import Loss, TokenLoss, direction, fisher_direction, logits_of, scores_of
 from spectrim.statistics.objective import Objective
+from spectrim.tools.normals import Normals
+from spectrim.tools.token_entropy import BLOCK
+
+
+class Direction(NamedTuple):
+    """A random direction of the scores of a batch, from which a backward pass starts.
+
+    ``values``: the scores, or the logits of a language model. The direction is 0 at those that predict nothing.
+    ``gradient``: the direction, float32 of the shape of ``values``.
+    ``predictions``: number of rows of scores.
+    """
+
+    values: Tensor
+    gradient: Tensor
+    predictions: int
+
+
+def random_direction(
+    loss: Loss, outputs: Any, targets: Any, generator: torch.Generator, top: int | None = None
+) -> Direction | None:
+    """Return a ``fisher_direction`` of the scores of a batch; None where the outputs are no scores.
+
+    ``top``: only so many of the highest scores of each prediction have a direction; None: all.
+    """
+    if isinstance(loss, TokenLoss):
+        return _of_tokens(loss, logits_of(outputs), targets, generator, top)
+    scores = scores_of(loss, outputs, targets)
+    if scores is not None and top is not None:
+        scores = scores.topk(min(top, scores.shape[1])).values
+    return None if scores is None else Direction(scores, fisher_direction(scores, generator), len(scores))
+
+
+def _of_tokens(
+    loss: TokenLoss, logits_NTV: Tensor, targets: Tensor, generator: torch.Generator, top: int | None
+) -> Direction:
+    """Return ``random_direction`` of a language model, a block of rows at a time.
+
+    The logits are the largest tensor of a small decoder, and a direction is made of several such.
+    """
+    rows, words = loss.predicted(targets).nonzero().to(logits_NTV.device), logits_NTV.shape[-1]
+    drawn = words if top is None else min(top, words)
+    normals = Normals(len(rows) * drawn, generator)
+    gradient = torch.zeros(logits_NTV.shape, device=logits_NTV.device)
+    parts = min(-(-len(rows) * words // BLOCK), len(rows) // 2)  # torch may add up one row alone in another order
+    for n, t in (part.T for part in rows.tensor_split(max(1, parts))):
+        scores = logits_NTV.detach()[n, t].float()
+        if top is None:
+            gradient[n, t] = direction(scores, normals)
+        else:
+            highest, places = scores.topk(drawn)
+            gradient[n, t] = torch.zeros_like(scores).scatter_(-1, places, direction(highest, normals))
+    return Direction(logits_NTV, gradient, len(rows))
 
 
 def generator_of(

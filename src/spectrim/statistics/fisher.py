@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from spectrim.batches import (
     aliased,
     alone_trainable,
+    detached,
     device_of,
     evaluating,
     forward,
@@ -27,9 +28,10 @@ from spectrim.errors import UserError
 from spectrim.factored.dense import with_article
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
 from spectrim.factored.tied import TiedLinear
-from spectrim.losses import SpanLoss, TokenLoss, fisher_direction, scores_of
+from spectrim.losses import have_scores
+from spectrim.statistics.backward import Start, start_at
 from spectrim.statistics.batch_loss import finite_loss
-from spectrim.statistics.directions import generator_of
+from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.gate_rows import GateRows, Weighed
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.tied import tied_layers
@@ -131,7 +133,7 @@ def _gate_gradients(
     with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first(split, samples, "linearise"):
             count = sample_count(targets, inputs)
-            outputs, targets = aliased(forward(model, to_device(inputs, device))), to_device(targets, device)
+            outputs, targets = aliased(forward(model, detached(to_device(inputs, device)))), to_device(targets, device)
             loss = _by_outputs(finite_loss(objective.loss, outputs, targets, split) * count, outputs, count)
             scores = _along_scores(objective, outputs, targets, generator, count)
             along = gates.rows(scores or loss, count, keep=first_order and scores is not None)
@@ -139,7 +141,8 @@ def _gate_gradients(
             for name, module in modules.items():
                 own, at_targets = (_of_gates(rows[name], module.rank) for rows in (along, given))
                 parts[name].append(GateGradients(at_targets if first_order else own[:0], own))
-            gates.calls.clear()
+            gates.forget()
+            del outputs, loss, scores  # with all that the way back needs, before the next batch
     gates.agree(processes)
     left = gates.left()
     rows = {
@@ -159,55 +162,51 @@ def _first(name: str, module: nn.Module) -> nn.Module:
 def _along_scores(
     objective: Objective, outputs: Any, targets: Any, generator: torch.Generator, count: int
 ) -> Weighed | None:
-    """Return the sum of the scores along random directions, as a function of weights; None without scores."""
-    scores = scores_of(objective.loss, outputs, targets)
-    if scores is None:
-        return None
-    along, scale = scores * fisher_direction(scores, generator), math.sqrt(count / len(scores))
-    owners = _owners_of_scores(objective, targets, len(scores), count)
+    """Return where to start along random directions of the scores, as a function of weights; None without scores.
 
-    def weighed(weights: Tensor | None) -> Tensor:
-        if weights is None:
-            return along.sum() * scale
-        return (along * weights.to(along.device)[owners.to(along.device)].unsqueeze(-1)).sum() * scale
+    The directions are drawn anew, the same ones, each time that they are asked for: they are as large as the scores.
+    """
+    if not have_scores(objective.loss, outputs, targets):
+        return None
+    drawn = generator.get_state()
+
+    def weighed(weights: Tensor | None) -> list[Start]:
+        generator.set_state(drawn)
+        along = random_direction(objective.loss, outputs, targets, generator)
+        assert along is not None
+        rows, scale = len(along.gradient), math.sqrt(count / along.predictions)
+        factors = torch.full((rows,), scale) if weights is None else weights[torch.arange(rows) % count] * scale
+        along.gradient.mul_(factors.to(along.gradient).view(-1, *[1] * (along.gradient.ndim - 1)))
+        return start_at(along.values, along.gradient)
 
     return weighed
 
 
-def _owners_of_scores(objective: Objective, targets: Any, rows: int, count: int) -> Tensor:
-    """Return the sample of every row of scores. int64 of shape (rows,)."""
-    if isinstance(objective.loss, TokenLoss):
-        return objective.loss.predicted(targets).nonzero()[:, 0]
-    if isinstance(objective.loss, SpanLoss):
-        return torch.arange(rows) % count
-    return torch.arange(rows)
-
-
 def _by_outputs(loss: Tensor, outputs: Any, count: int) -> Weighed:
-    """Return a function of weights: without them the loss, with them a quantity that weighs its samples.
+    """Return where to start: without weights at the loss, with them at the outputs.
 
-    The gradient of that quantity by the outputs of a sample is the loss's own times the sample's weight. If no output
-    dimension has the size of the batch, the weights do nothing and every layer counts as mixed.
+    The gradient at the outputs of a sample is then the loss's own times the sample's weight. If no output dimension has
+    the size of the batch, the weights do nothing and every layer counts as mixed.
     """
     tensors = [tensor for tensor in tensors_of(outputs) if tensor.requires_grad]
 
-    def weighed(weights: Tensor | None) -> Tensor:
+    def weighed(weights: Tensor | None) -> list[Start]:
         if weights is None:
-            return loss
+            return start_at(loss)
         if not tensors:
             raise UserError(
                 f"the outputs are {with_article(outputs)} in which no tensor is found; "
                 "let the model return tensors, in a tuple, a mapping or a dataclass"
             )
-        total = loss * 0
+        starts: list[Start] = []
         gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
         for tensor, gradient in zip(tensors, gradients, strict=True):
             if gradient is not None:
                 axis = next((axis for axis, size in enumerate(tensor.shape) if size == count), None)
                 if axis is not None:
                     gradient = (gradient.movedim(axis, -1) * weights.to(gradient)).movedim(-1, axis)
-                total = total + (tensor * gradient).sum()
-        return total
+                starts += start_at(tensor, gradient)
+        return starts
 
     return weighed
 

@@ -1,12 +1,14 @@
 """Gradients by the gates of every layer, a row a sample, from what flows between the factors.
 
 A gate scales what flows through one channel between the two factors. Its derivative is therefore the inner product of
-that flow with its gradient, over the rows that belong to the sample (``sample_rows``).
+that flow with its gradient, over the rows that belong to the sample (``sample_rows``). It is taken as the gradient
+comes by, so that those of all layers are never in memory together, once it is known whose the rows are.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,33 +16,50 @@ from torch import Tensor, nn
 
 from spectrim.batches import Inputs
 from spectrim.factored.layers import FactoredConv2d
+from spectrim.statistics.backward import Start, flow_back
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.sample_rows import BATCH_FIRST, Layout, Owners, RowOwners, sample_weights, scattered
 
 MIXED = "its rows do not belong to one sample each, so no gradient a sample can be taken"
 OUTSIDE = "the calibration loss does not depend on it"
 
-# The quantity to differentiate, given one weight a sample (None: no weights).
-Weighed = Callable[[Tensor | None], Tensor]
+# Where backward passes start, given one weight a sample (None: no weights).
+Weighed = Callable[[Tensor | None], list[Start]]
 
 
 @dataclass(eq=False)
 class _Call:
-    """One call of a layer in one batch: what flows between its factors, and whose rows they are."""
+    """One call of a layer in one batch: what flows between its factors, and whose rows they are.
+
+    ``value``: what flows, without its history, or the call would keep itself alive.
+    ``receive``: what takes the gradient by ``value`` when it comes by; None: nothing.
+    ``gradients``: those that are held until the owners are known.
+    """
 
     name: str
     value: Tensor
     axis: int  # of the channels
     known: RowOwners
     owners: Owners | None = None  # None: not known yet, or none
+    receive: Callable[[Tensor], None] | None = None
+    gradients: list[Tensor] = field(default_factory=list)
+    rows: Tensor | None = None  # by sample; None where the gradient is zero
+
+    def catch(self, gradient: Tensor) -> None:
+        """Take the gradient that comes by."""
+        if self.receive is not None and gradient.any():
+            self.receive(gradient.detach())
 
     def channels_last(self, values: Tensor) -> Tensor:
         """Return ``values`` with the channels last."""
         return values.movedim(self.axis, -1)
 
-    def by_sample(self, gradient: Tensor, count: int) -> Tensor:
-        """Return the sum of value times gradient over the rows of each sample. float32 of shape (count, channels)."""
-        product = (self.value.detach() * gradient).float()
+    def reduce(self, count: int, gradient: Tensor) -> None:
+        """Sum value times gradient over the rows of each sample. float32 of shape (count, channels)."""
+        self.rows = self._by_sample(gradient, count)
+
+    def _by_sample(self, gradient: Tensor, count: int) -> Tensor:
+        product = (self.value * gradient).float()
         if self.owners == BATCH_FIRST and (self.axis == -1 or product.ndim == 4):
             product = product.sum((2, 3)) if self.axis != -1 else product
             return product.reshape(count, -1, product.shape[-1]).sum(1).cpu()
@@ -57,6 +76,7 @@ class GateRows:
     def __init__(self, modules: Mapping[str, nn.Module], blocks: Sequence[Sequence[str]]) -> None:
         self.modules, self.blocks = modules, blocks
         self.calls: dict[str, list[_Call]] = {}
+        self.leaves: list[Tensor] = []
         self.known = defaultdict[tuple[str, int], RowOwners](RowOwners)
         self.reached, self.mixed = set[str](), set[str]()
 
@@ -67,8 +87,10 @@ class GateRows:
         def hook(_: nn.Module, __: Inputs, output: Tensor) -> Tensor:
             if not output.requires_grad:  # every parameter before it is frozen
                 output = output.detach().requires_grad_(True)
+                self.leaves.append(output)
             calls = self.calls.setdefault(name, [])
-            calls.append(_Call(name, output, axis, self.known[name, len(calls)]))
+            calls.append(_Call(name, output.detach(), axis, self.known[name, len(calls)]))
+            output.register_hook(calls[-1].catch)
             return output
 
         return hook
@@ -82,14 +104,17 @@ class GateRows:
         rows = {name: torch.zeros(count, _channels(module)) for name, module in self.modules.items()}
         for block in self.blocks:
             calls = [call for name in block if name not in self.mixed for call in self.calls.get(name, ())]
-            again = keep or block is not self.blocks[-1]
-            for call, gradient in self._differentiated(calls, weighed, count, again).items():
-                self.reached.add(call.name)
-                if call.owners is None:
-                    self.mixed.add(call.name)
-                else:
-                    rows[call.name] += call.by_sample(gradient, count)
+            self._differentiate(calls, weighed, count, keep or block is not self.blocks[-1])
+            for call in calls:
+                if call.rows is not None:
+                    rows[call.name] += call.rows
+                call.rows = None
         return rows
+
+    def forget(self) -> None:
+        """Forget the batch."""
+        self.calls.clear()
+        self.leaves.clear()
 
     def agree(self, processes: Processes) -> None:
         """Take over what other processes know of layers: reached where any reached it, mixed where any found it so."""
@@ -108,38 +133,53 @@ class GateRows:
         outside = {name: OUTSIDE for name in self.modules if name not in self.reached}
         return outside | dict.fromkeys(sorted(self.mixed), MIXED)
 
-    def _differentiated(self, calls: list[_Call], weighed: Weighed, count: int, keep: bool) -> dict[_Call, Tensor]:
-        """Return the gradients by what flows in ``calls``, where not zero, and find the owners of their rows."""
+    def _differentiate(self, calls: list[_Call], weighed: Weighed, count: int, keep: bool) -> None:
+        """Take the rows of ``calls`` where they are not zero, and find the owners of those that are not known."""
         for call in calls:
             if call.owners is None:
                 call.owners = call.known.trusted(call.channels_last(call.value).shape[:-1], count)
+            call.receive = call.gradients.append if call.owners is None else partial(call.reduce, count)
         unsure = any(call.owners is None for call in calls)
-        gradients = _gradients(weighed(None), calls, keep or unsure)
-        self._find_owners([call for call in gradients if call.owners is None], gradients, weighed, count)
-        return gradients
+        self._flow_back(calls, weighed(None), keep or unsure)
+        self.reached |= {call.name for call in calls if call.gradients or call.rows is not None}
+        self._find_owners([call for call in calls if call.gradients], weighed, count)
 
-    def _find_owners(self, calls: list[_Call], gradients: Mapping[_Call, Tensor], weighed: Weighed, count: int) -> None:
+    def _find_owners(self, calls: list[_Call], weighed: Weighed, count: int) -> None:
         """Give each call the owners that explain its gradients under two weightings of the samples, if any do."""
         weights = [sample_weights(count, draw) for draw in range(2)]
-        first = _gradients(weighed(weights[0]), calls, keep=True) if calls else {}
-        for call, gradient in first.items():
-            plain, weighted = call.channels_last(gradients[call]), call.channels_last(gradient)
-            call.owners = call.known.settle(plain, weighted, weights[0])
-        left = [call for call in first if call.owners is None]  # its samples lie along no dimension
-        second = _gradients(weighed(weights[1]), left, keep=True) if left else {}
-        for call, gradient in second.items():
-            weighted_twice = [call.channels_last(own) for own in (first[call], gradient)]
-            call.owners = scattered(call.channels_last(gradients[call]), weighted_twice, weights)
+        for call in calls:
+            call.receive = partial(self._settle, call, weights)
+        self._flow_back(calls, weighed(weights[0]) if calls else [], keep=True)
+        left = [call for call in calls if len(call.gradients) > 1]  # its samples lie along no dimension
+        for call in left:
+            call.receive = partial(self._scatter, call, weights)
+        self._flow_back(left, weighed(weights[1]) if left else [], keep=True)
+        self.mixed |= {call.name for call in calls if call.owners is None}
+        for call in calls:
+            call.gradients.clear()
 
+    def _settle(self, call: _Call, weights: Sequence[Tensor], weighted: Tensor) -> None:
+        """Take the layout that explains the ``weighted`` gradient, and the rows; or hold this gradient as well."""
+        plain = call.gradients[0]
+        call.owners = call.known.settle(call.channels_last(plain), call.channels_last(weighted), weights[0])
+        if call.owners is None:
+            call.gradients.append(weighted)
+        else:
+            call.reduce(len(weights[0]), call.gradients.pop())
 
-def _gradients(quantity: Tensor, calls: Sequence[_Call], keep: bool) -> dict[_Call, Tensor]:
-    """Return the gradients by what flows in ``calls``, without those that are zero."""
-    if not calls or not quantity.requires_grad:
-        return {}
-    values = [call.value for call in calls]
-    gradients = torch.autograd.grad(quantity, values, retain_graph=keep, allow_unused=True)
-    pairs = zip(calls, gradients, strict=True)
-    return {call: gradient for call, gradient in pairs if gradient is not None and gradient.any()}
+    def _scatter(self, call: _Call, weights: Sequence[Tensor], weighted: Tensor) -> None:
+        """Take the owners that explain both weighted gradients, and the rows."""
+        plain, first = map(call.channels_last, call.gradients)
+        call.owners = scattered(plain, [first, call.channels_last(weighted)], weights)
+        if call.owners is not None:
+            call.reduce(len(weights[0]), call.gradients[0])
+
+    def _flow_back(self, calls: Sequence[_Call], starts: Sequence[Start], keep: bool) -> None:
+        """Let each of ``calls`` receive its gradient once."""
+        if calls:
+            flow_back(starts, self.leaves, keep)
+        for call in calls:
+            call.receive = None
 
 
 def _channels(module: nn.Module) -> int:

@@ -1,6 +1,7 @@
 """Second moments of the inputs of layers, from one forward pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ def input_moments(
 
     An embedding has the diagonal only, of shape (g, I): the frequency of each id (``_Counted``). Positions that
     ``attention_mask`` among the inputs marks as padding do not count. Embeddings that share a weight count together. If
-    linear layers share it, too, the second moment of their inputs comes beside the frequencies, as ``HEAD``.
+    linear layers share it, too, the second moment of their inputs comes beside the frequencies, as ``HEAD``. Linear
+    layers that read the same tensors have one moment together.
 
     ``views``: layer → the views of its weight. A view determines what one input x is: a vector of a Linear, a patch of
     I/g * kh * kw numbers in the channel view of a convolution, a row of I/g * kw numbers in the spatial view.
@@ -35,23 +37,25 @@ def input_moments(
     Raises ``UserError`` for an empty split.
     """
     layers = {name: model.get_submodule(name) for name in views}
-    gathered = {name: {view: _gatherer(layers[name], view) for view in own} for name, own in views.items()}
+    last = _Last()
+    gathered = {name: {view: _gatherer(layers[name], view, last) for view in own} for name, own in views.items()}
     places = [(layers[name], one) for name, own in gathered.items() for one in own.values()]
     for name, others in tied_layers(model).items():
         if own := gathered.get(name):
             tied = [model.get_submodule(other) for other in others]
             places += [(other, one) for other in tied if isinstance(other, nn.Embedding) for one in own.values()]
             heads = [other for other in tied if isinstance(other, nn.Linear)]
-            places += [(head, own.setdefault(HEAD, _Gathered(head, "linear"))) for head in heads]
+            places += [(head, own.setdefault(HEAD, _Gathered(head, "linear", last))) for head in heads]
     hooks = [one for own in gathered.values() for one in own.values()]
     handles = [layer.register_forward_pre_hook(one, with_kwargs=True) for layer, one in places]
     device = device_of(model)
-    with hooked(handles), evaluating(model), torch.inference_mode():
+    with hooked(handles), evaluating(model), torch.no_grad():  # in inference mode tensors have no version
         for inputs, _ in objective.first(split, samples, "moments"):
             inputs = to_device(inputs, device)
             for one in hooks:
                 one.mask = mask_of(inputs)
             forward(model, inputs)
+            last.forget()
     processes = objective.processes(split)
     return {name: {view: one.mean(processes) for view, one in own.items()} for name, own in gathered.items()}
 
@@ -116,34 +120,91 @@ def mask_of(inputs: Inputs) -> Tensor | None:
     return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
 
 
-def _gatherer(layer: nn.Module, view: str) -> "_Gathered | _Counted":
-    return _Counted(layer.num_embeddings) if isinstance(layer, nn.Embedding) else _Gathered(layer, view)
+def _gatherer(layer: nn.Module, view: str, last: "_Last") -> "_Gathered | _Counted":
+    return _Counted(layer.num_embeddings) if isinstance(layer, nn.Embedding) else _Gathered(layer, view, last)
+
+
+@dataclass(eq=False)
+class _Sum:
+    """The sum of ``x x^T`` over ``count`` inputs. Layers hold one together for as long as they read the same tensors.
+
+    It is not changed, but for ``mean``, when all inputs are in.
+    """
+
+    count: int
+    value: Tensor
+    is_mean: bool = False
+
+    def mean(self, count: int) -> Tensor:
+        """Divide the sum by ``count``, once for all layers that hold it."""
+        if not self.is_mean:
+            self.value.div_(max(count, 1))
+            self.is_mean = True
+        return self.value
+
+
+class _Last:
+    """The last tensor that a linear layer read, and the sums to which its moment was added."""
+
+    def __init__(self) -> None:
+        self.nothing = _Sum(0, torch.zeros(0))
+        self.read: Tensor | None = None
+        self.seen: tuple[Any, ...] = ()
+        self.after: dict[_Sum, _Sum] = {}
+
+    def forget(self) -> None:
+        """Let go of the tensor."""
+        self.read, self.seen = None, ()
+        self.after.clear()
+
+    def added(self, x: Tensor, before: "_Sum", add: Callable[[], "_Sum"]) -> "_Sum":
+        """Return ``add()``, or what it returned for the same tensor, unchanged since, and the same sum ``before``."""
+        if x.is_inference():  # it has no version that would tell of a change
+            return add()
+        seen = x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride(), x.dtype, x._version
+        if self.read is None or self.seen != seen:  # a tensor that is held cannot lose its place to another one
+            self.forget()
+            self.read, self.seen = x, seen
+        if before not in self.after:
+            self.after[before] = add()
+        return self.after[before]
 
 
 class _Gathered:
     """A hook that sums ``x x^T`` over the inputs of one layer."""
 
-    def __init__(self, layer: nn.Module, view: str) -> None:
-        self.count, self.sum, self.rows = 0, torch.zeros(0), Rows(layer, view)
+    def __init__(self, layer: nn.Module, view: str, last: _Last) -> None:
+        self.rows, self.last = Rows(layer, view), last
+        self.sum = last.nothing
         self.wide = self.rows.first if is_wide(layer) else None
         self.mask: Tensor | None = None
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = first_argument(args, kwargs)
+        if self.rows.first is None:
+            self.sum = self.last.added(x, self.sum, lambda: self._with(x))
+        else:
+            self.sum = self._with(x)
+
+    def _with(self, x: Tensor) -> _Sum:
+        """Return the sum with the inputs ``x``."""
         if self.wide is not None:
             count, added = patch_moment(self.wide, padded(self.wide, x))
         else:
             x = self.rows.inputs(x, self.mask)
             count, added = x.shape[1], x.transpose(1, 2) @ x
-        self.sum = added.double() if not self.count else self.sum + added.double()
-        self.count += count
+        value = added.double() if not self.sum.count else self.sum.value + added.double()
+        return _Sum(self.sum.count + count, value)
 
     def mean(self, processes: Processes) -> Tensor:
         """Return the mean of ``x x^T`` over the inputs that all processes saw."""
-        count = int(processes.add_up(torch.tensor(self.count)))
-        if count and not self.count:  # only others came by this layer
-            self.sum = torch.zeros(self.rows.moment, dtype=torch.float64)
-        return (processes.add_up(self.sum) if count else self.sum) / max(count, 1)
+        if processes.size == 1:
+            return self.sum.mean(self.sum.count)
+        count = int(processes.add_up(torch.tensor(self.sum.count)))
+        value = self.sum.value
+        if count and not self.sum.count:  # only others came by this layer
+            value = torch.zeros(self.rows.moment, dtype=torch.float64)
+        return (processes.add_up(value) if count else value) / max(count, 1)
 
 
 class _Counted:

@@ -14,12 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.batches import alone_trainable, device_of, evaluating, first_argument, forward, hooked, to_device
+from spectrim.batches import (
+    alone_trainable,
+    detached,
+    device_of,
+    evaluating,
+    first_argument,
+    forward,
+    hooked,
+    to_device,
+)
 from spectrim.decomposers.spectrum import Directions
 from spectrim.factored.dense import DenseLayer
-from spectrim.losses import fisher_direction, scores_of
+from spectrim.statistics.backward import flow_back, start_at
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
-from spectrim.statistics.directions import generator_of
+from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.input_moments import Rows
 from spectrim.statistics.objective import Objective
 
@@ -45,6 +54,7 @@ def output_moments(
     """
     if not directions.labels:
         objective, generator = generator_of(model, objective, samples, split, directions.seed, directions.top)
+        drawn = generator, directions.top
     layers = {name: model.get_submodule(name) for name in views}
     gathered = {name: {view: _Gathered(layers[name], view) for view in own} for name, own in views.items()}
     leaves: list[Tensor] = []
@@ -55,24 +65,22 @@ def output_moments(
     processes, device, count = objective.processes(split), device_of(model), 0
     with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first(split, samples, "moments"):
-            outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
+            outputs, targets = forward(model, detached(to_device(inputs, device))), to_device(targets, device)
             loss = finite_loss(objective.loss, outputs, targets, split)
-            scores = None if directions.labels else scores_of(objective.loss, outputs, targets)
-            if scores is None:
+            along = None if directions.labels else random_direction(objective.loss, outputs, targets, *drawn)
+            if along is None:
                 weight = batch_weight(objective.loss, targets, inputs)
-                quantity = loss * weight
+                starts = start_at(loss * weight)
             else:
-                weight = len(scores)
-                if directions.top is not None:
-                    scores = scores.topk(min(directions.top, scores.shape[1])).values
-                quantity = (scores * fisher_direction(scores, generator)).sum()
-            if leaves and quantity.requires_grad:
-                torch.autograd.grad(quantity, leaves, allow_unused=True)  # the hooks receive what flows back
+                starts, weight = start_at(along.values, along.gradient), along.predictions
+            del outputs, loss, along  # the logits, which need not stay in memory on the way back
+            flow_back(starts, leaves)  # the hooks receive what flows
             leaves.clear()
+            starts.clear()
             count += weight
     count = int(processes.add_up(torch.tensor(count)))
     return {
-        name: {view: processes.add_up(one.sum) / max(count, 1) for view, one in own.items()}
+        name: {view: processes.add_up(one.sum).div_(max(count, 1)) for view, one in own.items()}
         for name, own in gathered.items()
     }
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.algorithms.shared.outline import warn_if_short
 from spectrim.decomposers.spectrum import (
@@ -19,6 +19,7 @@ from spectrim.errors import UserError
 from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.output_moments import output_moments
+from spectrim.tools import malloc
 from spectrim.tools.live import Bar
 from spectrim.tools.spill import SpillFolder
 
@@ -51,8 +52,10 @@ def _spectra(
     with Bar(desc="decompose", total=len(layers), unit="layer", leave=False) as bar:
         for block in objective.blocks(list(layers)):
             moments = moments_for(decomposer, model, {name: layers[name] for name in block}, objective)
+            malloc.give_back()  # what the passes through the model have left
             for name in block:
-                found[name] = _spectrum(name, layers[name], decomposer, moments.get(name, NO_MOMENTS))
+                own = moments.pop(name, NO_MOMENTS)  # not needed any more: all moments weigh more than all factors
+                found[name] = _spectrum(name, layers[name], decomposer, own)
                 if folder:
                     found[name].spill(folder)
                 bar.update()
@@ -61,17 +64,19 @@ def _spectra(
 
 def moments_for(
     decomposer: Decomposer, model: nn.Module, layers: Mapping[str, nn.Module], objective: Objective
-) -> Mapping[str, Moments]:
+) -> dict[str, Moments]:
     """Return the moments of each layer that ``decomposer`` needs; none where the weight is enough."""
     views = {name: decomposer.views(layer) for name, layer in layers.items()}
     if not decomposer.samples or not any(views.values()):
         return {}
-    found = input_moments(model, views, objective, decomposer.samples)
+    inputs, outputs = input_moments(model, views, objective, decomposer.samples), dict[str, dict[str, Tensor]]()
     directions = directions_of(decomposer)
     if directions is not None:
-        for name, own in output_moments(model, views, objective, decomposer.samples, directions).items():
-            found[name] |= {outputs_of(view): moment for view, moment in own.items()}
-    return found
+        outputs = output_moments(model, views, objective, decomposer.samples, directions)
+    return {
+        name: {**own, **{outputs_of(view): moment for view, moment in outputs.get(name, {}).items()}}
+        for name, own in inputs.items()
+    }
 
 
 def _spectrum(name: str, layer: nn.Module, decomposer: Decomposer, moments: Moments) -> Spectrum:
