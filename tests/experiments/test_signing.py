@@ -92,6 +92,17 @@ def test_records_and_cells_that_lack_one_another_are_named(
     assert "figure3/" in said and ": a cell of figure3 that has no record" in said
 
 
+@pytest.mark.parametrize(("words", "said"), [("", "stdin names no grid"), ("figure33", "choose figure3")])
+def test_no_grid_and_an_unknown_one_are_said_in_one_line_and_change_no_index(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: str, said: str
+) -> None:
+    monkeypatch.setattr(coverage, "INDEX", tmp_path / "cells.csv")
+    monkeypatch.setattr("sys.stdin", io.StringIO(words))
+    assert script("check_records").main(["--records", str(tmp_path), "--write"]) == 1
+    found = capsys.readouterr()
+    assert said in found.err and found.err.count("\n") == 1 and found.out == "" and not list(tmp_path.iterdir())
+
+
 def test_the_committed_records_of_a_grid_are_met(
     script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
