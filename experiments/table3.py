@@ -28,9 +28,14 @@ KINDS = {
     "refitted": "joint, ours, refitted",
     "curvature": "joint, ours, no first order",
     "interaction": "joint, ours, interaction",
-    "joint_pivoted": "joint, ours, both sides whitened, pivoted",
-    "refitted_pivoted": "joint, ours, both sides whitened, pivoted, refitted",
+    "joint_pivoted": "joint, ours, pivoted",
+    "refitted_pivoted": "joint, ours, pivoted, refitted",
+    "two_sided": "joint, ours, both sides whitened",
+    "two_sided_pivoted": "joint, ours, both sides whitened, pivoted",
+    "two_sided_refitted": "joint, ours, both sides whitened, refitted",
+    "two_sided_refitted_pivoted": "joint, ours, both sides whitened, pivoted, refitted",
 }
+DRAWS = 3  # calibration draws of every grid; a row with fewer says so
 ALGORITHMS = ("truncation", "lossless", "compact", "rankselection", "knapsack", "joint")
 PAPER = ("net", "method", "params_kept", "perplexity", "test_accuracy")
 ABOUT = ("algorithm", "kind", "embedding", "requested")  # columns that the code reads and the table prints as method
@@ -92,12 +97,15 @@ def build(options: Options) -> list[Path]:
     rows["verdict"] = claims.loss_verdicts(rows)
     published = compare.read_published(PUBLISHED)
     forms = [PIVOTED] if rows["kind"].str.endswith("_pivoted").any() else []
+    aims = table3_aims.said(rows, runs, others, KINDS)
+    few = (rows["runs"] < DRAWS) & ~rows["kind"].isin(["dense", "truncation"])  # which read no calibration data
+    rows.loc[few, "method"] += ", draws: " + rows["runs"].astype(str)
     table = Table(
         options.name,
         pd.concat([rows, pd.DataFrame(_published(published))], ignore_index=True),
         [*COLUMNS, *_elsewhere(others), *LAST],
         "Language models without fine-tuning",
-        [*NOTES, *forms, *_data(found), *_claims(published, rows), *table3_aims.said(rows, runs, others, KINDS)],
+        [*NOTES, *forms, *_data(found), *_claims(published, rows), *aims],
         group="net",
         hidden=ABOUT,
     )
@@ -137,6 +145,8 @@ def _kind(row: "pd.Series[Any]") -> str:
         return f"whitened{pivoted}" if settings[f"{base}.{CLASS}"] == "WhitenedSVD" else "truncation"
     if row["algorithm"] != "joint":
         return f"{row['algorithm']}{pivoted}"
+    if settings[f"{base}.{CLASS}"] == "TwoSidedSVD":
+        return f"two_sided{'_refitted' if settings.get('algorithm.refit') else ''}{pivoted}"
     if settings.get("algorithm.refit"):
         return f"refitted{pivoted}"
     if pivoted:
@@ -148,7 +158,9 @@ def _kind(row: "pd.Series[Any]") -> str:
 
 def _method(row: "pd.Series[Any]") -> str:
     """Return what the table prints for a run."""
-    parts = [KINDS[row["kind"]], row["mode"], "embedding too" if row["embedding"] else ""]
+    by_loss = "refitted" in row["kind"] and frame.setting(row["settings"], "algorithm.refit_by") == "loss"
+    parts = [KINDS[row["kind"]], row["mode"], "by the loss" if by_loss else ""]
+    parts.append("embedding too" if row["embedding"] else "")
     if row["algorithm"] == "rankselection":
         parts.append(f"ε {row['parameter']:g}")
     elif row["algorithm"] in claims.PROMISING:

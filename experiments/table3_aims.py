@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from spectrim.report import paired
@@ -13,7 +14,7 @@ from spectrim.report.table import number
 AIMED, HALF, POINTS = 0.8, 0.5, 0.2  # parameters kept; part of the rise of whitened SVD; percentage points
 # By parameters kept: the perplexity aimed at on reviews and on speeches. At 90 % it is the dense model's.
 PERPLEXITIES = {0.8: (62.0, 45.0), 0.7: (85.0, 70.0)}
-PIVOTED = ("joint_pivoted", "refitted_pivoted")
+PIVOTED = ("joint_pivoted", "refitted_pivoted", "two_sided_pivoted", "two_sided_refitted_pivoted")
 RIVALS = ("whitened_pivoted", "knapsack_pivoted")
 ERRORS = 2.0  # standard errors of a difference, above which it is no tie
 
@@ -24,35 +25,32 @@ def said(rows: pd.DataFrame, runs: pd.DataFrame, others: Sequence[str], kinds: M
     ``rows``, ``runs``: of the table, means and single runs. ``others``: the corpora that calibration is not drawn from.
     ``kinds``: what the table calls each kind of selection.
     """
-    return [*_half(rows, others, kinds), *_perplexities(rows, others, kinds), *_rivals(runs, kinds)]
+    return [*_half(rows, others), *_perplexities(rows, others, kinds), *_rivals(runs, others, kinds)]
 
 
-def _half(rows: pd.DataFrame, others: Sequence[str], kinds: Mapping[str, str]) -> list[str]:
+def _half(rows: pd.DataFrame, others: Sequence[str]) -> list[str]:
     """Judge each model and joint selection at ``AIMED`` of the parameters.
 
     The aim for a classifier is an accuracy within ``POINTS`` of the dense model's. For a language model it is at most
     ``HALF`` of the rise of the perplexity that whitened SVD at a uniform ratio causes.
     """
     lines = []
-    for net, at_all_sizes in rows.groupby("net", sort=False):
-        own = at_all_sizes[at_all_sizes["requested"] == AIMED].set_index(["kind", "embedding"])
-        for key in (("joint", False), ("joint", True), ("refitted", False)):
-            if key not in own.index:
-                continue
-            ours: Any = own.loc[key]
-            name = ", ".join([kinds[key[0]], *(["embedding too"] if key[1] else [])])
-            if not math.isnan(ours["test_accuracy"]):
-                word = "met" if ours["change_test_accuracy_pp"] >= -POINTS else "not met"
-                change = number(ours["change_test_accuracy_pp"], 2, True)
-                aim = f"the aim, within {POINTS:g} pp of dense at {100 * AIMED:g} %"
-                lines.append(f"{net}: {aim}, is {word}: {change} pp ({name}).")
-            elif ("whitened", False) in own.index:
-                whitened: Any = own.loc[("whitened", False)]
-                part = ours["rise"] / whitened["rise"]
-                word = "met" if part <= HALF else "not met"
-                parts = (f", {ours[f'rise_{other}'] / whitened[f'rise_{other}']:.2f} on {other}" for other in others)
-                aim = f"at {100 * AIMED:g} % at most {HALF:g} of the rise of whitened SVD at a uniform ratio"
-                lines.append(f"{net}: the aim, {aim}, is {word}: {part:.2f}{''.join(parts)} ({name}).")
+    sized = rows[rows["requested"] == AIMED]
+    for _, ours in sized[sized["kind"].isin(["joint", "refitted", *PIVOTED])].iterrows():
+        net, name = ours["net"], ours["method"].removesuffix(f", {100 * AIMED:g} % of the parameters")
+        whitened = sized[(sized["net"] == net) & (sized["kind"] == "whitened") & ~sized["embedding"].astype(bool)]
+        if not math.isnan(ours["test_accuracy"]):
+            word = "met" if ours["change_test_accuracy_pp"] >= -POINTS else "not met"
+            change = number(ours["change_test_accuracy_pp"], 2, True)
+            aim = f"the aim, within {POINTS:g} pp of dense at {100 * AIMED:g} %"
+            lines.append(f"{net}: {aim}, is {word}: {change} pp ({name}).")
+        elif len(whitened) and ours["kind"] not in PIVOTED:  # which have aims and rivals of their own
+            rises: Any = whitened.iloc[0]
+            part = ours["rise"] / rises["rise"]
+            word = "met" if part <= HALF else "not met"
+            parts = (f", {ours[f'rise_{other}'] / rises[f'rise_{other}']:.2f} on {other}" for other in others)
+            aim = f"at {100 * AIMED:g} % at most {HALF:g} of the rise of whitened SVD at a uniform ratio"
+            lines.append(f"{net}: the aim, {aim}, is {word}: {part:.2f}{''.join(parts)} ({name}).")
     return lines
 
 
@@ -72,17 +70,26 @@ def _perplexities(rows: pd.DataFrame, others: Sequence[str], kinds: Mapping[str,
     return lines
 
 
-def _rivals(runs: pd.DataFrame, kinds: Mapping[str, str]) -> list[str]:
-    """Compare the test loss of joint selection with that of each rival of the same form, size by size."""
+def _rivals(runs: pd.DataFrame, others: Sequence[str], kinds: Mapping[str, str]) -> list[str]:
+    """Compare the losses of joint selection with those of each rival of the same form, size by size."""
     lines = []
     pivoted = runs[runs["kind"].isin([*PIVOTED, *RIVALS])]
-    for _, own in pivoted.groupby(["model", "data", "requested"], sort=False):
+    pivoted = pivoted.assign(**{f"loss_{other}": np.log(pivoted[f"perplexity_{other}"]) for other in others})
+    for _, own in pivoted.groupby(["model", "data", "requested", "embedding"], sort=False):
         net = f"{own['model'].iloc[0]}, {own['data'].iloc[0]} at {100 * own['requested'].iloc[0]:g} %"
         for kind, rival in product(PIVOTED, RIVALS):
-            found = paired.difference(own[own["kind"] == kind], own[own["kind"] == rival], "test_loss")
-            if found is not None:
-                names = f"{kinds[kind]}, {_verdict(found)} {kinds[rival]}"
-                lines.append(f"{net}: {names}: {number(found.mean, 4, True)} nats{_error(found)}.")
+            both = own[own["kind"] == kind], own[own["kind"] == rival]
+            found = paired.difference(*both, "test_loss")
+            if found is None:
+                continue
+            said = f"{_verdict(found)} {kinds[rival]}: {number(found.mean, 4, True)} nats{_error(found)}"
+            for other in others:
+                beside = paired.difference(*both, f"loss_{other}")
+                if beside is not None and not math.isnan(beside.mean):
+                    said += (
+                        f"; on {other} it {_verdict(beside)} it: {number(beside.mean, 4, True)} nats{_error(beside)}"
+                    )
+            lines.append(f"{net}: {kinds[kind]}, {said}.")
     return lines
 
 

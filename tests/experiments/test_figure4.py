@@ -113,9 +113,14 @@ def test_the_title_counts_the_sizes_at_which_no_rival_is_better(measure: str, sa
         }
     )
     rivals = "no rival with the same kind of factors and refit, and as few parameters,"
-    assert script("figure4_drawing").message(rows, measure, "params_kept") == said.format(rivals)
+    message = script("figure4_drawing").message
+    assert message(rows, measure, "params_kept") == said.format(rivals)
     without = rows[rows["curve"] != "joint"]
-    assert script("figure4_drawing").message(without, measure, "params_kept").startswith(f"Test {measure} of every selector")
+    assert (
+        script("figure4_drawing")
+        .message(without, measure, "params_kept")
+        .startswith(f"Test {measure} of every selector")
+    )
 
 
 def test_panels_have_the_order_of_the_other_figures_and_room_above_the_highest_point(
