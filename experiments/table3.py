@@ -86,8 +86,8 @@ PIVOTED = (
 def build(options: Options) -> list[Path]:
     """Build Table 3."""
     found = command.load(options)
-    runs = _described(command.runs(options, found, ALGORITHMS))
-    others = _add_perplexities(runs, found)
+    runs = described(command.runs(options, found, ALGORITHMS))
+    others = add_perplexities(runs, found)
     values = [*VALUES, "perplexity", "rise", *(f"{what}_{name}" for name in others for what in ("perplexity", "rise"))]
     rows = averages.over_seeds(pd.concat([_dense(runs, values), runs]), ("model", "data", "method", *ABOUT), values)
     rows["order"] = (rows["model"] + rows["data"]).map({key: at for at, key in enumerate(runs["model"] + runs["data"])})
@@ -117,7 +117,7 @@ def build(options: Options) -> list[Path]:
     return save([table, excerpt], options.out, command.origin(options, found, [PUBLISHED]))
 
 
-def _described(runs: pd.DataFrame) -> pd.DataFrame:
+def described(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs with the columns ``ABOUT`` and with their printed ``method``, in the order of the rows.
 
     Raises ``UserError`` where runs of different settings would share one row.
@@ -182,7 +182,7 @@ def _elsewhere(others: Sequence[str]) -> list[Column]:
     ]
 
 
-def _add_perplexities(runs: pd.DataFrame, found: Sequence[Record]) -> list[str]:
+def add_perplexities(runs: pd.DataFrame, found: Sequence[Record]) -> list[str]:
     """Add the perplexities and their rise in percent as columns. Return the names of the other corpora."""
     of = {record["signature"]: record for record in found}
     others = sorted({name for record in of.values() for name in record["dense"].get("also", {})})

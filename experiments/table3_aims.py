@@ -86,9 +86,8 @@ def _rivals(runs: pd.DataFrame, others: Sequence[str], kinds: Mapping[str, str])
             for other in others:
                 beside = paired.difference(*both, f"loss_{other}")
                 if beside is not None and not math.isnan(beside.mean):
-                    said += (
-                        f"; on {other} it {_verdict(beside)} it: {number(beside.mean, 4, True)} nats{_error(beside)}"
-                    )
+                    change = f"{number(beside.mean, 4, True)} nats{_error(beside)}"
+                    said += f"; on {other} it {_verdict(beside)} the rival: {change}"
             lines.append(f"{net}: {kinds[kind]}, {said}.")
     return lines
 

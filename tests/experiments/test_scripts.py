@@ -12,7 +12,7 @@ import pytest
 from spectrim.records import records
 
 ROOT = Path(__file__).parents[2]
-TABLES, FIGURES = (1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 4, 5, 6, 7)
+TABLES, FIGURES = (1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 4, 5, 6, 7, 8)
 NAMES = (*(f"table{number}" for number in TABLES), *(f"figure{number}" for number in FIGURES))
 Script = Callable[[str], ModuleType]
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from spectrim.records import records
 
 Script = Callable[[str], ModuleType]
+JOINT, WHITENED = (f"{name}, 90 % of the parameters" for name in ("joint, ours", "whitened SVD, uniform ratio"))
 
 
 @pytest.fixture
@@ -190,3 +192,21 @@ def test_a_selection_whitened_on_one_side_is_not_called_two_sided(
         ]
         or set(found.iloc[1:4]) == set()
     )
+
+
+def test_figure8_draws_the_perplexities_of_decoders_on_both_corpora(
+    run: Callable[..., Any], recorded: Path, tmp_path: Path
+) -> None:
+    canvas = run("figure8", recorded, tmp_path)["figure8"]
+    run("table3", recorded, tmp_path)
+    assert [axis.get_title() for axis in canvas.axes] == ["smollm2, imdb_corpus", "smollm2, sotu"]
+    assert all(axis.get_yscale() == "log" for axis in canvas.axes)
+    table3, rows = (pd.read_csv(tmp_path / "tables" / f"{name}.csv") for name in ("table3", "figure8"))
+    of = table3[table3["net"] == "smollm2, imdb_corpus"].set_index("method")
+    for panel, column in (("smollm2, imdb_corpus", "perplexity"), ("smollm2, sotu", "perplexity_sotu")):
+        own = rows[rows["panel"] == panel].set_index("method")["perplexity"]
+        assert own.to_dict() == pytest.approx(of[column][own.index].to_dict()) and own.index[0] == "dense"
+        assert {name.partition(", ")[0] for name in own.index} == {"dense", "whitened SVD", "joint"}
+    dense, ours, rival = (of["perplexity"][name] for name in ("dense", JOINT, WHITENED))
+    said = canvas.get_suptitle().replace("\n", " ").replace("\u00a0", " ")
+    assert said.endswith(f"{ours:.1f} by joint selection, {rival:.1f} by its best rival here, {dense:.1f} dense")

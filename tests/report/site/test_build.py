@@ -131,7 +131,7 @@ def test_a_table_without_its_markdown_file_is_one_line(tmp_path: Path) -> None:
 def test_an_unknown_name_is_refused_and_leaves_an_older_report(tmp_path: Path) -> None:
     out = tmp_path / "out"
     build(RESULTS, out, ["figure2"])
-    with pytest.raises(UserError, match="no table or figure is called tabel2; choose from: table1 .*figure7"):
+    with pytest.raises(UserError, match="no table or figure is called tabel2; choose from: table1 .*figure8"):
         build(RESULTS, out, ["figure2", "tabel2"])
     assert (out / "tables" / "figure2.html").is_file()
 

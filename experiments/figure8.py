@@ -1,0 +1,134 @@
+"""Figure 8: perplexity of decoders against parameters kept, without fine-tuning (records of Table 3)."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import table3
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
+
+from spectrim.report import averages, command, figure, table
+from spectrim.report.command import Options
+from spectrim.report.figure import Curve
+from spectrim.report.table import Column, Table, number
+
+# By the kind of Table 3. Pivoted factors are hollow and dashed. Plain truncation is left out: it is far above all.
+CURVES = {
+    "whitened": Curve("whitened SVD, uniform ratio", "#E69F00", "s"),
+    "whitened_pivoted": Curve("whitened SVD, uniform ratio, pivoted", "#E69F00", "s"),
+    "knapsack_pivoted": Curve("knapsack (BALF), pivoted", "#0072B2", "^"),
+    "joint": Curve("joint, ours", "#D55E00", "o"),
+    "joint_pivoted": Curve("joint, ours, pivoted", "#D55E00", "D"),
+    "two_sided_pivoted": Curve("joint, ours, both sides whitened, pivoted", "#A50026", "o"),
+}
+TICKS = (10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 5000)
+KEYS = ("panel", "kind")
+COLUMNS = (
+    Column("panel", "model, test corpus"),
+    Column("method", "method"),
+    Column("params_kept", "params kept %", 1, scale=100),
+    Column("perplexity", "perplexity", 2),
+    Column("n", "n"),
+)
+NOTES = (
+    averages.NOTE,
+    "The first corpus of a model is that of its calibration data, on other documents. The dense model is the line. "
+    "Table 3 has every other selector, and compares joint selection with its rivals draw by draw.",
+)
+
+
+def build(options: Options) -> list[Path]:
+    """Draw one panel per decoder and corpus, one line per selector, and build the table of the same numbers."""
+    found = command.load(options)
+    runs = table3.described(command.runs(options, found, table3.ALGORITHMS))
+    others = table3.add_perplexities(runs, found)
+    points = runs[runs["kind"].isin(CURVES) & ~runs["embedding"] & runs["perplexity"].notna()]
+    if points.empty:
+        raise command.lacking(options, "a selector with a number of parameters on a decoder")
+    values = ["params_kept", "perplexity"]
+    rows = pd.concat([_of_corpus(points, name, values) for name in ["", *others]], ignore_index=True)
+    origin = command.origin(options, found)
+    caption = "Numbers of Figure 8: perplexity without fine-tuning"
+    shown = Table(options.name, rows, COLUMNS, caption, NOTES, "panel", ("kind",))
+    return _draw(rows, options, origin) + table.save([shown], options.out, origin)
+
+
+def _of_corpus(points: pd.DataFrame, other: str, values: Sequence[str]) -> pd.DataFrame:
+    """Return the means on the test corpus of each model, or on the corpus ``other``, the dense model first."""
+    tail = f"_{other}" if other else ""
+    own = points.assign(
+        panel=points["model"] + ", " + (other or points["data"]),
+        perplexity=points[f"perplexity{tail}"],
+        dense=points[f"dense_perplexity{tail}"],
+    ).dropna(subset="perplexity")
+    dense = own.drop_duplicates(["panel", "seed"]).assign(
+        kind="dense", method="dense", params_kept=1.0, calibration_seed=None, perplexity=lambda rows: rows["dense"]
+    )
+    return averages.over_seeds(pd.concat([dense, own]), (*KEYS, "method"), values)
+
+
+def _draw(rows: pd.DataFrame, options: Options, origin: dict) -> list[Path]:
+    names = list(dict.fromkeys(rows["panel"]))
+    with figure.panels(len(names), 2, 3.4, _title(rows), share="y") as (canvas, axes):
+        for name, axis in zip(names, axes, strict=True):
+            _panel(axis, rows[rows["panel"] == name], name)
+        low, high = rows["perplexity"].min(), rows["perplexity"].max()
+        for axis in axes:
+            axis.set(yscale="log", ylim=(0.85 * low, 1.15 * high), xlabel="parameters kept (%)", ylabel="perplexity")
+            axis.set_yticks([tick for tick in TICKS if 0.85 * low <= tick <= 1.15 * high])
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        figure.legend(canvas, axes)
+        return figure.save(canvas, options.name, options.out, origin)
+
+
+def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
+    dense = float(rows.loc[rows["kind"] == "dense", "perplexity"].iloc[0])
+    axis.axhline(dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)
+    for kind, curve in CURVES.items():
+        own = rows[rows["kind"] == kind].sort_values("params_kept")
+        if own.empty:
+            continue
+        hollow = kind.endswith("_pivoted")
+        axis.errorbar(
+            100 * own["params_kept"],
+            own["perplexity"],
+            yerr=figure.bars(own, "perplexity", 0.9 * dense),
+            color=curve.colour,
+            marker=curve.marker,
+            markerfacecolor="white" if hollow else None,
+            linestyle="--" if hollow else "-",
+            linewidth=1.2,
+            markersize=5,
+            capsize=2,
+            label=curve.name,
+        )
+    axis.set(title=title)
+
+
+def _title(rows: pd.DataFrame) -> str:
+    """Return the message: the first panel's lowest perplexities of ours and its rivals, at a size that both have."""
+    own = rows[rows["panel"] == rows["panel"].iloc[0]]
+    name, dense = own["panel"].iloc[0], float(own["perplexity"].iloc[0])
+    ours = own["kind"].str.contains("joint|two_sided")
+    sizes = own["params_kept"].round(2)
+    common = sorted(set(sizes[ours]) & set(sizes[~ours & (own["kind"] != "dense")]))
+    if not common:
+        return f"Perplexity without fine-tuning, by parameters kept; dense: {number(dense, 1)} on {name}"
+    size = common[len(common) // 2]
+    best, rival = (own[(sizes == size) & which]["perplexity"].min() for which in (ours, ~ours))
+    return (
+        f"{name} at {100 * size:.0f} % of the parameters: perplexity {number(best, 1)} by joint selection, "
+        f"{number(rival, 1)} by its best rival here, {number(dense, 1)} dense"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script. Return its exit status."""
+    return command.run(build, "figure8", "table3", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
