@@ -23,6 +23,7 @@ CURVES = {
     "joint_pivoted": Curve("joint, ours, pivoted", "#D55E00", "D"),
     "two_sided_pivoted": Curve("joint, ours, both sides whitened, pivoted", "#A50026", "o"),
 }
+OURS = ("joint", "joint_pivoted", "two_sided_pivoted")
 TICKS = (10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 5000)
 KEYS = ("panel", "kind")
 COLUMNS = (
@@ -109,20 +110,25 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
 
 
 def _title(rows: pd.DataFrame) -> str:
-    """Return the message: the first panel's lowest perplexities of ours and its rivals, at a size that both have."""
+    """Return the message: the first panel's lowest perplexities of ours and its rivals, at a size that both have.
+
+    Selections of the same form are compared, pivoted ones where both have them.
+    """
     own = rows[rows["panel"] == rows["panel"].iloc[0]]
-    name, dense = own["panel"].iloc[0], float(own["perplexity"].iloc[0])
-    ours = own["kind"].str.contains("joint|two_sided")
-    sizes = own["params_kept"].round(2)
-    common = sorted(set(sizes[ours]) & set(sizes[~ours & (own["kind"] != "dense")]))
-    if not common:
-        return f"Perplexity without fine-tuning, by parameters kept; dense: {number(dense, 1)} on {name}"
-    size = common[len(common) // 2]
-    best, rival = (own[(sizes == size) & which]["perplexity"].min() for which in (ours, ~ours))
-    return (
-        f"{name} at {100 * size:.0f} % of the parameters: perplexity {number(best, 1)} by joint selection, "
-        f"{number(rival, 1)} by its best rival here, {number(dense, 1)} dense"
-    )
+    name, dense = own["panel"].iloc[0], number(float(own["perplexity"].iloc[0]), 1)
+    own = own[own["kind"] != "dense"]
+    sizes, ours, pivoted = own["params_kept"].round(2), own["kind"].isin(OURS), own["kind"].str.endswith("_pivoted")
+    for form, said in ((pivoted, ", with pivoted factors"), (~pivoted, "")):
+        common = sorted(set(sizes[ours & form]) & set(sizes[~ours & form]))
+        if common:
+            size = common[len(common) // 2]
+            there = form & (sizes == size)
+            best, rival = (number(own[there & which]["perplexity"].min(), 1) for which in (ours, ~ours))
+            return (
+                f"{name} at {100 * size:.0f} % of the parameters{said}: perplexity {best} by joint selection, "
+                f"{rival} by its best rival here, {dense} dense"
+            )
+    return f"Perplexity without fine-tuning, by parameters kept; dense: {dense} on {name}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
