@@ -87,7 +87,7 @@ def of_one_sample(inputs: Inputs) -> Inputs:
 
 def of_one_row(inputs: Inputs) -> Inputs:
     """Return inputs of the same shapes in which all rows, and all ids, are the first one."""
-    return _with_tensors(inputs, _of_one_row)
+    return with_tensors(inputs, _of_one_row)
 
 
 def _of_one_row(tensor: Tensor) -> Tensor:
@@ -99,15 +99,10 @@ def _of_one_row(tensor: Tensor) -> Tensor:
 
 def aliased(outputs: Any) -> Any:
     """Return outputs of equal values that depend on the given ones, and not on one another."""
-    return _with_tensors(outputs, lambda tensor: tensor.view_as(tensor))
+    return with_tensors(outputs, lambda tensor: tensor.view_as(tensor))
 
 
-def detached(inputs: Inputs) -> Inputs:
-    """Return the same inputs without a gradient."""
-    return _with_tensors(inputs, Tensor.detach)
-
-
-def _with_tensors(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def with_tensors(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Change every tensor, also the one inside of a packed sequence."""
     return _mapped(
         values, lambda own: own._replace(data=change(own.data)) if isinstance(own, PackedSequence) else change(own)

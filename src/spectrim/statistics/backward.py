@@ -7,6 +7,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from spectrim.batches import Inputs, with_tensors
+
+
+def detached(inputs: Inputs) -> Inputs:
+    """Return the same inputs without a gradient."""
+    return with_tensors(inputs, Tensor.detach)
+
 
 class Start(NamedTuple):
     """A place where a backward pass starts, and the gradient there. The tensor itself need not stay in memory."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from spectrim.batches import (
     aliased,
     alone_trainable,
-    detached,
     device_of,
     evaluating,
     forward,
@@ -29,7 +28,7 @@ from spectrim.factored.dense import with_article
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
 from spectrim.factored.tied import TiedLinear
 from spectrim.losses import have_scores
-from spectrim.statistics.backward import Start, start_at
+from spectrim.statistics.backward import Start, detached, start_at
 from spectrim.statistics.batch_loss import finite_loss
 from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.gate_rows import GateRows, Weighed

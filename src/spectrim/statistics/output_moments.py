@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from spectrim.batches import (
     alone_trainable,
-    detached,
     device_of,
     evaluating,
     first_argument,
@@ -26,7 +25,7 @@ from spectrim.batches import (
 )
 from spectrim.decomposers.spectrum import Directions
 from spectrim.factored.dense import DenseLayer
-from spectrim.statistics.backward import flow_back, start_at
+from spectrim.statistics.backward import detached, flow_back, start_at
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.input_moments import Rows
