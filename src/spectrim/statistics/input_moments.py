@@ -46,7 +46,7 @@ def input_moments(
     hooks = [one for own in gathered.values() for one in own.values()]
     handles = [layer.register_forward_pre_hook(one, with_kwargs=True) for layer, one in places]
     device = device_of(model)
-    with hooked(handles), evaluating(model), torch.inference_mode():
+    with hooked(handles), evaluating(model), torch.no_grad():
         for inputs, _ in objective.first(split, samples, "moments"):
             inputs = to_device(inputs, device)
             for one in hooks:
@@ -129,7 +129,7 @@ class _Gathered:
         self.mask: Tensor | None = None
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        x = first_argument(args, kwargs)
+        x = first_argument(args, kwargs).detach()
         if self.wide is not None:
             count, added = patch_moment(self.wide, padded(self.wide, x))
         else:
