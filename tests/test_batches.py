@@ -10,21 +10,12 @@ from torch import Tensor, nn
 
 import spectrim
 from spectrim import api
-from spectrim.batches import (
-    aliased,
-    alone_trainable,
-    batch_size,
-    first_samples,
-    forward,
-    one_sample,
-    repeated,
-    sample_count,
-    tensors_of,
-)
+from spectrim.batches import aliased, batch_size, first_samples, forward, one_sample, repeated, sample_count, tensors_of
 from spectrim.cli import run
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.cost import model_cost
+from spectrim.tools.trainable import alone_trainable
 
 
 class Deep(nn.Module):

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import spectrim
 from spectrim import batches as batching
 from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.refit.factors import refit
 from spectrim.statistics.batchnorm import reestimate
@@ -249,3 +250,28 @@ def test_a_model_with_its_channels_last_is_compressed_as_its_twin() -> None:
     with torch.no_grad():
         ours, theirs = one.model(x), other.model(x.to(memory_format=torch.channels_last))
     assert (ours - theirs).norm() < 1e-2 * ours.norm()  # rounding moves where a search for the factors ends
+
+
+class Forces(nn.Module):
+    """Gives forces, the gradient of an energy by the inputs, as models of molecules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.energy = nn.Linear(FEATURES, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            energy = self.energy(self.body(x).tanh()).square().sum()
+            return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+def test_a_model_that_takes_gradients_is_measured_and_whitened_but_has_no_gates() -> None:
+    torch.manual_seed(0)
+    data = [(x := torch.randn(8, FEATURES), torch.zeros_like(x)) for _ in range(2)]
+    given: dict[str, Any] = {"calibration": data, "verification": data, "loss": nn.functional.mse_loss}
+    model = Forces()
+    result = spectrim.compress(model, algorithm=spectrim.Compact(verified=True), decomposer="whitened_channel", **given)
+    assert result.report["predicted_change"].notna().all()
+    with pytest.raises(UserError, match="the model takes gradients in its forward pass"):
+        spectrim.compress(model, params_kept=0.6, **given)

@@ -17,13 +17,15 @@ Inputs = Any  # a tensor, a tuple of positional or a mapping of keyword argument
 Batches = Iterable[tuple[Inputs, Any]]
 
 
-def forward(model: nn.Module, inputs: Inputs) -> Any:
+def forward(model: nn.Module, inputs: Inputs, copies: bool = True) -> Any:
     """Call ``model`` with the ``arguments`` that ``inputs`` stand for, and return its outputs.
+
+    ``copies``: whether it gets copies of the tensors, because a model may write to its inputs.
 
     Raises ``UserError`` where the model fails on the inputs; the message names the layer.
     """
     try:
-        args, kwargs = arguments(inputs)
+        args, kwargs = arguments(cloned(inputs) if copies else inputs)
         return model(*args, **kwargs)
     except UserError:
         raise
@@ -61,6 +63,11 @@ def _shapes(inputs: Inputs) -> str:
 def to_device(inputs: Inputs, device: torch.device) -> Inputs:
     """Move every tensor of ``inputs`` to ``device`` and keep the structure."""
     return _mapped(inputs, lambda tensor: tensor.to(device))
+
+
+def cloned(values: Any) -> Any:
+    """Return ``values`` with a copy of every tensor, without its history."""
+    return with_tensors(values, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
 
 
 def first_samples(values: Any, samples: int, count: int) -> Any:
@@ -280,21 +287,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
+            if acts_on_mode(module):
+                module.train(training)
+        for module, training in modes:
             module.training = training
 
 
-@contextmanager
-def alone_trainable(model: nn.Module, weights: Iterable[Tensor]) -> Iterator[None]:
-    """Let only ``weights`` of the parameters of ``model`` require a gradient inside the block.
-
-    A forward pass then does not store the activations that only the gradients of other parameters need.
-    """
-    wanted = {id(weight) for weight in weights}
-    changed = [parameter for parameter in model.parameters() if parameter.requires_grad != (id(parameter) in wanted)]
-    for parameter in changed:
-        parameter.requires_grad_(not parameter.requires_grad)
-    try:
-        yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(not parameter.requires_grad)
+def acts_on_mode(module: nn.Module) -> bool:
+    """Return whether ``module`` has a ``train`` of its own, which may write weights. Those of torch do not."""
+    return getattr(type(module).train, "__module__", "").partition(".")[0] not in ("torch", "transformers")

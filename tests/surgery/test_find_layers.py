@@ -264,3 +264,10 @@ def test_a_convolution_of_single_images_stays_dense(kind: Any) -> None:
     name = {nn.Conv2d: "single", nn.Conv1d: "single.conv"}[kind]
     assert result.plan and name not in result.plan
     assert any("it is called on an image without a dimension of samples" in note for note in result.notes)
+
+
+def test_a_layer_without_numbers_stays_dense() -> None:
+    none, some = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    none.weight, some.weight = nn.Parameter(torch.empty(0, 16)), nn.Parameter(torch.empty(16, 0))
+    layers, dense = find_layers.factorable(nn.Sequential(nn.Linear(16, 16), none, some), torch.randn(2, 16))
+    assert list(layers) == ["0"] and dense == dict.fromkeys(["1", "2"], "its weight is empty")

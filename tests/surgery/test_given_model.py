@@ -1,6 +1,7 @@
 """A model whose layers cannot be replaced is refused in one line, and one that runs is left as it was."""
 
 import copy
+import threading
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -211,3 +212,52 @@ def test_rows_that_a_look_up_scales_come_back(kind: Any) -> None:
     joint = spectrim.Joint(params_kept=0.9, samples=8, refit=8)
     result = spectrim.compress(model, calibration=data, algorithm=joint)
     assert result.plan and torch.equal(first.weight, before)
+
+
+class Locked(nn.Module):
+    """A model with a part that cannot be copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.guard = plain(), nn.Module()
+        self.guard.lock = threading.Lock()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_what_cannot_be_copied_is_named_in_one_line() -> None:
+    with pytest.raises(UserError, match="the attribute guard.lock of the model, a lock, cannot be copied") as refusal:
+        compress(Locked())
+    assert "\n" not in str(refusal.value)
+
+
+class Merging(nn.Module):
+    """Merges an adapter into a weight in eval mode, and takes it out again in train mode, as LoRA does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), plain()
+        self.down, self.up = nn.Parameter(torch.randn(2, 16)), nn.Parameter(torch.randn(16, 2))
+        self.merged = False
+
+    def train(self, mode: bool = True) -> "Merging":
+        if self.merged is mode:
+            self.body.weight.data += (-1 if mode else 1) * (self.up @ self.down).detach()
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return self.head(y if self.merged else y + x @ self.down.T @ self.up.T)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_that_merges_weights_in_eval_mode_is_left_as_it_was(training: bool) -> None:
+    model, x = Merging().train(training), torch.randn(4, 16)
+    before, outputs = copy.deepcopy(model.state_dict()), model(x)
+    result = compress(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training is training and torch.equal(model(x), outputs)
+    assert "body" not in result.plan and any("depends on the mode" in note for note in result.notes)
+    torch.testing.assert_close(result.model.train()(x), result.model.eval()(x))

@@ -75,7 +75,7 @@ def _bound(bench: Workbench, batches: Batches) -> tuple[Bound, list[str]]:
 def largest_move(model: nn.Module, truncated: nn.Module, batches: Batches) -> float:
     """Return the largest 2-norm, over all samples, of the difference of the outputs of two models."""
     device, largest = device_of(model), 0.0
-    with evaluating(model), evaluating(truncated), torch.inference_mode():
+    with evaluating(model), evaluating(truncated), torch.no_grad():
         for inputs, _ in batches:
             before, after = (forward(net, to_device(inputs, device)) for net in (model, truncated))
             if not isinstance(before, Tensor):

@@ -191,7 +191,7 @@ def _of_folder(root: Path, size: int, samples: int, batch_size: int, seed: int) 
 
 def _answers(model: nn.Module, inputs: Any) -> Tensor:
     """Return the class scores of the model. Raises ``UserError`` where it gives none."""
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         scores = logits_of(forward(model, to_device(inputs, device_of(model))))
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         raise UserError(

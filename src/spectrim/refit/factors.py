@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, to_device
+from spectrim.batches import Inputs, cloned, device_of, evaluating, first_argument, forward, to_device
 from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.layers import FactoredConv2d, FactoredLinear
@@ -57,7 +57,8 @@ def refit(
     Raises ``UserError`` for an empty split.
     """
     device, folder = device_of(compressed), resume.current()  # the passes are threads, which have none
-    batches = [to_device(inputs, device) for inputs, _ in objective.first(split, samples, "read")]
+    # A loader may use the memory of a batch again.
+    batches = [cloned(to_device(inputs, device)) for inputs, _ in objective.first(split, samples, "read")]
     processes = objective.processes(split)
     layers, followers, notes = layers_to_fit(compressed, dense, batches, processes)
     with Bar(desc="refit", total=len(layers), unit="layer", leave=False) as bar:
@@ -121,7 +122,7 @@ def _in_step(
         def arrived(name: str, value: Tensor) -> None:
             nonlocal done
             if done < len(layers) and name == layers[done]:
-                values[index] = value
+                values[index] = value.detach()
                 done += 1
                 passes.station()
 

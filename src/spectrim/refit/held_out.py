@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from spectrim.batches import Inputs, sample_count
+from spectrim.batches import Inputs, cloned, sample_count
 from spectrim.statistics.objective import Objective
 
 HELD_OUT = 0.2  # part of the calibration batches that no step reads
@@ -24,7 +24,7 @@ def divided(objective: Objective, split: str, samples: int) -> tuple[list[Batch]
     if split != "calibration":
         held: list[Batch] = []
         for batch in objective.batches("calibration"):
-            held.append(batch)
+            held.append(cloned(batch))
             while sum(map(count_of, held[1:])) >= HELD_OUT_SAMPLES:  # a refit has read the first ones
                 del held[0]
         return list(objective.held(split, samples).batches(split)), held

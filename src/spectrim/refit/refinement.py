@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, alone_trainable, device_of, evaluating, forward, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, to_device
 from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
 from spectrim.refit.blocks import block_error, outputs_of, repeated_blocks
@@ -22,6 +22,7 @@ from spectrim.tools import resume
 from spectrim.tools.content import content, of_function, of_model
 from spectrim.tools.live import Bar
 from spectrim.tools.settings import settings
+from spectrim.tools.trainable import alone_trainable
 
 PARTS = 4  # the distance is measured after each of so many equal parts of the steps
 WARM_UP = 0.1  # part of the steps in which the learning rate rises

@@ -26,7 +26,7 @@ def log_probabilities(objective: Objective, model: nn.Module, split: str) -> Ten
     Raises ``UserError`` where its outputs are no class scores.
     """
     device, found = device_of(model), []
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         for inputs, targets in objective.counted(split):
             targets = to_device(targets, device)
             scores = scores_of(objective.loss, forward(model, to_device(inputs, device)), targets)

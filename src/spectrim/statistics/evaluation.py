@@ -32,7 +32,7 @@ def evaluate(
     Raises ``UserError`` where the loss is not finite or the split is empty."""
     device, total, correct, seen = device_of(model), 0.0, 0, 0
     scored = True
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         for inputs, targets in batches:
             outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
             count = batch_weight(loss, targets, inputs)
@@ -58,7 +58,7 @@ def loss_within(
     ``n``: number of samples of the split, as in ``Evaluation``.
     """
     device, total = device_of(model), 0.0
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         for inputs, targets in batches:
             targets = to_device(targets, device)
             value = loss_of(loss, forward(model, to_device(inputs, device)), targets)

@@ -12,17 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import (
-    aliased,
-    alone_trainable,
-    device_of,
-    evaluating,
-    forward,
-    hooked,
-    sample_count,
-    tensors_of,
-    to_device,
-)
+from spectrim.batches import aliased, device_of, evaluating, forward, hooked, sample_count, tensors_of, to_device
 from spectrim.errors import UserError
 from spectrim.factored.dense import with_article
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
@@ -35,6 +25,7 @@ from spectrim.statistics.gate_rows import GateRows, Weighed
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.tied import tied_layers
 from spectrim.tools import resume
+from spectrim.tools.trainable import alone_trainable
 
 
 class GateGradients(NamedTuple):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.batches import Inputs
+from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d
 from spectrim.statistics.backward import Start, flow_back
 from spectrim.statistics.processes import Processes
@@ -85,6 +86,11 @@ class GateRows:
         axis = -3 if isinstance(self.modules[name], FactoredConv2d) else -1
 
         def hook(_: nn.Module, __: Inputs, output: Tensor) -> Tensor:
+            if not self.calls and output.requires_grad:  # no parameter does
+                raise UserError(
+                    "the model takes gradients in its forward pass, so that no gate has a first order; take an "
+                    "algorithm without gates, such as Lossless or Truncation"
+                )
             if not output.requires_grad:  # every parameter before it is frozen
                 output = output.detach().requires_grad_(True)
                 self.leaves.append(output)

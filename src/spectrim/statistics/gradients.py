@@ -5,11 +5,12 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import alone_trainable, device_of, evaluating, forward, to_device
+from spectrim.batches import device_of, evaluating, forward, to_device
 from spectrim.losses import Loss
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.processes import ALONE, Processes
 from spectrim.statistics.split_reader import Batch, require_samples
+from spectrim.tools.trainable import alone_trainable
 
 
 def mean_gradients(

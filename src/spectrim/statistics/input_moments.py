@@ -180,7 +180,7 @@ class _Gathered:
         self.mask: Tensor | None = None
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        x = first_argument(args, kwargs)
+        x = first_argument(args, kwargs).detach()
         if self.rows.first is None:
             self.sum = self.last.added(x, self.sum, lambda: self._with(x))
         else:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from spectrim.batches import Batches, Inputs, sample_count
+from spectrim.batches import Batches, Inputs, cloned, sample_count
 from spectrim.errors import UserError
 from spectrim.losses import Loss
 from spectrim.statistics.evaluation import Evaluation, evaluate, loss_within
@@ -121,9 +121,9 @@ class Objective:
     def held(self, split: str, samples: int) -> "Objective":
         """Return the same loss on the first batches of ``split``, held in memory until ``samples`` are reached.
 
-        Several passes then see the same samples, even if the loader shuffles.
+        Several passes then see the same samples, even if the loader shuffles, or uses the memory of a batch again.
         """
-        batches: Batches = list(self._reader.until(split, samples))
+        batches: Batches = [cloned(batch) for batch in self._reader.until(split, samples)]
         given = self.given(split)
         return self.on({split: Distributed(batches, given.group) if isinstance(given, Distributed) else batches})
 

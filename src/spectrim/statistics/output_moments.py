@@ -14,15 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.batches import (
-    alone_trainable,
-    device_of,
-    evaluating,
-    first_argument,
-    forward,
-    hooked,
-    to_device,
-)
+from spectrim.batches import device_of, evaluating, first_argument, forward, hooked, to_device
 from spectrim.decomposers.spectrum import Directions
 from spectrim.factored.dense import DenseLayer
 from spectrim.statistics.backward import detached, flow_back, start_at
@@ -30,6 +22,7 @@ from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.input_moments import Rows
 from spectrim.statistics.objective import Objective
+from spectrim.tools.trainable import alone_trainable
 
 
 def output_moments(

@@ -31,7 +31,7 @@ def losses(objective: Objective, model: nn.Module, split: str) -> Losses:
     Raises ``UserError`` for fewer than two samples, which have no standard error.
     """
     device, values, weights = device_of(model), list[float](), list[int]()
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         for inputs, targets in objective.counted(split):
             outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
             count = sample_count(targets, inputs)

@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectrim.batches import Inputs, alone_trainable, batch_size, device_of, evaluating, forward, to_device
+from spectrim.batches import Inputs, batch_size, device_of, evaluating, forward, to_device
 from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.tied import tied_layers
 from spectrim.surgery.unpacking import unpacked
+from spectrim.tools.trainable import alone_trainable
 
 
 class Cost(NamedTuple):

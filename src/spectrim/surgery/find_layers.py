@@ -1,16 +1,21 @@
 """Find the layers of a model that can be replaced by factored ones, and why each other one cannot."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
-from torch.overrides import TorchFunctionMode
 
-from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, tensors_of, to_device
+from spectrim.batches import (
+    Inputs,
+    acts_on_mode,
+    cloned,
+    device_of,
+    evaluating,
+    forward,
+    to_device,
+)
 from spectrim.errors import UserError
 from spectrim.factored.base import OWN_NAMES
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
@@ -19,6 +24,8 @@ from spectrim.surgery.given_model import eager, unchanged
 from spectrim.surgery.layer_choice import EVERY_LAYER, LayerChoice
 from spectrim.surgery.tied import tied_layers
 from spectrim.surgery.unpacking import SHARED, refusals
+from spectrim.surgery.watching import Watch
+from spectrim.tools.content import content
 
 UNCALLED = "the model does not call it"
 
@@ -71,6 +78,9 @@ def factorable(
             dense[name] = reason
         else:
             layers[name] = module
+    for name in _written_by_modes(model, layers):
+        del layers[name]
+        dense[name] = "its weight depends on the mode of the model, as where an adapter is merged into it"
     _leave_together(ties, layers, dense)
     unfit = _held_by_torch(model, layers) if example is None else _unfit_for_replacement(model, layers, example)
     for tie in ties:
@@ -82,6 +92,17 @@ def factorable(
     _leave_together(ties, layers, dense)
     others = {name for _, *own in ties for name in own}
     return {name: layer for name, layer in layers.items() if name not in others}, dense
+
+
+def _written_by_modes(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
+    """Return the layers whose weight ``train`` or ``eval`` of the model writes to."""
+    if not any(acts_on_mode(module) for module in model.modules()):
+        return []
+    with unchanged(model), evaluating(model):
+        model.train()
+        trained = {name: content(layer.parameters()) for name, layer in layers.items()}
+        model.eval()
+        return [name for name, layer in layers.items() if content(layer.parameters()) != trained[name]]
 
 
 def _leave_together(ties: Iterable[Sequence[str]], layers: dict[str, nn.Module], dense: dict[str, str]) -> None:
@@ -112,6 +133,8 @@ def _reason(module: nn.Module) -> str | None:
         return f"its weight is {with_article(weight)}"
     if not weight.is_floating_point():
         return f"its weight is of {weight.dtype}"
+    if not weight.numel():
+        return "its weight is empty"
     if module._parameters.keys() - {"weight", "bias"} or module._buffers or module._modules:
         return "it holds more than a weight and a bias"
     if taken := OWN_NAMES & attributes_of(module).keys():
@@ -173,74 +196,6 @@ def _own_parameters(module: nn.Module) -> list[nn.Parameter]:
     return [*own, *module.get_submodule("parametrizations").parameters()] if is_parametrized(module) else own
 
 
-class _Watch(TorchFunctionMode):
-    """Note how a model uses ``layers`` while it runs on ``inputs``.
-
-    ``called``: the layers that are called. ``read``: the layers whose weight or bias is used while their own
-    ``forward`` is not running. ``on_others``: the embeddings that are called on anything but a part of ``inputs``.
-    ``on_one``: the convolutions that are called on a single image, without a dimension of samples.
-
-    It uses no hooks: nn.TransformerEncoderLayer reads the weights of its layers only where it sees none.
-    """
-
-    def __init__(self, layers: Mapping[str, nn.Module], inputs: Inputs) -> None:
-        super().__init__()
-        self.given = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(inputs)}
-        self.owners_of: dict[int, set[str]] = {}
-        for name, layer in layers.items():
-            self.owners_of.setdefault(id(layer.weight), set()).add(name)
-        self.name_of = {id(layer): name for name, layer in layers.items()}
-        self.running: list[str | None] = [None]
-        self.called, self.read, self.on_others, self.on_one = (set[str]() for _ in range(4))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for value in (*args, *(kwargs or {}).values()):
-            for item in value if isinstance(value, tuple | list) else (value,):
-                self._note(self.owners_of.get(id(item), set()))
-        return func(*args, **(kwargs or {}))
-
-    @contextmanager
-    def of_modules(self) -> Iterator[None]:
-        """Watch calls of dense layers, and ``layer.weight`` and ``layer.bias``, inside the block."""
-        look_up = nn.Module.__getattr__
-
-        def looked_up(module: nn.Module, attribute: str) -> Any:
-            if attribute in ("weight", "bias"):
-                self._note({self.name_of[id(module)]} if id(module) in self.name_of else set())
-            return look_up(module, attribute)
-
-        with ExitStack() as stack:
-            stack.callback(setattr, nn.Module, "__getattr__", look_up)
-            nn.Module.__getattr__ = looked_up  # type: ignore[method-assign]
-            for kind in dense_kinds():
-                stack.callback(setattr, kind, "forward", kind.forward)
-                kind.forward = self._noting_calls(kind.forward)
-            yield
-
-    def _noting_calls(self, forward_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def called(module: Any, *given: Tensor, **named: Tensor) -> Tensor:
-            name = self.name_of.get(id(module))
-            self.called |= {name} if name else set()
-            if name and isinstance(module, nn.Embedding) and not self._are_given((*given, *named.values())):
-                self.on_others.add(name)
-            if name and isinstance(module, nn.Conv2d) and first_argument(given, named).ndim < 4:
-                self.on_one.add(name)
-            self.running.append(name)
-            try:
-                return forward_of(module, *given, **named)
-            finally:
-                self.running.pop()
-
-        return called
-
-    def _are_given(self, values: tuple[Tensor, ...]) -> bool:
-        return all(value.untyped_storage().data_ptr() in self.given for value in values)
-
-    def _note(self, owners: set[str]) -> None:
-        if self.running[-1] not in owners:
-            self.read |= owners
-
-
 def _held_by_torch(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Return the layers that may only be replaced if a run shows that nothing reads their weights or ids, and why."""
     found = {}
@@ -255,11 +210,12 @@ def _held_by_torch(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
 
 
 def _unfit_for_replacement(model: nn.Module, layers: Mapping[str, nn.Module], example: Inputs) -> dict[str, str]:
-    inputs = to_device(example, device_of(model))
-    watch = _Watch(layers, inputs)
+    inputs = cloned(to_device(example, device_of(model)))
+    watch = Watch(layers, inputs)
     with unchanged(model), evaluating(model), torch.no_grad(), watch.of_modules(), watch:
-        forward(model, inputs)
+        forward(model, inputs, copies=False)  # the watch knows these tensors
     unfit = {name: UNCALLED for name in layers if name not in watch.called}
     unfit |= {name: "the ids that it looks up are not among the inputs" for name in watch.on_others}
     unfit |= {name: "it is called on an image without a dimension of samples" for name in watch.on_one}
+    unfit |= {name: "it is called inside of torch.func, where its inputs cannot be kept" for name in watch.transformed}
     return unfit | {name: "the model reads its weight" for name in layers if name in watch.read}

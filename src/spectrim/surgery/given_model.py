@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from spectrim.errors import UserError
+from spectrim.batches import acts_on_mode
+from spectrim.errors import UserError, first_line
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
 
 
@@ -70,14 +71,17 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
     A forward pass may count its calls, update a buffer, keep an activation or append to a list. Tensors, lists,
     dictionaries, sets and deques that an attribute holds get their contents back, also where they lie in one another.
-    So do the rows of an embedding with ``max_norm``, which looking them up scales. Scripted parts and objects of other
-    classes are not restored. Memory: a copy of the buffers and of these tensors.
+    So do the rows of an embedding with ``max_norm``, which looking them up scales, and the weights of a module with a
+    ``train`` of its own, which may merge an adapter. Scripted parts and objects of other classes are not restored.
+    Memory: a copy of the buffers and of these tensors.
     """
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     before = [(module, attributes_of(module), dict(module.named_buffers(recurse=False))) for module in modules]
     held: dict[int, Any] = {}
     for module, attributes, buffers in before:
-        _gather([*buffers.values(), *attributes.values(), *_scaled_by_passes(module)], held)
+        _gather([*buffers.values(), *attributes.values()], held)
+        # What is written to these tensors leaves the count of ``versions``.
+        held |= {id(weight): weight.data for weight in _written_by_passes(module)}
     contents = [(value, _contents(value)) for value in held.values()]
     try:
         yield
@@ -91,10 +95,11 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             _restore(value, content)
 
 
-def _scaled_by_passes(module: nn.Module) -> list[Tensor]:
-    """Return the rows of an embedding with ``max_norm``. What is written to them leaves the count of ``versions``."""
-    weight = module._parameters.get("weight")
-    return [] if weight is None or getattr(module, "max_norm", None) is None else [weight.data]
+def _written_by_passes(module: nn.Module) -> list[nn.Parameter]:
+    """Return the rows of an embedding with ``max_norm``, or the weights inside of a module that ``acts_on_mode``."""
+    if acts_on_mode(module):
+        return list(module.parameters())
+    return list(module.parameters(recurse=False)) if getattr(module, "max_norm", None) is not None else []
 
 
 def _gather(values: Iterable[Any], held: dict[int, Any]) -> None:
@@ -147,12 +152,40 @@ def copied(model: nn.Module, known: dict[int, Any] | None = None) -> nn.Module:
     """Return a deep copy of ``model``. An activation that it keeps is copied without its gradient history.
 
     ``known``: objects that stand for others in the copy, by the id of the other, as for ``copy.deepcopy``.
+
+    Raises ``UserError`` where a part of the model allows no copy, such as a lock or an open file.
     """
-    with WithoutHistory():
+    with copying(model):
         return copy.deepcopy(model, known)
 
 
-class WithoutHistory(TorchFunctionMode):
+@contextmanager
+def copying(model: nn.Module) -> Iterator[None]:
+    """Copy parts of ``model`` inside the block, as ``copied`` does."""
+    try:
+        with _WithoutHistory():
+            yield
+    except Exception as error:  # whatever the class of a part raises
+        raise UserError(
+            f"{_uncopied(model)} cannot be copied ({first_line(error)}), and compression works on copies; "
+            "make it when it is first needed, or give its class a __deepcopy__"
+        ) from error
+
+
+def _uncopied(model: nn.Module) -> str:
+    """Return the name of the first attribute of ``model`` that cannot be copied, or its class where there is none."""
+    parts = {id(part): part for part in [*model.modules(), *model.parameters(), *model.buffers()]}
+    for name, module in model.named_modules():
+        for attribute, value in attributes_of(module).items():
+            try:
+                with _WithoutHistory():
+                    copy.deepcopy(value, dict(parts))
+            except Exception:
+                return f"the attribute {name and f'{name}.'}{attribute} of the model, {with_article(value)},"
+    return with_article(model)
+
+
+class _WithoutHistory(TorchFunctionMode):
     """Let tensors with a gradient history be copied, which torch refuses. A gradient pass leaves such activations."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -145,7 +145,7 @@ def _inputs_of(model: nn.Module, names: Sequence[str], inputs: Inputs) -> dict[s
     handles = [
         model.get_submodule(name).register_forward_pre_hook(partial(note, name), with_kwargs=True) for name in names
     ]
-    with hooked(handles), evaluating(model), torch.inference_mode():
+    with hooked(handles), evaluating(model), torch.no_grad():
         forward(model, inputs)
     return given
 

@@ -13,7 +13,7 @@ from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import Keep, RankPlan
 from spectrim.factored.tied import TiedLinear
-from spectrim.surgery.given_model import WithoutHistory
+from spectrim.surgery.given_model import copying
 from spectrim.surgery.tied import places
 
 # The attributes in which a module of torch holds its hooks on calls.
@@ -77,7 +77,7 @@ def apply(model: nn.Module, plan: RankPlan, spectra: Mapping[str, Spectrum], *, 
             before = model.get_submodule(place)
             copies[id(before)] = in_place_of(before, own)
             factored.append((before, own))
-    with WithoutHistory():
+    with copying(model):
         result = copy.deepcopy(model, copies)
         for before, layer in factored:  # an attribute or a hook may lead to another module: here to the one of the copy
             if isinstance(layer, TiedLinear):  # so does the bias, which is still that of ``model``

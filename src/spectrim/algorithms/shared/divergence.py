@@ -35,7 +35,7 @@ def _measured(bench: Workbench, ranks: Mapping[str, int], samples: int) -> dict[
     device, names, count = device_of(working), sorted(ranks), 0
     cut = [bench.spectra[name].factor(ranks[name]) for name in names]
     sums = torch.zeros(len(names), dtype=torch.float64)
-    with evaluating(working), torch.inference_mode():
+    with evaluating(working), torch.no_grad():
         for inputs, targets in objective.first("calibration", samples, "measure"):
             inputs, targets = to_device(inputs, device), to_device(targets, device)
 

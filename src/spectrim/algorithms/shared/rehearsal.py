@@ -12,16 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.algorithms.shared.decomposed import moments_for
 from spectrim.algorithms.shared.outline import Outline
-from spectrim.batches import (
-    alone_trainable,
-    batch_size,
-    device_of,
-    evaluating,
-    first_argument,
-    forward,
-    hooked,
-    to_device,
-)
+from spectrim.batches import batch_size, device_of, evaluating, first_argument, forward, hooked, to_device
 from spectrim.decomposers.spectrum import Decomposer, Moments
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import Kept, RankPlan
@@ -31,6 +22,7 @@ from spectrim.statistics.fisher import gate_gradients
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.shifted_moments import is_wide, shifts
 from spectrim.surgery import replacing
+from spectrim.tools.trainable import alone_trainable
 
 GROWTH = 0.9  # larger matrices take less time for each operation
 SECONDS = 1.0  # for the decompositions, and for the fits, that are rehearsed; the first one may take longer
@@ -60,7 +52,7 @@ class Rehearsal:
     def forward_seconds(self) -> float:
         """Return the seconds of a forward pass."""
         inputs = to_device(self.batch[0], device_of(self.model))
-        with evaluating(self.model), torch.inference_mode():
+        with evaluating(self.model), torch.no_grad():
             return _seconds(lambda: forward(self.model, inputs)) / self.count
 
     def gradient_pass(self) -> tuple[float, int]:
@@ -124,7 +116,7 @@ class Rehearsal:
             )
             for layer in self.layers
         ]
-        with hooked(handles), evaluating(self.model), torch.inference_mode():
+        with hooked(handles), evaluating(self.model), torch.no_grad():
             forward(self.model, to_device(self.batch[0], device_of(self.model)))
         return found
 

@@ -22,6 +22,7 @@ from spectrim.surgery.cost import layer_parameters
 from spectrim.surgery.given_model import copied, eager, unchanged, versions
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.surgery.reopening import factored_layers, kept_in, reopened
+from spectrim.surgery.stand_ins import misled
 from spectrim.surgery.trial_run import failing_layers
 from spectrim.surgery.unpacking import pack, unpacked
 
@@ -77,6 +78,8 @@ class Workbench:
             return replacing.apply(opened, replacing.plan_of(spectra, kept), spectra, shared=True)
 
         left |= _that_runs(at_rank_1, dict.fromkeys(spectra, 1), example)[1]
+        if example is not None:
+            left |= misled(opened, model, [name for name in spectra if name not in left], example)
         spectra = {name: spectrum for name, spectrum in spectra.items() if name not in left}
         if not spectra:
             reasons = find_layers.in_one_line(left) or f"it has no {' or '.join(k.__name__ for k in dense_kinds())}"

@@ -1,0 +1,116 @@
+"""Tell whether a model computes the same with modules of another class in place of its layers, and on a copy.
+
+A model may ask for the class of a layer, and a function or hook that it holds may hold the model itself. A model with
+factored layers would then compute something else without a word.
+"""
+
+import copy
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, tensors_of, to_device
+from spectrim.errors import UserError
+from spectrim.surgery.given_model import copying, unchanged
+from spectrim.surgery.replacing import HOOKS
+from spectrim.surgery.tied import tied_layers
+
+TOLERANCE = 1e-3  # of the norm of an output; a processor may add up in another order at each pass
+MISLED = "the model computes something else with a layer of another class in its place"
+
+
+class _StandIn(nn.Module):
+    """A module that computes with the dense layer in whose place it is, which is no part of it."""
+
+    def __init__(self, dense: nn.Module) -> None:
+        super().__init__()
+        vars(self)["dense"] = dense
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return vars(self)["dense"].forward(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["dense"], name)
+
+
+def misled(model: nn.Module, given: nn.Module, layers: Collection[str], example: Inputs) -> dict[str, str]:
+    """Return those of ``layers`` whose class decides on the outputs of ``model``, with the reason.
+
+    The model runs on ``example`` with a stand-in for each layer, and its outputs are compared with those of the dense
+    model. Where they differ it runs with each stand-in alone. A model that differs from itself, as one does that draws
+    numbers of a generator of its own, cannot be told.
+
+    ``given``: the model that the user gave, of which ``model`` may be a copy.
+
+    Raises ``UserError`` where a copy of the model still calls a module of ``given``.
+    """
+    left, dense = list(layers), _outputs(model, example)
+    found: dict[str, str] = {}
+    while left:
+        own = with_stand_ins(model, left)
+        with _apart(own, (model, given)):
+            outputs = _outputs(own, example)
+        if _alike(outputs, dense) or not _alike(_outputs(model, example), dense):
+            return found
+        alone = [name for name in left if not _alike(_outputs(with_stand_ins(model, [name]), example), dense)]
+        found |= dict.fromkeys(alone or left, MISLED)
+        left = [name for name in left if name not in found]
+    return found
+
+
+def with_stand_ins(model: nn.Module, layers: Collection[str]) -> nn.Module:
+    """Return a copy of ``model`` with a stand-in for each of ``layers`` and those that share its weight.
+
+    It shares the parameters of ``model``.
+    """
+    ties = tied_layers(model)
+    places = [model.get_submodule(place) for name in layers for place in (name, *ties.get(name, ()))]
+    known: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    known |= {id(dense): _StandIn(dense) for dense in places}
+    with copying(model):
+        own = copy.deepcopy(model, known)
+        for dense in places:  # a hook may lead to another module: here to the one of the copy
+            vars(known[id(dense)]).update({name: copy.deepcopy(vars(dense)[name], known) for name in HOOKS})
+    return own
+
+
+def _outputs(model: nn.Module, example: Inputs) -> list[Tensor]:
+    """Return the tensors among the outputs, with the random numbers of a fixed seed."""
+    device = device_of(model)
+    cards = [device] if device.type == "cuda" else []
+    with unchanged(model), evaluating(model), torch.no_grad(), torch.random.fork_rng(cards):
+        torch.manual_seed(0)
+        return [output.clone() for output in tensors_of(forward(model, to_device(example, device)))]
+
+
+def _alike(ours: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(map(_is_near, ours, theirs))
+
+
+def _is_near(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.layout is not torch.strided:
+        return one.shape == other.shape
+    if torch.equal(one, other):
+        return True
+    one, other = one.nan_to_num().double(), other.nan_to_num().double()
+    return bool((one - other).norm() <= TOLERANCE * other.norm())
+
+
+@contextmanager
+def _apart(own: nn.Module, others: Collection[nn.Module]) -> Iterator[None]:
+    """Raise ``UserError`` where a module of ``others`` is called inside the block, which only runs ``own``."""
+    inside = set(own.modules())
+    names = {module: name for other in others for name, module in other.named_modules() if module not in inside}
+
+    def refuse(module: nn.Module, _: Any) -> None:
+        raise UserError(
+            f"a copy of the model still calls {names[module] or type(module).__name__!r} of the given one: a function, "
+            "hook or weak reference in the model holds that module; let it take the module from its arguments"
+        )
+
+    plain = [module for module in names if not isinstance(module, torch.jit.ScriptModule)]
+    with hooked([module.register_forward_pre_hook(refuse) for module in plain]):
+        yield

@@ -1,0 +1,92 @@
+"""Watch how a model uses its layers while it runs."""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from spectrim.batches import Inputs, first_argument, tensors_of
+from spectrim.factored.dense import dense_kinds
+
+_PATCHING = threading.Lock()  # one model at a time is watched, because that changes classes of torch
+
+
+class Watch(TorchFunctionMode):
+    """Note how a model uses ``layers`` while it runs on ``inputs``.
+
+    ``called``: the layers that are called. ``read``: the layers whose weight or bias is used while their own
+    ``forward`` is not running. ``on_others``: the embeddings that are called on anything but a part of ``inputs``.
+    ``on_one``: the convolutions that are called on a single image, without a dimension of samples. ``transformed``: the
+    layers that are called inside of a transform of torch.func.
+
+    It uses no hooks: nn.TransformerEncoderLayer reads the weights of its layers only where it sees none. Other threads
+    may run models meanwhile.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module], inputs: Inputs) -> None:
+        super().__init__()
+        self.given = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(inputs)}
+        self.owners_of: dict[int, set[str]] = {}
+        for name, layer in layers.items():
+            self.owners_of.setdefault(id(layer.weight), set()).add(name)
+        self.name_of = {id(layer): name for name, layer in layers.items()}
+        self._running = dict[int, list[str | None]]()
+        self.called, self.read, self.on_others, self.on_one, self.transformed = (set[str]() for _ in range(5))
+
+    @property
+    def running(self) -> list[str | None]:
+        """The layers that are running in this thread, the innermost last; None stands for other code."""
+        return self._running.setdefault(threading.get_ident(), [None])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            for item in value if isinstance(value, tuple | list) else (value,):
+                self._note(self.owners_of.get(id(item), set()))
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def of_modules(self) -> Iterator[None]:
+        """Watch calls of dense layers, and ``layer.weight`` and ``layer.bias``, inside the block."""
+        with _PATCHING, ExitStack() as stack:
+            look_up = nn.Module.__getattr__
+
+            def looked_up(module: nn.Module, attribute: str) -> Any:
+                if attribute in ("weight", "bias"):
+                    self._note({self.name_of[id(module)]} if id(module) in self.name_of else set())
+                return look_up(module, attribute)
+
+            stack.callback(setattr, nn.Module, "__getattr__", look_up)
+            nn.Module.__getattr__ = looked_up  # type: ignore[method-assign]
+            for kind in dense_kinds():
+                stack.callback(setattr, kind, "forward", kind.forward)
+                kind.forward = self._noting_calls(kind.forward)
+            yield
+
+    def _noting_calls(self, forward_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def called(module: Any, *given: Tensor, **named: Tensor) -> Tensor:
+            name = self.name_of.get(id(module))
+            self.called |= {name} if name else set()
+            if name and isinstance(module, nn.Embedding) and not self._are_given((*given, *named.values())):
+                self.on_others.add(name)
+            if name and isinstance(module, nn.Conv2d) and first_argument(given, named).ndim < 4:
+                self.on_one.add(name)
+            if name and torch._C._functorch.is_functorch_wrapped_tensor(first_argument(given, named)):
+                self.transformed.add(name)
+            self.running.append(name)
+            try:
+                return forward_of(module, *given, **named)
+            finally:
+                self.running.pop()
+
+        return called
+
+    def _are_given(self, values: tuple[Tensor, ...]) -> bool:
+        return all(value.untyped_storage().data_ptr() in self.given for value in values)
+
+    def _note(self, owners: set[str]) -> None:
+        if self.running[-1] not in owners:
+            self.read |= owners

@@ -1,0 +1,131 @@
+"""A model that would compute something else with factored layers, or on a copy, is found before it is compressed."""
+
+import functools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectrim
+from spectrim.errors import UserError
+from spectrim.surgery.stand_ins import MISLED, misled
+
+HALF = spectrim.Truncation(params_kept=0.5)
+
+
+def plain() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+def inputs() -> list[Tensor]:
+    return [torch.randn(8, 16)]
+
+
+class AsksForClass(nn.Module):
+    """Activates what is a Linear, so that a factored layer would go without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 32)])
+        self.head = nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            if type(layer) is nn.Linear and layer is not self.layers[1]:
+                x = torch.relu(x)
+        return self.head(x)
+
+
+def test_a_layer_whose_class_decides_on_the_outputs_stays_dense() -> None:
+    torch.manual_seed(0)
+    model, (x,) = AsksForClass(), inputs()
+    result = spectrim.compress(model, calibration=[x], algorithm=spectrim.Truncation(rank=2))
+    assert set(result.plan) == {"layers.1", "head"}
+    assert [note.split(":")[0] for note in result.notes if MISLED in note] == ["layers.0", "layers.2"]
+    with torch.no_grad():
+        for name in result.plan:
+            model.get_submodule(name).weight.copy_(result.model.get_submodule(name).weight)  # type: ignore[operator, arg-type]
+        torch.testing.assert_close(result.model(x), model(x))
+
+
+def with_lambda() -> nn.Module:
+    model = plain()
+    dense = model.forward
+    model.forward = lambda x: dense(x)  # type: ignore[method-assign]
+    return model
+
+
+def with_hook() -> nn.Module:
+    model = plain()
+    extra = model[2]
+    model[0].register_forward_hook(lambda _, __, output: output + extra(output))
+    return model
+
+
+class Weakly(nn.Module):
+    """Reaches itself by a weak reference, which a copy keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.me = plain(), nn.LayerNorm(8), weakref.ref(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.me()
+        assert whole is not None
+        return whole.norm(self.body(x))
+
+
+@pytest.mark.parametrize(("make", "called"), [(with_lambda, "0"), (with_hook, "2"), (Weakly, "norm")])
+def test_a_model_whose_copy_would_call_the_given_one_is_refused(make: Callable[[], nn.Module], called: str) -> None:
+    with pytest.raises(UserError, match=f"still calls '{called}' of the given one") as refusal:
+        spectrim.compress(make(), calibration=inputs(), algorithm=HALF)
+    assert "\n" not in str(refusal.value)
+
+
+class ByPartial(nn.Module):
+    """Holds a method, a partial function and a hook that a copy takes along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.extra = plain(), nn.Linear(8, 8)
+        self.run: Any = functools.partial(self.body.forward)
+        self.body[4].register_forward_hook(self.added)
+
+    def added(self, _: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output + self.extra(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x)
+
+
+def test_what_a_copy_takes_along_is_no_reason_to_refuse() -> None:
+    model, (x,) = ByPartial(), inputs()
+    result = spectrim.compress(model, calibration=[x], algorithm=HALF)
+    with torch.no_grad():
+        before = result.model(x)
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+        assert torch.equal(result.model(x), before) and len(result.plan) == 4
+
+
+class Noisy(nn.Module):
+    """Draws random numbers in eval mode, of torch or of a generator of its own."""
+
+    def __init__(self, generator: torch.Generator | None) -> None:
+        super().__init__()
+        self.body, self.generator = plain(), generator
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x + torch.randn(x.shape, generator=self.generator))
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator().manual_seed(0)])
+def test_random_numbers_of_a_model_accuse_no_layer_and_stay_those_of_the_caller(generator: Any) -> None:
+    model, (x,) = Noisy(generator), inputs()
+    state = torch.get_rng_state()
+    assert misled(model, model, ["body.0", "body.2", "body.4"], x) == {}
+    assert torch.equal(torch.get_rng_state(), state)
