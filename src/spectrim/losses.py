@@ -104,7 +104,7 @@ def scores_of(loss: Loss, outputs: Any, targets: Any) -> Tensor | None:
     """Return one row of scores for each prediction, float32; None where the outputs are no scores."""
     if isinstance(loss, TokenLoss | SpanLoss):
         return loss.predictions(outputs, targets)
-    return logits_of(outputs).float() if have_scores(loss, outputs, targets) else None
+    return logits_of(outputs).float() if are_scores(outputs, targets) else None
 
 
 def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
