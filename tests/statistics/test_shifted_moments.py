@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.api import compress
-from spectrim.refit import large_convolutions, moments
+from spectrim.refit import factors, moments
 from spectrim.refit.moments import Flows, moments_of
 from spectrim.statistics import shifted_moments
 from spectrim.statistics.input_moments import Rows, input_moments
@@ -115,7 +115,7 @@ def test_autocast_and_half_inputs_do_not_make_the_moments_coarse(all_wide: None,
 
 
 def test_a_refit_of_wide_convolutions_runs_under_autocast(all_wide: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large_convolutions, "LARGE", 1)
+    monkeypatch.setattr(factors, "LARGE", 1)
     torch.manual_seed(0)
     convolutions = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
     net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()

@@ -207,7 +207,7 @@ def _taken(
         fitted = ranks or {layer.name: max(1, break_even_rank(layer.rows, layer.columns) // 2) for layer in layers}
         flows = rehearsal.flows()
         passes = 2 * does.refit * rehearsal.forward_seconds() + rehearsal.refit_moments(does.refit, flows)
-        seconds["refit"] = passes + rehearsal.fits(fitted)
+        seconds["refit"] = passes + rehearsal.fits(fitted, "loss" if does.weighed else "outputs")
         memory["refit"] = held + model_bytes + 2 * does.refit * max(own for own, _ in flows.values())
         memory["refit"] += rehearsal.refit_bytes(fitted)
         if does.weighed:

@@ -1,7 +1,6 @@
 """Fit the factors of a compressed model to the outputs of the dense layers, by least squares and without labels."""
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import cast
 
@@ -11,24 +10,24 @@ from torch import Tensor, nn
 from spectrim.batches import Inputs, cloned, device_of, evaluating, first_argument, forward, to_device
 from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
-from spectrim.factored.layers import FactoredConv2d, FactoredLinear
+from spectrim.factored.layers import FactoredLinear
 from spectrim.factored.linalg import in_precision
-from spectrim.refit.large_convolutions import fitted, is_large, reduced_rank
 from spectrim.refit.layer_barrier import Lockstep
 from spectrim.refit.layers_to_fit import layers_to_fit
+from spectrim.refit.least_squares import by_steps, fitted, has_fast_fit, reduced_rank
 from spectrim.refit.moments import Flows, Moments, moments_of
-from spectrim.refit.weighting import Weights, mixed, roots_of, weights_of
+from spectrim.refit.weighting import RefitBy, Weights, mixed, roots_of, weights_of
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.input_moments import mask_of
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Processes
+from spectrim.statistics.shifted_moments import LARGE
 from spectrim.surgery.given_model import copied
 from spectrim.tools import resume
 from spectrim.tools.live import Bar
 from spectrim.tools.resume import ResumeFolder
 
 RIDGE = 1e-3  # penalty on a change of the weight, as a part of the inputs' mean second moment
-ITERATIONS = 60  # of LBFGS, which fits all layers but Linear ones and large convolutions
 
 
 def refit(
@@ -171,14 +170,14 @@ def _resumed_fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None, f
     return product
 
 
-def rehearse_fit(layer: FactoredLayer) -> None:
+def rehearse_fit(layer: FactoredLayer, by: RefitBy) -> None:
     """Fit ``layer`` to random moments, in place, to learn what a fit takes. Memory: as a fit."""
     with torch.no_grad():
         W = layer.product([factor.weight.double() for factor in layer.factors])
         x = torch.randn(len(W), 64, W.shape[-1], dtype=W.dtype, device=W.device)
         xx = x.mT @ x / 64 + torch.eye(W.shape[-1]).to(W)
         moments = Moments(xx, (W + torch.randn_like(W) * W.std()) @ xx, x.mean(1), torch.zeros_like(W[..., 0]))
-    _fit(layer, moments, W @ W.mT)
+    _fit(layer, moments, W @ W.mT if by == "loss" else None)
 
 
 def _fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None = None) -> Tensor:
@@ -200,8 +199,10 @@ def _fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None = None) ->
         yx, weights[-1] = root_gOO @ yx, mixed(root_gOO, weights[-1])
     if isinstance(layer, FactoredLinear) and isinstance(layer.first, nn.Linear):
         weights = list(reduced_rank(root[0], yx[0], layer.rank))
-    else:
-        weights = _large(layer, weights, xx, root, yx) or _by_gradient(layer, weights, xx, yx)
+    elif G_gOO is not None or (has_fast_fit(layer) and yx.numel() >= LARGE):
+        weights = fitted(layer, weights, xx, root, yx)
+    else:  # the fit that published numbers were made with
+        weights = by_steps(layer, weights, xx, yx)
     if back_gOO is not None:
         weights[-1] = mixed(back_gOO, weights[-1])
     fitted_product = layer.product_of_plain(weights)
@@ -227,39 +228,3 @@ def _held(xx_gII: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         held.diagonal(dim1=1, dim2=2).copy_(xx_gII.diagonal(dim1=1, dim2=2) + (penalty + more))
         return penalty + more, held, torch.linalg.cholesky(held)
     return penalty, held, root
-
-
-def _large(layer: FactoredLayer, weights: list[Tensor], xx: Tensor, root: Tensor, yx: Tensor) -> list[Tensor] | None:
-    """Return the best fit of a large convolution; None for other layers, and where rounding spoils it."""
-    if not isinstance(layer, FactoredConv2d) or not is_large(layer, yx.numel()):
-        return None
-    with suppress(torch.linalg.LinAlgError):
-        return fitted(layer, weights, xx, root, yx)
-    return None
-
-
-def _by_gradient(layer: FactoredLayer, weights: list[Tensor], xx: Tensor, yx: Tensor) -> list[Tensor]:
-    """Return ``weights`` after ``ITERATIONS`` steps of LBFGS towards the best fit, in place."""
-    for weight in weights:  # LBFGS takes no other layout
-        weight.requires_grad_(True)
-    with torch.enable_grad():
-        scale = 1 / yx.square().sum().clamp_min(torch.finfo(yx.dtype).tiny).sqrt()
-        optimizer = torch.optim.LBFGS(
-            weights,
-            max_iter=ITERATIONS,
-            tolerance_grad=0.0,
-            tolerance_change=0.0,
-            history_size=10,
-            line_search_fn="strong_wolfe",
-        )
-
-        def error() -> Tensor:
-            """Return the error plus the ridge term, up to a constant. The same product gives the gradient."""
-            optimizer.zero_grad()
-            W = layer.product_of_plain(weights)
-            Wxx = W.detach() @ xx
-            W.backward(2 * scale * (Wxx - yx))
-            return scale * ((Wxx - 2 * yx) * W.detach()).sum()
-
-        optimizer.step(error)
-    return [weight.detach() for weight in weights]

@@ -18,6 +18,7 @@ from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.refit.factors import rehearse_fit
 from spectrim.refit.moments import POSITIONS
+from spectrim.refit.weighting import RefitBy
 from spectrim.statistics.fisher import gate_gradients
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.shifted_moments import is_wide, shifts
@@ -94,12 +95,12 @@ class Rehearsal:
 
         return _extrapolated(self.layers, lambda layer: layer.decomposition, decompose)
 
-    def fits(self, ranks: Mapping[str, int]) -> float:
+    def fits(self, ranks: Mapping[str, int], by: RefitBy) -> float:
         """Return the seconds in which all factors are fitted to given moments."""
         return _extrapolated(
             [layer for layer in self.layers if layer.name in ranks],
             lambda layer: layer.matrices * layer.rows * layer.columns * (layer.rows + layer.columns),
-            lambda layer: rehearse_fit(layer.factor(ranks[layer.name])),
+            lambda layer: rehearse_fit(layer.factor(ranks[layer.name]), by),
         )
 
     def flows(self) -> dict[str, tuple[float, float]]:
