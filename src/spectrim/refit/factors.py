@@ -163,7 +163,7 @@ def _resumed_fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None, f
         return {"product": _fit(layer, moments, G_gOO), **layer.state_dict()}  # pivoted factors have positions, too
 
     before = [repr(layer), *(value.clone() for value in layer.state_dict().values())]
-    given = moments if G_gOO is None else (*moments, G_gOO)
+    given = moments if G_gOO is None else (*moments, G_gOO, "converged")  # not so where a folder is older
     found = resume.tensors("fit", lambda: [*before, *given], made, folder)
     product = found.pop("product").to(moments.xx_gII.device)
     layer.load_state_dict(found)
