@@ -13,11 +13,15 @@ import pytest
 from spectrim.runs import configuration
 
 ROOT = Path(__file__).parents[2]
-PIVOTED = {  # no records yet
+UNRUN = {  # no records yet
     "table3/smollm2/uniform_and_knapsack_pivoted",
     *(f"table3/minilm/{name}_pivoted" for name in ("joint", "joint_with_embeddings")),
+    *(f"figure4/other_nets/{name}_pivoted" for name in ("truncation", "global_threshold", "knapsack", "sensitivity")),
+    "figure4/other_nets/alds",
+    "table9/effort_5000",
+    "table9/refit_5000",
 }
-APART = {"smoke", "imagenet/table2", "imagenet/table2_packaged", *PIVOTED}  # grids of no committed table
+APART = {"smoke", "imagenet/table2", "imagenet/table2_packaged", *UNRUN}  # grids of no committed table
 
 
 @pytest.fixture(scope="module")
