@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 UNRUN = {  # no records yet
     "table3/smollm2/uniform_and_knapsack_pivoted",
     *(f"table3/minilm/{name}_pivoted" for name in ("joint", "joint_with_embeddings")),
-    *(f"figure4/other_nets/{name}_pivoted" for name in ("truncation", "global_threshold", "knapsack", "sensitivity")),
+    *(f"figure4/other_nets/{name}_pivoted" for name in ("truncation", "global_threshold")),
     "figure4/other_nets/alds",
     "table9/effort_5000",
     "table9/refit_5000",
