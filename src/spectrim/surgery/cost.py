@@ -9,6 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.batches import Inputs, batch_size, device_of, evaluating, forward, to_device
+from spectrim.factored.completion import unpadded
 from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.tied import tied_layers
 from spectrim.surgery.unpacking import unpacked
@@ -74,6 +75,7 @@ def _counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
             torch.no_grad(),
             alone_trainable(model, ()),
             sdpa_kernel(SDPBackend.MATH),
+            unpadded(),
             counter,
         ):
             forward(model, inputs)
