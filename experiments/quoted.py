@@ -3,6 +3,7 @@
 A sentence holds ``<!-- =NAME -->text<!-- = -->``; ``readme.py`` writes the number of that name between the markers.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,12 @@ def macs(results: Path, variant: str, model: str = "resnet20", share: str = "0.5
     return f"{100 * at(results, model, variant, share)['macs_kept']:.0f} %"
 
 
+def least_p(results: Path) -> str:
+    """Return the least p-value of joint selection against its best rival, of those below the excerpt of Figure 4."""
+    note = (results / "tables/figure4_paper.md").read_text(encoding="utf-8")
+    return min(re.findall(r"\(p = ([\d.]+)\)", note), key=float)
+
+
 def pivoted_time(results: Path) -> str:
     """Return by how much a pivoted convolution is slower than a plain one at batch size 1, at most, in percent."""
     found = rows(results, "pivoted", "benchmarks", view=["channel", "spatial"], batch=1)
@@ -212,6 +219,8 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "cct_verified": lambda results: removed(selected(results, "cct2", "verified")),
     "plain_macs": lambda results: macs(results, "joint, ours"),
     "pivoted_macs": lambda results: macs(results, PIVOTED),
+    "pivoted_macs_83": lambda results: macs(results, PIVOTED, share="0.826"),
+    "least_p": least_p,
     "pivoted_time": pivoted_time,
     "own_weights_drop": lambda results: f"{100 * (1 - own_weights(results)['params_kept']):.0f} %",
     "own_weights_change": lambda results: number(float(own_weights(results)["change_test_loss"]), 2, True),
