@@ -129,6 +129,12 @@ def least_p(results: Path) -> str:
     return min(re.findall(r"\(p = ([\d.]+)\)", note), key=float)
 
 
+def smollm2(results: Path, corpus: str, kind: str = "joint, ours, both sides whitened, pivoted, ") -> str:
+    """Return a perplexity of SmolLM2 in Table 3: of a selection at 90 % of the parameters, or of ``dense``."""
+    method = kind if kind == "dense" else f"{kind}90 % of the parameters"
+    return number(float(rows(results, "table3", model="smollm2", method=method)[corpus].iloc[0]), 2)
+
+
 def pivoted_time(results: Path) -> str:
     """Return by how much a pivoted convolution is slower than a plain one at batch size 1, at most, in percent."""
     found = rows(results, "pivoted", "benchmarks", view=["channel", "spatial"], batch=1)
@@ -212,6 +218,7 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "cct_joint_30": lambda results: points(at(results, "cct2", BY_LOSS, "0.3")),
     "cct_knapsack_30": lambda results: points(at(results, "cct2", RIVAL, "0.3")),
     "cct_macs": lambda results: macs(results, BY_LOSS, "cct2"),
+    "cct_knapsack_macs": lambda results: macs(results, RIVAL, "cct2"),
     "cct_equal_30": lambda results: points(at(results, "cct2", PIVOTED, "0.3")),
     "resnext_equal_30": lambda results: points(at(results, "resnext20", PIVOTED, "0.3")),
     "cct_stated": lambda results: removed(selected(results, "cct2", "one-shot, gamma 0.008"), 1),
@@ -221,6 +228,11 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "pivoted_macs": lambda results: macs(results, PIVOTED),
     "pivoted_macs_83": lambda results: macs(results, PIVOTED, share="0.826"),
     "least_p": least_p,
+    "refit_p": lambda results: number(float(rows(results, "table9", method="no refit")["to_default_p"].iloc[0]), 3),
+    "smollm2_reviews": lambda results: smollm2(results, "perplexity"),
+    "smollm2_reviews_dense": lambda results: smollm2(results, "perplexity", "dense"),
+    "smollm2_speeches": lambda results: smollm2(results, "perplexity_sotu"),
+    "smollm2_speeches_dense": lambda results: smollm2(results, "perplexity_sotu", "dense"),
     "pivoted_time": pivoted_time,
     "own_weights_drop": lambda results: f"{100 * (1 - own_weights(results)['params_kept']):.0f} %",
     "own_weights_change": lambda results: number(float(own_weights(results)["change_test_loss"]), 2, True),
