@@ -11,7 +11,9 @@ from spectrim.batches import Inputs, device_of, evaluating, first_argument, forw
 from spectrim.decomposers.spectrum import HEAD
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.layers import FactoredConv2d
+from spectrim.statistics import packed
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.packed import Moment, Unpacked
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.shifted_moments import is_wide, padded, patch_moment
 from spectrim.surgery.tied import tied_layers
@@ -28,14 +30,25 @@ def input_moments(
 
     An embedding has the diagonal only, of shape (g, I): the frequency of each id (``_Counted``). Positions that
     ``attention_mask`` among the inputs marks as padding do not count. Embeddings that share a weight count together. If
-    linear layers share it, too, the second moment of their inputs comes beside the frequencies, as ``HEAD``. Linear
-    layers that read the same tensors have one moment together.
+    linear layers share it, too, the second moment of their inputs comes beside the frequencies, as ``HEAD``.
 
     ``views``: layer → the views of its weight. A view determines what one input x is: a vector of a Linear, a patch of
     I/g * kh * kw numbers in the channel view of a convolution, a row of I/g * kw numbers in the spatial view.
     ``samples``: number of samples to read, in whole batches.
     Raises ``UserError`` for an empty split.
     """
+    found = packed_input_moments(model, views, objective, samples, split)
+    return {name: dict(Unpacked(own)) for name, own in found.items()}
+
+
+def packed_input_moments(
+    model: nn.Module,
+    views: Mapping[str, Sequence[str]],
+    objective: Objective,
+    samples: int,
+    split: str = "calibration",
+) -> dict[str, dict[str, Moment]]:
+    """Return ``input_moments`` as they are held. Linear layers that read the same tensors hold one together."""
     layers = {name: model.get_submodule(name) for name in views}
     last = _Last()
     gathered = {name: {view: _gatherer(layers[name], view, last) for view in own} for name, own in views.items()}
@@ -193,18 +206,19 @@ class _Gathered:
         else:
             x = self.rows.inputs(x, self.mask)
             count, added = x.shape[1], x.transpose(1, 2) @ x
-        value = added.double() if not self.sum.count else self.sum.value + added.double()
-        return _Sum(self.sum.count + count, value)
+        value = packed.held(added).double()
+        return _Sum(self.sum.count + count, self.sum.value + value if self.sum.count else value)
 
-    def mean(self, processes: Processes) -> Tensor:
+    def mean(self, processes: Processes) -> Moment:
         """Return the mean of ``x x^T`` over the inputs that all processes saw."""
         if processes.size == 1:
-            return self.sum.mean(self.sum.count)
+            return packed.moment_of(self.sum.mean(self.sum.count), self.rows.moment[-1])
         count = int(processes.add_up(torch.tensor(self.sum.count)))
         value = self.sum.value
         if count and not self.sum.count:  # only others came by this layer
-            value = torch.zeros(self.rows.moment, dtype=torch.float64)
-        return (processes.add_up(value) if count else value) / max(count, 1)
+            value = packed.held(torch.zeros(self.rows.moment, dtype=torch.float64))
+        mean = (processes.add_up(value) if count else value) / max(count, 1)
+        return packed.moment_of(mean, self.rows.moment[-1])
 
 
 class _Counted:

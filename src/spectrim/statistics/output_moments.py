@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from spectrim.batches import device_of, evaluating, first_argument, forward, hooked, to_device
 from spectrim.decomposers.spectrum import Directions
 from spectrim.factored.dense import DenseLayer
+from spectrim.statistics import packed
 from spectrim.statistics.backward import detached, flow_back, start_at
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.input_moments import Rows
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.packed import Moment, Unpacked
 from spectrim.tools.trainable import alone_trainable
 
 
@@ -44,6 +46,19 @@ def output_moments(
     ``directions``: what is differentiated.
     Raises ``UserError`` for an empty split or a loss that is not finite.
     """
+    found = packed_output_moments(model, views, objective, samples, directions, split)
+    return {name: dict(Unpacked(own)) for name, own in found.items()}
+
+
+def packed_output_moments(
+    model: nn.Module,
+    views: Mapping[str, Sequence[str]],
+    objective: Objective,
+    samples: int,
+    directions: Directions,
+    split: str = "calibration",
+) -> dict[str, dict[str, Moment]]:
+    """Return ``output_moments`` as they are held."""
     if not directions.labels:
         objective, generator = generator_of(model, objective, samples, split, directions.seed, directions.top)
         drawn = generator, directions.top
@@ -72,7 +87,10 @@ def output_moments(
             count += weight
     count = int(processes.add_up(torch.tensor(count)))
     return {
-        name: {view: processes.add_up(one.sum).div_(max(count, 1)) for view, one in own.items()}
+        name: {
+            view: packed.moment_of(processes.add_up(one.sum).div_(max(count, 1)), one.outputs)
+            for view, one in own.items()
+        }
         for name, own in gathered.items()
     }
 
@@ -106,8 +124,8 @@ class _Gathered:
     def __init__(self, layer: nn.Module, view: str) -> None:
         dense = DenseLayer.of(layer).without_weights()
         self.rows, self.convolution = Rows(layer, view), dense.module if view == "spatial" else None
-        outputs = dense.sides(view)[0]
-        self.sum = torch.zeros(dense.groups, outputs, outputs, dtype=torch.float64)
+        self.outputs = dense.sides(view)[0]
+        self.sum = packed.held(torch.zeros(dense.groups, self.outputs, self.outputs, dtype=torch.float64))
 
     def add(self, gradient: Tensor, size: torch.Size) -> None:
         """Add the positions of one call. ``size``: the shape of its input."""
@@ -115,7 +133,7 @@ class _Gathered:
         if isinstance(self.convolution, nn.Conv2d):
             gradient = _back_to_taps(self.convolution, gradient, size[-2])
         g = self.rows.outputs(gradient)
-        self.sum = self.sum.to(g.device) + (g.transpose(1, 2) @ g).double()
+        self.sum = self.sum.to(g.device).add_(packed.held(g.transpose(1, 2) @ g).double())
 
 
 def _back_to_taps(layer: nn.Conv2d, gradient: Tensor, height: int) -> Tensor:

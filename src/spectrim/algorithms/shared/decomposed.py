@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from torch import Tensor, nn
+from torch import nn
 
 from spectrim.algorithms.shared.outline import warn_if_short
 from spectrim.decomposers.spectrum import (
@@ -16,9 +16,10 @@ from spectrim.decomposers.spectrum import (
     spectrum_of,
 )
 from spectrim.errors import UserError
-from spectrim.statistics.input_moments import input_moments
+from spectrim.statistics.input_moments import packed_input_moments
 from spectrim.statistics.objective import Objective
-from spectrim.statistics.output_moments import output_moments
+from spectrim.statistics.output_moments import packed_output_moments
+from spectrim.statistics.packed import Moment, Unpacked
 from spectrim.tools import malloc
 from spectrim.tools.live import Bar
 from spectrim.tools.spill import SpillFolder
@@ -59,6 +60,7 @@ def _spectra(
                 if folder:
                     found[name].spill(folder)
                 bar.update()
+            malloc.give_back()
     return found
 
 
@@ -69,12 +71,12 @@ def moments_for(
     views = {name: decomposer.views(layer) for name, layer in layers.items()}
     if not decomposer.samples or not any(views.values()):
         return {}
-    inputs, outputs = input_moments(model, views, objective, decomposer.samples), dict[str, dict[str, Tensor]]()
-    directions = directions_of(decomposer)
+    directions, samples = directions_of(decomposer), decomposer.samples
+    inputs, outputs = packed_input_moments(model, views, objective, samples), dict[str, dict[str, Moment]]()
     if directions is not None:
-        outputs = output_moments(model, views, objective, decomposer.samples, directions)
+        outputs = packed_output_moments(model, views, objective, samples, directions)
     return {
-        name: {**own, **{outputs_of(view): moment for view, moment in outputs.get(name, {}).items()}}
+        name: Unpacked(own | {outputs_of(view): moment for view, moment in outputs.get(name, {}).items()})
         for name, own in inputs.items()
     }
 

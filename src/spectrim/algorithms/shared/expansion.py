@@ -12,6 +12,7 @@ from spectrim.factored.plan import RankPlan
 from spectrim.statistics.fisher import Gates, gate_gradients
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
+from spectrim.tools import malloc
 
 
 def gates_at(bench: Workbench, kept_R: Mapping[str, Tensor], samples: int, seed: int, first_order: bool) -> Gates:
@@ -31,7 +32,9 @@ def gates_at(bench: Workbench, kept_R: Mapping[str, Tensor], samples: int, seed:
     def gates_of(block: Sequence[str], seen: Objective) -> Gates:
         plan = RankPlan.of({name: own for name, own in kept.items() if name in smaller or name in block})
         factored = replacing.apply(bench.model, plan, plain, shared=True)
-        return gate_gradients(factored, block, seen, samples, seed=seed, first_order=first_order)
+        found = gate_gradients(factored, block, seen, samples, seed=seed, first_order=first_order)
+        malloc.give_back()  # what the passes through the model have left
+        return found
 
     def gates() -> Gates:
         blocks, seen = bench.objective.blocks(list(kept)), bench.objective

@@ -1,0 +1,28 @@
+"""A moment by its lower triangle is the whole moment again when it is looked up."""
+
+import pytest
+import torch
+
+from spectrim.statistics.packed import SMALLEST, Packed, Unpacked, held, moment_of
+
+
+@pytest.mark.parametrize("side", [SMALLEST - 1, SMALLEST, SMALLEST + 3])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_what_is_held_makes_the_moment_again(side: int, groups: int) -> None:
+    x = torch.randn(groups, 40, side)
+    moment = x.mT @ x
+    moment = moment.tril() + moment.tril(-1).mT  # symmetric to the last bit, whatever the library
+    found = moment_of(held(moment), side)
+    assert isinstance(found, Packed) == (side >= SMALLEST)
+    assert Unpacked({"view": found})["view"].equal(moment)
+
+
+def test_a_held_triangle_takes_half_of_the_memory() -> None:
+    moment = torch.eye(400).unsqueeze(0)
+    assert held(moment).numel() == 400 * 401 // 2
+
+
+def test_unpacked_moments_are_a_mapping() -> None:
+    moments = Unpacked({"view": moment_of(held(torch.eye(300).unsqueeze(0)), 300), "head": torch.ones(2)})
+    assert list(moments) == ["view", "head"] and len(moments) == 2 and "view" in moments and "other" not in moments
+    assert moments.get("other") is None and dict(moments)["view"].equal(torch.eye(300).unsqueeze(0))
