@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import curves
+import decoders
 import latency
 import memory
 import pivoted
@@ -42,6 +43,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "variants": variants.benchmark,
     "speed": speed.benchmark,
     "memory": memory.benchmark,
+    "decoders": decoders.benchmark,
 }
 ROOT = Path(__file__).resolve().parents[1]
 
