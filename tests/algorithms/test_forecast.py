@@ -96,6 +96,35 @@ def test_the_memory_holds_what_the_selection_holds() -> None:
     assert all(spectra / 2**20 < own < 20 * spectra / 2**20 for own in told.memory_mib.values())
 
 
+class Heads(nn.Module):
+    """Two layers that read one tensor, or two tensors of equal values."""
+
+    def __init__(self, together: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.together = nn.Linear(32, 16), nn.Linear(32, 16), together
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x) + self.k(x if self.together else x * 1)
+
+
+def test_a_moment_that_layers_hold_together_counts_once() -> None:
+    batches, whitened = [(torch.randn(4, 32), torch.randint(16, (4,)))], spectrim.WhitenedSVD("channel", samples=4)
+    together, apart = (
+        spectrim.compress(Heads(own), calibration=batches, params_kept=0.5, decomposer=whitened, dry_run=True)
+        for own in (True, False)
+    )
+    assert apart.memory_mib["decompose"] - together.memory_mib["decompose"] == 8 * 32**2 / 2**20
+
+
+def test_smaller_batches_are_advised_where_they_help() -> None:
+    net, batches = convolutions()
+    for size, advised in ((16, True), (1, False)):
+        inputs, targets = batches[0]
+        given = list(zip(inputs.split(size), targets.split(size), strict=True))
+        told = spectrim.compress(net, calibration=given, params_kept=0.5, dry_run=True)
+        assert any(note.startswith("with batches of one sample") for note in told.notes) == advised
+
+
 def test_it_reads_as_a_report(net: nn.Module, batches: Any) -> None:
     told = spectrim.compress(net, calibration=batches, algorithm="joint", exclude=["8"], dry_run=True)
     assert isinstance(told, Forecast)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectrim.statistics.packed import SMALLEST, Packed, Unpacked, held, moment_of
+from spectrim.statistics.packed import SMALLEST, Packed, Unpacked, entries, held, moment_of, nbytes
 
 
 @pytest.mark.parametrize("side", [SMALLEST - 1, SMALLEST, SMALLEST + 3])
@@ -19,7 +19,14 @@ def test_what_is_held_makes_the_moment_again(side: int, groups: int) -> None:
 
 def test_a_held_triangle_takes_half_of_the_memory() -> None:
     moment = torch.eye(400).unsqueeze(0)
-    assert held(moment).numel() == 400 * 401 // 2
+    assert held(moment).numel() == entries(400) == 400 * 401 // 2
+
+
+@pytest.mark.parametrize("side", [SMALLEST - 1, SMALLEST])
+def test_moments_that_layers_hold_together_count_once(side: int) -> None:
+    values, other = held(torch.eye(side).unsqueeze(0)), torch.ones(3)
+    q, k = (Unpacked({"linear": moment_of(values, side), "outputs linear": other.clone()}) for _ in range(2))
+    assert nbytes([q, k]) == 4 * (entries(side) + 2 * 3)
 
 
 def test_unpacked_moments_are_a_mapping() -> None:

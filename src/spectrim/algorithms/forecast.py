@@ -15,6 +15,7 @@ from spectrim.batches import sample_count
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.factored.linalg import break_even_rank
+from spectrim.statistics import packed
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, tied
 from spectrim.surgery.cost import Cost, layer_macs, model_cost, parameters
@@ -186,7 +187,8 @@ def _taken(
     taken = decomposer.samples if batch is None else min(decomposer.samples, _samples(objective, "calibration"))
     moment_seconds, moments = rehearsal.moments() if decomposer.samples else (0.0, {})
     seconds = {"decompose": taken * moment_seconds + rehearsal.decompositions(moments, does.largest_entries)}
-    memory = decomposing_bytes(model, layers, objective.layers_at_once)
+    held_moments = packed.nbytes(moments.values()) if moments else None
+    memory = decomposing_bytes(model, layers, objective.layers_at_once, held_moments)
     block, held = block_of(layers, objective.layers_at_once), memory.pop("held")
     item = next(model.parameters()).element_size()
     weights, model_bytes = sum(layer.params for layer in layers), item * parameters(model)
@@ -200,6 +202,8 @@ def _taken(
         full = item * block * sum(layer.full_rank * layer.component for layer in layers)
         rows = 4 * 2 * does.gates * sum(layer.full_rank for layer in layers)
         memory["gates"] = held + full + rows + rehearsal.count * saved
+        if (fewer := (rehearsal.count - 1) * saved) > memory["gates"] / 2:
+            notes.append(f"with batches of one sample the gates would take about {fewer / MIB:,.0f} MiB less")
     if does.evaluations:
         seconds["verify"] = does.evaluations * rehearsal.forward_seconds()
         memory["verify"] = held + model_bytes

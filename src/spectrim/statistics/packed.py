@@ -4,7 +4,7 @@ The product ``x^T x`` is symmetric to the last bit in the usual libraries. In an
 same: ``torch.linalg.eigh`` reads the lower triangle.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -47,6 +47,11 @@ def moment_of(values: Tensor, side: int) -> Moment:
     return Packed(values, side) if values.ndim == 2 else values
 
 
+def entries(side: int) -> int:
+    """Return how many numbers are held of a moment (n, n), n = ``side``."""
+    return side**2 if side < SMALLEST else side * (side + 1) // 2
+
+
 @lru_cache(maxsize=4)  # as many sides as the layers of a decoder block have
 def _triangle(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
     rows, columns = torch.tril_indices(side, side, device=device)
@@ -71,3 +76,12 @@ class Unpacked(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._moments)
+
+    def held(self) -> list[Tensor]:
+        """Return what is held of each moment."""
+        return [own.values if isinstance(own, Packed) else own for own in self._moments.values()]
+
+
+def nbytes(moments: Iterable[Unpacked]) -> int:
+    """Return the bytes of all moments. One that several layers hold together counts once."""
+    return sum({id(own): own.nbytes for each in moments for own in each.held()}.values())

@@ -32,7 +32,15 @@ def test_the_bytes_are_those_of_a_hand_count() -> None:
     moments, largest = 8 * (16**2 + 32**2), 8 * (4 * 16 * 32 + 6 * 32**2)
     told = decomposing_bytes(net, layers, None)
     assert told == {"held": spectra, "decompose": spectra + moments + largest, "build": spectra + 2 * model}
-    assert decomposing_bytes(net, layers, 1)["held"] == spectra / 2
+    for at_once, part in ((1, 0.5), (1000, 1)):  # they are spilled one by one, and moments gathered in blocks
+        told = decomposing_bytes(net, layers, at_once)
+        assert told["held"] == spectra / 2 and told["decompose"] == spectra / 2 + part * moments + largest
+    assert decomposing_bytes(net, layers, 1, moments=100)["decompose"] == spectra / 2 + 50 + largest
+
+
+def test_a_large_moment_takes_its_triangle() -> None:
+    layer = Outline.of("0", nn.Linear(300, 300), WhitenedSVD(view="channel"))
+    assert layer.moment_bytes == 8 * 300 * 301 // 2
 
 
 def test_the_moments_of_an_embedding_are_a_diagonal() -> None:

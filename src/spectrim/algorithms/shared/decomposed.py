@@ -66,7 +66,7 @@ def _spectra(
 
 def moments_for(
     decomposer: Decomposer, model: nn.Module, layers: Mapping[str, nn.Module], objective: Objective
-) -> dict[str, Moments]:
+) -> dict[str, Unpacked]:
     """Return the moments of each layer that ``decomposer`` needs; none where the weight is enough."""
     views = {name: decomposer.views(layer) for name, layer in layers.items()}
     if not decomposer.samples or not any(views.values()):

@@ -12,6 +12,7 @@ from spectrim.decomposers.spectrum import Decomposer, directions_of
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.forms import EmbeddingForm, Form, PlainForm
+from spectrim.statistics import packed
 from spectrim.surgery.cost import parameters
 from spectrim.tools.free_memory import free_memory, in_gb
 
@@ -64,6 +65,12 @@ class Outline:
         return sum(self.moments if isinstance(self.module, nn.Embedding) else (size**2 for size in self.moments))
 
     @property
+    def moment_bytes(self) -> int:
+        """Bytes that are held of the second moments, in float64."""
+        dense = isinstance(self.module, nn.Embedding)
+        return 8 * self.matrices * sum(self.moments if dense else map(packed.entries, self.moments))
+
+    @property
     def decomposition(self) -> float:
         """Operations of the decomposition, up to a factor: an SVD, and the root of each second moment."""
         dense = isinstance(self.module, nn.Embedding)  # whose moments are diagonal
@@ -86,16 +93,21 @@ def block_of(layers: Sequence[Outline], layers_at_once: int | None) -> float:
     return 1.0 if layers_at_once is None else min(1.0, layers_at_once / len(layers))
 
 
-def decomposing_bytes(model: nn.Module, layers: Sequence[Outline], layers_at_once: int | None) -> dict[str, float]:
+def decomposing_bytes(
+    model: nn.Module, layers: Sequence[Outline], layers_at_once: int | None, moments: int | None = None
+) -> dict[str, float]:
     """Return the bytes that every selection takes: ``held`` in decompositions, and the peaks of its two first parts.
 
     ``decompose``: beside what is held, the second moments of a block, and the work space of the largest layer.
     ``build``: beside what is held, a copy of the model, and the one that is compressed.
+
+    ``moments``: bytes of all second moments; None: as many as there are where no layers hold one together.
     """
     block = block_of(layers, layers_at_once)
-    held = block * sum(8 * layer.full_rank * layer.component for layer in layers)
+    spectra = [8 * layer.full_rank * layer.component for layer in layers]
+    held = sum(spectra) if layers_at_once is None else max(spectra)  # each is spilled before the next
     largest = max(8 * (4 * layer.params + 6 * layer.moment_entries) for layer in layers)
-    gathered = block * sum(8 * layer.matrices * layer.moment_entries for layer in layers)
+    gathered = block * (sum(layer.moment_bytes for layer in layers) if moments is None else moments)
     item = next(model.parameters()).element_size()
     return {"held": held, "decompose": held + gathered + largest, "build": held + 2 * item * parameters(model)}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spectrim.algorithms.shared.decomposed import moments_for
 from spectrim.algorithms.shared.outline import Outline
 from spectrim.batches import batch_size, device_of, evaluating, first_argument, forward, hooked, to_device
-from spectrim.decomposers.spectrum import Decomposer, Moments
+from spectrim.decomposers.spectrum import NO_MOMENTS, Decomposer, Moments
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.refit.factors import rehearse_fit
@@ -21,6 +21,7 @@ from spectrim.refit.moments import POSITIONS
 from spectrim.refit.weighting import RefitBy
 from spectrim.statistics.fisher import gate_gradients
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.packed import Unpacked
 from spectrim.statistics.shifted_moments import is_wide, shifts
 from spectrim.surgery import replacing
 from spectrim.tools.trainable import alone_trainable
@@ -59,7 +60,7 @@ class Rehearsal:
     def gradient_pass(self) -> tuple[float, int]:
         """Return the seconds of a gradient by all weights, and the bytes that its forward pass saves."""
         names, one = [layer.name for layer in self.layers], self._of_one_batch()
-        saved = _Saved()
+        saved = _Saved(self.model)
         weights: Any = [layer.module.weight for layer in self.layers]
         inputs = to_device(self.batch[0], device_of(self.model))
         with evaluating(self.model), alone_trainable(self.model, weights), torch.enable_grad(), saved.counting():
@@ -69,7 +70,8 @@ class Rehearsal:
     def gate_pass(self) -> tuple[float, int]:
         """Return the seconds of a gradient by all gates at full rank, and the bytes that its forward pass saves."""
         full = {layer.name: layer.full_rank for layer in self.layers}
-        factored, one, saved = factored_model(self.model, self.layers, full), self._of_one_batch(), _Saved()
+        factored, one = factored_model(self.model, self.layers, full), self._of_one_batch()
+        saved = _Saved(factored)
 
         def gates() -> None:
             gate_gradients(factored, list(full), one, self.count, first_order=False)
@@ -78,7 +80,7 @@ class Rehearsal:
             gates()
         return _seconds(gates) / self.count, saved.bytes // self.count
 
-    def moments(self) -> tuple[float, Mapping[str, Moments]]:
+    def moments(self) -> tuple[float, Mapping[str, Unpacked]]:
         """Return the seconds of the passes that take second moments, and those of the first batch."""
         layers = {layer.name: layer.module for layer in self.layers}
         began = clock()
@@ -89,7 +91,7 @@ class Rehearsal:
         """Return the seconds of all decompositions. ``twice``: their errors are looked at entry by entry, too."""
 
         def decompose(layer: Outline) -> None:
-            spectrum = self.decomposer.spectrum(layer.module, moments.get(layer.name, {}))
+            spectrum = self.decomposer.spectrum(layer.module, moments.get(layer.name, NO_MOMENTS))
             if twice:
                 spectrum.largest_entry()
 
@@ -155,9 +157,10 @@ class Rehearsal:
 
 
 class _Saved:
-    """The bytes that a forward pass saves for the backward pass, each storage once."""
+    """The bytes that a forward pass saves for the backward pass, each storage once, beside the weights of ``model``."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self._weights = {own.untyped_storage().data_ptr() for own in model.parameters()}
         self._sizes: dict[int, int] = {}
 
     @property
@@ -169,7 +172,8 @@ class _Saved:
 
         def noted(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            self._sizes[storage.data_ptr()] = storage.nbytes()
+            if storage.data_ptr() not in self._weights:
+                self._sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         return torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor)
