@@ -5,23 +5,27 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.batches import evaluating
 from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.tucker2 import Tucker2
+from spectrim.export.plain import plain_model
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery import replacing
 from spectrim.surgery.find_layers import factorable
+from spectrim.surgery.inference import for_inference
 from spectrim.surgery.reopening import factored_layers, kept_in, reopened
 
 DECOMPOSERS: Any = [SVD("channel"), SVD("spatial"), SubspaceSVD(2, "channel"), SubspaceSVD(2, "spatial"), Tucker2()]
 
 
-def factored(net: nn.Module, decomposer: Any, names: tuple[str, ...] = ("0", "3", "6", "8")) -> tuple[Any, RankPlan]:
+def factored(
+    net: nn.Module, decomposer: Any, names: tuple[str, ...] = ("0", "3", "6", "8"), rank: int = 3
+) -> tuple[Any, RankPlan]:
     spectra = {name: decomposer.spectrum(net.get_submodule(name)) for name in names}
-    plan = RankPlan.of({name: spectrum.kept(3) for name, spectrum in spectra.items()})
+    plan = RankPlan.of({name: spectrum.kept(rank) for name, spectrum in spectra.items()})
     return replacing.apply(net, plan, spectra), plan
 
 
@@ -67,3 +71,37 @@ def test_frozen_weights_stay_frozen_and_the_rest_is_shared(net: nn.Sequential) -
 
 def test_a_model_without_factored_layers_is_itself(net: nn.Sequential) -> None:
     assert reopened(net) is net
+
+
+class Scaled(nn.Module):
+    """A layer that holds a module outside of it in an attribute, and one that reads it in a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain, self.body = nn.Dropout(0.0), nn.Sequential(nn.Linear(8, 8))
+        self.body[0].register_forward_hook(Reader(self.gain))
+        self.body[0].aside = [self.gain]  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+class Reader:
+    def __init__(self, gain: nn.Module) -> None:
+        self.gain = gain
+
+    def __call__(self, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * (1 + self.gain.p)
+
+
+@pytest.mark.parametrize("made", [reopened, for_inference, plain_model])
+def test_what_a_layer_of_the_copy_leads_to_is_in_the_copy(made: Any) -> None:
+    decomposer = SVD(factors="pivoted")
+    compressed, _ = factored(Scaled(), decomposer, ("body.0",), rank=7)  # for inference a dense layer is smaller
+    copied = made(compressed)
+    (layer,), (given,) = copied.body, compressed.body
+    assert type(layer) is nn.Linear
+    (hook,) = layer._forward_hooks.values()
+    assert hook.gain is copied.gain and layer.aside[0] is copied.gain
+    layer.register_forward_hook(lambda *_: None)
+    assert len(given._forward_hooks) == 1 and given.aside[0] is compressed.gain

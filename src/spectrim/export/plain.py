@@ -11,8 +11,8 @@ from spectrim.errors import UserError
 from spectrim.export.agreement import require_same
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.unpacked.base import Unpacked
-from spectrim.surgery.given_model import copied
-from spectrim.surgery.reopening import factored_layers, substituted
+from spectrim.surgery.reopening import factored_layers
+from spectrim.surgery.replacing import by_id, copied_with, substitutes
 from spectrim.tools import files, safetensors_stream
 
 WEIGHTS, CODE = "model.safetensors", "__init__.py"
@@ -59,7 +59,7 @@ def load(model: nn.Module) -> nn.Module:
 def plain_model(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` with modules of torch in place of the factored layers. It shares the parameters."""
     layers = {name: layer.plain_module() for name, layer in factored_layers(model).items()}
-    return copied(model, substituted(model, layers))
+    return copied_with(model, substitutes(model, layers), by_id(model.parameters()))
 
 
 def write(folder: Path, model: nn.Module, example: Inputs | None) -> None:

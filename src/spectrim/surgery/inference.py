@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from spectrim.surgery.given_model import copied, eager
-from spectrim.surgery.reopening import factored_layers, substituted
+from spectrim.surgery.reopening import factored_layers
+from spectrim.surgery.replacing import by_id, copied_with, substitutes
 from spectrim.surgery.tied import tied_layers
 
 
@@ -30,12 +31,11 @@ def for_inference(model: nn.Module) -> nn.Module:
             continue
         seconds[id(layer.second)] = _placed(plain[1], layer)
         if name in ties:  # what shares the factors takes the new one from here
-            own: dict[int, Any] = {id(parameter): parameter for parameter in layer.parameters()}
-            replaced[name] = copied(layer, own | seconds)
-    known = substituted(model, replaced)
+            replaced[name] = copied(layer, by_id(layer.parameters()) | seconds)
+    others = substitutes(model, replaced)
     for second in seconds.values():
         second.requires_grad_(False)
-    return copied(model, seconds | known)
+    return copied_with(model, others, by_id(model.parameters()) | seconds)
 
 
 def _placed(second: nn.Module, layer: Any) -> nn.Module:

@@ -1,8 +1,5 @@
 """Open the layers that an earlier compression factored, so that they can be decomposed again."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import nn
 
 from spectrim.errors import UserError
@@ -10,9 +7,8 @@ from spectrim.factored.base import BlockLinear, FactoredLayer
 from spectrim.factored.forms import EmbeddingForm, PivotedForm, PlainForm, TuckerForm
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear, TuckerConv2d
 from spectrim.factored.plan import Kept
-from spectrim.surgery.given_model import copied
-from spectrim.surgery.replacing import in_place_of
-from spectrim.surgery.tied import places, tied_layers
+from spectrim.surgery.replacing import by_id, copied_with, substitutes
+from spectrim.surgery.tied import tied_layers
 
 
 def factored_layers(model: nn.Module) -> dict[str, FactoredLayer]:
@@ -22,34 +18,17 @@ def factored_layers(model: nn.Module) -> dict[str, FactoredLayer]:
     return {name: layer for name, layer in found.items() if name not in others}
 
 
-def substituted(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[int, Any]:
-    """Return the layers that stand for others in a copy, by the id of the other, as ``given_model.copied`` takes them.
-
-    The copy then shares the parameters of ``model``.
-
-    ``layers``: what replaces layers of ``model``, by name. Layers that share their weight are replaced, too.
-    """
-    known: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    for name, layer in layers.items():
-        for place, own in places(model, name, layer).items():
-            before = model.get_submodule(place)
-            known[id(before)] = in_place_of(before, own)
-    return known
-
-
 def reopened(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` whose factored layers are dense again, or ``model`` itself if it has none.
 
     The weight of such a layer is the product of its factors. The copy shares the other parameters with ``model``.
     """
-    layers = factored_layers(model)
-    if not layers:
-        return model
-    return copied(model, substituted(model, {name: layer.dense_again() for name, layer in layers.items()}))
+    dense = {name: layer.dense_again() for name, layer in factored_layers(model).items()}
+    return copied_with(model, substitutes(model, dense), by_id(model.parameters())) if dense else model
 
 
 def kept_in(layer: FactoredLayer) -> Kept:
-    """Return the entry of a plan for ``layer``: its rank and its form."""
+    """Return the entry of a plan for ``layer``: its rank and its form. Raises ``UserError`` where it has no form."""
     if isinstance(layer, FactoredLinear):
         subspaces = layer.first.blocks if isinstance(layer.first, BlockLinear) else 1
         return Kept(layer.rank, PivotedForm("linear") if layer.pivoted else PlainForm("linear", subspaces))

@@ -1,7 +1,7 @@
 """Replace the layers of a model by factored ones, as a plan says."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from spectrim.decomposers.spectrum import Spectrum
 from spectrim.errors import UserError
 from spectrim.factored.base import FactoredLayer
-from spectrim.factored.dense import DenseLayer
+from spectrim.factored.dense import DenseLayer, dense_kinds
 from spectrim.factored.plan import Keep, RankPlan
 from spectrim.factored.tied import TiedLinear
 from spectrim.surgery.given_model import copying
@@ -64,24 +64,54 @@ def apply(model: nn.Module, plan: RankPlan, spectra: Mapping[str, Spectrum], *, 
 
     Raises ``UserError`` for a layer that is not in ``spectra``, and for factors that its precision cannot hold.
     """
-    copies: dict[int, Any] = {id(own): own for own in model.parameters()} if shared else {}
-    factored: list[tuple[nn.Module, Any]] = []
+    layers: dict[str, nn.Module] = {}
     for name, kept in plan.items():
         if name not in spectra:
             raise UserError(f"the plan names {name!r}, which is not a layer of this model that can be factored")
         try:
-            layer = spectra[name].factor(kept.keep)
+            layers[name] = spectra[name].factor(kept.keep)
         except UserError as error:
             raise UserError(f"layer {name}: {error}") from None
+    return copied_with(model, substitutes(model, layers), by_id(model.parameters()) if shared else {})
+
+
+Substitutes = list[tuple[nn.Module, nn.Module]]  # modules of a model, each with the one that takes its place in a copy
+
+
+def substitutes(model: nn.Module, layers: Mapping[str, nn.Module]) -> Substitutes:
+    """Return what ``layers``, by name, replace in a copy of ``model``. Layers that share their weight go with them."""
+    found = []
+    for name, layer in layers.items():
         for place, own in places(model, name, layer).items():
             before = model.get_submodule(place)
-            copies[id(before)] = in_place_of(before, own)
-            factored.append((before, own))
+            found.append((before, in_place_of(before, own)))
+    return found
+
+
+def by_id(objects: Iterable[Any]) -> dict[int, Any]:
+    """Return ``objects`` by their ids, as ``copy.deepcopy`` takes what the copy shares with the original."""
+    return {id(own): own for own in objects}
+
+
+def copied_with(model: nn.Module, others: Substitutes, known: Mapping[int, Any]) -> nn.Module:
+    """Return a copy of ``model`` with ``others`` in place of some modules, which are not copied first.
+
+    The hooks of such a module, and the attributes that a factored layer keeps of a dense one, are copied with the
+    model. Where they lead to another module, they lead to the one of the copy.
+
+    ``known``: what else stands for a part of ``model`` in the copy, by the id of the part.
+
+    Raises ``UserError`` where a part of the model allows no copy.
+    """
+    memo = {**known, **{id(before): own for before, own in others}}
     with copying(model):
-        result = copy.deepcopy(model, copies)
-        for before, layer in factored:  # an attribute or a hook may lead to another module: here to the one of the copy
-            if isinstance(layer, TiedLinear):  # so does the bias, which is still that of ``model``
-                layer._parameters["bias"] = copy.deepcopy(layer._parameters["bias"], copies)
-            layer.adopt(before, copies)
-            vars(layer).update({name: copy.deepcopy(vars(before)[name], copies) for name in HOOKS})
+        result = copy.deepcopy(model, memo)
+        for before, own in others:
+            if isinstance(own, TiedLinear):  # its bias is still that of ``model``
+                own._parameters["bias"] = copy.deepcopy(own._parameters["bias"], memo)
+            if isinstance(own, FactoredLayer):
+                own.adopt(before, memo)
+            elif isinstance(before, FactoredLayer) and isinstance(own, dense_kinds()):
+                vars(own).update(copy.deepcopy(vars(before)["_adopted"], memo))
+            vars(own).update({name: copy.deepcopy(vars(before)[name], memo) for name in HOOKS})
     return result

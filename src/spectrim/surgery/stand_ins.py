@@ -4,7 +4,6 @@ A model may ask for the class of a layer, and a function or hook that it holds m
 factored layers would then compute something else without a word.
 """
 
-import copy
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, tensors_of, to_device
 from spectrim.errors import UserError
-from spectrim.surgery.given_model import copying, unchanged
-from spectrim.surgery.replacing import HOOKS
+from spectrim.surgery.given_model import unchanged
+from spectrim.surgery.replacing import by_id, copied_with
 from spectrim.surgery.tied import tied_layers
 
 TOLERANCE = 1e-3  # of the norm of an output; a processor may add up in another order at each pass
@@ -68,13 +67,7 @@ def with_stand_ins(model: nn.Module, layers: Collection[str]) -> nn.Module:
     """
     ties = tied_layers(model)
     places = [model.get_submodule(place) for name in layers for place in (name, *ties.get(name, ()))]
-    known: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-    known |= {id(dense): _StandIn(dense) for dense in places}
-    with copying(model):
-        own = copy.deepcopy(model, known)
-        for dense in places:  # a hook may lead to another module: here to the one of the copy
-            vars(known[id(dense)]).update({name: copy.deepcopy(vars(dense)[name], known) for name in HOOKS})
-    return own
+    return copied_with(model, [(dense, _StandIn(dense)) for dense in places], by_id(model.parameters()))
 
 
 def _outputs(model: nn.Module, example: Inputs) -> list[Tensor]:
