@@ -182,10 +182,9 @@ def test_padding_counts_for_nothing() -> None:
 
 
 def test_an_empty_split_is_one_line(dense: Net) -> None:
-    whole = objective()
-    empty = Objective(F.cross_entropy, {"calibration": whole.splits["calibration"], "other": []})
-    with pytest.raises(UserError, match="the other set is empty"):
-        refit(cut(dense, FORMS["channel"], rank=1), dense, empty, samples=10, split="other")
+    model, empty = cut(dense, FORMS["channel"], rank=1), Objective(F.cross_entropy, {"calibration": []})
+    with pytest.raises(UserError, match="the calibration set is empty"):
+        refit(model, dense, empty, samples=10)
 
 
 def test_a_layer_that_a_batch_goes_around_is_said(dense: Net) -> None:

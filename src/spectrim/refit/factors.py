@@ -35,7 +35,6 @@ def refit(
     dense: nn.Module,
     objective: Objective,
     samples: int,
-    split: str = "calibration",
     weights: Weights | None = None,
 ) -> list[str]:
     """Fit the factors of the factored layers of ``compressed``, in place, to the outputs of the layers of ``dense``.
@@ -46,6 +45,7 @@ def refit(
     layers before it lost. The offset b goes into the bias, or else into the running mean of the BatchNorm that the
     layer feeds; without either there is none.
 
+    ``samples``: number of calibration samples to read, in whole batches.
     ``weights``: G of layers, from ``weighting.output_weights``. The squared norm of an error e is then ``e^T G e``,
         damped (``weighting.roots_of``). In layers without G, and with None, all outputs count alike.
 
@@ -53,12 +53,12 @@ def refit(
     depend on the fit, or one whose rows depend on the values of a batch, such as an expert. An embedding is not fitted,
     as its inputs are the same in both models, nor is a head that shares its factors.
 
-    Raises ``UserError`` for an empty split.
+    Raises ``UserError`` for an empty calibration split.
     """
     device, folder = device_of(compressed), resume.current()  # the passes are threads, which have none
     # A loader may use the memory of a batch again.
-    batches = [cloned(to_device(inputs, device)) for inputs, _ in objective.first(split, samples, "read")]
-    processes = objective.processes(split)
+    batches = [cloned(to_device(inputs, device)) for inputs, _ in objective.first("calibration", samples, "read")]
+    processes = objective.processes("calibration")
     layers, followers, notes = layers_to_fit(compressed, dense, batches, processes)
     with Bar(desc="refit", total=len(layers), unit="layer", leave=False) as bar:
 

@@ -162,14 +162,14 @@ def _number(value: Any) -> float:
     return math.nan if value is None or value == "" else float(value)
 
 
-def summarise(found: Sequence[Difference], compared: int, tolerance: Mapping[str, Tolerance] = RERUN) -> int:
+def summarise(found: Sequence[Difference], compared: int) -> int:
     """Print one line per difference and a summary. Return the exit status: 0 if there is no difference, else 1."""
     for difference in found:
         print(difference)
-    loss, top1 = tolerance["test_loss"], tolerance["test_accuracy"]
+    loss, top1 = RERUN["test_loss"], RERUN["test_accuracy"]
     print(
         f"{compared} runs compared with the committed ones, {len(found)} differences beyond tolerance "
         f"(loss {loss.absolute:g} + {loss.relative:.0%}, accuracy {100 * top1.absolute:g} pp, "
-        f"share kept {100 * tolerance['params_kept'].absolute:g} pp)"
+        f"share kept {100 * RERUN['params_kept'].absolute:g} pp)"
     )
     return 1 if found else 0

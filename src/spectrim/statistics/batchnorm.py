@@ -21,9 +21,7 @@ Statistics = tuple[Tensor, Tensor]  # mean and variance of each channel
 EPSILON = 1e-6  # added to a variance, because that of a dead channel is zero
 
 
-def reestimate(
-    compressed: nn.Module, dense: nn.Module, objective: Objective, samples: int, split: str = "calibration"
-) -> None:
+def reestimate(compressed: nn.Module, dense: nn.Module, objective: Objective, samples: int) -> None:
     """Shift the statistics of every BatchNorm of ``compressed``, in place, by the effect of compression.
 
     Both models see the same samples. The running statistics move as the statistics of the batch differ between the two
@@ -31,8 +29,8 @@ def reestimate(
     that was not compressed therefore keeps its statistics exactly. Each layer is corrected before the next one is
     measured. ``dense`` is not changed.
 
-    ``samples``: number of samples of ``split`` to read.
-    Raises ``UserError`` for an empty split.
+    ``samples``: number of calibration samples to read.
+    Raises ``UserError`` for an empty calibration split.
     """
     mine, theirs = norms_of(compressed), norms_of(dense)
     shared = {name: norm for name, norm in mine.items() if name in theirs}
@@ -47,7 +45,7 @@ def reestimate(
     handles = [norm.register_forward_pre_hook(corrections[name], with_kwargs=True) for name, norm in shared.items()]
     device, passed = device_of(compressed), dict[str, dict[str, list[Statistics]]]()
     with hooked(handles), evaluating(compressed), torch.no_grad():
-        for inputs, _ in objective.first(split, samples, "batch norm"):
+        for inputs, _ in objective.first("calibration", samples, "batch norm"):
             batch = content(tensors_of(inputs))  # A loader that shuffles gives other batches each time.
             inputs = to_device(inputs, device)
             passed[batch] = known[batch] if batch in known else _seen(dense, inputs)
@@ -57,7 +55,7 @@ def reestimate(
     known.clear()
     known.update(passed)
     for name, norm in shared.items():
-        corrections[name].settle(norm, objective.processes(split))
+        corrections[name].settle(norm, objective.processes("calibration"))
 
 
 def require(choice: str) -> None:

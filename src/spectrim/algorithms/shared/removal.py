@@ -21,6 +21,8 @@ from spectrim.factored.linalg import tail_sums
 
 # Gates for each component that is removed at once. Small networks lose one at a time, language models a dozen.
 GATES_A_LOOK = 8192
+# Moves after which the blocks of all dense layers are computed anew. The one that is about to go always is.
+REFRESH = 50
 
 
 @dataclass
@@ -81,6 +83,8 @@ def keep_dearest(layers: Mapping[str, Gated], budget: float) -> Removal:
     kept, wherever they are in the spectrum. Keeping k of them changes the loss by the sum of the other R - k, at
     ``costs[k]``. These are the options of ``knapsack.choose``, for each k at which the layer is factored and for all R.
     Every layer keeps at least one component. A budget out of reach is met as nearly as that allows.
+
+    Raises ``UserError`` for a predicted change that is not finite.
     """
     dearest, ranks, options = {}, {}, {}
     for name, layer in layers.items():
@@ -98,7 +102,7 @@ def keep_dearest(layers: Mapping[str, Gated], budget: float) -> Removal:
     return Removal(kept, sum(float(options[name].changes[i]) for name, i in chosen.items()))
 
 
-def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_once: int = 0) -> Removal:
+def remove(layers: Mapping[str, Gated], budget: float, at_once: int = 0) -> Removal:
     """Remove components, the lowest price first, until the layers together cost no more than ``budget``.
 
     A factored layer loses one component at a time. A dense layer gets cheaper only once enough of its components are
@@ -106,8 +110,6 @@ def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_onc
     choice. Every layer keeps at least one component. A block may save more than was needed. Components that fit into
     the budget again are then put back, the highest price first.
 
-    ``refresh``: number of moves after which the blocks of all dense layers are computed anew. The block that is about
-        to be removed is always computed anew.
     ``at_once``: number of components of factored layers that are removed before prices are computed anew. 0 means one
         for each ``GATES_A_LOOK`` gates, and at least one.
     """
@@ -115,7 +117,7 @@ def remove(layers: Mapping[str, Gated], budget: float, refresh: int = 50, at_onc
     at_once = at_once or max(1, sum(layer.rank for layer in state.layers.values()) // GATES_A_LOOK)
     blocks: dict[str, Move] = {}
     while state.cost() > budget:
-        if moves % refresh == 0:
+        if moves % REFRESH == 0:
             blocks = state.blocks()
         name, move = state.best_single()
         block = min(blocks, key=lambda dense: blocks[dense].price, default="")
