@@ -20,11 +20,10 @@ from spectrim.checkpoints.sharded import Sharded
 from spectrim.cli import given_data, given_model, upload
 from spectrim.cli.compress import BUDGETS
 from spectrim.cli.given_data import Data
-from spectrim.cli.model_card import Card, gathered
+from spectrim.cli.model_card import Card, card_of
 from spectrim.errors import MissingInput, UserError
 from spectrim.runs.named import named
-from spectrim.statistics.objective import Objective
-from spectrim.surgery.cost import Cost, parameters
+from spectrim.surgery.cost import Cost
 from spectrim.tools import files
 from spectrim.tools.device import device_called
 from spectrim.tools.profiling import Timed
@@ -161,29 +160,10 @@ def _compress(
     unfinished = options.out.with_name(f"{options.out.name}.unfinished")
     with Timed() as spent, _naming_calibration(name, data), _kept_for_later(unfinished):
         result = api.compress(model, **arguments_of_compress, resume=unfinished)
-    losses = None
-    if data is not None:
-        test = Objective(data.loss, {"test": data.test})
-        losses = test.evaluate(model, "test"), test.evaluate(result.model, "test")
-    notes = gathered(result.notes)
-    if data is not None and not data.labelled:
-        notes.insert(0, "the targets of the losses are the dense model's own answers: the data have no labels for it")
-    costs = _costs(result)
+    method = f"{algorithm!r} on {decomposer!r}, {spent.seconds:.0f} s"
+    card = card_of(options.model, arguments, result, data, method, weights)
     with _folder(options.out) as made:
-        loading = save(made, result)
-        card = Card(
-            name=options.model,
-            arguments=arguments,
-            dense=costs[0],
-            compressed=costs[1],
-            losses=losses,
-            tokens=not given_model.is_factory(options.model),
-            data=("", "") if data is None else (data.description, data.digest),
-            method=f"{algorithm!r} on {decomposer!r}, {spent.seconds:.0f} s",
-            loading=loading,
-            weights=weights,
-            notes=notes,
-        )
+        card = dataclasses.replace(card, loading=save(made, result))
         result.report.to_csv(made / REPORT, index=False)
         (made / CARD).write_text(card.text(), encoding="utf-8")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -227,14 +207,6 @@ def _algorithm(name: str, options: Namespace) -> Any:
         takes = ", ".join(f"--{own.replace('_', '-')}" for own in fields if own in BUDGETS) or "none of the budgets"
         raise UserError(f"--algorithm {name} takes no --{asked.replace('_', '-')}; it takes {takes}")
     return dataclasses.replace(found, **{**dict.fromkeys(fields), asked: value})
-
-
-def _costs(result: Compressed) -> tuple[Cost, Cost]:
-    """Return the costs of the dense and the compressed model; MACs are NaN without calibration data."""
-    if result.example is not None:
-        return result.dense_cost, result.cost
-    dense, small = (Cost(parameters(model), math.nan) for model in (result.dense, result.model))  # type: ignore[arg-type]
-    return dense, small
 
 
 def _numbers_in(folder: Path) -> int:

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from spectrim.algorithms.shared.compressed import Compressed
+from spectrim.cli.given_data import Data
+from spectrim.cli.given_model import is_factory
 from spectrim.records.provenance import UNKNOWN, git_state, machine, versions
 from spectrim.statistics.evaluation import Evaluation
-from spectrim.surgery.cost import Cost
+from spectrim.statistics.objective import Objective
+from spectrim.surgery.cost import Cost, parameters
 
 LEFT = re.compile(r"(.+?): (left dense: .+) \((\d+\.\d+)% of the parameters\)")  # as ``find_layers.left_dense`` says it
 NAMED = 3  # layers that a note names
@@ -24,6 +28,7 @@ class Card:
     ``arguments``: those of the command.
     ``dense``, ``compressed``: sizes; MACs are NaN where they were not counted.
     ``losses``: of the dense and of the compressed model on samples that chose nothing; None where not measured.
+    ``tokens``: whether the model predicts tokens, so that a loss is the mean over them.
     ``data``: the calibration data in words, and their digest; empty where none were used.
     ``method``: algorithm and decomposer.
     ``loading``: lines of Python.
@@ -127,3 +132,43 @@ def _row(name: str, dense: float, compressed: float) -> tuple[str, str, str, str
 def _is_of_hub(name: str) -> bool:
     shaped = name.count("/") == 1 and not name.startswith((".", "/", "~")) and ":" not in name
     return shaped and not Path(name).exists()
+
+
+def card_of(
+    name: str,
+    arguments: Sequence[str],
+    result: Compressed,
+    data: Data | None,
+    method: str,
+    weights: Mapping[str, str],
+) -> Card:
+    """Measure the dense and the compressed model on the test batches. Return their card, without ``loading``."""
+    losses = None
+    if data is not None:
+        test = Objective(data.loss, {"test": data.test})
+        losses = test.evaluate(result.dense, "test"), test.evaluate(result.model, "test")
+    notes = gathered(result.notes)
+    if data is not None and not data.labelled:
+        notes.insert(0, "the targets of the losses are the dense model's own answers: the data have no labels for it")
+    before, after = _costs(result)
+    return Card(
+        name=name,
+        arguments=arguments,
+        dense=before,
+        compressed=after,
+        losses=losses,
+        tokens=not is_factory(name),
+        data=("", "") if data is None else (data.description, data.digest),
+        method=method,
+        loading="",
+        weights=weights,
+        notes=notes,
+    )
+
+
+def _costs(result: Compressed) -> tuple[Cost, Cost]:
+    """Return the costs of the dense and the compressed model; MACs are NaN without calibration data."""
+    if result.example is not None:
+        return result.dense_cost, result.cost
+    dense, small = (Cost(parameters(model), math.nan) for model in (result.dense, result.model))  # type: ignore[arg-type]
+    return dense, small
