@@ -34,6 +34,7 @@ def test_every_name_at_the_top_is_there() -> None:
     assert all(getattr(spectrim, name) is not None for name in spectrim.__all__)
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = spectrim.nothing_of_the_kind
+    assert {*spectrim.__all__, "language", "__version__"} <= set(dir(spectrim))
 
 
 def modules_after(imports: str) -> set[str]:

@@ -69,6 +69,10 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOME[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "language"})  # so that the tab key completes what is not imported yet
+
+
 def _to_transformers() -> None:
     import_module("spectrim.checkpoints.quantizer").register()
 
