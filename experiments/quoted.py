@@ -141,9 +141,9 @@ def pivoted_time(results: Path) -> str:
     return f"{100 * (found['time_ratio'].max() - 1):.0f} %"
 
 
-def refined(results: Path, done: str) -> str:
-    """Return the change of accuracy of joint selection at 30 %, with refinement or without, in Table 11."""
-    found = rows(results, "table11", model="resnet20 on cifar10", method=f"joint, ours, 0.3, {done}")
+def refined(results: Path, done: str, selector: str = "joint, ours") -> str:
+    """Return the change of accuracy of a selector at 30 %, with refinement or without, in Table 11."""
+    found = rows(results, "table11", model="resnet20 on cifar10", method=f"{selector}, 0.3, {done}")
     return points(found.iloc[0])
 
 
@@ -241,6 +241,7 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "own_weights_published": own_weights_published,
     "refined_30": lambda results: refined(results, "yes"),
     "unrefined_30": lambda results: refined(results, "no"),
+    "refined_knapsack_30": lambda results: refined(results, "yes", "knapsack (BALF), refitted as ours"),
     "cost_aimet": lambda results: f"{100 * cost(results, 'AIMET, greedy', 'svd_spatial'):.1f} %",
     "cost_knapsack": lambda results: number(cost(results, "knapsack (BALF)", "pivoted"), 1),
     "tolerant_resnet20": lambda results: removed(tolerant(results, "0.01", "resnet20")),

@@ -73,7 +73,10 @@ def _bound(bench: Workbench, batches: Batches) -> tuple[Bound, list[str]]:
 
 
 def largest_move(model: nn.Module, truncated: nn.Module, batches: Batches) -> float:
-    """Return the largest 2-norm, over all samples, of the difference of the outputs of two models."""
+    """Return the largest 2-norm, over all samples, of the difference of the outputs of two models.
+
+    Raises ``UserError`` where the outputs are not one tensor.
+    """
     device, largest = device_of(model), 0.0
     with evaluating(model), evaluating(truncated), torch.no_grad():
         for inputs, _ in batches:

@@ -167,7 +167,7 @@ class _JointSearch:
         self.without_gates: dict[str, str] = {}  # layers that stay dense, and why they have no gates
 
     def to_budget(self, requested: float) -> None:
-        """Go down from the dense model to the ``requested`` share of its cost."""
+        """Go down from the dense model to the ``requested`` share of its cost. Raises ``UserError`` out of reach."""
         self.costs.require(requested)
         total = max(0, round(100 * (1 - requested)))
         with Bar(desc="joint", total=total, unit="%", leave=False) as bar:

@@ -27,7 +27,10 @@ from spectrim.tools.profiling import Phases
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Return the record of one run: the one on disk, or else a new one, which is written."""
+    """Return the record of one run: the one on disk, or else a new one, which is written.
+
+    Raises ``UserError`` for settings that cannot be run, and for a damaged record.
+    """
     settings = signing.scientific(cfg)
     batchnorm.require(cfg.batch_norm)
     if cfg.returns not in (None, "loss", "accuracy"):

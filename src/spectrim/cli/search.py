@@ -31,6 +31,8 @@ def space(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
     The grammar is that of Hydra: ``interval(0.1,1)`` is a real number, ``int(interval(1,10))`` a whole one,
     ``tag(log,interval(1,100))`` one on a logarithmic scale, and ``1,2`` a choice.
+
+    Raises ``UserError`` where nothing is searched.
     """
     fixed, searched = [], {}
     for one in OverridesParser.create().parse_overrides(list(words)):

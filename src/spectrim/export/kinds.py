@@ -13,7 +13,7 @@ ExportKind = Literal["plain", "pt2", "onnx"]
 
 
 def write(kind: str, path: Path, model: nn.Module, example: Inputs | None, dynamic: bool, opset: int) -> None:
-    """Write ``model`` to ``path`` as ``kind``, as ``Compressed.export`` says."""
+    """Write ``model`` to ``path`` as ``kind``. Raises ``UserError`` as ``Compressed.export`` does."""
     if kind not in get_args(ExportKind):
         raise UserError(f"export writes one of {', '.join(get_args(ExportKind))}, not {kind!r}")
     if kind == "plain":

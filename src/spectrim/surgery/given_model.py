@@ -161,7 +161,7 @@ def copied(model: nn.Module, known: dict[int, Any] | None = None) -> nn.Module:
 
 @contextmanager
 def copying(model: nn.Module) -> Iterator[None]:
-    """Copy parts of ``model`` inside the block, as ``copied`` does."""
+    """Copy parts of ``model`` inside the block. Raises ``UserError`` as ``copied`` does."""
     try:
         with _WithoutHistory():
             yield

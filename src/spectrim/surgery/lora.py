@@ -26,7 +26,10 @@ def for_lora(config: Any) -> Any:
 
 @cache
 def adapted_class() -> Any:
-    """Return the class of a factored linear layer with an adapter, whose base is that of peft."""
+    """Return the class of a factored linear layer with an adapter, whose base is that of peft.
+
+    Raises ``UserError`` where peft is not installed.
+    """
     try:
         lora: Any = import_module("peft.tuners.lora.layer")
         utils: Any = import_module("peft.tuners.tuners_utils")

@@ -42,7 +42,10 @@ class Chain(NamedTuple):
     lead: float
 
     def input_norm(self, batches: Iterable[tuple[Inputs, Any]]) -> float:
-        """Return a bound on the 2-norm of the inputs of the first stage, over all samples (B of S2)."""
+        """Return a bound on the 2-norm of the inputs of the first stage, over all samples (B of S2).
+
+        Raises ``UserError`` for an empty split.
+        """
         norms = [inputs.double().flatten(1).norm(dim=1).max().item() for inputs, _ in batches]
         if not norms:
             raise UserError("the split is empty; give at least one batch of (inputs, targets)")

@@ -120,7 +120,7 @@ class Shard:
         return tensor
 
     def pieces(self, name: str) -> Iterator[bytes]:
-        """Yield the bytes of one tensor in blocks."""
+        """Yield the bytes of one tensor in blocks. Raises ``UserError`` where the file has become shorter."""
         left = self.entries[name].nbytes
         with self.path.open("rb") as file:
             file.seek(self.starts[name])
