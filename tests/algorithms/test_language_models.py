@@ -132,6 +132,15 @@ def test_the_embedding_of_tokens_is_factored_with_the_head_that_is_tied_to_it(
     assert torch.equal(logits(loaded, objective.example()), logits(result.model, objective.example()))
 
 
+def test_the_plan_does_not_depend_on_the_size_of_batches(tiny: Any) -> None:
+    model, ids = tiny("llama"), torch.randint(VOCABULARY, (8, 17))
+    joint = spectrim.Joint(params_kept=0.8, samples=8, refit=0, significance=1.0)
+    both = spectrim.TwoSidedSVD("channel", samples=8, factors="pivoted")
+    splits = [{"calibration": [(x, x) for x in ids.split(size)]} for size in (1, 4)]
+    plans = [joint.compress(model, both, Objective(token_loss, split)).plan for split in splits]
+    assert plans[0] and plans[0] == plans[1]
+
+
 def test_an_untied_head_is_a_layer_like_any_other(tiny: Any, token_batches: Any) -> None:
     model = tiny("llama", tie_word_embeddings=False)
     result = ALGORITHMS["truncation"].compress(

@@ -368,6 +368,7 @@ def test_memory_decides_how() -> None:
     ways = {free: given_model.Memory(free, weights) for free in (100, 299, 300, 1199, 1200)}
     assert [own.streamed for own in ways.values()] == [True, True, False, False, False]
     assert [own.layers_at_once for own in ways.values()][2:] == [8, 8, None]
+    assert [own.batch_size for own in ways.values()][2:] == [1, 1, 8]
     assert given_model.memory_for(weights, 2.0) == given_model.Memory(2**31, weights)
     assert given_model.memory_for(weights, None).free > 2**20
 

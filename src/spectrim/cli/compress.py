@@ -42,7 +42,7 @@ def parser() -> Parser:
     data.add_argument("--samples", type=int, default=128, metavar="N", help="blocks or images (default: %(default)s)")
     data.add_argument("--context", type=int, default=256, metavar="T", help="tokens a block (default: %(default)s)")
     data.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="(default: %(default)s)")
-    data.add_argument("--batch-size", type=int, default=8, metavar="N", help="(default: %(default)s)")
+    data.add_argument("--batch-size", type=int, metavar="N", help="(default: 8, and 1 where memory is short)")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="draws the samples (default: %(default)s)")
     own = made.add_argument_group("a module of your own")
     own.add_argument("--weights", type=Path, metavar="FILE", help="its weights, a safetensors file")

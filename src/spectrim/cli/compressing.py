@@ -49,7 +49,7 @@ def run(options: Namespace, arguments: Sequence[str]) -> None:
 def _require_sizes(options: Namespace) -> None:
     """Refuse numbers that no data, model or random generator can have."""
     for name in ("samples", "context", "image_size", "batch_size"):
-        if getattr(options, name) < 1:
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} is too small; give at least 1")
     if options.memory is not None and not 0 < options.memory < math.inf:
         raise UserError(f"--memory {options.memory} is no size; give GiB, such as 16")
@@ -86,7 +86,7 @@ def _decoder(options: Namespace, arguments: Sequence[str]) -> None:
         tokenizer,
         int(min(options.context, longest)),
         options.samples,
-        options.batch_size,
+        options.batch_size or memory.batch_size,
         options.seed,
     )
 
@@ -107,8 +107,10 @@ def _decoder(options: Namespace, arguments: Sequence[str]) -> None:
 def _of_factory(options: Namespace, arguments: Sequence[str]) -> None:
     _require_free(options.out, goes_on=False)
     model = given_model.made(options.model, options.settings, options.weights).to(device_called(options.device))
+    memory = given_model.memory_for(sum(own.nbytes for own in model.parameters()), options.memory)
+    batch_size = options.batch_size or memory.batch_size
     data = options.calibration and given_data.images(
-        options.calibration, model, options.image_size, options.samples, options.batch_size, options.seed
+        options.calibration, model, options.image_size, options.samples, batch_size, options.seed
     )
     module, _, factory = options.model.partition(":")
     given = ", ".join(options.settings)
@@ -120,7 +122,6 @@ def _of_factory(options: Namespace, arguments: Sequence[str]) -> None:
             f'model = spectrim.load("{options.out / WEIGHTS}", into={factory}({given})).eval()'
         )
 
-    memory = given_model.memory_for(sum(own.nbytes for own in model.parameters()), options.memory)
     weights = given_model.digests_of([] if options.weights is None else [options.weights])
     _compress(options, arguments, model, data, options.algorithm or "joint", memory.layers_at_once, weights, save)
 

@@ -27,6 +27,7 @@ FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*
 # Memory of a selection over that of the model: the model, the copy, and two blocks of layers; then all decompositions.
 LEAST, MOST = 3, 12
 BLOCK = 8  # layers at once, where not all decompositions fit
+BATCH = 8  # samples, where they do; a pass through a decoder with 8 blocks of text takes more memory than the model
 
 
 def is_factory(name: str) -> bool:
@@ -129,6 +130,11 @@ class Memory:
     def layers_at_once(self) -> int | None:
         """Number of layers whose decompositions are held at once; None: all."""
         return BLOCK if self.free < MOST * self.weights else None
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples in a batch: one where memory is short."""
+        return BATCH if self.layers_at_once is None else 1
 
 
 def memory_for(weights: int, gib: float | None) -> Memory:
