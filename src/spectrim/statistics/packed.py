@@ -6,9 +6,7 @@ same: ``torch.linalg.eigh`` reads the lower triangle.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 SMALLEST = 256  # rows; smaller matrices take little memory
@@ -16,18 +14,22 @@ SMALLEST = 256  # rows; smaller matrices take little memory
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Symmetric matrices by their lower triangles, row by row: ``values`` of shape (g, n (n + 1) / 2), n = ``side``."""
+    """Symmetric matrices (g, n, n), n = ``side``, by their lower triangles, which ``values`` hold as rectangles.
+
+    The rectangle is that of LAPACK's full packed format. Let h be n / 2, rounded up. The first h columns stand in the
+    last n rows. The lower triangle of the other columns stands transposed in the corner above the diagonal.
+    """
 
     values: Tensor
     side: int
 
     def full(self) -> Tensor:
-        """Return the matrices, of shape (g, n, n)."""
-        rows, columns = _triangle(self.side, self.values.device)
-        found = self.values.new_empty(len(self.values), self.side, self.side)
-        found[:, rows, columns] = self.values
-        found[:, columns, rows] = self.values
-        return found
+        """Return the matrices."""
+        h, odd = self.values.shape[-1], self.side % 2
+        found = self.values.new_zeros(len(self.values), self.side, self.side)
+        found[..., :h] = self.values[:, 1 - odd :].tril()
+        found[..., h:, h:] = self.values[:, : self.side - h, odd:].triu().mT
+        return found.add_(found.tril(-1).mT)
 
 
 Moment = Packed | Tensor
@@ -38,24 +40,21 @@ def held(moment: Tensor) -> Tensor:
     side = moment.shape[-1]
     if side < SMALLEST:
         return moment
-    rows, columns = _triangle(side, moment.device)
-    return moment.flatten(1).index_select(1, rows * side + columns)
+    h, odd = (side + 1) // 2, side % 2
+    found = moment.new_zeros(len(moment), side + 1 - odd, h)
+    found[:, 1 - odd :] = moment[..., :h].tril()
+    found[:, : side - h, odd:] += moment[..., h:, h:].mT.triu()
+    return found
 
 
 def moment_of(values: Tensor, side: int) -> Moment:
     """Return the moment of which ``values`` are ``held``."""
-    return Packed(values, side) if values.ndim == 2 else values
+    return Packed(values, side) if values.ndim == 3 and values.shape[-1] < side else values
 
 
 def entries(side: int) -> int:
     """Return how many numbers are held of a moment (n, n), n = ``side``."""
     return side**2 if side < SMALLEST else side * (side + 1) // 2
-
-
-@lru_cache(maxsize=4)  # as many sides as the layers of a decoder block have
-def _triangle(side: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    rows, columns = torch.tril_indices(side, side, device=device)
-    return rows, columns
 
 
 class Unpacked(Mapping[str, Tensor]):
