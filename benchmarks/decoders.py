@@ -26,7 +26,7 @@ BOUND = 2.5
 
 def benchmark(quick: bool) -> Outcome:
     """Measure joint selection, whitened on both sides with pivoted factors, on a small decoder."""
-    shapes, cases = ((1, 96, 256, 500), CASES[1:3]) if quick else ((6, 384, 1024, 16384), CASES)
+    shapes, cases = ((1, 96, 256, 500), CASES[1:3]) if quick else ((6, 288, 768, 8192), CASES)
     rows = [_measured(batch, at_once, shapes) for batch, at_once in cases]
     least = min(rows, key=lambda row: row["peak"])
     target = Target("least peak memory over the model", least["peak"], BOUND, at_least=False)
