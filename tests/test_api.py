@@ -1,7 +1,6 @@
 """The one-call interface, as its users type it."""
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -404,8 +403,8 @@ def test_a_plan_is_followed(net: nn.Sequential, batches: Any) -> None:
 
 
 def test_a_size_alone_of_a_decoder_is_what_the_command_line_takes_for_text() -> None:
-    cut = named("algorithm", "joint_cut")
-    assert dataclasses.replace(cut, params_kept=0.8) == _selector(0.8, None, None, token_loss)
+    cut = _selector(0.8, None, None, token_loss)
+    assert cut == spectrim.Joint(params_kept=0.8, samples=500, significance=4.0, refit=0)
     for loss in (F.cross_entropy, label_loss, span_loss):  # an encoder is refitted
         assert _selector(0.8, None, None, loss) == spectrim.Joint(params_kept=0.8)
 

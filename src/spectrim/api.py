@@ -1,6 +1,7 @@
 """The one-call interface: any module, any iterable of batches, any algorithm."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,6 @@ from spectrim.statistics.processes import Distributed
 from spectrim.surgery.given_model import eager, require_gradients, unchanged
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.tools import resume as resuming
-
-# Settings of joint selection for decoders, those of ``joint_cut``. A refit on some thousand tokens does them harm. They
-# are not at a minimum on other texts, so first-order slopes tell something.
-DECODER: dict[str, Any] = {"samples": 500, "significance": 4.0, "refit": 0}
 
 
 def compress(
@@ -136,8 +133,9 @@ def _selector(
     if len(several) > 1:
         raise UserError(f"{' and '.join(several)} each say what to keep; pass one of them")
     if params_kept is not None:
-        decodes = isinstance(loss, TokenLoss) and loss.ahead > 0
-        return Joint(params_kept=params_kept, **(DECODER if decodes else {}))
+        if isinstance(loss, TokenLoss) and loss.ahead > 0:  # a decoder
+            return replace(_instance("algorithm", "joint_cut"), params_kept=params_kept)
+        return Joint(params_kept=params_kept)
     if plan is not None:
         return ByPlan(plan)
     return Lossless() if algorithm is None else _instance("algorithm", algorithm)
