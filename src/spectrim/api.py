@@ -17,7 +17,7 @@ from spectrim.algorithms.shared.compressed import Algorithm, Compressed, decompo
 from spectrim.algorithms.shared.measurement import Measurement
 from spectrim.batches import Batches
 from spectrim.checkpoints import sharded, single_file
-from spectrim.decomposers.spectrum import Decomposer, content
+from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.losses import Loss, TokenLoss, default_loss
@@ -25,9 +25,10 @@ from spectrim.statistics.batchnorm import BatchNorm, require
 from spectrim.statistics.collated import Collator, collated, with_decoder_inputs
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Distributed
-from spectrim.surgery.given_model import eager, require_gradients, unchanged
+from spectrim.surgery.given_model import eager, require_default_device, require_gradients, unchanged
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.tools import resume as resuming
+from spectrim.tools.content import of_state
 
 
 def compress(
@@ -95,6 +96,7 @@ def compress(
     Raises ``UserError`` in one line for anything that cannot be compressed as asked.
     """
     require(batch_norm)
+    require_default_device()
     model = eager(model)
     require_gradients(model)
     selector = _selector(params_kept, plan, algorithm, loss or default_loss(model))
@@ -115,7 +117,7 @@ def compress(
     if dry_run:
         with unchanged(model), torch.inference_mode(False), torch.random.fork_rng():
             return forecast(model, selector, views, objective)
-    objective.require_same("models", lambda: str(content(model.state_dict().values())))
+    objective.require_same("models", lambda: of_state(model))
     with unchanged(model), torch.inference_mode(False), resuming.into(resume):
         result = selector.compress(model, views, objective).settle(batch_norm, objective)
     objective.require_same("plans", result.plan.to_json)

@@ -127,7 +127,7 @@ def _sampled(values: Any, chosen: Tensor, count: int, inside: bool = False) -> A
         return pack_padded_sequence(taken, lengths[chosen], batch_first=True, enforce_sorted=False)
     if isinstance(values, Tensor):
         return values[chosen.to(values.device)] if values.ndim and len(values) == count else values
-    if isinstance(values, tuple | list) and _are_samples(values, count, inside):
+    if isinstance(values, tuple | list) and are_samples(values, count, inside):
         return _rebuilt(values, [values[index] for index in chosen.tolist()])
     if (parts := _parts(values)) is not None:
         return _renamed(values, {key: _sampled(value, chosen, count, inside=True) for key, value in parts.items()})
@@ -136,7 +136,7 @@ def _sampled(values: Any, chosen: Tensor, count: int, inside: bool = False) -> A
     return values
 
 
-def _are_samples(values: Sequence[Any], count: int, inside: bool) -> bool:
+def are_samples(values: Sequence[Any], count: int, inside: bool = False) -> bool:
     """Return whether a sequence holds one item a sample, rather than one an argument or a task."""
     batched = [isinstance(value, Tensor) and value.ndim > 0 and len(value) == count for value in values]
     if isinstance(values, list):  # among several arguments a list holds samples, as ``batch_size`` reads it

@@ -116,6 +116,11 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
             raise UserError(f"the model gave {rows} rows of logits for {len(targets)} targets")
         if targets.numel() and int(targets.max()) >= classes:
             raise UserError(f"target {int(targets.max())} does not fit a model with {classes} classes")
+    if loss is F.cross_entropy and not isinstance(scores, Tensor):
+        raise UserError(
+            f"the outputs are a {type(scores).__name__}, which cross-entropy does not take; give loss=, a function of "
+            "them and the targets, or an algorithm that measures no loss, such as Truncation"
+        )
     try:
         value = loss(scores if loss is F.cross_entropy or isinstance(loss, _Loss) else outputs, targets)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:

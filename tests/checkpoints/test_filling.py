@@ -174,3 +174,43 @@ def test_a_transposed_view_of_a_weight_is_another_tensor(sides: tuple[int, int],
     for into in (net(), net(torch.float64), copy.deepcopy(net()), net().to("meta")):
         loaded = spectrim.load(tmp_path / "net", into=into)
         torch.testing.assert_close(loaded(x.to(loaded[0].weight)).float(), given(x))
+
+
+class Renaming(nn.Module):
+    """Calls its layers ``net.…`` in ``state_dict`` and leaves ``extra`` out, by a hook or by an override."""
+
+    def __init__(self, by_hook: bool) -> None:
+        super().__init__()
+        self.body, self.extra, self.by_hook = (
+            nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 9)),
+            nn.Linear(9, 9),
+            by_hook,
+        )
+        if by_hook:
+            self._register_state_dict_hook(lambda _, state, *__: self.renamed(state))
+
+    @staticmethod
+    def renamed(state: dict[str, Any]) -> dict[str, Any]:
+        for name in list(state):
+            value = state.pop(name)
+            if name.startswith("body."):
+                state[name.replace("body.", "net.")] = value
+        return state
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        state = super().state_dict(*args, **kwargs)
+        return state if self.by_hook else self.renamed(state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.extra(self.body(x))
+
+
+@pytest.mark.parametrize("by_hook", [True, False])
+def test_a_file_holds_every_weight_whatever_the_model_says_its_state_is(by_hook: bool, tmp_path: Path) -> None:
+    given, into, x = Renaming(by_hook), Renaming(by_hook), torch.randn(4, 12)
+    assert set(given.state_dict()) == {"net.0.weight", "net.0.bias", "net.1.weight", "net.1.bias"}
+    result = spectrim.compress(given, algorithm=spectrim.Truncation(ratio=0.5))
+    assert {"body.0", "extra"} <= set(result.plan)
+    result.save(tmp_path / "small.safetensors")
+    loaded = spectrim.load(tmp_path / "small.safetensors", into=into)
+    assert torch.equal(loaded(x), result.model(x))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 import spectrim
 
@@ -232,3 +233,36 @@ def test_what_the_converter_to_onnx_cannot_do_is_told_without_the_colours_of_a_t
     monkeypatch.setattr(torch.onnx, "export", fails)
     with pytest.raises(spectrim.UserError, match=r"to ONNX, opset 18: no such operator; export as .pt2.$"):
         result.export("onnx", tmp_path / "x.onnx")
+
+
+class Holder:
+    """Outputs of a class that torch.export may return and not write."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = scores
+
+
+class Sampling(nn.Module):
+    """Draws a random number in each pass, also in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * torch.rand(())
+
+
+class Held(Sampling):
+    def forward(self, x: Tensor) -> Any:
+        return Holder(self.body(x))
+
+
+def test_what_no_program_can_be_made_of_is_told_with_its_own_reason(tmp_path: Path) -> None:
+    register_pytree_node(Holder, lambda own: ([own.scores], None), lambda parts, _: Holder(next(iter(parts))))
+    for model, said in ((Sampling(), "the model gives other outputs at a second pass"), (Held(), "cannot be written")):
+        data = [torch.randn(8, 16)]
+        result = spectrim.compress(model, calibration=data, algorithm=spectrim.Truncation(rank=4))
+        with pytest.raises(spectrim.UserError, match=said):
+            result.export("pt2", tmp_path / "small.pt2")
+    assert not list(tmp_path.iterdir())

@@ -1,11 +1,15 @@
 """Splits are read as often as wanted, and what is read of them is counted."""
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from spectrim.errors import UserError
+from spectrim.statistics import split_reader
 from spectrim.statistics.split_reader import SplitReader
 
 
@@ -72,3 +76,34 @@ def test_what_is_no_list_of_batches_is_said_in_one_line(batches: Any) -> None:
     with pytest.raises(UserError, match="^the calibration set is .*; give a list of batches") as refusal:
         read(batches)
     assert "\n" not in str(refusal.value)
+
+
+class Endless:
+    """Batches of two samples without a length, and without an end where ``count`` is None."""
+
+    def __init__(self, count: int | None) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[Any]:
+        batch = torch.zeros(2, 16), torch.zeros(2, dtype=torch.int64)
+        return itertools.repeat(batch) if self.count is None else itertools.repeat(batch, self.count)
+
+
+def test_batches_without_an_end_are_told_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_reader, "LONGEST", 10)
+    for endless in (Endless(None), DataLoader(Stream(), batch_size=2)):
+        reader = SplitReader({"calibration": endless})
+        assert len(list(reader.until("calibration", 8))) == 4
+        with pytest.raises(UserError, match=r"no end after 10 samples; give a part of it") as refusal:
+            list(reader.counted("calibration"))
+        assert "\n" not in str(refusal.value)
+    assert len(list(SplitReader({"calibration": Endless(5)}).counted("calibration"))) == 5
+    with_length = [(torch.zeros(2, 16), torch.zeros(2))] * 6
+    assert len(list(SplitReader({"calibration": with_length}).counted("calibration"))) == 6
+
+
+class Stream(IterableDataset):
+    """A data set without an end."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.repeat((torch.zeros(16), 0))

@@ -261,3 +261,29 @@ def test_a_model_that_merges_weights_in_eval_mode_is_left_as_it_was(training: bo
     assert model.training is training and torch.equal(model(x), outputs)
     assert "body" not in result.plan and any("depends on the mode" in note for note in result.notes)
     torch.testing.assert_close(result.model.train()(x), result.model.eval()(x))
+
+
+class Inside(nn.Module):
+    """A layer around another module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.inner = nn.Linear(4, 4), inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.layer(x))
+
+
+def test_a_model_that_is_nested_too_deep_to_be_copied_is_told_what_to_raise() -> None:
+    model: nn.Module = nn.Linear(4, 4)
+    for _ in range(200):
+        model = Inside(model)
+    with pytest.raises(UserError, match="raise Python's limit by sys.setrecursionlimit, which is 1000 now"):
+        spectrim.compress(model, algorithm=spectrim.Truncation(rank=1))
+
+
+def test_another_default_device_is_refused_before_anything_is_computed_there() -> None:
+    with torch.device("meta"), pytest.raises(UserError, match=r"inside of `with torch.device\('cpu'\):`"):
+        compress(plain())
+    with torch.device("meta"), torch.device("cpu"):
+        assert compress(plain()).plan

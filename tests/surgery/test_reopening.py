@@ -1,16 +1,20 @@
 """A factored layer is made dense again with the same map, and says what a plan would say of it."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
+import spectrim
 from spectrim.batches import evaluating
 from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.tucker2 import Tucker2
+from spectrim.errors import UserError
 from spectrim.export.plain import plain_model
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery import replacing
@@ -105,3 +109,21 @@ def test_what_a_layer_of_the_copy_leads_to_is_in_the_copy(made: Any) -> None:
     assert hook.gain is copied.gain and layer.aside[0] is copied.gain
     layer.register_forward_hook(lambda *_: None)
     assert len(given._forward_hooks) == 1 and given.aside[0] is compressed.gain
+
+
+def test_what_needs_the_product_of_quantised_factors_is_refused_in_one_line(net: nn.Sequential, tmp_path: Path) -> None:
+    """The weights that torchao quantises are tensors of another class, which cannot be multiplied out."""
+    pivoted = SVD(factors="pivoted")
+    result = spectrim.compress(net, algorithm=spectrim.Truncation(ratio=0.5), decomposer=pivoted)
+    others: Any = next(iter(factored_layers(result.model).values())).second.others
+    others.weight = nn.Parameter(TwoTensor(others.weight.detach(), others.weight.detach()))
+    calls: list[Any] = [
+        lambda: spectrim.for_inference(result.model),
+        lambda: spectrim.compress(result.model, algorithm=spectrim.Truncation(ratio=0.3)),
+        lambda: result.export("plain", tmp_path / "small_net"),
+        lambda: result.save(tmp_path / "small.safetensors"),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match="class TwoTensor.* before it is quantised$|before they are quantised$"):
+            call()
+    assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import spectrim
 from spectrim.errors import UserError
-from spectrim.surgery.stand_ins import MISLED, misled
+from spectrim.surgery.stand_ins import MISLED, UNSTEADY, is_steady, misled
 
 HALF = spectrim.Truncation(params_kept=0.5)
 
@@ -123,9 +123,24 @@ class Noisy(nn.Module):
         return self.body(x + torch.randn(x.shape, generator=self.generator))
 
 
-@pytest.mark.parametrize("generator", [None, torch.Generator().manual_seed(0)])
+GENERATORS = [None, torch.Generator().manual_seed(0)]
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_random_numbers_of_a_model_accuse_no_layer_and_stay_those_of_the_caller(generator: Any) -> None:
     model, (x,) = Noisy(generator), inputs()
     state = torch.get_rng_state()
     assert misled(model, model, ["body.0", "body.2", "body.4"], x) == {}
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_a_model_that_draws_random_numbers_is_noted_and_not_fitted_to_another_draw(generator: Any) -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(16, 16), torch.randint(8, (16,))) for _ in range(3)]
+    refine = spectrim.Refinement(samples=32)
+    algorithm = spectrim.Joint(params_kept=0.6, samples=16, refit=32, refine=refine)
+    result = spectrim.compress(Noisy(generator), calibration=data, algorithm=algorithm)
+    assert [note.split(": ")[0] for note in result.notes] == [UNSTEADY, "not refitted", "not refined"]
+    notes = spectrim.compress(plain(), calibration=data, algorithm=algorithm).notes
+    assert is_steady(plain(), data[0][0]) and not any(UNSTEADY in note for note in notes)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import spectrim
 from spectrim.tools.content import content, of_model
@@ -83,6 +84,14 @@ def in_a_module_that_it_does_not_register(number: float) -> Net:
     return net
 
 
+def left_out_of_its_state(number: float) -> Net:
+    net = type("Net", (by(lambda self: self.others.bias),), {"state_dict": lambda *_, **__: {}})()
+    net.others = nn.Linear(1, 1)
+    nn.init.constant_(net.others.bias, number)
+    nn.init.constant_(net.others.weight, number)
+    return net
+
+
 WAYS: dict[str, Callable[[float], Net]] = {
     "number": holding,
     "tuple": lambda number: holding((1, number), lambda own: own[1]),
@@ -106,6 +115,7 @@ WAYS: dict[str, Callable[[float], Net]] = {
     "helper": in_a_helper,
     "property": in_a_property,
     "other module": in_a_module_that_it_does_not_register,
+    "left out": left_out_of_its_state,
 }
 
 
@@ -135,6 +145,13 @@ def test_a_folder_of_resume_holds_nothing_for_a_model_with_other_outputs(way: st
     assert again.plan == alone.plan
     for key, value in alone.model.state_dict().items():
         assert torch.equal(value, again.model.state_dict()[key])
+
+
+def test_the_digest_of_a_tensor_that_is_made_of_others_is_that_of_its_parts() -> None:
+    """The weights that torchao quantises are such tensors, and allow few other operations."""
+    same, one, other = (TwoTensor(torch.ones(3), torch.full((3,), number)) for number in (1.0, 1.0, 2.0))
+    assert content([same]) == content([one]) != content([other])
+    assert content([one]) != content([torch.ones(3)])
 
 
 def test_modules_that_hold_each_other_have_a_digest() -> None:

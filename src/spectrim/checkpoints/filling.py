@@ -17,6 +17,7 @@ from spectrim.factored.plan import RankPlan
 from spectrim.factored.tied import TiedLinear
 from spectrim.surgery.replacing import replace
 from spectrim.surgery.unpacking import unpack_around
+from spectrim.tools.content import state_of
 from spectrim.tools.safetensors_stream import Shard
 
 
@@ -59,7 +60,7 @@ def fill(
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters and buffers of the model's state, without the extra state that a module may add."""
-    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+    return {name: value for name, value in state_of(model).items() if isinstance(value, Tensor)}
 
 
 def require_stored(model: nn.Module) -> None:
@@ -67,7 +68,7 @@ def require_stored(model: nn.Module) -> None:
 
     The extra state that a module may add is no weight, and is left out of a file.
     """
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in state_of(model).items():
         if type(value) not in (Tensor, nn.Parameter, nn.Buffer) and not name.endswith("_extra_state"):
             kind = type(value.data).__name__ if type(value) is nn.Parameter else type(value).__name__
             raise UserError(f"{name} is of class {kind}, which no file holds; save the model before it is quantised")
@@ -164,7 +165,7 @@ def _is_permutation(owner: nn.Module, tensor: str) -> bool:
 
 
 def _require_no_buffer_left_on_meta(model: nn.Module) -> None:
-    held = model.state_dict().keys()
+    held = state_of(model).keys()
     for name, buffer in model.named_buffers():
         if buffer.is_meta and name not in held:
             raise UserError(

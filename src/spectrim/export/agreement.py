@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, tensors_of, to_device
 from spectrim.errors import UserError, first_line
+from spectrim.surgery.stand_ins import UNSTEADY, is_steady
 
 TOLERANCE = 1e-3  # of the largest output; another order of sums in float32 gives 1e-5
 HALF_TOLERANCE = 5e-2
@@ -33,6 +34,8 @@ def require_same(
     except Exception as error:  # A runtime raises errors of its own.
         raise UserError(f"with {what} the model fails: {first_line(error)}; {advice}") from None
     agree = len(found) == len(expected) and all(map(_close, found, expected))
+    if not agree and not is_steady(model, example):
+        raise UserError(f"{UNSTEADY}, so that {what} cannot be compared with it; let it give the same ones")
     if not agree:
         raise UserError(f"with {what} the model gives other outputs; {advice}")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 from spectrim.batches import Inputs
-from spectrim.checkpoints.filling import names_of_shared, tensors_of
+from spectrim.checkpoints.filling import names_of_shared, require_stored, tensors_of
 from spectrim.errors import UserError
 from spectrim.export.agreement import require_same
 from spectrim.factored.base import FactoredLayer
@@ -74,6 +74,7 @@ def write(folder: Path, model: nn.Module, example: Inputs | None) -> None:
         if isinstance(module, Unpacked):
             kind = type(module).__name__
             raise UserError(f'{name or "the model"} is now an {kind}, which torch has not; export as "pt2"')
+    require_stored(model)
     plain = plain_model(model)
     replaced = [name for name, module in model.named_modules() if isinstance(module, FactoredLayer)]
     made = {name: code_of(plain.get_submodule(name), name) for name in replaced}

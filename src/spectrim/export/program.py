@@ -40,7 +40,7 @@ def write_pt2(path: Path, model: nn.Module, example: Inputs, dynamic: bool) -> N
 
     ``example``: a batch of inputs. ``dynamic``: whether the sizes of a batch are free, see ``traced``.
 
-    Raises ``UserError`` where the model cannot be traced, or the file cannot be written.
+    Raises ``UserError`` where the model cannot be traced or its outputs not be stored, or the file cannot be written.
     """
     example = to_device(_at_least_two(example), device_of(model))
     program = traced(model, example, dynamic)
@@ -52,8 +52,11 @@ def write_pt2(path: Path, model: nn.Module, example: Inputs, dynamic: bool) -> N
 
     _require_same(run, model, example, dynamic, "torch.export")
     file = io.BytesIO()
-    with _quiet():
-        torch.export.save(program, file)
+    try:
+        with _quiet():
+            torch.export.save(program, file)
+    except Exception as error:  # as for outputs of a class of the user
+        raise UserError(f"the program of the model cannot be written: {first_line(error)}") from None
     files.write({path: file.getvalue()})
 
 

@@ -23,6 +23,7 @@ from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.shifted_moments import LARGE
 from spectrim.surgery.given_model import copied
+from spectrim.surgery.stand_ins import UNSTEADY, is_steady
 from spectrim.tools import resume
 from spectrim.tools.live import Bar
 from spectrim.tools.resume import ResumeFolder
@@ -51,13 +52,16 @@ def refit(
 
     Returns a note for each factored layer that is not fitted: one called several times in a pass, whose later inputs
     depend on the fit, or one whose rows depend on the values of a batch, such as an expert. An embedding is not fitted,
-    as its inputs are the same in both models, nor is a head that shares its factors.
+    as its inputs are the same in both models, nor is a head that shares its factors. Nothing is fitted where the dense
+    model gives other outputs at each pass.
 
     Raises ``UserError`` for an empty calibration split.
     """
     device, folder = device_of(compressed), resume.current()  # the passes are threads, which have none
     # A loader may use the memory of a batch again.
     batches = [cloned(to_device(inputs, device)) for inputs, _ in objective.first("calibration", samples, "read")]
+    if not is_steady(dense, batches[0]):  # the outputs to fit and the inputs would be those of different draws
+        return [f"not refitted: {UNSTEADY}"]
     processes = objective.processes("calibration")
     layers, followers, notes = layers_to_fit(compressed, dense, batches, processes)
     with Bar(desc="refit", total=len(layers), unit="layer", leave=False) as bar:

@@ -18,6 +18,7 @@ from spectrim.refit.distance import distance
 from spectrim.refit.held_out import Batch, count_of, divided, order_of
 from spectrim.refit.optimizer import Optimizer
 from spectrim.statistics.objective import Objective
+from spectrim.surgery.stand_ins import UNSTEADY, is_steady
 from spectrim.tools import resume
 from spectrim.tools.content import content, of_function, of_model
 from spectrim.tools.live import Bar
@@ -100,6 +101,8 @@ def refine(model: nn.Module, dense: nn.Module, objective: Objective, chosen: Ref
     weights = _trained(model)
     if not weights:
         return Refined(None, ["not refined: no layer is factored"])
+    if not is_steady(dense, objective.example()):
+        return Refined(None, [f"not refined: {UNSTEADY}"])
     began, loop = time.perf_counter(), _Steps(model, dense, objective, chosen, weights)
     with loop.ready():
         entry = loop.run()

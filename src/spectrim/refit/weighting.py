@@ -6,12 +6,13 @@ from typing import Literal
 from torch import Tensor, nn
 
 from spectrim.decomposers import oblique
-from spectrim.decomposers.spectrum import Directions, content
+from spectrim.decomposers.spectrum import Directions
 from spectrim.errors import UserError
 from spectrim.factored.dense import DenseLayer
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.output_moments import output_moments
 from spectrim.tools import resume
+from spectrim.tools.content import of_state
 from spectrim.tools.spill import SpilledTensors, SpillFolder
 
 DAMPING = 0.1  # of the mean weight of an output; it is added to the weights of all
@@ -54,7 +55,7 @@ def output_weights(
                 found[name] = G_gOO if folder is None else folder.write({"G": G_gOO})
         return found
 
-    key = (tuple(views), samples, content(dense.state_dict().values()))
+    key = (tuple(views), samples, of_state(dense))
     return objective.remembered(dense, "output weights", lambda: key, measured)
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, hooked, tensors_of, to_device
-from spectrim.decomposers.spectrum import content
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Processes
+from spectrim.tools.content import content, of_state
 
 # After compression the statistics either stay those of the dense model or follow the change.
 BatchNorm = Literal["keep", "follow"]
@@ -38,7 +38,7 @@ def reestimate(compressed: nn.Module, dense: nn.Module, objective: Objective, sa
         return
     known: dict[str, dict[str, list[Statistics]]] = (
         objective.remembered(  # because a search compresses one model many times
-            dense, "norms", lambda: content(dense.state_dict().values()), dict
+            dense, "norms", lambda: of_state(dense), dict
         )
     )
     corrections = {name: _Correction(theirs[name]) for name in shared}

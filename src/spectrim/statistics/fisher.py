@@ -12,7 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import aliased, device_of, evaluating, forward, hooked, sample_count, tensors_of, to_device
+from spectrim.batches import (
+    aliased,
+    are_samples,
+    device_of,
+    evaluating,
+    forward,
+    hooked,
+    sample_count,
+    tensors_of,
+    to_device,
+)
 from spectrim.errors import UserError
 from spectrim.factored.dense import with_article
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
@@ -175,9 +185,12 @@ def _along_scores(
 def _by_outputs(loss: Tensor, outputs: Any, count: int) -> Weighed:
     """Return where to start: without weights at the loss, with them at the outputs.
 
-    The gradient at the outputs of a sample is then the loss's own times the sample's weight. If no output dimension has
-    the size of the batch, the weights do nothing and every layer counts as mixed.
+    The gradient at the outputs of a sample is then the loss's own times the sample's weight. Outputs may be a sequence
+    with an item a sample, as those of a detector are. If else no output dimension has the size of the batch, the
+    weights do nothing and every layer counts as mixed.
     """
+    by_sample = isinstance(outputs, list | tuple) and are_samples(outputs, count)
+    owners = {id(own): index for index, item in enumerate(outputs if by_sample else ()) for own in tensors_of(item)}
     tensors = [tensor for tensor in tensors_of(outputs) if tensor.requires_grad]
 
     def weighed(weights: Tensor | None) -> list[Start]:
@@ -193,7 +206,9 @@ def _by_outputs(loss: Tensor, outputs: Any, count: int) -> Weighed:
         for tensor, gradient in zip(tensors, gradients, strict=True):
             if gradient is not None:
                 axis = next((axis for axis, size in enumerate(tensor.shape) if size == count), None)
-                if axis is not None:
+                if by_sample:
+                    gradient = gradient * weights[owners[id(tensor)]].to(gradient)
+                elif axis is not None:
                     gradient = (gradient.movedim(axis, -1) * weights.to(gradient)).movedim(-1, axis)
                 starts += start_at(tensor, gradient)
         return starts

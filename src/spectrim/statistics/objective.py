@@ -17,7 +17,7 @@ from spectrim.statistics.remembered import MEASUREMENTS, Remembered
 from spectrim.statistics.split_reader import Batch, SplitReader
 from spectrim.surgery.layer_choice import EVERY_LAYER, LayerChoice
 from spectrim.tools import resume
-from spectrim.tools.content import content, of_function, of_model
+from spectrim.tools.content import content, of_function, of_model, of_state
 from spectrim.tools.memo import Memory
 from spectrim.tools.resume import Result, ResumeFolder
 
@@ -148,7 +148,7 @@ class Objective:
         found = self.remembered(
             model,
             "gradients",
-            lambda: (split, tuple(layers), content(model.state_dict().values())),
+            lambda: (split, tuple(layers), of_state(model)),
             lambda: self._mean_gradients(model, layers, split),
         )
         if not found:

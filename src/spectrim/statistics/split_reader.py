@@ -21,6 +21,9 @@ KINDS = {
 }
 
 
+LONGEST = 20_000  # samples in a pass over batches without a length, which may have no end
+
+
 @dataclass(frozen=True, eq=False)
 class _Pairs:
     """Batches of a split that can be iterated repeatedly; each iteration validates every batch."""
@@ -29,7 +32,23 @@ class _Pairs:
     batches: Batches
 
     def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
-        return pairs(self.batches, self.split)
+        seen, may_be_endless = 0, not _has_length(self.batches)
+        for inputs, targets in pairs(self.batches, self.split):
+            seen += sample_count(targets, inputs) if may_be_endless else 0
+            if seen > LONGEST:
+                raise UserError(
+                    f"the {self.split} set has no length, and no end after {LONGEST:,} samples; give a part of it, "
+                    f"such as list(itertools.islice({self.split}, 100))"
+                )
+            yield inputs, targets
+
+
+def _has_length(batches: Batches) -> bool:
+    try:
+        len(batches)  # type: ignore[arg-type]
+    except TypeError:  # as of a DataLoader over an IterableDataset
+        return False
+    return True
 
 
 class SplitReader:

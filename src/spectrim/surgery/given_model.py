@@ -2,6 +2,7 @@
 
 import copy
 import operator
+import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -52,6 +53,15 @@ def require_gradients(model: nn.Module) -> None:
                 f"{name} of the model was made inside of torch.inference_mode, which allows no gradient; "
                 "build the model outside of it"
             )
+
+
+def require_default_device() -> None:
+    """Raise ``UserError`` where torch makes new tensors elsewhere than on the CPU, where sums and seeds are kept."""
+    if (device := torch.get_default_device()).type != "cpu":
+        raise UserError(
+            f"torch.set_default_device puts new tensors on {device}; call spectrim inside of "
+            "`with torch.device('cpu'):`, and the model stays on its device"
+        )
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -165,6 +175,11 @@ def copying(model: nn.Module) -> Iterator[None]:
     try:
         with _WithoutHistory():
             yield
+    except RecursionError:
+        raise UserError(
+            f"the modules of {with_article(model)} lie too deep in one another to be copied; "
+            f"raise Python's limit by sys.setrecursionlimit, which is {sys.getrecursionlimit()} now"
+        ) from None
     except Exception as error:  # whatever the class of a part raises
         raise UserError(
             f"{_uncopied(model)} cannot be copied ({first_line(error)}), and compression works on copies; "

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from spectrim.surgery.given_model import copied, eager
-from spectrim.surgery.reopening import factored_layers
+from spectrim.surgery.reopening import factored_layers, require_multipliable
 from spectrim.surgery.replacing import by_id, copied_with, substitutes
 from spectrim.surgery.tied import tied_layers
 
@@ -18,13 +18,13 @@ def for_inference(model: nn.Module) -> nn.Module:
     is at most as large as the dense model. It shares all other parameters with ``model``, which stays as it is: train
     and save that one, because its file is smaller. What is put together takes no gradient.
 
-    Raises ``UserError`` for a model that cannot be copied.
+    Raises ``UserError`` for a model that cannot be copied, and where pivoted factors are quantised: quantise the copy.
     """
     model = eager(model)
     seconds, replaced, ties = dict[int, Any](), dict[str, nn.Module](), tied_layers(model)
-    for name, layer in factored_layers(model).items():
-        if not layer.pivoted:
-            continue
+    pivoted = {name: layer for name, layer in factored_layers(model).items() if layer.pivoted}
+    require_multipliable(pivoted)
+    for name, layer in pivoted.items():
         plain = layer.plain_pair()
         if not isinstance(plain, nn.Sequential):
             replaced[name] = plain.requires_grad_(False)

@@ -1,5 +1,7 @@
 """Open the layers that an earlier compression factored, so that they can be decomposed again."""
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from spectrim.errors import UserError
@@ -18,12 +20,24 @@ def factored_layers(model: nn.Module) -> dict[str, FactoredLayer]:
     return {name: layer for name, layer in found.items() if name not in others}
 
 
+def require_multipliable(layers: Mapping[str, FactoredLayer]) -> None:
+    """Raise ``UserError`` where a factor is of another class than torch's own, such as the integers of torchao."""
+    for name, layer in layers.items():
+        for factor in layer.factors:
+            if type(factor.weight) is not nn.Parameter:
+                kind = type(factor.weight).__name__
+                raise UserError(f"the factors of layer {name} are of class {kind}; do this before they are quantised")
+
+
 def reopened(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` whose factored layers are dense again, or ``model`` itself if it has none.
 
     The weight of such a layer is the product of its factors. The copy shares the other parameters with ``model``.
+    Raises ``UserError`` where the factors are quantised.
     """
-    dense = {name: layer.dense_again() for name, layer in factored_layers(model).items()}
+    layers = factored_layers(model)
+    require_multipliable(layers)
+    dense = {name: layer.dense_again() for name, layer in layers.items()}
     return copied_with(model, substitutes(model, dense), by_id(model.parameters())) if dense else model
 
 

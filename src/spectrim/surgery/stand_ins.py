@@ -19,6 +19,9 @@ from spectrim.surgery.tied import tied_layers
 
 TOLERANCE = 1e-3  # of the norm of an output; a processor may add up in another order at each pass
 MISLED = "the model computes something else with a layer of another class in its place"
+UNSTEADY = (
+    "the model gives other outputs at a second pass over the same inputs, as where it draws random numbers in eval mode"
+)
 
 
 class _StandIn(nn.Module):
@@ -70,12 +73,17 @@ def with_stand_ins(model: nn.Module, layers: Collection[str]) -> nn.Module:
     return copied_with(model, [(dense, _StandIn(dense)) for dense in places], by_id(model.parameters()))
 
 
-def _outputs(model: nn.Module, example: Inputs) -> list[Tensor]:
+def is_steady(model: nn.Module, example: Inputs) -> bool:
+    """Return whether two passes over ``example`` give the same outputs, with other random numbers of torch in each."""
+    return _alike(_outputs(model, example, seed=1), _outputs(model, example))
+
+
+def _outputs(model: nn.Module, example: Inputs, seed: int = 0) -> list[Tensor]:
     """Return the tensors among the outputs, with the random numbers of a fixed seed."""
     device = device_of(model)
     cards = [device] if device.type == "cuda" else []
     with unchanged(model), evaluating(model), torch.no_grad(), torch.random.fork_rng(cards):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         return [output.clone() for output in tensors_of(forward(model, to_device(example, device)))]
 
 

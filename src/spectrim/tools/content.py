@@ -11,12 +11,30 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 PLAIN = Tensor | int | float | complex | str | bytes | torch.dtype | torch.device | None
 TORCH_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, submodules, hooks and mode of every module
 HELD = list | tuple | deque | range | dict | set | frozenset | np.ndarray | np.generic
 HOOKS = "_forward_pre_hooks", "_forward_hooks"
 OF_NO_FORWARD = {"generation_config"}  # of transformers; it holds a hash of this process
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Return the parameters, persistent buffers and extra states of ``model`` by name.
+
+    The names are those of its modules. ``state_dict`` may say something else: a hook or an override of it may rename
+    entries or leave some out, and a file or a digest would then miss weights.
+    """
+    state: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        module._save_to_state_dict(state, name and f"{name}.", keep_vars=True)
+    return state
+
+
+def of_state(model: nn.Module) -> str:
+    """Return a digest of the values of ``state_of``."""
+    return content(state_of(model).values())
 
 
 def content(values: Iterable[Any]) -> str:
@@ -31,7 +49,10 @@ def content(values: Iterable[Any]) -> str:
 
 
 def _add(digest: "hashlib.blake2b", value: Any) -> None:
-    if isinstance(value, Tensor):
+    if is_traceable_wrapper_subclass(value):  # as a quantised weight: it is made of plain tensors
+        names, context = value.__tensor_flatten__()
+        _add(digest, [type(value).__qualname__, context, *(getattr(value, name) for name in names)])
+    elif isinstance(value, Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}{value.device}".encode())
         plain = value.detach().dequantize() if value.is_quantized else value.detach().to_dense()
         digest.update(plain.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -58,7 +79,7 @@ def of_model(model: nn.Module, outer: frozenset[int] = frozenset()) -> list[Any]
     outer = outer.union(map(id, modules))
     kinds = {kind for module in modules for kind in type(module).__mro__} - {nn.Module, object}
     code = sorted(content(_of_class(kind, outer)) for kind in kinds)
-    return [repr(model), model.state_dict(), [_settings(module, outer) for module in modules], code]
+    return [repr(model), state_of(model), [_settings(module, outer) for module in modules], code]
 
 
 def _of_class(kind: type, outer: frozenset[int]) -> list[Any]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.layer_report import reporter
 from spectrim.algorithms.shared.trained import plain_svd
-from spectrim.decomposers.spectrum import Decomposer, content
+from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.factored import linalg
 from spectrim.factored.forms import PlainForm
@@ -35,6 +35,7 @@ from spectrim.surgery import find_layers, replacing
 from spectrim.surgery.cost import parameters
 from spectrim.surgery.given_model import copied
 from spectrim.tools import torchvision_shim
+from spectrim.tools.content import of_state
 from spectrim.tools.live import Bar
 from spectrim.tools.settings import settings
 
@@ -116,7 +117,7 @@ class AIMET:
                 found = objective.remembered(
                     model,
                     "aimet",
-                    lambda: content(candidate.state_dict().values()),
+                    lambda: of_state(candidate),
                     lambda: objective.evaluate(candidate),
                 )
                 log.append({"evaluation": len(log), "accuracy": found.accuracy, "loss": found.loss})

@@ -18,11 +18,12 @@ from spectrim.algorithms.shared.budget import Costs, MaybeBudgeted, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.algorithms.truncation import rank_of_energy
-from spectrim.decomposers.spectrum import Decomposer, Spectrum, content
+from spectrim.decomposers.spectrum import Decomposer, Spectrum
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 from spectrim.surgery.given_model import copied
+from spectrim.tools.content import of_state
 from spectrim.tools.live import Bar
 from spectrim.tools.settings import require_parts, settings
 
@@ -88,7 +89,7 @@ class _Layers:
         self.options = {name: self._options(spectrum, chosen.energies) for name, spectrum in bench.spectra.items()}
         self.count = sum(map(len, self.options.values()))
         self.log: dict[tuple[str, int], dict] = {}
-        self.key = bench.decomposer, chosen.judged_by, content(bench.model.state_dict().values())
+        self.key = bench.decomposer, chosen.judged_by, of_state(bench.model)
         self.bar: Bar
 
     @staticmethod

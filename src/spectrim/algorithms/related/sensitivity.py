@@ -18,10 +18,11 @@ from torch import nn
 from spectrim.algorithms.shared.budget import Budgeted
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.workbench import Workbench
-from spectrim.decomposers.spectrum import Decomposer, content
+from spectrim.decomposers.spectrum import Decomposer
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 from spectrim.surgery.given_model import copied
+from spectrim.tools.content import of_state
 from spectrim.tools.live import Bar
 from spectrim.tools.settings import require_parts, settings
 
@@ -49,7 +50,7 @@ class Sensitivity(Budgeted):
         log = objective.remembered(
             model,
             "sensitivity",
-            lambda: (decomposer, tuple(self.ratios), content(model.state_dict().values())),
+            lambda: (decomposer, tuple(self.ratios), of_state(model)),
             lambda: self._measure(bench),
         )
         risen: dict[str, list[tuple[float, int]]] = {}

@@ -10,7 +10,6 @@ from spectrim.decomposers.spectrum import (
     Decomposer,
     Moments,
     Spectrum,
-    content,
     directions_of,
     outputs_of,
     spectrum_of,
@@ -21,6 +20,7 @@ from spectrim.statistics.objective import Objective
 from spectrim.statistics.output_moments import packed_output_moments
 from spectrim.statistics.packed import Moment, Unpacked
 from spectrim.tools import malloc
+from spectrim.tools.content import of_state
 from spectrim.tools.live import Bar
 from spectrim.tools.spill import SpillFolder
 
@@ -38,7 +38,7 @@ def decomposed(
     return objective.remembered(
         model,
         "whitened",
-        lambda: (decomposer, tuple(layers), content(model.state_dict().values())),
+        lambda: (decomposer, tuple(layers), of_state(model)),
         lambda: _spectra(model, decomposer, objective, layers),
     )
 

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.batches import device_of, evaluating, forward, sample_count, to_device
-from spectrim.decomposers.spectrum import content
 from spectrim.errors import UserError
 from spectrim.losses import scores_of
 from spectrim.surgery import replacing
 from spectrim.surgery.given_model import copied
+from spectrim.tools.content import of_state
 
 
 def divergences(bench: Workbench, ranks: Mapping[str, int], samples: int) -> dict[str, float]:
@@ -25,7 +25,7 @@ def divergences(bench: Workbench, ranks: Mapping[str, int], samples: int) -> dic
     """
 
     def key() -> tuple:
-        return (bench.decomposer, samples, *ranks.items(), content(bench.model.state_dict().values()))
+        return (bench.decomposer, samples, *ranks.items(), of_state(bench.model))
 
     return bench.objective.remembered(bench.model, "divergences", key, lambda: _measured(bench, ranks, samples))
 

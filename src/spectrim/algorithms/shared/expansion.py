@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from spectrim.algorithms.shared.workbench import Workbench
-from spectrim.decomposers.spectrum import content
 from spectrim.factored.plan import RankPlan
 from spectrim.statistics.fisher import Gates, gate_gradients
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
 from spectrim.tools import malloc
+from spectrim.tools.content import content, state_of
 
 
 def gates_at(bench: Workbench, kept_R: Mapping[str, Tensor], samples: int, seed: int, first_order: bool) -> Gates:
@@ -43,7 +43,7 @@ def gates_at(bench: Workbench, kept_R: Mapping[str, Tensor], samples: int, seed:
         found = [gates_of(block, seen) for block in blocks]
         return Gates(*(dict(item for own in part for item in own.items()) for part in zip(*found, strict=True)))
 
-    here = [*kept_R.values(), *bench.model.state_dict().values()]
+    here = [*kept_R.values(), *state_of(bench.model).values()]
     key = (tuple(kept_R), samples, seed, bench.decomposer, first_order)
     return bench.objective.remembered(bench.model, "gates", lambda: (*key, content(here)), gates)
 

@@ -12,7 +12,7 @@ import torch
 
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.data.splits import digest_if_known
-from spectrim.decomposers.spectrum import content
+from spectrim.tools.content import of_state
 from spectrim.training import saved_state
 from spectrim.training.state_lock import locked
 
@@ -80,7 +80,7 @@ def search_identity(algorithm: Any, bench: Workbench) -> dict[str, Any]:
         "method": type(algorithm).__name__,
         "settings": {key: value for key, value in asdict(algorithm).items() if key not in ("evaluations", "state")},
         "decomposer": repr(bench.decomposer),
-        "model": content(bench.model.state_dict().values()),
+        "model": of_state(bench.model),
         "layers": list(bench.spectra),
         "data": digest_if_known(bench.objective.given("calibration")),
     }

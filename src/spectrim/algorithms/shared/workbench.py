@@ -22,7 +22,7 @@ from spectrim.surgery.cost import layer_parameters
 from spectrim.surgery.given_model import copied, eager, unchanged, versions
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.surgery.reopening import factored_layers, kept_in, reopened
-from spectrim.surgery.stand_ins import misled
+from spectrim.surgery.stand_ins import UNSTEADY, is_steady, misled
 from spectrim.surgery.trial_run import failing_layers
 from spectrim.surgery.unpacking import pack, unpacked
 
@@ -85,6 +85,8 @@ class Workbench:
             reasons = find_layers.in_one_line(left) or f"it has no {' or '.join(k.__name__ for k in dense_kinds())}"
             raise UserError(f"this model has nothing to factor: {reasons}")
         notes = (*find_layers.left_dense(left, opened), *tied.in_lines(opened, spectra))
+        if example is not None and not is_steady(opened, example):
+            notes = (f"{UNSTEADY}: a loss is that of one draw, and a layer may be called by chance", *notes)
         overrides = _overrides(objective.choice, spectra, {**left, **tied.notes(opened, spectra)})
         fixed = {name: (spectra.pop(name), rank) for name, rank in overrides.items()}
         return cls(
