@@ -64,8 +64,7 @@ NOTES = (
     "loss, for gradients or for the inputs of the layers counts once. Passes that only the report needs are not "
     "counted.",
     "AIMET and sensitivity are the runs of Figure 4. Their search is the same for every size, so the run of each seed "
-    "that made the search is shown. They ran beside other work: compare CPU seconds. The runs with pivoted factors "
-    "shared a processor with other work, so theirs are too long, too.",
+    "that made the search is shown. They ran beside other work: compare CPU seconds.",
     "Peak is the resident memory of the whole process, with the report. Added is the peak above the memory at the "
     "start of the selection. Memory that an earlier run gave back may be used again without being seen.",
 )
