@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import figure4_drawing as drawing
+import figure4_excerpts as excerpts
 import pandas as pd
 
 from spectrim.report import averages, claims, command, compare, frame, frontier, paired, table
@@ -18,8 +18,6 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 NETWORK = ("resnet20", "cifar10")  # of the figure; figures of their own show all
 # The line that is drawn strongest: the first of these that a network has.
 BEST = ("joint, pivoted, by the loss", "joint, pivoted")
-SIZES = (0.826, 0.7, 0.5, 0.4, 0.3)  # shares of the parameters, the columns of the excerpt
-AT_MOST_OFF = 0.02  # share of the parameters: how near a row must be to a column
 HIDDEN = (*frontier.KEYS, "best")
 COLUMNS = (
     Column("model", "model"),
@@ -70,63 +68,46 @@ def build(options: Options) -> list[Path]:
             pictures += drawing.draw_all(rows, published, measure, share, options, origin)
     beside = {model: _beside_rivals(points, rows[rows["model"] == model]) for model in models}
     caption = f"Numbers of Figure 4: accuracy and loss without fine-tuning on {frame.data_of(rows)}"
-    notes = [*NOTES, *(f"{model}: {note}" for model, own in beside.items() for note in own)]
+    notes = [*NOTES, *(f"{model}: {note}" for model, own in beside.items() for note in _compared(own))]
     notes += [*_published_note(published), *(_note(rows[rows["model"] == model]) for model in models)]
     shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], "model", HIDDEN)
-    excerpt = _paper(options.name, main, beside[main["model"].iloc[0]])
-    return pictures + table.save([shown, excerpt], options.out, origin)
+    tables = [shown, excerpts.by_size(options.name, main, _compared(beside[main["model"].iloc[0]]))]
+    if len(models) > 1:
+        tables.append(excerpts.by_network(options.name, rows, beside))
+    return pictures + table.save(tables, options.out, origin)
 
 
-def _beside_rivals(points: pd.DataFrame, main: pd.DataFrame) -> list[str]:
-    """Return a note: the best line of the figure beside its best rival, at each size, with the p-value.
+def _beside_rivals(points: pd.DataFrame, main: pd.DataFrame) -> pd.DataFrame:
+    """Return the best line of the figure beside its best rival, a row per size: both names and the difference.
 
     Rivals with the same kind of factors are compared.
     """
-    own = points[(points["target"] == "params_kept") & points["line"].isin(drawing.SHOWN)]
-    own = own[(own["network"] == main["network"].iloc[0]) & (own["data"] == main["data"].iloc[0])]
-    line = _best(main)
+    own = points[(points["network"] == main["network"].iloc[0]) & (points["data"] == main["data"].iloc[0])]
+    own, line = own[own["target"] == "params_kept"], _best(main)
     rivals = own[(own["curve"] != "joint") & own["pivoted"] | (own["line"] == line)]
-    said, others, pairs = [], [], []
+    found = []
     for size, there in rivals.groupby("requested", sort=False):
         best = there[there["line"] == line]["variant"]
-        found = paired.with_best_rival(there, "variant", best.iloc[0], "change_test_accuracy_pp") if len(best) else None
-        if found:
-            said.append(f"{found[1]} at {100 * float(str(size)):g} %")
-            others.append(found[0])
-            pairs.append(f"{found[1].pairs}")
-    if not said:
+        beside = paired.with_best_rival(there, "variant", best.iloc[0], excerpts.CHANGE) if len(best) else None
+        if beside:
+            found.append({"line": line, "size": size, "rival": beside[0], "difference": beside[1]})
+    return pd.DataFrame(found)
+
+
+def _compared(beside: pd.DataFrame) -> list[str]:
+    """Return a note: the difference to the best rival at each size, with its p-value; nothing without a rival."""
+    if beside.empty:
         return []
-    rival, count = "; ".join(dict.fromkeys(others)), ", ".join(dict.fromkeys(pairs))
-    ours = f"{drawing.SHOWN[str(line)]}, minus its best rival, {paired.TEST}"
-    return [f"{ours}: {'; '.join(said)}. Rival: {rival}; pairs: {count}."]
+    said = "; ".join(f"{one.difference} at {100 * one.size:g} %" for one in beside.itertuples())
+    rivals = "; ".join(dict.fromkeys(beside["rival"]))
+    pairs = ", ".join(dict.fromkeys(f"{one.pairs}" for one in beside["difference"]))
+    ours = drawing.SHOWN[beside["line"].iloc[0]]
+    return [f"{ours}, minus its best rival, {paired.TEST}: {said}. Rival: {rivals}; pairs: {pairs}."]
 
 
 def _best(rows: pd.DataFrame) -> str | None:
     """Return the line of one network that is drawn strongest; None without any."""
     return next((line for line in BEST if (rows["line"] == line).any()), None)
-
-
-def _paper(name: str, rows: pd.DataFrame, beside: Sequence[str]) -> Table:
-    """Return the change of accuracy of one network as an excerpt: a row per selector, a column per size."""
-    lines: dict[str, dict[str, Any]] = {}
-    for row in rows[rows["curve"].notna() & (rows["curve"] != "verified")].to_dict(orient="records"):
-        near = [size for size in SIZES if abs(row["params_kept"] - size) <= AT_MOST_OFF]
-        for size in near[:1]:
-            line = lines.setdefault(row["variant"], {"variant": row["variant"]})
-            for tail in ("", "_std"):
-                line[f"{size:g}{tail}"] = row[f"change_test_accuracy_pp{tail}"]
-    keys = [f"{size:g}{tail}" for size in SIZES for tail in ("", "_std")]
-    data = pd.DataFrame(list(lines.values())).reindex(columns=["variant", *keys])
-    columns = [Column("variant", "Δ top-1 (points) at")]
-    columns += [Column(f"{size:g}", f"{100 * size:g} %", 2, signed=True) for size in SIZES]
-    network, on = rows[["network", "data"]].iloc[0]
-    caption = f"Change of accuracy by parameters kept, {network} on {on}, without fine-tuning"
-    notes = [
-        f"A dash: no size of this selector is within {100 * AT_MOST_OFF:g} points of the column's.",
-        averages.seeds_note(rows),
-        *beside,
-    ]
-    return Table(f"{name}_paper", data, columns, caption, notes, excerpt=True)
 
 
 def _published_note(points: Sequence[Claim]) -> list[str]:

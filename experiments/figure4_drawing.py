@@ -33,13 +33,13 @@ SHARES = {share: f"{unit} kept (%)" for share, unit in UNITS.items()}
 MEASURES = {"accuracy": ("test_accuracy", 100), "loss": ("test_loss", 1)}
 DEEPEST = 0.2  # accuracy below the dense network's at which a panel ends; the table has all points
 LEAST = 0.05  # accuracy that a panel spans at least, so that a change of nothing looks like it
+MARGIN = 4  # percent beside the smallest and the largest share, room for a marker and its bar
 ROOM = 1  # percentage points of accuracy above the highest value of a panel
 
 
 def draw_main(rows: pd.DataFrame, options: Options, origin: dict[str, Any]) -> list[Path]:
     """Draw the change of accuracy over the parameters kept, with the name of each curve at its end."""
-    better = {line.removesuffix(frame.BY_LOSS) for line in rows["line"].dropna() if line.endswith(frame.BY_LOSS)}
-    shown = rows[rows["line"].isin(SHOWN.keys() - better)]  # the table has the same lines with the other refit
+    shown = _of_best_refit(rows[rows["line"].isin(SHOWN)])
     with figure.panels(1, 1, 3.6, _title(shown, *rows.iloc[0][["network", "data"]])) as (canvas, (axis,)):
         axis.axhline(0, color=figure.DENSE.colour, linewidth=1)
         ends = []
@@ -52,6 +52,12 @@ def draw_main(rows: pd.DataFrame, options: Options, origin: dict[str, Any]) -> l
         axis.set(xlabel=SHARES["params_kept"], ylabel="change of test accuracy (points)", xlim=(0, 100))
         axis.set_xticks(range(30, 101, 10))
         return figure.save(canvas, options.name, options.out, origin)
+
+
+def _of_best_refit(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of one network without the lines that it also has with a refit by the loss; the table has all."""
+    better = {line.removesuffix(frame.BY_LOSS) for line in rows["line"].dropna() if line.endswith(frame.BY_LOSS)}
+    return rows[~rows["line"].isin(better)]
 
 
 def _title(shown: pd.DataFrame, network: str, data: str) -> str:
@@ -81,6 +87,7 @@ def draw_all(
     """Draw one measure of every selector over one share, one panel per model."""
     value, scale = MEASURES[measure]
     models = sorted(dict.fromkeys(rows["model"]), key=frame.model_key)
+    ends = (100 * rows[share].min() - MARGIN, 100 * rows[share].max() + MARGIN)  # alike in all panels
     with figure.panels(
         len(models), 3, 2.7, message(rows, measure, share), share="y" if measure == "loss" else "none"
     ) as (canvas, axes):
@@ -89,9 +96,9 @@ def draw_all(
             dense = float(own[value].iloc[0])
             axis.axhline(scale * dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)
             lowest = 0.9 * dense if measure == "loss" else 0.0
-            for _, curve in own.dropna(subset="curve").groupby("line", sort=False):
+            for _, curve in _of_best_refit(own).dropna(subset="curve").groupby("line", sort=False):
                 _errorbar(axis, curve.sort_values(share), share, value, scale, lowest)
-            axis.set(title=model, xlabel=SHARES[share])
+            axis.set(title=model, xlabel=SHARES[share], xlim=ends)
             if measure == "accuracy":
                 if share == "params_kept":
                     _draw_published(axis, frontier.of(published, own))

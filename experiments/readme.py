@@ -36,11 +36,14 @@ NOT_IN_FRONT = (
 )
 
 
-def excerpt(name: str) -> Callable[[Path], str]:
-    """Return the function that makes the block of a table: its excerpts, and a link to the whole table."""
+def excerpt(name: str, part: str = "_paper*") -> Callable[[Path], str]:
+    """Return the function that makes the block of a table: its excerpts, and a link to the whole table.
+
+    ``part``: pattern of the rest of their names.
+    """
 
     def block(results: Path) -> str:
-        paths = sorted((results / "tables").glob(f"{name}_paper*.md"))
+        paths = sorted((results / "tables").glob(f"{name}{part}.md"))
         if not paths:
             raise UserError(f"{results / 'tables'} has no {name}_paper.md: run `make table-{name}`")
         return "\n".join(path.read_text(encoding="utf-8") for path in paths) + f"\n{MORE[name]}\n"
@@ -49,8 +52,8 @@ def excerpt(name: str) -> Callable[[Path], str]:
 
 
 def front_page(results: Path) -> str:
-    """Return the excerpt of Figure 4 without the rows that the front page leaves to the page of results."""
-    lines = excerpt("figure4")(results).splitlines(keepends=True)
+    """Return the first excerpt of Figure 4 without the rows that the front page leaves to the page of results."""
+    lines = excerpt("figure4", "_paper")(results).splitlines(keepends=True)
     return "".join(line for line in lines if line.strip("|").split("|")[0].strip() not in NOT_IN_FRONT)
 
 

@@ -180,3 +180,48 @@ def test_a_refit_by_the_loss_has_lines_of_its_own_and_takes_the_place_of_the_oth
     best = lines.pop("joint, ours, pivoted, by the loss")
     assert all(best.get_linewidth() > line.get_linewidth() for line in lines.values())
     assert "\njoint, by the loss (ours), minus its best rival" in (tmp_path / "tables" / "figure4_paper.md").read_text()
+
+
+def test_a_rival_that_the_figure_does_not_show_is_compared_too(
+    script: Script, factory: ModuleType, tmp_path: Path
+) -> None:
+    for one in factory.figure4(("resnet20",)):
+        records.write(tmp_path / "records", one)
+        if one["names"]["algorithm"] == "joint" and one["config"]["decomposer"].get("factors") != "pivoted":
+            algorithm = {"_class_": "GlobalThreshold", "params_kept": one["config"]["algorithm"]["params_kept"]}
+            config = one["config"] | {"algorithm": algorithm, "batch_norm": "follow"}
+            config["decomposer"] = config["decomposer"] | {"factors": "pivoted"}
+            names = one["names"] | {"algorithm": "global_threshold"}
+            records.write(
+                tmp_path / "records",
+                one | {"names": names, "config": config, "signature": records.signature(config)},
+            )
+    assert script("figure4").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "tables" / "figure4_paper.md").read_text()
+    assert "0.00 ± 0.00 (no p-value) at 30 %. Rival: global threshold, pivoted; pairs: 3." in text
+
+
+def test_the_excerpt_of_all_networks_ends_each_size_with_the_difference_to_the_best_rival(
+    script: Script, factory: ModuleType, tmp_path: Path
+) -> None:
+    made = factory.figure4()
+    for one in made:
+        if one["names"]["algorithm"] != "sensitivity" or one["names"]["model"] == "resnet20":
+            records.write(tmp_path / "records", one)
+    assert script("figure4").main(["--records", str(tmp_path / "records"), "--out", str(tmp_path)]) == 0
+    lines = (tmp_path / "tables" / "figure4_paper_networks.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    heads, *rows = rows
+    assert heads[2:] == ["resnet20", "vgg19_half"]
+    assert [row[0] for row in rows if row[0]] == ["50 %", "30 %"]
+    assert not any("sensitivity" in row[1] for row in rows)  # of one network alone
+    changes: dict[str, list[float]] = {}
+    for one in made:
+        size = one["compressed"]["params"] / one["dense"]["params"]
+        stored = one["config"]["decomposer"].get("factors")
+        if one["names"]["model"] == "vgg19_half" and stored == "pivoted" and size == 0.3:
+            top1 = one["compressed"]["test"]["accuracy"] - one["dense"]["test"]["accuracy"]
+            changes.setdefault(one["names"]["algorithm"], []).append(100 * top1)
+    ours, rival = (pd.Series(changes[name]) for name in ("joint", "refitted"))
+    assert rows[-1][1] == "joint, ours, minus its best rival"
+    assert rows[-1][3] == f"{(ours - rival).mean():+.2f} ± {(ours - rival).std():.2f}"
