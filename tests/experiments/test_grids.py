@@ -14,7 +14,6 @@ from spectrim.runs import configuration
 
 ROOT = Path(__file__).parents[2]
 UNRUN = {  # no records yet
-    "table3/smollm2/uniform_and_knapsack_pivoted",
     *(f"table3/minilm/{name}_pivoted" for name in ("joint", "joint_with_embeddings")),
     *(f"figure4/other_nets/{name}_pivoted" for name in ("truncation", "global_threshold")),
     "figure4/other_nets/alds",
