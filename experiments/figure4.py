@@ -98,7 +98,8 @@ def _compared(beside: pd.DataFrame) -> list[str]:
     """Return a note: the difference to the best rival at each size, with its p-value; nothing without a rival."""
     if beside.empty:
         return []
-    said = "; ".join(f"{one.difference} at {100 * one.size:g} %" for one in beside.itertuples())
+    there = beside.to_dict(orient="records")
+    said = "; ".join(f"{one['difference']} at {100 * one['size']:g} %" for one in there)
     rivals = "; ".join(dict.fromkeys(beside["rival"]))
     pairs = ", ".join(dict.fromkeys(f"{one.pairs}" for one in beside["difference"]))
     ours = drawing.SHOWN[beside["line"].iloc[0]]

@@ -47,10 +47,10 @@ def by_network(name: str, rows: pd.DataFrame, beside: Mapping[str, pd.DataFrame]
         there = sized[sized["size"] == size].groupby("variant", sort=False)
         lines += [_line({"size": size, "variant": variant}, own, "model") for variant, own in there]
         differences = [
-            {"model": model, CHANGE: one.difference.mean, f"{CHANGE}_std": one.difference.std}
+            {"model": model, CHANGE: one["difference"].mean, f"{CHANGE}_std": one["difference"].std}
             for model, found in beside.items()
-            for one in found.itertuples()
-            if _percent(one.size) == size
+            for one in found.to_dict(orient="records")
+            if _percent(one["size"]) == size
         ]
         if differences:
             lines.append(_line({"size": size, "variant": DIFFERENCE}, pd.DataFrame(differences), "model"))
@@ -73,8 +73,8 @@ def _sized(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of curves by size that are near one of ``SIZES``, with that size in percent."""
     rows = rows[rows["curve"].notna() & (rows["curve"] != "verified")]
     near = [next((size for size in SIZES if abs(kept - size) <= AT_MOST_OFF), None) for kept in rows["params_kept"]]
-    sizes = [None if size is None else _percent(size) for size in near]
-    return rows.assign(size=sizes).dropna(subset="size")
+    sized = rows.assign(size=pd.Series([None if size is None else _percent(size) for size in near], rows.index))
+    return sized.dropna(subset="size")
 
 
 def _line(names: Mapping[str, Any], rows: pd.DataFrame, place: str) -> dict[str, Any]:
