@@ -22,14 +22,14 @@ PARTS: dict[str, dict[Any, str]] = {
         "best_view": "spectrum of the weights",
         "whitened_channel": "channel view",
     },
-    "algorithm.refit": {500: "", 0: "no refit", 2000: "refit by 2000 samples"},
+    "algorithm.refit": {500: "", 0: "no refit", 2000: "refit by 2000 samples", 5000: "refit by 5000 samples"},
     "algorithm.refit_by": {"outputs": "", "loss": "refit by the loss"},
     "refits": {1: "", 2: "refit twice"},
     "algorithm.ranks": {"knapsack": "", "greedy": "greedy ranks"},
     "algorithm.significance": {None: "", 0: "the first order as it is", 4: "the first order as far as it is certain"},
     "algorithm.interaction": {0: "", 1: "interaction of components"},
     "algorithm.step": {1.0: "", 0.1: "five expansions"},
-    "algorithm.samples": {250: "", 1000: "1000 samples", 2000: "2000 samples"},
+    "algorithm.samples": {250: "", 1000: "1000 samples", 2000: "2000 samples", 5000: "5000 samples"},
 }
 VALUES = (
     "params_kept",
@@ -67,7 +67,8 @@ NOTES = (
     "The first order as far as it is certain: each slope is shrunk by several standard errors over the samples. "
     "Greedy ranks: one component is removed after another. Interaction of components: the Fisher information off its "
     "diagonal is included. No refit: the factors stay as cut. Five expansions: the loss is expanded anew on the way. "
-    "Whitened on both sides: by the inputs, and by the gradients at the outputs (K-FAC).",
+    "Whitened on both sides: by the inputs, and by the gradients at the outputs (K-FAC). 5000 samples: every held-out "
+    "image, the same ones for all trainings, so their first 500, which whiten, are others than those of the default.",
 )
 
 

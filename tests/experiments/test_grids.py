@@ -15,10 +15,7 @@ from spectrim.runs import configuration
 ROOT = Path(__file__).parents[2]
 UNRUN = {  # no records yet
     *(f"table3/minilm/{name}_pivoted" for name in ("joint", "joint_with_embeddings")),
-    *(f"figure4/other_nets/{name}_pivoted" for name in ("truncation", "global_threshold")),
     "figure4/other_nets/alds",
-    "table9/effort_5000",
-    "table9/refit_5000",
 }
 APART = {"smoke", "imagenet/table2", "imagenet/table2_packaged", *UNRUN}  # grids of no committed table
 
