@@ -9,7 +9,7 @@ from hatchling.metadata.plugin.interface import MetadataHookInterface
 PICTURE = re.compile(r"^!\[[^\]]*\]\([^)]*\)\n\n", re.MULTILINE)
 # A link to a file. The address of the repository is unknown, so on an index it would lead nowhere.
 RELATIVE_LINK = re.compile(r"\[([^\]]+)\]\((?!https?://|#)[^)]*\)")
-COMMENT = re.compile(r"^<!-- .* -->\n", re.MULTILINE)
+COMMENT = re.compile(r"^<!-- [^>]* -->\n|<!-- [^>]* -->", re.MULTILINE)  # of a line, or around a number
 
 
 def described(readme: str) -> str:
