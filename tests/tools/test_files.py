@@ -108,6 +108,17 @@ def test_a_folder_comes_whole(tmp_path: Path) -> None:
     assert (tmp_path / "set" / "deep" / "x").read_bytes() == b"1" and names(tmp_path) == ["set"]
 
 
+def test_a_folder_that_another_run_has_written_meanwhile_stays_and_the_advice_fits(tmp_path: Path) -> None:
+    theirs = tmp_path / "out"
+    with pytest.raises(OSError) as raised, files.replacing(theirs) as (made,):
+        made.mkdir()
+        theirs.mkdir()
+        (theirs / "model").write_text("theirs")
+    assert (theirs / "model").read_text() == "theirs" and [*tmp_path.iterdir()] == [theirs]
+    said = str(files.refusal(theirs, raised.value))
+    assert said.endswith("another run may have written it; choose another name") and "space" not in said
+
+
 def test_a_folder_or_a_pipe_is_never_replaced_by_a_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")

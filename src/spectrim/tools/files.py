@@ -140,7 +140,10 @@ def refusal(path: Path, error: OSError) -> UserError:
     named = error.filename if isinstance(error.filename, str) else None
     other = f" ({named})" if named and Path(named).parent != path.parent else ""
     reason = f"{error.strerror or error}{other}"
-    return UserError(f"cannot write {path}: {reason}; free some space or choose a writable folder")
+    advice = "free some space or choose a writable folder"
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):  # since this process looked
+        advice = "another run may have written it; choose another name"
+    return UserError(f"cannot write {path}: {reason}; {advice}")
 
 
 def remove_litter(folder: Path) -> None:
