@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spectrim.decomposers.matrix import to_matrix
 from spectrim.errors import UserError
 from spectrim.factored.dense import DenseLayer
-from spectrim.statistics.input_moments import Rows, input_moments, packed_input_moments
+from spectrim.statistics.input_moments import Rows, input_moments
 from spectrim.statistics.objective import Objective
 
 CONVOLUTIONS = [
@@ -124,8 +124,8 @@ def test_layers_that_read_the_same_tensors_have_one_moment_and_others_their_own(
     batches, names = [torch.randn(4, 5, 7) for _ in range(4)], ["q", "k", "v", "gate"]
 
     def moments(names: list[str]) -> dict[str, Any]:
-        found = packed_input_moments(Heads(between), {name: ["linear"] for name in names}, objective(*batches), 100)
-        return {name: own["linear"] for name, own in found.items()}
+        found = input_moments(Heads(between), {name: ["linear"] for name in names}, objective(*batches), 100)
+        return {name: own.parts["linear"] for name, own in found.items()}
 
     torch.manual_seed(0)
     together = moments(names)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spectrim.statistics.packed import SMALLEST, Packed, Unpacked, entries, held, moment_of, nbytes
+from spectrim.statistics.packed import SMALLEST, Packed, PackedMoments, entries, held, moment_of, nbytes
 
 
 @pytest.mark.parametrize("side", [SMALLEST - 1, SMALLEST, SMALLEST + 1])
@@ -14,7 +14,7 @@ def test_what_is_held_makes_the_moment_again(side: int, groups: int) -> None:
     moment = moment.tril() + moment.tril(-1).mT  # symmetric to the last bit, whatever the library
     found = moment_of(held(moment), side)
     assert isinstance(found, Packed) == (side >= SMALLEST)
-    assert Unpacked({"view": found})["view"].equal(moment)
+    assert PackedMoments({"view": found})["view"].equal(moment)
 
 
 def test_a_held_triangle_takes_half_of_the_memory() -> None:
@@ -25,11 +25,11 @@ def test_a_held_triangle_takes_half_of_the_memory() -> None:
 @pytest.mark.parametrize("side", [SMALLEST - 1, SMALLEST])
 def test_moments_that_layers_hold_together_count_once(side: int) -> None:
     values, other = held(torch.eye(side).unsqueeze(0)), torch.ones(3)
-    q, k = (Unpacked({"linear": moment_of(values, side), "outputs linear": other.clone()}) for _ in range(2))
+    q, k = (PackedMoments({"linear": moment_of(values, side), "outputs linear": other.clone()}) for _ in range(2))
     assert nbytes([q, k]) == 4 * (entries(side) + 2 * 3)
 
 
 def test_unpacked_moments_are_a_mapping() -> None:
-    moments = Unpacked({"view": moment_of(held(torch.eye(300).unsqueeze(0)), 300), "head": torch.ones(2)})
+    moments = PackedMoments({"view": moment_of(held(torch.eye(300).unsqueeze(0)), 300), "head": torch.ones(2)})
     assert list(moments) == ["view", "head"] and len(moments) == 2 and "view" in moments and "other" not in moments
     assert moments.get("other") is None and dict(moments)["view"].equal(torch.eye(300).unsqueeze(0))

@@ -13,7 +13,7 @@ from spectrim.factored.dense import DenseLayer
 from spectrim.factored.layers import FactoredConv2d
 from spectrim.statistics import packed
 from spectrim.statistics.objective import Objective
-from spectrim.statistics.packed import Moment, Unpacked
+from spectrim.statistics.packed import Moment, PackedMoments
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.shifted_moments import is_wide, padded, patch_moment
 from spectrim.surgery.tied import tied_layers
@@ -24,31 +24,19 @@ def input_moments(
     views: Mapping[str, Sequence[str]],
     objective: Objective,
     samples: int,
-    split: str = "calibration",
-) -> dict[str, dict[str, Tensor]]:
+) -> dict[str, PackedMoments]:
     """Return ``E[x x^T]`` over samples and positions: layer → view → float64 (g, I, I) on the layer's device.
 
     An embedding has the diagonal only, of shape (g, I): the frequency of each id (``_Counted``). Positions that
     ``attention_mask`` among the inputs marks as padding do not count. Embeddings that share a weight count together. If
-    linear layers share it, too, the second moment of their inputs comes beside the frequencies, as ``HEAD``.
+    linear layers share it, too, the second moment of their inputs comes beside the frequencies, as ``HEAD``. Linear
+    layers that read the same tensors hold one moment together.
 
     ``views``: layer → the views of its weight. A view determines what one input x is: a vector of a Linear, a patch of
     I/g * kh * kw numbers in the channel view of a convolution, a row of I/g * kw numbers in the spatial view.
-    ``samples``: number of samples to read, in whole batches.
-    Raises ``UserError`` for an empty split.
+    ``samples``: number of calibration samples to read, in whole batches.
+    Raises ``UserError`` for an empty calibration split.
     """
-    found = packed_input_moments(model, views, objective, samples, split)
-    return {name: dict(Unpacked(own)) for name, own in found.items()}
-
-
-def packed_input_moments(
-    model: nn.Module,
-    views: Mapping[str, Sequence[str]],
-    objective: Objective,
-    samples: int,
-    split: str = "calibration",
-) -> dict[str, dict[str, Moment]]:
-    """Return ``input_moments`` as they are held. Linear layers that read the same tensors hold one together."""
     layers = {name: model.get_submodule(name) for name in views}
     last = _Last()
     gathered = {name: {view: _gatherer(layers[name], view, last) for view in own} for name, own in views.items()}
@@ -63,14 +51,16 @@ def packed_input_moments(
     handles = [layer.register_forward_pre_hook(one, with_kwargs=True) for layer, one in places]
     device = device_of(model)
     with hooked(handles), evaluating(model), torch.no_grad():  # in inference mode tensors have no version
-        for inputs, _ in objective.first(split, samples, "moments"):
+        for inputs, _ in objective.first("calibration", samples, "moments"):
             inputs = to_device(inputs, device)
             for one in hooks:
                 one.mask = mask_of(inputs)
             forward(model, inputs)
             last.forget()
-    processes = objective.processes(split)
-    return {name: {view: one.mean(processes) for view, one in own.items()} for name, own in gathered.items()}
+    processes = objective.processes("calibration")
+    return {
+        name: PackedMoments({view: one.mean(processes) for view, one in own.items()}) for name, own in gathered.items()
+    }
 
 
 Positions = tuple[Tensor, ...]  # in the output of a convolution: indices of sample, row and column

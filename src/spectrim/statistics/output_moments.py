@@ -23,7 +23,8 @@ from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.input_moments import Rows
 from spectrim.statistics.objective import Objective
-from spectrim.statistics.packed import Moment, Unpacked
+from spectrim.statistics.packed import Moment, PackedMoments
+from spectrim.statistics.processes import Processes
 from spectrim.tools.trainable import alone_trainable
 
 
@@ -33,8 +34,7 @@ def output_moments(
     objective: Objective,
     samples: int,
     directions: Directions,
-    split: str = "calibration",
-) -> dict[str, dict[str, Tensor]]:
+) -> dict[str, PackedMoments]:
     """Return G, the second moment of the gradient at the outputs: layer → view → float64 (g, O, O) on its device.
 
     It is summed over positions, and the mean over predictions: samples, or the predicted tokens of a language model.
@@ -42,25 +42,12 @@ def output_moments(
 
     ``views``: layer → the views of its weight. In the spatial view of a convolution O counts output channels times kh,
         and g is what comes back to the outputs of a 1 x kw convolution of full rank.
-    ``samples``: number of samples to read, in whole batches.
+    ``samples``: number of calibration samples to read, in whole batches.
     ``directions``: what is differentiated.
-    Raises ``UserError`` for an empty split or a loss that is not finite.
+    Raises ``UserError`` for an empty calibration split or a loss that is not finite.
     """
-    found = packed_output_moments(model, views, objective, samples, directions, split)
-    return {name: dict(Unpacked(own)) for name, own in found.items()}
-
-
-def packed_output_moments(
-    model: nn.Module,
-    views: Mapping[str, Sequence[str]],
-    objective: Objective,
-    samples: int,
-    directions: Directions,
-    split: str = "calibration",
-) -> dict[str, dict[str, Moment]]:
-    """Return ``output_moments`` as they are held."""
     if not directions.labels:
-        objective, generator = generator_of(model, objective, samples, split, directions.seed, directions.top)
+        objective, generator = generator_of(model, objective, samples, "calibration", directions.seed, directions.top)
         drawn = generator, directions.top
     layers = {name: model.get_submodule(name) for name in views}
     gathered = {name: {view: _Gathered(layers[name], view) for view in own} for name, own in views.items()}
@@ -69,11 +56,11 @@ def packed_output_moments(
         layers[name].register_forward_hook(_catching(list(own.values()), leaves), with_kwargs=True)
         for name, own in gathered.items()
     ]
-    processes, device, count = objective.processes(split), device_of(model), 0
+    processes, device, count = objective.processes("calibration"), device_of(model), 0
     with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
-        for inputs, targets in objective.first(split, samples, "moments"):
+        for inputs, targets in objective.first("calibration", samples, "moments"):
             outputs, targets = forward(model, detached(to_device(inputs, device))), to_device(targets, device)
-            loss = finite_loss(objective.loss, outputs, targets, split)
+            loss = finite_loss(objective.loss, outputs, targets, "calibration")
             along = None if directions.labels else random_direction(objective.loss, outputs, targets, *drawn)
             if along is None:
                 weight = batch_weight(objective.loss, targets, inputs)
@@ -87,10 +74,7 @@ def packed_output_moments(
             count += weight
     count = int(processes.add_up(torch.tensor(count)))
     return {
-        name: {
-            view: packed.moment_of(processes.add_up(one.sum).div_(max(count, 1)), one.outputs)
-            for view, one in own.items()
-        }
+        name: PackedMoments({view: one.mean(processes, count) for view, one in own.items()})
         for name, own in gathered.items()
     }
 
@@ -134,6 +118,10 @@ class _Gathered:
             gradient = _back_to_taps(self.convolution, gradient, size[-2])
         g = self.rows.outputs(gradient)
         self.sum = self.sum.to(g.device).add_(packed.held(g.transpose(1, 2) @ g).double())
+
+    def mean(self, processes: Processes, count: int) -> Moment:
+        """Return the sum over all processes, a prediction. ``count``: the predictions that they saw."""
+        return packed.moment_of(processes.add_up(self.sum).div_(max(count, 1)), self.outputs)
 
 
 def _back_to_taps(layer: nn.Conv2d, gradient: Tensor, height: int) -> Tensor:

@@ -57,30 +57,33 @@ def entries(side: int) -> int:
     return side**2 if side < SMALLEST else side * (side + 1) // 2
 
 
-class Unpacked(Mapping[str, Tensor]):
-    """Moments by key, each made anew from its triangle when it is looked up."""
+class PackedMoments(Mapping[str, Tensor]):
+    """Moments by key, each made anew from its triangle when it is looked up.
 
-    def __init__(self, moments: Mapping[str, Moment]) -> None:
-        self._moments = moments
+    ``parts``: what is held. Two layers may hold one moment together.
+    """
+
+    def __init__(self, parts: Mapping[str, Moment]) -> None:
+        self.parts = dict(parts)
 
     def __getitem__(self, key: str) -> Tensor:
-        found = self._moments[key]
+        found = self.parts[key]
         return found.full() if isinstance(found, Packed) else found
 
     def __contains__(self, key: object) -> bool:
-        return key in self._moments
+        return key in self.parts
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._moments)
+        return iter(self.parts)
 
     def __len__(self) -> int:
-        return len(self._moments)
+        return len(self.parts)
 
     def held(self) -> list[Tensor]:
         """Return what is held of each moment."""
-        return [own.values if isinstance(own, Packed) else own for own in self._moments.values()]
+        return [own.values if isinstance(own, Packed) else own for own in self.parts.values()]
 
 
-def nbytes(moments: Iterable[Unpacked]) -> int:
+def nbytes(moments: Iterable[PackedMoments]) -> int:
     """Return the bytes of all moments. One that several layers hold together counts once."""
     return sum({id(own): own.nbytes for each in moments for own in each.held()}.values())

@@ -15,10 +15,10 @@ from spectrim.decomposers.spectrum import (
     spectrum_of,
 )
 from spectrim.errors import UserError
-from spectrim.statistics.input_moments import packed_input_moments
+from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
-from spectrim.statistics.output_moments import packed_output_moments
-from spectrim.statistics.packed import Moment, Unpacked
+from spectrim.statistics.output_moments import output_moments
+from spectrim.statistics.packed import PackedMoments
 from spectrim.tools import malloc
 from spectrim.tools.content import of_state
 from spectrim.tools.live import Bar
@@ -66,19 +66,17 @@ def _spectra(
 
 def moments_for(
     decomposer: Decomposer, model: nn.Module, layers: Mapping[str, nn.Module], objective: Objective
-) -> dict[str, Unpacked]:
+) -> dict[str, PackedMoments]:
     """Return the moments of each layer that ``decomposer`` needs; none where the weight is enough."""
     views = {name: decomposer.views(layer) for name, layer in layers.items()}
     if not decomposer.samples or not any(views.values()):
         return {}
     directions, samples = directions_of(decomposer), decomposer.samples
-    inputs, outputs = packed_input_moments(model, views, objective, samples), dict[str, dict[str, Moment]]()
+    inputs = input_moments(model, views, objective, samples)
     if directions is not None:
-        outputs = packed_output_moments(model, views, objective, samples, directions)
-    return {
-        name: Unpacked(own | {outputs_of(view): moment for view, moment in outputs.get(name, {}).items()})
-        for name, own in inputs.items()
-    }
+        for name, own in output_moments(model, views, objective, samples, directions).items():
+            inputs[name].parts.update({outputs_of(view): moment for view, moment in own.parts.items()})
+    return inputs
 
 
 def _spectrum(name: str, layer: nn.Module, decomposer: Decomposer, moments: Moments) -> Spectrum:

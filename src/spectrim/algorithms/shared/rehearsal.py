@@ -21,7 +21,7 @@ from spectrim.refit.moments import POSITIONS
 from spectrim.refit.weighting import RefitBy
 from spectrim.statistics.fisher import gate_gradients
 from spectrim.statistics.objective import Objective
-from spectrim.statistics.packed import Unpacked
+from spectrim.statistics.packed import PackedMoments
 from spectrim.statistics.shifted_moments import is_wide, shifts
 from spectrim.surgery import replacing
 from spectrim.tools.trainable import alone_trainable
@@ -80,7 +80,7 @@ class Rehearsal:
             gates()
         return _seconds(gates) / self.count, saved.bytes // self.count
 
-    def moments(self) -> tuple[float, Mapping[str, Unpacked]]:
+    def moments(self) -> tuple[float, Mapping[str, PackedMoments]]:
         """Return the seconds of the passes that take second moments, and those of the first batch."""
         layers = {layer.name: layer.module for layer in self.layers}
         began = clock()
