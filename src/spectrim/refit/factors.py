@@ -25,6 +25,7 @@ from spectrim.statistics.shifted_moments import LARGE
 from spectrim.surgery.given_model import copied
 from spectrim.surgery.stand_ins import UNSTEADY, is_steady
 from spectrim.tools import resume
+from spectrim.tools.content import of_state
 from spectrim.tools.live import Bar
 from spectrim.tools.resume import ResumeFolder
 
@@ -60,7 +61,9 @@ def refit(
     device, folder = device_of(compressed), resume.current()  # the passes are threads, which have none
     # A loader may use the memory of a batch again.
     batches = [cloned(to_device(inputs, device)) for inputs, _ in objective.first("calibration", samples, "read")]
-    if not is_steady(dense, batches[0]):  # the outputs to fit and the inputs would be those of different draws
+    # A search refits many sizes of one model.
+    steady = objective.remembered(dense, "steady", lambda: of_state(dense), lambda: is_steady(dense, batches[0]))
+    if not steady:  # the outputs to fit and the inputs would be those of different draws
         return [f"not refitted: {UNSTEADY}"]
     processes = objective.processes("calibration")
     layers, followers, notes = layers_to_fit(compressed, dense, batches, processes)
