@@ -1,6 +1,7 @@
 """What the tests share: one thread, a tiny net with every kind of layer, and batches for it."""
 
 import dataclasses
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ from spectrim.statistics.objective import Objective
 from spectrim.training.recipe import Recipe
 
 torch.set_num_threads(1)
+# A shell lets its background jobs ignore Ctrl-C, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
