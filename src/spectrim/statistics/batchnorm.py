@@ -36,11 +36,8 @@ def reestimate(compressed: nn.Module, dense: nn.Module, objective: Objective, sa
     shared = {name: norm for name, norm in mine.items() if name in theirs}
     if not shared:
         return
-    known: dict[str, dict[str, list[Statistics]]] = (
-        objective.remembered(  # because a search compresses one model many times
-            dense, "norms", lambda: of_state(dense), dict
-        )
-    )
+    # A search compresses one model many times.
+    known: dict[str, dict[str, list[Statistics]]] = objective.remembered(dense, "norms", lambda: of_state(dense), dict)
     corrections = {name: _Correction(theirs[name]) for name in shared}
     handles = [norm.register_forward_pre_hook(corrections[name], with_kwargs=True) for name, norm in shared.items()]
     device, passed = device_of(compressed), dict[str, dict[str, list[Statistics]]]()

@@ -19,8 +19,6 @@ KINDS = {
     "verification": "batches of (inputs, targets) that calibration= does not hold",
     "train": "batches of (inputs, targets) with a length",
 }
-
-
 LONGEST = 20_000  # samples in a pass over batches without a length, which may have no end
 
 

@@ -7,15 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
-from spectrim.batches import (
-    Inputs,
-    acts_on_mode,
-    cloned,
-    device_of,
-    evaluating,
-    forward,
-    to_device,
-)
+from spectrim.batches import Inputs, acts_on_mode, cloned, device_of, evaluating, forward, to_device
 from spectrim.errors import UserError
 from spectrim.factored.base import OWN_NAMES
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
