@@ -28,6 +28,7 @@ from spectrim.statistics.processes import Distributed
 from spectrim.surgery.given_model import eager, require_default_device, require_gradients, unchanged
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.tools import resume as resuming
+from spectrim.tools.autocast import uncached
 from spectrim.tools.content import of_state
 
 
@@ -115,10 +116,10 @@ def compress(
     if resume is not None and any(objective.processes(name).size > 1 for name in splits):
         raise UserError("resume= serves a selection of one process; leave it out where several share the batches")
     if dry_run:
-        with unchanged(model), torch.inference_mode(False), torch.random.fork_rng():
+        with unchanged(model), torch.inference_mode(False), uncached(), torch.random.fork_rng():
             return forecast(model, selector, views, objective)
     objective.require_same("models", lambda: of_state(model))
-    with unchanged(model), torch.inference_mode(False), resuming.into(resume):
+    with unchanged(model), torch.inference_mode(False), uncached(), resuming.into(resume):
         result = selector.compress(model, views, objective).settle(batch_norm, objective)
     objective.require_same("plans", result.plan.to_json)
     return result

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import spectrim
+from spectrim import Truncation
+from spectrim.algorithms.refitted import Refitted
 from spectrim.decomposers.subspaces import SubspaceSVD
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.tucker2 import Tucker2
@@ -18,6 +22,8 @@ from spectrim.factored.plan import RankPlan
 from spectrim.refit.factors import refit
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import replacing
+from spectrim.surgery.stand_ins import BY_THREAD
+from spectrim.tools.live import heard_by
 
 Make = Callable[[nn.Module], Any]
 FORMS: dict[str, Make] = {
@@ -254,6 +260,67 @@ def test_the_passes_run_under_the_autocast_of_the_caller() -> None:
     batches = [(torch.randn(16, 8), torch.zeros(16, 8)) for _ in range(2)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert fitted(Mixed().eval(), batches)(batches[0][0]).isfinite().all()
+
+
+class Scaled(nn.Module):
+    """A model that asks a function for a factor in each pass."""
+
+    def __init__(self, factor: Callable[[], float]) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.before, self.inside, self.after = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 8)
+        vars(self)["factor"] = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(torch.tanh(self.inside(torch.relu(self.before(x)) * self.factor())))
+
+
+def test_what_a_model_reads_of_the_context_of_the_caller_counts_in_the_passes() -> None:
+    scale: ContextVar[float] = ContextVar("scale", default=0.1)
+    batches, x = [(torch.randn(16, 8), torch.zeros(16, 8)) for _ in range(4)], torch.randn(32, 8)
+    token = scale.set(3.0)
+    try:
+        assert fitted(Scaled(scale.get), batches)(x).equal(fitted(Scaled(lambda: 3.0), batches)(x))
+    finally:
+        scale.reset(token)
+
+
+@pytest.mark.parametrize("elsewhere", ["another number", "an error"])
+def test_a_model_that_reads_what_is_kept_by_thread_is_noted_and_not_fitted(elsewhere: str) -> None:
+    local = threading.local()
+    local.scale = 3.0
+    net = Scaled(lambda: local.scale if elsewhere == "an error" else getattr(local, "scale", 1.0))
+    batches = [(torch.randn(16, 8), torch.randn(16, 8)) for _ in range(2)]
+    chosen = Refitted(Truncation(ratio=0.5), samples=32)
+    result = spectrim.compress(net, calibration=batches, loss=F.mse_loss, algorithm=chosen)
+    cut_alone = spectrim.compress(net, algorithm=Truncation(ratio=0.5), decomposer=chosen.decomposer)
+    assert [note for note in result.notes if "not refitted" in note] == [f"not refitted: {BY_THREAD}"]
+    assert result.model(batches[0][0]).equal(cut_alone.model(batches[0][0]))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_autocast_keeps_no_copy_of_a_weight_that_is_fitted(cached: bool) -> None:
+    """A cached copy would be that of the factors before their fit, which the passes then see in later layers."""
+    batches = [(torch.randn(16, 8), torch.randn(16, 8)) for _ in range(3)]
+    net, chosen = Scaled(lambda: 1.0), Refitted(Truncation(ratio=0.5), samples=48)
+
+    def compressed() -> nn.Module:
+        return spectrim.compress(net, calibration=batches, loss=F.mse_loss, algorithm=chosen).model
+
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        expected = compressed().state_dict()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+        net(batches[0][0])
+        found = compressed().state_dict()
+        assert torch.is_autocast_cache_enabled() == cached
+    assert all(value.equal(expected[name]) for name, value in found.items())
+
+
+def test_a_listener_hears_of_each_layer_that_is_fitted(dense: Net) -> None:
+    heard: list[float] = []
+    with heard_by(lambda name, done, total, numbers: heard.append(done) if name == "refit" else None):
+        refit(cut(dense, FORMS["channel"]), dense, objective(), samples=40)
+    assert heard == [1, 2, 3]
 
 
 def test_experts_whose_tokens_depend_on_the_values_are_left_as_cut_with_a_note() -> None:

@@ -7,8 +7,6 @@ import time
 from functools import partial
 
 import pytest
-import torch
-from threadpoolctl import threadpool_info
 
 from spectrim.refit.layer_barrier import Lockstep
 
@@ -88,20 +86,3 @@ def test_after_an_interruption_no_thread_is_left() -> None:
     finally:
         signal.signal(signal.SIGINT, usual)
     assert threading.active_count() == before
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_each_computes_with_the_threads_of_the_caller(threads: int) -> None:
-    """OpenMP has a number of threads for each thread of the process, and sums are rounded otherwise with another."""
-    before, seen = torch.get_num_threads(), list[int]()
-
-    def width() -> None:
-        pools = [pool for pool in threadpool_info() if pool["user_api"] == "openmp" and "torch" in pool["filepath"]]
-        seen.extend(pool["num_threads"] for pool in pools)
-
-    torch.set_num_threads(threads)
-    try:
-        Lockstep(lambda station: None).run([width, width])
-    finally:
-        torch.set_num_threads(before)
-    assert seen and set(seen) == {threads}

@@ -107,3 +107,12 @@ class Stream(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.repeat((torch.zeros(16), 0))
+
+
+def test_batches_made_in_inference_mode_take_part_in_gradients() -> None:
+    with torch.inference_mode():
+        batches = [(torch.ones(2), {"labels": [torch.ones(2)]})]
+    ((inputs, targets),) = read(batches).batches("calibration")
+    weight = torch.ones(2, requires_grad=True)
+    (weight * inputs * targets["labels"][0]).sum().backward()
+    assert weight.grad is not None and weight.grad.equal(torch.ones(2)) and batches[0][0].is_inference()

@@ -4,7 +4,8 @@ import copy
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,26 @@ def test_a_second_call_takes_all_up_and_gives_the_same_model(
     assert not made and without.plan == first.plan == second.plan
     assert equal(without.model, first.model) and equal(without.model, second.model)
     assert without.notes == second.notes and without.log == second.log
+
+
+@contextmanager
+def default_of_64_bits() -> Iterator[None]:
+    """A model may make tensors of this kind in its passes."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("settings", [partial(torch.autocast, "cpu", torch.bfloat16), default_of_64_bits])
+def test_nothing_is_taken_that_other_settings_of_torch_have_made(
+    net: nn.Module, batches: Any, tmp_path: Path, settings: Callable[[], AbstractContextManager]
+) -> None:
+    call = partial(spectrim.compress, net, calibration=batches, algorithm=JOINT)
+    with settings():
+        call(resume=tmp_path)
+    assert equal(call(resume=tmp_path).model, call().model)
 
 
 GIVEN = """

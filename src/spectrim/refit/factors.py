@@ -23,11 +23,10 @@ from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.shifted_moments import LARGE
 from spectrim.surgery.given_model import copied
-from spectrim.surgery.stand_ins import UNSTEADY, is_steady
+from spectrim.surgery.stand_ins import not_repeated
 from spectrim.tools import resume
 from spectrim.tools.content import of_state
 from spectrim.tools.live import Bar
-from spectrim.tools.resume import ResumeFolder
 
 RIDGE = 1e-3  # penalty on a change of the weight, as a part of the inputs' mean second moment
 
@@ -54,17 +53,17 @@ def refit(
     Returns a note for each factored layer that is not fitted: one called several times in a pass, whose later inputs
     depend on the fit, or one whose rows depend on the values of a batch, such as an expert. An embedding is not fitted,
     as its inputs are the same in both models, nor is a head that shares its factors. Nothing is fitted where the dense
-    model gives other outputs at each pass.
+    model gives other outputs at each pass or in each thread.
 
     Raises ``UserError`` for an empty calibration split.
     """
-    device, folder = device_of(compressed), resume.current()  # the passes are threads, which have none
+    device = device_of(compressed)
     # A loader may use the memory of a batch again.
     batches = [cloned(to_device(inputs, device)) for inputs, _ in objective.first("calibration", samples, "read")]
     # A search refits many sizes of one model.
-    steady = objective.remembered(dense, "steady", lambda: of_state(dense), lambda: is_steady(dense, batches[0]))
-    if not steady:  # the outputs to fit and the inputs would be those of different draws
-        return [f"not refitted: {UNSTEADY}"]
+    why = objective.remembered(dense, "steady", lambda: of_state(dense), lambda: not_repeated(dense, batches[0]))
+    if why:  # the outputs to fit and the inputs would be those of different draws, or of other threads
+        return [f"not refitted: {why}"]
     processes = objective.processes("calibration")
     layers, followers, notes = layers_to_fit(compressed, dense, batches, processes)
     with Bar(desc="refit", total=len(layers), unit="layer", leave=False) as bar:
@@ -72,7 +71,7 @@ def refit(
         def met(name: str, flows: Flows) -> None:
             try:
                 G_gOO = weights_of(weights, name)
-                _fit_layer((compressed, dense), name, followers.get(name), flows, folder, processes, G_gOO)
+                _fit_layer((compressed, dense), name, followers.get(name), flows, processes, G_gOO)
             except UserError as error:
                 raise UserError(f"layer {name}: {error}") from None
             bar.update()
@@ -87,7 +86,6 @@ def _fit_layer(
     name: str,
     follower: str | None,
     flows: Flows,
-    folder: ResumeFolder | None,
     processes: Processes,
     G_gOO: Tensor | None,
 ) -> None:
@@ -95,7 +93,7 @@ def _fit_layer(
     assert isinstance(layer, FactoredLayer)
     moments = moments_of(models[1].get_submodule(name), flows, processes)
     bias = layer.bias
-    W_gOI = _resumed_fit(layer, moments if bias is None and follower is None else moments.centred(), G_gOO, folder)
+    W_gOI = _resumed_fit(layer, moments if bias is None and follower is None else moments.centred(), G_gOO)
     offset = (moments.y_gO - torch.einsum("goi,gi->go", W_gOI, moments.x_gI)).flatten()
     with torch.no_grad():
         if bias is not None:
@@ -120,7 +118,6 @@ def _in_step(
     nothing = [torch.empty(0)] * len(batches)
     flows = Flows(list(nothing), list(nothing), [mask_of(inputs) for inputs in batches])
     passes = Lockstep(lambda station: met(layers[station], flows))
-    autocast = _autocast_of(device_of(models[0]))
 
     def through(model: nn.Module, values: list[Tensor], index: int) -> None:
         done = 0
@@ -141,7 +138,7 @@ def _in_step(
                 )
             else:
                 layer.register_forward_hook(lambda _, __, output, name=name: arrived(name, output))
-        with torch.no_grad(), autocast():
+        with torch.no_grad():
             forward(own, batches[index])
         if done < len(layers):
             raise UserError(f"the model does not call layer {layers[done]} on every batch, in the same order")
@@ -155,15 +152,9 @@ def _over_same_weights(model: nn.Module) -> nn.Module:
     return copied(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
-def _autocast_of(device: torch.device) -> Callable[[], torch.autocast]:
-    """Return a maker of the autocast that the caller has entered, which other threads do not inherit."""
-    kind, enabled = device.type, torch.is_autocast_enabled(device.type)
-    return partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled)
-
-
-def _resumed_fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None, folder: ResumeFolder | None) -> Tensor:
+def _resumed_fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None) -> Tensor:
     """Do what ``_fit`` does, or take up the factors that an earlier process has fitted to the same moments."""
-    if folder is None:
+    if resume.current() is None:
         return _fit(layer, moments, G_gOO)
 
     def made() -> dict[str, Tensor]:
@@ -171,7 +162,7 @@ def _resumed_fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None, f
 
     before = [repr(layer), *(value.clone() for value in layer.state_dict().values())]
     given = moments if G_gOO is None else (*moments, G_gOO, "converged")  # not so where a folder is older
-    found = resume.tensors("fit", lambda: [*before, *given], made, folder)
+    found = resume.tensors("fit", lambda: [*before, *given], made)
     product = found.pop("product").to(moments.xx_gII.device)
     layer.load_state_dict(found)
     return product

@@ -2,29 +2,31 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 
-import torch
+from spectrim.tools.threads import inheriting
 
 
 class Lockstep:
     """Functions that call ``station`` from within, and ``met(k)`` once all of them have come to their k-th station.
 
     Each has a thread of its own, which is what lets a forward pass stop in its middle; only one runs at a time. It
-    computes with as many threads of torch as the caller: OpenMP knows of no number but its own default in a new one.
+    computes as the thread of the caller does (``inheriting``).
     """
 
     def __init__(self, met: Callable[[int], None]) -> None:
         self._met, self._stations = met, 0
         self._turn, self._errors = threading.Lock(), list[BaseException]()
         self._barrier = threading.Barrier(1)
-        self._width = torch.get_num_threads()
 
     def run(self, functions: Sequence[Callable[[], None]]) -> None:
         """Run them to their ends. The first error of any, or of ``met``, ends all and is raised."""
         if not functions:
             return
         self._barrier = threading.Barrier(len(functions), self._meet)
-        threads = [threading.Thread(target=self._one, args=(function,), daemon=True) for function in functions]
+        threads = [
+            threading.Thread(target=inheriting(partial(self._one, function)), daemon=True) for function in functions
+        ]
         try:
             for thread in threads:
                 thread.start()
@@ -57,7 +59,6 @@ class Lockstep:
         self._stations += 1
 
     def _one(self, function: Callable[[], None]) -> None:
-        torch.set_num_threads(self._width)
         with self._turn:
             if self._barrier.broken:
                 return

@@ -208,7 +208,7 @@ class _Steps:
             return self.optimizer.state()
 
         inputs = [self.depends, steps, self.optimizer.state()]
-        self.optimizer.load(resume.tensors("refinement", lambda: inputs, made, self.folder))
+        self.optimizer.load(resume.tensors("refinement", lambda: inputs, made))
         bar.update(steps.stop - bar.n)
         passed = sum(self.counts[index] for index in self.order[steps.start : steps.stop])
         self.objective.read[self.chosen.split] = read + passed  # as if done here

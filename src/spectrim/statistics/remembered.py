@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from spectrim.tools.autocast import settings_of_numbers
 from spectrim.tools.memo import Memory
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ class Remembered:
 
         The samples that ``make`` read are counted where this selection, alone, would have had to call it.
         """
-        before, name, first = Counter(self.read), cache(key), []
+        before, name, first = Counter(self.read), cache(lambda: (key(), *settings_of_numbers())), []
 
         def counted() -> tuple[T, Counter[str]]:
             return make(), self.read - before

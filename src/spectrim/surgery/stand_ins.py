@@ -5,7 +5,8 @@ factored layers would then compute something else without a word.
 """
 
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from threading import Thread
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from spectrim.errors import UserError
 from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.replacing import by_id, copied_with
 from spectrim.surgery.tied import tied_layers
+from spectrim.tools.threads import inheriting
 
 TOLERANCE = 1e-3  # of the norm of an output; a processor may add up in another order at each pass
 MISLED = "the model computes something else with a layer of another class in its place"
 UNSTEADY = (
     "the model gives other outputs at a second pass over the same inputs, as where it draws random numbers in eval mode"
 )
+BY_THREAD = "the model gives other outputs in another thread, as where it reads what is kept by thread"
 
 
 class _StandIn(nn.Module):
@@ -76,6 +79,23 @@ def with_stand_ins(model: nn.Module, layers: Collection[str]) -> nn.Module:
 def is_steady(model: nn.Module, example: Inputs) -> bool:
     """Return whether two passes over ``example`` give the same outputs, with other random numbers of torch in each."""
     return _alike(_outputs(model, example, seed=1), _outputs(model, example))
+
+
+def not_repeated(model: nn.Module, example: Inputs) -> str:
+    """Return why a thread that begins gives other outputs for ``example`` than this one; empty where it does not."""
+    theirs: list[Tensor] = []
+
+    def run() -> None:
+        with suppress(Exception):  # whatever a model raises that misses what this thread has
+            theirs.extend(_outputs(model, example, seed=1))
+
+    thread = Thread(target=inheriting(run))
+    thread.start()
+    thread.join()
+    ours = _outputs(model, example)
+    if _alike(ours, theirs):
+        return ""
+    return BY_THREAD if _alike(ours, _outputs(model, example, seed=1)) else UNSTEADY
 
 
 def _outputs(model: nn.Module, example: Inputs, seed: int = 0) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from spectrim.errors import UserError
 from spectrim.tools import files, safetensors_stream
+from spectrim.tools.autocast import settings_of_numbers
 from spectrim.tools.content import content, of_file
 from spectrim.tools.safetensors_stream import Shard
 
@@ -44,7 +45,7 @@ class ResumeFolder:
 
         ``inputs``: everything that the result depends on, tensors and settings; never called without a folder.
         """
-        path = self.folder / f"{kind}-{content([kind, *inputs()])}.safetensors"
+        path = self.folder / f"{kind}-{content([kind, *inputs(), *settings_of_numbers()])}.safetensors"
         found = _read(path)
         if found is not None:
             return found
@@ -99,7 +100,7 @@ def into(folder: str | Path | None) -> Iterator[None]:
 
 
 def current() -> ResumeFolder | None:
-    """Return the folder of the block that runs in this thread. A thread that is started inside the block has none."""
+    """Return the folder of the block that runs in this thread, or in the one from which it inherits (``threads``)."""
     return _CURRENT.get()
 
 
@@ -107,13 +108,12 @@ def tensors(
     kind: str,
     inputs: Callable[[], Iterable[Any]],
     make: Callable[[], Mapping[str, Tensor]],
-    folder: ResumeFolder | None = None,
 ) -> dict[str, Tensor]:
-    """Return the tensors that ``make`` computes from ``inputs``, or those that a folder keeps of an earlier call.
+    """Return the tensors that ``make`` computes from ``inputs``, or those that ``current`` keeps of an earlier call.
 
-    ``folder``: None: that of ``current``. Without one it only calls ``make``.
+    Without a folder it only calls ``make``.
     """
-    folder = folder or current()
+    folder = current()
     if folder is None:
         return dict(make())
     return folder.result(kind, inputs, lambda: Result(dict(make()))).tensors
