@@ -1,12 +1,14 @@
 """Files are written whole or not at all, and nothing lasting is left of a writer that failed or was killed."""
 
 import errno
-import itertools
+import fcntl
 import os
-import platform
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,9 +32,26 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def half_written(path: Path) -> subprocess.Popen:
-    """A process that has written half of a file, in a scratch folder beside it."""
-    process = subprocess.Popen([sys.executable, "-c", HALF_WRITTEN, str(path)], stdout=subprocess.PIPE)
+def is_locked(folder: Path) -> bool:
+    with (folder / files.LOCK).open("r+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    for _ in range(100):
+        if holds():
+            return
+        time.sleep(0.05)
+    pytest.fail("it does not come true")
+
+
+def half_written(path: Path, *before: str) -> subprocess.Popen:
+    """A process that has written half of a file, in a scratch folder beside it. ``before``: a command to start it."""
+    process = subprocess.Popen([*before, sys.executable, "-c", HALF_WRITTEN, str(path)], stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdout.readline() == b"written\n"
     return process
 
@@ -136,33 +155,67 @@ def test_writers_of_one_path_at_once_do_not_mix(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() in contents and names(tmp_path) == ["x"]
 
 
+APART = ("unshare", "--map-root-user", "--pid", "--fork", "--kill-child")  # as a container: it has its own numbers
+
+
+@pytest.mark.parametrize("before", [(), APART], ids=["here", "in another container"])
 def test_what_a_killed_process_left_goes_with_the_next_writer_and_what_a_living_one_writes_stays(
-    tmp_path: Path,
+    tmp_path: Path, before: tuple[str, ...]
 ) -> None:
-    with half_written(tmp_path / "a") as killed:
+    if before and subprocess.run([*before, "true"], capture_output=True).returncode:
+        pytest.skip("this machine makes no namespaces")
+    with half_written(tmp_path / "a", *before) as killed:
         left = names(tmp_path)
         assert len(left) == 2 and all(name.startswith(".") for name in left)
         files.write({tmp_path / "other": b""})
         assert names(tmp_path) == [*left, "other"]
         killed.send_signal(signal.SIGKILL)
-    elsewhere = tmp_path / f".a.not-{platform.node()}.{killed.pid}.0.tmp"  # of a machine that shares the folder
-    elsewhere.touch()
+    elsewhere = tmp_path / left[0].replace(files._machine(), "another-machine")  # that shares the folder
+    shutil.copytree(tmp_path / left[0], elsewhere)
+    (tmp_path / left[1]).with_name(f".early.{files._machine()}.{'0' * 16}.tmp").mkdir()  # killed before it was locked
+    wait_until(lambda: not is_locked(tmp_path / left[0]))
     files.write({tmp_path / "other": b""})
     assert names(tmp_path) == [elsewhere.name, "other"]
 
 
-def test_what_a_killed_process_of_the_same_number_left_is_not_in_the_way(
+def test_a_folder_that_was_taken_for_litter_before_it_was_locked_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a container that is started anew, processes have the numbers that they had before."""
-    for at, attempt in ((tmp_path / "a", files.replacing), (tmp_path / "spectrim", lambda _: files.scratch(tmp_path))):
-        monkeypatch.setattr(files, "_COUNT", itertools.count())
-        left = files._temporary(at)
-        (left / "deep").mkdir(parents=True)
-        monkeypatch.setattr(files, "_COUNT", itertools.count())
-        with attempt(at) as made:
-            assert made in (left, (left,)) and not (left / "deep").exists()
-            left.is_dir() or left.touch()
+    flock, taken = fcntl.flock, list[Path]()
+
+    def locked_late(descriptor: int, operation: int) -> None:
+        if len(taken) < 3:
+            taken.append(next(tmp_path.glob(".*.tmp")))
+            shutil.rmtree(taken[-1])
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", locked_late)
+    files.write({tmp_path / "a": b"1"})
+    assert len(set(taken)) == 3 and names(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"1"
+
+
+def test_where_there_are_no_locks_files_are_written_and_nothing_of_others_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with files.replacing(tmp_path / "a") as (made,):
+        made.write_bytes(b"1")
+        files.write({tmp_path / "b": b"2"})
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_no_link_leads_to_the_removal_of_another_folder(tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    (theirs / files.MADE).mkdir(parents=True)
+    (theirs / files.LOCK).touch()
+    link = tmp_path / "here" / f".a.{files._machine()}.{'0' * 16}.tmp"
+    link.parent.mkdir()
+    link.symlink_to(theirs)
+    files.write({tmp_path / "here" / "b": b""})
+    assert names(theirs) == [files.LOCK, files.MADE]
 
 
 def test_a_long_name_is_written_and_one_that_is_too_long_is_refused(tmp_path: Path) -> None:

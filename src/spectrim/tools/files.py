@@ -1,7 +1,7 @@
 """Write files and folders atomically: a crash leaves the old content or the new one, never a part."""
 
 import errno
-import itertools
+import fcntl
 import json
 import os
 import platform
@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, NoReturn
@@ -18,7 +18,7 @@ from spectrim.errors import UserError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 BLOCK_BYTES = 4096  # A full disk refuses a block of this size.
-_COUNT = itertools.count()  # for threads that write to one path
+MADE, LOCK = "made", "lock"  # in a hidden folder
 
 
 @contextmanager
@@ -26,19 +26,19 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
     """Yield a temporary path for each of ``paths``, at which the block makes a file or a folder.
 
     When the block ends, everything is synced to disk and then moved to ``paths``. After an exception nothing is moved.
-    The temporary files are removed in both cases. They lie beside ``paths``; a killed process leaves its own, which the
-    next writer in the same folder removes.
+    The temporary files are removed in both cases. They lie beside ``paths``, in hidden folders; a killed process leaves
+    its own, which the next writer in the same folder removes.
 
     Raises ``OSError`` where a file cannot be written.
     """
-    temporary = tuple(_temporary(path) for path in paths)
     folders = {path.parent for path in paths}
-    try:
-        for path in paths:
-            _require_no_device_or_folder(path)
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-            remove_litter(folder)
+    for path in paths:
+        _require_no_device_or_folder(path)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_litter(folder)
+    with ExitStack() as stack:
+        temporary = tuple(stack.enter_context(_hidden(path)) / MADE for path in paths)
         yield temporary
         for made in temporary:
             for part in made.rglob("*") if made.is_dir() else [made]:
@@ -47,9 +47,6 @@ def replacing(*paths: Path) -> Iterator[tuple[Path, ...]]:
             os.replace(made, path)
         for folder in folders:
             _sync(folder)
-    finally:
-        for made in temporary:
-            _remove(made)
 
 
 @contextmanager
@@ -59,14 +56,11 @@ def scratch(folder: Path) -> Iterator[Path]:
     A killed process leaves it behind; the next writer in ``folder`` removes it. Raises ``OSError`` where it cannot be
     made.
     """
-    made = _temporary(folder / "spectrim")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_litter(folder)
-        made.mkdir(mode=0o700)
-        yield made
-    finally:
-        _remove(made)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_litter(folder)
+    with _hidden(folder / "spectrim") as hidden:
+        (hidden / MADE).mkdir(mode=0o700)
+        yield hidden / MADE
 
 
 def write(files: Mapping[Path, bytes]) -> None:
@@ -150,31 +144,67 @@ def remove_litter(folder: Path) -> None:
     """Remove what killed processes of this machine left in ``folder``."""
     with suppress(OSError):
         for path in list(folder.iterdir()):
-            match = re.fullmatch(rf"\..*\.{re.escape(_machine())}\.(\d+)\.\d+\.tmp", path.name)
-            if match and not _lives(int(match[1])):
-                _remove(path)
+            if re.fullmatch(rf"\..*\.{re.escape(_machine())}\.[0-9a-f]{{16}}\.tmp", path.name):
+                _remove_if_left(path)
 
 
-def _temporary(path: Path) -> Path:
-    # The name is shortened, because file systems limit its length.
-    made = path.with_name(f".{path.name[:40]}.{_machine()}.{os.getpid()}.{next(_COUNT)}.tmp")
-    _remove(made)  # left by a killed process that had the number of this one
-    return made
+def _remove_if_left(hidden: Path) -> None:
+    """Remove a folder of ``_hidden`` whose lock nobody holds."""
+    if hidden.is_symlink():  # made by somebody who wants another folder to be removed
+        return
+    with suppress(OSError):  # killed before it had a lock; the folder is then empty
+        hidden.rmdir()
+    with suppress(OSError):
+        lock = os.open(hidden / LOCK, os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(hidden / MADE)  # first, because a folder without a lock would stay
+            _remove(hidden)
+        finally:
+            os.close(lock)
+
+
+@contextmanager
+def _hidden(path: Path) -> Iterator[Path]:
+    """Yield a new hidden folder beside ``path`` for what will be moved to it. Remove it when the block ends.
+
+    It holds a locked file as long as this process lives. The number of a process would tell less: a container has its
+    own numbers, and often the name of its machine. Where a file system has no locks, nobody removes what is left.
+    """
+    hidden, lock = _locked_folder(path)
+    try:
+        yield hidden
+    finally:
+        _remove(hidden / MADE)
+        _remove(hidden)
+        os.close(lock)
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """Return a new folder and the descriptor of its lock."""
+    while True:
+        # The name is shortened, because file systems limit its length.
+        hidden = path.with_name(f".{path.name[:40]}.{_machine()}.{os.urandom(8).hex()}.tmp")
+        hidden.mkdir()
+        with suppress(FileNotFoundError):  # another process has taken the folder for litter before it was locked
+            lock = os.open(hidden / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_file_of(lock, hidden / LOCK):
+                return hidden, lock
+            os.close(lock)
+
+
+def _is_file_of(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _machine() -> str:
-    """Return the host's name: a folder may be shared by machines, and only its own machine knows a process."""
+    """Return the host's name. Some file systems that machines share lock files on each machine alone."""
     return re.sub(r"\W", "-", platform.node())[:40]
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)  # sends nothing
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # It lives and belongs to another user.
-        return True
-    return True
 
 
 def _require_no_device_or_folder(path: Path) -> None:
