@@ -13,6 +13,7 @@ HEADING = "| reason in `result.notes` |"
 PLACES = {
     "surgery/find_layers.py": [
         "UNCALLED",
+        "ELSEWHERE",
         "factorable",
         "_leave_together",
         "_reason",

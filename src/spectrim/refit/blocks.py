@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spectrim.batches import hooked, tensors_of
 from spectrim.factored.base import FactoredLayer
 from spectrim.refit.distance import relative_error
+from spectrim.tools.threads import of_this_thread
 
 CONTAINERS = nn.Sequential, nn.ModuleList, nn.ModuleDict
 
@@ -46,7 +47,8 @@ def outputs_of(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Te
         if tensor is not None:
             seen[name] = tensor
 
-    with hooked([model.get_submodule(name).register_forward_hook(partial(called, name)) for name in blocks]):
+    hooks = {name: of_this_thread(partial(called, name)) for name in blocks}
+    with hooked([model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]):
         yield seen
 
 

@@ -16,6 +16,7 @@ from spectrim.factored.layers import FactoredConv2d, FactoredLinear, TuckerConv2
 from spectrim.factored.tied import TiedLinear
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.processes import ALONE, Processes
+from spectrim.tools.threads import of_this_thread
 
 
 def layers_to_fit(
@@ -77,9 +78,10 @@ def _pass(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> 
         seen.followers.update({name: norm for name, output in outputs.items() if x is output})
         seen.calls[norm] += 1
 
-    handles = [module.register_forward_hook(partial(called, name)) for name, module in layers.items()]
+    handles = [own.register_forward_hook(of_this_thread(partial(called, name))) for name, own in layers.items()]
     handles += [
-        norm.register_forward_pre_hook(partial(fed, name), with_kwargs=True) for name, norm in norms_of(model).items()
+        norm.register_forward_pre_hook(of_this_thread(partial(fed, name)), with_kwargs=True)
+        for name, norm in norms_of(model).items()
     ]
     with hooked(handles), evaluating(model), torch.no_grad():
         forward(model, inputs)

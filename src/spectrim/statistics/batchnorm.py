@@ -12,6 +12,7 @@ from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Processes
 from spectrim.tools.content import content, of_state
+from spectrim.tools.threads import of_this_thread
 
 # After compression the statistics either stay those of the dense model or follow the change.
 BatchNorm = Literal["keep", "follow"]
@@ -79,7 +80,8 @@ def _seen(dense: nn.Module, inputs: Inputs) -> dict[str, list[Statistics]]:
         found.setdefault(name, []).append(_statistics(first_argument(args, kwargs)))
 
     norms = norms_of(dense).items()
-    handles = [norm.register_forward_pre_hook(partial(watch, name), with_kwargs=True) for name, norm in norms]
+    hooks = [(norm, of_this_thread(partial(watch, name))) for name, norm in norms]
+    handles = [norm.register_forward_pre_hook(hook, with_kwargs=True) for norm, hook in hooks]
     with hooked(handles), evaluating(dense):
         forward(dense, inputs)
     return found

@@ -17,6 +17,7 @@ from spectrim.statistics.packed import Moment, PackedMoments
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.shifted_moments import is_wide, padded, patch_moment
 from spectrim.surgery.tied import tied_layers
+from spectrim.tools.threads import of_this_thread
 
 
 def input_moments(
@@ -48,7 +49,7 @@ def input_moments(
             heads = [other for other in tied if isinstance(other, nn.Linear)]
             places += [(head, own.setdefault(HEAD, _Gathered(head, "linear", last))) for head in heads]
     hooks = [one for own in gathered.values() for one in own.values()]
-    handles = [layer.register_forward_pre_hook(one, with_kwargs=True) for layer, one in places]
+    handles = [layer.register_forward_pre_hook(of_this_thread(one), with_kwargs=True) for layer, one in places]
     device = device_of(model)
     with hooked(handles), evaluating(model), torch.no_grad():  # in inference mode tensors have no version
         for inputs, _ in objective.first("calibration", samples, "moments"):

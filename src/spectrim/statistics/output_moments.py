@@ -25,6 +25,7 @@ from spectrim.statistics.input_moments import Rows
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.packed import Moment, PackedMoments
 from spectrim.statistics.processes import Processes
+from spectrim.tools.threads import of_this_thread
 from spectrim.tools.trainable import alone_trainable
 
 
@@ -52,10 +53,8 @@ def output_moments(
     layers = {name: model.get_submodule(name) for name in views}
     gathered = {name: {view: _Gathered(layers[name], view) for view in own} for name, own in views.items()}
     leaves: list[Tensor] = []
-    handles = [
-        layers[name].register_forward_hook(_catching(list(own.values()), leaves), with_kwargs=True)
-        for name, own in gathered.items()
-    ]
+    hooks = {name: of_this_thread(_catching(list(own.values()), leaves)) for name, own in gathered.items()}
+    handles = [layers[name].register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
     processes, device, count = objective.processes("calibration"), device_of(model), 0
     with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first("calibration", samples, "moments"):

@@ -20,6 +20,7 @@ from spectrim.surgery.watching import Watch
 from spectrim.tools.content import content
 
 UNCALLED = "the model does not call it"
+ELSEWHERE = "the model calls it in another thread"
 
 
 def factorable(
@@ -206,7 +207,8 @@ def _unfit_for_replacement(model: nn.Module, layers: Mapping[str, nn.Module], ex
     watch = Watch(layers, inputs)
     with unchanged(model), evaluating(model), torch.no_grad(), watch.of_modules(), watch:
         forward(model, inputs, copies=False)  # the watch knows these tensors
-    unfit = {name: UNCALLED for name in layers if name not in watch.called}
+    uncalled = [name for name in layers if name not in watch.called]
+    unfit = {name: ELSEWHERE if name in watch.elsewhere else UNCALLED for name in uncalled}
     unfit |= {name: "the ids that it looks up are not among the inputs" for name in watch.on_others}
     unfit |= {name: "it is called on an image without a dimension of samples" for name in watch.on_one}
     unfit |= {name: "it is called inside of torch.func, where its inputs cannot be kept" for name in watch.transformed}

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from spectrim.batches import acts_on_mode
 from spectrim.errors import UserError, first_line
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
+from spectrim.tools.alone import alone_with
 
 
 def eager(model: nn.Module, values: bool = True) -> nn.Module:
@@ -79,12 +80,20 @@ def versions(model: nn.Module) -> tuple[int, ...]:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore the buffers and the plain attributes of every module when the block ends.
 
+    Another thread that enters such a block, with a model that shares a part with ``model``, waits.
+
     A forward pass may count its calls, update a buffer, keep an activation or append to a list. Tensors, lists,
     dictionaries, sets and deques that an attribute holds get their contents back, also where they lie in one another.
     So do the rows of an embedding with ``max_norm``, which looking them up scales, and the weights of a module with a
     ``train`` of its own, which may merge an adapter. Scripted parts and objects of other classes are not restored.
     Memory: a copy of the buffers and of these tensors.
     """
+    with alone_with([*model.modules(), *model.parameters()]), _restored(model):
+        yield
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     before = [(module, attributes_of(module), dict(module.named_buffers(recurse=False))) for module in modules]
     held: dict[int, Any] = {}

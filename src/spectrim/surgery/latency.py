@@ -14,6 +14,7 @@ from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, rep
 from spectrim.decomposers.spectrum import Spectrum
 from spectrim.surgery import replacing
 from spectrim.surgery.tied import places
+from spectrim.tools.threads import of_this_thread
 
 Clock = Callable[[nn.Module, Inputs], float]  # milliseconds of one forward pass of the module on the inputs
 
@@ -143,7 +144,8 @@ def _inputs_of(model: nn.Module, names: Sequence[str], inputs: Inputs) -> dict[s
         given[name].append((*args, *kwargs.values()))
 
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(partial(note, name), with_kwargs=True) for name in names
+        model.get_submodule(name).register_forward_pre_hook(of_this_thread(partial(note, name)), with_kwargs=True)
+        for name in names
     ]
     with hooked(handles), evaluating(model), torch.no_grad():
         forward(model, inputs)

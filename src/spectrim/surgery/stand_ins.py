@@ -17,7 +17,7 @@ from spectrim.errors import UserError
 from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.replacing import by_id, copied_with
 from spectrim.surgery.tied import tied_layers
-from spectrim.tools.threads import inheriting
+from spectrim.tools.threads import inheriting, of_this_thread
 
 TOLERANCE = 1e-3  # of the norm of an output; a processor may add up in another order at each pass
 MISLED = "the model computes something else with a layer of another class in its place"
@@ -133,5 +133,5 @@ def _apart(own: nn.Module, others: Collection[nn.Module]) -> Iterator[None]:
         )
 
     plain = [module for module in names if not isinstance(module, torch.jit.ScriptModule)]
-    with hooked([module.register_forward_pre_hook(refuse) for module in plain]):
+    with hooked([module.register_forward_pre_hook(of_this_thread(refuse)) for module in plain]):
         yield

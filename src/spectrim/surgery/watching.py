@@ -21,10 +21,10 @@ class Watch(TorchFunctionMode):
     ``called``: the layers that are called. ``read``: the layers whose weight or bias is used while their own
     ``forward`` is not running. ``on_others``: the embeddings that are called on anything but a part of ``inputs``.
     ``on_one``: the convolutions that are called on a single image, without a dimension of samples. ``transformed``: the
-    layers that are called inside of a transform of torch.func.
+    layers that are called inside of a transform of torch.func. ``elsewhere``: the layers that another thread calls.
 
     It uses no hooks: nn.TransformerEncoderLayer reads the weights of its layers only where it sees none. Other threads
-    may run models meanwhile.
+    may run models meanwhile, this one among them.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], inputs: Inputs) -> None:
@@ -34,8 +34,10 @@ class Watch(TorchFunctionMode):
         for name, layer in layers.items():
             self.owners_of.setdefault(id(layer.weight), set()).add(name)
         self.name_of = {id(layer): name for name, layer in layers.items()}
-        self._running = dict[int, list[str | None]]()
-        self.called, self.read, self.on_others, self.on_one, self.transformed = (set[str]() for _ in range(5))
+        self._thread, self._running = threading.get_ident(), dict[int, list[str | None]]()
+        self.called, self.read, self.on_others, self.on_one, self.transformed, self.elsewhere = (
+            set[str]() for _ in range(6)
+        )
 
     @property
     def running(self) -> list[str | None]:
@@ -69,13 +71,10 @@ class Watch(TorchFunctionMode):
     def _noting_calls(self, forward_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def called(module: Any, *given: Tensor, **named: Tensor) -> Tensor:
             name = self.name_of.get(id(module))
-            self.called |= {name} if name else set()
-            if name and isinstance(module, nn.Embedding) and not self._are_given((*given, *named.values())):
-                self.on_others.add(name)
-            if name and isinstance(module, nn.Conv2d) and first_argument(given, named).ndim < 4:
-                self.on_one.add(name)
-            if name and torch._C._functorch.is_functorch_wrapped_tensor(first_argument(given, named)):
-                self.transformed.add(name)
+            if name and threading.get_ident() != self._thread:
+                self.elsewhere.add(name)
+            elif name:
+                self._note_call(name, module, given, named)
             self.running.append(name)
             try:
                 return forward_of(module, *given, **named)
@@ -83,6 +82,15 @@ class Watch(TorchFunctionMode):
                 self.running.pop()
 
         return called
+
+    def _note_call(self, name: str, module: nn.Module, given: tuple, named: Mapping[str, Any]) -> None:
+        self.called.add(name)
+        if isinstance(module, nn.Embedding) and not self._are_given((*given, *named.values())):
+            self.on_others.add(name)
+        if isinstance(module, nn.Conv2d) and first_argument(given, named).ndim < 4:
+            self.on_one.add(name)
+        if torch._C._functorch.is_functorch_wrapped_tensor(first_argument(given, named)):
+            self.transformed.add(name)
 
     def _are_given(self, values: tuple[Tensor, ...]) -> bool:
         return all(value.untyped_storage().data_ptr() in self.given for value in values)
