@@ -61,7 +61,9 @@ def test_digest_is_the_sha256_of_the_file_before_and_after_a_round_trip(tmp_path
 def test_read_all_is_sorted_and_ignores_temporary_files(tmp_path: Path) -> None:
     for name in ("b" * 16, "a" * 16):
         records.write(tmp_path, record(signature=name))
-    (tmp_path / "table2" / f".{'c' * 16}.json.17.tmp").write_text('{"schema"')
+    half = tmp_path / "table2" / f".{'c' * 16}.json.machine.{'0' * 16}.tmp"
+    half.mkdir()
+    (half / "made").write_text('{"schema"')
     assert [one["signature"] for one in records.read_all(tmp_path, "table2")] == ["a" * 16, "b" * 16]
     assert records.read_all(tmp_path, "table3") == []
 

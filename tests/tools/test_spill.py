@@ -20,7 +20,7 @@ from spectrim.decomposers.whitened import WhitenedSVD
 from spectrim.errors import UserError
 from spectrim.runs import configuration, targets
 from spectrim.statistics.objective import Objective
-from spectrim.tools import spill
+from spectrim.tools import files, spill
 from spectrim.tools.spill import SpilledTensors, SpillFolder
 
 NAMES = sorted(path.stem for path in (Path(configuration.CONF) / "decomposer").glob("*.yaml"))
@@ -110,10 +110,10 @@ input()
         assert other.stdout is not None and other.stdout.readline()
         (left,) = temporary.iterdir()
         own = SpillFolder()
-        assert [path.name for path in left.iterdir()] == ["0.safetensors"]
+        assert [path.name for path in (left / files.MADE).iterdir()] == ["0.safetensors"]
         other.send_signal(signal.SIGKILL)
     second = SpillFolder()
-    assert sorted(temporary.iterdir()) == sorted([own._folder, second._folder])
+    assert sorted(temporary.iterdir()) == sorted([own._folder.parent, second._folder.parent])
 
 
 def test_a_location_that_cannot_be_written_is_said_in_one_line(

@@ -216,7 +216,7 @@ def find(folder: Path, experiment: str, wanted: str) -> Record | None:
 def read_all(folder: Path, experiment: str) -> list[Record]:
     """Return the records of one experiment, sorted by ``first_signature``; an empty list if the folder does not exist.
 
-    It ignores the temporary files of a killed run, which end in ``.tmp``.
+    It ignores the temporary folders of a killed run, which end in ``.tmp``.
     """
     place = path_of(folder, experiment, "any").parent
     return sorted(map(read, filter(is_record, place.glob("*.json"))), key=first_signature)
