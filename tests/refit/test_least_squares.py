@@ -114,7 +114,7 @@ def uneven(groups: int, outputs: int) -> Tensor:
 
 
 def moments_of(xx: Tensor, yx: Tensor) -> Any:
-    return Moments(xx, yx, torch.zeros_like(xx[..., 0]), torch.zeros_like(yx[..., 0]))
+    return Moments(1, xx, yx, torch.zeros_like(xx[..., 0]), torch.zeros_like(yx[..., 0]))
 
 
 @pytest.mark.parametrize("view", ["channel", "spatial"])

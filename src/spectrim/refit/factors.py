@@ -16,6 +16,7 @@ from spectrim.refit.layer_barrier import Lockstep
 from spectrim.refit.layers_to_fit import layers_to_fit
 from spectrim.refit.least_squares import by_steps, fitted, has_fast_fit, reduced_rank
 from spectrim.refit.moments import Flows, Moments, moments_of
+from spectrim.refit.ridge import RIDGE, chosen_ridge
 from spectrim.refit.weighting import RefitBy, Weights, mixed, roots_of, weights_of
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.input_moments import mask_of
@@ -27,8 +28,6 @@ from spectrim.surgery.stand_ins import not_repeated
 from spectrim.tools import resume
 from spectrim.tools.content import of_state
 from spectrim.tools.live import Bar
-
-RIDGE = 1e-3  # penalty on a change of the weight, as a part of the inputs' mean second moment
 
 
 def refit(
@@ -91,9 +90,12 @@ def _fit_layer(
 ) -> None:
     layer = models[0].get_submodule(name)
     assert isinstance(layer, FactoredLayer)
-    moments = moments_of(models[1].get_submodule(name), flows, processes)
-    bias = layer.bias
-    W_gOI = _resumed_fit(layer, moments if bias is None and follower is None else moments.centred(), G_gOO)
+    dense, bias = models[1].get_submodule(name), layer.bias
+    moments, centred = moments_of(dense, flows, processes), bias is not None or follower is not None
+    ridge = RIDGE
+    if G_gOO is not None:
+        ridge = chosen_ridge(dense, flows, processes, moments, centred, layer.product_of_plain(_wide(layer)), G_gOO)
+    W_gOI = _resumed_fit(layer, moments.centred() if centred else moments, G_gOO, ridge)
     offset = (moments.y_gO - torch.einsum("goi,gi->go", W_gOI, moments.x_gI)).flatten()
     with torch.no_grad():
         if bias is not None:
@@ -152,16 +154,17 @@ def _over_same_weights(model: nn.Module) -> nn.Module:
     return copied(model, {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]})
 
 
-def _resumed_fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None) -> Tensor:
+def _resumed_fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None, ridge: float) -> Tensor:
     """Do what ``_fit`` does, or take up the factors that an earlier process has fitted to the same moments."""
     if resume.current() is None:
-        return _fit(layer, moments, G_gOO)
+        return _fit(layer, moments, G_gOO, ridge)
 
     def made() -> dict[str, Tensor]:
-        return {"product": _fit(layer, moments, G_gOO), **layer.state_dict()}  # pivoted factors have positions, too
+        fit = _fit(layer, moments, G_gOO, ridge)
+        return {"product": fit, **layer.state_dict()}  # pivoted factors have positions, too
 
     before = [repr(layer), *(value.clone() for value in layer.state_dict().values())]
-    given = moments if G_gOO is None else (*moments, G_gOO, "converged")  # not so where a folder is older
+    given = (*moments, ridge) if G_gOO is None else (*moments, ridge, G_gOO, "converged")  # an older folder differs
     found = resume.tensors("fit", lambda: [*before, *given], made)
     product = found.pop("product").to(moments.xx_gII.device)
     layer.load_state_dict(found)
@@ -174,20 +177,27 @@ def rehearse_fit(layer: FactoredLayer, by: RefitBy) -> None:
         W = layer.product([factor.weight.double() for factor in layer.factors])
         x = torch.randn(len(W), 64, W.shape[-1], dtype=W.dtype, device=W.device)
         xx = x.mT @ x / 64 + torch.eye(W.shape[-1]).to(W)
-        moments = Moments(xx, (W + torch.randn_like(W) * W.std()) @ xx, x.mean(1), torch.zeros_like(W[..., 0]))
+        moments = Moments(64, xx, (W + torch.randn_like(W) * W.std()) @ xx, x.mean(1), torch.zeros_like(W[..., 0]))
     _fit(layer, moments, W @ W.mT if by == "loss" else None)
 
 
-def _fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None = None) -> Tensor:
+def _wide(layer: FactoredLayer) -> list[Tensor]:
+    """Return the plain weights of all factors in float64, not those of the layer themselves."""
+    kept = layer.plain([factor.weight.detach() for factor in layer.factors])
+    return [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
+
+
+def _fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None = None, ridge: float = RIDGE) -> Tensor:
     """Set the factors to the best fit near their current weights. Return their product, of shape (g, O, I).
+
+    ``ridge``: penalty on a change of the product, as a part of the inputs' mean second moment.
 
     The norm of G is the plain one of outputs ``G^(1/2) y``, and the last factor mixes outputs freely. So the fit is a
     plain one to those outputs, whose last factor is mixed back.
     """
-    kept = layer.plain([factor.weight.detach() for factor in layer.factors])
-    weights = [weight.to(torch.float64, memory_format=torch.contiguous_format, copy=True) for weight in kept]
+    weights, dtype = _wide(layer), layer.factors[-1].weight.dtype
     now = layer.product_of_plain(weights)
-    held, xx, root = _held(moments.xx_gII)
+    held, xx, root = _held(moments.xx_gII, ridge)
     if not held:  # nothing flows in
         return now
     yx = moments.yx_gOI + held * now
@@ -204,20 +214,20 @@ def _fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None = None) ->
     if back_gOO is not None:
         weights[-1] = mixed(back_gOO, weights[-1])
     fitted_product = layer.product_of_plain(weights)
-    if not all(weight.to(kept[0].dtype).isfinite().all() for weight in weights):
+    if not all(weight.to(dtype).isfinite().all() for weight in weights):
         return now  # what flows in is next to nothing, and its squares vanish
     layer.fill_plain(weights)
     return fitted_product
 
 
-def _held(xx_gII: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _held(xx_gII: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return a penalty on a change of the weight, the moments with it on the diagonal, and their Cholesky factors.
 
     The penalty is 0 where nothing flows in. Inputs that hardly differ from their means lose the deviations to rounding.
     Their moments may then have negative eigenvalues, so the error would have no minimum. A larger penalty holds the
     weight in these directions.
     """
-    penalty = RIDGE * xx_gII.diagonal(dim1=1, dim2=2).mean()
+    penalty = ridge * xx_gII.diagonal(dim1=1, dim2=2).mean()
     held = xx_gII.clone()
     held.diagonal(dim1=1, dim2=2).add_(penalty)
     root, failed = torch.linalg.cholesky_ex(held)

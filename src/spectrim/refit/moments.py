@@ -17,12 +17,20 @@ POSITIONS = 32768  # number of positions of a convolution over all samples; neig
 
 
 class Moments(NamedTuple):
-    """Hold second moments ``E[x x^T]``, ``E[y x^T]`` and means of inputs x and wanted outputs y; float64, g groups."""
+    """Hold second moments ``E[x x^T]``, ``E[y x^T]`` and means of inputs x and wanted outputs y; float64, g groups.
 
+    ``rows``: number of positions that they are the means over, in all samples.
+    """
+
+    rows: int
     xx_gII: Tensor
     yx_gOI: Tensor
     x_gI: Tensor
     y_gO: Tensor
+
+    @property
+    def means(self) -> tuple[Tensor, ...]:
+        return self[1:]
 
     def centred(self) -> "Moments":
         """Return the second moments of the deviations from the means."""
@@ -30,6 +38,19 @@ class Moments(NamedTuple):
         return self._replace(
             xx_gII=self.xx_gII - x.unsqueeze(2) * x.unsqueeze(1), yx_gOI=self.yx_gOI - y.unsqueeze(2) * x.unsqueeze(1)
         )
+
+    def around(self, x_gI: Tensor, y_gO: Tensor) -> "Moments":
+        """Return the second moments of the deviations from other points than the means."""
+        own, x, y = self.centred(), self.x_gI - x_gI, self.y_gO - y_gO
+        return own._replace(
+            xx_gII=own.xx_gII + x.unsqueeze(2) * x.unsqueeze(1), yx_gOI=own.yx_gOI + y.unsqueeze(2) * x.unsqueeze(1)
+        )
+
+    def without(self, part: "Moments") -> "Moments":
+        """Return the moments over the rows that ``part`` leaves of these."""
+        rows = self.rows - part.rows
+        pairs = zip(self.means, part.means, strict=True)
+        return Moments(rows, *((whole * self.rows - own * part.rows) / rows for whole, own in pairs))
 
 
 @dataclass
@@ -45,19 +66,29 @@ class Flows:
     masks: list[Tensor | None]
 
 
-Sums = tuple[int, Sequence[Tensor]]  # number of rows, and sums over them in the order of ``Moments``
+Sums = tuple[int, Sequence[Tensor]]  # number of rows, and sums over them in the order of ``Moments.means``
 
 
 def moments_of(dense: nn.Module, flows: Flows, processes: Processes) -> Moments:
     """Return the moments over all batches and processes. ``dense``: the layer that made ``flows.y``."""
+    return mean_of(*sums_of(dense, flows), processes)
+
+
+def sums_of(dense: nn.Module, flows: Flows) -> Sums:
+    """Return the sums over all batches, in float64."""
     sums: list[Tensor] = []
     count = 0
     for rows, found in _sums_by_batch(dense, flows):
         parts = [part.double() for part in found]
         sums = [total.add_(part) for total, part in zip(sums, parts, strict=True)] if sums else parts
         count += rows
+    return count, sums
+
+
+def mean_of(count: int, sums: Sequence[Tensor], processes: Processes) -> Moments:
+    """Return the moments of the sums of all processes."""
     count = int(processes.add_up(torch.tensor(count)))
-    return Moments(*(processes.add_up(total) / max(count, 1) for total in sums))
+    return Moments(count, *(processes.add_up(total) / max(count, 1) for total in sums))
 
 
 def _sums_by_batch(dense: nn.Module, flows: Flows) -> Iterator[Sums]:
