@@ -275,3 +275,5 @@ def test_a_model_that_takes_gradients_is_measured_and_whitened_but_has_no_gates(
     assert result.report["predicted_change"].notna().all()
     with pytest.raises(UserError, match="the model takes gradients in its forward pass"):
         spectrim.compress(model, params_kept=0.6, **given)
+    with pytest.raises(UserError, match="the model takes gradients in its forward pass"):
+        spectrim.compress(model, algorithm=spectrim.Truncation(ratio=0.5), decomposer=spectrim.TwoSidedSVD(), **given)

@@ -28,7 +28,7 @@ from spectrim.factored.dense import with_article
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
 from spectrim.factored.tied import TiedLinear
 from spectrim.losses import have_scores
-from spectrim.statistics.backward import Start, detached, start_at
+from spectrim.statistics.backward import Start, detached, gradients_at, start_at
 from spectrim.statistics.batch_loss import finite_loss
 from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.gate_rows import GateRows, Weighed
@@ -202,7 +202,7 @@ def _by_outputs(loss: Tensor, outputs: Any, count: int) -> Weighed:
                 "let the model return tensors, in a tuple, a mapping or a dataclass"
             )
         starts: list[Start] = []
-        gradients = torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
+        gradients = gradients_at(loss, tensors, keep=True)
         for tensor, gradient in zip(tensors, gradients, strict=True):
             if gradient is not None:
                 axis = next((axis for axis, size in enumerate(tensor.shape) if size == count), None)

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.batches import Inputs
-from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d
-from spectrim.statistics.backward import Start, flow_back
+from spectrim.statistics.backward import Leaves, Start
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.sample_rows import BATCH_FIRST, Layout, Owners, RowOwners, sample_weights, scattered
 
@@ -77,7 +76,7 @@ class GateRows:
     def __init__(self, modules: Mapping[str, nn.Module], blocks: Sequence[Sequence[str]]) -> None:
         self.modules, self.blocks = modules, blocks
         self.calls: dict[str, list[_Call]] = {}
-        self.leaves: list[Tensor] = []
+        self.leaves = Leaves()
         self.known = defaultdict[tuple[str, int], RowOwners](RowOwners)
         self.reached, self.mixed = set[str](), set[str]()
 
@@ -86,17 +85,10 @@ class GateRows:
         axis = -3 if isinstance(self.modules[name], FactoredConv2d) else -1
 
         def hook(_: nn.Module, __: Inputs, output: Tensor) -> Tensor:
-            if not self.calls and output.requires_grad:  # no parameter does
-                raise UserError(
-                    "the model takes gradients in its forward pass, so that no gate has a first order; take an "
-                    "algorithm without gates, such as Lossless or Truncation"
-                )
-            if not output.requires_grad:  # every parameter before it is frozen
-                output = output.detach().requires_grad_(True)
-                self.leaves.append(output)
+            output = self.leaves.reached(output)
             calls = self.calls.setdefault(name, [])
             calls.append(_Call(name, output.detach(), axis, self.known[name, len(calls)]))
-            output.register_hook(calls[-1].catch)
+            output.register_hook(self.leaves.receiving(calls[-1].catch))
             return output
 
         return hook
@@ -120,7 +112,7 @@ class GateRows:
     def forget(self) -> None:
         """Forget the batch."""
         self.calls.clear()
-        self.leaves.clear()
+        self.leaves.forget()
 
     def agree(self, processes: Processes) -> None:
         """Take over what other processes know of layers: reached where any reached it, mixed where any found it so."""
@@ -183,7 +175,7 @@ class GateRows:
     def _flow_back(self, calls: Sequence[_Call], starts: Sequence[Start], keep: bool) -> None:
         """Let each of ``calls`` receive its gradient once."""
         if calls:
-            flow_back(starts, self.leaves, keep)
+            self.leaves.flow_back(starts, keep)
         for call in calls:
             call.receive = None
 

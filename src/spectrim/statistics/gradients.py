@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from spectrim.batches import device_of, evaluating, forward, to_device
 from spectrim.losses import Loss
+from spectrim.statistics.backward import gradients_at
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.processes import ALONE, Processes
 from spectrim.statistics.split_reader import Batch, require_samples
@@ -50,5 +51,5 @@ def _of_batch(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the gradient of the loss of one batch by each weight that it depends on."""
     if not loss.requires_grad:  # it depends on none of them
         return {}
-    found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    found = gradients_at(loss, list(weights.values()))
     return {name: gradient for name, gradient in zip(weights, found, strict=True) if gradient is not None}

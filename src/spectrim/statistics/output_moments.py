@@ -18,7 +18,7 @@ from spectrim.batches import device_of, evaluating, first_argument, forward, hoo
 from spectrim.decomposers.spectrum import Directions
 from spectrim.factored.dense import DenseLayer
 from spectrim.statistics import packed
-from spectrim.statistics.backward import detached, flow_back, start_at
+from spectrim.statistics.backward import Leaves, detached, start_at
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.input_moments import Rows
@@ -52,7 +52,7 @@ def output_moments(
         drawn = generator, directions.top
     layers = {name: model.get_submodule(name) for name in views}
     gathered = {name: {view: _Gathered(layers[name], view) for view in own} for name, own in views.items()}
-    leaves: list[Tensor] = []
+    leaves = Leaves()
     hooks = {name: of_this_thread(_catching(list(own.values()), leaves)) for name, own in gathered.items()}
     handles = [layers[name].register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
     processes, device, count = objective.processes("calibration"), device_of(model), 0
@@ -67,8 +67,8 @@ def output_moments(
             else:
                 starts, weight = start_at(along.values, along.gradient), along.predictions
             del outputs, loss, along  # the logits, which need not stay in memory on the way back
-            flow_back(starts, leaves)  # the hooks receive what flows
-            leaves.clear()
+            leaves.flow_back(starts)  # the hooks receive what flows
+            leaves.forget()
             starts.clear()
             count += weight
     count = int(processes.add_up(torch.tensor(count)))
@@ -78,16 +78,16 @@ def output_moments(
     }
 
 
-def _catching(gathered: Sequence["_Gathered"], leaves: list[Tensor]) -> Callable[..., Tensor]:
+def _catching(gathered: Sequence["_Gathered"], leaves: Leaves) -> Callable[..., Tensor]:
     """Return a forward hook that has each of ``gathered`` receive the gradient at the output of a layer.
 
-    An output without a gradient becomes one of ``leaves``, since all parameters before it are frozen.
+    ``leaves``: those of the pass.
     """
 
     def hook(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        if not output.requires_grad:
-            leaves.append(output.detach().requires_grad_(True))
-            output = leaves[-1].clone()  # what comes next may work in place
+        output = leaves.reached(output)
+        if output.is_leaf:
+            output = output.clone()  # what comes next may work in place
         size = first_argument(args, kwargs).shape
 
         def receive(gradient: Tensor) -> None:
@@ -95,7 +95,7 @@ def _catching(gathered: Sequence["_Gathered"], leaves: list[Tensor]) -> Callable
                 one.add(gradient.detach(), size)
 
         if output.requires_grad:  # not where the model itself turns gradients off
-            output.register_hook(receive)
+            output.register_hook(leaves.receiving(receive))
         return output
 
     return hook
