@@ -483,14 +483,18 @@ def test_a_model_may_keep_its_activations(algorithm: Any) -> None:
     copy.deepcopy(result.model)
 
 
-@pytest.mark.parametrize("algorithm", [None, "joint", "truncation"])
+TUNED = spectrim.FineTuning(spectrim.Truncation(rank=2), spectrim.Recipe(epochs=1, lr=0.01))
+
+
+@pytest.mark.parametrize("algorithm", [None, "joint", "truncation", TUNED])
 def test_inference_mode_changes_nothing(net: nn.Sequential, batches: Any, algorithm: Any) -> None:
-    outside = spectrim.compress(net, calibration=batches, algorithm=algorithm)
-    with torch.inference_mode():
-        inside = spectrim.compress(net, calibration=batches, algorithm=algorithm)
-    assert inside.plan == outside.plan
-    with torch.no_grad():
-        assert spectrim.compress(net, calibration=batches, algorithm=algorithm).plan == outside.plan
+    outside = spectrim.compress(net, calibration=batches, train=batches, algorithm=algorithm)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():  # also the batches are made here, and the report is read
+            made = [(inputs.clone(), targets.clone()) for inputs, targets in batches]
+            inside = spectrim.compress(net, calibration=made, train=made, algorithm=algorithm)
+            assert inside.report.equals(outside.report)
+            assert all(map(torch.equal, inside.model.parameters(), outside.model.parameters()))
 
 
 @pytest.mark.parametrize("algorithm", [None, "joint", "truncation"])

@@ -92,18 +92,6 @@ def of_one_sample(inputs: Inputs) -> Inputs:
     return _sampled(inputs, torch.zeros(count, dtype=torch.int64), count)
 
 
-def of_one_row(inputs: Inputs) -> Inputs:
-    """Return inputs of the same shapes in which all rows, and all ids, are the first one."""
-    return with_tensors(inputs, _of_one_row)
-
-
-def _of_one_row(tensor: Tensor) -> Tensor:
-    if not tensor.numel() or not tensor.ndim:
-        return tensor
-    vectors = tensor.is_floating_point() and tensor.ndim > 1
-    return (tensor.flatten(0, -2) if vectors else tensor.flatten())[:1].expand(tensor.shape)
-
-
 def aliased(outputs: Any) -> Any:
     """Return outputs of equal values that depend on the given ones, and not on one another."""
     return with_tensors(outputs, lambda tensor: tensor.view_as(tensor))
@@ -184,27 +172,32 @@ def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
     """Yield the batches as pairs ``(inputs, targets)``. A tensor, a mapping or a sequence of one is inputs alone.
 
     A mapping that holds ``labels``, or ``start_positions`` and ``end_positions``, is a batch as the collators of
-    transformers make it: these become the targets. Raises ``UserError`` for any other batch.
+    transformers make it: these become the targets. A batch that was made inside of torch.inference_mode, which allows
+    no gradient, is copied. Raises ``UserError`` for any other batch.
     """
     for batch in batches:
-        if isinstance(batch, Mapping) and batch and not tensors_of(batch):
-            raise UserError(
-                f"a batch of the {split} set is a mapping without a tensor ({', '.join(map(str, batch))}): give a "
-                "DataLoader, or pass the dataset with collator=, a function from a list of samples to a batch"
-            )
-        if isinstance(batch, Mapping):
-            yield _from_collator(batch) or (batch, None)
-        elif isinstance(batch, Tensor | PackedSequence):
-            yield batch, None
-        elif isinstance(batch, tuple | list) and len(batch) == 1:  # as a TensorDataset of inputs gives
-            yield batch[0], None
-        elif isinstance(batch, tuple | list) and len(batch) == 2:
-            yield batch[0], batch[1]
-        else:
-            raise UserError(
-                f"a batch of the {split} set is a {type(batch).__name__}, not a pair: give (inputs, targets), "
-                "several inputs as a tuple or a mapping of their own; or a mapping that holds labels"
-            )
+        pair = _pair(batch, split)
+        yield cloned(pair) if any(tensor.is_inference() for tensor in tensors_of(pair)) else pair
+
+
+def _pair(batch: Any, split: str) -> tuple[Inputs, Any]:
+    if isinstance(batch, Mapping) and batch and not tensors_of(batch):
+        raise UserError(
+            f"a batch of the {split} set is a mapping without a tensor ({', '.join(map(str, batch))}): give a "
+            "DataLoader, or pass the dataset with collator=, a function from a list of samples to a batch"
+        )
+    if isinstance(batch, Mapping):
+        return _from_collator(batch) or (batch, None)
+    if isinstance(batch, Tensor | PackedSequence):
+        return batch, None
+    if isinstance(batch, tuple | list) and len(batch) == 1:  # as a TensorDataset of inputs gives
+        return batch[0], None
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise UserError(
+        f"a batch of the {split} set is a {type(batch).__name__}, not a pair: give (inputs, targets), "
+        "several inputs as a tuple or a mapping of their own; or a mapping that holds labels"
+    )
 
 
 def _from_collator(batch: Mapping[str, Any]) -> tuple[Inputs, Any] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, evaluating, first_argument, forward, hooked, of_one_row, of_one_sample
+from spectrim.batches import Inputs, evaluating, first_argument, forward, hooked, of_one_sample, with_tensors
 from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d, FactoredLinear, TuckerConv2d
 from spectrim.factored.tied import TiedLinear
@@ -90,7 +90,19 @@ def _pass(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> 
 
 def _pass_of_equal_rows(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> _Pass | None:
     """Return a pass on inputs of the same shapes in which all rows, or all samples, are equal; None if both fail."""
-    for alike in (of_one_row, of_one_sample):
+    for alike in (_of_one_row, of_one_sample):
         with suppress(UserError):
             return _pass(model, layers, alike(inputs))
     return None
+
+
+def _of_one_row(inputs: Inputs) -> Inputs:
+    """Return inputs of the same shapes in which all rows, and all ids, are the first one."""
+    return with_tensors(inputs, _first_row)
+
+
+def _first_row(tensor: Tensor) -> Tensor:
+    if not tensor.numel() or not tensor.ndim:
+        return tensor
+    vectors = tensor.is_floating_point() and tensor.ndim > 1
+    return (tensor.flatten(0, -2) if vectors else tensor.flatten())[:1].expand(tensor.shape)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spectrim.batches import Batches, Inputs, cloned, pairs, sample_count, tensors_of
+from spectrim.batches import Batches, Inputs, pairs, sample_count
 from spectrim.errors import MissingInput, UserError
 from spectrim.statistics.processes import Distributed, Processes
 from spectrim.tools.live import Bar
@@ -38,9 +38,6 @@ class _Pairs:
                     f"the {self.split} set has no length, and no end after {LONGEST:,} samples; give a part of it, "
                     f"such as list(itertools.islice({self.split}, 100))"
                 )
-            held = tensors_of((inputs, targets))
-            if any(tensor.is_inference() for tensor in held):  # which no gradient can flow through
-                inputs, targets = cloned((inputs, targets))
             yield inputs, targets
 
 

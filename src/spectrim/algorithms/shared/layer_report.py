@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import pandas as pd
+import torch
 
 from spectrim.statistics.objective import Objective
 from spectrim.tools.profiling import Timed
@@ -36,7 +37,7 @@ def reporter(make: Callable[[], tuple[pd.DataFrame, str]], objective: Objective)
     @cache
     def report() -> LayerReport:
         before = Counter(objective.read)
-        with Timed() as spent:
+        with torch.inference_mode(False), Timed() as spent:  # wherever the report is read
             layers, unpredicted = make()
         read = dict(objective.read - before)
         return LayerReport(
