@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -28,6 +29,8 @@ def settings_of_numbers() -> list[str]:
     found = [f"autocast {kind} {torch.get_autocast_dtype(kind)}" for kind in KINDS if torch.is_autocast_enabled(kind)]
     if (dtype := torch.get_default_dtype()) != torch.float32:
         found.append(f"default {dtype}")
-    if (precision := torch.get_float32_matmul_precision()) != "highest":
-        found.append(f"products {precision}")
-    return found
+    # torch.get_float32_matmul_precision raises an error where these were set one by one.
+    backends: Any = torch.backends
+    operations = {"cuda products": backends.cuda.matmul, "cpu products": backends.mkldnn.matmul}
+    precisions = {name: own.fp32_precision for name, own in operations.items()}
+    return found + [f"{name} {own}" for name, own in precisions.items() if own not in ("none", "ieee")]
