@@ -25,7 +25,13 @@ from spectrim.statistics.batchnorm import BatchNorm, require
 from spectrim.statistics.collated import Collator, collated, with_decoder_inputs
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Distributed
-from spectrim.surgery.given_model import eager, require_default_device, require_gradients, unchanged
+from spectrim.surgery.given_model import (
+    eager,
+    require_default_device,
+    require_default_dtype,
+    require_gradients,
+    unchanged,
+)
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.tools import resume as resuming
 from spectrim.tools.autocast import uncached
@@ -98,6 +104,7 @@ def compress(
     """
     require(batch_norm)
     require_default_device()
+    require_default_dtype()
     model = eager(model)
     require_gradients(model)
     selector = _selector(params_kept, plan, algorithm, loss or default_loss(model))
@@ -193,6 +200,7 @@ def load(
         raise UserError("loss= is for the refit of a size; give calibration=, too, or leave it out")
     into = eager(into, values=False)
     if params_kept is not None and not Path(path).is_dir():
+        require_default_dtype()
         return every_size.load(Path(path), into, params_kept, sha256, calibration, loss)
     if params_kept is not None or calibration is not None:
         given = "params_kept=" if params_kept is not None else "calibration="

@@ -3,7 +3,9 @@
 import copy
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -287,3 +289,32 @@ def test_another_default_device_is_refused_before_anything_is_computed_there() -
         compress(plain())
     with torch.device("meta"), torch.device("cpu"):
         assert compress(plain()).plan
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_default_precision_in_which_a_budget_would_be_missed_is_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    spectrim.compress(plain(), calibration=data(), params_kept=0.6).save(tmp_path / "all", every_size=True)
+    with default_dtype(dtype):
+        for call in (
+            lambda: compress(plain()),
+            lambda: spectrim.load(tmp_path / "all", into=plain().float(), params_kept=0.6),
+        ):
+            with pytest.raises(UserError, match=rf"^torch.set_default_dtype makes new tensors {dtype}, [^\n]*$"):
+                call()
+
+
+@pytest.mark.parametrize("part", [0.6, 0.7, 0.8])
+def test_with_double_precision_as_the_default_a_budget_is_met_in_the_precision_of_the_model(part: float) -> None:
+    model, splits = plain(), data()
+    with default_dtype(torch.float64):
+        result = spectrim.compress(model, calibration=splits, params_kept=part)
+    assert result.params_kept <= part and {own.dtype for own in result.model.parameters()} == {torch.float32}

@@ -65,6 +65,15 @@ def require_default_device() -> None:
         )
 
 
+def require_default_dtype() -> None:
+    """Raise ``UserError`` where torch makes new tensors of 16 bits, in which a budget would be missed by rounding."""
+    if (dtype := torch.get_default_dtype()).itemsize < torch.float32.itemsize:
+        raise UserError(
+            f"torch.set_default_dtype makes new tensors {dtype}, too coarse to count in; call "
+            "torch.set_default_dtype(torch.float32) before, and the model keeps its precision"
+        )
+
+
 def _is_compiled(module: nn.Module) -> bool:
     # By name: torch._dynamo takes long to import, and no module is compiled before somebody has imported it.
     return type(module).__name__ == "OptimizedModule" and "_orig_mod" in dict(module.named_children())
