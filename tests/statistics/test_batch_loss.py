@@ -27,3 +27,9 @@ def test_a_batch_weighs_its_samples_or_its_predicted_tokens(loss: Any, targets: 
 def test_a_loss_that_is_not_finite_names_its_split(value: str) -> None:
     with pytest.raises(UserError, match=f"^the loss on the train split is {value}; check[^\n]*$"):
         finite_loss(lambda outputs, targets: outputs.sum() * float(value), torch.ones(2), torch.ones(2), "train")
+
+
+@pytest.mark.parametrize("targets", [torch.full((2, 4), IGNORED), torch.tensor([[1, IGNORED]]), torch.tensor([[1]])])
+def test_a_batch_without_a_token_to_predict_is_named_as_such(targets: torch.Tensor) -> None:
+    with pytest.raises(UserError, match="^a batch of the calibration set has no token to predict: [^\n]*leave it out$"):
+        finite_loss(token_loss, torch.randn(*targets.shape, 5), targets, "calibration")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spectrim.batches import Inputs, sample_count
 from spectrim.errors import MissingInput, UserError
-from spectrim.losses import Loss, TokenLoss, loss_of
+from spectrim.losses import IGNORED, Loss, TokenLoss, loss_of
 
 
 def batch_weight(loss: Loss, targets: Any, inputs: Inputs = None) -> int:
@@ -27,6 +27,11 @@ def finite_loss(loss: Loss, outputs: Any, targets: Any, split: str) -> Tensor:
             message = f"the {split} batches have no targets, which the loss needs; give (inputs, targets)"
             raise MissingInput(message) from None
         raise
+    if not torch.isfinite(value) and isinstance(loss, TokenLoss) and not loss.count(targets):
+        raise UserError(
+            f"a batch of the {split} set has no token to predict: all of its labels are {IGNORED}, or it holds one "
+            "token a sequence; leave it out"
+        )
     if not torch.isfinite(value):
         raise UserError(f"the loss on the {split} split is {value.item()}; check the model's weights and the inputs")
     return value
