@@ -1,5 +1,6 @@
 """A selection has a model for itself: another waits, and what other threads do with the model does not count."""
 
+import multiprocessing
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import spectrim
 from spectrim.algorithms.refitted import Refitted
 from spectrim.surgery.find_layers import ELSEWHERE
-from spectrim.tools.alone import alone_with
+from spectrim.tools.alone import alone
 from spectrim.tools.threads import inheriting
 
 JOINT = spectrim.Joint(params_kept=0.6, samples=64, refit=64)
@@ -93,24 +94,76 @@ def test_one_model_that_several_threads_compress_at_once_gives_each_the_same() -
         assert all(equal(one.result(), expected) for one in found)
 
 
-def test_others_wait_for_any_part_that_is_held_and_for_nothing_else() -> None:
-    held, shared, free = object(), object(), object()
+class Attending(nn.Module):
+    """A layer of torch, which takes another way while MACs are counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attend = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True).eval()
+        self.head = nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attend(x.unflatten(0, (4, -1))).mean(1))
+
+
+def test_models_that_several_threads_compress_at_once_are_as_one_after_the_other() -> None:
+    splits = [(x, y[:4]) for x, y in data()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+
+    def compressed() -> tuple[nn.Module, float]:
+        result = spectrim.compress(Attending(), calibration=splits, algorithm=spectrim.Joint(macs_kept=0.7, refit=32))
+        return result.model, result.macs_kept
+
+    model, macs = compressed()
+    with ThreadPoolExecutor(3) as pool:
+        found = [pool.submit(compressed) for _ in range(3)]
+    assert all(equal(one.result()[0], model) and one.result()[1] == macs for one in found)
+    assert torch.backends.mha.get_fastpath_enabled() == fused
+
+
+def test_others_wait_and_a_thread_that_inherits_does_not() -> None:
     entered: list[str] = []
 
-    def enter(name: str, *parts: object) -> None:
-        with alone_with(parts):
+    def enter(name: str) -> None:
+        with alone():
             entered.append(name)
 
     with ThreadPoolExecutor(2) as pool:
-        with alone_with([held, shared]):
-            waits = pool.submit(enter, "waits", shared, free)
-            pool.submit(enter, "free", free).result()
-            pool.submit(inheriting(lambda: enter("inherits", held, free))).result()
-            enter("this one", held)
+        with alone():
+            waits = pool.submit(enter, "waits")
+            pool.submit(inheriting(lambda: enter("inherits"))).result()
+            enter("this one")
             with pytest.raises(TimeoutError):
                 waits.result(timeout=0.05)
-            assert entered == ["free", "inherits", "this one"]
+            assert entered == ["inherits", "this one"]
         waits.result()
+    assert entered[-1] == "waits"
+
+
+def test_a_forked_process_waits_for_no_thread_of_its_parent() -> None:
+    inside, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with alone():
+            inside.set()
+            done.wait()
+
+    def enter() -> None:
+        with alone():
+            pass
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    try:
+        inside.wait()
+        child = multiprocessing.get_context("fork").Process(target=enter, daemon=True)
+        child.start()
+        child.join(20)
+        assert child.exitcode == 0
+    finally:
+        done.set()
+        holder.join()
 
 
 class Apart(Net):

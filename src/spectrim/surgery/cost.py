@@ -1,6 +1,7 @@
 """Count the parameters and the multiply-accumulates of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -64,21 +65,28 @@ def layer_macs(model: nn.Module, layers: Sequence[str], example: Inputs) -> tupl
 def _counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
     inputs = to_device(example, device_of(model))
     counter = FlopCounterMode(display=False)
+    # It does not see into every kernel of attention. Plain products reach the same number. And it fails on an argument
+    # that requires a gradient without having a history, as a view of a parameter under no_grad.
+    with (
+        unchanged(model),
+        evaluating(model),
+        torch.no_grad(),
+        alone_trainable(model, ()),
+        _without_fused_layers(),
+        sdpa_kernel(SDPBackend.MATH),
+        unpadded(),
+        counter,
+    ):
+        forward(model, inputs)
+    return counter
+
+
+@contextmanager
+def _without_fused_layers() -> Iterator[None]:
+    """Let torch compute its transformer layer by single operations, into which a counter sees."""
     fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into torch's fused transformer layer
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        # It does not see into every kernel of attention either. Plain products reach the same number. And it fails on
-        # an argument that requires a gradient without having a history, as a view of a parameter under no_grad.
-        with (
-            unchanged(model),
-            evaluating(model),
-            torch.no_grad(),
-            alone_trainable(model, ()),
-            sdpa_kernel(SDPBackend.MATH),
-            unpadded(),
-            counter,
-        ):
-            forward(model, inputs)
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    return counter

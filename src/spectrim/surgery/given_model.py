@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from spectrim.batches import acts_on_mode
 from spectrim.errors import UserError, first_line
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
-from spectrim.tools.alone import alone_with
+from spectrim.tools.alone import alone
 
 
 def eager(model: nn.Module, values: bool = True) -> nn.Module:
@@ -89,7 +89,7 @@ def versions(model: nn.Module) -> tuple[int, ...]:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restore the buffers and the plain attributes of every module when the block ends.
 
-    Another thread that enters such a block, with a model that shares a part with ``model``, waits.
+    Another thread that enters such a block waits (``alone``).
 
     A forward pass may count its calls, update a buffer, keep an activation or append to a list. Tensors, lists,
     dictionaries, sets and deques that an attribute holds get their contents back, also where they lie in one another.
@@ -97,7 +97,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     ``train`` of its own, which may merge an adapter. Scripted parts and objects of other classes are not restored.
     Memory: a copy of the buffers and of these tensors.
     """
-    with alone_with([*model.modules(), *model.parameters()]), _restored(model):
+    with alone(), _restored(model):
         yield
 
 

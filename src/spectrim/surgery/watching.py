@@ -11,8 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from spectrim.batches import Inputs, first_argument, tensors_of
 from spectrim.factored.dense import dense_kinds
-
-_PATCHING = threading.Lock()  # one model at a time is watched, because that changes classes of torch
+from spectrim.tools.alone import alone
 
 
 class Watch(TorchFunctionMode):
@@ -53,7 +52,7 @@ class Watch(TorchFunctionMode):
     @contextmanager
     def of_modules(self) -> Iterator[None]:
         """Watch calls of dense layers, and ``layer.weight`` and ``layer.bias``, inside the block."""
-        with _PATCHING, ExitStack() as stack:
+        with alone(), ExitStack() as stack:  # it changes classes of torch
             look_up = nn.Module.__getattr__
 
             def looked_up(module: nn.Module, attribute: str) -> Any:

@@ -1,34 +1,49 @@
-"""Of all selections in a process, one at a time works on a model."""
+"""Of all threads of a process, one at a time works on models: it sets what torch keeps for the whole process."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from threading import Condition
+from threading import Lock
 
 _OWNER: ContextVar[object | None] = ContextVar("owner", default=None)
-_HELD: dict[int, object] = {}  # the owner of each part of a model, by its id
-_FREED = Condition()
-os.register_at_fork(after_in_child=_HELD.clear)  # the threads that held them are not there
+
+
+class _Place:
+    """The place that one thread holds at a time."""
+
+    def __init__(self) -> None:
+        self.lock, self.owner = Lock(), object()
+
+
+_PLACE = _Place()
 
 
 @contextmanager
-def alone_with(parts: Iterable[object]) -> Iterator[None]:
-    """Wait until no other thread holds any of ``parts`` of a model, and hold them inside the block.
+def alone() -> Iterator[None]:
+    """Wait until no other thread is inside of such a block. A thread that inherits from this one (``threads``) may be.
 
-    A thread that inherits from this one (``threads``) holds what this one holds.
+    Classes that are watched, random numbers, kernels that are switched off and modules that are counted are those of
+    all threads.
     """
-    ids, owner = {id(part) for part in parts}, _OWNER.get() or object()
-    with _FREED:
-        _FREED.wait_for(lambda: all(_HELD.get(part, owner) is owner for part in ids))
-        mine = ids - _HELD.keys()
-        _HELD.update(dict.fromkeys(mine, owner))
-    token = _OWNER.set(owner)
-    try:
+    if _OWNER.get() is _PLACE.owner:
         yield
-    finally:
-        _OWNER.reset(token)
-        with _FREED:
-            for part in mine:
-                _HELD.pop(part, None)
-            _FREED.notify_all()
+        return
+    place = _PLACE
+    with place.lock:
+        place.owner = object()
+        token = _OWNER.set(place.owner)
+        try:
+            yield
+        finally:
+            _OWNER.reset(token)
+            place.owner = object()
+
+
+def _in_child() -> None:
+    """Give a forked process a free place: of the threads of its parent it has one."""
+    global _PLACE
+    _PLACE = _Place()
+
+
+os.register_at_fork(after_in_child=_in_child)
