@@ -33,6 +33,7 @@ from spectrim.statistics.batch_loss import finite_loss
 from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.gate_rows import GateRows, Weighed
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.split_reader import Batch
 from spectrim.surgery.tied import tied_layers
 from spectrim.tools import resume
 from spectrim.tools.trainable import alone_trainable
@@ -81,11 +82,10 @@ def gate_gradients(
     layers: Sequence[str],
     objective: Objective,
     samples: int,
-    split: str = "calibration",
     seed: int = 0,
     first_order: bool = True,
 ) -> Gates:
-    """Return the gate gradients of the factored ``layers`` of ``model``, over whole batches until ``samples``.
+    """Return the gate gradients of the factored ``layers`` of ``model`` on the calibration split.
 
     Which dimension of a layer holds the samples is found from the gradients (``sample_rows``). A layer whose rows
     several samples share is left out, as is one that the loss does not depend on. A batch that does not reach a layer,
@@ -94,36 +94,32 @@ def gate_gradients(
 
     They are taken up from the folder of ``resume`` where it holds them.
 
-    Raises ``UserError`` for an empty split, a loss that is not finite, or a layer whose form has no gates.
+    ``samples``: number of calibration samples to read, in whole batches.
+    ``seed``: of the random directions of the scores.
+    ``first_order``: whether ``given`` is asked for.
+
+    Raises ``UserError`` for an empty calibration split, a loss that is not finite, or a layer whose form has no gates.
     """
+
+    def made() -> Gates:
+        return _gate_gradients(model, layers, objective, samples, seed, first_order)
+
     folder = resume.current()
     if folder is None:
-        return _gate_gradients(model, layers, objective, samples, split, seed, first_order)
+        return made()
     key = [list(layers), samples, seed, first_order, [list(block) for block in objective.blocks(layers)]]
-
-    def made() -> resume.Result:
-        return _gate_gradients(model, layers, objective, samples, split, seed, first_order).as_result()
-
-    found = objective.resumed(folder, "gates", model, split, made, key, samples)
+    found = objective.resumed(folder, "gates", model, "calibration", lambda: made().as_result(), key, samples)
     return Gates.of_result(found, layers)
 
 
 def _gate_gradients(
-    model: nn.Module,
-    layers: Sequence[str],
-    objective: Objective,
-    samples: int,
-    split: str,
-    seed: int,
-    first_order: bool,
+    model: nn.Module, layers: Sequence[str], objective: Objective, samples: int, seed: int, first_order: bool
 ) -> Gates:
     """Compute ``gate_gradients``."""
-    processes = objective.processes(split)
-    objective, generator = generator_of(model, objective, samples, split, seed)
-    device = device_of(model)
+    processes = objective.processes("calibration")
+    objective, generator = generator_of(model, objective, samples, seed)
     modules = {name: model.get_submodule(name) for name in layers}
-    gates = GateRows(modules, objective.blocks(layers))
-    ties = tied_layers(model)
+    gates, ties = GateRows(modules, objective.blocks(layers)), tied_layers(model)
     handles = [
         _first(place, model.get_submodule(place)).register_forward_hook(gates.keeping(name))
         for name in layers
@@ -131,18 +127,11 @@ def _gate_gradients(
     ]
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
     with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
-        for inputs, targets in objective.first(split, samples, "linearise"):
-            count = sample_count(targets, inputs)
-            outputs, targets = aliased(forward(model, detached(to_device(inputs, device)))), to_device(targets, device)
-            loss = _by_outputs(finite_loss(objective.loss, outputs, targets, split) * count, outputs, count)
-            scores = _along_scores(objective, outputs, targets, generator, count)
-            along = gates.rows(scores or loss, count, keep=first_order and scores is not None)
-            given = gates.rows(loss, count) if first_order and scores is not None else along
+        for batch in objective.first("calibration", samples, "linearise"):
+            given, along = _rows_of_batch(model, gates, objective, batch, generator, first_order)
             for name, module in modules.items():
                 own, at_targets = (_of_gates(rows[name], module.rank) for rows in (along, given))
                 parts[name].append(GateGradients(at_targets if first_order else own[:0], own))
-            gates.forget()
-            del outputs, loss, scores  # with all that the way back needs, before the next batch
     gates.agree(processes)
     left = gates.left()
     rows = {
@@ -150,6 +139,29 @@ def _gate_gradients(
         for name, own in parts.items()
     }
     return Gates({name: own for name, own in rows.items() if name not in left}, left)
+
+
+def _rows_of_batch(
+    model: nn.Module,
+    gates: GateRows,
+    objective: Objective,
+    batch: Batch,
+    generator: torch.Generator,
+    first_order: bool,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the rows of a batch at the given targets and along a random direction; the same ones without scores.
+
+    All that the way back needs is let go of when this ends, before the next batch.
+    """
+    device, count = device_of(model), sample_count(batch[1], batch[0])
+    inputs, targets = (to_device(part, device) for part in batch)
+    outputs = aliased(forward(model, detached(inputs)))
+    loss = _by_outputs(finite_loss(objective.loss, outputs, targets, "calibration") * count, outputs, count)
+    scores = _along_scores(objective, outputs, targets, generator, count)
+    along = gates.rows(scores or loss, count, keep=first_order and scores is not None)
+    given = gates.rows(loss, count) if first_order and scores is not None else along
+    gates.forget()
+    return given, along
 
 
 def _first(name: str, module: nn.Module) -> nn.Module:

@@ -48,7 +48,7 @@ def output_moments(
     Raises ``UserError`` for an empty calibration split or a loss that is not finite.
     """
     if not directions.labels:
-        objective, generator = generator_of(model, objective, samples, "calibration", directions.seed, directions.top)
+        objective, generator = generator_of(model, objective, samples, directions.seed, directions.top)
         drawn = generator, directions.top
     layers = {name: model.get_submodule(name) for name in views}
     gathered = {name: {view: _Gathered(layers[name], view) for view in own} for name, own in views.items()}
