@@ -49,53 +49,64 @@ def factorable(
     if isinstance(model, kinds):
         raise UserError(f"the model is a single {type(model).__name__}; pass torch.nn.Sequential(model) instead")
     choice.require_known(model)
-    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     ties = [(first, *others) for first, others in tied_layers(model).items()] if embeddings else []
-    sharing = {name: len(tie) for tie in ties for name in tie}
-    layers: dict[str, nn.Module] = {}
-    dense, packed = dict[str, str](), refusals(model)
+    shared, packed = _shared(model, ties), refusals(model)
+    layers, dense = dict[str, nn.Module](), dict[str, str]()
     for name, module in model.named_modules():
         if not isinstance(module, kinds):
             if _holds_a_matrix(module):
                 dense[name or type(model).__name__] = packed.get(name, f"{type(module).__name__} is not factored")
-            continue
-        if isinstance(module, nn.Embedding) and not embeddings:
+        elif isinstance(module, nn.Embedding) and not embeddings:
             dense[name] = "only a decomposer with embeddings=True factors embeddings"
-            continue
-        if unwanted := choice.reason(name):
-            dense[name] = unwanted
-        elif places[module] > 1 or owners[id(module._parameters.get("weight"))] > sharing.get(name, 1):
-            dense[name] = SHARED
-        elif reason := _reason(module):
+        elif reason := choice.reason(name) or (SHARED if name in shared else _reason(module)):
             dense[name] = reason
         else:
             layers[name] = module
-    for name in _written_by_modes(model, layers):
-        del layers[name]
-        dense[name] = "its weight depends on the mode of the model, as where an adapter is merged into it"
+    _leave(_written_by_modes(model, layers), layers, dense)
     _leave_together(ties, layers, dense)
     unfit = _held_by_torch(model, layers) if example is None else _unfit_for_replacement(model, layers, example)
-    for tie in ties:
-        if any(unfit.get(name) != UNCALLED for name in tie):  # the weight is used elsewhere
-            unfit = {name: reason for name, reason in unfit.items() if name not in tie or reason != UNCALLED}
-    for name, reason in unfit.items():
-        del layers[name]
-        dense[name] = reason
+    _leave(_where_tie_is_used(unfit, ties), layers, dense)
     _leave_together(ties, layers, dense)
     others = {name for _, *own in ties for name in own}
     return {name: layer for name, layer in layers.items() if name not in others}, dense
 
 
-def _written_by_modes(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
-    """Return the layers whose weight ``train`` or ``eval`` of the model writes to."""
+def _shared(model: nn.Module, ties: Iterable[Sequence[str]]) -> set[str]:
+    """Return the layers that lie in several places of ``model``, or whose weight others hold that no tie names."""
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    known = {name: len(tie) for tie in ties for name in tie}
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, dense_kinds())]
+    return {
+        name
+        for name, module in layers
+        if places[module] > 1 or owners[id(module._parameters.get("weight"))] > known.get(name, 1)
+    }
+
+
+def _written_by_modes(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Return the layers whose weight ``train`` or ``eval`` of the model writes to, and why they stay dense."""
     if not any(acts_on_mode(module) for module in model.modules()):
-        return []
+        return {}
     with unchanged(model), evaluating(model):
         model.train()
         trained = {name: content(layer.parameters()) for name, layer in layers.items()}
         model.eval()
-        return [name for name, layer in layers.items() if content(layer.parameters()) != trained[name]]
+        written = [name for name, layer in layers.items() if content(layer.parameters()) != trained[name]]
+    return dict.fromkeys(written, "its weight depends on the mode of the model, as where an adapter is merged into it")
+
+
+def _where_tie_is_used(unfit: Mapping[str, str], ties: Iterable[Sequence[str]]) -> dict[str, str]:
+    """Return ``unfit`` without the layers that the model does not call, but whose weight it uses in another layer."""
+    used = {name for tie in ties if any(unfit.get(name) != UNCALLED for name in tie) for name in tie}
+    return {name: reason for name, reason in unfit.items() if name not in used or reason != UNCALLED}
+
+
+def _leave(reasons: Mapping[str, str], layers: dict[str, nn.Module], dense: dict[str, str]) -> None:
+    """Move the layers of ``reasons`` from ``layers`` to ``dense``."""
+    for name, reason in reasons.items():
+        del layers[name]
+        dense[name] = reason
 
 
 def _leave_together(ties: Iterable[Sequence[str]], layers: dict[str, nn.Module], dense: dict[str, str]) -> None:
