@@ -189,40 +189,83 @@ def _taken(
     seconds = {"decompose": taken * moment_seconds + rehearsal.decompositions(moments, does.largest_entries)}
     held_moments = packed.nbytes(moments.values()) if moments else None
     memory = decomposing_bytes(model, layers, objective.layers_at_once, held_moments)
-    block, held = block_of(layers, objective.layers_at_once), memory.pop("held")
-    item = next(model.parameters()).element_size()
-    weights, model_bytes = sum(layer.params for layer in layers), item * parameters(model)
-    if does.gradients:
-        each, saved = rehearsal.gradient_pass()
-        seconds["gradients"] = does.gradients * each
-        memory["gradients"] = held + 2 * item * block * weights + rehearsal.count * saved
-    if does.gates:
-        each, saved = rehearsal.gate_pass()
-        seconds["gates"] = does.gates * each
-        full = item * block * sum(layer.full_rank * layer.component for layer in layers)
-        rows = 4 * 2 * does.gates * sum(layer.full_rank for layer in layers)
-        memory["gates"] = held + full + rows + rehearsal.count * saved
-        if (fewer := (rehearsal.count - 1) * saved) > memory["gates"] / 2:
-            notes.append(f"with batches of one sample the gates would take about {fewer / MIB:,.0f} MiB less")
-    if does.evaluations:
-        seconds["verify"] = does.evaluations * rehearsal.forward_seconds()
-        memory["verify"] = held + model_bytes
-    if does.refit:
-        fitted = ranks or {layer.name: max(1, break_even_rank(layer.rows, layer.columns) // 2) for layer in layers}
-        flows = rehearsal.flows()
-        passes = 2 * does.refit * rehearsal.forward_seconds() + rehearsal.refit_moments(does.refit, flows)
-        seconds["refit"] = passes + rehearsal.fits(fitted, "loss" if does.weighed else "outputs")
-        memory["refit"] = held + model_bytes + 2 * does.refit * max(own for own, _ in flows.values())
-        memory["refit"] += rehearsal.refit_bytes(fitted)
-        if does.weighed:
-            seconds["refit"] += does.weighed * rehearsal.gradient_pass()[0]
-            memory["refit"] += rehearsal.weighing_bytes() if objective.layers_at_once is None else 0
-    if does.refine:
-        # Of a step: a pass of the dense model, and a pass forth and back, which takes three.
-        seconds["refine"] = does.refine * 4 * rehearsal.forward_seconds()
-        memory["refine"] = held + 5 * model_bytes  # weights, the best ones, gradients and two moments of them
+    parts = _Parts(rehearsal, does, ranks, memory.pop("held"), notes)
+    for name, asked, part in (
+        ("gradients", does.gradients, parts.gradients),
+        ("gates", does.gates, parts.gates),
+        ("verify", does.evaluations, parts.verify),
+        ("refit", does.refit, parts.refit),
+        ("refine", does.refine, parts.refine),
+    ):
+        if asked:
+            seconds[name], memory[name] = part()
     if work is None:
         notes.append("the time is that of the decompositions: this algorithm does not say what else it will do")
     if does.at_most:
         notes.append("the time is an upper bound: the selection may end earlier")
     return seconds, {name: own / MIB for name, own in memory.items()}
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of a selection after the decompositions: each gives its seconds, and the bytes at its peak.
+
+    ``held``: bytes of the decompositions that are in memory all the time.
+    """
+
+    rehearsal: Rehearsal
+    does: Work
+    ranks: Mapping[str, int] | None
+    held: float
+    notes: list[str]
+
+    @property
+    def model_bytes(self) -> int:
+        return self.item * parameters(self.rehearsal.model)
+
+    @property
+    def item(self) -> int:
+        """Bytes of one weight."""
+        return next(self.rehearsal.model.parameters()).element_size()
+
+    @property
+    def block(self) -> float:
+        """The part of the layers that is in memory at once."""
+        return block_of(self.rehearsal.layers, self.rehearsal.objective.layers_at_once)
+
+    def gradients(self) -> tuple[float, float]:
+        each, saved = self.rehearsal.gradient_pass()
+        weights = sum(layer.params for layer in self.rehearsal.layers)
+        peak = self.held + 2 * self.item * self.block * weights + self.rehearsal.count * saved
+        return self.does.gradients * each, peak
+
+    def gates(self) -> tuple[float, float]:
+        layers, count = self.rehearsal.layers, self.rehearsal.count
+        each, saved = self.rehearsal.gate_pass()
+        full = self.item * self.block * sum(layer.full_rank * layer.component for layer in layers)
+        rows = 4 * 2 * self.does.gates * sum(layer.full_rank for layer in layers)
+        peak = self.held + full + rows + count * saved
+        if (fewer := (count - 1) * saved) > peak / 2:
+            self.notes.append(f"with batches of one sample the gates would take about {fewer / MIB:,.0f} MiB less")
+        return self.does.gates * each, peak
+
+    def verify(self) -> tuple[float, float]:
+        return self.does.evaluations * self.rehearsal.forward_seconds(), self.held + self.model_bytes
+
+    def refit(self) -> tuple[float, float]:
+        rehearsal, does = self.rehearsal, self.does
+        halves = {layer.name: max(1, break_even_rank(layer.rows, layer.columns) // 2) for layer in rehearsal.layers}
+        ranks, flows = self.ranks or halves, rehearsal.flows()
+        seconds = 2 * does.refit * rehearsal.forward_seconds() + rehearsal.refit_moments(does.refit, flows)
+        seconds += rehearsal.fits(ranks, "loss" if does.weighed else "outputs")
+        peak = self.held + self.model_bytes + 2 * does.refit * max(own for own, _ in flows.values())
+        peak += rehearsal.refit_bytes(ranks)
+        if does.weighed:
+            seconds += does.weighed * rehearsal.gradient_pass()[0]
+            peak += rehearsal.weighing_bytes() if rehearsal.objective.layers_at_once is None else 0
+        return seconds, peak
+
+    def refine(self) -> tuple[float, float]:
+        # Of a step: a pass of the dense model, and a pass forth and back, which takes three.
+        seconds = self.does.refine * 4 * self.rehearsal.forward_seconds()
+        return seconds, self.held + 5 * self.model_bytes  # weights, the best ones, gradients and two moments of them
