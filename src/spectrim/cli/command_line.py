@@ -151,16 +151,7 @@ def run(job: Callable[[], Any], is_cell_done: Callable[[DictConfig], bool] = lam
             left = cluster_jobs.left_behind(stop) or "the same command goes on where it stopped"
             _end(f"{word}; {left}", status)
         except MISTAKES as error:
-            failed = progress.left("failed")
-            for fault in progress.left("fault")[-1:]:  # a bug of ours: print one traceback in full
-                sys.stderr.write(fault)
-            lost = isinstance(error, cluster_jobs.Lost)
-            told = [innermost(error)] if lost or len(failed) < 2 else []
-            if len(failed) > 1:
-                told.append(f"{len(failed)} runs failed: {'; '.join(failed)}")
-            elif lost:
-                told += failed
-            _end("; ".join(told), 1)
+            _end(_failures(error), 1)
         except BrokenProcessPool as error:
             if error.__cause__:  # a worker could not read its task: a bug, not a mistake
                 raise
@@ -173,6 +164,20 @@ def run(job: Callable[[], Any], is_cell_done: Callable[[DictConfig], bool] = lam
         finally:
             for variable in (composition.FOLDER, composition.SWEEP, messages.LEVEL):
                 os.environ.pop(variable, None)
+
+
+def _failures(error: Exception) -> str:
+    """Return in one line what failed in a grid. Print one traceback in full where it was a fault of the code."""
+    failed = progress.left("failed")
+    for fault in progress.left("fault")[-1:]:
+        sys.stderr.write(fault)
+    lost = isinstance(error, cluster_jobs.Lost)
+    told = [innermost(error)] if lost or len(failed) < 2 else []
+    if len(failed) > 1:
+        told.append(f"{len(failed)} runs failed: {'; '.join(failed)}")
+    elif lost:
+        told += failed
+    return "; ".join(told)
 
 
 def _check_options() -> None:

@@ -14,7 +14,7 @@ What differs here:
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -112,23 +112,10 @@ class AIMET:
         greedy = GreedySelectionParameters(self._target(model), num_comp_ratio_candidates=self.candidates)
         chosen = SpatialSvdParameters.AutoModeParams(greedy, modules_to_ignore=ignored)
         with Bar(desc="aimet", unit="evaluation", leave=False) as bar, _elsewhere():
-
-            def score(candidate: nn.Module, *_: Any, **__: Any) -> float:
-                found = objective.remembered(
-                    model,
-                    "aimet",
-                    lambda: of_state(candidate),
-                    lambda: objective.evaluate(candidate),
-                )
-                log.append({"evaluation": len(log), "accuracy": found.accuracy, "loss": found.loss})
-                bar.update()
-                assert found.accuracy is not None  # refused before the search
-                return found.accuracy
-
             try:
                 compressed, _ = ModelCompressor.compress_model(
                     subject,
-                    eval_callback=score,
+                    eval_callback=_scoring(model, objective, log, bar),
                     eval_iterations=None,
                     input_shape=(1, *shape),
                     compress_scheme=CompressionScheme.spatial_svd,
@@ -152,6 +139,19 @@ class AIMET:
         if target <= 0:
             raise UserError(f"params_kept={self.params_kept} is out of reach: what AIMET cannot cut is more")
         return target
+
+
+def _scoring(model: nn.Module, objective: Objective, log: list[dict], bar: Bar) -> Callable[..., float]:
+    """Return a function that gives the calibration accuracy of a candidate, and adds the evaluation to ``log``."""
+
+    def score(candidate: nn.Module, *_: Any, **__: Any) -> float:
+        found = objective.remembered(model, "aimet", lambda: of_state(candidate), lambda: objective.evaluate(candidate))
+        log.append({"evaluation": len(log), "accuracy": found.accuracy, "loss": found.loss})
+        bar.update()
+        assert found.accuracy is not None  # refused before the search
+        return found.accuracy
+
+    return score
 
 
 @contextlib.contextmanager
