@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import spectrim
 from spectrim.errors import UserError
-from spectrim.surgery.stand_ins import MISLED, UNSTEADY, is_steady, misled
+from spectrim.surgery.stand_ins import MISLED, UNSTEADY, is_steady, misled, misled_and_steady
 
 HALF = spectrim.Truncation(params_kept=0.5)
 
@@ -130,8 +130,15 @@ GENERATORS = [None, torch.Generator().manual_seed(0)]
 def test_random_numbers_of_a_model_accuse_no_layer_and_stay_those_of_the_caller(generator: Any) -> None:
     model, (x,) = Noisy(generator), inputs()
     state = torch.get_rng_state()
-    assert misled(model, model, ["body.0", "body.2", "body.4"], x) == {}
+    assert misled(model, ["body.0", "body.2", "body.4"], x) == {}
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_two_passes_tell_that_a_model_is_neither_misled_nor_unsteady() -> None:
+    model, (x,), passes = plain(), inputs(), list[int]()
+    model.register_forward_hook(lambda *_: passes.append(1))
+    assert misled_and_steady(model, model, ["0", "2", "4"], x) == ({}, True)
+    assert len(passes) == 2
 
 
 @pytest.mark.parametrize("generator", GENERATORS)

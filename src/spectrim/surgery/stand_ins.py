@@ -41,23 +41,37 @@ class _StandIn(nn.Module):
         return getattr(vars(self)["dense"], name)
 
 
-def misled(model: nn.Module, given: nn.Module, layers: Collection[str], example: Inputs) -> dict[str, str]:
-    """Return those of ``layers`` whose class decides on the outputs of ``model``, with the reason.
+def misled_and_steady(
+    model: nn.Module, given: nn.Module, layers: Collection[str], example: Inputs
+) -> tuple[dict[str, str], bool]:
+    """Return the ``misled`` ones of ``layers`` with the reason, and whether the model ``is_steady``.
 
-    The model runs on ``example`` with a stand-in for each layer, and its outputs are compared with those of the dense
-    model. Where they differ it runs with each stand-in alone. A model that differs from itself, as one does that draws
-    numbers of a generator of its own, cannot be told.
+    For most models two passes tell both: one with a stand-in for each layer repeats the outputs of the dense model,
+    whatever the random numbers of torch.
 
     ``given``: the model that the user gave, of which ``model`` may be a copy.
 
     Raises ``UserError`` where a copy of the model still calls a module of ``given``.
     """
+    dense, own = _outputs(model, example), with_stand_ins(model, layers)
+    with _apart(own, (model, given)):
+        outputs = _outputs(own, example, seed=1)
+    if _alike(outputs, dense):
+        return {}, True
+    return misled(model, layers, example), is_steady(model, example)
+
+
+def misled(model: nn.Module, layers: Collection[str], example: Inputs) -> dict[str, str]:
+    """Return those of ``layers`` whose class decides on the outputs of ``model``, with the reason.
+
+    The model runs on ``example`` with a stand-in for each layer, and its outputs are compared with those of the dense
+    model. Where they differ it runs with each stand-in alone. A model that differs from itself, as one does that draws
+    numbers of a generator of its own, cannot be told.
+    """
     left, dense = list(layers), _outputs(model, example)
     found: dict[str, str] = {}
     while left:
-        own = with_stand_ins(model, left)
-        with _apart(own, (model, given)):
-            outputs = _outputs(own, example)
+        outputs = _outputs(with_stand_ins(model, left), example)
         if _alike(outputs, dense) or not _alike(_outputs(model, example), dense):
             return found
         alone = [name for name in left if not _alike(_outputs(with_stand_ins(model, [name]), example), dense)]

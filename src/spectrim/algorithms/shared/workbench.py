@@ -22,7 +22,7 @@ from spectrim.surgery.cost import layer_parameters
 from spectrim.surgery.given_model import copied, eager, unchanged, versions
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.surgery.reopening import factored_layers, kept_in, reopened
-from spectrim.surgery.stand_ins import UNSTEADY, is_steady, misled
+from spectrim.surgery.stand_ins import UNSTEADY, misled_and_steady
 from spectrim.surgery.trial_run import failing_layers
 from spectrim.surgery.unpacking import pack, unpacked
 
@@ -78,14 +78,16 @@ class Workbench:
             return replacing.apply(opened, replacing.plan_of(spectra, kept), spectra, shared=True)
 
         left |= _that_runs(at_rank_1, dict.fromkeys(spectra, 1), example)[1]
-        if example is not None:
-            left |= misled(opened, model, [name for name in spectra if name not in left], example)
+        running, steady = [name for name in spectra if name not in left], True
+        if running and example is not None:
+            found, steady = misled_and_steady(opened, model, running, example)
+            left |= found
         spectra = {name: spectrum for name, spectrum in spectra.items() if name not in left}
         if not spectra:
             reasons = find_layers.in_one_line(left) or f"it has no {' or '.join(k.__name__ for k in dense_kinds())}"
             raise UserError(f"this model has nothing to factor: {reasons}")
         notes = (*find_layers.left_dense(left, opened), *tied.in_lines(opened, spectra))
-        if example is not None and not is_steady(opened, example):
+        if not steady:
             notes = (f"{UNSTEADY}: a loss is that of one draw, and a layer may be called by chance", *notes)
         overrides = _overrides(objective.choice, spectra, {**left, **tied.notes(opened, spectra)})
         fixed = {name: (spectra.pop(name), rank) for name, rank in overrides.items()}
