@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim
 from spectrim.algorithms.related.global_threshold import GlobalThreshold
-from spectrim.api import _selector
+from spectrim.api import NO_SIZE, _selector
 from spectrim.batches import evaluating
 from spectrim.decomposers.best_view import BestView
 from spectrim.factored.forms import PivotedForm, PlainForm
@@ -56,6 +56,7 @@ def test_lossless_on_the_channel_view_is_the_default(net: nn.Sequential, batches
         decomposer=spectrim.SVD(view="channel"),
     )
     assert by_default.plan == spelt_out.plan
+    assert by_default.notes == [*spelt_out.notes, NO_SIZE]
     assert isinstance(by_default, spectrim.Compressed) and isinstance(by_default.plan, spectrim.RankPlan)
 
 

@@ -15,6 +15,7 @@ PLACES = {
         "UNCALLED",
         "ELSEWHERE",
         "factorable",
+        "_written_by_modes",
         "_leave_together",
         "_reason",
         "_held_by_torch",

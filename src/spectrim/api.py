@@ -37,6 +37,8 @@ from spectrim.tools import resume as resuming
 from spectrim.tools.autocast import uncached
 from spectrim.tools.content import of_state
 
+NO_SIZE = "no size is asked for, so Lossless() lowers the predicted loss; give params_kept= for a size"
+
 
 def compress(
     model: nn.Module,
@@ -72,7 +74,8 @@ def compress(
         of transformers the one of its task: next tokens, labels of tokens, or answers.
     ``params_kept``: the part of the parameters to keep, in (0, 1). Short for ``algorithm=Joint(params_kept=…)``, for a
         model that predicts next tokens with the settings of ``joint_cut``: no refit, and slopes beyond chance.
-    ``algorithm``: the selector, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default.
+    ``algorithm``: the selector, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default, and a
+        note then says so.
     ``decomposer``: the decomposer, or its name on the command line, such as ``"whitened_channel"``. By default the one
         that the algorithm names: pivoted factors of the whitened weight for ``Joint``, else ``SVD()``.
     ``plan``: what to keep of each layer, in place of an algorithm: the plan of an earlier result, or a rank for each
@@ -107,29 +110,42 @@ def compress(
     require_default_dtype()
     model = eager(model)
     require_gradients(model)
-    selector = _selector(params_kept, plan, algorithm, loss or default_loss(model))
-    views = decomposer_of(selector) if decomposer is None else _instance("decomposer", decomposer)
     if isinstance(loss, type) or not (loss is None or callable(loss)):
         raise UserError(f"loss={_said(loss)} is not loss(outputs, targets); pass a function or an instance of torch.nn")
-    given = {"calibration": calibration, "verification": verification, "train": train}
-    splits = {name: batches for name, batches in given.items() if batches is not None}
-    if collator is not None:
-        splits = {name: collated(own, collator, batch_size, model) for name, own in splits.items()}
-    splits = {name: with_decoder_inputs(own, model) for name, own in splits.items()}
-    if isinstance(train, Distributed):
-        raise UserError("train= is no Distributed split; compress first, then train result.model with DDP")
+    loss = loss or default_loss(model)
+    selector = _selector(params_kept, plan, algorithm, loss)
+    views = decomposer_of(selector) if decomposer is None else _instance("decomposer", decomposer)
+    splits = _splits(
+        {"calibration": calibration, "verification": verification, "train": train}, model, collator, batch_size
+    )
     choice = LayerChoice.of(include, exclude, overrides or {})
-    objective = Objective(loss or default_loss(model), splits, layers_at_once, choice=choice)
+    objective = Objective(loss, splits, layers_at_once, choice=choice)
     if resume is not None and any(objective.processes(name).size > 1 for name in splits):
         raise UserError("resume= serves a selection of one process; leave it out where several share the batches")
+    notes = [NO_SIZE] if params_kept is None and plan is None and algorithm is None else []
     if dry_run:
         with unchanged(model), torch.inference_mode(False), uncached(), torch.random.fork_rng():
-            return forecast(model, selector, views, objective)
+            told = forecast(model, selector, views, objective)
+        told.notes.extend(notes)
+        return told
     objective.require_same("models", lambda: of_state(model))
     with unchanged(model), torch.inference_mode(False), uncached(), resuming.into(resume):
         result = selector.compress(model, views, objective).settle(batch_norm, objective)
     objective.require_same("plans", result.plan.to_json)
+    result.notes.extend(notes)
     return result
+
+
+def _splits(
+    given: Mapping[str, Batches | None], model: nn.Module, collator: Collator | None, batch_size: int
+) -> dict[str, Batches]:
+    """Return the splits that the user gave, as batches that ``model`` takes."""
+    splits = {name: batches for name, batches in given.items() if batches is not None}
+    if isinstance(splits.get("train"), Distributed):
+        raise UserError("train= is no Distributed split; compress first, then train result.model with DDP")
+    if collator is not None:
+        splits = {name: collated(own, collator, batch_size, model) for name, own in splits.items()}
+    return {name: with_decoder_inputs(own, model) for name, own in splits.items()}
 
 
 def _selector(

@@ -11,6 +11,7 @@ from torch import nn
 import spectrim
 from spectrim.algorithms.forecast import Forecast
 from spectrim.algorithms.shared import rehearsal
+from spectrim.api import NO_SIZE
 from spectrim.errors import UserError
 from spectrim.tools.profiling import Timed
 
@@ -163,7 +164,7 @@ def test_without_batches_what_needs_none_is_told(net: nn.Module) -> None:
 
 def test_without_a_budget_the_size_is_not_known(net: nn.Module, batches: Any) -> None:
     told = spectrim.compress(net, calibration=batches, dry_run=True)
-    assert told.compressed is None and told.layers["rank"].isna().all()
+    assert told.compressed is None and told.layers["rank"].isna().all() and NO_SIZE in told.notes
     assert "parameters  " in str(told) and "-> not known before the selection" in str(told)
 
 
