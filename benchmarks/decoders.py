@@ -20,6 +20,7 @@ COLUMNS = (
     Column("seconds", "s", 0),
 )
 SPILLED = 1000  # layers at once: more than there are, so that decompositions are spilled and no pass is added
+PRINTED = {None: "all", SPILLED: "all, spilled"}
 CASES = ((8, None), (1, None), (1, SPILLED), (1, 14))  # sequences a batch, layers at once
 BOUND = 2.5
 
@@ -34,8 +35,7 @@ def benchmark(quick: bool) -> Outcome:
     notes = [
         target.line(),
         f"A decoder of {depth} blocks of width {width} and {inner}, {vocabulary} tokens, random weights in float32, "
-        f"tied head; 8 sequences of 128 tokens; four fifths of the parameters. {SPILLED} layers at once: all of them, "
-        "with their decompositions spilled to disk.",
+        f"tied head; 8 sequences of 128 tokens; four fifths of the parameters. Spilled: decompositions lie on disk.",
         "Resident memory of a process in each phase, less what it holds after a tiny selection, over the size of the "
         "model. Moments: of inputs and of gradients at outputs; gates: the expansion of the loss; build: the rest.",
     ]
@@ -50,4 +50,4 @@ def _measured(batch: int, at_once: int | None, shapes: tuple[int, ...]) -> dict[
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"batches of {batch}: {done.stderr.strip().splitlines()[-1]}")
-    return {"batch": batch, "at_once": str(at_once or "all"), **json.loads(done.stdout.splitlines()[-1])}
+    return {"batch": batch, "at_once": PRINTED.get(at_once, str(at_once)), **json.loads(done.stdout.splitlines()[-1])}
