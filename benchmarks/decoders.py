@@ -35,7 +35,7 @@ def benchmark(quick: bool) -> Outcome:
     notes = [
         target.line(),
         f"A decoder of {depth} blocks of width {width} and {inner}, {vocabulary} tokens, random weights in float32, "
-        f"tied head; 8 sequences of 128 tokens; four fifths of the parameters. Spilled: decompositions lie on disk.",
+        "tied head; 8 sequences of 128 tokens; four fifths of the parameters. Spilled: decompositions lie on disk.",
         "Resident memory of a process in each phase, less what it holds after a tiny selection, over the size of the "
         "model. Moments: of inputs and of gradients at outputs; gates: the expansion of the loss; build: the rest.",
     ]
