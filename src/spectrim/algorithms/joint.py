@@ -89,10 +89,11 @@ class Joint:
     decomposer: ClassVar[Decomposer] = PIVOTED  # where the user names none
 
     def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in BUDGETS if getattr(self, name) is not None}
-        if len(given) + (self.max_loss_increase is not None) != 1:
-            raise UserError(f"joint takes exactly one of {', '.join(BUDGETS)}, max_loss_increase")
-        check_budget(given, self.batch_size)
+        sizes = {name: getattr(self, name) for name in (*BUDGETS, "max_loss_increase")}
+        given = {name: value for name, value in sizes.items() if value is not None}
+        if len(given) != 1:
+            raise UserError(f"joint takes exactly one of {', '.join(sizes)}; got {given or 'none'}")
+        check_budget({name: value for name, value in given.items() if name in BUDGETS}, self.batch_size)
         if self.max_loss_increase is not None and not self.max_loss_increase >= 0:
             raise UserError(f"max_loss_increase must be at least 0, got {self.max_loss_increase}")
         if not 0 < self.step <= 1:
@@ -176,7 +177,8 @@ class _JointSearch:
                 bar.update(round(100 * (1 - share)) - bar.n)
         if self.without_gates and self._achieved(self.point) > requested:
             reasons = in_one_line(self.without_gates)
-            raise UserError(f"the budget of {requested:.4g} is out of reach of joint selection, which leaves {reasons}")
+            asked = self.costs.named(requested)
+            raise UserError(f"{asked} is out of reach of joint selection, which leaves {reasons}")
 
     def _shares(self, requested: float) -> list[float]:
         """Return the shares at which the model is cut on the way to ``requested``, in equal steps."""

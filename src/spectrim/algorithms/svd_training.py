@@ -81,7 +81,8 @@ class SVDTraining:
         if not (0 <= self.strength < math.inf and 0 <= self.orthogonality < math.inf):
             raise UserError(f"strength and orthogonality are at least 0, got {self.strength} and {self.orthogonality}")
         if self.every < 1 or self.warm_up < 0 or self.cool_down < 0:
-            raise UserError("every must be at least 1, warm_up and cool_down at least 0 epochs")
+            got = f"{self.every}, {self.warm_up}, {self.cool_down}"
+            raise UserError(f"every must be at least 1, warm_up and cool_down at least 0 epochs, got {got}")
 
     def selects(self, epoch: int) -> bool:
         """Return whether ranks are selected after ``epoch``, counted from 0."""

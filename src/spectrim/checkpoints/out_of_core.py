@@ -3,7 +3,8 @@
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -73,8 +74,10 @@ def compress_checkpoint(
     Raises ``UserError`` for a checkpoint that is incomplete or pickled, a weight that holds NaN or infinity, a plan of
     other layers, a size out of reach, an ``out`` that holds anything else, and a disk that the result does not fit on.
     """
-    if [plan, ratio, params_kept].count(None) != 2:
-        raise UserError("give exactly one of plan, ratio and params_kept")
+    sizes = {"plan": plan, "ratio": ratio, "params_kept": params_kept}
+    given = [name for name, value in sizes.items() if value is not None]
+    if len(given) != 1:
+        raise UserError(f"give exactly one of plan, ratio and params_kept; got {', '.join(given) or 'none'}")
     if factors not in FORMS:
         raise UserError(f"factors must be one of {', '.join(FORMS)}, got {factors!r}")
     source, out = Sharded.at(folder), Path(out)
@@ -94,18 +97,25 @@ def compress_checkpoint(
     results = {name: entries(shard, wanted, flipped) for name, shard in source.shards.items()}
     missing = sum(e.nbytes for name in results.keys() - begun.finished.keys() for e in results[name].values())
     files.require_writable(out / MANIFEST, out / BESIDE / CONFIG, nbytes=missing)
+    with _alone_in(out):
+        _write_all(source, Manifest.begun(out, wanted), results, flipped)
+    return wanted
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Make the folder, and keep other processes out of it inside the block. Raises ``UserError`` where that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with FileLock(out / ".lock", timeout=0):
             try:
-                _write_all(source, Manifest.begun(out, wanted), results, flipped)
+                yield
             finally:
                 files.discard(out / ".lock")
     except Timeout:
         raise UserError(f"another process is writing to {out}; wait for it or give another folder") from None
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror or error}; give a writable folder") from None
-    return wanted
 
 
 def _transposed(folder: Path) -> Sequence[str]:

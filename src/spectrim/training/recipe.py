@@ -39,7 +39,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or not 0 < self.lr < math.inf:
-            raise UserError("a recipe needs epochs >= 1, batch_size >= 1 and a finite lr > 0")
+            got = f"{self.epochs}, {self.batch_size}, {self.lr}"
+            raise UserError(f"a recipe needs epochs >= 1, batch_size >= 1 and a finite lr > 0, got {got}")
         if not (0 <= self.momentum < 1 and 0 <= self.label_smoothing < 1):
             raise UserError(f"momentum and label_smoothing lie in [0, 1), got {self.momentum}, {self.label_smoothing}")
         if not 0 <= self.weight_decay < math.inf or self.crop_padding < 0:

@@ -59,7 +59,7 @@ class AIMET:
     def __post_init__(self) -> None:
         given = [share for share in (self.params_kept, self.macs_kept) if share is not None]
         if len(given) != 1 or not 0 < given[0] < 1:
-            raise UserError("set exactly one of params_kept and macs_kept, in (0, 1)")
+            raise UserError(f"set exactly one of params_kept and macs_kept, in (0, 1); got {given or 'none'}")
         if self.candidates < 2:
             raise UserError(f"candidates must be at least 2, got {self.candidates}")
 

@@ -69,13 +69,13 @@ class Costs:
         if requested < self.least():
             outside = f"; of the parameters stay dense {self.outside}" if self.outside else ""
             left = f"at rank 1 {self._left(self.least())} remain"
-            raise UserError(f"{self._budget(requested)} is out of reach: {left}{outside}")
+            raise UserError(f"{self.named(requested)} is out of reach: {left}{outside}")
 
     def require_of_rule(self, requested: float, least: Mapping[str, int]) -> None:
         """Raise ``UserError`` where ``least``, the smallest ranks that a rule gives, cost more than ``requested``."""
         if self.achieved(least) > requested:
             left = self._left(self.achieved(least))
-            raise UserError(f"{self._budget(requested)} is out of reach of this rule: {left} remain at the least")
+            raise UserError(f"{self.named(requested)} is out of reach of this rule: {left} remain at the least")
 
     def of_layers(self, requested: float, layers: Iterable[str]) -> float:
         """Return what ``layers`` may cost together so that the whole model costs the ``requested`` share."""
@@ -117,14 +117,14 @@ class Costs:
         found = bisect(within, low, high, STEPS)
         return self._paying(least if found is None else found)
 
-    def _paying(self, ranks: Mapping[str, int]) -> dict[str, int]:
-        return {name: rank if self.pays(name, rank) else self.full(name) for name, rank in ranks.items()}
-
-    def _budget(self, requested: float) -> str:
+    def named(self, requested: float) -> str:
         """Return the budget as the user wrote it."""
         if self.measure == "milliseconds":
             return f"milliseconds={requested * self.total:.4g}"
         return f"{self.measure}_kept={requested}"
+
+    def _paying(self, ranks: Mapping[str, int]) -> dict[str, int]:
+        return {name: rank if self.pays(name, rank) else self.full(name) for name, rank in ranks.items()}
 
     def _left(self, achieved: float) -> str:
         return f"{achieved * self.total:.4g} ms" if self.measure == "milliseconds" else f"{achieved:.4f} of them"
