@@ -35,10 +35,10 @@ class Architecture:
     onnx: bool = True
 
 
-def images(model: nn.Module, size: int, *, channels: int = 3, logits: Callable[[Any], Tensor] | None = None) -> Given:
-    """Return a classifier of square images. ``logits``: reads the class scores where the outputs are no tensor."""
-    batches = [(torch.randn(SAMPLES, channels, size, size), torch.randint(0, CLASSES, (SAMPLES,))) for _ in range(2)]
-    return Given(model.eval(), batches, None if logits is None else Scores(logits))
+def images(model: nn.Module, size: int) -> Given:
+    """Return a classifier of square images."""
+    batches = [(torch.randn(SAMPLES, 3, size, size), torch.randint(0, CLASSES, (SAMPLES,))) for _ in range(2)]
+    return Given(model.eval(), batches)
 
 
 @dataclass(frozen=True)

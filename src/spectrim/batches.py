@@ -220,7 +220,7 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
     return found
 
 
-def sample_count(targets: Any, inputs: Inputs = None) -> int:
+def sample_count(targets: Any, inputs: Inputs) -> int:
     """Return the number of samples of a batch.
 
     ``targets``: a tensor or a mapping of tensors, whose first dimension is the number of samples; a sequence with one

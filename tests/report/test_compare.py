@@ -33,10 +33,6 @@ def test_verdict(obtained: float | None, tolerance: float | None, word: str) -> 
     assert str(judged) == f"{word}: {judged.why}"
 
 
-def test_what_stands_in_the_way_is_said() -> None:
-    assert verdict(1.0, None, None, "another data set").why == "another data set"
-
-
 def test_published_numbers_are_complete_and_each_has_its_source() -> None:
     published = compare.read_published(PUBLISHED)
     assert tuple(published.columns) == compare.PUBLISHED_COLUMNS

@@ -126,9 +126,7 @@ class WhitenedSpectrum(MatrixSpectrum):
     ``importance`` (g, R), the singular values of the whitened weight, orders the components. The s_i need not fall.
     """
 
-    def __init__(
-        self, layer: DenseLayer, view: View, svd: linalg.SVD, importance: Tensor, factors: Factors = "plain"
-    ) -> None:
+    def __init__(self, layer: DenseLayer, view: View, svd: linalg.SVD, importance: Tensor, factors: Factors) -> None:
         super().__init__(layer, view, svd, factors=factors)
         self._importance = importance
 
@@ -156,7 +154,7 @@ class EmbeddingSpectrum(WhitenedSpectrum):
         importance: Tensor,
         order: Tensor,
         whole_rows: int,
-        factors: Factors = "plain",
+        factors: Factors,
     ) -> None:
         super().__init__(layer, "channel", svd, importance, factors)
         weight = layer.weight.detach()

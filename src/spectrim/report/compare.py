@@ -60,17 +60,15 @@ def read_published(path: Path) -> pd.DataFrame:
     return frame
 
 
-def verdict(published: float, obtained: float | None, tolerance: float | None, why: str = "") -> Verdict:
+def verdict(published: float, obtained: float | None, tolerance: float | None) -> Verdict:
     """Judge whether the obtained number lies within ``tolerance`` of the published one.
 
     The verdict is "not comparable" if either ``obtained`` or ``tolerance`` is None or NaN.
-
-    ``why``: the reason to state if the numbers are not comparable.
     """
     if obtained is None or math.isnan(obtained):
-        return Verdict(Word.OPEN, why or "no run of ours")
+        return Verdict(Word.OPEN, "no run of ours")
     if tolerance is None or math.isnan(tolerance):
-        return Verdict(Word.OPEN, why or "no tolerance can be stated")
+        return Verdict(Word.OPEN, "no tolerance can be stated")
     difference = obtained - published
     said = f"{difference:+.4g} from the published {published:g}, tolerance {tolerance:g}"
     return judged(abs(difference) <= tolerance, said)

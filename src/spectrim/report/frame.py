@@ -96,18 +96,21 @@ def _row(record: Record) -> dict[str, Any]:
         "checkpoint_digest": record["provenance"].get("checkpoint_digest"),
     }
     for split in ("calibration", "test"):
-        before, after = dense[split], compressed[split]
-        # A task without classes has no accuracy.
-        right, right_before = (math.nan if one["accuracy"] is None else one["accuracy"] for one in (after, before))
-        row |= {
-            f"{split}_loss": after["loss"],
-            f"{split}_accuracy": right,
-            f"dense_{split}_loss": before["loss"],
-            f"dense_{split}_accuracy": right_before,
-            f"change_{split}_loss": after["loss"] - before["loss"],
-            f"change_{split}_accuracy_pp": 100 * (right - right_before),
-        }
+        row |= _measured(split, dense[split], compressed[split])
     return row
+
+
+def _measured(split: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """Return loss and accuracy on a split, before and after, and their changes. NaN: a task without classes."""
+    right, right_before = (math.nan if one["accuracy"] is None else one["accuracy"] for one in (after, before))
+    return {
+        f"{split}_loss": after["loss"],
+        f"{split}_accuracy": right,
+        f"dense_{split}_loss": before["loss"],
+        f"dense_{split}_accuracy": right_before,
+        f"change_{split}_loss": after["loss"] - before["loss"],
+        f"change_{split}_accuracy_pp": 100 * (right - right_before),
+    }
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -182,10 +182,7 @@ def _cached(
     paired: bool,
 ) -> Task:
     splits = targets.build(json.loads(data_json), "load").load()
-    others, beside = (
-        {name: targets.build(node, "load").load() for name, node in json.loads(given).items()}
-        for given in (also_json, agreement_json)
-    )
+    others, beside = _loaded(also_json), _loaded(agreement_json)
     model, dense_on_test = _model(model_json, seed, weights, device)
 
     def dense(splits: Any, objective: Objective) -> Numbers:
@@ -214,6 +211,11 @@ def _cached(
         tests = "".join(other.test.digest() for other in (*others.values(), *beside.values()))
         digest = hashlib.sha256((digest + tests).encode()).hexdigest()
     return Task(model, seen, test, digest, "; ".join(filter(None, said)), also, compared, paired, found)
+
+
+def _loaded(data_json: str) -> dict[str, Any]:
+    """Return the splits of several data sets by name."""
+    return {name: targets.build(node, "load").load() for name, node in json.loads(data_json).items()}
 
 
 @lru_cache(maxsize=1)

@@ -50,7 +50,7 @@ def lipschitz(module: nn.Module) -> float:
     raise UserError(f"no Lipschitz constant is known for {kind.__name__}, and the bounds need one")
 
 
-def overlap(kernel: int, stride: int, dilation: int = 1) -> int:
+def overlap(kernel: int, stride: int, dilation: int) -> int:
     """Return the largest number of windows that read the same input along one axis, ``ceil(kernel * gcd / stride)``.
 
     A window reads the input at offset i if i * dilation has a given remainder modulo the stride. This holds for every
