@@ -137,7 +137,7 @@ def test_layers_that_must_stay_dense_are_noted(tmp_path: Path) -> None:
 def test_what_cannot_be_compressed_is_said_in_one_line(net: nn.Sequential, batches: Any) -> None:
     x = batches[0][0]
     for calibration, message in [
-        ([], "calibration set is empty"),
+        ([], "calibration split is empty"),
         ([(x, torch.full((16,), 5))], "target 5 does not fit a model with 5 classes"),
         ([(x * torch.nan, batches[0][1])], "loss on the calibration split is nan"),
     ]:
@@ -321,7 +321,7 @@ def test_every_name_is_known(group: str) -> None:
         ("algorithm", spectrim.Compact(verified=True), "^verification batches are missing; pass verification="),
         ("algorithm", spectrim.SVDTraining(), "^train batches are missing; pass train="),
         ("calibration", None, "^calibration batches are missing; pass calibration="),
-        ("calibration", (X, X), "^the calibration set is one batch; give a list of batches"),
+        ("calibration", (X, X), "^the calibration split is one batch; give a list of batches"),
     ],
 )
 def test_an_argument_of_the_wrong_kind_is_named_in_one_line(
@@ -536,7 +536,7 @@ def test_a_loader_that_does_not_begin_anew_is_said(net: nn.Sequential, batches: 
         def __iter__(self) -> Any:
             return self.left
 
-    with pytest.raises(spectrim.UserError, match="calibration set is empty; .* a loader that begins anew at each pass"):
+    with pytest.raises(spectrim.UserError, match="calibration split is empty; .* a loader that begins anew at each pass"):
         spectrim.compress(net, calibration=Once(), algorithm="joint")
 
 

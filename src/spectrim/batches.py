@@ -183,7 +183,7 @@ def pairs(batches: Batches, split: str) -> Iterator[tuple[Inputs, Any]]:
 def _pair(batch: Any, split: str) -> tuple[Inputs, Any]:
     if isinstance(batch, Mapping) and batch and not tensors_of(batch):
         raise UserError(
-            f"a batch of the {split} set is a mapping without a tensor ({', '.join(map(str, batch))}): give a "
+            f"a batch of the {split} split is a mapping without a tensor ({', '.join(map(str, batch))}): give a "
             "DataLoader, or pass the dataset with collator=, a function from a list of samples to a batch"
         )
     if isinstance(batch, Mapping):
@@ -195,7 +195,7 @@ def _pair(batch: Any, split: str) -> tuple[Inputs, Any]:
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]
     raise UserError(
-        f"a batch of the {split} set is a {type(batch).__name__}, not a pair: give (inputs, targets), "
+        f"a batch of the {split} split is a {type(batch).__name__}, not a pair: give (inputs, targets), "
         "several inputs as a tuple or a mapping of their own; or a mapping that holds labels"
     )
 

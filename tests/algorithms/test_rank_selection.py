@@ -197,9 +197,9 @@ def test_the_split_is_the_one_that_is_asked_for(sharp: nn.Sequential, objective:
 def test_bad_samples_are_refused(net: nn.Sequential, batches: Batches) -> None:
     with pytest.raises(UserError, match="subset=100 is more than the 39 samples of the calibration split"):
         select(net, Objective(F.cross_entropy, {"calibration": batches}), subset=100)
-    with pytest.raises(UserError, match="the calibration set is empty"):
+    with pytest.raises(UserError, match="the calibration split is empty"):
         select(net, Objective(F.cross_entropy, {"calibration": []}))
-    with pytest.raises(UserError, match="the train set is empty"):
+    with pytest.raises(UserError, match="the train split is empty"):
         select(net, Objective(F.cross_entropy, {"calibration": batches, "train": []}), split="train")
 
 

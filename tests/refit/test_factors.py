@@ -189,7 +189,7 @@ def test_padding_counts_for_nothing() -> None:
 
 def test_an_empty_split_is_one_line(dense: Net) -> None:
     model, empty = cut(dense, FORMS["channel"], rank=1), Objective(F.cross_entropy, {"calibration": []})
-    with pytest.raises(UserError, match="the calibration set is empty"):
+    with pytest.raises(UserError, match="the calibration split is empty"):
         refit(model, dense, empty, samples=10)
 
 

@@ -70,7 +70,7 @@ def test_the_dense_model_and_its_hooks_stay_as_they_were() -> None:
 def test_a_model_without_batch_norm_is_left_alone_and_nothing_to_see_is_refused() -> None:
     plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     reestimate(plain, plain, objective(0), samples=40)
-    with pytest.raises(UserError, match="calibration set is empty"):
+    with pytest.raises(UserError, match="calibration split is empty"):
         reestimate(net(), net(), objective(0), samples=40)
 
 

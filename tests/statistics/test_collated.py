@@ -37,7 +37,7 @@ def test_a_dataset_of_mappings_is_compressed_as_its_batches_are(tiny: Any, word_
 
 def test_a_dataset_without_a_collator_is_said(tiny: Any) -> None:
     with pytest.raises(
-        UserError, match=r"^a batch of the calibration set is a mapping without a tensor \(input_ids, "
+        UserError, match=r"^a batch of the calibration split is a mapping without a tensor \(input_ids, "
     ) as no:
         spectrim.compress(tiny("llama"), calibration=ROWS)  # type: ignore[arg-type]
     assert "collator=" in str(no.value) and "\n" not in str(no.value)

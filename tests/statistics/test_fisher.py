@@ -160,5 +160,5 @@ def test_frozen_models_positions_and_the_number_of_samples() -> None:
 
 def test_bad_input_is_one_line() -> None:
     model, _ = factored(Net().eval())
-    with pytest.raises(UserError, match="calibration set is empty"):
+    with pytest.raises(UserError, match="calibration split is empty"):
         gate_gradients(model, ["fc"], Objective(F.cross_entropy, {"calibration": []}), samples=6)

@@ -93,7 +93,7 @@ def test_stops_at_the_samples_asked_for_and_leaves_the_model_as_it_was() -> None
 
 
 def test_of_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="calibration set is empty"):
+    with pytest.raises(UserError, match="calibration split is empty"):
         moment_of(Probe(nn.Linear(2, 2)), "linear", objective(), samples=2)
 
 

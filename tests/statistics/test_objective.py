@@ -120,9 +120,9 @@ CALLS = [lambda judge, model: judge.evaluate(model), lambda judge, model: judge.
 
 @pytest.mark.parametrize("call", CALLS)
 def test_an_empty_calibration_set_is_refused(net: nn.Sequential, call: Any) -> None:
-    with pytest.raises(UserError, match="calibration set is empty"):
+    with pytest.raises(UserError, match="calibration split is empty"):
         call(objective([]), net)
-    with pytest.raises(UserError, match="calibration set is empty"):
+    with pytest.raises(UserError, match="calibration split is empty"):
         objective([]).example()
 
 

@@ -149,7 +149,7 @@ def test_outputs_that_are_no_scores_take_the_gradient_of_the_loss() -> None:
 
 
 def test_of_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="calibration set is empty"):
+    with pytest.raises(UserError, match="calibration split is empty"):
         moment_of(InPlace(nn.Linear(2, 2), 2), "linear", Objective(F.cross_entropy, {"calibration": []}))
 
 

@@ -64,5 +64,5 @@ def test_too_few_samples_end_in_one_line(net: nn.Module, batches: Any, count: in
     inputs, targets = batches[0]
     pairs: list[tuple[Tensor, Tensor]] = [(inputs[:count], targets[:count])] if count else []
     few = Objective(F.cross_entropy, {"verification": pairs})
-    with pytest.raises(UserError, match=f"the verification set has {count} samples; [^\n]*$"):
+    with pytest.raises(UserError, match=f"the verification split has {count} samples; [^\n]*$"):
         paired_loss.losses(few, net, "verification")

@@ -23,20 +23,20 @@ def test_a_selector_cannot_see_a_split_it_was_not_given(batches: Any) -> None:
 
 
 def test_batches_that_can_be_read_only_once_are_refused(batches: Any) -> None:
-    with pytest.raises(UserError, match="calibration set can be read only once"):
+    with pytest.raises(UserError, match="calibration split can be read only once"):
         read(batch for batch in batches)
 
 
 @pytest.mark.parametrize("batch", ["a text", 3, (1, 2, 3), ()])
 def test_a_batch_that_is_no_pair_is_said_in_one_line(batch: Any) -> None:
-    with pytest.raises(UserError, match="^a batch of the calibration set is a .*, not a pair: give") as refusal:
+    with pytest.raises(UserError, match="^a batch of the calibration split is a .*, not a pair: give") as refusal:
         list(read([batch]).counted("calibration"))
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("batches", [None, 3])
 def test_what_cannot_be_iterated_is_no_set(batches: Any) -> None:
-    with pytest.raises(UserError, match="^the calibration set is a .*; give a list of batches or a DataLoader$"):
+    with pytest.raises(UserError, match="^the calibration split is a .*; give a list of batches or a DataLoader$"):
         read(batches)
 
 
@@ -58,7 +58,7 @@ def test_the_samples_of_batches_that_are_counted_add_up(batches: Any) -> None:
 
 def test_an_empty_split_is_refused_where_samples_are_needed() -> None:
     for call in (read([]).example, lambda split: list(read([]).first(split, 1, "few"))):
-        with pytest.raises(UserError, match="^the calibration set is empty; give at least one batch"):
+        with pytest.raises(UserError, match="^the calibration split is empty; give at least one batch"):
             call("calibration")
 
 
@@ -73,7 +73,7 @@ def test_inputs_alone_are_a_batch_without_targets(batch: Any) -> None:
 
 @pytest.mark.parametrize("batches", [X, {"x": X}, (X, X), "a text", 3, None])
 def test_what_is_no_list_of_batches_is_said_in_one_line(batches: Any) -> None:
-    with pytest.raises(UserError, match="^the calibration set is .*; give a list of batches") as refusal:
+    with pytest.raises(UserError, match="^the calibration split is .*; give a list of batches") as refusal:
         read(batches)
     assert "\n" not in str(refusal.value)
 

@@ -151,7 +151,7 @@ def test_any_batches_that_have_a_length_will_do() -> None:
     assert curve[-1]["loss"] < curve[0]["loss"] and "side" not in curve[0]
     with pytest.raises(UserError, match="has no length"):
         fit(network(), (batch for batch in batches), Training(Recipe(1), 0))
-    with pytest.raises(UserError, match="the train set is empty"):
+    with pytest.raises(UserError, match="the train split is empty"):
         fit(network(), [], Training(Recipe(1), 0))
 
 

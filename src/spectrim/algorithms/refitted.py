@@ -53,7 +53,7 @@ class Refitted:
         return decomposer_of(self.selector)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Compress and fit. Raises ``UserError`` for an empty calibration set."""
+        """Compress and fit. Raises ``UserError`` for an empty calibration split."""
         if self.refine is not None:
             self.refine.require(model, objective)
         compressed, dense = self.selector.compress(model, decomposer, objective), reopened(unpacked(model))

@@ -43,7 +43,7 @@ def losses(objective: Objective, model: nn.Module, split: str) -> Losses:
     found = gather(torch.tensor(values, dtype=torch.float64)), gather(torch.tensor(weights, dtype=torch.float64))
     if len(found[0]) < 2:
         raise UserError(
-            f"the {split} set has {len(found[0])} samples; a change of the loss needs at least 2 to be certain"
+            f"the {split} split has {len(found[0])} samples; a change of the loss needs at least 2 to be certain"
         )
     return Losses(*found)
 

@@ -35,7 +35,7 @@ class _Pairs:
             seen += sample_count(targets, inputs) if may_be_endless else 0
             if seen > LONGEST:
                 raise UserError(
-                    f"the {self.split} set has no length, and no end after {LONGEST:,} samples; give a part of it, "
+                    f"the {self.split} split has no length, and no end after {LONGEST:,} samples; give a part of it, "
                     f"such as list(itertools.islice({self.split}, 100))"
                 )
             yield inputs, targets
@@ -66,11 +66,11 @@ class SplitReader:
             if isinstance(batches, Distributed):
                 batches = batches.batches
             if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
-                raise UserError(f"the {name} set is a {type(batches).__name__}; give a list of batches or a DataLoader")
+                raise UserError(f"the {name} split is a {type(batches).__name__}; give a list of batches or a DataLoader")
             if isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
-                raise UserError(f"the {name} set is one batch; give a list of batches, such as [(inputs, targets)]")
+                raise UserError(f"the {name} split is one batch; give a list of batches, such as [(inputs, targets)]")
             if isinstance(batches, Iterator):
-                raise UserError(f"the {name} set can be read only once; give a list or a DataLoader, not a generator")
+                raise UserError(f"the {name} split can be read only once; give a list or a DataLoader, not a generator")
 
     def given(self, split: str) -> Batches:
         """Return the split as it was given. Raises ``MissingInput`` where there is none of this name."""
@@ -138,6 +138,6 @@ def require_samples(seen: int, split: str) -> None:
 
 def _empty(split: str) -> UserError:
     return UserError(
-        f"the {split} set is empty; give at least one batch of (inputs, targets), in a list or in a loader that begins "
+        f"the {split} split is empty; give at least one batch of (inputs, targets), in a list or in a loader that begins "
         "anew at each pass"
     )

@@ -172,7 +172,7 @@ class _Loop:
                 correct += (logits_of(outputs).argmax(1) == targets).sum()
             seen += count
         if not seen:
-            raise UserError("the train set is empty; give at least one batch of (inputs, targets)")
+            raise UserError("the train split is empty; give at least one batch of (inputs, targets)")
         means = {name: value / seen for name, value in sums.items()}
         accuracy = correct.item() / seen if scored else None
         return {**means, "accuracy": accuracy, "lr": self.optimizer.param_groups[0]["lr"]}

@@ -25,7 +25,7 @@ def epoch_batches(train: Batches, recipe: Recipe, epoch: int, seed: int) -> tupl
     """
     if not isinstance(train, ImageSplit | TextSplit):
         if not isinstance(train, Sized):
-            raise UserError("the train set has no length, which the learning rate needs; give a list or a DataLoader")
+            raise UserError("the train split has no length, which the learning rate needs; give a list or a DataLoader")
         return len(train), pairs(train, "train")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train.labels), generator=generator)
