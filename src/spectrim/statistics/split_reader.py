@@ -66,7 +66,9 @@ class SplitReader:
             if isinstance(batches, Distributed):
                 batches = batches.batches
             if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
-                raise UserError(f"the {name} split is a {type(batches).__name__}; give a list of batches or a DataLoader")
+                raise UserError(
+                    f"the {name} split is a {type(batches).__name__}; give a list of batches or a DataLoader"
+                )
             if isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
                 raise UserError(f"the {name} split is one batch; give a list of batches, such as [(inputs, targets)]")
             if isinstance(batches, Iterator):

@@ -1,6 +1,5 @@
 """Find the layers of a model that can be replaced by factored ones, and why each other one cannot."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -15,7 +14,7 @@ from spectrim.surgery.cost import parameters
 from spectrim.surgery.given_model import eager, unchanged
 from spectrim.surgery.layer_choice import EVERY_LAYER, LayerChoice
 from spectrim.surgery.tied import tied_layers
-from spectrim.surgery.unpacking import SHARED, refusals
+from spectrim.surgery.unpacking import SHARED, refusals, uses
 from spectrim.surgery.watching import Watch
 from spectrim.tools.content import content
 
@@ -73,8 +72,7 @@ def factorable(
 
 def _shared(model: nn.Module, ties: Iterable[Sequence[str]]) -> set[str]:
     """Return the layers that lie in several places of ``model``, or whose weight others hold that no tie names."""
-    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    places, owners = uses(model)
     known = {name: len(tie) for tie in ties for name in tie}
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, dense_kinds())]
     return {

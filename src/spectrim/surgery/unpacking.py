@@ -35,15 +35,19 @@ def unpacked(model: nn.Module) -> nn.Module:
 
 def refusals(model: nn.Module) -> dict[str, str]:
     """Return why modules of kinds that can be unpacked stay as they are, by name."""
-    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    found = {}
+    (places, owners), found = uses(model), {}
     for name, module in model.named_modules():
         if own := kinds.class_for(module):
             shared = places[module] > 1 or any(owners[id(p)] > 1 for p in module.parameters(recurse=False))
             if reason := SHARED if shared and own.packed_names(module) else kinds.refusal(module):
                 found[name] = reason
     return found
+
+
+def uses(model: nn.Module) -> tuple[Counter[nn.Module], Counter[int]]:
+    """Return in how many places each module lies, and how many modules hold each parameter themselves, by its id."""
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    return places, Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
 
 
 def unpack_around(model: nn.Module, layers: Collection[str]) -> Callable[[], None]:
