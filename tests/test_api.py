@@ -536,7 +536,9 @@ def test_a_loader_that_does_not_begin_anew_is_said(net: nn.Sequential, batches: 
         def __iter__(self) -> Any:
             return self.left
 
-    with pytest.raises(spectrim.UserError, match="calibration split is empty; .* a loader that begins anew at each pass"):
+    with pytest.raises(
+        spectrim.UserError, match="calibration split is empty; .* a loader that begins anew at each pass"
+    ):
         spectrim.compress(net, calibration=Once(), algorithm="joint")
 
 
