@@ -140,6 +140,6 @@ def require_samples(seen: int, split: str) -> None:
 
 def _empty(split: str) -> UserError:
     return UserError(
-        f"the {split} split is empty; give at least one batch of (inputs, targets), in a list or in a loader that begins "
-        "anew at each pass"
+        f"the {split} split is empty; give at least one batch of (inputs, targets), in a list or in a loader that "
+        "begins anew at each pass"
     )
