@@ -109,8 +109,8 @@ def _precision(shards: Sequence[Shard]) -> torch.dtype:
 def generate(model: nn.Module, tokenizer: Any, prompt: str, tokens: int) -> str:
     """Return ``tokens`` tokens that a decoder writes after ``prompt``, each the most likely, even after an end of text.
 
-    Raises ``UserError`` for a prompt without a token or with a token that the model does not know, and where the model
-    has too few positions.
+    Raises ``UserError`` for a prompt without a token, or with one that the model does not know. Raises it also where
+    the model has too few positions.
     """
     inputs = tokenizer(prompt, return_tensors="pt")
     length = inputs["input_ids"].shape[1]

@@ -18,8 +18,9 @@ from spectrim.tools.settings import require_parts, settings
 class Probe:
     """Truncate each layer alone, at each of ``ratios`` of its full rank, and measure the loss (S1, Lemmas 1-3).
 
-    Every row of the readings belongs to one layer at one rank. It holds the relative error of the weight, the largest
-    absolute change of an entry, and the predicted first-order change of the calibration loss beside the measured one.
+    Every row of the readings belongs to one layer at one rank. It holds the relative error of the weight and the
+    largest absolute change of an entry. Beside them are the predicted first-order change of the calibration loss and
+    the measured one.
     """
 
     ratios: Sequence[float] = (0.25, 0.5, 0.75, 0.9, 0.97)

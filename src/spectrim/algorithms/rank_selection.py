@@ -54,8 +54,9 @@ class RankSelection:
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Find delta and cut. At most ``ceil(log2(1 / delta_step)) + 1`` losses are measured.
 
-        The log has an entry for each delta, 0 (the dense model) among them: its loss, whether it passed, the part of
-        all components that is kept before layers above break-even are left dense, and the part of the parameters.
+        The log has an entry for each delta, 0 (the dense model) among them: its loss, whether it passed, and the parts
+        of components and parameters that are kept. That of the components counts layers above break-even, too, which
+        are left dense.
 
         Raises ``UserError`` for a layer without singular values, and where ``delta="theory"`` does not apply.
         """

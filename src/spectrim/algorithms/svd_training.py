@@ -96,8 +96,8 @@ class SVDTraining:
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
         """Train and cut a copy of ``model``.
 
-        The log has an entry for each epoch: the mean of each term of the loss, the rank of each layer, and each step of
-        the bisection (delta, loss, passed, rank_kept).
+        The log has an entry for each epoch: the mean of each term of the loss, and the rank of each layer. Each step of
+        the bisection is there, too (delta, loss, passed, rank_kept).
 
         Raises ``UserError`` for another decomposer than ``SVD``, for missing train batches, and where the loss stops
         being finite. ``state`` then holds the last good epoch.

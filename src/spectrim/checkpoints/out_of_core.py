@@ -71,8 +71,9 @@ def compress_checkpoint(
     ``transposed``: patterns of the names of layers whose weight is stored as (inputs, outputs). By default those of
         GPT-2 and its kin, where ``config.json`` names such a model.
 
-    Raises ``UserError`` for a checkpoint that is incomplete or pickled, a weight that holds NaN or infinity, a plan of
-    other layers, a size out of reach, an ``out`` that holds anything else, and a disk that the result does not fit on.
+    Raises ``UserError`` for a checkpoint that is incomplete or pickled, and for a weight that holds NaN or infinity.
+    Raises it also for a plan of other layers, a size out of reach, an ``out`` that holds anything else, and a full
+    disk.
     """
     sizes = {"plan": plan, "ratio": ratio, "params_kept": params_kept}
     given = [name for name, value in sizes.items() if value is not None]

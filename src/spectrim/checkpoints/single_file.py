@@ -35,8 +35,8 @@ def save(
     ``beside``: tensors that the file holds in addition to those of the model.
     ``dtype``: precision of the floating-point numbers in the file; by default that of the model.
 
-    Raises ``UserError`` where a layer is not as the plan says, a number does not fit ``dtype``, the disk is full or the
-    folder cannot be written.
+    Raises ``UserError`` where a layer is not as the plan says, or a number does not fit ``dtype``. Raises it also where
+    the disk is full or the folder cannot be written.
     """
     _require_ranks(model, plan)
     tensors = {

@@ -21,8 +21,8 @@ class SVD:
     ``precision``: of the decomposition.
     ``embeddings``: whether embeddings are factored too.
     ``factors``: what is stored at rank k. ``plain``: two factors. ``pivoted``: k rows of their product, and the
-        coefficients of its other rows in them. These compute the same, hold k² numbers less for each matrix, and are
-        smaller than the dense weight at every rank below the full one (Zhao et al., ICML 2025).
+        coefficients of its other rows in them. These compute the same and hold k² numbers less for each matrix. They
+        are smaller than the dense weight at every rank below the full one (Zhao et al., ICML 2025).
     """
 
     view: View = "channel"

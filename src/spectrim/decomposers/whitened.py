@@ -23,9 +23,9 @@ class WhitenedSVD:
     """SVD of ``W C^(1/2)``, where C = E[x x^T] is the second moment of the layer's inputs x (one input a position).
 
     Truncation to rank k minimises ``E ||W x - W_k x||^2`` over all rank-k matrices. This is exact for a Linear and in
-    the channel view. In the spatial view x is a row of kw pixels, and the rows are taken as independent. As in SVD-LLM
-    (Wang et al., arXiv 2403.07378) and BALF (arXiv 2509.25136), but without an inverse: the kept part of W is its
-    projection ``U_k U_k^T W`` on the leading left vectors, so that a singular C does no harm.
+    the channel view. In the spatial view x is a row of kw pixels, and the rows are taken as independent. SVD-LLM (Wang
+    et al., arXiv 2403.07378) and BALF (arXiv 2509.25136) do the same with an inverse of C. Here the kept part of W is
+    its projection ``U_k U_k^T W`` on the leading left vectors, so that a singular C does no harm.
 
     ``view``: as in ``SVD``.
     ``ridge``: is added to C as a fraction of its mean eigenvalue, so that the full rank reproduces W.
@@ -193,7 +193,7 @@ class TiedSpectrum(oblique.ObliqueSpectrum, EmbeddingSpectrum):
 
     Let D be diagonal with the frequency of each id, W the embedding with a row for each id, and h an input of the head.
     A change E of W changes what is looked up by ``tr(E^T D E)`` in the mean, and the scores by ``E h``. The loss feels
-    the score of an id about as often as the id is predicted: the Fisher information of a softmax is near its diagonal,
+    the score of an id about as often as the id is predicted. The Fisher information of a softmax is near its diagonal,
     with entries ``E[p (1 - p)]``. Ids are predicted as often as they are read, so D weighs both uses. Each counts as
     a part of its whole. The decomposition minimises ``tr(D E M E^T)`` for
     ``M = 1 / tr(W^T D W) + E[h h^T] / E[h^T W^T D W h]``. So ``D^(1/2) W M^(1/2)`` is decomposed, as in

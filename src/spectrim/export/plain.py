@@ -67,8 +67,8 @@ def write(folder: Path, model: nn.Module, example: Inputs | None) -> None:
 
     ``example``: inputs on which the plain model must give the outputs of ``model``; None: it is not run.
 
-    Raises ``UserError`` where the model needs more of a factored layer than its output, where a layer is of a class
-    that torch has not, and where the folder cannot be written.
+    Raises ``UserError`` where the model needs more of a factored layer than its output, and where the folder cannot be
+    written. Raises it also for a layer of a class that torch has not.
     """
     for name, module in model.named_modules():
         if isinstance(module, Unpacked):

@@ -65,8 +65,8 @@ def write_onnx(path: Path, model: nn.Module, example: Inputs, dynamic: bool, ops
 
     ``opset``: version of the operators. ``example``, ``dynamic``: as for ``write_pt2``.
 
-    Raises ``UserError`` where the extra packages are missing, the model cannot be traced or converted, the file would
-    exceed the 2 GiB that ONNX allows, or the file cannot be written.
+    Raises ``UserError`` where the extra packages are missing, and where the model cannot be traced or converted. Raises
+    it also for a file that cannot be written, or that would exceed the 2 GiB that ONNX allows.
     """
     runtime = _imported("onnxruntime")
     _imported("onnxscript")

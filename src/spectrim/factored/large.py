@@ -1,7 +1,7 @@
 """Large matrices decomposed by the eigenvectors of their smaller Gram matrix, which cost less than an SVD.
 
-A Gram matrix has the squares of the singular values, so it holds half of their digits: float64 tells singular values
-apart down to about 1e-8 of the largest. Each function says what that loses and where it is refused.
+A Gram matrix has the squares of the singular values, so it holds half of their digits. In float64 it tells singular
+values apart down to about 1e-8 of the largest. Each function says what that loses and where it is refused.
 
 Shape suffixes as in ``linalg``, and S for the smaller side, M for the larger.
 """
@@ -24,9 +24,9 @@ def svd(W_OI: Tensor) -> SVD:
     """Return ``linalg.svd``. A matrix in float64 with at least ``LARGE`` rows and columns takes two thirds of its time.
 
     It then comes from the eigenvectors of the smaller Gram matrix. At 4,096 rows and columns that took 29 s of one
-    core, and LAPACK's SVD 44 s. ``W = U diag(S) Vh`` holds to rounding, the vectors of the smaller side are orthonormal
-    to rounding, and the tail energies of S are the errors of its truncations. Two things are lost, with e = 2.2e-16,
-    the precision of float64:
+    core, and LAPACK's SVD 44 s. ``W = U diag(S) Vh`` holds to rounding, and the vectors of the smaller side are
+    orthonormal to rounding. The tail energies of S are the errors of its truncations. Two things are lost, with
+    e = 2.2e-16, the precision of float64:
 
     - The squared error of rank k is above the least possible one, by at most ``10 R e sigma_1^2``.
     - Two vectors i and j of the larger side have a scalar product of up to ``10 e sigma_1^2 / (sigma_i sigma_j)``.
@@ -56,8 +56,8 @@ def svd(W_OI: Tensor) -> SVD:
 def left_vectors(W_OI: Tensor, C: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Return the left singular vectors U and the singular values S of ``linalg.whitened(W_OI, C, ridge)``.
 
-    For a large matrix they are the eigenvectors of ``W (C + ridge) W^T`` and the roots of its eigenvalues, so that no
-    root of C is taken. That takes less than half of the time. U is orthonormal to rounding, hence ``U U^T W = W``. The
+    For a large matrix they are the eigenvectors of ``W (C + ridge) W^T`` and the roots of its eigenvalues. So no root
+    of C is taken. That takes less than half of the time. U is orthonormal to rounding, hence ``U U^T W = W``. The
     squared error of rank k is above the least possible one by at most ``10 R e sigma_1^2``, as for ``svd``. Singular
     values below 1e-8 of the largest are not told apart, and their vectors are mixed. Nothing is refused.
 

@@ -1,6 +1,6 @@
 """Build a model of transformers from its configuration alone, and find where the tensors of a file belong in it.
 
-Names in a file of the hub may differ from those of the model: transformers renames tensors while it loads them, and
+Names in a file of the hub may differ from those of the model. transformers renames tensors while it loads them, and
 merges some, such as the experts of a mixture. Here its own rules are used, which are not part of its public interface.
 """
 

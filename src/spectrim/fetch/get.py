@@ -1,7 +1,7 @@
 """Download one file: ``python get.py ADDRESS FILE BYTES``.
 
-``download`` runs this in a process of its own, which it can end at a deadline. Within one process there is no deadline:
-a server that sends one byte at a time restarts the timeout of its socket with each of them.
+``download`` runs this in a process of its own, which it can end at a deadline. Within one process there is no deadline.
+A server that sends one byte at a time restarts the timeout of its socket with each of them.
 """
 
 import http.client

@@ -29,8 +29,8 @@ def classifier(name: str = "minilm", num_classes: int = 2) -> nn.Module:
     Its output holds ``logits`` of shape (N, num_classes). If the weights have no such head, it is initialised at random
     and needs training. This is the case for ``minilm`` (all-MiniLM-L6-v2, 6 layers).
 
-    Raises ``UserError`` where the model does not exist or lacks weights, its head has another number of classes, the
-    extra ``language`` is not installed, or a download fails.
+    Raises ``UserError`` where the model does not exist or lacks weights, or its head has another number of classes.
+    Raises it also where the extra ``language`` is not installed, or a download fails.
     """
     try:
         model, missing = _opened("AutoModelForSequenceClassification", name, num_labels=num_classes)

@@ -1,8 +1,8 @@
 """Gradients by the gates of every layer, a row a sample, from what flows between the factors.
 
 A gate scales what flows through one channel between the two factors. Its derivative is therefore the inner product of
-that flow with its gradient, over the rows that belong to the sample (``sample_rows``). It is taken as the gradient
-comes by, so that those of all layers are never in memory together, once it is known whose the rows are.
+that flow with its gradient, over the rows that belong to the sample (``sample_rows``). Once it is known whose the rows
+are, it is taken as the gradient comes by. So the gradients of all layers are never in memory together.
 """
 
 from collections import defaultdict

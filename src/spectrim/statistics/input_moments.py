@@ -33,8 +33,8 @@ def input_moments(
     linear layers share it, too, the second moment of their inputs comes beside the frequencies, as ``HEAD``. Linear
     layers that read the same tensors hold one moment together.
 
-    ``views``: layer → the views of its weight. A view determines what one input x is: a vector of a Linear, a patch of
-    I/g * kh * kw numbers in the channel view of a convolution, a row of I/g * kw numbers in the spatial view.
+    ``views``: layer → the views of its weight. A view determines what one input x is. It is a vector of a Linear. In
+    the channel view of a convolution it is a patch of I/g * kh * kw numbers, in the spatial view a row of I/g * kw.
     ``samples``: number of calibration samples to read, in whole batches.
     Raises ``UserError`` for an empty calibration split.
     """

@@ -1,10 +1,10 @@
 """Second moments of gradients at the outputs of layers, from backward passes along random directions of the scores.
 
-The Fisher information of a layer's weight W is the second moment of ``sum_p g_p x_p^T``, where x_p is the input and g_p
-the gradient at the output of position p. With positions taken as independent, and g as independent of x, it is the
+Let x_p be the input of a layer and g_p the gradient at its output, at position p. The Fisher information of its weight
+W is the second moment of ``sum_p g_p x_p^T``. With positions taken as independent, and g as independent of x, it is the
 Kronecker product of ``G = sum_p E[g_p g_p^T]`` and ``C = E[x x^T]`` (K-FAC: Martens and Grosse, arXiv 1503.05671; for
-convolutions: Grosse and Martens, arXiv 1602.01407). A change D of the weight then changes the loss by
-``||G^(1/2) D C^(1/2)||^2 / 2``.
+convolutions: Grosse and Martens, arXiv 1602.01407). A change D of the weight then changes the loss by ``||G^(1/2) D
+C^(1/2)||^2 / 2``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -41,8 +41,8 @@ def output_moments(
     It is summed over positions, and the mean over predictions: samples, or the predicted tokens of a language model.
     A layer that the loss does not depend on has a zero moment.
 
-    ``views``: layer → the views of its weight. In the spatial view of a convolution O counts output channels times kh,
-        and g is what comes back to the outputs of a 1 x kw convolution of full rank.
+    ``views``: layer → the views of its weight. In the spatial view of a convolution O counts output channels times kh.
+        Then g is what comes back to the outputs of a 1 x kw convolution of full rank.
     ``samples``: number of calibration samples to read, in whole batches.
     ``directions``: what is differentiated.
     Raises ``UserError`` for an empty calibration split or a loss that is not finite.

@@ -16,8 +16,9 @@ REGEX = "re:"
 class LayerChoice:
     """Say which layers may be factored.
 
-    A pattern is the name of a module, a glob such as ``"layer4.*"``, or ``"re:"`` and a regular expression that matches
-    from the start of a name. It stands for every layer that it names, and for those inside a module that it names.
+    A pattern is the name of a module, or a glob such as ``"layer4.*"``. After ``"re:"`` it is a regular expression that
+    matches from the start of a name. It stands for every layer that it names, and for those inside a module that it
+    names.
 
     ``include``: patterns of the layers that may be factored; none: all layers.
     ``exclude``: patterns of the layers that stay dense.

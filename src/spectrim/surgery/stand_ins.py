@@ -46,8 +46,8 @@ def misled_and_steady(
 ) -> tuple[dict[str, str], bool]:
     """Return the ``misled`` ones of ``layers`` with the reason, and whether the model ``is_steady``.
 
-    For most models two passes tell both: one with a stand-in for each layer repeats the outputs of the dense model,
-    whatever the random numbers of torch.
+    Two passes tell both for most models. The one with a stand-in for each layer repeats the outputs of the dense model,
+    with other random numbers of torch.
 
     ``given``: the model that the user gave, of which ``model`` may be a copy.
 

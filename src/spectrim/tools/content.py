@@ -23,8 +23,8 @@ OF_NO_FORWARD = {"generation_config"}  # of transformers; it holds a hash of thi
 def state_of(model: nn.Module) -> dict[str, Any]:
     """Return the parameters, persistent buffers and extra states of ``model`` by name.
 
-    The names are those of its modules. ``state_dict`` may say something else: a hook or an override of it may rename
-    entries or leave some out, and a file or a digest would then miss weights.
+    The names are those of its modules. ``state_dict`` may say something else, as a hook or an override of it may rename
+    entries or leave some out. A file or a digest would then miss weights.
     """
     state: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):

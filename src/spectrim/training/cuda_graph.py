@@ -45,8 +45,8 @@ class Replayed:
     overwrites the result of the one before.
 
     ``step``: a sequence of kernels that writes only to its result, to the gradients of ``parameters``, and in place to
-    tensors that stay where they are. It runs without a recording on a CPU, for inputs that are not a single tensor, for
-    shapes that change, and where it reads the value of a tensor on the way.
+    tensors that stay where they are. It runs without a recording on a CPU, for inputs that are not a single tensor, and
+    for shapes that change. So it does where it reads the value of a tensor on the way.
     """
 
     def __init__(self, step: Callable[[Inputs, Any], Any], parameters: Iterable[nn.Parameter] = ()) -> None:

@@ -95,8 +95,8 @@ def fit(
     random numbers depend on seed and epoch only, it then ends in the same weights as an unbroken one.
 
     Raises ``FloatingPointError`` where the loss is not finite; the state of the last epoch stays in the file. Raises
-    ``UserError`` for a loss without a gradient, for an embedding with sparse ones, and where the file is truncated,
-    belongs to another training or is in use by another process.
+    ``UserError`` for a loss without a gradient, and for an embedding with sparse ones. Raises it also where the file is
+    truncated, belongs to another training or is in use by another process.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:

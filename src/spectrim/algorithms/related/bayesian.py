@@ -1,6 +1,6 @@
 """Choose the ranks of all layers by Bayesian optimisation of the accuracy after the cut.
 
-Kim, Lee and Choe 2020 (IEEE Access 8:17605): a Gaussian process with expected improvement searches the ranks of all
+Kim, Lee and Choe 2020 (IEEE Access 8:17605). A Gaussian process with expected improvement searches the ranks of all
 layers together, for a trade-off of accuracy and complexity or at a fixed compression.
 
 Only the abstract of the paper was at hand. The rest is chosen here:

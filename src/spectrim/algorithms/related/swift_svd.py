@@ -1,8 +1,8 @@
 """Reserve a part of a uniform rank for every layer, and share out the rest by importance and error (Swift-SVD).
 
 Swift-SVD (Qi et al., ICML 2026, arXiv 2604.01609): a layer of one type, such as a query projection, keeps half of its
-uniform rank. The other halves are shared out in proportion to ``I^a (log(1 + E))^(1-a)``, with the importance I of the
-layer and the norm E of its outputs on calibration data. The paper finds that without the reserve the allocation is
+uniform rank. The other halves are shared out in proportion to ``I^a (log(1 + E))^(1-a)``. I is the importance of the
+layer, and E the norm of its outputs on calibration data. The paper finds that without the reserve the allocation is
 worse than a uniform one.
 
 What differs here:

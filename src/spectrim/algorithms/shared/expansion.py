@@ -19,7 +19,7 @@ def gates_at(bench: Workbench, kept_R: Mapping[str, Tensor], samples: int, seed:
     """Return the gate gradients of ``samples`` calibration samples at the model that keeps ``kept_R`` of each layer.
 
     They do not depend on a budget, so they are remembered. With ``layers_at_once`` only one block of layers at a time
-    is factored at full rank, because factors of full rank take more memory than a dense layer.
+    is factored at full rank. Factors of full rank take more memory than a dense layer.
 
     ``kept_R``: the indices of the components kept of each layer.
     ``seed``: seed of the random directions from which the Fisher information is estimated.

@@ -39,9 +39,9 @@ def choose(layers: Mapping[str, Options], budget: float) -> dict[str, int]:
 
     The cheapest edges are taken until one does not fit. What is left of the budget is spent on later edges, then on
     options between the corners. The summed change exceeds the least one by no more than the change along the first edge
-    that did not fit, and not at all where the budget ends at a corner. Large items, such as a dense layer that must be
-    factored at all, may leave much room. Single layers are then set to another option and the rest is solved again.
-    Ties go by the names of the layers, so their order does not matter.
+    that did not fit. Where the budget ends at a corner, it is the least one. Large items, such as a dense layer that
+    must be factored at all, may leave much room. Single layers are then set to another option and the rest is solved
+    again. Ties go by the names of the layers, so their order does not matter.
 
     Raises ``UserError`` where no options fit into ``budget``, or where a cost or a change is not finite.
     """
