@@ -24,7 +24,7 @@ class WhitenedSVD:
 
     Truncation to rank k minimises ``E ||W x - W_k x||^2`` over all rank-k matrices. This is exact for a Linear and in
     the channel view. In the spatial view x is a row of kw pixels, and the rows are taken as independent. SVD-LLM (Wang
-    et al., arXiv 2403.07378) and BALF (arXiv 2509.25136) do the same with an inverse of C. Here the kept part of W is
+    et al., arXiv 2403.07378) and BALF (arXiv 2509.25136) do the same with an inverse. Here the kept part of W is
     its projection ``U_k U_k^T W`` on the leading left vectors, so that a singular C does no harm.
 
     ``view``: as in ``SVD``.

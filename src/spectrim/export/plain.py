@@ -8,7 +8,7 @@ from torch import nn
 from spectrim.batches import Inputs
 from spectrim.checkpoints.filling import names_of_shared, require_stored, tensors_of
 from spectrim.errors import UserError
-from spectrim.export.agreement import require_same
+from spectrim.export.same_outputs import require_same
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.unpacked.base import Unpacked
 from spectrim.surgery.reopening import factored_layers

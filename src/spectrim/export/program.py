@@ -26,7 +26,7 @@ from spectrim.batches import (
     to_device,
 )
 from spectrim.errors import UserError, first_line
-from spectrim.export.agreement import require_same
+from spectrim.export.same_outputs import require_same
 from spectrim.surgery.given_model import copied
 from spectrim.tools import files
 
