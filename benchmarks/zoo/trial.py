@@ -17,7 +17,7 @@ import spectrim
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.batches import hooked, pairs
 from spectrim.errors import UserError, first_line
-from spectrim.export.agreement import outputs_of, require_same
+from spectrim.export.same_outputs import outputs_of, require_same
 from spectrim.surgery.cost import parameters
 
 KEPT = 0.8  # of the parameters
