@@ -12,6 +12,7 @@ import spectrim
 from spectrim.algorithms.related.bayesian import Bayesian
 from spectrim.algorithms.related.pars import PARS
 from spectrim.errors import UserError
+from spectrim.export.program import write_onnx
 from spectrim.runs.tracking.mlflow_runs import MLflow
 from spectrim.runs.tracking.session import About
 from spectrim.runs.tracking.tensorboard_events import TensorBoard
@@ -33,7 +34,9 @@ USES = {
     "mlflow": ("mlflow", lambda: MLflow().start(ABOUT)),
     "tensorly": ("tucker", use_tucker),
     "optuna": ("search", lambda: Bayesian()),
+    "onnxruntime": ("export", lambda: write_onnx(Path("none.onnx"), nn.Linear(2, 2), torch.zeros(1, 2), True, 18)),
 }
+DEV = next(line for line in PROJECT["optional-dependencies"]["dev"] if line.startswith("spectrim[search"))
 
 
 @pytest.mark.parametrize("package", USES)
@@ -43,6 +46,7 @@ def test_a_missing_package_is_an_error_that_names_the_extra(package: str, monkey
     with pytest.raises(UserError, match=rf"needs extra packages .*pip install 'spectrim\[{extra}\]'") as refusal:
         use()
     assert len(str(refusal.value).splitlines()) == 1
+    assert str(refusal.value).endswith(", or make install in a checkout") == (extra in DEV)
     assert any(line.startswith(package) for line in PROJECT["optional-dependencies"][extra])
     assert not any(line.startswith(package) for line in PROJECT["dependencies"])
 

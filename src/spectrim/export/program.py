@@ -7,7 +7,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from spectrim.batches import (
 from spectrim.errors import UserError, first_line
 from spectrim.export.same_outputs import require_same
 from spectrim.surgery.given_model import copied
-from spectrim.tools import files
+from spectrim.tools import extras, files
 
 LARGEST_PROTOBUF = 2**31 - 1  # bytes of an ONNX file without a second one
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
@@ -68,8 +67,7 @@ def write_onnx(path: Path, model: nn.Module, example: Inputs, dynamic: bool, ops
     Raises ``UserError`` where the extra packages are missing, and where the model cannot be traced or converted. Raises
     it also for a file that cannot be written, or that would exceed the 2 GiB that ONNX allows.
     """
-    runtime = _imported("onnxruntime")
-    _imported("onnxscript")
+    runtime, _ = (extras.imported(package, "export", "ONNX") for package in ("onnxruntime", "onnxscript"))
     example = to_device(_at_least_two(example), torch.device("cpu"))
     program = traced(copied(model).cpu(), example, dynamic)
     try:
@@ -209,13 +207,6 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return COLOURS.sub("", first_line(error))
-
-
-def _imported(package: str) -> Any:
-    try:
-        return import_module(package)
-    except ImportError as error:
-        raise UserError(f"ONNX needs the extra packages ({error}): pip install 'spectrim[export]'") from None
 
 
 @contextmanager

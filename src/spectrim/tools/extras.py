@@ -5,6 +5,9 @@ from typing import Any
 
 from spectrim.errors import UserError, first_line
 
+# The target of make that installs an extra in a checkout, where there is one.
+TARGETS = {"language": "install-language", "search": "install", "tracking": "install", "tucker": "install"}
+
 
 def imported(package: str, extra: str, user: str) -> Any:
     """Import and return an optional package.
@@ -17,8 +20,7 @@ def imported(package: str, extra: str, user: str) -> Any:
     try:
         return import_module(package)
     except ImportError as error:
-        target = "install-language" if extra == "language" else "install"
+        made = f", or make {TARGETS[extra]} in a checkout" if extra in TARGETS else ""
         raise UserError(
-            f"{user} needs extra packages ({first_line(error)}): "
-            f"pip install 'spectrim[{extra}]', or make {target} in a checkout"
+            f"{user} needs extra packages ({first_line(error)}): pip install 'spectrim[{extra}]'{made}"
         ) from None
