@@ -21,6 +21,7 @@ from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.decomposers.whitened import WhitenedSVD
+from spectrim.statistics.gate_rows import OUTSIDE
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.find_layers import left_dense
 from spectrim.tools.settings import settings
@@ -47,10 +48,8 @@ class ZeroSum(Budgeted):
             return full | {one.layer: one.rank for one in removals[: round((1 - setting) * len(removals))]}
 
         ranks = costs.meet(requested, ranks_at, low=0.0, high=1.0)
-        notes = left_dense(
-            {name: "the calibration loss does not depend on it" for name in bench.spectra if name not in curves},
-            bench.model,
-        )
+        outside = [name for name in bench.spectra if name not in curves]
+        notes = left_dense(dict.fromkeys(outside, OUTSIDE), bench.model)
         sums = list(accumulate(one.change for one in removals if one.rank >= ranks[one.layer]))
         log = [{"predicted": sums[-1], "largest_sum": max(map(abs, sums))}] if sums else []
         return bench.finish(ranks, log, notes)
