@@ -91,9 +91,9 @@ def truncated(read: Callable[[], Tensor], rank: int, precision: torch.dtype | No
     ``rank``: the rank k.
     ``precision``: of the factors; by default that of W.
 
-    ``B = U sqrt(S)`` and ``A = sqrt(S) Vh``. They come from the leading eigenvectors of the
-    smaller Gram matrix in float64. Squaring the singular values costs half of the digits, and float64 has more than
-    twice the digits of float32. The error is about 1e-8 sigma_1, as for an SVD in float32.
+    ``B = U sqrt(S)`` and ``A = sqrt(S) Vh``. They come from the leading eigenvectors of the smaller Gram matrix in
+    float64. Squaring the singular values costs half of the digits, and float64 has more than twice the digits of
+    float32. The error is about 1e-8 sigma_1, as for an SVD in float32.
 
     Memory: W with its Gram matrix, then that with k eigenvectors, then W with these and the factors. For a square W and
     k below break-even this is at most three times W in float32.
