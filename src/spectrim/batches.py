@@ -105,10 +105,7 @@ def with_tensors(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _sampled(values: Any, chosen: Tensor, count: int, inside: bool = False) -> Any:
-    """Take the ``chosen`` samples. Values whose first dimension is not ``count`` belong to all samples and stay.
-
-    ``inside``: whether ``values`` lie in a sequence or mapping of several arguments.
-    """
+    """Take the ``chosen`` samples. Values whose first dimension is not ``count`` belong to all samples and stay."""
     if isinstance(values, PackedSequence):
         padded, lengths = pad_packed_sequence(values, batch_first=True)
         taken = padded[chosen.to(padded.device)]
@@ -125,7 +122,10 @@ def _sampled(values: Any, chosen: Tensor, count: int, inside: bool = False) -> A
 
 
 def are_samples(values: Sequence[Any], count: int, inside: bool = False) -> bool:
-    """Return whether a sequence holds one item a sample, rather than one an argument or a task."""
+    """Return whether a sequence holds one item for each of ``count`` samples, rather than one an argument or a task.
+
+    ``inside``: whether it lies in a sequence or mapping of several arguments.
+    """
     batched = [isinstance(value, Tensor) and value.ndim > 0 and len(value) == count for value in values]
     if isinstance(values, list):  # among several arguments a list holds samples, as ``batch_size`` reads it
         return len(values) == count and (inside or not all(batched))

@@ -138,7 +138,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def images(source: str, model: nn.Module, size: int, samples: int, batch_size: int, seed: int) -> Data:
-    """Return images: ``samples`` to select on and half as many in each other split.
+    """Return images of ``size`` pixels a side: ``samples`` to select on and half as many in each other split.
 
     The targets are the class folders, where there are as many as the model has classes. Otherwise they are the classes
     that the dense model answers. Raises ``UserError`` for a source that cannot be read or holds too little.
