@@ -29,7 +29,7 @@ def finite_loss(loss: Loss, outputs: Any, targets: Any, split: str) -> Tensor:
         raise
     if not torch.isfinite(value) and isinstance(loss, TokenLoss) and not loss.count(targets):
         raise UserError(
-            f"a batch of the {split} set has no token to predict: all of its labels are {IGNORED}, or it holds one "
+            f"a batch of the {split} split has no token to predict: all of its labels are {IGNORED}, or it holds one "
             "token a sequence; leave it out"
         )
     if not torch.isfinite(value):
