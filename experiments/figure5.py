@@ -26,6 +26,7 @@ LOSSES = (*FIRST, Column("term", "term"), Column("epoch", "epoch", 0), Column("l
 # the training, otherwise the appendix does.
 KEYS = ("network", "data", "scratch", "setting", "epochs")
 ABOUT = (*KEYS, "parts", "main")
+NAMING = 3  # parts that tell the trainings of the main figure apart; the table beside it has all
 EARLY = 2  # selections, as the title of the figure says
 LEFT_OUT = "; here the trainings that the main figure leaves out"
 
@@ -44,8 +45,8 @@ DEPTH = matplotlib.colormaps["viridis"]  # from the first layer to the last
 Panel = Callable[[Axes, pd.DataFrame], None]
 NOTES = (
     "Each number is a mean ± standard deviation (ddof = 1) over training seeds. Epochs are counted from 1. The rank is "
-    "that after the selection at the end of the epoch. The name of a training gives its regulariser with the strength, "
-    "or none.",
+    "that after the selection at the end of the epoch; epoch 0 is the full rank. The name of a training gives its "
+    "regulariser with the strength, or none.",
 )
 LOSS_NOTES = (
     "Each number is a mean ± standard deviation (ddof = 1) over training seeds. Task, orthogonality and regulariser "
@@ -115,10 +116,13 @@ def _about(record: Record, shown: set[tuple[Any, ...]]) -> dict[str, Any]:
 
 
 def _ranks(record: Record) -> list[dict[str, Any]]:
+    """Return the rank of each layer after each epoch, the full rank first."""
+    full = {layer["layer"]: layer["full_rank"] for layer in record["layers"]}
+    steps = [(0, full), *((entry["epoch"] + 1, entry["ranks"]) for entry in record["log"])]
     return [
-        {"layer": layer, "epoch": entry["epoch"] + 1, "rank": entry["ranks"][layer]}
+        {"layer": layer, "epoch": epoch, "rank": ranks[layer]}
         for layer in record["log"][0]["ranks"]
-        for entry in record["log"]
+        for epoch, ranks in steps
     ]
 
 
@@ -187,7 +191,7 @@ def _draw_one(
         for axis, (_, about) in zip(axes, order.iterrows(), strict=True):
             panel(axis, rows[rows["panel"] == about["panel"]])
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.set_title(_wrapped(about["parts"]))
+            axis.set_title(_wrapped(about["parts"][:NAMING] if about["main"] else about["parts"]))
             axis.set_xlabel("epoch")
         if panel is _loss_panel:
             figure.legend(canvas, axes, 4)

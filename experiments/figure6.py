@@ -8,16 +8,29 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from figure4_drawing import BEST_COLOUR
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
 from spectrim.report import command, figure, selectors, table
 from spectrim.report.command import Options
+from spectrim.report.figure import SERIES
+from spectrim.report.frontier import CURVES
 from spectrim.report.selectors import BUDGETS
 from spectrim.report.table import Column, Table, number
 
 LISTED = Path(__file__).with_name("selectors.csv")
-MARKERS = "os^vDPX*dphH8<>"
+# Colour and marker of the selectors that other figures show, too; then those of all others, in the order of the list.
+KNOWN = {
+    "joint": (CURVES["joint"].colour, CURVES["joint"].marker),
+    "joint, pivoted": (BEST_COLOUR, CURVES["joint"].marker),
+    "knapsack": (CURVES["knapsack"].colour, CURVES["knapsack"].marker),
+    "lossless": (SERIES["lossless", "one-shot"].colour, SERIES["lossless", "one-shot"].marker),
+    "compact": (SERIES["compact", "one-shot"].colour, SERIES["compact", "one-shot"].marker),
+}
+# Of Okabe and Ito, then muted ones by Paul Tol that differ from them.
+COLOURS = ("#009E73", "#882255", "#E69F00", "#44AA99", "#332288", "#AA4499", "#999933", "#117733", "#8C564B")
+MARKERS = "vsdP*phH<"
 NETWORK = ("resnet20", "cifar10")  # the figure shows this one, its appendix all others
 DEEPEST = 0.2  # accuracy below the dense network's at which a panel ends
 # The cost that each stage is drawn against, and the label of the axis.
@@ -149,11 +162,12 @@ def _reached(row: "pd.Series[Any]") -> tuple[str, str]:
 
 
 def _styles(listed: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Return the colour and marker of each selector. They do not depend on which selectors were run."""
-    order = sorted(listed["selector"], key=lambda name: not name.startswith("joint"))  # ours have the first colours
+    """Return the colour and marker of each selector, ours first. They do not depend on which selectors were run."""
+    others = [name for name in listed["selector"] if name not in KNOWN]
+    looks = KNOWN | dict(zip(others, zip(COLOURS, MARKERS, strict=True), strict=True))
     return {
         name: {"color": colour, "marker": marker, "markeredgecolor": colour, "markersize": 5.5, "linestyle": "none"}
-        for name, colour, marker in zip(order, figure.PALETTE, MARKERS, strict=False)
+        for name, (colour, marker) in looks.items()
     }
 
 

@@ -2,26 +2,30 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import table3
+from figure4_drawing import BEST_COLOUR
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MultipleLocator, NullFormatter, StrMethodFormatter
 
 from spectrim.report import averages, command, figure, table
 from spectrim.report.command import Options
 from spectrim.report.figure import Curve
+from spectrim.report.frontier import CURVES
 from spectrim.report.table import Column, Table, number
 
 # By the kind of Table 3. Pivoted factors are hollow and dashed. Plain truncation is left out: it is far above all.
-CURVES = {
-    "whitened": Curve("whitened SVD, uniform ratio", "#E69F00", "s"),
-    "whitened_pivoted": Curve("whitened SVD, uniform ratio, pivoted", "#E69F00", "s"),
-    "knapsack_pivoted": Curve("knapsack (BALF), pivoted", "#0072B2", "^"),
-    "joint": Curve("joint, ours", "#D55E00", "o"),
-    "joint_pivoted": Curve("joint, ours, pivoted", "#D55E00", "D"),
-    "two_sided_pivoted": Curve("joint, ours, both sides whitened, pivoted", "#A50026", "o"),
+UNIFORM, KNAPSACK, JOINT = (CURVES[key] for key in ("truncation", "knapsack", "joint"))
+DRAWN = {
+    "whitened": replace(UNIFORM, name="whitened SVD, uniform ratio"),
+    "whitened_pivoted": replace(UNIFORM, name="whitened SVD, uniform ratio, pivoted"),
+    "knapsack_pivoted": replace(KNAPSACK, name="knapsack (BALF), pivoted"),
+    "joint": JOINT,
+    "joint_pivoted": replace(JOINT, name="joint, ours, pivoted"),
+    "two_sided_pivoted": Curve("joint, ours, both sides whitened, pivoted", BEST_COLOUR, JOINT.marker),
 }
 OURS = ("joint", "joint_pivoted", "two_sided_pivoted")
 TICKS = (10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 5000)
@@ -45,7 +49,7 @@ def build(options: Options) -> list[Path]:
     found = command.load(options)
     runs = table3.described(command.runs(options, found, table3.ALGORITHMS))
     others = table3.add_perplexities(runs, found)
-    points = runs[runs["kind"].isin(CURVES) & ~runs["embedding"] & runs["perplexity"].notna()]
+    points = runs[runs["kind"].isin(DRAWN) & ~runs["embedding"] & runs["perplexity"].notna()]
     if points.empty:
         raise command.lacking(options, "a selector with a number of parameters on a decoder")
     values = ["params_kept", "perplexity"]
@@ -78,6 +82,7 @@ def _draw(rows: pd.DataFrame, options: Options, origin: dict) -> list[Path]:
         low, high = rows["perplexity"].min(), rows["perplexity"].max()
         for axis in axes:
             axis.set(yscale="log", ylim=(0.85 * low, 1.15 * high), xlabel="parameters kept (%)", ylabel="perplexity")
+            axis.xaxis.set_major_locator(MultipleLocator(10))
             axis.set_yticks([tick for tick in TICKS if 0.85 * low <= tick <= 1.15 * high])
             axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.yaxis.set_minor_formatter(NullFormatter())
@@ -88,7 +93,7 @@ def _draw(rows: pd.DataFrame, options: Options, origin: dict) -> list[Path]:
 def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
     dense = float(rows.loc[rows["kind"] == "dense", "perplexity"].iloc[0])
     axis.axhline(dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)
-    for kind, curve in CURVES.items():
+    for kind, curve in DRAWN.items():
         own = rows[rows["kind"] == kind].sort_values("params_kept")
         if own.empty:
             continue

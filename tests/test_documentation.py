@@ -47,6 +47,25 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_bytes()) <= 8192
 
 
+def sentences(page: Path) -> Iterator[str]:
+    """The sentences of a page, without its tables, its code and its copies of results."""
+    text = re.sub(r"<!-- (\w+) -->.*?<!-- /\1 -->", "\n\n", BLOCK.sub("\n\n", text_of(page)), flags=re.DOTALL)
+    text = re.sub(r"\$\$.*?\$\$|\$[^$]*\$|`[^`]*`", "F", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->|\]\([^)]*\)|^[|#].*$", "", text, flags=re.MULTILINE)
+    for paragraph in re.split(r"\n\s*\n|\n(?=[-*] |\d+\. )", text):
+        yield from re.split(r"(?<=[.?!])\**\s+(?=[A-Z*F\d\[])", paragraph)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_a_sentence_has_at_most_25_words(page: Path) -> None:
+    assert [one for one in sentences(page) if len(re.findall(r"[^\W\d][\w'’-]*", one)) > 25] == []
+
+
+def test_a_long_sentence_is_found(tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("A short one. Long " + "word " * 25 + "end.\n\n```\n" + "code " * 30 + "\n```\n")
+    assert [len(one.split()) for one in sentences(tmp_path / "page.md")][:2] == [3, 27]
+
+
 def test_every_page_is_linked_from_the_index() -> None:
     linked = set(LINK.findall(text_of(ROOT / "docs" / "index.md")))
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}

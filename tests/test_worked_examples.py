@@ -77,6 +77,12 @@ def test_the_page_has_an_example_of_each_extension() -> None:
     assert set(FILES) - python == {f"conf/{group}/mine.yaml" for group in groups}
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if path.endswith(".yaml")])
+def test_an_example_keeps_the_rule_that_a_yaml_says_what_it_is(path: str) -> None:
+    lines = FILES[path].splitlines()
+    assert len(lines[lines[0].startswith("# @package")].split()) > 5
+
+
 def test_the_algorithm_and_the_decomposer(composed: Composed, digits: list[str]) -> None:
     record = run.run(composed(*digits[:-2], "algorithm=mine", "algorithm.error=0.6", "decomposer=mine"))
     cut = [layer for layer in record["layers"] if layer["rank"] is not None]

@@ -44,7 +44,8 @@ def save(folder: str | Path, model: nn.Module, plan: RankPlan, tokenizer: Any = 
             for part in (own.config, getattr(model, "generation_config", None), tokenizer):
                 if part is not None:
                     part.save_pretrained(made)
-            files.write({folder / path.name: path.read_bytes() for path in files.listed(made)})
+            written = [path for path in made.rglob("*") if path.is_file()]  # further chat templates have a folder
+            files.write({folder / path.relative_to(made): path.read_bytes() for path in written})
     except OSError as error:
         raise files.refusal(folder / by_configuration.CONFIG, error) from None
 

@@ -13,6 +13,7 @@ from spectrim.checkpoints import sharded
 from spectrim.errors import UserError
 from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept
+from spectrim.fetch import pretrained
 from spectrim.losses import token_loss
 from spectrim.models.language import causal_lm
 from spectrim.statistics.objective import Objective
@@ -43,6 +44,22 @@ def test_it_is_the_model_cut_in_memory_and_comes_with_all_it_needs(
     assert language.generate(loaded, tokenizer, "w3 w4", 5) == language.generate(expected.model, tokenizer, "w3 w4", 5)
     with pytest.raises(UserError, match="cannot be opened"):  # nor is it taken for a dense model
         causal_lm(str(out))
+
+
+@pytest.mark.parametrize("way", ["save", "compress_checkpoint"])
+@pytest.mark.parametrize("templates", ["{{ messages }}", {"default": "{{ messages }}", "rag": "{{ documents }}"}])
+def test_a_chat_model_keeps_its_chat_templates(dense: Any, tmp_path: Path, way: str, templates: Any) -> None:
+    model, folder = dense
+    out = tmp_path / "small"
+    words = pretrained.library().AutoTokenizer.from_pretrained(folder)
+    words.chat_template = templates
+    if way == "save":
+        small = spectrim.compress(model, algorithm=spectrim.Truncation(ratio=0.5), loss=token_loss)
+        language.save(out, small.model, small.plan, words)
+    else:
+        words.save_pretrained(folder)
+        spectrim.compress_checkpoint(folder, out, ratio=0.5)
+    assert language.load(out)[1].chat_template == templates
 
 
 def test_only_the_configuration_tells_how_a_weight_is_stored(tiny: Any, tmp_path: Path) -> None:

@@ -241,6 +241,18 @@ def test_a_grid_says_as_much_as_it_is_asked_to(
     assert messages.LEVEL not in os.environ and composition.FOLDER not in os.environ
 
 
+def test_a_run_given_again_says_its_result_and_where_its_record_is(digits: list[str], tmp_path: Path) -> None:
+    said = []
+    for word in ("recorded", "already recorded"):
+        process = started([*digits, "algorithm=truncation"], tmp_path, subprocess.PIPE)
+        out, error = process.communicate(timeout=300)
+        assert process.returncode == 0
+        (path,) = (tmp_path / "runs").glob("*.json")
+        assert error == f"spectrim: {word} in {path}\n"
+        said.append(out)
+    assert said[0] == said[1] and "params kept" in said[0] and said[0].count("\n") == 1
+
+
 def test_a_process_of_joblib_leaves_ctrl_c_and_sigterm_to_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
     stops = signal.SIGINT, signal.SIGTERM
     usual = [signal.getsignal(stop) for stop in stops]

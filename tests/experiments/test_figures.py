@@ -100,6 +100,18 @@ def test_no_two_curves_of_a_panel_have_one_colour(drawn: dict[str, Figure]) -> N
             assert len(set(looks.values())) == len(looks), (name, looks)
 
 
+def test_a_method_has_one_colour_in_all_figures(drawn: dict[str, Figure]) -> None:
+    looks: dict[str, set[Any]] = {}
+    for name in ("figure1", "figure3", "figure4_accuracy_parameters", "figure6", "figure8"):
+        for axis in drawn[name].axes:
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                line: Any = handle[0] if isinstance(handle, tuple) else handle
+                looks.setdefault(label, set()).add(line.get_color())
+    assert {"truncation", "joint, ours", "knapsack (BALF)"} <= set(looks)
+    several = {label: colours for label, colours in looks.items() if len(colours) > 1}
+    assert not several
+
+
 def test_a_legend_shows_markers_without_error_bars(drawn: dict[str, Figure]) -> None:
     for name, canvas in drawn.items():
         shown = [handle for legend in canvas.legends for handle in legend.legend_handles]

@@ -46,9 +46,9 @@ def test_the_figure_follows_every_layer_over_the_epochs(built: Callable[[str], P
         for start in ("from a trained net", "from scratch")
     ]
     one = drawn[drawn["panel"].str.contains("scratch")]
-    assert one[one["layer"] == "conv1"]["rank"].tolist() == [9, 8, 7]
-    assert one[one["layer"] == "fc1"]["rank"].tolist() == [30.5, 29.5, 28.5]
-    assert one["epoch"].tolist() == [1, 2, 3, 1, 2, 3]
+    assert one[one["layer"] == "conv1"]["rank"].tolist() == [64, 9, 8, 7]  # the full rank first
+    assert one[one["layer"] == "fc1"]["rank"].tolist() == [64, 30.5, 29.5, 28.5]
+    assert one["epoch"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_the_second_figure_has_what_each_selection_saw(built: Callable[[str], Path]) -> None:
@@ -73,15 +73,15 @@ def untouched(factory: ModuleType, tmp_path: Path) -> Path:
     return tmp_path / "records"
 
 
-def test_a_training_without_a_regulariser_says_so_above_its_panel(
+def test_a_training_is_named_in_short_in_the_figure_and_in_full_in_the_table(
     run: Callable[[str, Path, Path], dict[str, Figure]], untouched: Path, tmp_path: Path
 ) -> None:
+    starts = [f"lenet5, mnist, {start}" for start in ("from a trained net", "from scratch")]
     for canvas in run("figure5", untouched, tmp_path).values():
         titles = [axis.get_title().replace("\u00a0", " ").replace("\n", " ") for axis in canvas.axes]
-        assert titles == [
-            f"lenet5, mnist, {start}, no regulariser, ε 0.02, 2 cuts, 3 epochs"
-            for start in ("from a trained net", "from scratch")
-        ]
+        assert titles == starts
+    named = pd.read_csv(tmp_path / "tables" / "figure5.csv")["panel"]
+    assert sorted(set(named)) == [f"{start}, none, ε 0.02, 2 cuts, 3 epochs" for start in starts]
 
 
 def test_the_tables_of_the_figure_are_written_together(

@@ -429,6 +429,8 @@ def _of_lenet5(
     name = "lenet5_untrained" if scratch else "lenet5"
     one = make(name, algorithm, seed=seed, experiment="table5", kept=kept, change=change, settings=settings, log=log)
     one["names"]["data"] = "mnist"
+    if log:
+        one["layers"] = [one["layers"][0] | {"layer": layer} for layer in log[0]["ranks"]]
     if scratch:
         one["config"]["checkpoint"] = one["provenance"]["checkpoint_digest"] = None
         one["dense"]["test"] |= {"accuracy": 0.1, "loss": 2.3}

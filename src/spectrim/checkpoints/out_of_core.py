@@ -32,7 +32,9 @@ CONV1D = ("*c_attn", "*q_attn", "*c_proj", "*c_fc")
 COMPANIONS = (
     *(CONFIG, "generation_config.json", "chat_template*"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("spiece.model", "sentencepiece.bpe.model"),
 )
+TEMPLATES = "additional_chat_templates"  # the folder of a tokenizer with several
 
 
 def compress_checkpoint(
@@ -240,10 +242,9 @@ def _write_all(
 
 
 def _copy_companions(folder: Path, to: Path) -> None:
-    beside = [
-        path
-        for path in files.listed(folder)
-        if any(fnmatch(path.name, one) for one in COMPANIONS) and path.suffix not in PICKLES and path.is_file()
-    ]
+    beside = [path for path in files.listed(folder) if any(fnmatch(path.name, one) for one in COMPANIONS)]
+    if (folder / TEMPLATES).is_dir():
+        beside += [path for path in files.listed(folder / TEMPLATES) if path.suffix == ".jinja"]
+    beside = [path for path in beside if path.suffix not in PICKLES and path.is_file()]
     if beside:
-        files.write({to / path.name: path.read_bytes() for path in beside})
+        files.write({to / path.relative_to(folder): path.read_bytes() for path in beside})

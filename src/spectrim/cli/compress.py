@@ -18,12 +18,22 @@ Compress one model and write it to a folder, with a model card that holds its si
 MODEL is a decoder of transformers, by its name on the Hugging Face hub or as a folder, or a module of your own as
 package.module:factory, such as torchvision.models:resnet18. Code is imported only where you name it.
 """
+EXAMPLES = """\
+examples:
+  spectrim-compress smollm2 --params-kept 0.8 --calibration wikitext --out small
+  spectrim-compress smollm2 --params-kept 0.8 --calibration wikitext --dry-run
+  spectrim-compress torchvision.models:resnet18 --weights resnet18.safetensors --macs-kept 0.5 --calibration photos \\
+      --out small
+"""
 
 
 def parser() -> Parser:
     """Return the parser of the command line."""
     made = Parser(
-        prog="spectrim-compress", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="spectrim-compress",
+        description=ABOUT,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     ).with_version()
     made.add_argument("model", metavar="MODEL", help="a name on the hub, a folder, or package.module:factory")
     made.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder, written whole or not at all")
@@ -37,11 +47,11 @@ def parser() -> Parser:
         "--calibration",
         metavar="DATA",
         help="text: a .txt or .jsonl file, a folder of .txt files, a data set of the hub as owner/name[:subset], or "
-        "sotu, wikitext, imdb_corpus; images: a folder, or cifar10, mnist, fashion_mnist, digits",
+        "sotu, wikitext, imdb_corpus; images: a folder of them, or cifar10, mnist, fashion_mnist, digits",
     )
     data.add_argument("--samples", type=int, default=128, metavar="N", help="blocks or images (default: %(default)s)")
     data.add_argument("--context", type=int, default=256, metavar="T", help="tokens a block (default: %(default)s)")
-    data.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="(default: %(default)s)")
+    data.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="a side (default: %(default)s)")
     data.add_argument("--batch-size", type=int, metavar="N", help="(default: 8, and 1 where memory is short)")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="draws the samples (default: %(default)s)")
     own = made.add_argument_group("a module of your own")

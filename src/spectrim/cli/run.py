@@ -45,10 +45,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     make = partial(_measured, cfg, settings, signature, checkpoint, state)
     record, made = (records.read_own(path), False) if path.exists() else _made(path, folder, make, follower)
     progress.finished(computed=made)
-    if made:
+    alone = not progress.in_grid()
+    if made or alone:
         _say(record)
-    else:
-        LOG.info("%s %s: already recorded", name, signature)
+    if alone or not made:
+        LOG.info("%s in %s", "recorded" if made else "already recorded", path)
     files.discard(state)  # Here too, because a kill may have come right after the record.
     follower.deliver(lambda: tracked_values.of_run(record))
     return record

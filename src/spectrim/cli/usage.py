@@ -22,11 +22,17 @@ usage: {program} [-m] [GROUP=OPTION ...] [SETTING=VALUE ...] [--quiet | --verbos
   --config-dir D   look for further options in the folder D
   --hydra-help     the further options of Hydra
 
-groups and their options ({program} --cfg job shows the settings of an option):
+example: {program} {example}
+
+groups and their options ({program} GROUP=OPTION --cfg job shows the settings of an option):
 """
 DOES = {
     "spectrim": "Compress a trained network and record the result.",
     "spectrim-train": "Train a network and save its checkpoint.",
+}
+EXAMPLES = {
+    "spectrim": "model=resnet20 data=digits algorithm=joint algorithm.params_kept=0.5",
+    "spectrim-train": "model=mlp data=digits checkpoints=build/checkpoints",
 }
 
 
@@ -45,7 +51,7 @@ def print_if_asked(program: str) -> None:
 
 
 def _print(program: str) -> None:
-    print(USAGE.format(program=program, does=DOES[program]), end="")
+    print(USAGE.format(program=program, does=DOES[program], example=EXAMPLES[program]), end="")
     for group in sorted(path for path in Path(CONF).iterdir() if path.is_dir() and path.name != "experiment"):
         options = ", ".join(sorted(path.stem for path in group.glob("*.yaml")))
         if options:

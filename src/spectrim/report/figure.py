@@ -32,21 +32,17 @@ class Curve:
 
 
 # The palette of Okabe and Ito is safe for all common types of colour blindness. Each colour also has its own marker.
+# A method has the same colour in every figure; ``frontier.CURVES`` holds the other selectors.
 DENSE = Curve("dense", "#000000", "_")
 # By algorithm and mode.
 SERIES = {
-    ("truncation", ""): Curve("truncation", "#E69F00", "s"),
+    ("truncation", ""): Curve("truncation", "#777777", "s"),
     ("lossless", "one-shot"): Curve("lossless, one-shot", "#56B4E9", "^"),
     ("lossless", "verified"): Curve("lossless, verified", "#0072B2", "v"),
     ("compact", "one-shot"): Curve("compact, one-shot", "#CC79A7", "D"),
     ("compact", "verified"): Curve("compact, verified", "#009E73", "o"),
 }
 FIRST, SECOND = "#0072B2", "#D55E00"  # of two quantities of the same runs
-# Colours for many curves: the palette above, then muted colours by Paul Tol that differ from it.
-PALETTE = (
-    *("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#332288"),
-    *("#882255", "#999933", "#117733", "#8C564B", "#777777", "#AA4499", "#44AA99"),
-)
 WIDTH = 7.0  # inches; so wide a page shows a figure unscaled, with letters of 9 pt
 LETTERS = 88  # characters of a title that fit on one line of this width
 # The type is Any because matplotlib types each key of its settings separately.
