@@ -29,7 +29,7 @@ KNOWN = {
     "compact": (SERIES["compact", "one-shot"].colour, SERIES["compact", "one-shot"].marker),
 }
 # Of Okabe and Ito, then muted ones by Paul Tol that differ from them.
-COLOURS = ("#009E73", "#AA4499", "#E69F00", "#999933", "#332288", "#882255", "#44AA99", "#117733", "#8C564B")
+COLOURS = ("#009E73", "#882255", "#E69F00", "#44AA99", "#332288", "#AA4499", "#999933", "#117733", "#8C564B")
 MARKERS = "vsdP*phH<"
 NETWORK = ("resnet20", "cifar10")  # the figure shows this one, its appendix all others
 DEEPEST = 0.2  # accuracy below the dense network's at which a panel ends
