@@ -59,7 +59,7 @@ def _column(above: Axes, below: Axes, rows: pd.DataFrame) -> None:
         ring: Any = {"markersize": 12, "fillstyle": "none", "color": "#CC79A7", "linestyle": "none", "clip_on": False}
         axis.plot(share.iloc[lowest], cut[key].iloc[lowest], "o", label="lowest value", **ring)
         axis.margins(y=0.15)
-        axis.set_xlim(25, 105)  # alike in all panels
+        axis.set_xlim(-5, 105)  # as in Figure 3
     # The line is also drawn as points, because axhline does not count for the limits.
     below.plot(share, [dense] * len(share), linestyle="none")
     below.axhline(dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)
