@@ -16,7 +16,7 @@ from spectrim.report.table import Column, Table, number
 
 PUBLISHED = Path(__file__).with_name("published.csv")
 NETWORK = ("resnet20", "cifar10")  # of the figure; figures of their own show all
-# The line that is drawn strongest: the first of these that a network has.
+# The line that is drawn strongest and compared with its rivals: the first of these that there is.
 BEST = ("joint, pivoted, by the loss", "joint, pivoted")
 HIDDEN = (*frontier.KEYS, "best")
 COLUMNS = (
@@ -41,7 +41,8 @@ NOTES = (
     "they are kept. A refit fits the factors to the outputs of the dense layers, without labels, and moves the "
     "BatchNorm means. By the loss: in its refit an error of an output counts as much as the loss feels it, by K-FAC's "
     "Fisher information; otherwise all outputs of a layer count alike. "
-    f"The panels of accuracy end {100 * drawing.DEEPEST:.0f} points below the dense network.",
+    f"The panels of accuracy end {100 * drawing.DEEPEST:.0f} points below the dense network. Pictures of all networks "
+    "show budgets, and the selectors that several networks have.",
     "Pivoted: rows of each matrix and the coefficients of its other rows, the same map in fewer numbers. In "
     "convolutions that saves no multiplication, so at equal parameters the rank, and with it the MACs, are higher.",
     "Loss verified: the fewest parameters whose rise of the loss is certainly within the request. Certain means that "
@@ -52,12 +53,12 @@ NOTES = (
 
 
 def build(options: Options) -> list[Path]:
-    """Draw the frontier of one network, then every network and selector, and build the table of the same numbers."""
+    """Draw the frontier of one network and of all, and build the table of every number."""
     found = command.load(options)
     published = claims.claims(compare.read_published(PUBLISHED), ["Not retrained"])
     points = frontier.points(options, found)
     rows = frontier.rows(points, published)
-    rows["best"] = rows["line"] == rows["model"].map({model: _best(own) for model, own in rows.groupby("model")})
+    rows["best"] = rows["line"] == _best(rows)
     origin = command.origin(options, found, [PUBLISHED])
     models = sorted(dict.fromkeys(rows["model"]), key=frame.model_key)
     main = rows[(rows["network"] == NETWORK[0]) & (rows["data"] == NETWORK[1])]
@@ -65,7 +66,7 @@ def build(options: Options) -> list[Path]:
     pictures = drawing.draw_main(main, options, origin)
     for measure in drawing.MEASURES:
         for share in drawing.SHARES:
-            pictures += drawing.draw_all(rows, published, measure, share, options, origin)
+            pictures += drawing.draw_all(rows, measure, share, options, origin)
     beside = {model: _beside_rivals(points, rows[rows["model"] == model]) for model in models}
     caption = f"Numbers of Figure 4: accuracy and loss without fine-tuning on {frame.data_of(rows)}"
     notes = [*NOTES, *(f"{model}: {note}" for model, own in beside.items() for note in _compared(own))]
@@ -107,7 +108,7 @@ def _compared(beside: pd.DataFrame) -> list[str]:
 
 
 def _best(rows: pd.DataFrame) -> str | None:
-    """Return the line of one network that is drawn strongest; None without any."""
+    """Return the first line of ``BEST`` in ``rows``; None without any."""
     return next((line for line in BEST if (rows["line"] == line).any()), None)
 
 

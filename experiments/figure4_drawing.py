@@ -1,7 +1,6 @@
 """The pictures of Figure 4: one network with the name of each curve at its end, then every network and selector."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 
-from spectrim.report import figure, frame, frontier
-from spectrim.report.claims import Claim
+from spectrim.report import figure, frame
 from spectrim.report.command import Options
 from spectrim.report.frontier import CURVES
 from spectrim.report.table import number
@@ -60,6 +58,17 @@ def _of_best_refit(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[~rows["line"].isin(better)]
 
 
+def _of_several(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the dense rows and those of budgets whose line several networks have, each with its best refit.
+
+    A line counts as one with either refit. One network alone keeps all of its lines.
+    """
+    rows = pd.concat([_of_best_refit(own) for _, own in rows.groupby("model", sort=False)])
+    networks = rows.groupby(rows["line"].str.removesuffix(frame.BY_LOSS))["model"].transform("nunique")
+    several = (networks >= min(2, rows["model"].nunique())) & (rows["curve"] != "verified")
+    return rows[rows["curve"].isna() | several]
+
+
 def _title(shown: pd.DataFrame, network: str, data: str) -> str:
     """Return the message: the accuracy that joint selection and its best rival lose at the smallest size of both."""
     sized = shown[shown["target"] == "params_kept"]
@@ -76,18 +85,13 @@ def _title(shown: pd.DataFrame, network: str, data: str) -> str:
     )
 
 
-def draw_all(
-    rows: pd.DataFrame,
-    published: Sequence[Claim],
-    measure: str,
-    share: str,
-    options: Options,
-    origin: dict[str, Any],
-) -> list[Path]:
-    """Draw one measure of every selector over one share, one panel per model."""
+def draw_all(rows: pd.DataFrame, measure: str, share: str, options: Options, origin: dict[str, Any]) -> list[Path]:
+    """Draw one measure over one share, one panel per model, with the lines that several models have."""
     value, scale = MEASURES[measure]
+    rows = _of_several(rows)
     models = sorted(dict.fromkeys(rows["model"]), key=frame.model_key)
-    ends = (100 * rows[share].min() - MARGIN, 100 * rows[share].max() + MARGIN)  # alike in all panels
+    kept = 100 * rows.dropna(subset="curve")[share]
+    ends = (kept.min() - MARGIN, kept.max() + MARGIN)  # alike in all panels
     with figure.panels(
         len(models), 3, 2.7, message(rows, measure, share), share="y" if measure == "loss" else "none"
     ) as (canvas, axes):
@@ -96,12 +100,10 @@ def draw_all(
             dense = float(own[value].iloc[0])
             axis.axhline(scale * dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)
             lowest = 0.9 * dense if measure == "loss" else 0.0
-            for _, curve in _of_best_refit(own).dropna(subset="curve").groupby("line", sort=False):
+            for _, curve in own.dropna(subset="curve").groupby("line", sort=False):
                 _errorbar(axis, curve.sort_values(share), share, value, scale, lowest)
             axis.set(title=model, xlabel=SHARES[share], xlim=ends)
             if measure == "accuracy":
-                if share == "params_kept":
-                    _draw_published(axis, frontier.of(published, own))
                 _limit(axis, dense)
         if measure == "loss":
             figure.losses(axes)
@@ -176,10 +178,3 @@ def _limit(axis: Axes, dense: float) -> None:
     """End a panel of accuracy ``DEEPEST`` below the dense network's, and let it span ``LEAST`` at least."""
     low = max(axis.get_ylim()[0], 100 * (dense - DEEPEST))
     axis.set_ylim(min(low, 100 * (dense - LEAST)), max(axis.dataLim.y1, 100 * dense) + ROOM)
-
-
-def _draw_published(axis: Axes, points: Sequence[Claim]) -> None:
-    if points:
-        kept = [100 * (1 - point.drop) for point in points]
-        top1 = [point.values["original_top1_percent"] + point.values["change_top1_pp"] for point in points]
-        axis.plot(kept, top1, ":", color="#882255", marker="h", linewidth=1.2, markersize=5, label="ALDS, published")

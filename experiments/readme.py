@@ -27,6 +27,7 @@ MORE = {
 # Rows of Figure 4 that have a stronger neighbour in the same form, or the same selector in the other form.
 NOT_IN_FRONT = (
     "energy truncation",
+    "energy truncation, pivoted",
     "global threshold",
     "ALDS, BatchNorm kept",
     "knapsack (BALF), pivoted",

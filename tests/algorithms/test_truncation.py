@@ -70,6 +70,18 @@ def test_budget_of_the_whole_model_is_met_from_below(
     assert used + len(compressed.plan) * slack > params_kept * total
 
 
+@pytest.mark.parametrize("params_kept", [0.3, 0.5, 0.8])
+def test_a_common_energy_is_the_largest_that_the_budget_allows(
+    net: nn.Sequential, objective: Objective, params_kept: float
+) -> None:
+    compressed = cut(net, objective, params_kept=params_kept, common="energy")
+    assert compressed.params_kept <= params_kept
+    lost = (compressed.report["relative_error"] ** 2).max()  # of the layer that loses most
+    assert compressed.plan == cut(net, objective, energy=1 - 1.0001 * lost).plan
+    assert cut(net, objective, energy=1 - 0.9999 * lost).params_kept > params_kept
+    assert compressed.plan != cut(net, objective, params_kept=params_kept).plan
+
+
 def test_the_more_is_kept_the_smaller_the_error(net: nn.Sequential, objective: Objective) -> None:
     errors = torch.tensor(
         [cut(net, objective, ratio=r).report["relative_error"].tolist() for r in (0.1, 0.3, 0.5, 0.7)]
@@ -97,6 +109,8 @@ def test_all_the_energy_keeps_every_layer_dense(net: nn.Sequential, objective: O
         ({"energy": 0.0}, "energy must lie in"),
         ({"params_kept": 2}, "params_kept must lie in"),
         ({}, "exactly one of rank, ratio, energy, params_kept; got none"),
+        ({"ratio": 0.5, "common": "energy"}, "common=energy goes with params_kept alone, got ratio=0.5; leave common"),
+        ({"params_kept": 0.5, "common": "rank"}, "common='rank' is not of type"),
         ({"rank": 2, "ratio": 0.5}, "exactly one of rank, ratio, energy, params_kept"),
     ],
 )

@@ -31,6 +31,7 @@ LATE: Mapping[str, Mapping[str, Any]] = {
     "Recipe": {"optimizer": "sgd"},
     "Refitted": {"refine": None, "refit_by": "outputs"},
     "SVD": {"factors": "plain"},
+    "Truncation": {"common": "ratio"},
     "WhitenedSVD": {"factors": "plain"},
 }
 REQUIRED = ("schema", "signature", "experiment", "names", "config", "seed", "dense", "compressed", "provenance")

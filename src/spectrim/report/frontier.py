@@ -96,7 +96,8 @@ def points(options: Options, found: Sequence[Record]) -> pd.DataFrame:
 
 def _key(algorithm: str, settings: Mapping[str, Any]) -> str:
     """Return the key in ``CURVES``."""
-    if algorithm == "truncation" and settings.get("algorithm.energy") is not None:
+    energy = settings.get("algorithm.energy") is not None or settings.get("algorithm.common") == "energy"
+    if algorithm == "truncation" and energy:
         return "energy"
     return "verified" if settings.get("algorithm.max_loss_increase") is not None else algorithm
 
