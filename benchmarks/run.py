@@ -18,6 +18,7 @@ import memory
 import pivoted
 import quantised
 import refit
+import ridge
 import selection
 import sizes
 import speed
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "pivoted": pivoted.benchmark,
     "quantised": quantised.benchmark,
     "refit": refit.benchmark,
+    "ridge": ridge.benchmark,
     "variants": variants.benchmark,
     "speed": speed.benchmark,
     "memory": memory.benchmark,

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-KNOWN = "curves, selection, sizes, sweep, latency, pivoted, quantised, refit, variants, speed, memory, decoders"
+KNOWN = "curves, selection, sizes, sweep, latency, pivoted, quantised, refit, ridge, variants, speed, memory, decoders"
 NAMES = KNOWN.split(", ")
-OTHERS = {"latency": 0, "quantised": 0, "refit": 2, "speed": 2, "variants": 2, "sizes": 3, "pivoted": 4}
+OTHERS = {"latency": 0, "quantised": 0, "refit": 2, "ridge": 0, "speed": 2, "variants": 2, "sizes": 3, "pivoted": 4}
 TARGETS = dict.fromkeys(NAMES, 1) | OTHERS
 
 
