@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
@@ -106,7 +107,7 @@ def test_a_method_has_one_colour_in_all_figures(drawn: dict[str, Figure]) -> Non
         for axis in drawn[name].axes:
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 line: Any = handle[0] if isinstance(handle, tuple) else handle
-                colours.get(label, set()).add(line.get_color())
+                colours.get(label, set()).add(to_hex(line.get_color()))
     assert {label: len(found) for label, found in colours.items()} == dict.fromkeys(colours, 1)
 
 
