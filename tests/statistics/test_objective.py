@@ -63,9 +63,9 @@ def test_gradients_in_blocks_are_the_same_and_no_more_of_them_are_held(
     expected, grad = objective(batches).gradients(net, NAMES), torch.autograd.grad
     held = []
 
-    def watched(loss: Tensor, weights: list[Tensor], **settings: Any) -> Any:
+    def watched(loss: Tensor, weights: list[Tensor], *rest: Any, **settings: Any) -> Any:
         held.append(len(weights))
-        return grad(loss, weights, **settings)
+        return grad(loss, weights, *rest, **settings)
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
     judge = Objective(F.cross_entropy, {"calibration": batches}, layers_at_once=size)
