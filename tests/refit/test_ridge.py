@@ -49,13 +49,17 @@ def test_the_errors_are_those_of_the_rows(centred: bool, sizes: list[int], monke
     W, G = torch.randn(6, 12).double(), G @ G.mT
     y, layer = x @ torch.randn(12, 6).double() + torch.randn(40, 6), nn.Linear(12, 6).double()
     flows = flows_of(x, y, sizes)
-    made: list[float] = []
-    error = ridge._error
-    monkeypatch.setattr(ridge, "_error", lambda *given: made.append(error(*given)) or made[-1])  # type: ignore[func-returns-value]
+    made, errors = list[Tensor](), ridge._errors
+
+    def noted(*given: Any) -> Tensor:
+        made.append(errors(*given))
+        return made[-1]
+
+    monkeypatch.setattr(ridge, "_errors", noted)
     chosen = chosen_ridge(layer, flows, ALONE, moments_of(layer, flows, ALONE), centred, W[None], G[None])
-    found = 8 * torch.tensor(made).view(5, -1).sum(0)
+    found = 8 * torch.stack(made).sum(0)
     expected = brute(x, y, W, G, centred)
-    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-4, atol=1e-4)
     assert chosen == RIDGES[expected.index(min(expected))]
 
 

@@ -257,7 +257,8 @@ class _Parts:
         halves = {layer.name: max(1, break_even_rank(layer.rows, layer.columns) // 2) for layer in rehearsal.layers}
         ranks, flows = self.ranks or halves, rehearsal.flows()
         seconds = 2 * does.refit * rehearsal.forward_seconds() + rehearsal.refit_moments(does.refit, flows)
-        seconds += rehearsal.fits(ranks, "loss" if does.weighed else "outputs")
+        positions = {name: does.refit * own for name, (_, own) in flows.items()}
+        seconds += rehearsal.fits(ranks, "loss" if does.weighed else "outputs", positions)
         peak = self.held + self.model_bytes + 2 * does.refit * max(own for own, _ in flows.values())
         peak += rehearsal.refit_bytes(ranks)
         if does.weighed:

@@ -16,7 +16,7 @@ from spectrim.refit.layer_barrier import Lockstep
 from spectrim.refit.layers_to_fit import layers_to_fit
 from spectrim.refit.least_squares import by_steps, fitted, has_fast_fit, reduced_rank
 from spectrim.refit.moments import Flows, Moments, moments_of
-from spectrim.refit.ridge import RIDGE, chosen_ridge
+from spectrim.refit.ridge import RIDGE, chosen_ridge, rehearse_choice
 from spectrim.refit.weighting import RefitBy, Weights, mixed, roots_of, weights_of
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.input_moments import mask_of
@@ -171,14 +171,20 @@ def _resumed_fit(layer: FactoredLayer, moments: Moments, G_gOO: Tensor | None, r
     return product
 
 
-def rehearse_fit(layer: FactoredLayer, by: RefitBy) -> None:
-    """Fit ``layer`` to random moments, in place, to learn what a fit takes. Memory: as a fit."""
+def rehearse_fit(layer: FactoredLayer, by: RefitBy, few: bool = False) -> None:
+    """Fit ``layer`` to random moments, in place, to learn what a fit takes. Memory: as a fit.
+
+    ``few``: whether the layer chooses its ridge.
+    """
     with torch.no_grad():
         W = layer.product([factor.weight.double() for factor in layer.factors])
         x = torch.randn(len(W), 64, W.shape[-1], dtype=W.dtype, device=W.device)
         xx = x.mT @ x / 64 + torch.eye(W.shape[-1]).to(W)
         moments = Moments(64, xx, (W + torch.randn_like(W) * W.std()) @ xx, x.mean(1), torch.zeros_like(W[..., 0]))
-    _fit(layer, moments, W @ W.mT if by == "loss" else None)
+    G_gOO = W @ W.mT if by == "loss" else None
+    if few and G_gOO is not None:
+        rehearse_choice(moments, W, G_gOO)
+    _fit(layer, moments, G_gOO)
 
 
 def _wide(layer: FactoredLayer) -> list[Tensor]:

@@ -18,6 +18,11 @@ AMPLE = 5  # positions for each input; with as many the least ridge is hardly ev
 FOLDS = 5
 
 
+def few(rows: float, inputs: int) -> bool:
+    """Return whether a layer that sees so many positions chooses its ridge."""
+    return rows < AMPLE * inputs
+
+
 def chosen_ridge(
     dense: nn.Module, flows: Flows, processes: Processes, moments: Moments, centred: bool, W_gOI: Tensor, G_gOO: Tensor
 ) -> float:
@@ -30,7 +35,7 @@ def chosen_ridge(
     ``moments``: those of all samples. ``centred``: whether an offset makes up for the means.
     ``W_gOI``: the weight that the ridge holds on to. ``G_gOO``: weights of the outputs' errors, as in the fit.
     """
-    if moments.rows >= AMPLE * moments.xx_gII.shape[-1]:
+    if not few(moments.rows, moments.xx_gII.shape[-1]):
         return RIDGE
     root_gOO = roots_of(G_gOO.to(W_gOI))[0]
     errors = torch.zeros(len(RIDGES), dtype=torch.float64)
@@ -41,8 +46,7 @@ def chosen_ridge(
         seen = moments.without(held_out)
         if centred:
             seen, held_out = seen.centred(), held_out.around(seen.x_gI, seen.y_gO)
-        for index, ridge in enumerate(RIDGES):
-            errors[index] += held_out.rows * _error(seen, held_out, ridge, W_gOI, root_gOO)
+        errors += held_out.rows * _errors(seen, held_out, W_gOI, root_gOO)
     return RIDGES[int(errors.argmin())] if errors.isfinite().all() else RIDGE
 
 
@@ -62,16 +66,28 @@ def _moments_of_fold(dense: nn.Module, flows: Flows, processes: Processes, momen
     return mean_of(0, [torch.zeros_like(part) for part in moments.means], processes)  # others may have some
 
 
-def _error(seen: Moments, held_out: Moments, ridge: float, W_gOI: Tensor, root_gOO: Tensor) -> float:
-    """Return the error on ``held_out`` of the weight that is fitted to ``seen``, up to a constant; NaN without a fit.
+def rehearse_choice(moments: Moments, W_gOI: Tensor, G_gOO: Tensor) -> None:
+    """Do what ``chosen_ridge`` does with the moments of all folds, to learn what it takes."""
+    root_gOO = roots_of(G_gOO)[0]
+    for _ in range(FOLDS):
+        _errors(moments, moments, W_gOI, root_gOO)
 
-    An error e of the outputs counts as the square of ``root e``.
+
+def _errors(seen: Moments, held_out: Moments, W_gOI: Tensor, root_gOO: Tensor) -> Tensor:
+    """Return the error on ``held_out`` of the weight that each ridge fits to ``seen``, up to one constant.
+
+    An error e of the outputs counts as the square of ``root e``. NaN: a ridge under which there is no fit.
     """
-    penalty = ridge * seen.xx_gII.diagonal(dim1=1, dim2=2).mean()
-    held = seen.xx_gII.clone()
-    held.diagonal(dim1=1, dim2=2).add_(penalty)
-    root, failed = torch.linalg.cholesky_ex(held)
-    if bool(failed.any()):
-        return math.nan
-    W = torch.cholesky_solve((seen.yx_gOI + penalty * W_gOI).mT, root).mT
-    return float((root_gOO @ W * (root_gOO @ (W @ held_out.xx_gII - 2 * held_out.yx_gOI))).sum())
+    unit = seen.xx_gII.diagonal(dim1=1, dim2=2).mean()
+    wanted_gOI, kept_gOI = root_gOO @ seen.yx_gOI, root_gOO @ W_gOI
+    target_gOI, errors = 2 * root_gOO @ held_out.yx_gOI, list[float]()
+    for ridge in RIDGES:
+        held = seen.xx_gII.clone()
+        held.diagonal(dim1=1, dim2=2).add_(ridge * unit)
+        root, failed = torch.linalg.cholesky_ex(held)
+        if bool(failed.any()):
+            errors.append(math.nan)
+            continue
+        W = torch.cholesky_solve((wanted_gOI + ridge * unit * kept_gOI).mT, root).mT  # with the root before it
+        errors.append(float((W * (W @ held_out.xx_gII - target_gOI)).sum()))
+    return torch.tensor(errors, dtype=torch.float64)

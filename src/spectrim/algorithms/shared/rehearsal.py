@@ -18,6 +18,7 @@ from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import Kept, RankPlan
 from spectrim.refit.factors import rehearse_fit
 from spectrim.refit.moments import POSITIONS
+from spectrim.refit.ridge import few
 from spectrim.refit.weighting import RefitBy
 from spectrim.statistics.fisher import gate_gradients
 from spectrim.statistics.objective import Objective
@@ -97,13 +98,22 @@ class Rehearsal:
 
         return _extrapolated(self.layers, lambda layer: layer.decomposition, decompose)
 
-    def fits(self, ranks: Mapping[str, int], by: RefitBy) -> float:
-        """Return the seconds in which all factors are fitted to given moments."""
-        return _extrapolated(
-            [layer for layer in self.layers if layer.name in ranks],
-            lambda layer: layer.matrices * layer.rows * layer.columns * (layer.rows + layer.columns),
-            lambda layer: rehearse_fit(layer.factor(ranks[layer.name]), by),
-        )
+    def fits(self, ranks: Mapping[str, int], by: RefitBy, positions: Mapping[str, float]) -> float:
+        """Return the seconds in which all factors are fitted to given moments. ``positions``: that a layer sees."""
+
+        def seconds(layers: Sequence[Outline], choosing: bool) -> float:
+            return _extrapolated(
+                layers,
+                lambda layer: layer.matrices * layer.rows * layer.columns * (layer.rows + layer.columns),
+                lambda layer: rehearse_fit(layer.factor(ranks[layer.name]), by, choosing),
+            )
+
+        def chooses(layer: Outline) -> bool:
+            dense = DenseLayer.of(layer.module)
+            return by == "loss" and few(positions.get(layer.name, 0), dense.sides(dense.view("channel"))[1])
+
+        fitted = [layer for layer in self.layers if layer.name in ranks]
+        return sum(seconds([layer for layer in fitted if chooses(layer) is own], own) for own in (True, False))
 
     def flows(self) -> dict[str, tuple[float, float]]:
         """Return, for each layer, the bytes that flow in and out and the number of its positions, for one sample."""
