@@ -46,6 +46,12 @@ def test_compress_save_load_gives_the_same_logits(
     assert path.stat().st_size < 4 * result.cost.params + 4000
 
 
+def test_a_result_prints_as_one_line(net: nn.Sequential, batches: Any) -> None:
+    result = spectrim.compress(net, calibration=batches, params_kept=0.5)
+    assert repr(result).startswith(f"Compressed Sequential: {100 * result.params_kept:.1f} % of the parameters, ")
+    assert f" {len(result.plan)} layers factored" in str(result) and "\n" not in str(result)
+
+
 def test_lossless_on_the_channel_view_is_the_default(net: nn.Sequential, batches: Any) -> None:
     by_default = spectrim.compress(net, calibration=batches)
     spelt_out = spectrim.compress(

@@ -35,7 +35,7 @@ def decomposer_of(algorithm: Algorithm) -> Decomposer:
     return getattr(algorithm, "decomposer", SVD())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Compressed:
     """Hold a compressed model, how it was made, and what it costs.
 
@@ -51,16 +51,21 @@ class Compressed:
 
     model: nn.Module
     plan: RankPlan
-    reporter: Reporter = field(repr=False)
-    dense: nn.Module = field(repr=False)
-    example: Inputs | None = field(repr=False)
-    log: list[dict] = field(default_factory=list, repr=False)
+    reporter: Reporter
+    dense: nn.Module
+    example: Inputs | None
+    log: list[dict] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     trained: bool = False
-    every_size: Callable[[Path], None] | None = field(default=None, repr=False, compare=False)
+    every_size: Callable[[Path], None] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         quantizer.announce(self.model, self.plan)
+
+    def __repr__(self) -> str:
+        """Return one line, as a model and its plan may have thousands."""
+        kept = f"{100 * self.params_kept:.1f} % of the parameters, {len(self.plan)} layers factored"
+        return f"Compressed {type(self.dense).__name__}: {kept}; report and notes tell more"
 
     @property
     def report(self) -> pd.DataFrame:
