@@ -81,9 +81,14 @@ def noise_images(count: int, batch_size: int) -> ImageSplit:
     return ImageSplit(images, labels, (0.5,) * 3, (0.25,) * 3, batch_size, "noise")
 
 
+def composed(*overrides: str) -> Any:
+    """Return the configuration of a run with ``overrides``, as on the command line."""
+    with initialize_config_dir(configuration.CONF, version_base="1.3"):
+        return compose("config", list(overrides))
+
+
 def untrained(model: str) -> nn.Module:
     """Return the network of ``conf/model/MODEL.yaml`` for CIFAR-10, with random weights, channels last as in a run."""
-    with initialize_config_dir(configuration.CONF, version_base="1.3"):
-        settings = configuration.plain(compose("config", [f"model={model}", "data=cifar10"]).model)
+    settings = configuration.plain(composed(f"model={model}", "data=cifar10").model)
     torch.manual_seed(0)
     return targets.build(settings).eval().to(memory_format=torch.channels_last)

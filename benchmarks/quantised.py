@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from measure import Outcome
+from measure import Outcome, composed
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -133,10 +132,9 @@ def _averaged(frame: pd.DataFrame, times: Mapping[str, dict[str, float]]) -> pd.
 def _smollm2(draw: int) -> Given:
     """Return SmolLM2, one draw of calibration blocks of reviews, and test blocks of each corpus."""
     sizes = [f"data.calibration_size={CALIBRATION}", f"data.test_size={TEST}", f"data.calibration_seed={draw}"]
-    with initialize_config_dir(configuration.CONF, version_base="1.3"):
-        composed = {name: compose("config", ["model=smollm2", f"data={name}", *sizes]) for name in CORPORA}
-    model = targets.build(configuration.plain(composed[CORPORA[0]].model), "forward").eval()
-    splits = {name: targets.build(configuration.plain(cfg.data), "load").load() for name, cfg in composed.items()}
+    runs = {name: composed("model=smollm2", f"data={name}", *sizes) for name in CORPORA}
+    model = targets.build(configuration.plain(runs[CORPORA[0]].model), "forward").eval()
+    splits = {name: targets.build(configuration.plain(cfg.data), "load").load() for name, cfg in runs.items()}
     return Given(model, splits[CORPORA[0]].calibration, {name: own.test for name, own in splits.items()})
 
 

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from measure import Outcome, noise_images
+from measure import Outcome, composed, noise_images
 from torch import nn
 from tqdm import tqdm
 
@@ -98,8 +97,7 @@ def _trained() -> Iterator[Case]:
     sizes = [f"data.calibration_size={CALIBRATION}", f"data.verification_size={VERIFICATION}"]
     for network, (data, size, own_training) in CASES.items():
         for draw in DRAWS:
-            with initialize_config_dir(configuration.CONF, version_base="1.3"):
-                cfg = compose("config", [f"model={network}", f"data={data}", f"data.calibration_seed={draw}", *sizes])
+            cfg = composed(f"model={network}", f"data={data}", f"data.calibration_seed={draw}", *sizes)
             splits = targets.build(configuration.plain(cfg.data), "load").load()
             model = targets.build(configuration.plain(cfg.model), "forward")
             seed = draw if own_training else 0

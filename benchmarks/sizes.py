@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_dir
-from measure import Outcome, Target, noise_images, untrained
+from measure import Outcome, Target, composed, noise_images, untrained
 from torch import nn
 
 import spectrim
@@ -91,8 +90,7 @@ def _noise(kind: str) -> Iterator[Subject]:
 
 
 def _trained(kind: str) -> Iterator[Subject]:
-    with initialize_config_dir(configuration.CONF, version_base="1.3"):
-        cfg = compose("config", [f"model={kind}", "data=cifar10"])
+    cfg = composed(f"model={kind}", "data=cifar10")
     splits = targets.build(configuration.plain(cfg.data), "load").load()
     for seed in range(3):
         name = f"{kind}-cifar10-seed{seed}"

@@ -7,8 +7,7 @@ from unittest.mock import patch
 
 import pandas as pd
 import torch
-from hydra import compose, initialize_config_dir
-from measure import Outcome, Target
+from measure import Outcome, Target, composed
 from torch import nn
 from tqdm import tqdm
 
@@ -78,8 +77,7 @@ def benchmark(quick: bool) -> Outcome:
 
 def _trained(model: str, data: str) -> Task:
     """Return the network of a committed checkpoint with its splits, as a run has it."""
-    with initialize_config_dir(configuration.CONF, version_base="1.3"):
-        cfg = compose("config", [f"model={model}", f"data={data}"])
+    cfg = composed(f"model={model}", f"data={data}")
     path = ROOT / f"results/checkpoints/{model}-{data}-seed0.safetensors"
     weights = path, digests.of_file(path)
     return task.load(configuration.plain(cfg.model), 0, weights, configuration.plain(cfg.data), {}, torch.device("cpu"))

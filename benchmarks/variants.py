@@ -14,8 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from measure import Outcome, Target, noise_images, untrained
+from measure import Outcome, Target, composed, noise_images, untrained
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -161,8 +160,7 @@ def _noise() -> Iterator[Subject]:
 def _trained() -> Iterator[Subject]:
     sizes = [f"data.calibration_size={CALIBRATION}", f"data.verification_size={VERIFICATION}"]
     for seed in SEEDS:
-        with initialize_config_dir(configuration.CONF, version_base="1.3"):
-            cfg = compose("config", ["model=resnet20", "data=cifar10", f"data.calibration_seed={seed}", *sizes])
+        cfg = composed("model=resnet20", "data=cifar10", f"data.calibration_seed={seed}", *sizes)
         splits = targets.build(configuration.plain(cfg.data), "load").load()
         given = {name: getattr(splits, name) for name in ("calibration", "verification")}
         model = single_file.load(CHECKPOINTS / f"resnet20-cifar10-seed{seed}.safetensors", untrained("resnet20")).eval()
