@@ -80,6 +80,16 @@ def test_many_rows_keep_the_least_ridge_and_are_not_read_again(monkeypatch: pyte
     assert chosen_ridge(nn.Linear(4, 3), Flows([], [], []), ALONE, moments, True, W, G) == RIDGE
 
 
+def test_a_ridge_without_a_fit_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding may leave moments that a small penalty does not make positive."""
+    found = torch.tensor([torch.nan, 3.0, 2.0, *[5.0] * (len(RIDGES) - 3)]).double()
+    monkeypatch.setattr(ridge, "_errors", lambda *_: found)
+    x, layer = torch.randn(10, 8), nn.Linear(8, 3)
+    flows, G = flows_of(x, x[:, :3], [10]), torch.eye(3).double()[None]
+    moments = moments_of(layer, flows, ALONE)
+    assert chosen_ridge(layer, flows, ALONE, moments, True, torch.ones(1, 3, 8).double(), G) == RIDGES[2]
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e200, torch.nan])
 def test_hopeless_rows_end_in_a_ridge_of_the_list(rows: int, value: float) -> None:

@@ -47,7 +47,7 @@ def chosen_ridge(
         if centred:
             seen, held_out = seen.centred(), held_out.around(seen.x_gI, seen.y_gO)
         errors += held_out.rows * _errors(seen, held_out, W_gOI, root_gOO)
-    return RIDGES[int(errors.argmin())] if errors.isfinite().all() else RIDGE
+    return RIDGES[int(errors.nan_to_num(math.inf).argmin())]
 
 
 def _moments_of_fold(dense: nn.Module, flows: Flows, processes: Processes, moments: Moments, fold: int) -> Moments:
