@@ -80,6 +80,19 @@ def test_many_rows_keep_the_least_ridge_and_are_not_read_again(monkeypatch: pyte
     assert chosen_ridge(nn.Linear(4, 3), Flows([], [], []), ALONE, moments, True, W, G) == RIDGE
 
 
+@pytest.mark.parametrize("side", [2, 10])
+def test_the_folds_hold_every_row_once(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask of another shape than the rows says nothing of them, also where a fold has its shape."""
+    rows, errors = list[int](), ridge._errors
+    monkeypatch.setattr(ridge, "_errors", lambda *given: rows.append(given[1].rows) or errors(*given))  # type: ignore
+    x, mask, layer = torch.randn(10, 3, 12), torch.ones(side, 3), nn.Linear(12, 4)
+    mask[:, 2] = 0
+    flows, G = Flows([x], [x[..., :4]], [mask]), torch.eye(4).double()[None]
+    moments = moments_of(layer, flows, ALONE)
+    chosen_ridge(layer, flows, ALONE, moments, True, torch.ones(1, 4, 12).double(), G)
+    assert len(rows) == 5 and sum(rows) == moments.rows == {2: 30, 10: 20}[side]
+
+
 def test_a_ridge_without_a_fit_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding may leave moments that a small penalty does not make positive."""
     found = torch.tensor([torch.nan, 3.0, 2.0, *[5.0] * (len(RIDGES) - 3)]).double()

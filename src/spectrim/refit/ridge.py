@@ -60,7 +60,7 @@ def _moments_of_fold(dense: nn.Module, flows: Flows, processes: Processes, momen
         if len(x[every]):
             own.x.append(x[every])
             own.y.append(y[every])
-            own.masks.append(mask if mask is None or len(mask) != len(x) else mask[every])
+            own.masks.append(mask[every] if mask is not None and mask.shape == x.shape[:-1] else None)  # as ``Rows``
     if own.x:
         return mean_of(*sums_of(dense, own), processes)
     return mean_of(0, [torch.zeros_like(part) for part in moments.means], processes)  # others may have some
