@@ -1,4 +1,4 @@
-"""The page on the architecture tells of the floors that the import contract has, in its order."""
+"""The page on the architecture tells of the floors of the import contract, and modules keep to the house rules."""
 
 import re
 import runpy
@@ -26,3 +26,9 @@ def test_the_package_has_at_most_twelve_modules_at_its_root_and_no_file_above_30
 def test_the_picture_is_the_one_that_its_script_draws() -> None:
     script = runpy.run_path(str(ROOT / "docs" / "draw_architecture.py"))
     assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == script["drawn"]()
+
+
+def test_hooks_are_registered_by_the_one_form_that_passes_over_the_calls_of_other_threads() -> None:
+    source = ROOT / "src" / "spectrim"
+    places = [path for path in source.rglob("*.py") if re.search(r"register_(module_)?forward", path.read_text())]
+    assert places == [source / "tools" / "hooks.py"]

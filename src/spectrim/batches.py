@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.utils.hooks import RemovableHandle
 
 from spectrim.errors import UserError, first_line
 
@@ -259,16 +258,6 @@ def batch_size(inputs: Inputs) -> int:
 def device_of(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter, or the CPU for a model without parameters."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove the hooks of ``handles`` when the block ends."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

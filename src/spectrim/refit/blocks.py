@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectrim.batches import hooked, tensors_of
+from spectrim.batches import tensors_of
 from spectrim.factored.base import FactoredLayer
 from spectrim.refit.distance import relative_error
-from spectrim.tools.threads import of_this_thread
+from spectrim.tools.hooks import hooked
 
 CONTAINERS = nn.Sequential, nn.ModuleList, nn.ModuleDict
 
@@ -42,13 +42,12 @@ def outputs_of(model: nn.Module, blocks: Sequence[str]) -> Iterator[dict[str, Te
     """Yield a mapping that holds the first floating-point tensor that each block put out last, by name."""
     seen: dict[str, Tensor] = {}
 
-    def called(name: str, _: nn.Module, __: tuple, output: Any) -> None:
+    def called(name: str, _: nn.Module, __: tuple, ___: dict[str, Any], output: Any) -> None:
         tensor = next((own for own in tensors_of(output) if own.is_floating_point()), None)
         if tensor is not None:
             seen[name] = tensor
 
-    hooks = {name: of_this_thread(partial(called, name)) for name in blocks}
-    with hooked([model.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]):
+    with hooked(after=[(model.get_submodule(name), partial(called, name)) for name in blocks]):
         yield seen
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from spectrim.surgery.given_model import copied
 from spectrim.surgery.stand_ins import not_repeated
 from spectrim.tools import resume
 from spectrim.tools.content import of_state
+from spectrim.tools.hooks import hooked
 from spectrim.tools.live import Bar
 
 
@@ -124,23 +125,16 @@ def _in_step(
     def through(model: nn.Module, values: list[Tensor], index: int) -> None:
         done = 0
 
-        def arrived(name: str, value: Tensor) -> None:
+        def arrived(name: str, _: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor | None = None) -> None:
             nonlocal done
             if done < len(layers) and name == layers[done]:
-                values[index] = value.detach()
+                values[index] = (first_argument(args, kwargs) if output is None else output).detach()
                 done += 1
                 passes.station()
 
         own = _over_same_weights(model)
-        for name in layers:
-            layer = own.get_submodule(name)
-            if model is models[0]:
-                layer.register_forward_pre_hook(
-                    lambda _, args, kwargs, name=name: arrived(name, first_argument(args, kwargs)), with_kwargs=True
-                )
-            else:
-                layer.register_forward_hook(lambda _, __, output, name=name: arrived(name, output))
-        with torch.no_grad():
+        hooks = [(own.get_submodule(name), partial(arrived, name)) for name in layers]
+        with hooked(before=hooks) if model is models[0] else hooked(after=hooks), torch.no_grad():
             forward(own, batches[index])
         if done < len(layers):
             raise UserError(f"the model does not call layer {layers[done]} on every batch, in the same order")

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, evaluating, first_argument, forward, hooked, of_one_sample, with_tensors
+from spectrim.batches import Inputs, evaluating, first_argument, forward, of_one_sample, with_tensors
 from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d, FactoredLinear, TuckerConv2d
 from spectrim.factored.tied import TiedLinear
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.processes import ALONE, Processes
-from spectrim.tools.threads import of_this_thread
+from spectrim.tools.hooks import hooked
 
 
 def layers_to_fit(
@@ -68,7 +68,7 @@ class _Pass:
 def _pass(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> _Pass:
     seen, outputs = _Pass(), dict[str, Tensor]()
 
-    def called(name: str, _: nn.Module, __: tuple, output: Tensor) -> None:
+    def called(name: str, _: nn.Module, __: tuple, ___: dict[str, Any], output: Tensor) -> None:
         outputs.setdefault(name, output)
         seen.shapes.setdefault(name, output.shape)
         seen.calls[name] += 1
@@ -78,12 +78,9 @@ def _pass(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> 
         seen.followers.update({name: norm for name, output in outputs.items() if x is output})
         seen.calls[norm] += 1
 
-    handles = [own.register_forward_hook(of_this_thread(partial(called, name))) for name, own in layers.items()]
-    handles += [
-        norm.register_forward_pre_hook(of_this_thread(partial(fed, name)), with_kwargs=True)
-        for name, norm in norms_of(model).items()
-    ]
-    with hooked(handles), evaluating(model), torch.no_grad():
+    after = [(layer, partial(called, name)) for name, layer in layers.items()]
+    before = [(norm, partial(fed, name)) for name, norm in norms_of(model).items()]
+    with hooked(before=before, after=after), evaluating(model), torch.no_grad():
         forward(model, inputs)
     return seen
 

@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, hooked, tensors_of, to_device
+from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, tensors_of, to_device
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Processes
 from spectrim.tools.content import content, of_state
-from spectrim.tools.threads import of_this_thread
+from spectrim.tools.hooks import hooked
 
 # After compression the statistics either stay those of the dense model or follow the change.
 BatchNorm = Literal["keep", "follow"]
@@ -40,9 +40,9 @@ def reestimate(compressed: nn.Module, dense: nn.Module, objective: Objective, sa
     # A search compresses one model many times.
     known: dict[str, dict[str, list[Statistics]]] = objective.remembered(dense, "norms", lambda: of_state(dense), dict)
     corrections = {name: _Correction(theirs[name]) for name in shared}
-    handles = [norm.register_forward_pre_hook(corrections[name], with_kwargs=True) for name, norm in shared.items()]
+    hooks = [(norm, corrections[name]) for name, norm in shared.items()]
     device, passed = device_of(compressed), dict[str, dict[str, list[Statistics]]]()
-    with hooked(handles), evaluating(compressed), torch.no_grad():
+    with hooked(before=hooks), evaluating(compressed), torch.no_grad():
         for inputs, _ in objective.first("calibration", samples, "batch norm"):
             batch = content(tensors_of(inputs))  # A loader that shuffles gives other batches each time.
             inputs = to_device(inputs, device)
@@ -79,10 +79,8 @@ def _seen(dense: nn.Module, inputs: Inputs) -> dict[str, list[Statistics]]:
     def watch(name: str, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         found.setdefault(name, []).append(_statistics(first_argument(args, kwargs)))
 
-    norms = norms_of(dense).items()
-    hooks = [(norm, of_this_thread(partial(watch, name))) for name, norm in norms]
-    handles = [norm.register_forward_pre_hook(hook, with_kwargs=True) for norm, hook in hooks]
-    with hooked(handles), evaluating(dense):
+    hooks = [(norm, partial(watch, name)) for name, norm in norms_of(dense).items()]
+    with hooked(before=hooks), evaluating(dense):
         forward(dense, inputs)
     return found
 

@@ -12,17 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import (
-    aliased,
-    are_samples,
-    device_of,
-    evaluating,
-    forward,
-    hooked,
-    sample_count,
-    tensors_of,
-    to_device,
-)
+from spectrim.batches import aliased, are_samples, device_of, evaluating, forward, sample_count, tensors_of, to_device
 from spectrim.errors import UserError
 from spectrim.factored.dense import with_article
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
@@ -36,6 +26,7 @@ from spectrim.statistics.objective import Objective
 from spectrim.statistics.split_reader import Batch
 from spectrim.surgery.tied import tied_layers
 from spectrim.tools import resume
+from spectrim.tools.hooks import hooked
 from spectrim.tools.trainable import alone_trainable
 
 
@@ -120,13 +111,13 @@ def _gate_gradients(
     objective, generator = generator_of(model, objective, samples, seed)
     modules = {name: model.get_submodule(name) for name in layers}
     gates, ties = GateRows(modules, objective.blocks(layers)), tied_layers(model)
-    handles = [
-        _first(place, model.get_submodule(place)).register_forward_hook(gates.keeping(name))
+    hooks = [
+        (_first(place, model.get_submodule(place)), gates.keeping(name))
         for name in layers
         for place in (name, *ties.get(name, ()))  # one gate for all uses of a weight
     ]
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
-    with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
+    with hooked(after=hooks), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for batch in objective.first("calibration", samples, "linearise"):
             given, along = _rows_of_batch(model, gates, objective, batch, generator, first_order)
             for name, module in modules.items():

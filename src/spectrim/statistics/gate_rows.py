@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs
 from spectrim.factored.layers import FactoredConv2d
 from spectrim.statistics.backward import Leaves, Start
 from spectrim.statistics.processes import Processes
@@ -80,11 +79,11 @@ class GateRows:
         self.known = defaultdict[tuple[str, int], RowOwners](RowOwners)
         self.reached, self.mixed = set[str](), set[str]()
 
-    def keeping(self, name: str) -> Callable[[nn.Module, Inputs, Tensor], Tensor]:
+    def keeping(self, name: str) -> Callable[..., Tensor]:
         """Return a hook that keeps what lies between the two factors of layer ``name`` at each of its calls."""
         axis = -3 if isinstance(self.modules[name], FactoredConv2d) else -1
 
-        def hook(_: nn.Module, __: Inputs, output: Tensor) -> Tensor:
+        def hook(_: nn.Module, __: tuple, ___: dict[str, Any], output: Tensor) -> Tensor:
             output = self.leaves.reached(output)
             calls = self.calls.setdefault(name, [])
             calls.append(_Call(name, output.detach(), axis, self.known[name, len(calls)]))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, hooked, to_device
+from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, to_device
 from spectrim.decomposers.spectrum import HEAD
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.layers import FactoredConv2d
@@ -17,7 +17,7 @@ from spectrim.statistics.packed import Moment, PackedMoments
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.shifted_moments import is_wide, padded, patch_moment
 from spectrim.surgery.tied import tied_layers
-from spectrim.tools.threads import of_this_thread
+from spectrim.tools.hooks import hooked
 
 
 def input_moments(
@@ -49,9 +49,8 @@ def input_moments(
             heads = [other for other in tied if isinstance(other, nn.Linear)]
             places += [(head, own.setdefault(HEAD, _Gathered(head, "linear", last))) for head in heads]
     hooks = [one for own in gathered.values() for one in own.values()]
-    handles = [layer.register_forward_pre_hook(of_this_thread(one), with_kwargs=True) for layer, one in places]
     device = device_of(model)
-    with hooked(handles), evaluating(model), torch.no_grad():  # in inference mode tensors have no version
+    with hooked(before=places), evaluating(model), torch.no_grad():  # in inference mode tensors have no version
         for inputs, _ in objective.first("calibration", samples, "moments"):
             inputs = to_device(inputs, device)
             for one in hooks:

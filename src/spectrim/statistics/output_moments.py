@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.batches import device_of, evaluating, first_argument, forward, hooked, to_device
+from spectrim.batches import device_of, evaluating, first_argument, forward, to_device
 from spectrim.decomposers.spectrum import Directions
 from spectrim.factored.dense import DenseLayer
 from spectrim.statistics import packed
@@ -25,7 +25,7 @@ from spectrim.statistics.input_moments import Rows
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.packed import Moment, PackedMoments
 from spectrim.statistics.processes import Processes
-from spectrim.tools.threads import of_this_thread
+from spectrim.tools.hooks import hooked
 from spectrim.tools.trainable import alone_trainable
 
 
@@ -53,10 +53,9 @@ def output_moments(
     layers = {name: model.get_submodule(name) for name in views}
     gathered = {name: {view: _Gathered(layers[name], view) for view in own} for name, own in views.items()}
     leaves = Leaves()
-    hooks = {name: of_this_thread(_catching(list(own.values()), leaves)) for name, own in gathered.items()}
-    handles = [layers[name].register_forward_hook(hook, with_kwargs=True) for name, hook in hooks.items()]
+    hooks = [(layers[name], _catching(list(own.values()), leaves)) for name, own in gathered.items()]
     processes, device, count = objective.processes("calibration"), device_of(model), 0
-    with hooked(handles), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
+    with hooked(after=hooks), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first("calibration", samples, "moments"):
             outputs, targets = forward(model, detached(to_device(inputs, device))), to_device(targets, device)
             loss = finite_loss(objective.loss, outputs, targets, "calibration")

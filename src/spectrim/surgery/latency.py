@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, repeated, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, repeated, to_device
 from spectrim.decomposers.spectrum import Spectrum
 from spectrim.surgery import replacing
 from spectrim.surgery.tied import places
-from spectrim.tools.threads import of_this_thread
+from spectrim.tools.hooks import hooked
 
 Clock = Callable[[nn.Module, Inputs], float]  # milliseconds of one forward pass of the module on the inputs
 
@@ -143,11 +143,8 @@ def _inputs_of(model: nn.Module, names: Sequence[str], inputs: Inputs) -> dict[s
     def note(name: str, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         given[name].append((*args, *kwargs.values()))
 
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(of_this_thread(partial(note, name)), with_kwargs=True)
-        for name in names
-    ]
-    with hooked(handles), evaluating(model), torch.no_grad():
+    hooks = [(model.get_submodule(name), partial(note, name)) for name in names]
+    with hooked(before=hooks), evaluating(model), torch.no_grad():
         forward(model, inputs)
     return given
 

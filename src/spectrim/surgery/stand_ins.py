@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, hooked, tensors_of, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, tensors_of, to_device
 from spectrim.errors import UserError
 from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.replacing import by_id, copied_with
 from spectrim.surgery.tied import tied_layers
-from spectrim.tools.threads import inheriting, of_this_thread
+from spectrim.tools.hooks import hooked
+from spectrim.tools.threads import inheriting
 
 TOLERANCE = 1e-3  # of the norm of an output; a processor may add up in another order at each pass
 MISLED = "the model computes something else with a layer of another class in its place"
@@ -140,12 +141,12 @@ def _apart(own: nn.Module, others: Collection[nn.Module]) -> Iterator[None]:
     inside = set(own.modules())
     names = {module: name for other in others for name, module in other.named_modules() if module not in inside}
 
-    def refuse(module: nn.Module, _: Any) -> None:
+    def refuse(module: nn.Module, *_: Any) -> None:
         raise UserError(
             f"a copy of the model still calls {names[module] or type(module).__name__!r} of the given one: a function, "
             "hook or weak reference in the model holds that module; let it take the module from its arguments"
         )
 
     plain = [module for module in names if not isinstance(module, torch.jit.ScriptModule)]
-    with hooked([module.register_forward_pre_hook(of_this_thread(refuse)) for module in plain]):
+    with hooked(before=[(module, refuse) for module in plain]):
         yield

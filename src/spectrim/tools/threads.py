@@ -1,10 +1,8 @@
-"""Let another thread compute as this one does, and tell the calls of this one from those of others."""
+"""Let another thread compute as this one does."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import copy_context
-from threading import get_ident
-from typing import Any
 
 import torch
 
@@ -34,13 +32,3 @@ def inheriting(function: Callable[[], None]) -> Callable[[], None]:
             context.run(function)
 
     return run
-
-
-def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a hook that is called in this thread alone. Another one may run the same model meanwhile, to serve it."""
-    here = get_ident()
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        return hook(*args, **kwargs) if get_ident() == here else None
-
-    return called

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.algorithms.shared.decomposed import moments_for
 from spectrim.algorithms.shared.outline import Outline
-from spectrim.batches import batch_size, device_of, evaluating, first_argument, forward, hooked, to_device
+from spectrim.batches import batch_size, device_of, evaluating, first_argument, forward, to_device
 from spectrim.decomposers.spectrum import NO_MOMENTS, Decomposer, Moments
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import Kept, RankPlan
@@ -25,6 +25,7 @@ from spectrim.statistics.objective import Objective
 from spectrim.statistics.packed import PackedMoments
 from spectrim.statistics.shifted_moments import is_wide, shifts
 from spectrim.surgery import replacing
+from spectrim.tools.hooks import hooked
 from spectrim.tools.trainable import alone_trainable
 
 GROWTH = 0.9  # larger matrices take less time for each operation
@@ -123,13 +124,10 @@ class Rehearsal:
             nbytes = first_argument(args, kwargs).nbytes + output.nbytes
             found[name] = nbytes / self.count, output.numel() / rows / self.count
 
-        handles = [
-            layer.module.register_forward_hook(
-                partial(passed, layer.name, DenseLayer.of(layer.module).outputs), with_kwargs=True
-            )
-            for layer in self.layers
+        hooks = [
+            (layer.module, partial(passed, layer.name, DenseLayer.of(layer.module).outputs)) for layer in self.layers
         ]
-        with hooked(handles), evaluating(self.model), torch.no_grad():
+        with hooked(after=hooks), evaluating(self.model), torch.no_grad():
             forward(self.model, to_device(self.batch[0], device_of(self.model)))
         return found
 
