@@ -11,6 +11,7 @@ from torch import nn
 
 from spectrim.batches import Batches, device_of, to_device
 from spectrim.checkpoints import hub_names, quantizer, sharded, single_file
+from spectrim.data.own_text import own_text as own_text
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
 from spectrim.fetch import by_configuration, pretrained

@@ -98,6 +98,14 @@ def test_a_decoder_is_written_to_a_folder_that_loads(
     assert not (place / "small.unfinished").exists()
 
 
+def test_a_decoder_needs_no_data_but_its_own_text(word_folder: Path, place: Path) -> None:
+    command = text_command(word_folder)
+    command[command.index("--calibration") + 1] = "own-text"
+    assert main([*command, "--out", "small"]) == 0
+    said = "text that the model wrote itself: "
+    assert said in (place / "small" / "README.md").read_text()
+
+
 def test_a_module_of_your_own_is_written_to_a_folder_that_loads(place: Path) -> None:
     assert main([*IMAGES, "--out", "small"]) == 0
     card = (place / "small" / "README.md").read_text()

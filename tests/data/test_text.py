@@ -122,6 +122,20 @@ def test_documents_of_a_corpus_are_in_one_split_only(folder: str) -> None:
     assert torch.equal(other.test.tokens.ids, splits.test.tokens.ids)
 
 
+def test_a_corpus_mixes_its_calibration_blocks_with_those_that_the_model_writes(folder: str) -> None:
+    plain, mixed, again = (IMDBCorpus(tokenizer=folder, own_text=count, **FEW).load() for count in (0, 3, 3))
+    rows = [tuple(row) for row in plain.calibration.labels.tolist()]
+    found = [tuple(row) for row in mixed.calibration.labels.tolist()]
+    assert len(found) == len(rows) + 3 and set(rows) < set(found)
+    assert mixed.verification.digest() == plain.verification.digest()
+    assert mixed.test.digest() == plain.test.digest()
+    assert mixed.digest == again.digest != plain.digest
+    assert "predicted: calibration 35, " in mixed.description
+    assert mixed.description.endswith("3 blocks of the calibration are text that the model wrote itself")
+    with pytest.raises(UserError, match="own_text must be at least 0 blocks, got -1"):
+        IMDBCorpus(tokenizer=folder, own_text=-1, **FEW)
+
+
 @pytest.mark.parametrize("kind", [IMDB, IMDBCorpus])
 def test_without_verification_there_is_no_batch_of_it(folder: str, kind: Any) -> None:
     splits = kind(tokenizer=folder, **(FEW | {"verification_size": 0})).load()
@@ -157,7 +171,8 @@ def test_the_yaml_states_the_class_s_own_defaults(kind: Any) -> None:
     name = getattr(kind, "name", "imdb")
     node = OmegaConf.merge({"model": {"name": kind().tokenizer}}, OmegaConf.load(CONF / f"{name}.yaml"))
     assert instantiate(node.data) == kind()
-    assert set(node.data) - {"_target_"} == set(inspect.signature(kind).parameters)
+    unsaid = {"own_text"}  # given as +data.own_text=64; records are signed by what the yaml says
+    assert set(node.data) - {"_target_"} == set(inspect.signature(kind).parameters) - unsaid
 
 
 def test_the_pins_are_whole() -> None:

@@ -80,15 +80,12 @@ def _decoder(options: Namespace, arguments: Sequence[str]) -> None:
         return
     _require_free(options.out, goes_on=False)
     model, tokenizer = given_model.decoder(folder, options.model, device_called(options.device))
-    longest = getattr(model.config, "max_position_embeddings", None) or math.inf
-    data = options.calibration and given_data.texts(
-        options.calibration,
-        tokenizer,
-        int(min(options.context, longest)),
-        options.samples,
-        options.batch_size or memory.batch_size,
-        options.seed,
-    )
+    context = int(min(options.context, getattr(model.config, "max_position_embeddings", None) or math.inf))
+    size = (context, options.samples, options.batch_size or memory.batch_size, options.seed)
+    if options.calibration == given_data.OWN_TEXT:
+        data = given_data.own_texts(model, *size)
+    else:
+        data = options.calibration and given_data.texts(options.calibration, tokenizer, *size)
 
     def save(folder: Path, result: Compressed) -> str:
         language.save(folder, result.model, result.plan, tokenizer)

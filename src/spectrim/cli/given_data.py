@@ -21,6 +21,7 @@ from spectrim.data.hub import HubCorpus, column, rows
 from spectrim.data.image_folder import EXTENSIONS, FolderSplit
 from spectrim.data.imdb import IMDBCorpus
 from spectrim.data.mnist import MNIST
+from spectrim.data.own_text import own_text
 from spectrim.data.sotu import SOTU
 from spectrim.data.text import TextSplit, Tokens, blocks, identity_of
 from spectrim.errors import UserError
@@ -29,6 +30,7 @@ from spectrim.tools.imagenet import MEAN, STD
 from spectrim.tools.torchvision_shim import prepare
 
 LEAST = 4  # samples in all: two to select on, one to verify on, one to report
+OWN_TEXT = "own-text"  # names the text that a decoder writes itself
 CORPORA: dict[str, type[Corpus]] = {"sotu": SOTU, "wikitext": HubCorpus, "imdb_corpus": IMDBCorpus}
 IMAGES: dict[str, type[CIFAR10] | type[MNIST] | type[FashionMNIST] | type[Digits]] = {
     "cifar10": CIFAR10,
@@ -73,14 +75,24 @@ def texts(source: str, tokenizer: Any, context: int, samples: int, batch_size: i
             f"--calibration {source} holds {count} blocks of {context} tokens, of which {LEAST} are needed; give more "
             "text or a smaller --context"
         )
-    parts = _parts(count)
-    identity = identity_of(tokenizer, context, documents[:used], [count])
+    return _in_three(tokens, identity_of(tokenizer, context, documents[:used], [count]), batch_size, source)
+
+
+def own_texts(model: nn.Module, context: int, samples: int, batch_size: int, seed: int) -> Data:
+    """Return blocks of text that ``model`` writes itself (``own_text.own_text``), as many as ``texts`` returns."""
+    written = own_text(model, max(LEAST, 2 * samples), context, seed)
+    return _in_three(written.tokens, written.identity, batch_size, "text that the model wrote itself")
+
+
+def _in_three(tokens: Tokens, identity: str, batch_size: int, source: str) -> Data:
+    """Return the blocks in three splits."""
+    parts = _parts(len(tokens.labels))
 
     def split(part: int) -> TextSplit:
         own = Tokens(tokens.ids[parts[part]], tokens.mask[parts[part]], tokens.labels[parts[part]])
         return TextSplit(lambda: own, f"{identity}{part}", batch_size)
 
-    sizes = [part.stop - part.start for part in parts]
+    sizes, context = [part.stop - part.start for part in parts], tokens.ids.shape[1]
     said = f"{source}: {sizes[0]} blocks of {context} tokens to select on, {sizes[1]} to verify, {sizes[2]} to report"
     return Data(split(0), split(1), split(2), token_loss, said, hashlib.sha256(identity.encode()).hexdigest())
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
+from spectrim.data.own_text import own_text, together
 from spectrim.data.splits import Pools
 from spectrim.data.text import TextSplit, TextSplits, blocks, identity_of, predicted
 from spectrim.errors import UserError
@@ -27,6 +28,7 @@ class Corpus(Pools, ABC):
     ``calibration_size``, ``verification_size``, ``test_size``: numbers of blocks of ``context`` tokens.
     ``held_out``: number of documents kept from training.
     ``tokenizer``: name of the model whose tokenizer is used, see ``pretrained.opened``.
+    ``own_text``: number of further calibration blocks, which this model writes itself (``own_text.own_text``).
     """
 
     tokenizer: str = "smollm2"
@@ -35,6 +37,7 @@ class Corpus(Pools, ABC):
     verification_size: int = 32
     test_size: int = 128
     batch_size: int = 8
+    own_text: int = 0
 
     noun: ClassVar[str] = "documents"
     name: ClassVar[str]
@@ -52,6 +55,8 @@ class Corpus(Pools, ABC):
         super().__post_init__()
         if self.test_size < 1:
             raise UserError(f"test_size must be at least 1, got {self.test_size}")
+        if self.own_text < 0:
+            raise UserError(f"own_text must be at least 0 blocks, got {self.own_text}")
 
     def load(self) -> TextSplits:
         """Return the four splits.
@@ -67,10 +72,13 @@ class Corpus(Pools, ABC):
         pool = {"held_out": rest[: self.held_out], "train": train, "test": of_test}[self.calibration_from]
         pool = shuffled(pool, self.calibration_seed)
         calibration, begun = self._first(tokenizer, pool, self.calibration_size, "calibration")
+        calibration = self._with_own_text(calibration)
         verification, _ = self._first(tokenizer, pool[begun:], self.verification_size, "verification")
         test, _ = self._first(tokenizer, of_test, self.test_size, "test")
         splits = {"calibration": calibration, "verification": verification, "test": test}
         counts = ", ".join(f"{part} {predicted(split.labels):,}" for part, split in splits.items())
+        if self.own_text:
+            counts += f"; {self.own_text} blocks of the calibration are text that the model wrote itself"
         return TextSplits(
             name=self.title,
             train=TextSplit(
@@ -85,6 +93,14 @@ class Corpus(Pools, ABC):
             description=f"{self.title} in blocks of {self.context} tokens ({self.tokenizer}); predicted: {counts}",
             loss=token_loss,
         )
+
+    def _with_own_text(self, calibration: TextSplit) -> TextSplit:
+        """Return the calibration blocks and those that the model writes, mixed."""
+        if not self.own_text:
+            return calibration
+        model = pretrained.opened("AutoModelForCausalLM", self.tokenizer, dtype=torch.float32, use_safetensors=True)
+        written = own_text(model, self.own_text, self.context, self.calibration_seed, self.batch_size)
+        return together(calibration, written, self.calibration_seed)
 
     def _first(self, tokenizer: Any, documents: Sequence[str], count: int, part: str) -> tuple[TextSplit, int]:
         """Return the first ``count`` blocks of ``documents``, and the number of documents that they use."""

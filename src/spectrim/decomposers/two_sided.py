@@ -74,10 +74,10 @@ class TwoSidedSVD:
             raise UserError(
                 "the gradients at the outputs of a layer hold NaN or infinity; check the model's weights and the data"
             )
-        root_OO, inverse_OO = oblique.roots(G_OO, self.damping)
+        root_OO = oblique.triangular_root(G_OO, self.damping)  # any root will do: they differ by a rotation of U
         weighed_OI = root_OO @ W_OI
         U_OR, S_R = resumed.left_vectors(weighed_OI, C_II, self.ridge)
-        svd = oblique.unit(inverse_OO @ U_OR, U_OR.mT @ weighed_OI)
+        svd = oblique.unit(torch.linalg.solve(root_OO, U_OR), U_OR.mT @ weighed_OI)
         return TwoSidedSpectrum(dense, self.view, svd, S_R, self.factors)
 
 
