@@ -18,7 +18,8 @@ SHAPES = [(60, 60), (90, 60), (60, 90), (2, 60, 70)]
 
 @pytest.fixture
 def small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large, "LARGE", 50)
+    for least in ("LARGE", "WHITENED"):
+        monkeypatch.setattr(large, least, 50)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from spectrim.factored import linalg
 from spectrim.factored.linalg import SVD, require_finite
 
 LARGE = 2048  # rows and columns; smaller matrices are decomposed by LAPACK's SVD, as the published numbers were
+WHITENED = 512  # rows and columns of a whitened one; it gains more, because no root of a moment is taken
 SMALLEST = 1e-5  # of the largest singular value: below it the vectors of the larger side are not orthogonal enough
 BLOCK_BYTES, BLOCK_ROWS = 1 << 21, 64  # size of the blocks that a large matrix is multiplied in, and their least rows
 
@@ -35,7 +36,7 @@ def svd(W_OI: Tensor) -> SVD:
 
     Raises ``UserError`` where the matrix holds NaN or infinity.
     """
-    if not _is_large(W_OI):
+    if not _is_large(W_OI, LARGE):
         return linalg.svd(W_OI)
     require_finite(W_OI)
     wide = W_OI.shape[-2] < W_OI.shape[-1]
@@ -56,14 +57,14 @@ def svd(W_OI: Tensor) -> SVD:
 def left_vectors(W_OI: Tensor, C: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Return the left singular vectors U and the singular values S of ``linalg.whitened(W_OI, C, ridge)``.
 
-    For a large matrix they are the eigenvectors of ``W (C + ridge) W^T`` and the roots of its eigenvalues. So no root
-    of C is taken. That takes less than half of the time. U is orthonormal to rounding, hence ``U U^T W = W``. The
+    From ``WHITENED`` rows and columns they are the eigenvectors of ``W (C + ridge) W^T`` and the roots of its
+    eigenvalues. So no root of C is taken. That takes less than half of the time. U is orthonormal to rounding, hence ``U U^T W = W``. The
     squared error of rank k is above the least possible one by at most ``10 R e sigma_1^2``, as for ``svd``. Singular
     values below 1e-8 of the largest are not told apart, and their vectors are mixed. Nothing is refused.
 
     Raises ``UserError`` where W or C hold NaN or infinity.
     """
-    if not _is_large(W_OI):
+    if not _is_large(W_OI, WHITENED):
         return linalg.svd(linalg.whitened(W_OI, C, ridge))[:2]
     require_finite(W_OI)
     linalg.require_finite_moment(C)
@@ -80,8 +81,8 @@ def left_vectors(W_OI: Tensor, C: Tensor, ridge: float) -> tuple[Tensor, Tensor]
     return (U_RR if Q_OR is None else Q_OR @ U_RR), S_R
 
 
-def _is_large(W_OI: Tensor) -> bool:
-    return min(W_OI.shape[-2:]) >= LARGE and W_OI.dtype == torch.float64
+def _is_large(W_OI: Tensor, least: int) -> bool:
+    return min(W_OI.shape[-2:]) >= least and W_OI.dtype == torch.float64
 
 
 def truncated(read: Callable[[], Tensor], rank: int, precision: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
