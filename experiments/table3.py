@@ -32,6 +32,7 @@ KINDS = {
     "refitted_pivoted": "joint, ours, pivoted, refitted",
     "two_sided": "joint, ours, both sides whitened",
     "two_sided_pivoted": "joint, ours, both sides whitened, pivoted",
+    "two_sided_own_text_pivoted": "joint, ours, both sides whitened, own text too, pivoted",
     "two_sided_refitted": "joint, ours, both sides whitened, refitted",
     "two_sided_refitted_pivoted": "joint, ours, both sides whitened, pivoted, refitted",
 }
@@ -79,7 +80,8 @@ NOTES = (
 
 PIVOTED = (
     "Pivoted: at rank k a layer stores k rows of its weight and the coefficients of the other rows, k (O + I - k) "
-    "numbers instead of k (O + I). Both sides whitened: by the inputs, and by the gradients at the outputs (K-FAC)."
+    "numbers instead of k (O + I). Both sides whitened: by the inputs, and by the gradients at the outputs (K-FAC). "
+    "Own text too: the calibration has as many blocks again that the model wrote itself."
 )
 
 
@@ -146,7 +148,8 @@ def _kind(row: "pd.Series[Any]") -> str:
     if row["algorithm"] != "joint":
         return f"{row['algorithm']}{pivoted}"
     if settings[f"{base}.{CLASS}"] == "TwoSidedSVD":
-        return f"two_sided{'_refitted' if settings.get('algorithm.refit') else ''}{pivoted}"
+        own_text = "_own_text" if settings.get("data.own_text") else ""
+        return f"two_sided{own_text}{'_refitted' if settings.get('algorithm.refit') else ''}{pivoted}"
     if settings.get("algorithm.refit"):
         return f"refitted{pivoted}"
     if pivoted:

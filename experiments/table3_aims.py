@@ -15,6 +15,7 @@ AIMED, HALF, POINTS = 0.8, 0.5, 0.2  # parameters kept; part of the rise of whit
 # By parameters kept: the perplexity aimed at on reviews and on speeches. At 90 % it is the dense model's.
 PERPLEXITIES = {0.8: (62.0, 45.0), 0.7: (85.0, 70.0)}
 PIVOTED = ("joint_pivoted", "refitted_pivoted", "two_sided_pivoted", "two_sided_refitted_pivoted")
+OWN_TEXT = {"two_sided_own_text_pivoted": "two_sided_pivoted"}  # the same selection without own text
 RIVALS = ("whitened_pivoted", "knapsack_pivoted")
 ERRORS = 2.0  # standard errors of a difference, above which it is no tie
 
@@ -25,7 +26,8 @@ def said(rows: pd.DataFrame, runs: pd.DataFrame, others: Sequence[str], kinds: M
     ``rows``, ``runs``: of the table, means and single runs. ``others``: the corpora that calibration is not drawn from.
     ``kinds``: what the table calls each kind of selection.
     """
-    return [*_half(rows, others), *_perplexities(rows, others, kinds), *_rivals(runs, others, kinds)]
+    pairs = [*product(PIVOTED, RIVALS), *OWN_TEXT.items()]
+    return [*_half(rows, others), *_perplexities(rows, others, kinds), *_paired(runs, others, kinds, pairs)]
 
 
 def _half(rows: pd.DataFrame, others: Sequence[str]) -> list[str]:
@@ -57,7 +59,7 @@ def _half(rows: pd.DataFrame, others: Sequence[str]) -> list[str]:
 def _perplexities(rows: pd.DataFrame, others: Sequence[str], kinds: Mapping[str, str]) -> list[str]:
     """Judge each pivoted joint selection of a decoder by the perplexities aimed at; none without a second corpus."""
     lines: list[str] = []
-    decoders = rows["kind"].isin(PIVOTED) & rows["perplexity"].notna() & bool(others)
+    decoders = rows["kind"].isin([*PIVOTED, *OWN_TEXT]) & rows["perplexity"].notna() & bool(others)
     for _, row in rows[decoders].iterrows():
         dense = rows[(rows["net"] == row["net"]) & (rows["algorithm"] == "dense")].iloc[0]
         columns = ["perplexity", *(f"perplexity_{other}" for other in others[:1])]
@@ -70,14 +72,19 @@ def _perplexities(rows: pd.DataFrame, others: Sequence[str], kinds: Mapping[str,
     return lines
 
 
-def _rivals(runs: pd.DataFrame, others: Sequence[str], kinds: Mapping[str, str]) -> list[str]:
-    """Compare the losses of joint selection with those of each rival of the same form, size by size."""
+def _paired(
+    runs: pd.DataFrame, others: Sequence[str], kinds: Mapping[str, str], pairs: Sequence[tuple[str, str]]
+) -> list[str]:
+    """Compare the losses of joint selection with those of each rival of the same form, size by size.
+
+    ``pairs``: kinds of a selection and of its rival.
+    """
     lines = []
-    pivoted = runs[runs["kind"].isin([*PIVOTED, *RIVALS])]
+    pivoted = runs[runs["kind"].isin([kind for pair in pairs for kind in pair])]
     pivoted = pivoted.assign(**{f"loss_{other}": np.log(pivoted[f"perplexity_{other}"]) for other in others})
     for _, own in pivoted.groupby(["model", "data", "requested", "embedding"], sort=False):
         net = f"{own['model'].iloc[0]}, {own['data'].iloc[0]} at {100 * own['requested'].iloc[0]:g} %"
-        for kind, rival in product(PIVOTED, RIVALS):
+        for kind, rival in pairs:
             both = own[own["kind"] == kind], own[own["kind"] == rival]
             found = paired.difference(*both, "test_loss")
             if found is None:
