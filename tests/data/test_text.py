@@ -132,9 +132,8 @@ def test_a_corpus_mixes_its_calibration_blocks_with_those_that_the_model_writes(
     assert mixed.digest == again.digest != plain.digest
     assert "predicted: calibration 35, " in mixed.description
     assert mixed.description.endswith("3 blocks of the calibration are text that the model wrote itself")
-    for wrong in (-1, 1.5, True):
-        with pytest.raises(UserError, match=f"own_text must be a whole number of at least 0 blocks, got {wrong}"):
-            IMDBCorpus(tokenizer=folder, own_text=wrong, **FEW)
+    with pytest.raises(UserError, match="own_text must be at least 0 blocks, got -1"):
+        IMDBCorpus(tokenizer=folder, own_text=-1, **FEW)
 
 
 @pytest.mark.parametrize("kind", [IMDB, IMDBCorpus])

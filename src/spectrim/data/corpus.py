@@ -55,8 +55,8 @@ class Corpus(Pools, ABC):
         super().__post_init__()
         if self.test_size < 1:
             raise UserError(f"test_size must be at least 1, got {self.test_size}")
-        if type(self.own_text) is not int or self.own_text < 0:
-            raise UserError(f"own_text must be a whole number of at least 0 blocks, got {self.own_text!r}")
+        if self.own_text < 0:
+            raise UserError(f"own_text must be at least 0 blocks, got {self.own_text}")
 
     def load(self) -> TextSplits:
         """Return the four splits.

@@ -58,9 +58,10 @@ def left_vectors(W_OI: Tensor, C: Tensor, ridge: float) -> tuple[Tensor, Tensor]
     """Return the left singular vectors U and the singular values S of ``linalg.whitened(W_OI, C, ridge)``.
 
     From ``WHITENED`` rows and columns they are the eigenvectors of ``W (C + ridge) W^T`` and the roots of its
-    eigenvalues. So no root of C is taken. That takes less than half of the time. U is orthonormal to rounding, hence ``U U^T W = W``. The
-    squared error of rank k is above the least possible one by at most ``10 R e sigma_1^2``, as for ``svd``. Singular
-    values below 1e-8 of the largest are not told apart, and their vectors are mixed. Nothing is refused.
+    eigenvalues. So no root of C is taken. That takes less than half of the time. U is orthonormal to rounding, hence
+    ``U U^T W = W``. The squared error of rank k is above the least possible one by at most ``10 R e sigma_1^2``, as for
+    ``svd``. Singular values below 1e-8 of the largest are not told apart, and their vectors are mixed. Nothing is
+    refused.
 
     Raises ``UserError`` where W or C hold NaN or infinity.
     """
