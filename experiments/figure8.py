@@ -18,7 +18,6 @@ from spectrim.report.frontier import CURVES
 from spectrim.report.table import Column, Table, number
 
 # By the kind of Table 3. Pivoted factors are hollow and dashed. Plain truncation is left out: it is far above all.
-OWN_TEXT = "two_sided_own_text_pivoted"  # is calibrated on more blocks than its rivals
 UNIFORM, KNAPSACK, JOINT = (CURVES[key] for key in ("truncation", "knapsack", "joint"))
 DRAWN = {
     "whitened": replace(UNIFORM, name="whitened SVD, uniform ratio"),
@@ -27,7 +26,6 @@ DRAWN = {
     "joint": JOINT,
     "joint_pivoted": replace(JOINT, name="joint, ours, pivoted"),
     "two_sided_pivoted": Curve("joint, ours, both sides whitened, pivoted", BEST_COLOUR, JOINT.marker),
-    OWN_TEXT: Curve("the same, own text too", "#117733", "*"),
 }
 OURS = ("joint", "joint_pivoted", "two_sided_pivoted")
 TICKS = (10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 5000)
@@ -123,7 +121,7 @@ def _title(rows: pd.DataFrame) -> str:
     """
     own = rows[rows["panel"] == rows["panel"].iloc[0]]
     name, dense = own["panel"].iloc[0], number(float(own["perplexity"].iloc[0]), 1)
-    own = own[~own["kind"].isin(["dense", OWN_TEXT])]
+    own = own[own["kind"] != "dense"]
     sizes, ours, pivoted = own["params_kept"].round(2), own["kind"].isin(OURS), own["kind"].str.endswith("_pivoted")
     for form, said in ((pivoted, ", with pivoted factors"), (~pivoted, "")):
         common = sorted(set(sizes[ours & form]) & set(sizes[~ours & form]))
