@@ -59,15 +59,15 @@ def test_a_larger_tolerance_never_keeps_more(net: nn.Sequential, objective: Obje
     assert kept == sorted(kept, reverse=True) and kept[-1] < 0.2
 
 
-@pytest.mark.parametrize("budget", [0.0, 0.05])
+@pytest.mark.parametrize("tolerance", [0.0, 0.05])
 @pytest.mark.parametrize("refresh", [False, True])
-def test_verified_never_lifts_the_loss_above_the_budget(
-    net: nn.Sequential, objective: Objective, budget: float, refresh: bool
+def test_verified_never_lifts_the_loss_above_the_tolerance(
+    net: nn.Sequential, objective: Objective, tolerance: float, refresh: bool
 ) -> None:
-    compressed = Compact(gamma=None, verified=True, verify_on="calibration", budget=budget, refresh=refresh).compress(
-        net, SVD(), objective
-    )
-    assert objective.evaluate(compressed.model).loss <= objective.evaluate(net).loss + budget
+    compressed = Compact(
+        gamma=None, verified=True, verify_on="calibration", verified_tolerance=tolerance, refresh=refresh
+    ).compress(net, SVD(), objective)
+    assert objective.evaluate(compressed.model).loss <= objective.evaluate(net).loss + tolerance
     for step in compressed.log:
         assert step["accepted"] == (
             compressed.plan.get(step["layer"]) is not None and step is last_of(compressed, step)
@@ -84,7 +84,9 @@ def test_no_change_at_all_is_within_a_tolerance_of_zero(net: nn.Sequential, batc
 @pytest.mark.parametrize("offset", [0.0, -5.0])
 def test_verified_takes_losses_of_either_sign(net: nn.Sequential, batches: Any, offset: float) -> None:
     shifted = Objective(lambda logits, targets: F.cross_entropy(logits, targets) + offset, {"calibration": batches})
-    compressed = Compact(gamma=None, verified=True, verify_on="calibration", budget=0.01).compress(net, SVD(), shifted)
+    compressed = Compact(gamma=None, verified=True, verify_on="calibration", verified_tolerance=0.01).compress(
+        net, SVD(), shifted
+    )
     assert compressed.plan
     assert shifted.evaluate(compressed.model).loss <= shifted.evaluate(net).loss + 0.01
 

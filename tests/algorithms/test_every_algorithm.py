@@ -46,8 +46,8 @@ GREEDY = [  # whatever a user may ask for, as far as it goes
     Truncation(params_kept=1.0),
     Truncation(rank=16),
     Compact(gamma=None, tolerance=1e9),
-    Compact(gamma=None, verified=True, verify_on="calibration", budget=1e9, tolerance=1e9, tries=99),
-    Lossless(gamma=None, verified=True, verify_on="calibration", budget=1e9, refresh=True),
+    Compact(gamma=None, verified=True, verify_on="calibration", verified_tolerance=1e9, tolerance=1e9, tries=99),
+    Lossless(gamma=None, verified=True, verify_on="calibration", verified_tolerance=1e9, refresh=True),
 ]
 
 

@@ -22,7 +22,7 @@ KINDS = ("gpt2", "llama", "bert")
 ALGORITHMS: dict[str, Any] = {
     "truncation": spectrim.Truncation(rank=3),
     "lossless": spectrim.Lossless(gamma=None),
-    "lossless verified": spectrim.Lossless(gamma=None, verified=True, budget=0.05, tries=2),
+    "lossless verified": spectrim.Lossless(gamma=None, verified=True, verified_tolerance=0.05, tries=2),
     "compact": spectrim.Compact(gamma=None),
     "rank selection": spectrim.RankSelection(epsilon=0.1, delta_step=0.1),
     "joint by MACs": spectrim.Joint(macs_kept=0.9),

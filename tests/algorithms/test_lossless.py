@@ -88,16 +88,16 @@ def test_a_neighbourhood_holds_ranks_from_one_to_break_even() -> None:
 @pytest.mark.parametrize("split", ["calibration", "train"])
 @pytest.mark.parametrize("order", ["network", "reverse", "saving", "predicted"])
 @pytest.mark.parametrize("refresh", [False, True])
-@pytest.mark.parametrize("budget", [0.0, 0.02])
-def test_verified_never_lifts_the_loss_above_the_budget(
-    net: nn.Sequential, objective: Objective, split: Any, order: Any, refresh: bool, budget: float
+@pytest.mark.parametrize("tolerance", [0.0, 0.02])
+def test_verified_never_lifts_the_loss_above_the_tolerance(
+    net: nn.Sequential, objective: Objective, split: Any, order: Any, refresh: bool, tolerance: float
 ) -> None:
     settings = Lossless(
-        gamma=None, verified=True, verify_on=split, order=order, refresh=refresh, budget=budget, tries=3
+        gamma=None, verified=True, verify_on=split, order=order, refresh=refresh, verified_tolerance=tolerance, tries=3
     )
     compressed = settings.compress(net, SVD(), objective)
     dense, after = (objective.evaluate(model, split).loss for model in (net, compressed.model))
-    assert after <= dense + budget
+    assert after <= dense + tolerance
     accepted = [step for step in compressed.log if step["accepted"]]
     assert {step["layer"]: step["rank"] for step in accepted} == {name: k.rank for name, k in compressed.plan.items()}
     assert sum(step["measured"] for step in accepted) == pytest.approx(after - dense, abs=1e-6)
@@ -113,16 +113,16 @@ def test_verified_never_lifts_the_loss_above_the_budget(
         assert visited == sorted(visited, key=first.__getitem__)
 
 
-@pytest.mark.parametrize("budget", [0.0, 0.002, 0.02])
+@pytest.mark.parametrize("tolerance", [0.0, 0.002, 0.02])
 @pytest.mark.parametrize("tries", [1, 3, 99])
-def test_verified_accepts_the_first_candidate_whose_loss_is_within_the_budget(
-    net: nn.Sequential, batches: Any, objective: Objective, weight_of: Any, budget: float, tries: int
+def test_verified_accepts_the_first_candidate_whose_loss_is_within_the_tolerance(
+    net: nn.Sequential, batches: Any, objective: Objective, weight_of: Any, tolerance: float, tries: int
 ) -> None:
-    compressed = Lossless(gamma=None, verified=True, verify_on="calibration", budget=budget, tries=tries).compress(
-        net, SVD(), objective
-    )
+    compressed = Lossless(
+        gamma=None, verified=True, verify_on="calibration", verified_tolerance=tolerance, tries=tries
+    ).compress(net, SVD(), objective)
     working = copy.deepcopy(net)
-    limit = objective.evaluate(net).loss + budget
+    limit = objective.evaluate(net).loss + tolerance
     expected, at_the_edge = {}, 0
     for name, ranks in searched(net, batches, "channel", weight_of).items():
         falling = sorted((change, rank) for rank, (_, change) in enumerate(ranks, 1) if change < 0)
@@ -136,14 +136,14 @@ def test_verified_accepts_the_first_candidate_whose_loss_is_within_the_budget(
                 expected[name], working = rank, trial
                 break
     assert {name: kept.rank for name, kept in compressed.plan.items()} == expected
-    assert at_the_edge or budget < 0.02
+    assert at_the_edge or tolerance < 0.02
 
 
 def test_refresh_predicts_from_the_gradient_of_the_partly_factored_model(
     net: nn.Sequential, objective: Objective, batches: Any, weight_of: Any
 ) -> None:
     log = (
-        Lossless(gamma=None, verified=True, verify_on="calibration", refresh=True, budget=1.0, tries=1)
+        Lossless(gamma=None, verified=True, verify_on="calibration", refresh=True, verified_tolerance=1.0, tries=1)
         .compress(net, SVD(), objective)
         .log
     )
@@ -176,8 +176,8 @@ def test_where_nothing_falls_the_model_stays_dense(net: nn.Sequential, batches: 
         ({"split": "test"}, "split='test' is not of type"),
         ({"order": "random"}, "order='random' is not of type"),
         ({"tries": 0}, "tries must be at least 1"),
-        ({"budget": -0.1}, "budget, a rise of the loss, must be at least 0"),
-        ({"budget": float("nan")}, "budget, a rise of the loss, must be at least 0"),
+        ({"verified_tolerance": -0.1}, "verified_tolerance must be at least 0"),
+        ({"verified_tolerance": float("nan")}, "verified_tolerance must be at least 0"),
         ({"verified": "yes"}, "verified='yes' is not of type"),
     ],
 )
@@ -216,7 +216,7 @@ class WithAuxiliary(nn.Module):
 def test_a_layer_outside_of_the_loss_stays_dense_with_a_note(selector: Any, refresh: bool) -> None:
     batches = [(torch.randn(8, 32), torch.randint(10, (8,)))]
     objective = Objective(F.cross_entropy, {"calibration": batches})
-    chosen = selector(gamma=None, verified=refresh, refresh=refresh, verify_on="calibration", budget=1e9)
+    chosen = selector(gamma=None, verified=refresh, refresh=refresh, verify_on="calibration", verified_tolerance=1e9)
     result = chosen.compress(WithAuxiliary(), SVD(), objective)
     assert result.plan and "auxiliary" not in result.plan
     reason = "auxiliary: left dense: the calibration loss does not depend on it"
@@ -245,7 +245,7 @@ class Routed(nn.Module):
 def test_a_layer_that_the_loss_leaves_on_the_way_stays_dense_with_a_note(order: str) -> None:
     batches = [(torch.randn(8, 32), torch.randint(10, (8,)))]
     objective = Objective(F.cross_entropy, {"calibration": batches})
-    walk = {"gamma": None, "verified": True, "refresh": True, "verify_on": "calibration", "budget": 1e9}
+    walk = {"gamma": None, "verified": True, "refresh": True, "verify_on": "calibration", "verified_tolerance": 1e9}
     result = Compact(tolerance=1e9, **walk).compress(Routed(order), SVD(), objective)
     assert sorted(result.plan) == ["body", "head"] and result.plan["body"].rank == 1
     reason = "expert: left dense: the calibration loss does not depend on it"

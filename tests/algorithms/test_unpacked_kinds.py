@@ -83,7 +83,7 @@ ALGORITHMS = {
     "joint": spectrim.Joint(params_kept=0.6, samples=16, refit=16),
     "macs": spectrim.Joint(macs_kept=0.7, samples=16, refit=0),
     "refitted": Refitted(spectrim.Truncation(params_kept=0.6), samples=16),
-    "lossless": spectrim.Lossless(gamma=None, budget=1e9, verify_on="calibration"),
+    "lossless": spectrim.Lossless(gamma=None, verified_tolerance=1e9, verify_on="calibration"),
 }
 
 

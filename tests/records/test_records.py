@@ -153,6 +153,15 @@ def test_a_setting_that_came_late_to_a_class_is_left_out_where_it_is_that_of_the
     assert records.identity({"seed": 0, "ranks": "greedy"}) == {"seed": 0, "ranks": "greedy"}  # of a Joint only
 
 
+@pytest.mark.parametrize("name", ["Compact", "Lossless"])
+def test_a_renamed_setting_is_signed_by_the_name_that_records_have(name: str) -> None:
+    old, new = (
+        records.identity({"_target_": f"spectrim.algorithms.any.{name}", setting: 0.1})
+        for setting in ("budget", "verified_tolerance")
+    )
+    assert new == old == {"_class_": name, "budget": 0.1}
+
+
 def test_a_record_of_the_first_schema_is_read_and_found_by_both_signatures(tmp_path: Path) -> None:
     settings = {"model": {"_target_": "spectrim.models.resnet.ResNet", "depth": 20}, "seed": 0}
     old = record() | {"schema": 1, "config": settings, "signature": "a" * 16}

@@ -34,13 +34,19 @@ LATE: Mapping[str, Mapping[str, Any]] = {
     "Truncation": {"common": "ratio"},
     "WhitenedSVD": {"factors": "plain"},
 }
+# Settings that have another name now: class → setting → its name in records, which keep their signatures.
+RENAMED: Mapping[str, Mapping[str, str]] = {
+    "Compact": {"verified_tolerance": "budget"},
+    "Lossless": {"verified_tolerance": "budget"},
+}
 REQUIRED = ("schema", "signature", "experiment", "names", "config", "seed", "dense", "compressed", "provenance")
 
 
 def identity(settings: Mapping[str, Any], owner: str = "run") -> dict[str, Any]:
     """Return the part of a configuration that the signature covers.
 
-    It names each class of ``BY_NAME`` without its module. It omits settings in ``LATE`` at the value given there.
+    It names each class of ``BY_NAME`` without its module. It omits settings in ``LATE`` at the value given there, and
+    names those in ``RENAMED`` as records do.
 
     ``settings``: a configuration with Hydra's ``_target_``.
     ``owner``: key of ``LATE`` for settings without a ``_target_``.
@@ -50,10 +56,10 @@ def identity(settings: Mapping[str, Any], owner: str = "run") -> dict[str, Any]:
         target = str(settings["_target_"])
         owner = target.rpartition(".")[2] if target.startswith(BY_NAME) else target
         found[CLASS] = owner
-    late = LATE.get(owner, {})
+    late, renamed = LATE.get(owner, {}), RENAMED.get(owner, {})
     for key, value in settings.items():
         if key != "_target_" and not (key in late and value == late[key]):
-            found[key] = _identity_of(value)
+            found[renamed.get(key, key)] = _identity_of(value)
     return found
 
 

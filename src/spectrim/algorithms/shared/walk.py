@@ -40,7 +40,7 @@ class Walk(ABC):
     ``order``: the order of the visits: as in the network, in reverse, by largest possible saving, or by most negative
         prediction.
     ``tries``: the largest number of candidates that a layer tries, spread evenly over its list.
-    ``budget``: the rise of the loss above the dense model's that passes, at least 0.
+    ``verified_tolerance``: the rise of the loss above the dense model's that passes, at least 0.
     ``refresh``: whether to take a new gradient of the partly factored model before each layer.
     """
 
@@ -51,15 +51,15 @@ class Walk(ABC):
     verify_on: Literal["verification", "calibration", "train"] = "verification"
     order: Order = "network"
     tries: int = 4
-    budget: float = 0.0
+    verified_tolerance: float = 0.0
     refresh: bool = False
 
     def __post_init__(self) -> None:
         Neighbourhood(self.norm, self.gamma)  # checks both where they are given
         if self.tries < 1:
             raise UserError(f"tries must be at least 1, got {self.tries}")
-        if not self.budget >= 0:
-            raise UserError(f"budget, a rise of the loss, must be at least 0, got {self.budget}")
+        if not self.verified_tolerance >= 0:
+            raise UserError(f"verified_tolerance must be at least 0, got {self.verified_tolerance}")
 
     @abstractmethod
     def candidates(self, curve: Tensor, ranks: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Walk(ABC):
     def _verified(self, bench: Workbench, layers: Mapping[str, "_Layer"]) -> tuple[dict[str, int], list[dict]]:
         working = copied(bench.model)
         dense = bench.objective.evaluate(working, self.verify_on)
-        loss = dense.loss
+        loss, most = dense.loss, dense.loss + self.verified_tolerance
         chosen: dict[str, int] = {}
         log: list[dict] = []
         for name in Bar(self._ordered(bench, layers), "verify", unit="layer", leave=False):
@@ -143,7 +143,7 @@ class Walk(ABC):
             dense_layer = working.get_submodule(name)
             for rank in _spread(layer.listed, self.tries):
                 replacing.replace(working, name, bench.spectra[name].factor(rank))
-                measured = bench.objective.loss_within(working, self.verify_on, dense.loss + self.budget, dense.n)
+                measured = bench.objective.loss_within(working, self.verify_on, most, dense.n)
                 log.append(
                     {
                         "layer": name,
