@@ -75,7 +75,7 @@ def load(folder: str | Path) -> tuple[nn.Module, Any]:
         model, plan = _of_transformers(folder)
     else:
         shard = single_file.verified(folder / sharded.SINGLE)
-        kind, plan = shard.metadata.get("class", ""), RankPlan.from_json(shard.metadata["plan"])
+        kind, plan = shard.metadata.get("class", ""), single_file.plan_in(shard)
         model = by_configuration.model_without_weights(folder, kind, _precision([shard]))
         stored = {name: name for name in shard.entries.keys() - quantizer.guards(plan).keys()}
         single_file.filled(model, shard.renamed(stored), as_stored=True)
@@ -87,7 +87,10 @@ def load(folder: str | Path) -> tuple[nn.Module, Any]:
 def _of_transformers(folder: Path) -> tuple[nn.Module, RankPlan]:
     """Let transformers read what ``save_pretrained`` wrote. Raises ``UserError`` where a tensor is missing."""
     config = pretrained.opened("AutoConfig", str(folder))
-    plan = quantizer.plan_of(config)
+    try:
+        plan = quantizer.plan_of(config)
+    except UserError as error:
+        raise UserError(f"{folder / by_configuration.CONFIG}: {error}") from None
     if plan is None:
         raise UserError(f"{folder} holds no compressed model: config.json has no plan; open it with transformers")
     kind = by_configuration.kind_of(config, folder / by_configuration.CONFIG)

@@ -215,6 +215,22 @@ def test_another_format_and_no_file_are_refused(net: nn.Sequential, tmp_path: Pa
     refuses_and_leaves_alone(tmp_path / "none.safetensors", net, "there is no checkpoint")
 
 
+@pytest.mark.parametrize("newer", ["spectrim-2", "spectrim-every-size-2"])
+def test_a_newer_format_is_refused_by_the_name_of_the_file(net: nn.Sequential, tmp_path: Path, newer: str) -> None:
+    path = tmp_path / "newer.safetensors"
+    single_file.write(path, single_file.stored(net), {"format": newer, "plan": "{}", "architecture": ""})
+    refuses_and_leaves_alone(path, net, rf"newer\.safetensors has the format {newer}, .*update spectrim")
+
+
+def test_a_form_that_a_newer_version_added_is_refused_by_the_name_of_the_file(
+    net: nn.Sequential, tmp_path: Path
+) -> None:
+    path, header = tmp_path / "newer.safetensors", {"format": single_file.FORMAT, "architecture": ""}
+    plan = '{"6": {"rank": 5, "form": "tensor train"}}'
+    single_file.write(path, single_file.stored(net), {**header, "plan": plan})
+    refuses_and_leaves_alone(path, net, r"newer\.safetensors: .*'tensor train' is no form .*update spectrim")
+
+
 def refuses_and_leaves_alone(path: Path, net: nn.Sequential, message: str) -> None:
     before, layers = copy.deepcopy(net.state_dict()), str(net)
     with pytest.raises(UserError, match=message):

@@ -91,7 +91,11 @@ def test_a_truncated_record_is_named(tmp_path: Path, keep: int) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[]", "not a record"), ('{"schema": 1}', "not a record"), (json.dumps(record(schema=3)), "schema 3")],
+    [
+        ("[]", "not a record"),
+        ('{"schema": 1}', "not a record"),
+        (json.dumps(record(schema=3)), "schema 3, .*: update spectrim"),
+    ],
 )
 def test_what_is_not_a_record_is_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "one.json"

@@ -57,7 +57,7 @@ def filled(into: nn.Module, shard: Shard, plan: RankPlan) -> nn.Module:
     """
     if architecture_of(into) != shard.metadata["architecture"]:
         raise UserError(f"{shard.path} is of another architecture than {type(into).__name__} as built here")
-    stored = RankPlan.from_json(shard.metadata["plan"])
+    stored = single_file.plan_in(shard)
     pack_again = unpack_around(into, stored.keys())
     try:
         made: dict[str, Tensor] = {}

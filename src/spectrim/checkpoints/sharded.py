@@ -101,7 +101,7 @@ class Manifest:
         try:
             plain = files.read_json(folder / MANIFEST)
             if plain["format"] != FORMAT:
-                raise ValueError(f"format {plain['format']}, this version reads {FORMAT}")
+                raise ValueError(f"format {plain['format']}; this version reads {FORMAT}, a newer one may read it")
             finished = {
                 str(name): {k: str(made[k]) for k in ("source", "result")} for name, made in plain["shards"].items()
             }

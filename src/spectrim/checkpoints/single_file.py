@@ -1,6 +1,7 @@
 """A compressed model in one safetensors file, which is checked before it is loaded."""
 
 import hashlib
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
@@ -106,8 +107,16 @@ def filled(into: nn.Module, shard: Shard, *, as_stored: bool = False) -> nn.Modu
 
     Raises ``UserError`` where the checkpoint is of another architecture; ``into`` is then unchanged.
     """
-    plan, architecture = RankPlan.from_json(shard.metadata["plan"]), shard.metadata["architecture"]
-    return fill(into, plan, [shard], shard.path, architecture=architecture, as_stored=as_stored)
+    architecture = shard.metadata["architecture"]
+    return fill(into, plan_in(shard), [shard], shard.path, architecture=architecture, as_stored=as_stored)
+
+
+def plan_in(shard: Shard) -> RankPlan:
+    """Return the plan of a verified checkpoint. Raises ``UserError`` for one that this version cannot read."""
+    try:
+        return RankPlan.from_json(shard.metadata["plan"])
+    except UserError as error:
+        raise UserError(f"{shard.path}: {error}") from None
 
 
 def verified(path: Path, formats: Collection[str] = (FORMAT, TORCH)) -> Shard:
@@ -124,6 +133,8 @@ def verified(path: Path, formats: Collection[str] = (FORMAT, TORCH)) -> Shard:
     shard = Shard.at(path)
     metadata = shard.metadata
     found = metadata.get("format")
+    if re.fullmatch(r"spectrim(-every-size)?-\d+", str(found)) and found not in (FORMAT, EVERY_SIZE):
+        raise UserError(f"{path} has the format {found}, which a newer spectrim wrote; update spectrim")
     if found not in (FORMAT, TORCH, EVERY_SIZE) or not {"plan", "architecture", "digest"} <= metadata.keys():
         raise UserError(f"{path} is not a spectrim checkpoint: its header has no plan")
     if found not in formats:

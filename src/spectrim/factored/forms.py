@@ -33,7 +33,7 @@ class Form(ABC):
             found = kind.pattern.fullmatch(text) if isinstance(text, str) else None
             if found and (form := kind.matched(found.groups())).to_text() == text:
                 return form
-        raise UserError(f"{short(text)} is no form of a factored layer")
+        raise UserError(f"{short(text)} is no form of a factored layer; if it is new, update spectrim")
 
     @classmethod
     @abstractmethod

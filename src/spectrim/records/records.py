@@ -195,7 +195,7 @@ def read(path: Path) -> Record:
     if record["schema"] == 1:
         record = signed_anew(record)
     if record["schema"] != SCHEMA:
-        raise UserError(f"{path} has schema {record['schema']}, this version reads {SCHEMA}: run its experiment again")
+        raise UserError(f"{path} has schema {record['schema']}, this version reads {SCHEMA}: update spectrim")
     return record
 
 
