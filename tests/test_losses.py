@@ -248,3 +248,10 @@ def test_batches_of_collators_are_pairs() -> None:
     assert list(pairs([{"input_ids": ids}], "calibration")) == [({"input_ids": ids}, None)]
     with pytest.raises(UserError, match="a mapping that holds labels"):
         list(pairs([(ids, labels, labels)], "calibration"))
+
+
+def test_scores_of_more_positions_than_targets_are_refused_with_the_numbers() -> None:
+    ids = torch.randint(5, (2, 7))
+    assert loss_of(token_loss, {"logits": torch.zeros(2, 7, 5)}, ids).isfinite()
+    with pytest.raises(UserError, match="scores 10 positions for 7 targets, as with a prompt of peft .*give loss="):
+        loss_of(token_loss, {"logits": torch.zeros(2, 10, 5)}, ids)

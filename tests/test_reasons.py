@@ -22,6 +22,7 @@ PLACES = {
         "_unfit_for_replacement",
     ],
     "surgery/unpacking.py": ["SHARED"],
+    "surgery/lora.py": ["ADAPTED"],
     "surgery/stand_ins.py": ["MISLED"],
     "surgery/layer_choice.py": ["reason"],
     "factored/unpacked/kinds.py": ["refusal"],

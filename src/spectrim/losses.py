@@ -116,6 +116,13 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
             raise UserError(f"the model gave {rows} rows of logits for {len(targets)} targets")
         if targets.numel() and int(targets.max()) >= classes:
             raise UserError(f"target {int(targets.max())} does not fit a model with {classes} classes")
+    if isinstance(loss, TokenLoss) and isinstance(scores, Tensor) and scores.ndim == 3 and targets.ndim > 1:
+        given, wanted = scores.shape[1], targets.shape[1]
+        if given != wanted:
+            raise UserError(
+                f"the model scores {given} positions for {wanted} targets, as with a prompt of peft in front of them; "
+                "give loss=, a function of the outputs and the targets that tells which positions they are"
+            )
     if loss is F.cross_entropy and not isinstance(scores, Tensor):
         raise UserError(
             f"the outputs are a {type(scores).__name__}, which cross-entropy does not take; give loss=, a function of "

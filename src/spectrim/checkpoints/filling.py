@@ -15,6 +15,7 @@ from spectrim.factored.completion import Completion, TransposedCompletion, requi
 from spectrim.factored.layers import FactoredEmbedding
 from spectrim.factored.plan import RankPlan
 from spectrim.factored.tied import TiedLinear
+from spectrim.surgery.lora import refuse_merges
 from spectrim.surgery.replacing import replace
 from spectrim.surgery.unpacking import unpack_around
 from spectrim.tools.content import state_of
@@ -55,6 +56,7 @@ def fill(
         for shard in tqdm(shards, "load", unit="shard", leave=False, disable=None):
             for name in shard.entries:
                 _put(model, aliases[name], state[name], shard.read(name), as_stored)
+    refuse_merges(model)
     return model
 
 

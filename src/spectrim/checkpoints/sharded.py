@@ -70,7 +70,7 @@ def _nothing_in(folder: Path) -> str:
     for path in files.listed(folder) if folder.is_dir() else [folder]:
         if path.suffix in PICKLES:
             return f"{path} may be a pickle, which can run any code and is never read; convert it to safetensors"
-    return f"{folder} holds neither {SINGLE} nor {INDEX}"
+    return f"{folder} holds neither {SINGLE} nor {INDEX}; give a folder that does, or save the model anew"
 
 
 def _weight_map(index: Path) -> dict[str, str]:

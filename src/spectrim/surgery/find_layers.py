@@ -13,6 +13,7 @@ from spectrim.factored.dense import attributes_of, dense_kinds, with_article
 from spectrim.surgery.cost import parameters
 from spectrim.surgery.given_model import eager, unchanged
 from spectrim.surgery.layer_choice import EVERY_LAYER, LayerChoice
+from spectrim.surgery.lora import ADAPTED, adapted_parameters
 from spectrim.surgery.tied import tied_layers
 from spectrim.surgery.unpacking import SHARED, refusals, uses
 from spectrim.surgery.watching import Watch
@@ -49,7 +50,7 @@ def factorable(
         raise UserError(f"the model is a single {type(model).__name__}; pass torch.nn.Sequential(model) instead")
     choice.require_known(model)
     ties = [(first, *others) for first, others in tied_layers(model).items()] if embeddings else []
-    shared, packed = _shared(model, ties), refusals(model)
+    shared, packed, adapted = _shared(model, ties), refusals(model), adapted_parameters(model)
     layers, dense = dict[str, nn.Module](), dict[str, str]()
     for name, module in model.named_modules():
         if not isinstance(module, kinds):
@@ -57,6 +58,8 @@ def factorable(
                 dense[name or type(model).__name__] = packed.get(name, f"{type(module).__name__} is not factored")
         elif isinstance(module, nn.Embedding) and not embeddings:
             dense[name] = "only a decomposer with embeddings=True factors embeddings"
+        elif name in adapted:
+            dense[name] = ADAPTED
         elif reason := choice.reason(name) or (SHARED if name in shared else _reason(module)):
             dense[name] = reason
         else:

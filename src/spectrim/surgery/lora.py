@@ -1,14 +1,19 @@
-"""Low-rank adapters of peft on factored linear layers, by the names of the dense layers."""
+"""Adapters of peft: low-rank ones on factored linear layers, and those that a model had before it was compressed."""
 
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.errors import UserError
+from spectrim.factored.base import FactoredLayer
 from spectrim.factored.layers import FactoredLinear
+from spectrim.factored.unpacked.base import Unpacked
+
+ADAPTED = "an adapter changes its parameters in each pass"
 
 
 def for_lora(config: Any) -> Any:
@@ -38,6 +43,8 @@ def adapted_class() -> Any:
 
     class AdaptedLinear(lora.Linear):
         """``x -> B A x + s B' A' x``: a factored linear layer and an adapter of peft beside it."""
+
+        merges_into_factors = True
 
         def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
             assert isinstance(module, FactoredLinear)
@@ -86,3 +93,45 @@ def _set(layer: FactoredLinear, A_RI: Tensor, B_OR: Tensor) -> None:
     layer.first.weight = nn.Parameter(A_RI, layer.first.weight.requires_grad)
     layer.second.weight = nn.Parameter(B_OR, layer.second.weight.requires_grad)
     layer.rank = layer.first.out_features = layer.second.in_features = len(A_RI)
+
+
+def adapted_parameters(model: nn.Module) -> set[str]:
+    """Return the modules of ``model`` whose parameters an adapter replaces in each pass (``target_parameters``)."""
+    return {base for base, adapter in _adapters(model) if hasattr(adapter, "parameter_name") and not _merged(adapter)}
+
+
+def refuse_merges(model: nn.Module) -> None:
+    """Let adapters refuse to be merged into layers that were factored under them, or out of these.
+
+    They would write to the weight that such a layer offers, a product that is computed anew at each access. So the
+    change would be lost. An adapter from ``for_lora`` merges into the factors, unless it is merged already.
+    """
+    for base, adapter in _adapters(model):
+        lost = isinstance(model.get_submodule(base), FactoredLayer | Unpacked)
+        own = getattr(adapter, "merges_into_factors", False) and not _merged(adapter)
+        for method in ("merge", "unmerge"):
+            if lost and not own:
+                vars(adapter)[method] = _refused
+            elif vars(adapter).get(method) is _refused:  # the layer is dense again
+                del vars(adapter)[method]
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield each adapter of peft with the name of the layer inside of it, which further adapters may lie around."""
+    for name, module in model.named_modules():
+        if isinstance(module._modules.get("base_layer"), nn.Module) and hasattr(type(module), "merge"):
+            base, place = module, name
+            while isinstance(inside := base._modules.get("base_layer"), nn.Module):
+                base, place = inside, f"{place}.base_layer" if place else "base_layer"
+            yield place, module
+
+
+def _merged(adapter: Any) -> bool:
+    return bool(getattr(adapter, "merged", False))
+
+
+def _refused(*_: Any, **__: Any) -> NoReturn:
+    raise UserError(
+        "an adapter cannot be merged into a layer that was factored under it, or out of it; merge it before compress, "
+        "or keep it beside the layer"
+    )

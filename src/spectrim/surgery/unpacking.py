@@ -12,6 +12,7 @@ from spectrim.factored.base import FactoredLayer
 from spectrim.factored.unpacked import kinds
 from spectrim.factored.unpacked.base import Unpacked
 from spectrim.surgery.given_model import copied
+from spectrim.surgery.lora import ADAPTED, adapted_parameters, refuse_merges
 
 SHARED = "its weight is shared with another layer"
 
@@ -35,11 +36,13 @@ def unpacked(model: nn.Module) -> nn.Module:
 
 def refusals(model: nn.Module) -> dict[str, str]:
     """Return why modules of kinds that can be unpacked stay as they are, by name."""
-    (places, owners), found = uses(model), {}
+    (places, owners), found, adapted = uses(model), {}, adapted_parameters(model)
     for name, module in model.named_modules():
         if own := kinds.class_for(module):
             shared = places[module] > 1 or any(owners[id(p)] > 1 for p in module.parameters(recurse=False))
-            if reason := SHARED if shared and own.packed_names(module) else kinds.refusal(module):
+            if name in adapted:
+                found[name] = ADAPTED
+            elif reason := SHARED if shared and own.packed_names(module) else kinds.refusal(module):
                 found[name] = reason
     return found
 
@@ -69,6 +72,7 @@ def pack(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Unpacked) and not any(isinstance(one, FactoredLayer) for one in module.modules()):
             module.pack()
+    refuse_merges(model)
     return model
 
 

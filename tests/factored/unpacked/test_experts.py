@@ -11,6 +11,7 @@ import spectrim
 from spectrim.fetch import pretrained
 from spectrim.losses import token_loss
 from spectrim.surgery import unpacking
+from spectrim.surgery.lora import ADAPTED
 
 pytest.importorskip("transformers")
 SIZES: dict[str, Any] = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -95,6 +96,32 @@ def test_further_parameters_and_another_order_are_refused() -> None:
     del experts.scale
     experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.transpose(1, 2).contiguous())
     assert "another order" in unpacking.refusals(model)["model.layers.0.mlp.experts"]
+
+
+class OfParameter(nn.Module):
+    """As ``target_parameters`` of peft: it changes one parameter of the module inside while that is called."""
+
+    def __init__(self, base: nn.Module, parameter_name: str) -> None:
+        super().__init__()
+        self.base_layer, self.parameter_name, self.merged = base, parameter_name, False
+
+    def merge(self) -> None:
+        self.merged = True
+
+    def forward(self, *given: Any) -> Any:
+        return self.base_layer(*given)
+
+
+def test_those_that_an_adapter_changes_stay_packed_until_it_is_merged() -> None:
+    model = mixture("Mixtral")
+    block: Any = model.get_submodule("model.layers.0.mlp")
+    block.experts = OfParameter(OfParameter(block.experts, "gate_up_proj"), "down_proj")
+    inside = "model.layers.0.mlp.experts.base_layer.base_layer"
+    assert unpacking.refusals(model) == {inside: ADAPTED}
+    assert unpacking.unpacked(model) is model
+    block.experts.merge()
+    block.experts.base_layer.merge()
+    assert not unpacking.refusals(model)
 
 
 def test_the_trial_that_tells_the_formula_calls_no_hooks_of_the_user() -> None:
