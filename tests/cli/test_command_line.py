@@ -12,11 +12,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hydra.errors import ConfigCompositionException
 
 from spectrim.cli import command_line, commands, messages, run, run_lock
 from spectrim.errors import UserError
 from spectrim.records import records
 from spectrim.runs import composition, configuration
+from spectrim.runs.configuration import innermost
 
 QUIET = ["hydra/job_logging=none", "hydra/hydra_logging=none"]  # handlers would outlive a test's streams
 SOURCE = str(Path(configuration.__file__).parents[2])
@@ -319,3 +321,10 @@ def test_what_the_machine_does_not_give_is_one_line(error: Exception, message: s
     with pytest.raises(UserError, match=message) as refusal, command_line.cell("spectrim"):
         raise error
     assert len(str(refusal.value)) < 200 and "\n" not in str(refusal.value)
+
+
+def test_an_error_without_a_message_is_told_by_that_of_its_cause() -> None:
+    error = ConfigCompositionException()
+    error.__cause__ = ValueError("rank is\nno number")
+    assert innermost(error) == "rank is no number"
+    assert innermost(ConfigCompositionException()) == "ConfigCompositionException"

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from spectrim.cli import train
-from spectrim.cli.termination import Terminated, terminable
+from spectrim.cli.termination import Terminated, terminable, uncovered
 from spectrim.runs import configuration
 
 SOURCE = str(Path(configuration.__file__).parents[2])
@@ -92,3 +92,24 @@ def test_a_process_that_ignores_sigterm_goes_on_ignoring_it() -> None:
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, usual)
+
+
+def hidden_by_the_error_of_a_clean_up() -> None:
+    try:
+        raise KeyboardInterrupt
+    finally:
+        try:
+            _ = None.half_made  # type: ignore[attr-defined]
+        except AttributeError as error:
+            raise ValueError from error
+
+
+@pytest.mark.parametrize("guard", [terminable, uncovered])
+def test_an_interrupt_is_told_where_an_error_covers_it(guard: Any) -> None:
+    with pytest.raises(KeyboardInterrupt), guard():
+        hidden_by_the_error_of_a_clean_up()
+    with pytest.raises(ValueError, match="other"), guard():
+        try:
+            raise TypeError
+        except TypeError:
+            raise ValueError("another") from None

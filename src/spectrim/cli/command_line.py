@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from spectrim.cli import cluster_jobs, messages, missing_cells, progress, run_lock, streams
 from spectrim.cli.messages import LOG
-from spectrim.cli.termination import ending, terminable
+from spectrim.cli.termination import ending, terminable, uncovered
 from spectrim.errors import UserError
 from spectrim.records.records import failure_path
 from spectrim.runs import composition, read_once
@@ -48,8 +48,9 @@ def cell(program: str) -> Iterator[None]:
     malloc.give_back()  # memory fragments of the last run would add up
     malloc.keep()
     try:
-        check_choices()
-        yield
+        with uncovered():
+            check_choices()
+            yield
     except run_lock.Elsewhere as other:
         LOG.info("%s is computed %s; going on with the next run", other.result, other)
         progress.leave("elsewhere", str(other.result.absolute()))
@@ -70,7 +71,8 @@ def failure_noted(record: Path) -> Iterator[None]:
     """Leave the reason of a failed cell beside the place of its record, until the cell succeeds."""
     note = failure_path(record)
     try:
-        yield
+        with uncovered():
+            yield
     except Exception as error:
         if progress.in_grid() or note.exists():
             with suppress(UserError):  # A disk that is full must not hide the error.

@@ -18,17 +18,41 @@ class Terminated(KeyboardInterrupt):
 def terminable() -> Iterator[None]:
     """Raise ``Terminated`` where SIGTERM arrives while the block runs. Files are written atomically, so all are whole.
 
-    A process that was started to ignore SIGTERM still ignores it.
+    A process that was started to ignore SIGTERM still ignores it. Interrupts are ``uncovered``.
     """
     usual = signal.getsignal(signal.SIGTERM)
-    if usual is signal.SIG_IGN or current_thread() is not main_thread():
-        yield
-        return
-    signal.signal(signal.SIGTERM, _raise)
+    with uncovered():
+        if usual is signal.SIG_IGN or current_thread() is not main_thread():
+            yield
+            return
+        signal.signal(signal.SIGTERM, _raise)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, usual)
+
+
+@contextmanager
+def uncovered() -> Iterator[None]:
+    """Raise the interrupt in place of an error that covers it.
+
+    What cleans up after an interrupt may fail in turn, as omegaconf does where a node was half made.
+    """
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, usual)
+    except Exception as error:
+        if stop := _interrupt_behind(error):
+            raise stop from None
+        raise
+
+
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    chain: list[BaseException] = [error]
+    for one in chain:
+        if isinstance(one, KeyboardInterrupt):
+            return one
+        chain += [other for other in (one.__cause__, one.__context__) if other is not None and other not in chain]
+    return None
 
 
 def ending(stop: KeyboardInterrupt) -> tuple[str, int]:

@@ -87,9 +87,11 @@ def invocation(program: str) -> str:
 
 
 def innermost(error: BaseException) -> str:
-    """Return the message of the first ``UserError`` in the chain, else what the error says, in one line."""
+    """Return the message of the first ``UserError`` in the chain, else the first message in it, in one line."""
     cause: BaseException | None = error
+    said = ""  # Hydra raises some errors without a message, from one that has it
     while cause is not None:
+        said = said or " ".join(str(cause).partition("Config search path:")[0].split())
         if isinstance(cause, UserError):
             return str(cause)
         if isinstance(cause, MissingConfigException) and str(cause.missing_cfg_file).startswith("experiment/"):
@@ -98,7 +100,7 @@ def innermost(error: BaseException) -> str:
             extra = EXTRAS[cause.missing_cfg_file]
             return f"{cause.missing_cfg_file} needs extra packages: pip install 'spectrim[{extra}]'"
         cause = cause.__cause__
-    return " ".join(str(error).partition("Config search path:")[0].split()) or type(error).__name__
+    return said or type(error).__name__
 
 
 def unknown_experiment(name: str) -> str:
