@@ -38,9 +38,8 @@ def layers_to_fit(
             unfit[name] = "it is not called once on every batch"
         elif alike is not None and first.shapes[name] != alike.shapes.get(name):
             unfit[name] = "its rows depend on the values of the batch"
-    for name, by_any in zip(layers, processes.any_of(name in unfit for name in layers), strict=True):
-        if by_any:
-            unfit.setdefault(name, "another process does not fit it")
+    for name in processes.in_any(unfit, layers):
+        unfit.setdefault(name, "another process does not fit it")
     shared = {norm for one in passes for norm in norms_of(model) if one.calls[norm] > 1}
     return (
         [name for name in first.shapes if name not in unfit],

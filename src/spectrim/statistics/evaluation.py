@@ -29,7 +29,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure ``model`` in eval mode, on the batches of all ``processes``.
 
-    Raises ``UserError`` where the loss is not finite or the split is empty."""
+    Raises ``UserError`` where the loss is not finite or the split is empty.
+    """
     device, total, correct, seen = device_of(model), 0.0, 0, 0
     scored = True
     with evaluating(model), torch.no_grad():

@@ -116,14 +116,7 @@ class GateRows:
     def agree(self, processes: Processes) -> None:
         """Take over what other processes know of layers: reached where any reached it, mixed where any found it so."""
         names = sorted(self.modules)
-        self.reached, self.mixed = (
-            {
-                name
-                for name, any_of in zip(names, processes.any_of(name in own for name in names), strict=True)
-                if any_of
-            }
-            for own in (self.reached, self.mixed)
-        )
+        self.reached, self.mixed = (set(processes.in_any(own, names)) for own in (self.reached, self.mixed))
 
     def left(self) -> dict[str, str]:
         """Return why each layer without gates has none."""

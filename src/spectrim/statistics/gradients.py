@@ -41,10 +41,7 @@ def mean_gradients(
             seen += count
     seen = int(processes.add_up(torch.tensor(seen)))
     require_samples(seen, split)
-    found = [
-        name for name, any_of in zip(sums, processes.any_of(name in reached for name in sums), strict=True) if any_of
-    ]
-    return {name: processes.add_up(sums[name]).div_(seen) for name in found}
+    return {name: processes.add_up(sums[name]).div_(seen) for name in processes.in_any(reached, sums)}
 
 
 def _of_batch(loss: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ numbers of the whole split and selects the same.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,9 +80,11 @@ class Processes:
         ranks = torch.full((len(rows),), self.rank, device=rows.device)
         return self.gather(rows)[self.gather(ranks) < self.rank]
 
-    def any_of(self, flags: Iterable[bool]) -> list[bool]:
-        """Return for each flag whether any process has set it; they have the same flags in the same order."""
-        return [count > 0 for count in self.add_up(torch.tensor([int(flag) for flag in flags])).tolist()]
+    def in_any(self, found: Container[str], names: Iterable[str]) -> list[str]:
+        """Return those of ``names``, which are the same in all processes, that lie in ``found`` of any of them."""
+        names = list(names)
+        counts = self.add_up(torch.tensor([int(name in found) for name in names])).tolist()
+        return [name for name, count in zip(names, counts, strict=True) if count]
 
     def require_same(self, text: str, what: str) -> None:
         """Raise ``UserError`` in every process where ``text`` is not the same in all of them."""

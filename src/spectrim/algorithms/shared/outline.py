@@ -67,14 +67,17 @@ class Outline:
     @property
     def moment_bytes(self) -> int:
         """Bytes that are held of the second moments, in float64."""
-        dense = isinstance(self.module, nn.Embedding)
-        return 8 * self.matrices * sum(self.moments if dense else map(packed.entries, self.moments))
+        diagonal = isinstance(self.module, nn.Embedding)
+        return 8 * self.matrices * sum(self.moments if diagonal else map(packed.entries, self.moments))
 
     @property
     def decomposition(self) -> float:
-        """Operations of the decomposition, up to a factor: an SVD, and the root of each second moment."""
-        dense = isinstance(self.module, nn.Embedding)  # whose moments are diagonal
-        roots = 0 if dense else sum(12 * size**3 for size in self.moments)
+        """Operations of the decomposition, up to a factor: an SVD, and the root of each second moment.
+
+        A diagonal moment, as that of an embedding, has a root for next to nothing.
+        """
+        diagonal = isinstance(self.module, nn.Embedding)
+        roots = 0 if diagonal else sum(12 * size**3 for size in self.moments)
         return self.matrices * (20 * self.full_rank**2 * max(self.rows, self.columns) + roots)
 
     def factor(self, rank: int) -> FactoredLayer:
