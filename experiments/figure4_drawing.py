@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 
-from spectrim.report import figure, frame
+from spectrim.report import figure, frame, looks
 from spectrim.report.command import Options
 from spectrim.report.frontier import CURVES
 from spectrim.report.table import number
@@ -25,7 +25,6 @@ SHOWN = {
     "sensitivity": "sensitivity (ASVD)",
     "aimet": "greedy (AIMET)",
 }
-BEST_COLOUR = "#A50026"
 UNITS = {"params_kept": "parameters", "macs_kept": "MACs"}
 SHARES = {share: f"{unit} kept (%)" for share, unit in UNITS.items()}
 MEASURES = {"accuracy": ("test_accuracy", 100), "loss": ("test_loss", 1)}
@@ -148,17 +147,18 @@ def _errorbar(axis: Axes, own: pd.DataFrame, share: str, value: str, scale: floa
     first = own.iloc[0]
     best = first["best"]
     hollow = first["pivoted"] and not best
+    marker = looks.BEST.marker if best else CURVES[first["curve"]].marker
     axis.errorbar(
         100 * own[share],
         scale * own[value],
         xerr=100 * own[f"{share}_std"].fillna(0.0),
         yerr=scale * figure.bars(own, value, lowest),
         color=_colour(first),
-        marker=CURVES[first["curve"]].marker,
+        marker=marker,
         markerfacecolor="white" if hollow else None,
         linestyle=":" if first["kept"] else "--" if hollow else "-",
         linewidth=2.2 if best else 1.2,
-        markersize=6 if best else 4.5,
+        markersize=looks.size(marker, 6 if best else 4.5),
         capsize=2,
         label=first["variant"],
         zorder=3 if best else None,
@@ -168,7 +168,7 @@ def _errorbar(axis: Axes, own: pd.DataFrame, share: str, value: str, scale: floa
 def _colour(row: "pd.Series[Any]") -> str:
     """Return the colour of a curve by one of its rows: darker with BatchNorm kept, lighter with pivoted factors."""
     if row["best"]:
-        return BEST_COLOUR
+        return looks.BEST.colour
     kept, pivoted = bool(row["kept"]), bool(row["pivoted"]) and not row["by_loss"]
     red, green, blue = (pivoted / 2 + part / 2 ** (kept + pivoted) for part in to_rgb(CURVES[row["curve"]].colour))
     return to_hex((red, green, blue))

@@ -8,29 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from figure4_drawing import BEST_COLOUR
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
-from spectrim.report import command, figure, selectors, table
+from spectrim.report import command, figure, looks, selectors, table
 from spectrim.report.command import Options
-from spectrim.report.figure import SERIES
-from spectrim.report.frontier import CURVES
+from spectrim.report.looks import Look
 from spectrim.report.selectors import BUDGETS
 from spectrim.report.table import Column, Table, number
 
 LISTED = Path(__file__).with_name("selectors.csv")
-# Colour and marker of the selectors that other figures show, too; then those of all others, in the order of the list.
-KNOWN = {
-    "joint": (CURVES["joint"].colour, CURVES["joint"].marker),
-    "joint, pivoted": (BEST_COLOUR, CURVES["joint"].marker),
-    "knapsack": (CURVES["knapsack"].colour, CURVES["knapsack"].marker),
-    "lossless": (SERIES["lossless", "one-shot"].colour, SERIES["lossless", "one-shot"].marker),
-    "compact": (SERIES["compact", "one-shot"].colour, SERIES["compact", "one-shot"].marker),
+# In the order of the legend, ours first.
+LOOKS: Mapping[str, Look] = {
+    "joint": looks.JOINT,
+    "joint, pivoted": looks.BEST,
+    "knapsack": looks.KNAPSACK,
+    "lossless": looks.LOSSLESS,
+    "compact": looks.COMPACT,
+    "reinforced": looks.REINFORCED,
+    "bayesian": looks.BAYESIAN,
+    "evbmf": looks.EVBMF,
+    "layerthreshold": looks.LAYER_THRESHOLD,
+    "pars": looks.PARS,
+    "haloc": looks.HALOC,
+    "cuttlefish": looks.CUTTLEFISH,
+    "l0gates": looks.L0_GATES,
+    "svdtraining": looks.SVD_TRAINING,
 }
-# Of Okabe and Ito, then muted ones by Paul Tol that differ from them.
-COLOURS = ("#009E73", "#882255", "#E69F00", "#44AA99", "#332288", "#AA4499", "#999933", "#117733", "#8C564B")
-MARKERS = "vsdP*phH<"
 NETWORK = ("resnet20", "cifar10")  # the figure shows this one, its appendix all others
 DEEPEST = 0.2  # accuracy below the dense network's at which a panel ends
 # The cost that each stage is drawn against, and the label of the axis.
@@ -68,13 +72,12 @@ def build(options: Options) -> list[Path]:
     rows = rows[rows["at"].notna() & (rows["cost"] > 0)]
     if rows.empty:
         raise command.lacking(options, "a selector that tells what it cost")
-    styles = _styles(listed)
     origin = command.origin(options, found, [LISTED])
     nets = list(zip(rows["model"], rows["data"], strict=True))
     first = NETWORK if NETWORK in nets else nets[0]
     pictures: list[Path] = []
     for name, own in figure.parts(options.name, rows, pd.Series([net == first for net in nets], index=rows.index)):
-        pictures += _draw(_panels(own), styles, name, options, origin)
+        pictures += _draw(_panels(own), name, options, origin)
     shown = pd.concat([panel.rows.assign(panel=panel.title) for panel in _panels(rows)])
     beside = Table(options.name, shown, COLUMNS, "Numbers of Figure 6: accuracy and cost", NOTES, "panel")
     return pictures + table.save([beside, beside.paper(PAPER)], options.out, origin)
@@ -113,18 +116,16 @@ def _panels(rows: pd.DataFrame) -> list[Panel]:
     return found
 
 
-def _draw(
-    panels: Sequence[Panel], styles: dict[str, Any], name: str, options: Options, origin: Mapping[str, Any]
-) -> list[Path]:
+def _draw(panels: Sequence[Panel], name: str, options: Options, origin: Mapping[str, Any]) -> list[Path]:
     with figure.panels(len(panels), 3, 2.6, _message(panels)) as (canvas, axes):
         for panel, axis in zip(panels, axes, strict=True):
-            _draw_panel(axis, panel, styles)
+            _draw_panel(axis, panel)
         for axis in axes[::3]:
             axis.set_ylabel("top-1 (%)")
         names = pd.concat([panel.rows for panel in panels]).drop_duplicates("approach")
-        order = names["selector"].map(list(styles).index)
+        order = names["selector"].map(list(LOOKS).index)
         for _, row in names.iloc[order.argsort(kind="stable")].iterrows():
-            axes[0].plot([], [], label=row["approach"], **_style(row, styles))
+            axes[0].plot([], [], label=row["approach"], **_style(row))
         if any((panel.rows["test_accuracy"] < panel.lowest).any() for panel in panels):
             axes[0].plot([], [], "o", color="#999999", markerfacecolor="none", label="hollow: below the panel")
         figure.legend(canvas, axes, 2)
@@ -161,21 +162,15 @@ def _reached(row: "pd.Series[Any]") -> tuple[str, str]:
     return number(100 * row["test_accuracy"], 1), number(row["cost"], 0 if row["cost"] >= 10 else 1)
 
 
-def _styles(listed: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Return the colour and marker of each selector, ours first. They do not depend on which selectors were run."""
-    others = [name for name in listed["selector"] if name not in KNOWN]
-    looks = KNOWN | dict(zip(others, zip(COLOURS, MARKERS, strict=True), strict=True))
-    return {
-        name: {"color": colour, "marker": marker, "markeredgecolor": colour, "markersize": 5.5, "linestyle": "none"}
-        for name, (colour, marker) in looks.items()
-    }
+def _style(row: "pd.Series[Any]") -> dict[str, Any]:
+    """Return how the points of a selector are drawn, which does not depend on the selectors that were run."""
+    colour, marker = LOOKS[row["selector"]]
+    edge = "#000000" if row["scratch"] else colour
+    size = looks.size(marker, 5.5)
+    return {"color": colour, "marker": marker, "markeredgecolor": edge, "markersize": size, "linestyle": "none"}
 
 
-def _style(row: "pd.Series[Any]", styles: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return styles[row["selector"]] | ({"markeredgecolor": "#000000"} if row["scratch"] else {})
-
-
-def _draw_panel(axis: Axes, panel: Panel, styles: dict[str, dict[str, Any]]) -> None:
+def _draw_panel(axis: Axes, panel: Panel) -> None:
     lowest = panel.lowest
     axis.axhline(100 * panel.dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)
     for _, row in panel.rows.iterrows():
@@ -189,7 +184,7 @@ def _draw_panel(axis: Axes, panel: Panel, styles: dict[str, dict[str, Any]]) -> 
             else [[100 * min(spread, row["test_accuracy"] - lowest)], [100 * spread]],
             capsize=2,
             clip_on=False,
-            **_style(row, styles) | hollow,
+            **_style(row) | hollow,
         )
     axis.set(xscale="log", xlabel=STAGES[panel.stage][1])
     axis.xaxis.set_minor_formatter(NullFormatter())  # its labels overlap on an axis of less than two decades

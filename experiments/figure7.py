@@ -12,8 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from spectrim.records.records import Record, algorithm_of, name_of
-from spectrim.report import averages, command, figure, frame, table
+from spectrim.report import averages, command, figure, frame, looks, table
 from spectrim.report.command import Options
+from spectrim.report.looks import Look
 from spectrim.report.table import Column, Table
 
 AIMED = 0.8  # share of the parameters; of several sizes the nearest to it is shown
@@ -30,13 +31,8 @@ KINDS = (
     (r"up_proj|intermediate\.dense|c_fc", "up"),
     (r"down_proj|output\.dense|mlp\.c_proj", "down"),
 )
-COLOURS = dict(
-    zip(
-        (kind for _, kind in KINDS),
-        ("#0072B2", "#56B4E9", "#009E73", "#000000", "#332288", "#CC79A7", "#E69F00", "#D55E00"),
-        strict=True,
-    )
-)
+COLOURS = "#0072B2", "#56B4E9", "#009E73", "#000000", "#332288", "#CC79A7", "#E69F00", "#D55E00"
+LOOKS = dict(zip((kind for _, kind in KINDS), map(Look, COLOURS, "ov^DsP*X"), strict=True))  # of kinds, not methods
 COLUMNS = (
     Column("panel", "model, method"),
     Column("kind", "layer"),
@@ -100,7 +96,7 @@ def _draw(rows: pd.DataFrame, title: str, name: str, options: Options, origin: M
     with figure.panels(len(names), 3, 2.2, title, share="y") as (canvas, axes):
         for panel, axis in zip(names, axes, strict=True):
             _panel(axis, rows[rows["panel"] == panel], panel)
-        figure.legend(canvas, axes, len(COLOURS))
+        figure.legend(canvas, axes, len(LOOKS))
         return figure.save(canvas, name, options.out, origin)
 
 
@@ -148,10 +144,11 @@ def _layer(layer: dict[str, Any]) -> list[dict[str, Any]]:
 def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
     for kind, own in rows.groupby("kind", sort=False):
         kept, spread = 100 * own["kept"], 100 * own["kept_std"].fillna(0.0)
-        style: Any = {"color": COLOURS[str(kind)], "linewidth": 1.1, "marker": "o", "markersize": 2.5}
+        colour, marker = LOOKS[str(kind)]
+        style: Any = {"color": colour, "linewidth": 1.1, "marker": marker, "markersize": looks.size(marker, 3.5)}
         axis.plot(own["block"], kept, label=str(kind), **style)
         low, high = (kept - spread).clip(lower=0.0), (kept + spread).clip(upper=100.0)
-        axis.fill_between(own["block"], low, high, color=COLOURS[str(kind)], alpha=0.15)
+        axis.fill_between(own["block"], low, high, color=colour, alpha=0.15)
     axis.set(title=fill(title, 30), xlabel="block", ylabel="parameters kept (%)", ylim=(0, 105))
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import table3
-from figure4_drawing import BEST_COLOUR
 from matplotlib.axes import Axes
 from matplotlib.ticker import MultipleLocator, NullFormatter, StrMethodFormatter
 
-from spectrim.report import averages, command, figure, table
+from spectrim.report import averages, command, figure, looks, table
 from spectrim.report.command import Options
 from spectrim.report.figure import Curve
 from spectrim.report.frontier import CURVES
@@ -25,7 +24,7 @@ DRAWN = {
     "knapsack_pivoted": replace(KNAPSACK, name="knapsack (BALF), pivoted"),
     "joint": JOINT,
     "joint_pivoted": replace(JOINT, name="joint, ours, pivoted"),
-    "two_sided_pivoted": Curve("joint, ours, both sides whitened, pivoted", BEST_COLOUR, JOINT.marker),
+    "two_sided_pivoted": Curve("joint, ours, both sides whitened, pivoted", *looks.BEST),
 }
 OURS = ("joint", "joint_pivoted", "two_sided_pivoted")
 TICKS = (10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 5000)
@@ -107,7 +106,7 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
             markerfacecolor="white" if hollow else None,
             linestyle="--" if hollow else "-",
             linewidth=1.2,
-            markersize=5,
+            markersize=looks.size(curve.marker, 5),
             capsize=2,
             label=curve.name,
         )

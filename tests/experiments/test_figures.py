@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.colors import to_hex
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Text
@@ -89,24 +92,43 @@ def test_a_main_figure_has_at_most_six_panels_and_figure_4_has_one(drawn: dict[s
     assert max(shown.values()) <= 6 and shown["figure4"] == 1
 
 
-def test_no_two_curves_of_a_panel_have_one_colour(drawn: dict[str, Figure]) -> None:
+def entries(axis: Axes) -> list[tuple[Line2D, str]]:
+    """Return each line that the axis gives to the legend, without its error bars, and its label."""
+    given: Any = zip(*axis.get_legend_handles_labels(), strict=True)
+    return [(handle[0] if isinstance(handle, tuple) else handle, label) for handle, label in given]
+
+
+def shape(line: Line2D) -> tuple[Any, ...]:
+    """Return what is left of a look without its colour: the marker, whether it is hollow or has an edge, the dashes."""
+    hollow = line.get_markerfacecolor() in ("white", "none")
+    return line.get_marker(), hollow, line.get_markeredgecolor() in ("black", "#000000"), line.get_linestyle()
+
+
+def lightness(line: Line2D) -> float:
+    """Return the lightness of the line's colour, in [0, 1]: the luma of Rec. 709."""
+    return float(np.dot(to_rgb(line.get_color()), [0.2126, 0.7152, 0.0722]))
+
+
+def test_series_of_a_panel_differ_in_shape_or_in_lightness(drawn: dict[str, Figure]) -> None:
+    """For those who see few colours."""
     for name, canvas in drawn.items():
         for axis in canvas.axes:
-            handles, labels = axis.get_legend_handles_labels()
-            looks = {}
-            for handle, label in zip(handles, labels, strict=True):
-                line: Any = handle[0] if isinstance(handle, tuple) else handle
-                # From scratch is the same selector: it differs in the edge of its marker.
-                looks[label] = (line.get_color(), line.get_markeredgecolor())
-            assert len(set(looks.values())) == len(looks), (name, looks)
+            for (first, label), (second, other) in combinations(entries(axis), 2):
+                lighter = lightness(first) - lightness(second)
+                assert shape(first) != shape(second) or abs(lighter) > 0.3, (name, label, other)
+
+
+def test_figure6_has_looks_of_different_shape_for_the_selectors_of_its_list(script: Script) -> None:
+    figure6 = script("figure6")
+    assert set(figure6.LOOKS) == set(pd.read_csv(figure6.LISTED)["selector"])
+    assert len({look.marker for look in figure6.LOOKS.values()}) == len(figure6.LOOKS)
 
 
 def test_a_method_has_one_colour_in_all_figures(drawn: dict[str, Figure]) -> None:
     colours: dict[str, set[Any]] = {"truncation": set(), "joint, ours": set(), "knapsack (BALF)": set()}
     for name in ("figure1", "figure3", "figure4_accuracy_parameters", "figure6", "figure8"):
         for axis in drawn[name].axes:
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-                line: Any = handle[0] if isinstance(handle, tuple) else handle
+            for line, label in entries(axis):
                 colours.get(label, set()).add(to_hex(line.get_color()))
     assert {label: len(found) for label, found in colours.items()} == dict.fromkeys(colours, 1)
 

@@ -15,7 +15,8 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from spectrim.report import coverage
+from spectrim.report import coverage, looks
+from spectrim.report.looks import Marker
 from spectrim.report.table import provenance_bytes
 from spectrim.tools import files
 
@@ -24,23 +25,21 @@ Share = Literal["none", "y", "all"]
 
 @dataclass(frozen=True)
 class Curve:
-    """How a curve or a set of points is drawn, and its name in the legend."""
+    """How a curve or a set of points is drawn, and its name in the legend. ``looks`` has the looks of methods."""
 
     name: str
     colour: str
-    marker: str
+    marker: Marker
 
 
-# The palette of Okabe and Ito is safe for all common types of colour blindness. Each colour also has its own marker.
-# A method has the same colour in every figure; ``frontier.CURVES`` holds the other selectors.
-DENSE = Curve("dense", "#000000", "_")
+DENSE = Curve("dense", *looks.DENSE)
 # By algorithm and mode.
 SERIES = {
-    ("truncation", ""): Curve("truncation", "#777777", "s"),
-    ("lossless", "one-shot"): Curve("lossless, one-shot", "#56B4E9", "^"),
-    ("lossless", "verified"): Curve("lossless, verified", "#0072B2", "v"),
-    ("compact", "one-shot"): Curve("compact, one-shot", "#CC79A7", "D"),
-    ("compact", "verified"): Curve("compact, verified", "#009E73", "o"),
+    ("truncation", ""): Curve("truncation", *looks.TRUNCATION),
+    ("lossless", "one-shot"): Curve("lossless, one-shot", *looks.LOSSLESS),
+    ("lossless", "verified"): Curve("lossless, verified", *looks.VERIFIED_LOSSLESS),
+    ("compact", "one-shot"): Curve("compact, one-shot", *looks.COMPACT),
+    ("compact", "verified"): Curve("compact, verified", *looks.VERIFIED_COMPACT),
 }
 FIRST, SECOND = "#0072B2", "#D55E00"  # of two quantities of the same runs
 WIDTH = 7.0  # inches; so wide a page shows a figure unscaled, with letters of 9 pt

@@ -7,23 +7,23 @@ from typing import Any
 import pandas as pd
 
 from spectrim.records.records import Record
-from spectrim.report import averages, claims, command, compare, frame
+from spectrim.report import averages, claims, command, compare, frame, looks
 from spectrim.report.claims import Claim
 from spectrim.report.command import Options
 from spectrim.report.figure import Curve
 
 # By the key that ``_key`` gives, in the order in which a panel draws them.
 CURVES = {
-    "truncation": Curve(frame.SELECTORS["truncation"], "#777777", "s"),
-    "energy": Curve("energy truncation", "#999933", "D"),
-    "globalthreshold": Curve(frame.SELECTORS["globalthreshold"], "#56B4E9", "^"),
-    "alds": Curve(frame.SELECTORS["alds"], "#CC79A7", "v"),
-    "aimet": Curve(frame.SELECTORS["aimet"], "#8C564B", "d"),
-    "sensitivity": Curve(frame.SELECTORS["sensitivity"], "#009E73", "P"),
-    "knapsack": Curve(frame.SELECTORS["knapsack"], "#0072B2", "o"),
-    "refitted": Curve("knapsack (BALF), refitted as ours", "#332288", "p"),
-    "verified": Curve("joint, ours, loss verified", "#E69F00", "*"),
-    "joint": Curve(frame.SELECTORS["joint"], "#D55E00", "X"),
+    "truncation": Curve(frame.SELECTORS["truncation"], *looks.TRUNCATION),
+    "energy": Curve("energy truncation", *looks.ENERGY),
+    "globalthreshold": Curve(frame.SELECTORS["globalthreshold"], *looks.GLOBAL_THRESHOLD),
+    "alds": Curve(frame.SELECTORS["alds"], *looks.ALDS),
+    "aimet": Curve(frame.SELECTORS["aimet"], *looks.AIMET),
+    "sensitivity": Curve(frame.SELECTORS["sensitivity"], *looks.SENSITIVITY),
+    "knapsack": Curve(frame.SELECTORS["knapsack"], *looks.KNAPSACK),
+    "refitted": Curve("knapsack (BALF), refitted as ours", *looks.REFITTED_KNAPSACK),
+    "verified": Curve("joint, ours, loss verified", *looks.VERIFIED_JOINT),
+    "joint": Curve(frame.SELECTORS["joint"], *looks.JOINT),
 }
 REFITS = ("refitted", "verified", "joint")  # curves whose refit moves the BatchNorm means with the factors
 KEPT = ", BatchNorm kept"
