@@ -15,7 +15,6 @@ from spectrim.runs import configuration
 ROOT = Path(__file__).parents[2]
 UNRUN = {  # no records yet
     *(f"table3/minilm/{name}_pivoted" for name in ("joint", "joint_with_embeddings")),
-    *(f"figure4/{networks}/energy_pivoted" for networks in ("resnet20", "other_nets")),
 }
 APART = {"smoke", "imagenet/table2", "imagenet/table2_packaged", *UNRUN}  # grids of no committed table
 
