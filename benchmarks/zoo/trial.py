@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import spectrim
 from spectrim.algorithms.shared.compressed import Compressed
-from spectrim.batches import hooked, pairs
+from spectrim.batches import pairs
 from spectrim.errors import UserError, first_line
 from spectrim.export.same_outputs import outputs_of, require_same
 from spectrim.surgery.cost import parameters
+from spectrim.tools.hooks import hooked
 
 KEPT = 0.8  # of the parameters
 SAMPLES = 8  # for the gates and for the refit
@@ -135,7 +136,7 @@ def _multiplied(model: nn.Module, result: Compressed) -> nn.Module:
 
 def _seeded(*models: nn.Module) -> AbstractContextManager[None]:
     """Seed the random numbers before each forward pass in the block: some models draw them in eval mode, too."""
-    return hooked([model.register_forward_pre_hook(_seed) for model in models])
+    return hooked(before=[(model, _seed) for model in models])
 
 
 def _seed(*_: Any) -> None:

@@ -119,10 +119,10 @@ def refuse_merges(model: nn.Module) -> None:
 def _adapters(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield each adapter of peft with the name of the layer inside of it, which further adapters may lie around."""
     for name, module in model.named_modules():
-        if isinstance(module._modules.get("base_layer"), nn.Module) and hasattr(type(module), "merge"):
-            base, place = module, name
-            while isinstance(inside := base._modules.get("base_layer"), nn.Module):
-                base, place = inside, f"{place}.base_layer" if place else "base_layer"
+        base, place = module, name
+        while (inside := dict(base.named_children()).get("base_layer")) is not None:
+            base, place = inside, f"{place}.base_layer" if place else "base_layer"
+        if base is not module and hasattr(type(module), "merge"):
             yield place, module
 
 
