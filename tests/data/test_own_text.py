@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spectrim.data import own_text as module
-from spectrim.data.own_text import own_text, together
+from spectrim.data.own_text import mixed, own_text
 from spectrim.errors import UserError
 from spectrim.losses import token_loss
 
@@ -58,18 +58,18 @@ def test_a_seed_gives_the_same_text_and_leaves_the_generator_and_the_mode_alone(
 
 
 def test_more_blocks_than_are_written_at_once_are_all_different(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TOGETHER", 2)
+    monkeypatch.setattr(module, "AT_ONCE", 2)
     text = own_text(tiny("gpt2"), 5, CONTEXT)
     assert len({tuple(row) for row in text.labels.tolist()}) == 5
 
 
 def test_two_splits_together_hold_the_blocks_of_both(tiny: Any) -> None:
     one, other = own_text(tiny("gpt2"), 3, CONTEXT, 0), own_text(tiny("gpt2"), 4, CONTEXT, 1)
-    both = together(one, other, 0)
+    both = mixed(one, other, 0)
     rows = [tuple(row) for row in torch.cat([one.labels, other.labels]).tolist()]
     found = [tuple(row) for row in both.labels.tolist()]
     assert sorted(found) == sorted(rows) and found != rows
-    assert together(one, other, 1).digest() != both.digest()
+    assert mixed(one, other, 1).digest() != both.digest()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from spectrim.data.own_text import own_text, together
+from spectrim.data.own_text import mixed, own_text
 from spectrim.data.splits import Pools
 from spectrim.data.text import TextSplit, TextSplits, blocks, identity_of, predicted
 from spectrim.errors import UserError
@@ -72,9 +72,9 @@ class Corpus(Pools, ABC):
         pool = {"held_out": rest[: self.held_out], "train": train, "test": of_test}[self.calibration_from]
         pool = shuffled(pool, self.calibration_seed)
         calibration, begun = self._first(tokenizer, pool, self.calibration_size, "calibration")
-        calibration = self._with_own_text(calibration)
         verification, _ = self._first(tokenizer, pool[begun:], self.verification_size, "verification")
         test, _ = self._first(tokenizer, of_test, self.test_size, "test")
+        calibration = self._with_own_text(calibration)  # last, as it takes minutes and the others may be refused
         splits = {"calibration": calibration, "verification": verification, "test": test}
         counts = ", ".join(f"{part} {predicted(split.labels):,}" for part, split in splits.items())
         if self.own_text:
@@ -100,7 +100,7 @@ class Corpus(Pools, ABC):
             return calibration
         model = pretrained.opened("AutoModelForCausalLM", self.tokenizer, dtype=torch.float32, use_safetensors=True)
         written = own_text(model, self.own_text, self.context, self.calibration_seed, self.batch_size)
-        return together(calibration, written, self.calibration_seed)
+        return mixed(calibration, written, self.calibration_seed)
 
     def _first(self, tokenizer: Any, documents: Sequence[str], count: int, part: str) -> tuple[TextSplit, int]:
         """Return the first ``count`` blocks of ``documents``, and the number of documents that they use."""

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.batches import device_of, evaluating
-from spectrim.data.text import TextSplit, Tokens
+from spectrim.data.text import TextSplit, without_padding
 from spectrim.errors import UserError
 from spectrim.fetch import pretrained
 from spectrim.tools.settings import require_seed
 
-TOGETHER = 32  # blocks written at once: a step of a small decoder takes hardly longer for all of them than for one
+AT_ONCE = 32  # blocks written together: a step of a small decoder takes hardly longer for all of them than for one
 
 
 def own_text(model: nn.Module, blocks: int = 64, context: int = 256, seed: int = 0, batch_size: int = 8) -> TextSplit:
@@ -35,20 +35,20 @@ def own_text(model: nn.Module, blocks: int = 64, context: int = 256, seed: int =
     made, device = list[Tensor](), device_of(model)
     with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        for begun in range(0, blocks, TOGETHER):
-            start_N1 = torch.full((min(TOGETHER, blocks - begun), 1), first, device=device)
+        for begun in range(0, blocks, AT_ONCE):
+            start_N1 = torch.full((min(AT_ONCE, blocks - begun), 1), first, device=device)
             made.append(_continued(model, start_N1, context))
     ids = torch.cat(made)
     identity = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
-    return TextSplit(lambda: Tokens(ids, torch.ones_like(ids), ids), f"own {identity}", batch_size, "own text")
+    return TextSplit(lambda: without_padding(ids), f"own {identity}", batch_size, "own text")
 
 
-def together(first: TextSplit, second: TextSplit, seed: int) -> TextSplit:
+def mixed(first: TextSplit, second: TextSplit, seed: int) -> TextSplit:
     """Return the blocks of two splits in one, in a random order that ``seed`` determines."""
     order = torch.randperm(len(first.labels) + len(second.labels), generator=torch.Generator().manual_seed(seed))
     ids = torch.cat([first.tokens.ids, second.tokens.ids])[order]
-    tokens = Tokens(ids, torch.ones_like(ids), ids)
-    return TextSplit(lambda: tokens, f"{first.identity} {second.identity} {seed}", first.batch_size, first.name)
+    identity = f"{first.identity} {second.identity} {seed}"
+    return TextSplit(lambda: without_padding(ids), identity, first.batch_size, first.name)
 
 
 def _first_token(model: nn.Module, context: int) -> int:

@@ -180,8 +180,12 @@ def blocks(tokenizer: Any, documents: Sequence[str], context: int, count: int | 
     whole = len(ids) // context if count is None else count
     if len(ids) < whole * context:
         raise UserError(f"{whole} blocks of {context} tokens were asked for, the documents hold {len(ids):,} tokens")
-    rows = torch.tensor(ids[: whole * context], dtype=torch.int64).view(whole, context)
-    return Tokens(rows, torch.ones_like(rows), rows), begun
+    return without_padding(torch.tensor(ids[: whole * context], dtype=torch.int64).view(whole, context)), begun
+
+
+def without_padding(ids: Tensor) -> Tokens:
+    """Return the blocks ``ids`` for a language model, every token of which counts."""
+    return Tokens(ids, torch.ones_like(ids), ids)
 
 
 def predicted(labels: Tensor) -> int:
