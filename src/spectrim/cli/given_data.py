@@ -116,15 +116,18 @@ def _documents(source: str) -> Sequence[str]:
     if source.count("/") == 1 and not source.startswith(("/", ".", "~")):
         dataset, _, subset = source.partition(":")
         return column(rows(dataset, subset, "train"), "text", str)
-    return _known(source, CORPORA)().documents()[0]
+    return _known(source, CORPORA, OWN_TEXT)().documents()[0]
 
 
-def _known(source: str, kinds: Mapping[str, T]) -> T:
-    """Return the data set that has this name. Raises ``UserError`` where there is none."""
+def _known(source: str, kinds: Mapping[str, T], *others: str) -> T:
+    """Return the data set that has this name. Raises ``UserError`` where there is none.
+
+    ``others``: names that are taken elsewhere, for the message.
+    """
     if source not in kinds:
         raise UserError(
             f"--calibration {source} is not there; give a file, a folder, a text set of the hub as owner/name, or one "
-            f"of {', '.join(kinds)}"
+            f"of {', '.join([*kinds, *others])}"
         )
     return kinds[source]
 
