@@ -111,13 +111,15 @@ def test_models_that_several_threads_compress_at_once_are_as_one_after_the_other
     splits = [(x, y[:4]) for x, y in data()]
     fused = torch.backends.mha.get_fastpath_enabled()
 
-    def compressed() -> tuple[nn.Module, float]:
-        result = spectrim.compress(Attending(), calibration=splits, algorithm=spectrim.Joint(macs_kept=0.7, refit=32))
+    def compressed(model: nn.Module) -> tuple[nn.Module, float]:
+        result = spectrim.compress(model, calibration=splits, algorithm=spectrim.Joint(macs_kept=0.7, refit=32))
         return result.model, result.macs_kept
 
-    model, macs = compressed()
+    # Built here: threads that build models share one state of the random numbers, and the weights would differ.
+    models = [Attending() for _ in range(4)]
+    model, macs = compressed(models[0])
     with ThreadPoolExecutor(3) as pool:
-        found = [pool.submit(compressed) for _ in range(3)]
+        found = [pool.submit(compressed, one) for one in models[1:]]
     assert all(equal(one.result()[0], model) and one.result()[1] == macs for one in found)
     assert torch.backends.mha.get_fastpath_enabled() == fused
 
