@@ -31,12 +31,12 @@ def test_one_replacement_and_its_undoing_reach_all_of_them(form: EmbeddingForm) 
     net = model(nn.Linear, nn.Embedding, nn.Embedding)
     bias, dense = net[0].bias, net[1]
     before = tied.tied_layers(net)
-    replacing.replace(net, "1", form.layer_for(dense, 2))
+    undo = replacing.replace(net, "1", form.layer_for(dense, 2))
     assert [type(layer) for layer in net] == [TiedLinear, FactoredEmbedding, FactoredEmbedding]
     assert tied.tied_layers(net) == before == {"1": ("0", "2")}  # and none of the layers inside
     assert net[0].bias is bias and net[2].first.weight is net[1].first.weight
-    replacing.replace(net, "1", dense)
-    assert [type(layer) for layer in net] == [nn.Linear, nn.Embedding, nn.Embedding]
+    undo()
+    assert net[1] is dense and [type(layer) for layer in net] == [nn.Linear, nn.Embedding, nn.Embedding]
     assert net[0].weight is net[1].weight is net[2].weight and net[0].bias is bias
     assert tied.notes(net, ["1"]) == dict.fromkeys(["0", "2"], "its rank is that of 1, whose weight it shares")
     assert tied.notes(net, []) == {}

@@ -36,9 +36,8 @@ class Probe:
         dense_loss = objective.evaluate(working).loss
         rows: list[dict] = []
         for name, spectrum in Bar(bench.spectra.items(), "probe", unit="layer", leave=False):
-            dense_layer = working.get_submodule(name)
             for rank in sorted({max(1, round(ratio * spectrum.max_rank)) for ratio in self.ratios}):
-                replacing.replace(working, name, spectrum.factor(rank))
+                undo = replacing.replace(working, name, spectrum.factor(rank))
                 rows.append(
                     {
                         "layer": name,
@@ -50,5 +49,5 @@ class Probe:
                         "split": "calibration",
                     }
                 )
-            replacing.replace(working, name, dense_layer)
+                undo()
         return Readings(rows, [*bench.notes])

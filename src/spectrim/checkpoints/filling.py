@@ -101,21 +101,20 @@ def architecture_of(model: nn.Module) -> str:
 def factored(model: nn.Module, plan: RankPlan, where: str | Path) -> Iterator[None]:
     """Replace the layers of ``plan`` by factored ones; put the dense ones back where the block raises."""
     pack_again = unpack_around(model, plan.keys())
-    dense: dict[str, nn.Module] = {}
+    undo: list[Callable[[], None]] = []
     new: dict[str, nn.Module] = {}
     try:
         for name, kept in plan.items():
             try:
-                dense[name] = model.get_submodule(name)
-                new[name] = kept.form.layer_for(dense[name], kept.rank)
+                new[name] = kept.form.layer_for(model.get_submodule(name), kept.rank)
             except (AttributeError, UserError) as error:
                 raise UserError(f"{where} is of another architecture, layer {name!r}: {error}") from None
         for name, layer in new.items():
-            replace(model, name, layer)
+            undo.append(replace(model, name, layer))
         yield
     except BaseException:
-        for name in new:
-            replace(model, name, dense[name])
+        for one in reversed(undo):
+            one()
         pack_again()
         raise
 

@@ -35,17 +35,21 @@ LAYERS = {{
 # Further names of tensors that are stored once.
 SHARED = {{
 {shared}}}
+# The attributes in which a layer holds its hooks.
+HOOKS = ("_forward_", "_backward_", "_is_full_backward_")
 
 
 def load(model: nn.Module) -> nn.Module:
     """Put the low-rank layers into ``model``, fill it, and return it in eval mode.
 
-    The model decides precision and device.
+    The model decides precision and device. A layer stays the same object, with its hooks, wherever the model holds it.
     """
-    own = next(model.parameters())
     for name, make in LAYERS.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, make().to(own.device, own.dtype))
+        layer = model.get_submodule(name)
+        own = next(layer.parameters())
+        new = make().to(own.device, own.dtype)
+        hooks = {{key: value for key, value in vars(layer).items() if key.startswith(HOOKS)}}
+        layer.__class__, layer.__dict__ = type(new), vars(new) | hooks
     state = load_file(Path(__file__).with_name("{weights}"))
     state |= {{name: state[first] for name, first in SHARED.items()}}
     missing, unexpected = model.load_state_dict(state, strict=False)

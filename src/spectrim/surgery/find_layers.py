@@ -21,6 +21,8 @@ from spectrim.tools.content import content
 
 UNCALLED = "the model does not call it"
 ELSEWHERE = "the model calls it in another thread"
+# The methods by which a call of a layer becomes the product with its weight.
+STEPS = ("forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 
 
 def factorable(
@@ -130,9 +132,10 @@ def _reason(module: nn.Module) -> str | None:
     """Return why a layer stays dense, whatever the model does with it; None for a layer that can be replaced."""
     kinds = dense_kinds()
     weight = module._parameters.get("weight")  # module.weight might compute it, and that may change the module
-    if type(module).forward not in [kind.forward for kind in kinds] or "forward" in vars(module):
-        return f"{type(module).__name__} has a forward of its own"
-    if is_parametrized(module) or weight is None:
+    if own := _own_step(module, next(kind for kind in kinds if isinstance(module, kind))):
+        return f"{type(module).__name__} has a {own} of its own"
+    computed = any(hasattr(type(module), name) for name in ("weight", "bias"))  # as by a property
+    if computed or is_parametrized(module) or weight is None:
         return "its weight is computed from other parameters"
     if type(weight) is not nn.Parameter:
         return f"its weight is {with_article(weight)}"
@@ -146,6 +149,17 @@ def _reason(module: nn.Module) -> str | None:
         return f"a factored layer has an attribute {min(taken)} of its own"
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.scale_grad_by_freq or module.sparse):
         return "it renormalises what it looks up, or has gradients of its own kind"
+    return None
+
+
+def _own_step(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Return a step of a call that ``module`` or its class makes in another way than ``kind``; None where all agree.
+
+    Such a step is of the dense layer alone: a factored one in its place would not make it.
+    """
+    for name in STEPS:
+        if getattr(type(module), name, None) is not getattr(kind, name, None) or name in vars(module):
+            return name
     return None
 
 

@@ -1,7 +1,8 @@
 """Replace the layers of a model by factored ones, as a plan says."""
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,14 +21,27 @@ from spectrim.surgery.tied import places
 HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
 
 
-def replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put ``layer`` at the dotted ``name`` of ``model``, in place, as ``in_place_of`` the layer that was there.
+def replace(model: nn.Module, name: str, layer: nn.Module) -> Callable[[], None]:
+    """Let the layer at the dotted ``name`` of ``model`` become ``layer``, ``in_place_of`` what it was before.
 
-    Layers that share the weight of an embedding are replaced with it (``tied.places``).
+    The module stays the same object: the model may also hold it in a list, a bound method or a closure. Layers that
+    share the weight of an embedding are replaced with it (``tied.places``).
+
+    Returns a function that undoes it.
     """
+    undo = []
     for place, own in places(model, name, layer).items():
-        parent, _, child = place.rpartition(".")
-        setattr(model.get_submodule(parent), child, in_place_of(model.get_submodule(place), own))
+        module = model.get_submodule(place)
+        undo.append(partial(_become, module, type(module), dict(vars(module))))
+        own = in_place_of(module, own)
+        _become(module, type(own), dict(vars(own)))
+    return lambda: [one() for one in undo].clear()
+
+
+def _become(module: nn.Module, kind: type[nn.Module], attributes: Mapping[str, Any]) -> None:
+    module.__class__ = kind
+    vars(module).clear()
+    vars(module).update(attributes)
 
 
 def in_place_of(before: nn.Module, layer: nn.Module) -> nn.Module:

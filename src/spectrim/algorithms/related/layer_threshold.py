@@ -122,8 +122,7 @@ class _Layers:
         return float(self.log[name, rank]["score"])
 
     def _measured(self, name: str, rank: int) -> float:
-        layer = self.working.get_submodule(name)
-        replacing.replace(self.working, name, self.bench.spectra[name].factor(rank))
+        undo = replacing.replace(self.working, name, self.bench.spectra[name].factor(rank))
         score = error_or_loss(self.working, self.bench.objective, self.judged_by) - self.dense
-        replacing.replace(self.working, name, layer)
+        undo()
         return score

@@ -76,9 +76,8 @@ class Sensitivity(Budgeted):
         for name, spectrum in Bar(bench.spectra.items(), "sensitivity", unit="layer", leave=False):
             weight = bench.model.get_submodule(name).weight.numel()  # type: ignore[operator]
             ranks = {max(1, spectrum.rank_within(ratio * weight)) for ratio in self.ratios}
-            layer = working.get_submodule(name)
             for rank in sorted((rank for rank in ranks if rank <= spectrum.break_even), reverse=True):
-                replacing.replace(working, name, spectrum.factor(rank))
+                undo = replacing.replace(working, name, spectrum.factor(rank))
                 log.append({"layer": name, "rank": rank, "change": bench.objective.evaluate(working).loss - dense})
-            replacing.replace(working, name, layer)
+                undo()
         return log

@@ -49,10 +49,9 @@ def _measured(bench: Workbench, ranks: Mapping[str, int], samples: int) -> dict[
 
             dense = log_probabilities()
             for i, name in enumerate(names):
-                layer = working.get_submodule(name)
-                replacing.replace(working, name, cut[i])
+                undo = replacing.replace(working, name, cut[i])
                 sums[i] += float(F.kl_div(log_probabilities(), dense, reduction="sum", log_target=True))
-                replacing.replace(working, name, layer)
+                undo()
             objective.read["calibration"] += len(names) * sample_count(targets, inputs)
             count += len(dense)
     processes = objective.processes("calibration")

@@ -140,9 +140,8 @@ class Walk(ABC):
             layer = layers[name]
             if self.refresh and chosen:
                 self._predict(layer, self._refreshed(bench, working).get(name))
-            dense_layer = working.get_submodule(name)
             for rank in _spread(layer.listed, self.tries):
-                replacing.replace(working, name, bench.spectra[name].factor(rank))
+                undo = replacing.replace(working, name, bench.spectra[name].factor(rank))
                 measured = bench.objective.loss_within(working, self.verify_on, most, dense.n)
                 log.append(
                     {
@@ -156,7 +155,7 @@ class Walk(ABC):
                 if measured is not None:
                     chosen[name], loss = rank, measured
                     break
-                replacing.replace(working, name, dense_layer)
+                undo()
         return chosen, log
 
     def _refreshed(self, bench: Workbench, working: nn.Module) -> dict[str, Tensor]:

@@ -61,8 +61,8 @@ def refusal(module: nn.Module) -> str | None:
     own = class_for(module)
     if own is None:
         return None
-    if "forward" in vars(module):
-        return f"{type(module).__name__} has a forward of its own"
+    if own_method := next((name for name in vars(module) if callable(getattr(type(module), name, None))), None):
+        return f"{type(module).__name__} has a {own_method} of its own"
     if not set(own.packed_names(module)) <= module._parameters.keys():
         return "its weight is computed from other parameters"
     parameters = list(module.parameters(recurse=False))
