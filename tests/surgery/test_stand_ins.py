@@ -52,6 +52,35 @@ def test_a_layer_whose_class_decides_on_the_outputs_stays_dense() -> None:
         torch.testing.assert_close(result.model(x), model(x))
 
 
+class Opaque:
+    """Outputs of a class that no package knows."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self, scores: Tensor) -> None:
+        self.inner = {"scores": [scores]}
+
+
+WRAPPED: list[Callable[[Tensor], Any]] = [
+    lambda scores: torch.distributions.Categorical(logits=scores),
+    Opaque,
+    lambda scores: scores.numpy(),
+    lambda scores: {"largest": scores.max().item()},
+    lambda scores: torch.complex(torch.zeros_like(scores), scores),
+]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_so_it_does_where_the_outputs_are_no_tensors(wrap: Callable[[Tensor], Any]) -> None:
+    class Wrapped(AsksForClass):
+        def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+            return wrap(super().forward(x))
+
+    torch.manual_seed(0)
+    result = spectrim.compress(Wrapped(), calibration=inputs(), algorithm=spectrim.Truncation(rank=2))
+    assert set(result.plan) == {"layers.1", "head"}
+
+
 def with_lambda() -> nn.Module:
     model = plain()
     dense = model.forward
@@ -84,6 +113,82 @@ def test_a_model_whose_copy_would_call_the_given_one_is_refused(make: Callable[[
     with pytest.raises(UserError, match=f"still calls '{called}' of the given one") as refusal:
         spectrim.compress(make(), calibration=inputs(), algorithm=HALF)
     assert "\n" not in str(refusal.value)
+
+
+def with_list() -> nn.Module:
+    model = plain()
+    parts = [model[2]]
+    model[0].register_forward_hook(lambda _, __, output: output + parts[0].forward(output))
+    return model
+
+
+@pytest.mark.parametrize("make", [with_lambda, with_hook, with_list, Weakly])
+def test_a_model_that_is_not_run_is_refused_where_a_copy_could_call_the_given_one(
+    make: Callable[[], nn.Module],
+) -> None:
+    with pytest.raises(UserError, match="a function, hook or weak reference in .* the given one.*; pass calibration="):
+        spectrim.compress(make(), algorithm=HALF)
+
+
+class Recording(nn.Module):
+    """Keeps what a layer puts out by a hook, and goes on from there."""
+
+    def __init__(self, keep: Callable[["Recording", Tensor], Any], read: Callable[["Recording"], Tensor]) -> None:
+        super().__init__()
+        self.body, self.head, self.read, self.kept = plain(), nn.Linear(8, 8), read, list[Tensor]()
+        self.by_name = dict[str, Tensor]()
+        self.body.register_forward_hook(lambda _, __, output: keep(self, output) and None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.body(x)
+        return self.head(self.read(self))
+
+
+def of_attribute() -> Recording:
+    return Recording(lambda model, output: setattr(model, "last", output), lambda model: model.last)  # type: ignore[arg-type, return-value]
+
+
+def of_list() -> Recording:
+    return Recording(lambda model, output: model.kept.append(output), lambda model: model.kept[-1])
+
+
+def of_dict() -> Recording:
+    return Recording(lambda model, output: model.by_name.update(a=output), lambda model: model.by_name["a"])
+
+
+@pytest.mark.parametrize(("make", "where"), [(of_attribute, "last"), (of_list, "kept"), (of_dict, "by_name")])
+def test_a_model_whose_copy_would_read_what_the_given_one_kept_is_refused(
+    make: Callable[[], nn.Module], where: str
+) -> None:
+    model, (x,) = make(), inputs()
+    model(x)
+    with pytest.raises(UserError, match=f"still writes to '{where}' of the given one"):
+        spectrim.compress(model, calibration=[x], algorithm=HALF)
+
+
+class KeepsItself(nn.Module):
+    """Counts its calls and keeps its last output, by a method that a copy takes along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.calls, self.kept = plain(), 0, list[Tensor]()
+        self.body.register_forward_hook(self.keep)
+
+    def keep(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        self.calls += 1
+        self.kept.append(output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.body(x)
+        return self.kept[-1]
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_a_copy_reads_what_it_kept_itself(calibrated: bool) -> None:
+    model, (x,) = KeepsItself(), inputs()
+    model(x)
+    result = spectrim.compress(model, algorithm=HALF, **({"calibration": [x]} if calibrated else {}))
+    assert torch.equal(result.model(2 * x), result.model.body(2 * x)) and model.calls == len(model.kept) == 1
 
 
 class ByPartial(nn.Module):

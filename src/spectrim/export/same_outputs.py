@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, tensors_of, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, to_device
 from spectrim.errors import UserError, first_line
+from spectrim.surgery.comparable import comparable
 from spectrim.surgery.stand_ins import UNSTEADY, is_steady
 
 TOLERANCE = 1e-3  # of the largest output; another order of sums in float32 gives 1e-5
@@ -17,7 +18,7 @@ HALF_TOLERANCE = 5e-2
 def outputs_of(model: nn.Module, example: Inputs) -> list[Tensor]:
     """Return every tensor that ``model`` gives for ``example`` in eval mode, without a gradient."""
     with evaluating(model), torch.no_grad():
-        return tensors_of(forward(model, to_device(example, device_of(model))))
+        return comparable(forward(model, to_device(example, device_of(model))))
 
 
 def require_same(
@@ -30,7 +31,7 @@ def require_same(
     """
     try:
         expected = outputs_of(model, example)
-        found = outputs_of(written, example) if isinstance(written, nn.Module) else tensors_of(written(example))
+        found = outputs_of(written, example) if isinstance(written, nn.Module) else comparable(written(example))
     except Exception as error:  # A runtime raises errors of its own.
         raise UserError(f"with {what} the model fails: {first_line(error)}; {advice}") from None
     agree = len(found) == len(expected) and all(map(_close, found, expected))

@@ -4,6 +4,8 @@ A model may ask for the class of a layer, and a function or hook that it holds m
 factored layers would then compute something else without a word.
 """
 
+import operator
+from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from threading import Thread
@@ -12,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, forward, tensors_of, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, to_device
 from spectrim.errors import UserError
+from spectrim.factored.dense import attributes_of
+from spectrim.surgery.comparable import comparable
 from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.replacing import by_id, copied_with
 from spectrim.surgery.tied import tied_layers
@@ -119,7 +123,7 @@ def _outputs(model: nn.Module, example: Inputs, seed: int = 0) -> list[Tensor]:
     cards = [device] if device.type == "cuda" else []
     with unchanged(model), evaluating(model), torch.no_grad(), torch.random.fork_rng(cards):
         torch.manual_seed(seed)
-        return [output.clone() for output in tensors_of(forward(model, to_device(example, device)))]
+        return [output.clone() for output in comparable(forward(model, to_device(example, device)))]
 
 
 def _alike(ours: list[Tensor], theirs: list[Tensor]) -> bool:
@@ -137,7 +141,7 @@ def _is_near(one: Tensor, other: Tensor) -> bool:
 
 @contextmanager
 def _apart(own: nn.Module, others: Collection[nn.Module]) -> Iterator[None]:
-    """Raise ``UserError`` where a module of ``others`` is called inside the block, which only runs ``own``."""
+    """Raise ``UserError`` where the block, which only runs ``own``, calls or writes to a module of ``others``."""
     inside = set(own.modules())
     names = {module: name for other in others for name, module in other.named_modules() if module not in inside}
 
@@ -148,5 +152,27 @@ def _apart(own: nn.Module, others: Collection[nn.Module]) -> Iterator[None]:
         )
 
     plain = [module for module in names if not isinstance(module, torch.jit.ScriptModule)]
+    before = [_attributes(module) for module in plain]
     with hooked(before=[(module, refuse) for module in plain]):
         yield
+    for module, attributes in zip(plain, before, strict=True):
+        now = _attributes(module)
+        if written := [name for name in now if not _are_same(now[name], attributes.get(name))]:
+            where = ".".join(filter(None, (names[module], written[0])))
+            raise UserError(
+                f"a copy of the model still writes to {where!r} of the given one: a function or hook in it holds "
+                "it, and a copy would read what an earlier pass left; let the function take it from its arguments"
+            )
+
+
+def _attributes(module: nn.Module) -> dict[str, list[Any]]:
+    """Return what each attribute of ``module`` is, and what it holds where it is a container."""
+    return {name: [value, *_items(value)] for name, value in attributes_of(module).items()}
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value.values() if isinstance(value, dict) else value if isinstance(value, list | set | deque) else ())
+
+
+def _are_same(one: list[Any], other: list[Any] | None) -> bool:
+    return other is not None and len(one) == len(other) and all(map(operator.is_, one, other))

@@ -18,6 +18,7 @@ from spectrim.factored.dense import dense_kinds
 from spectrim.factored.plan import Keep, RankPlan, rank_of
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, latency, replacing, tied
+from spectrim.surgery.captured import refuse_captured
 from spectrim.surgery.cost import layer_parameters
 from spectrim.surgery.given_model import copied, eager, unchanged, versions
 from spectrim.surgery.layer_choice import LayerChoice
@@ -79,7 +80,9 @@ class Workbench:
 
         left |= _that_runs(at_rank_1, dict.fromkeys(spectra, 1), example)[1]
         running, steady = [name for name in spectra if name not in left], True
-        if running and example is not None:
+        if example is None:
+            refuse_captured(model)
+        elif running:
             found, steady = misled_and_steady(opened, model, running, example)
             left |= found
         spectra = {name: spectrum for name, spectrum in spectra.items() if name not in left}
