@@ -1,5 +1,6 @@
 """A selection for which memory is short says so before it decomposes anything, and goes on."""
 
+import time
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ import spectrim
 from spectrim.algorithms.shared import outline
 from spectrim.algorithms.shared.outline import Outline, decomposing_bytes
 from spectrim.cli import run
+from spectrim.decomposers.spectrum import outputs_of
 from spectrim.decomposers.svd import SVD
+from spectrim.decomposers.two_sided import TwoSidedSVD
 from spectrim.decomposers.whitened import WhitenedSVD
+from spectrim.factored.dense import DenseLayer
 
 
 def linears(width: int = 16) -> nn.Module:
@@ -74,3 +78,20 @@ def test_where_there_is_enough_nothing_is_said(said: Any, monkeypatch: pytest.Mo
 def test_a_cell_of_a_grid_says_it(said: Any, compose: Any, digits: list[str]) -> None:
     run.run(compose(*digits, "algorithm=truncation"))
     assert len(said()) == 1 and "are free; give layers_at_once=8" in said()[0]
+
+
+@pytest.mark.parametrize("decomposer", [WhitenedSVD("channel"), TwoSidedSVD("channel")], ids=repr)
+def test_operations_of_small_and_large_layers_take_like_times(decomposer: Any) -> None:
+    rates = []
+    for rows, columns in ((192, 576), (576, 1536), (1152, 576)):  # an SVD; the Gram matrix; that of a tall matrix
+        layer = nn.Linear(columns, rows)
+        view = DenseLayer.of(layer).view("channel")
+        x, g = torch.randn(2000, columns), torch.randn(2000, rows)
+        moments = {view: (x.T @ x).double()[None] / 2000, outputs_of(view): (g.T @ g).double()[None] / 2000}
+        times = []
+        for _ in range(2):
+            start = time.process_time()
+            decomposer.spectrum(layer, moments)
+            times.append(time.process_time() - start)
+        rates.append(min(times) / Outline.of("", layer, decomposer).decomposition)
+    assert max(rates) < 4 * min(rates)

@@ -12,6 +12,7 @@ from spectrim.decomposers.spectrum import Decomposer, directions_of
 from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.forms import EmbeddingForm, Form, PlainForm
+from spectrim.factored.large import WHITENED
 from spectrim.statistics import packed
 from spectrim.surgery.cost import parameters
 from spectrim.tools.free_memory import free_memory, in_gb
@@ -25,6 +26,7 @@ class Outline:
 
     ``matrices``: number of matrices of ``rows`` x ``columns`` that the weight is read as.
     ``moments``: sizes of the second moments that the decomposer takes, one or two for each view.
+    ``both_sides``: whether there are two for each view, of the inputs and of the gradients at the outputs.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Outline:
     rows: int
     columns: int
     moments: tuple[int, ...]
+    both_sides: bool
 
     @classmethod
     def of(cls, name: str, module: nn.Module, decomposer: Decomposer) -> "Outline":
@@ -42,9 +45,10 @@ class Outline:
         view = dense.view(getattr(decomposer, "view", "channel"))
         parts = parts if dense.inputs % parts == 0 else 1
         form: Form = EmbeddingForm() if isinstance(module, nn.Embedding) else PlainForm(view, parts)
-        sides = (1,) if directions_of(decomposer) is None else (1, 0)
+        both = directions_of(decomposer) is not None
+        sides = (1, 0) if both else (1,)
         moments = tuple(dense.sides(own)[side] for own in decomposer.views(module) for side in sides)
-        return cls(name, module, form, dense.groups * parts, *dense.sides(view, parts), moments)
+        return cls(name, module, form, dense.groups * parts, *dense.sides(view, parts), moments, both)
 
     @property
     def full_rank(self) -> int:
@@ -74,11 +78,23 @@ class Outline:
     def decomposition(self) -> float:
         """Operations of the decomposition, up to a factor: an SVD, and the root of each second moment.
 
-        A diagonal moment, as that of an embedding, has a root for next to nothing.
+        Large matrices have the Gram matrix in place of an SVD, and no root of the inputs' moment
+        (``large.left_vectors``). The root of the gradients' moment is triangular. A diagonal moment, as that of an
+        embedding, has a root for next to nothing.
         """
+        rows, columns, rank = self.rows, self.columns, self.full_rank
         diagonal = isinstance(self.module, nn.Embedding)
-        roots = 0 if diagonal else sum(12 * size**3 for size in self.moments)
-        return self.matrices * (20 * self.full_rank**2 * max(self.rows, self.columns) + roots)
+        of_inputs = self.moments[::2] if self.both_sides else self.moments
+        if of_inputs and not diagonal and rank >= WHITENED:
+            orthogonal = 6 * rows * rank**2 if rows > columns else 0  # the rows of a tall matrix
+            one = 12 * rank**3 + 2 * rank * columns * (columns + rank) + orthogonal
+            operations: float = len(of_inputs) * one
+        else:
+            roots = 0 if diagonal else sum(12 * size**3 for size in of_inputs)
+            operations = 20 * rank**2 * max(rows, columns) + roots
+        if self.both_sides:
+            operations += rows**3 / 3 + 2 * rows**2 * (columns + rank)
+        return self.matrices * operations
 
     def factor(self, rank: int) -> FactoredLayer:
         """Return a factored layer with random weights. It has the name that it has in a spectrum."""
