@@ -18,8 +18,9 @@ from torch import nn
 import spectrim
 from spectrim import api, language
 from spectrim.checkpoints import sharded
-from spectrim.cli import compressing, given_model, model_card
+from spectrim.cli import compressing, given_data, given_model, model_card
 from spectrim.cli.compress import main, parser
+from spectrim.data.own_text import own_text
 from spectrim.errors import MissingInput, UserError
 from spectrim.fetch import pretrained
 
@@ -104,6 +105,22 @@ def test_a_decoder_needs_no_data_but_its_own_text(word_folder: Path, place: Path
     assert main([*command, "--out", "small"]) == 0
     said = "text that the model wrote itself: "
     assert said in (place / "small" / "README.md").read_text()
+
+
+def test_a_dry_run_writes_few_blocks_of_its_own_text(
+    word_folder: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = []
+
+    def counting(model: nn.Module, blocks: int, *rest: Any) -> Any:
+        written.append(blocks)
+        return own_text(model, blocks, *rest)
+
+    monkeypatch.setattr(given_data, "own_text", counting)
+    command = text_command(word_folder)
+    command[command.index("--calibration") + 1] = "own-text"
+    assert main([*command, "--dry-run"]) == 0
+    assert written == [given_data.LEAST] and "parameters" in capsys.readouterr().out
 
 
 def test_a_module_of_your_own_is_written_to_a_folder_that_loads(place: Path) -> None:

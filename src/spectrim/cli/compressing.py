@@ -83,7 +83,7 @@ def _decoder(options: Namespace, arguments: Sequence[str]) -> None:
     context = int(min(options.context, getattr(model.config, "max_position_embeddings", None) or math.inf))
     size = (context, options.samples, options.batch_size or memory.batch_size, options.seed)
     if options.calibration == given_data.OWN_TEXT:
-        data = given_data.own_texts(model, *size)
+        data = given_data.own_texts(model, *size, dry_run=options.dry_run)
     else:
         data = options.calibration and given_data.texts(options.calibration, tokenizer, *size)
 

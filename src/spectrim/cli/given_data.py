@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -23,7 +24,7 @@ from spectrim.data.imdb import IMDBCorpus
 from spectrim.data.mnist import MNIST
 from spectrim.data.own_text import own_text
 from spectrim.data.sotu import SOTU
-from spectrim.data.text import TextSplit, Tokens, blocks, identity_of
+from spectrim.data.text import TextSplit, Tokens, blocks, identity_of, without_padding
 from spectrim.errors import UserError
 from spectrim.losses import Loss, logits_of, token_loss
 from spectrim.tools.imagenet import MEAN, STD
@@ -78,10 +79,15 @@ def texts(source: str, tokenizer: Any, context: int, samples: int, batch_size: i
     return _in_three(tokens, identity_of(tokenizer, context, documents[:used], [count]), batch_size, source)
 
 
-def own_texts(model: nn.Module, context: int, samples: int, batch_size: int, seed: int) -> Data:
-    """Return blocks of text that ``model`` writes itself (``own_text.own_text``), as many as ``texts`` returns."""
-    written = own_text(model, max(LEAST, 2 * samples), context, seed)
-    return _in_three(written.tokens, written.identity, batch_size, "text that the model wrote itself")
+def own_texts(model: nn.Module, context: int, samples: int, batch_size: int, seed: int, dry_run: bool = False) -> Data:
+    """Return blocks of text that ``model`` writes itself (``own_text.own_text``), as many as ``texts`` returns.
+
+    ``dry_run``: write ``LEAST`` of them and repeat these. To tell times and sizes, no others are needed.
+    """
+    count = max(LEAST, 2 * samples)
+    written = own_text(model, LEAST if dry_run else count, context, seed)
+    ids = written.tokens.ids.repeat(math.ceil(count / len(written.labels)), 1)[:count]
+    return _in_three(without_padding(ids), written.identity, batch_size, "text that the model wrote itself")
 
 
 def _in_three(tokens: Tokens, identity: str, batch_size: int, source: str) -> Data:
