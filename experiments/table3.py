@@ -33,9 +33,12 @@ KINDS = {
     "two_sided": "joint, ours, both sides whitened",
     "two_sided_pivoted": "joint, ours, both sides whitened, pivoted",
     "two_sided_own_text_pivoted": "joint, ours, both sides whitened, own text too, pivoted",
+    "two_sided_less_text_pivoted": "joint, ours, both sides whitened, a quarter of the text, pivoted",
+    "two_sided_more_text_pivoted": "joint, ours, both sides whitened, four times the text, pivoted",
     "two_sided_refitted": "joint, ours, both sides whitened, refitted",
     "two_sided_refitted_pivoted": "joint, ours, both sides whitened, pivoted, refitted",
 }
+TEXTS = {16: "_less_text", 256: "_more_text"}  # calibration blocks, in place of 64
 DRAWS = 3  # calibration draws of every grid; a row with fewer says so
 ALGORITHMS = ("truncation", "lossless", "compact", "rankselection", "knapsack", "joint")
 PAPER = ("net", "method", "params_kept", "perplexity", "test_accuracy")
@@ -148,8 +151,8 @@ def _kind(row: "pd.Series[Any]") -> str:
     if row["algorithm"] != "joint":
         return f"{row['algorithm']}{pivoted}"
     if settings[f"{base}.{CLASS}"] == "TwoSidedSVD":
-        own_text = "_own_text" if settings.get("data.own_text") else ""
-        return f"two_sided{own_text}{'_refitted' if settings.get('algorithm.refit') else ''}{pivoted}"
+        text = "_own_text" if settings.get("data.own_text") else TEXTS.get(settings.get("data.calibration_size"), "")
+        return f"two_sided{text}{'_refitted' if settings.get('algorithm.refit') else ''}{pivoted}"
     if settings.get("algorithm.refit"):
         return f"refitted{pivoted}"
     if pivoted:

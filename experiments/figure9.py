@@ -1,0 +1,129 @@
+"""Figure 9: perplexity of decoders against the text that they are calibrated on (records of Table 3)."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import table3
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
+
+from spectrim.report import averages, command, figure, looks, table
+from spectrim.report.command import Options
+from spectrim.report.table import Column, Table, number
+
+OWN_TEXT = "two_sided_own_text_pivoted"
+KINDS = ("two_sided_less_text_pivoted", "two_sided_pivoted", "two_sided_more_text_pivoted", OWN_TEXT)
+LOOKS = dict(zip((0.9, 0.8, 0.7), (looks.TRUNCATION, looks.BEST, looks.KNAPSACK), strict=True))  # of sizes, not methods
+KEYS = ("panel", "requested", "text", "tokens")
+COLUMNS = (
+    Column("panel", "model, test corpus"),
+    Column("requested", "params kept %", 0, scale=100),
+    Column("text", "calibration text"),
+    Column("tokens", "calibration tokens", 0),
+    Column("perplexity", "perplexity", 2),
+    Column("n", "n"),
+)
+NOTES = (
+    averages.NOTE,
+    "Joint selection with pivoted factors of the spectrum whitened on both sides. The first corpus of a model is that "
+    "of its calibration texts, on other documents. Own text: half of the tokens are of text that the model wrote "
+    "itself. The dense model is the line.",
+)
+
+
+def build(options: Options) -> list[Path]:
+    """Draw one panel per decoder and corpus, one line per size, and build the table of the same numbers."""
+    found = command.load(options)
+    runs = table3.described(command.runs(options, found, table3.ALGORITHMS))
+    others = table3.add_perplexities(runs, found)
+    points = runs[runs["kind"].isin(KINDS) & ~runs["embedding"] & runs["perplexity"].notna()]
+    if points.empty:
+        raise command.lacking(options, "joint selection on a decoder, whitened on both sides and pivoted")
+    given = points["settings"]
+    points = points.assign(
+        text=["own text too" if kind == OWN_TEXT else "of the corpus" for kind in points["kind"]],
+        tokens=[(one["data.calibration_size"] + one.get("data.own_text", 0)) * one["data.context"] for one in given],
+    )
+    rows = pd.concat([_of_corpus(points, name) for name in ["", *others]], ignore_index=True)
+    origin = command.origin(options, found)
+    shown = Table(options.name, rows, COLUMNS, "Numbers of Figure 9: perplexity by calibration text", NOTES, "panel")
+    return _draw(rows, options, origin) + table.save([shown], options.out, origin)
+
+
+def _of_corpus(points: pd.DataFrame, other: str) -> pd.DataFrame:
+    """Return the means on the test corpus of each model, or on the corpus ``other``, the dense model last."""
+    tail = f"_{other}" if other else ""
+    own = points.assign(
+        panel=points["model"] + ", " + (other or points["data"]),
+        perplexity=points[f"perplexity{tail}"],
+        dense=points[f"dense_perplexity{tail}"],
+    ).dropna(subset="perplexity")
+    dense = own.drop_duplicates(["panel", "seed"]).assign(
+        requested=1.0, text="none: dense", tokens=0, calibration_seed=None, perplexity=lambda rows: rows["dense"]
+    )
+    own = own.sort_values(["panel", "requested", "text", "tokens"], ascending=[True, False, True, True], kind="stable")
+    return averages.over_seeds(pd.concat([own, dense]), KEYS, ["perplexity"])
+
+
+def _draw(rows: pd.DataFrame, options: Options, origin: dict) -> list[Path]:
+    names = list(dict.fromkeys(rows["panel"]))
+    with figure.panels(len(names), 2, 3.2, _title(rows), share="y") as (canvas, axes):
+        for name, axis in zip(names, axes, strict=True):
+            _panel(axis, rows[rows["panel"] == name], name)
+        low, high = 0.9 * rows["perplexity"].min(), 1.1 * rows["perplexity"].max()
+        for axis in axes:
+            axis.set(yscale="log", ylim=(low, high), xlabel="calibration tokens (thousands)", ylabel="perplexity")
+            axis.set_yticks([tick for tick in (20, 30, 40, 50, 60, 80, 100, 150, 200, 300) if low <= tick <= high])
+            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+        figure.legend(canvas, axes)
+        return figure.save(canvas, options.name, options.out, origin)
+
+
+def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
+    dense = float(rows.loc[rows["tokens"] == 0, "perplexity"].iloc[0])
+    axis.axhline(dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)
+    for size, (colour, marker) in LOOKS.items():
+        for text, own in rows[(rows["requested"] == size) & (rows["tokens"] > 0)].groupby("text", sort=False):
+            alone = text == "of the corpus"
+            axis.errorbar(
+                own["tokens"] / 1000,
+                own["perplexity"],
+                yerr=figure.bars(own, "perplexity", 0.9 * dense),
+                color=colour,
+                marker=marker,
+                markerfacecolor=None if alone else "white",
+                linestyle="-" if alone else "none",
+                linewidth=1.2,
+                markersize=looks.size(marker, 5),
+                capsize=2,
+                label=f"{100 * size:g} % of the parameters{'' if alone else f', {text}'}",
+            )
+    axis.set(title=title, xscale="log")
+    axis.xaxis.set_major_locator(FixedLocator(sorted(set(rows.loc[rows["tokens"] > 0, "tokens"] / 1000))))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+
+
+def _title(rows: pd.DataFrame) -> str:
+    """Return the message: what the least and the most text give at the size with most doses, corpus by corpus."""
+    doses = rows[rows["text"] == "of the corpus"]
+    size = doses.groupby("requested")["tokens"].nunique().idxmax()
+    said = []
+    for panel, own in doses[doses["requested"] == size].groupby("panel", sort=False):
+        corpus, perplexities = str(panel).partition(", ")[2], own.set_index("tokens")["perplexity"].sort_index()
+        first, last = (number(float(perplexities.iloc[at]), 1) for at in (0, -1))
+        said.append(f"from {first} to {last} on {corpus}")
+    least, most = (f"{doses['tokens'].agg(which) / 1000:.0f}" for which in ("min", "max"))
+    return f"From {least} to {most} thousand tokens, the perplexity at {100 * size:g} % goes {' and '.join(said)}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the script. Return its exit status."""
+    return command.run(build, "figure9", "table3", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
