@@ -88,7 +88,7 @@ $(RESULTS:%=reproduce-%): reproduce-%: $(STAMP)
 	$(call run_grids,$* --long)
 	$(BIN)/python experiments/$*.py --records build/records --out results --against results/records
 
-reproduce-table3 reproduce-figure7 reproduce-figure8: install-language
+reproduce-table3 reproduce-figure7 reproduce-figure8 reproduce-figure9: install-language
 
 # Figure 4 first: Table 6 copies its whole folder of records, and a copied record is not made again.
 reproduce: reproduce-figure4 $(RESULTS:%=reproduce-%)  ## do that for every table and figure

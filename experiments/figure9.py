@@ -11,11 +11,13 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMetho
 
 from spectrim.report import averages, command, figure, looks, table
 from spectrim.report.command import Options
+from spectrim.report.looks import Look
 from spectrim.report.table import Column, Table, number
 
 OWN_TEXT = "two_sided_own_text_pivoted"
 KINDS = ("two_sided_less_text_pivoted", "two_sided_pivoted", "two_sided_more_text_pivoted", OWN_TEXT)
-LOOKS = dict(zip((0.9, 0.8, 0.7), (looks.TRUNCATION, looks.BEST, looks.KNAPSACK), strict=True))  # of sizes, not methods
+# Of sizes: shades of the one method.
+LOOKS = {0.9: Look("#DD9999", "o"), 0.8: looks.BEST, 0.7: Look("#2A0000", "s")}
 KEYS = ("panel", "requested", "text", "tokens")
 COLUMNS = (
     Column("panel", "model, test corpus"),
@@ -110,7 +112,7 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
 def _title(rows: pd.DataFrame) -> str:
     """Return the message: what the least and the most text give at the size with most doses, corpus by corpus."""
     doses = rows[rows["text"] == "of the corpus"]
-    size = doses.groupby("requested")["tokens"].nunique().idxmax()
+    size = doses.groupby("requested", sort=False)["tokens"].nunique().idxmax()  # of several the first one, the largest
     said = []
     for panel, own in doses[doses["requested"] == size].groupby("panel", sort=False):
         corpus, perplexities = str(panel).partition(", ")[2], own.set_index("tokens")["perplexity"].sort_index()

@@ -2,7 +2,7 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -42,8 +42,17 @@ def script() -> Callable[[str], ModuleType]:
 @pytest.fixture(scope="session")
 def recorded(factory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Write made-up records of all experiments into a folder."""
-    folder = tmp_path_factory.mktemp("records")
-    for one in factory.everything():
+    return _written(factory.everything(), tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture(scope="session")
+def dosed(factory: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write made-up records of a decoder on several amounts of text into a folder."""
+    return _written(factory.doses(), tmp_path_factory.mktemp("doses"))
+
+
+def _written(made: Iterable[dict[str, Any]], folder: Path) -> Path:
+    for one in made:
         records.write(folder, one)
     return folder
 
@@ -78,15 +87,16 @@ def canvases() -> dict[str, Figure]:
 def built(
     run: Callable[[str, Path, Path], dict[str, Figure]],
     recorded: Path,
+    dosed: Path,
     canvases: dict[str, Figure],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[str], Path]:
-    """Build a table or figure from ``recorded``, once, and return its folder."""
+    """Build a table or figure from ``recorded``, or Figure 9 from ``dosed``, once, and return its folder."""
 
     @cache
     def build(name: str) -> Path:
         folder = tmp_path_factory.mktemp(name)
-        canvases.update(run(name, recorded, folder))
+        canvases.update(run(name, dosed if name == "figure9" else recorded, folder))
         return folder
 
     return build

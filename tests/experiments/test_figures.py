@@ -62,7 +62,7 @@ def test_figure3_without_the_runs_of_table2_draws_the_sweep_alone(
     assert "not comparable: no lossless or compact run" in text
 
 
-FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "figure6", "figure7", "figure8")
+FIGURES = ("figure1", "figure2", "figure3", "figure4", "figure5", "figure6", "figure7", "figure8", "figure9")
 
 
 @pytest.fixture

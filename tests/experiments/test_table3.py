@@ -229,3 +229,26 @@ def test_figure8_draws_the_perplexities_of_decoders_on_both_corpora(
     dense, ours, rival = (of["perplexity"][name] for name in ("dense", JOINT, WHITENED))
     said = canvas.get_suptitle().replace("\n", " ").replace("\u00a0", " ")
     assert said.endswith(f"{ours:.1f} by joint selection, {rival:.1f} by its best rival here, {dense:.1f} dense")
+
+
+def test_figure9_follows_the_perplexity_over_the_text_on_both_corpora(
+    run: Callable[..., Any], dosed: Path, tmp_path: Path
+) -> None:
+    canvas = run("figure9", dosed, tmp_path)["figure9"]
+    rows = pd.read_csv(tmp_path / "tables" / "figure9.csv")
+    assert [axis.get_title() for axis in canvas.axes] == ["smollm2, imdb_corpus", "smollm2, sotu"]
+    of = rows[(rows["panel"] == "smollm2, imdb_corpus") & (rows["requested"] == 0.8)].set_index(["text", "tokens"])
+    for blocks, rise in ((16, 0.2), (64, 0.1), (256, 0.05)):
+        expected = sum(math.exp(4 + rise + 0.001 * draw) for draw in range(3)) / 3
+        assert of["perplexity"]["of the corpus", 256 * blocks] == pytest.approx(expected)
+    assert of["perplexity"]["own text too", 256 * 128] == pytest.approx(of["perplexity"]["of the corpus", 256 * 64])
+    said = canvas.get_suptitle().replace("\n", " ").replace("\u00a0", " ")
+    assert said.startswith("From 4 to 66 thousand tokens, the perplexity at 80 % goes from 66.8 to 57.5 on imdb_corpus")
+
+
+def test_table3_compares_the_amounts_of_text(run: Callable[..., Any], dosed: Path, tmp_path: Path) -> None:
+    run("table3", dosed, tmp_path)
+    text = (tmp_path / "tables" / "table3.md").read_text()
+    ours = "joint, ours, both sides whitened, {}pivoted"
+    for more, verdict in (("a quarter of the text, ", "is behind"), ("four times the text, ", "is ahead of")):
+        assert f"smollm2, imdb_corpus at 80 %: {ours.format(more)}, {verdict} {ours.format('')}: " in text

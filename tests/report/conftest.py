@@ -447,6 +447,11 @@ def table3() -> list[Record]:
     return _beside("table3_records").table3(make)
 
 
+def doses() -> list[Record]:
+    """Return the records of Figure 9, of ``table3_records``."""
+    return _beside("table3_records").doses(make)
+
+
 def _beside(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None

@@ -1,6 +1,7 @@
 """Make up records of Table 3: a decoder on two corpora, and an encoder with a head."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 from spectrim.records import records
@@ -45,6 +46,20 @@ def table3(make: Callable[..., Record]) -> list[Record]:
             for gamma, kept in ((0.008, 1.0), (0.3, 0.75)):
                 given = {"verified": False, "gamma": gamma}
                 found.append(_run(make, algorithm, change * (kept < 1), draw, given, kept))
+    return found
+
+
+def doses(make: Callable[..., Record]) -> list[Record]:
+    """Return the runs of Figure 9: the rise of the loss halves with four times the text, and own text adds nothing."""
+    found = []
+    for kept, blocks, own, draw in product((0.8, 0.7), (16, 64, 256), (0, 64), range(3)):
+        if own and (kept, blocks) != (0.8, 64):
+            continue
+        change = 5 * (1 - kept) * 0.2 / 2 ** [16, 64, 256].index(blocks)
+        one = _run(make, "joint", change, draw, {"params_kept": kept, "refit": 0}, kept)
+        one["config"]["data"] |= {"calibration_size": blocks, "context": 256} | ({"own_text": own} if own else {})
+        one["config"]["decomposer"] = {"_class_": "TwoSidedSVD", "factors": "pivoted"}
+        found.append(one | {"signature": records.signature(one["config"])})
     return found
 
 
