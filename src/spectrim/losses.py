@@ -1,6 +1,8 @@
 """Losses of classifiers, language models and question answering models, and counts of correct predictions."""
 
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 
+from spectrim.batches import cloned, with_tensors
 from spectrim.errors import UserError, first_line
 from spectrim.tools import token_entropy
 from spectrim.tools.normals import Normals
@@ -96,26 +99,70 @@ def are_scores(outputs: Any, targets: Any) -> bool:
 
 
 def have_scores(loss: Loss, outputs: Any, targets: Any) -> bool:
-    """Return whether the outputs hold a row of scores for each prediction."""
-    return isinstance(loss, TokenLoss | SpanLoss) or are_scores(outputs, targets)
+    """Return whether the outputs hold a row of scores for each prediction.
+
+    Rows of numbers with a whole number each need be no class scores: a loss may compare embeddings, or count.
+    """
+    if isinstance(loss, TokenLoss | SpanLoss) or not are_scores(outputs, targets):
+        return isinstance(loss, TokenLoss | SpanLoss)
+    return _takes_classes(loss) or _is_of_softmax(loss, outputs, targets)
+
+
+def _takes_classes(loss: Loss) -> bool:
+    return loss in (F.cross_entropy, F.nll_loss) or isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
+
+
+_OF_SOFTMAX: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
+
+
+def _is_of_softmax(loss: Loss, outputs: Any, targets: Tensor) -> bool:
+    """Return whether ``loss`` reads but the softmax of class scores: it stays the same where a row is shifted.
+
+    The first batch decides for all of them.
+    """
+    with suppress(TypeError):  # it allows no weak reference or has no hash
+        if loss not in _OF_SOFTMAX:
+            _OF_SOFTMAX[loss] = _stays(loss, outputs, targets)
+        return _OF_SOFTMAX[loss]
+    return _stays(loss, outputs, targets)
+
+
+@torch.no_grad()
+def _stays(loss: Loss, outputs: Any, targets: Tensor) -> bool:
+    scores = logits_of(outputs)
+    if not _fit(scores, targets):
+        return False
+    steps = torch.linspace(-1, 1, len(scores) + 1)[1:].to(scores).unsqueeze(1) * (1 + scores.abs().max())
+
+    def value(shift: Tensor) -> Tensor:
+        moved = with_tensors(outputs, lambda own: own + shift if own is scores else own.clone())
+        return torch.as_tensor(loss(moved, targets.clone())).double()
+
+    tolerance = 1e-4 if scores.dtype in (torch.float32, torch.float64) else 5e-2
+    usual = value(torch.zeros_like(steps))
+    return bool((value(steps) - usual).abs() <= tolerance * (1 + usual.abs()))
+
+
+def _fit(scores: Tensor, targets: Tensor) -> bool:
+    """Return whether there is a row for each target, and a class."""
+    return len(scores) == len(targets) and not (targets.numel() and int(targets.max()) >= scores.shape[1])
 
 
 def scores_of(loss: Loss, outputs: Any, targets: Any) -> Tensor | None:
     """Return one row of scores for each prediction, float32; None where the outputs are no scores."""
     if isinstance(loss, TokenLoss | SpanLoss):
         return loss.predictions(outputs, targets)
-    return logits_of(outputs).float() if are_scores(outputs, targets) else None
+    return logits_of(outputs).float() if have_scores(loss, outputs, targets) else None
 
 
 def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     """Return the loss of a batch. Raises ``UserError`` where the targets do not fit the outputs."""
     scores = logits_of(outputs)
-    if are_scores(scores, targets):
+    if are_scores(scores, targets) and not _fit(scores, targets) and not _takes(loss, outputs, targets):
         rows, classes = scores.shape
         if rows != len(targets):
             raise UserError(f"the model gave {rows} rows of logits for {len(targets)} targets")
-        if targets.numel() and int(targets.max()) >= classes:
-            raise UserError(f"target {int(targets.max())} does not fit a model with {classes} classes")
+        raise UserError(f"target {int(targets.max())} does not fit a model with {classes} classes")
     if isinstance(loss, TokenLoss) and isinstance(scores, Tensor) and scores.ndim == 3 and targets.ndim > 1:
         given, wanted = scores.shape[1], targets.shape[1]
         if given != wanted:
@@ -128,6 +175,7 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
             f"the outputs are a {type(scores).__name__}, which cross-entropy does not take; give loss=, a function of "
             "them and the targets, or an algorithm that measures no loss, such as Truncation"
         )
+    targets = cloned(targets)  # a loss may write to them
     try:
         value = loss(scores if loss is F.cross_entropy or isinstance(loss, _Loss) else outputs, targets)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -137,11 +185,25 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     return value
 
 
+def _takes(loss: Loss, outputs: Any, targets: Tensor) -> bool:
+    """Return whether ``loss`` takes these targets, which are no classes. On the CPU, as a card would not recover."""
+    if _takes_classes(loss):
+        return False
+    try:
+        with torch.no_grad():
+            loss(with_tensors(outputs, lambda own: own.detach().cpu().clone()), targets.cpu().clone())
+    except Exception:  # whatever the loss raises
+        return False
+    return True
+
+
 def answered_rightly(loss: Loss, outputs: Any, targets: Any) -> int | None:
     """Return the number of correctly classified or answered samples, or None if the outputs are not class scores."""
     if isinstance(loss, SpanLoss):
         return loss.right(outputs, targets)
-    return int((logits_of(outputs).argmax(1) == targets).sum()) if are_scores(outputs, targets) else None
+    if not are_scores(outputs, targets) or not have_scores(loss, outputs, targets):
+        return None
+    return int((logits_of(outputs).argmax(1) == targets).sum())
 
 
 def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:

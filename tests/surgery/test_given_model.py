@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import spectrim
 from spectrim.errors import UserError
 from spectrim.surgery import find_layers
-from spectrim.surgery.given_model import eager, unchanged
+from spectrim.surgery.given_model import copied, eager, unchanged
 
 
 def plain() -> nn.Sequential:
@@ -318,3 +318,15 @@ def test_with_double_precision_as_the_default_a_budget_is_met_in_the_precision_o
     with default_dtype(torch.float64):
         result = spectrim.compress(model, calibration=splits, params_kept=part)
     assert result.params_kept <= part and {own.dtype for own in result.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_copy_of_a_scripted_part_can_be_trained_as_the_given_one(frozen: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 4)))
+    for parameter in model[1].parameters():
+        parameter.requires_grad_(not frozen)
+    own = copied(model)
+    assert [p.requires_grad for p in own.parameters()] == [True, True, not frozen, not frozen]
+    assert all(p.is_leaf for p in own.parameters())
+    assert all(map(torch.equal, own.parameters(), model.parameters()))

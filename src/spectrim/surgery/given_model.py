@@ -184,7 +184,21 @@ def copied(model: nn.Module, known: dict[int, Any] | None = None) -> nn.Module:
     Raises ``UserError`` where a part of the model allows no copy, such as a lock or an open file.
     """
     with copying(model):
-        return copy.deepcopy(model, known)
+        return deep_copy(model, known)
+
+
+def deep_copy(model: nn.Module, known: dict[int, Any] | None = None) -> nn.Module:
+    """Return ``copy.deepcopy(model, known)``, in which scripted parts hold parameters as those of ``model`` do.
+
+    Torch would copy them by operations that have a gradient.
+    """
+    with torch.no_grad():
+        result: nn.Module = copy.deepcopy(model, known)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            for own, before in zip(result.get_submodule(name).parameters(), module.parameters(), strict=True):
+                own.requires_grad_(before.requires_grad)
+    return result
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer, dense_kinds
 from spectrim.factored.plan import Keep, RankPlan
 from spectrim.factored.tied import TiedLinear
-from spectrim.surgery.given_model import copying
+from spectrim.surgery.given_model import copying, deep_copy
 from spectrim.surgery.tied import places
 
 # The attributes in which a module of torch holds its hooks on calls.
@@ -119,7 +119,7 @@ def copied_with(model: nn.Module, others: Substitutes, known: Mapping[int, Any])
     """
     memo = {**known, **{id(before): own for before, own in others}}
     with copying(model):
-        result = copy.deepcopy(model, memo)
+        result = deep_copy(model, memo)
         for before, own in others:
             if isinstance(own, TiedLinear):  # its bias is still that of ``model``
                 own._parameters["bias"] = copy.deepcopy(own._parameters["bias"], memo)
