@@ -230,7 +230,9 @@ def _held_by_torch(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
 
 def _unfit_for_replacement(model: nn.Module, layers: Mapping[str, nn.Module], example: Inputs) -> dict[str, str]:
     inputs = cloned(to_device(example, device_of(model)))
-    watch = Watch(layers, inputs)
+    restored = {id(own) for module in model.modules() if acts_on_mode(module) for own in module.parameters()}
+    written = {name: own for name, own in model.named_parameters() if id(own) not in restored}
+    watch = Watch(layers, inputs, written)
     with unchanged(model), evaluating(model), torch.no_grad(), watch.of_modules(), watch:
         forward(model, inputs, copies=False)  # the watch knows these tensors
     uncalled = [name for name in layers if name not in watch.called]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from spectrim.batches import Inputs, first_argument, tensors_of
+from spectrim.errors import UserError
 from spectrim.factored.dense import dense_kinds
 from spectrim.tools.alone import alone
 
@@ -22,12 +23,18 @@ class Watch(TorchFunctionMode):
     ``on_one``: the convolutions that are called on a single image, without a dimension of samples. ``transformed``: the
     layers that are called inside of a transform of torch.func. ``elsewhere``: the layers that another thread calls.
 
+    It raises ``UserError`` where the model writes to one of ``parameters``, by name, and leaves that one as it was.
+    No later pass over the same weights would be the same.
+
     It uses no hooks: nn.TransformerEncoderLayer reads the weights of its layers only where it sees none. Other threads
     may run models meanwhile, this one among them.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], inputs: Inputs) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], inputs: Inputs, parameters: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__()
+        self.stored = {_place(own): (name, own) for name, own in (parameters or {}).items() if _place(own)}
         self.given = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(inputs)}
         self.owners_of: dict[int, set[str]] = {}
         for name, layer in layers.items():
@@ -47,7 +54,23 @@ class Watch(TorchFunctionMode):
         for value in (*args, *(kwargs or {}).values()):
             for item in value if isinstance(value, tuple | list) else (value,):
                 self._note(self.owners_of.get(id(item), set()))
+        target = (kwargs or {}).get("out", args[0] if args and _writes(func) else None)
+        if isinstance(target, Tensor) and _place(target) in self.stored:
+            return self._unless_it_changes(*self.stored[_place(target)], lambda: func(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    @torch.no_grad()
+    def _unless_it_changes(name: str, parameter: Tensor, write: Callable[[], Any]) -> Any:
+        data, before = parameter.data, parameter.detach().clone()
+        result = write()
+        if parameter.shape != before.shape or not torch.allclose(parameter, before, rtol=1e-4, equal_nan=True):
+            parameter.data = data.copy_(before)
+            raise UserError(
+                f"the forward pass of the model writes to its parameter {name}, so that each pass changes the given "
+                "model; let it compute with a copy, or run it once in eval mode if only the first pass writes"
+            )
+        return result
 
     @contextmanager
     def of_modules(self) -> Iterator[None]:
@@ -97,3 +120,19 @@ class Watch(TorchFunctionMode):
     def _note(self, owners: set[str]) -> None:
         if self.running[-1] not in owners:
             self.read |= owners
+
+
+def _place(tensor: Tensor) -> int:
+    """Return the address of the memory of ``tensor``; 0 where it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
+    except RuntimeError:  # as inside of torch.func
+        return 0
+
+
+def _writes(func: Any) -> bool:
+    """Return whether ``func`` may write to its first argument. The rows that ``max_norm`` scales are restored."""
+    name = getattr(func, "__name__", "")
+    if name.endswith("__"):
+        return name in ("__setitem__", "__set__") or name.startswith("__i")
+    return name.endswith("_") and name != "embedding_renorm_"
