@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from spectrim.statistics.packed import SMALLEST, Packed, PackedMoments, entries, held, moment_of, nbytes
+from spectrim.statistics.packed import (
+    SMALLEST,
+    Packed,
+    PackedMoments,
+    as_result,
+    entries,
+    held,
+    moment_of,
+    nbytes,
+    of_result,
+)
 
 
 @pytest.mark.parametrize("side", [SMALLEST - 1, SMALLEST, SMALLEST + 1])
@@ -33,3 +43,14 @@ def test_unpacked_moments_are_a_mapping() -> None:
     moments = PackedMoments({"view": moment_of(held(torch.eye(300).unsqueeze(0)), 300), "head": torch.ones(2)})
     assert list(moments) == ["view", "head"] and len(moments) == 2 and "view" in moments and "other" not in moments
     assert moments.get("other") is None and dict(moments)["view"].equal(torch.eye(300).unsqueeze(0))
+
+
+def test_moments_come_back_from_what_a_folder_keeps_of_them() -> None:
+    shared = moment_of(held(torch.eye(300).unsqueeze(0)), 300)
+    q, k = PackedMoments({"linear": shared}), PackedMoments({"linear": shared, "head": torch.ones(2)})
+    result = as_result({"q": q, "k": k, "none": PackedMoments({})})
+    assert len(result.tensors) == 2  # the shared one once
+    found = of_result(result)
+    assert list(found) == ["q", "k", "none"] and nbytes(found.values()) == nbytes([q, k])
+    for name, own in (("q", q), ("k", k)):
+        assert list(found[name]) == list(own) and all(found[name][view].equal(own[view]) for view in own)

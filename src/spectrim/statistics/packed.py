@@ -4,10 +4,13 @@ The product ``x^T x`` is symmetric to the last bit in the usual libraries. In an
 same: ``torch.linalg.eigh`` reads the lower triangle.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from spectrim.tools.resume import Result
 
 SMALLEST = 256  # rows; smaller matrices take little memory
 
@@ -87,3 +90,28 @@ class PackedMoments(Mapping[str, Tensor]):
 def nbytes(moments: Iterable[PackedMoments]) -> int:
     """Return the bytes of all moments. One that several layers hold together counts once."""
     return sum({id(own): own.nbytes for each in moments for own in each.held()}.values())
+
+
+def as_result(moments: Mapping[str, PackedMoments]) -> Result:
+    """Return the moments of layers as a folder of ``resume`` keeps them. One that several layers hold is kept once."""
+    places: dict[int, int] = {}
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, list[tuple[str, int, int | None]]] = {}
+    for name, own in moments.items():
+        layers[name] = []
+        for view, one in own.parts.items():
+            place = places.setdefault(id(one), len(places))
+            tensors[str(place)] = one.values if isinstance(one, Packed) else one
+            layers[name].append((view, place, one.side if isinstance(one, Packed) else None))
+    return Result(tensors, {"layers": json.dumps(layers)})
+
+
+def of_result(result: Result) -> dict[str, PackedMoments]:
+    """Return what ``as_result`` was called on."""
+    held: dict[int, Moment] = {}
+    found = {name: PackedMoments({}) for name in json.loads(result.texts["layers"])}
+    for name, parts in json.loads(result.texts["layers"]).items():
+        for view, place, side in parts:
+            values = result.tensors[str(place)]
+            found[name].parts[view] = held.setdefault(place, values if side is None else Packed(values, side))
+    return found

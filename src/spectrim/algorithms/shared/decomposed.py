@@ -1,6 +1,8 @@
 """Decompose the layers of a model, in blocks of layers where memory is short, and remember their spectra."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -15,11 +17,12 @@ from spectrim.decomposers.spectrum import (
     spectrum_of,
 )
 from spectrim.errors import UserError
+from spectrim.statistics import packed
 from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.output_moments import output_moments
 from spectrim.statistics.packed import PackedMoments
-from spectrim.tools import malloc
+from spectrim.tools import malloc, resume
 from spectrim.tools.content import of_state
 from spectrim.tools.live import Bar
 from spectrim.tools.spill import SpillFolder
@@ -67,16 +70,39 @@ def _spectra(
 def moments_for(
     decomposer: Decomposer, model: nn.Module, layers: Mapping[str, nn.Module], objective: Objective
 ) -> dict[str, PackedMoments]:
-    """Return the moments of each layer that ``decomposer`` needs; none where the weight is enough."""
+    """Return the moments of each layer that ``decomposer`` needs; none where the weight is enough.
+
+    A killed process takes them up (``resume``).
+    """
     views = {name: decomposer.views(layer) for name, layer in layers.items()}
     if not decomposer.samples or not any(views.values()):
         return {}
-    directions, samples = directions_of(decomposer), decomposer.samples
-    inputs = input_moments(model, views, objective, samples)
+    samples, directions = decomposer.samples, directions_of(decomposer)
+    given = model, views, objective, samples
+    key: list[Any] = [*views.items(), samples]
+    found = _resumed("inputs", partial(input_moments, *given), model, objective, samples, key)
     if directions is not None:
-        for name, own in output_moments(model, views, objective, samples, directions).items():
-            inputs[name].parts.update({outputs_of(view): moment for view, moment in own.parts.items()})
-    return inputs
+        key.append(repr(directions))
+        outputs = _resumed("outputs", partial(output_moments, *given, directions), model, objective, samples, key)
+        for name, own in outputs.items():
+            found[name].parts.update({outputs_of(view): moment for view, moment in own.parts.items()})
+    return found
+
+
+def _resumed(
+    kind: str,
+    make: Callable[[], Mapping[str, PackedMoments]],
+    model: nn.Module,
+    objective: Objective,
+    samples: int,
+    key: Sequence[Any],
+) -> dict[str, PackedMoments]:
+    """Return what ``make`` computes on so many calibration samples, or what the folder of ``resume`` keeps of it."""
+    folder = resume.current()
+    if folder is None:
+        return dict(make())
+    found = objective.resumed(folder, kind, model, "calibration", lambda: packed.as_result(make()), key, samples)
+    return packed.of_result(found)
 
 
 def _spectrum(name: str, layer: nn.Module, decomposer: Decomposer, moments: Moments) -> Spectrum:
