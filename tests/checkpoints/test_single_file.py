@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import spectrim
 from spectrim.batches import evaluating
 from spectrim.checkpoints import single_file
 from spectrim.decomposers.spectrum import spectrum_of
@@ -264,3 +265,38 @@ def test_a_file_is_as_readable_for_others_as_any_new_file_of_the_user(
     other = tmp_path / "other"
     other.touch()
     assert saved[0].stat().st_mode == other.stat().st_mode
+
+
+class Scaled(nn.Module):
+    """Multiplies by a number that is part of its extra state, as a number or as a tensor."""
+
+    def __init__(self, by: float, as_tensor: bool) -> None:
+        super().__init__()
+        self.inner, self.by, self.as_tensor = nn.Linear(12, 12), by, as_tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.by * self.inner(x)
+
+    def get_extra_state(self) -> Any:
+        return torch.tensor(self.by) if self.as_tensor else {"by": self.by}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.by = float(state if self.as_tensor else state["by"])
+
+
+def test_extra_state_comes_back_or_is_asked_for(tmp_path: Path) -> None:
+    x, path = torch.randn(4, 12), tmp_path / "scaled.safetensors"
+    for as_tensor in (True, False):
+        model = nn.Sequential(Scaled(3.0, as_tensor))
+        result = spectrim.compress(model, algorithm=spectrim.Truncation(rank=2))
+        result.save(path)
+        same, other = (nn.Sequential(Scaled(by, as_tensor)) for by in (3.0, 1.0))
+        assert torch.equal(spectrim.load(path, into=same)(x), result.model(x))
+        if as_tensor:
+            assert torch.equal(spectrim.load(path, into=other)(x), result.model(x))
+            continue
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(UserError, match="does not hold the extra state of its model"):
+            spectrim.load(path, into=other)
+        assert type(other[0].inner) is nn.Linear
+        assert torch.equal(other.state_dict()["0.inner.weight"], before["0.inner.weight"])

@@ -18,7 +18,7 @@ from spectrim.factored.tied import TiedLinear
 from spectrim.surgery.lora import refuse_merges
 from spectrim.surgery.replacing import replace
 from spectrim.surgery.unpacking import unpack_around
-from spectrim.tools.content import state_of
+from spectrim.tools.content import of_extra_state, state_of
 from spectrim.tools.safetensors_stream import Shard
 
 
@@ -29,6 +29,7 @@ def fill(
     where: str | Path,
     *,
     architecture: str | None = None,
+    extra_state: str | None = None,
     as_stored: bool = False,
     filled: Collection[str] = (),
 ) -> nn.Module:
@@ -39,6 +40,7 @@ def fill(
 
     ``where``: the checkpoint, for messages.
     ``architecture``: the digest that ``architecture_of`` must give for the factored model; None: any.
+    ``extra_state``: the digest that ``of_extra_state`` must give for the factored model; None: any.
     ``as_stored``: whether the numbers keep the precision of the checkpoint. By default they get that of ``model``.
     ``filled``: names of tensors that ``model`` holds already, so that the checkpoint need not.
 
@@ -47,6 +49,11 @@ def fill(
     with factored(model, plan, where):
         if architecture is not None and architecture_of(model) != architecture:
             raise UserError(f"{where} is of another architecture than {type(model).__name__} as built here")
+        if extra_state is not None and of_extra_state(model) != extra_state:
+            raise UserError(
+                f"{where} does not hold the extra state of its model, and this {type(model).__name__} has another "
+                "one; build it with the same, or call set_extra_state before"
+            )
         _require_same_tensors(model, shards, where, filled)
         for shard in shards:
             require_positions(model, shard.entries, shard.read, where)
@@ -55,7 +62,11 @@ def fill(
     with torch.no_grad():
         for shard in tqdm(shards, "load", unit="shard", leave=False, disable=None):
             for name in shard.entries:
-                _put(model, aliases[name], state[name], shard.read(name), as_stored)
+                owner, _, attribute = name.rpartition(".")
+                if attribute == "_extra_state":
+                    model.get_submodule(owner).set_extra_state(shard.read(name))
+                else:
+                    _put(model, aliases[name], state[name], shard.read(name), as_stored)
     refuse_merges(model)
     return model
 
@@ -68,7 +79,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def require_stored(model: nn.Module) -> None:
     """Raise ``UserError`` where a part of the state of ``model`` is no plain tensor, such as the integers of torchao.
 
-    The extra state that a module may add is no weight, and is left out of a file.
+    The extra state that a module may add is left out of a file unless it is a tensor.
     """
     for name, value in state_of(model).items():
         if type(value) not in (Tensor, nn.Parameter, nn.Buffer) and not name.endswith("_extra_state"):

@@ -15,10 +15,12 @@ from spectrim.factored.layers import FactoredLinear
 from spectrim.factored.plan import RankPlan
 from spectrim.surgery.reopening import factored_layers
 from spectrim.tools import digests, safetensors_stream
+from spectrim.tools.content import of_extra_state
 from spectrim.tools.safetensors_stream import Shard
 
 FORMAT = "spectrim-1"
 EVERY_SIZE = "spectrim-every-size-1"  # all components (``every_size``)
+EXTRA = "extra_state"  # the digest of what modules add to the state that is no tensor, which the file does not hold
 TORCH = "pt"  # the format that transformers wants a file to name
 
 
@@ -45,6 +47,8 @@ def save(
         for name, value in stored(model).items()
     }
     header = {"format": FORMAT, **(metadata or {}), "plan": plan.to_json(), "architecture": architecture_of(model)}
+    if extra := of_extra_state(model):
+        header[EXTRA] = extra
     write(path, tensors | dict(beside or {}), header)
 
 
@@ -108,7 +112,10 @@ def filled(into: nn.Module, shard: Shard, *, as_stored: bool = False) -> nn.Modu
     Raises ``UserError`` where the checkpoint is of another architecture; ``into`` is then unchanged.
     """
     architecture = shard.metadata["architecture"]
-    return fill(into, plan_in(shard), [shard], shard.path, architecture=architecture, as_stored=as_stored)
+    extra = shard.metadata.get(EXTRA)
+    return fill(
+        into, plan_in(shard), [shard], shard.path, architecture=architecture, extra_state=extra, as_stored=as_stored
+    )
 
 
 def plan_in(shard: Shard) -> RankPlan:

@@ -37,6 +37,12 @@ def of_state(model: nn.Module) -> str:
     return content(state_of(model).values())
 
 
+def of_extra_state(model: nn.Module) -> str:
+    """Return a digest of the extra states of ``model`` that are no tensors; empty where it has none."""
+    extra = {name: _plain(value) for name, value in state_of(model).items() if not isinstance(value, Tensor)}
+    return content([extra]) if extra else ""
+
+
 def content(values: Iterable[Any]) -> str:
     """Return a digest of ``values``: tensors, or the extra state of a module, which may be anything.
 
