@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ KINDS = {
     "two_sided_own_text_pivoted": "joint, ours, both sides whitened, own text too, pivoted",
     "two_sided_less_text_pivoted": "joint, ours, both sides whitened, a quarter of the text, pivoted",
     "two_sided_more_text_pivoted": "joint, ours, both sides whitened, four times the text, pivoted",
+    "two_sided_more_text_auto_pivoted": "joint, ours, both sides whitened, four times the text, slopes auto, pivoted",
     "two_sided_refitted": "joint, ours, both sides whitened, refitted",
     "two_sided_refitted_pivoted": "joint, ours, both sides whitened, pivoted, refitted",
 }
@@ -151,8 +152,7 @@ def _kind(row: "pd.Series[Any]") -> str:
     if row["algorithm"] != "joint":
         return f"{row['algorithm']}{pivoted}"
     if settings[f"{base}.{CLASS}"] == "TwoSidedSVD":
-        text = "_own_text" if settings.get("data.own_text") else TEXTS.get(settings.get("data.calibration_size"), "")
-        return f"two_sided{text}{'_refitted' if settings.get('algorithm.refit') else ''}{pivoted}"
+        return f"{_two_sided(settings)}{pivoted}"
     if settings.get("algorithm.refit"):
         return f"refitted{pivoted}"
     if pivoted:
@@ -160,6 +160,12 @@ def _kind(row: "pd.Series[Any]") -> str:
     if settings.get("algorithm.interaction"):
         return "interaction"
     return "curvature" if settings.get("algorithm.significance", 0) is None else "joint"
+
+
+def _two_sided(settings: Mapping[str, Any]) -> str:
+    text = "_own_text" if settings.get("data.own_text") else TEXTS.get(settings.get("data.calibration_size"), "")
+    auto = "_auto" if settings.get("algorithm.significance") == "auto" else ""
+    return f"two_sided{text}{auto}{'_refitted' if settings.get('algorithm.refit') else ''}"
 
 
 def _method(row: "pd.Series[Any]") -> str:

@@ -16,7 +16,10 @@ AIMED, HALF, POINTS = 0.8, 0.5, 0.2  # parameters kept; part of the rise of whit
 PERPLEXITIES = {0.8: (62.0, 45.0), 0.7: (85.0, 70.0)}
 PIVOTED = ("joint_pivoted", "refitted_pivoted", "two_sided_pivoted", "two_sided_refitted_pivoted")
 # The same selection on other texts than the first one.
-TEXTS = {f"two_sided_{text}_pivoted": "two_sided_pivoted" for text in ("own_text", "less_text", "more_text")}
+TEXTS = {
+    f"two_sided_{text}_pivoted": "two_sided_pivoted"
+    for text in ("own_text", "less_text", "more_text", "more_text_auto")
+}
 RIVALS = ("whitened_pivoted", "knapsack_pivoted")
 ERRORS = 2.0  # standard errors of a difference, above which it is no tie
 

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from spectrim.algorithms import joint
 from spectrim.algorithms.joint import TRIES, Joint
-from spectrim.algorithms.shared import expansion
-from spectrim.algorithms.shared.expansion import significant
+from spectrim.algorithms.shared import expansion, tolerance
+from spectrim.algorithms.shared.slopes import significant
 from spectrim.algorithms.truncation import Truncation
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.whitened import WhitenedSVD
@@ -108,7 +108,7 @@ def test_a_search_by_tolerance_expands_the_loss_once(trained: Any, monkeypatch: 
 
 def test_the_model_stays_dense_where_no_share_passes(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     net, objective = trained
-    monkeypatch.setattr(joint, "CAUTION", math.inf)
+    monkeypatch.setattr(tolerance, "CAUTION", math.inf)
     result = Joint(max_loss_increase=0.5, samples=50, refit=0).compress(net, SVD(), objective)
     assert not result.plan and [entry["passed"] for entry in result.log if "passed" in entry] == [False] * TRIES
 

@@ -1,7 +1,7 @@
 """Joint selection: choose the singular components to remove over all layers together, to second order."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -13,9 +13,11 @@ from spectrim.algorithms.shared.bisection import bisect
 from spectrim.algorithms.shared.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.every_size import EverySize
-from spectrim.algorithms.shared.expansion import gates_at, significant
+from spectrim.algorithms.shared.expansion import gates_at
 from spectrim.algorithms.shared.refined import refined
-from spectrim.algorithms.shared.removal import Gated, keep_dearest, remove
+from spectrim.algorithms.shared.removal import Gated, Removal, keep_dearest, remove
+from spectrim.algorithms.shared.slopes import believed, changes
+from spectrim.algorithms.shared.tolerance import verifier
 from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.best_view import PIVOTED
@@ -24,7 +26,6 @@ from spectrim.errors import UserError
 from spectrim.refit import factors
 from spectrim.refit.refinement import Refinement
 from spectrim.refit.weighting import RefitBy, output_weights
-from spectrim.statistics import paired_loss
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.find_layers import in_one_line, left_dense
 from spectrim.tools.live import Bar
@@ -33,7 +34,6 @@ from spectrim.tools.settings import settings
 TRIES = 7  # models that a search by tolerance measures: the size is then known to a hundredth of the dense one
 SMALLEST_STEP = 1 / 64  # a share of the dense cost: a greedy search by tolerance ends at smaller steps
 GREEDY_TRIES = 10  # models that a greedy search is expected to measure
-CAUTION = 2.0  # standard errors above the mean: a search tries several models, and one of them may pass by chance
 ROUNDING = 1e-9  # of a step: a smaller rest of the way to the budget takes no step of its own
 
 
@@ -63,8 +63,9 @@ class Joint:
         (``weighting.output_weights``). ``"outputs"``: the errors of all outputs of a layer count alike.
     ``refine``: gradient steps after the refit, without labels (``refinement.Refinement``); None takes none.
     ``significance``: add the first order, with each slope shrunk by this many standard errors (``significant``); 0 does
-        not shrink. None leaves the first order out, because a trained network is near a minimum and some hundred
-        images give too noisy slopes (Table 9). A decoder is not at a minimum on other texts (Table 3).
+        not shrink. ``"auto"`` finds their number on halves of the samples (``believed``). None leaves the first order
+        out, because a trained network is near a minimum and some hundred images give too noisy slopes (Table 9). A
+        decoder is not at a minimum on other texts (Table 3).
     ``interaction``: the weight, in [0, 1], of the Fisher entries off the diagonal, by which components act on each
         other. Some hundred images give too noisy estimates (Table 9), so it is 0 by default. Above 0 the effect
         of a removal depends on what else is gone, so it needs ``ranks="greedy"``.
@@ -79,7 +80,7 @@ class Joint:
     step: float = 1.0
     batch_size: int = 1
     samples: int = 250
-    significance: float | None = None
+    significance: float | Literal["auto"] | None = None
     refit: int = 500
     seed: int = 0
     interaction: float = 0.0
@@ -98,8 +99,8 @@ class Joint:
             raise UserError(f"max_loss_increase must be at least 0, got {self.max_loss_increase}")
         if not 0 < self.step <= 1:
             raise UserError(f"step must lie in (0, 1], got {self.step}")
-        if self.significance is not None and not self.significance >= 0:
-            raise UserError(f"significance must be at least 0, got {self.significance}")
+        if not (self.significance is None or self.significance == "auto" or self.significance >= 0):
+            raise UserError(f"significance must be at least 0, auto or null, got {self.significance}")
         if self.refit < 0:
             raise UserError(f"refit must be at least 0 samples, got {self.refit}")
         if not 0 <= self.interaction <= 1:
@@ -188,7 +189,9 @@ class _JointSearch:
 
     def to_tolerance(self, increase: float) -> None:
         """Find the smallest share of the dense cost whose verified loss rises by no more than ``increase``."""
-        (self._step_down if self.settings.ranks == "greedy" else self._bisect)(self._verifier(increase))
+        (self._step_down if self.settings.ranks == "greedy" else self._bisect)(
+            verifier(self.bench, increase, self._cut, self.log)
+        )
 
     def _bisect(self, passes: Callable[[float, "_Point | None"], bool]) -> None:
         """Find the smallest share that passes. All tries share the expansion at the dense model."""
@@ -207,22 +210,6 @@ class _JointSearch:
         end = most / (1 - 0.5**TRIES)
         self.point = bisect(at, 0.0, end, TRIES, "joint") or start
 
-    def _verifier(self, increase: float) -> Callable[[float, "_Point | None"], bool]:
-        """Return a function that tells whether a point passes on the verification split, and logs it. None fails."""
-        objective = self.bench.objective
-        dense = paired_loss.losses(objective, self.bench.model, "verification")
-
-        def passes(share: float, point: _Point | None) -> bool:
-            said, passed = {}, False
-            if point is not None:
-                change = paired_loss.change(dense, paired_loss.losses(objective, self._cut(point), "verification"))
-                said = {"verified_change": change.mean, "standard_error": change.error}
-                passed = change.mean + CAUTION * change.error <= increase
-            self.log.append({"share": share, **said, "passed": passed})
-            return passed
-
-        return passes
-
     def _step_down(self, passes: Callable[[float, "_Point | None"], bool]) -> None:
         """Go down until a point does not pass. Then halve the step and go on from the last good point."""
         step, achieved = self.settings.step, 1.0
@@ -239,30 +226,40 @@ class _JointSearch:
 
     def _advance(self, point: _Point, requested: float) -> _Point:
         """Expand the loss at ``point`` and remove components until the ``requested`` share of the cost is left."""
-        layers = point.layers = point.layers or self._expanded(point)
-        budget = self.costs.of_layers(requested, layers)
-        removal = keep_dearest(layers, budget) if self.settings.ranks == "knapsack" else remove(layers, budget)
+        layers = point.layers = point.layers or self._expanded(point, requested)
+        removal = self._removal(layers, requested)
         after = point.kept | {name: point.kept[name][own] for name, own in removal.kept.items()}
         found = _Point(after, point.predicted + removal.predicted)
         self.log.append({"share": self._achieved(found), "predicted": removal.predicted})
         return found
 
-    def _expanded(self, point: _Point) -> dict[str, Gated]:
-        """Expand the loss at ``point``. Return each layer with the predicted change of the components it has left."""
-        errors, layers = self.settings.significance, {}
-        gates = gates_at(self.bench, point.kept, self.settings.samples, self.settings.seed, errors is not None)
+    def _removal(self, layers: dict[str, Gated], requested: float) -> Removal:
+        budget = self.costs.of_layers(requested, layers)
+        return keep_dearest(layers, budget) if self.settings.ranks == "knapsack" else remove(layers, budget)
+
+    def _expanded(self, point: _Point, requested: float) -> dict[str, Gated]:
+        """Expand the loss at ``point``. Return each layer with the predicted change of the components it has left.
+
+        ``requested``: the first share that is gone down to, at which slopes are believed as far as they hold.
+        """
+        errors, samples, seed = self.settings.significance, self.settings.samples, self.settings.seed
+        gates = gates_at(self.bench, point.kept, samples, seed, errors is not None)
         self.without_gates |= gates.left
         if not gates.rows:
             raise UserError(f"joint selection has no layer to choose from: {in_one_line(self.without_gates)}")
-        for name, row in gates.rows.items():
-            curve = self.costs.curves[name][: len(point.kept[name]) + 1]
-            J_NR = row.fisher.double()
-            alone = J_NR.square().mean(0) / 2
-            if errors is not None:
-                alone -= significant(row.given, errors)
-            together = self.settings.interaction**0.5 * J_NR if self.settings.interaction else None
-            layers[name] = Gated(alone, curve, self.costs.dense[name], together)
-        return layers
+
+        def gated(alone: Mapping[str, Tensor]) -> dict[str, Gated]:
+            layers = {}
+            for name, alone_R in alone.items():
+                J_NR, curve = gates.rows[name].fisher.double(), self.costs.curves[name][: len(point.kept[name]) + 1]
+                together = self.settings.interaction**0.5 * J_NR if self.settings.interaction else None
+                layers[name] = Gated(alone_R, curve, self.costs.dense[name], together)
+            return layers
+
+        if errors == "auto":
+            errors = believed(gates.rows, lambda alone: self._removal(gated(alone), requested).kept)
+            self.log.append({"significance": errors})
+        return gated({name: changes(row, errors) for name, row in gates.rows.items()})
 
     def _keep(self, point: _Point) -> dict[str, tuple[int, ...]]:
         """Return the components to keep of each layer that gets cheaper. The other layers stay dense."""

@@ -1,9 +1,7 @@
 """Expand the loss of a partly compressed model in a gate on each component."""
 
-import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from spectrim.algorithms.shared.workbench import Workbench
@@ -46,18 +44,3 @@ def gates_at(bench: Workbench, kept_R: Mapping[str, Tensor], samples: int, seed:
     here = [*kept_R.values(), *state_of(bench.model).values()]
     key = (tuple(kept_R), samples, seed, bench.decomposer, first_order)
     return bench.objective.remembered(bench.model, "gates", lambda: (*key, content(here)), gates)
-
-
-def significant(given_NR: Tensor, errors: float) -> Tensor:
-    """Return the mean slope of every gate, shrunk towards zero by its standard error. Shape (R,).
-
-    The estimator is the positive-part James-Stein one. Greedy removal takes the lowest of thousands of slopes, and
-    would find those that are low by chance. A slope below ``errors`` standard errors becomes zero, and a slope of many
-    standard errors hardly changes.
-
-    ``given_NR``: the slope of each sample, shape (N, R).
-    """
-    given_NR = given_NR.double()
-    slope, error = given_NR.mean(0), given_NR.std(0) / math.sqrt(len(given_NR))
-    tiny = torch.finfo(slope.dtype).tiny
-    return slope * (1 - (errors * error / slope.abs().clamp_min(tiny)).square()).clamp_min(0)
