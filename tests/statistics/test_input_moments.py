@@ -134,3 +134,22 @@ def test_layers_that_read_the_same_tensors_have_one_moment_and_others_their_own(
         assert together[name].equal(moments([name])[name])
     assert together["k"] is together["q"] and together["gate"] is not together["q"]
     assert (together["v"] is together["q"]) == (between == "nothing")
+
+
+@pytest.mark.parametrize("kept", [[6, 3, 1], [6, 6, 6]])
+def test_a_mask_that_is_added_to_scores_leaves_out_what_one_of_ones_and_zeros_does(kept: list[int]) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layer(x)
+
+    x, model = torch.randn(3, 6, 8), Masked()
+    mask = torch.arange(6) < torch.tensor(kept).unsqueeze(1)
+    expected = x[mask].double().T @ x[mask].double() / mask.sum()
+    for given in (mask, mask.long(), mask.float(), torch.zeros(3, 6).masked_fill(~mask, float("-inf"))):
+        data = [({"x": x, "attention_mask": given}, None)]
+        found = input_moments(model, {"layer": ["linear"]}, Objective(F.cross_entropy, {"calibration": data}), 3)
+        torch.testing.assert_close(found["layer"]["linear"][0], expected, rtol=1e-5, atol=1e-6)

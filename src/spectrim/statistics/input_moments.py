@@ -119,8 +119,14 @@ def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def mask_of(inputs: Inputs) -> Tensor | None:
-    """Return ``attention_mask`` of the inputs, which is 0 at padding, or None if they have none."""
-    return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    """Return ``attention_mask`` of the inputs, 0 at padding, or None if they have none.
+
+    A mask of numbers to add to scores is 0 elsewhere and below 0 at padding.
+    """
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    if isinstance(mask, Tensor) and mask.is_floating_point() and not (mask > 0).any():
+        return mask == 0
+    return mask
 
 
 def _gatherer(layer: nn.Module, view: str, last: "_Last") -> "_Gathered | _Counted":
