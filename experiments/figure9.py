@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import table3
@@ -14,8 +15,14 @@ from spectrim.report.command import Options
 from spectrim.report.looks import Look
 from spectrim.report.table import Column, Table, number
 
-OWN_TEXT = "two_sided_own_text_pivoted"
-KINDS = ("two_sided_less_text_pivoted", "two_sided_pivoted", "two_sided_more_text_pivoted", OWN_TEXT)
+USUAL, OWN, AUTO = "of the corpus", "own text too", "of the corpus, slopes auto"
+KINDS = {
+    "two_sided_less_text_pivoted": USUAL,
+    "two_sided_pivoted": USUAL,
+    "two_sided_more_text_pivoted": USUAL,
+    "two_sided_own_text_pivoted": OWN,
+    "two_sided_more_text_auto_pivoted": AUTO,
+}
 # Of sizes: shades of the one method.
 LOOKS = {0.9: Look("#DD9999", "o"), 0.8: looks.BEST, 0.7: Look("#2A0000", "s")}
 KEYS = ("panel", "requested", "text", "tokens")
@@ -31,7 +38,8 @@ NOTES = (
     averages.NOTE,
     "Joint selection with pivoted factors of the spectrum whitened on both sides. The first corpus of a model is that "
     "of its calibration texts, on other documents. Own text: half of the tokens are of text that the model wrote "
-    "itself. The dense model is the line.",
+    "itself. Slopes auto: they are believed as far as samples that did not choose confirm; else beyond four standard "
+    "errors. The dense model is the line.",
 )
 
 
@@ -45,7 +53,7 @@ def build(options: Options) -> list[Path]:
         raise command.lacking(options, "joint selection on a decoder, whitened on both sides and pivoted")
     given = points["settings"]
     points = points.assign(
-        text=["own text too" if kind == OWN_TEXT else "of the corpus" for kind in points["kind"]],
+        text=points["kind"].map(KINDS),
         tokens=[(one["data.calibration_size"] + one.get("data.own_text", 0)) * one["data.context"] for one in given],
     )
     rows = pd.concat([_of_corpus(points, name) for name in ["", *others]], ignore_index=True)
@@ -88,20 +96,23 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
     dense = float(rows.loc[rows["tokens"] == 0, "perplexity"].iloc[0])
     axis.axhline(dense, color=figure.DENSE.colour, linewidth=1, label=figure.DENSE.name)
     for size, (colour, marker) in LOOKS.items():
-        for text, own in rows[(rows["requested"] == size) & (rows["tokens"] > 0)].groupby("text", sort=False):
-            alone = text == "of the corpus"
+        for text in dict.fromkeys(KINDS.values()):
+            own = rows[(rows["requested"] == size) & (rows["text"] == text)]
+            if own.empty:
+                continue
+            usual = text == USUAL
             axis.errorbar(
                 own["tokens"] / 1000,
                 own["perplexity"],
                 yerr=figure.bars(own, "perplexity", 0.9 * dense),
                 color=colour,
-                marker=marker,
-                markerfacecolor=None if alone else "white",
-                linestyle="-" if alone else "none",
+                marker="D" if text == AUTO else marker,
+                markerfacecolor=None if usual else "white",
+                linestyle="-" if usual else "none",
                 linewidth=1.2,
                 markersize=looks.size(marker, 5),
                 capsize=2,
-                label=f"{100 * size:g} % of the parameters{'' if alone else f', {text}'}",
+                label=f"{100 * size:g} %{'' if usual else ', ' + text.removeprefix(USUAL + ', ')}",
             )
     axis.set(title=title, xscale="log")
     axis.xaxis.set_major_locator(FixedLocator(sorted(set(rows.loc[rows["tokens"] > 0, "tokens"] / 1000))))
@@ -111,8 +122,10 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
 
 def _title(rows: pd.DataFrame) -> str:
     """Return the message: what the least and the most text give at the size with most doses, corpus by corpus."""
-    doses = rows[rows["text"] == "of the corpus"]
-    size = doses.groupby("requested", sort=False)["tokens"].nunique().idxmax()  # of several the first one, the largest
+    doses = rows[rows["text"] == USUAL]
+    size: Any = (
+        doses.groupby("requested", sort=False)["tokens"].nunique().idxmax()
+    )  # of several the first one, the largest
     said = []
     for panel, own in doses[doses["requested"] == size].groupby("panel", sort=False):
         corpus, perplexities = str(panel).partition(", ")[2], own.set_index("tokens")["perplexity"].sort_index()

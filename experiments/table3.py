@@ -163,7 +163,7 @@ def _kind(row: "pd.Series[Any]") -> str:
 
 
 def _two_sided(settings: Mapping[str, Any]) -> str:
-    text = "_own_text" if settings.get("data.own_text") else TEXTS.get(settings.get("data.calibration_size"), "")
+    text = "_own_text" if settings.get("data.own_text") else TEXTS.get(settings.get("data.calibration_size", 0), "")
     auto = "_auto" if settings.get("algorithm.significance") == "auto" else ""
     return f"two_sided{text}{auto}{'_refitted' if settings.get('algorithm.refit') else ''}"
 
