@@ -56,11 +56,12 @@ def misled_and_steady(
 
     ``given``: the model that the user gave, of which ``model`` may be a copy.
 
-    Raises ``UserError`` where a copy of the model still calls a module of ``given``.
+    Raises ``UserError`` where a copy of the model still calls a module of ``given``, or misses what it writes there.
     """
     dense, own = _outputs(model, example), with_stand_ins(model, layers)
-    with _apart(own, (model, given)):
+    with _apart(own, (model, given)) as written:
         outputs = _outputs(own, example, seed=1)
+    _refuse_stale(own, written, outputs, example)
     if _alike(outputs, dense):
         return {}, True
     return misled(model, layers, example), is_steady(model, example)
@@ -140,9 +141,13 @@ def _is_near(one: Tensor, other: Tensor) -> bool:
 
 
 @contextmanager
-def _apart(own: nn.Module, others: Collection[nn.Module]) -> Iterator[None]:
-    """Raise ``UserError`` where the block, which only runs ``own``, calls or writes to a module of ``others``."""
-    inside = set(own.modules())
+def _apart(own: nn.Module, others: Collection[nn.Module]) -> Iterator[list[tuple[str, str]]]:
+    """Raise ``UserError`` where the block, which only runs ``own``, calls a module of ``others``.
+
+    Yield a list. After the block it has the names of the modules of ``others``, and of their attributes, that the block
+    has written to.
+    """
+    inside, written = set(own.modules()), list[tuple[str, str]]()
     names = {module: name for other in others for name, module in other.named_modules() if module not in inside}
 
     def refuse(module: nn.Module, *_: Any) -> None:
@@ -154,14 +159,33 @@ def _apart(own: nn.Module, others: Collection[nn.Module]) -> Iterator[None]:
     plain = [module for module in names if not isinstance(module, torch.jit.ScriptModule)]
     before = [_attributes(module) for module in plain]
     with hooked(before=[(module, refuse) for module in plain]):
-        yield
+        yield written
     for module, attributes in zip(plain, before, strict=True):
         now = _attributes(module)
-        if written := [name for name in now if not _are_same(now[name], attributes.get(name))]:
-            where = ".".join(filter(None, (names[module], written[0])))
+        written += [(names[module], name) for name in now if not _are_same(now[name], attributes.get(name))]
+
+
+def _refuse_stale(own: nn.Module, written: Collection[tuple[str, str]], outputs: list[Tensor], example: Inputs) -> None:
+    """Raise ``UserError`` where ``own`` computes with an attribute that it has ``written`` to another model alone.
+
+    It would compute with what an earlier pass has left there. Without that it then fails, or gives other ``outputs``.
+    """
+    for place, name in dict.fromkeys(written):
+        attributes = vars(own.get_submodule(place))
+        before = dict(attributes)
+        kept = attributes.get(name)
+        attributes[name] = type(kept)() if isinstance(kept, dict | list | set | deque) else None
+        try:
+            reads = not _alike(_outputs(own, example, seed=1), outputs)
+        except Exception:  # whatever a model raises that misses it
+            reads = True
+        attributes.clear()
+        attributes.update(before)
+        if reads:
             raise UserError(
-                f"a copy of the model still writes to {where!r} of the given one: a function or hook in it holds "
-                "it, and a copy would read what an earlier pass left; let the function take it from its arguments"
+                f"a copy of the model still writes to {'.'.join(filter(None, (place, name)))!r} of the given one: a "
+                "function or hook in it holds it, and a copy would read what an earlier pass left; let the function "
+                "take it from its arguments"
             )
 
 
