@@ -69,3 +69,13 @@ def test_a_loss_that_writes_to_its_targets_leaves_them_to_the_caller() -> None:
     outputs, targets = torch.randn(3, 4), torch.tensor([1, 4, 2])
     first = loss_of(from_one, outputs, targets)
     assert targets.tolist() == [1, 4, 2] and torch.equal(loss_of(from_one, outputs, targets), first)
+
+
+def test_log_probabilities_are_class_scores_whatever_reads_them() -> None:
+    outputs, targets = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+
+    def loss(given: Tensor, wanted: Tensor) -> Tensor:
+        return -given[range(6), wanted].mean()
+
+    assert have_scores(loss, outputs.log_softmax(1), targets)
+    assert not have_scores(lambda *given: loss(*given), outputs, targets)

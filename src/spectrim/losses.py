@@ -18,6 +18,7 @@ from spectrim.tools.normals import Normals
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) → mean over the batch, a scalar
 IGNORED = -100  # the label of a token that is not predicted, as in transformers and torch
+LOG_PROBABILITIES = 1e-3  # from 0, the logarithm of the sum of a row that a log-softmax has made
 
 
 def logits_of(outputs: Any) -> Any:
@@ -118,7 +119,7 @@ _OF_SOFTMAX: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary(
 def _is_of_softmax(loss: Loss, outputs: Any, targets: Tensor) -> bool:
     """Return whether ``loss`` reads but the softmax of class scores: it stays the same where a row is shifted.
 
-    The first batch decides for all of them.
+    Rows of log-probabilities are class scores, too. The first batch decides for all of them.
     """
     with suppress(TypeError):  # it allows no weak reference or has no hash
         if loss not in _OF_SOFTMAX:
@@ -132,6 +133,8 @@ def _stays(loss: Loss, outputs: Any, targets: Tensor) -> bool:
     scores = logits_of(outputs)
     if not _fit(scores, targets):
         return False
+    if bool((scores.float().logsumexp(1).abs() < LOG_PROBABILITIES).all()):  # of a model that ends in a log-softmax
+        return True
     steps = torch.linspace(-1, 1, len(scores) + 1)[1:].to(scores).unsqueeze(1) * (1 + scores.abs().max())
 
     def value(shift: Tensor) -> Tensor:
