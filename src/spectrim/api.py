@@ -73,7 +73,7 @@ def compress(
     ``loss``: ``loss(model_output, targets)``, a scalar, the mean over the batch. By default cross-entropy; for a model
         of transformers the one of its task: next tokens, labels of tokens, or answers.
     ``params_kept``: the part of the parameters to keep, in (0, 1). Short for ``algorithm=Joint(params_kept=…)``, for a
-        model that predicts next tokens with the settings of ``joint_cut``: no refit, and slopes beyond chance.
+        model that predicts next tokens with the settings of ``joint_cut``: no refit, and slopes as far as they hold.
     ``algorithm``: the selector, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default, and a
         note then says so.
     ``decomposer``: the decomposer, or its name on the command line, such as ``"whitened_channel"``. By default the one

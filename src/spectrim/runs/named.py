@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from spectrim.errors import UserError
 from spectrim.runs import targets
@@ -39,7 +40,17 @@ def _settings(group: str, name: str) -> dict[str, Any]:
         other, _, key = place.removeprefix("/").partition("@")
         if not _refers(option):
             settings[key] = _settings(other, option)
-    return settings | {key: value for key, value in read.items() if not _refers(value)}
+    return settings | {key: own for key, value in read.items() for own in _alone(value)}
+
+
+def _alone(value: Any) -> list[Any]:
+    """Return the value that a setting has without the rest of a run, if it has one: the default of an ``oc.select``."""
+    if not _refers(value):
+        return [value]
+    try:
+        return [OmegaConf.create({"value": value}).value]
+    except OmegaConfBaseException:
+        return []
 
 
 def _refers(value: Any) -> bool:
