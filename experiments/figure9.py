@@ -100,17 +100,17 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
             own = rows[(rows["requested"] == size) & (rows["text"] == text)]
             if own.empty:
                 continue
-            usual = text == USUAL
+            usual, own_marker = text == USUAL, marker if text != AUTO else "D"
             axis.errorbar(
                 own["tokens"] / 1000,
                 own["perplexity"],
                 yerr=figure.bars(own, "perplexity", 0.9 * dense),
                 color=colour,
-                marker="D" if text == AUTO else marker,
+                marker=own_marker,
                 markerfacecolor=None if usual else "white",
                 linestyle="-" if usual else "none",
                 linewidth=1.2,
-                markersize=looks.size(marker, 5),
+                markersize=looks.size(own_marker, 5),
                 capsize=2,
                 label=f"{100 * size:g} %{'' if usual else ', ' + text.removeprefix(USUAL + ', ')}",
             )
@@ -130,7 +130,9 @@ def _title(rows: pd.DataFrame) -> str:
     for panel, own in doses[doses["requested"] == size].groupby("panel", sort=False):
         corpus, perplexities = str(panel).partition(", ")[2], own.set_index("tokens")["perplexity"].sort_index()
         first, last = (number(float(perplexities.iloc[at]), 1) for at in (0, -1))
-        said.append(f"from {first} to {last} on {corpus}")
+        auto = rows[(rows["panel"] == panel) & (rows["requested"] == size) & (rows["text"] == AUTO)]
+        beside = "".join(f" ({number(float(one), 1)} with slopes auto)" for one in auto["perplexity"])
+        said.append(f"from {first} to {last}{beside} on {corpus}")
     least, most = (f"{doses['tokens'].agg(which) / 1000:.0f}" for which in ("min", "max"))
     return f"From {least} to {most} thousand tokens, the perplexity at {100 * size:g} % goes {' and '.join(said)}"
 
