@@ -62,7 +62,7 @@ def test_the_layers_of_the_imports_are_kept() -> None:
 
 def test_each_module_has_its_layer() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    placed = {name.strip() for layer in contracts[0]["layers"] for name in layer.split("|")}
+    placed = {name.strip() for layer in contracts[0]["layers"] for name in re.split("[|:]", layer)}
     assert placed == {name.split(".")[1] for name in MODULES} - {"conf", "__main__"}  # yaml alone; above all
 
 
