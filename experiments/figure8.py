@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-import table3
+import perplexities
 from matplotlib.axes import Axes
-from matplotlib.ticker import MultipleLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MultipleLocator
 
 from spectrim.report import averages, command, figure, looks, table
 from spectrim.report.command import Options
@@ -46,11 +46,8 @@ NOTES = (
 def build(options: Options) -> list[Path]:
     """Draw one panel per decoder and corpus, one line per selector, and build the table of the same numbers."""
     found = command.load(options)
-    runs = table3.described(command.runs(options, found, table3.ALGORITHMS))
-    others = table3.add_perplexities(runs, found)
-    points = runs[runs["kind"].isin(DRAWN) & ~runs["embedding"] & runs["perplexity"].notna()]
-    if points.empty:
-        raise command.lacking(options, "a selector with a number of parameters on a decoder")
+    lacking = "a selector with a number of parameters on a decoder"
+    points, others = perplexities.of_kinds(options, found, DRAWN, lacking)
     values = ["params_kept", "perplexity"]
     rows = pd.concat([_of_corpus(points, name, values) for name in ["", *others]], ignore_index=True)
     origin = command.origin(options, found)
@@ -61,15 +58,8 @@ def build(options: Options) -> list[Path]:
 
 def _of_corpus(points: pd.DataFrame, other: str, values: Sequence[str]) -> pd.DataFrame:
     """Return the means on the test corpus of each model, or on the corpus ``other``, the dense model first."""
-    tail = f"_{other}" if other else ""
-    own = points.assign(
-        panel=points["model"] + ", " + (other or points["data"]),
-        perplexity=points[f"perplexity{tail}"],
-        dense=points[f"dense_perplexity{tail}"],
-    ).dropna(subset="perplexity")
-    dense = own.drop_duplicates(["panel", "seed"]).assign(
-        kind="dense", method="dense", params_kept=1.0, calibration_seed=None, perplexity=lambda rows: rows["dense"]
-    )
+    own, dense = perplexities.on_corpus(points, other)
+    dense = dense.assign(kind="dense", method="dense", params_kept=1.0)
     return averages.over_seeds(pd.concat([dense, own]), (*KEYS, "method"), values)
 
 
@@ -78,13 +68,9 @@ def _draw(rows: pd.DataFrame, options: Options, origin: dict) -> list[Path]:
     with figure.panels(len(names), 2, 3.4, _title(rows), share="y") as (canvas, axes):
         for name, axis in zip(names, axes, strict=True):
             _panel(axis, rows[rows["panel"] == name], name)
-        low, high = rows["perplexity"].min(), rows["perplexity"].max()
-        for axis in axes:
-            axis.set(yscale="log", ylim=(0.85 * low, 1.15 * high), xlabel="parameters kept (%)", ylabel="perplexity")
+            axis.set(xlabel="parameters kept (%)")
             axis.xaxis.set_major_locator(MultipleLocator(10))
-            axis.set_yticks([tick for tick in TICKS if 0.85 * low <= tick <= 1.15 * high])
-            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.yaxis.set_minor_formatter(NullFormatter())
+        perplexities.scale(axes, rows["perplexity"], TICKS, 0.15)
         figure.legend(canvas, axes)
         return figure.save(canvas, options.name, options.out, origin)
 

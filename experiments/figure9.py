@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import table3
+import perplexities
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from spectrim.report import averages, command, figure, looks, table
 from spectrim.report.command import Options
@@ -25,6 +25,7 @@ KINDS = {
 }
 # Of sizes: shades of the one method.
 LOOKS = {0.9: Look("#DD9999", "o"), 0.8: looks.BEST, 0.7: Look("#2A0000", "s")}
+TICKS = (20, 30, 40, 50, 60, 80, 100, 150, 200, 300)
 KEYS = ("panel", "requested", "text", "tokens")
 COLUMNS = (
     Column("panel", "model, test corpus"),
@@ -46,11 +47,8 @@ NOTES = (
 def build(options: Options) -> list[Path]:
     """Draw one panel per decoder and corpus, one line per size, and build the table of the same numbers."""
     found = command.load(options)
-    runs = table3.described(command.runs(options, found, table3.ALGORITHMS))
-    others = table3.add_perplexities(runs, found)
-    points = runs[runs["kind"].isin(KINDS) & ~runs["embedding"] & runs["perplexity"].notna()]
-    if points.empty:
-        raise command.lacking(options, "joint selection on a decoder, whitened on both sides and pivoted")
+    lacking = "joint selection on a decoder, whitened on both sides and pivoted"
+    points, others = perplexities.of_kinds(options, found, KINDS, lacking)
     given = points["settings"]
     points = points.assign(
         text=points["kind"].map(KINDS),
@@ -64,15 +62,8 @@ def build(options: Options) -> list[Path]:
 
 def _of_corpus(points: pd.DataFrame, other: str) -> pd.DataFrame:
     """Return the means on the test corpus of each model, or on the corpus ``other``, the dense model last."""
-    tail = f"_{other}" if other else ""
-    own = points.assign(
-        panel=points["model"] + ", " + (other or points["data"]),
-        perplexity=points[f"perplexity{tail}"],
-        dense=points[f"dense_perplexity{tail}"],
-    ).dropna(subset="perplexity")
-    dense = own.drop_duplicates(["panel", "seed"]).assign(
-        requested=1.0, text="none: dense", tokens=0, calibration_seed=None, perplexity=lambda rows: rows["dense"]
-    )
+    own, dense = perplexities.on_corpus(points, other)
+    dense = dense.assign(requested=1.0, text="none: dense", tokens=0)
     own = own.sort_values(["panel", "requested", "text", "tokens"], ascending=[True, False, True, True], kind="stable")
     return averages.over_seeds(pd.concat([own, dense]), KEYS, ["perplexity"])
 
@@ -82,12 +73,8 @@ def _draw(rows: pd.DataFrame, options: Options, origin: dict) -> list[Path]:
     with figure.panels(len(names), 2, 3.2, _title(rows), share="y") as (canvas, axes):
         for name, axis in zip(names, axes, strict=True):
             _panel(axis, rows[rows["panel"] == name], name)
-        low, high = 0.9 * rows["perplexity"].min(), 1.1 * rows["perplexity"].max()
-        for axis in axes:
-            axis.set(yscale="log", ylim=(low, high), xlabel="calibration tokens (thousands)", ylabel="perplexity")
-            axis.set_yticks([tick for tick in (20, 30, 40, 50, 60, 80, 100, 150, 200, 300) if low <= tick <= high])
-            axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            axis.yaxis.set_minor_formatter(NullFormatter())
+            axis.set(xlabel="calibration tokens (thousands)")
+        perplexities.scale(axes, rows["perplexity"], TICKS, 0.1)
         figure.legend(canvas, axes)
         return figure.save(canvas, options.name, options.out, origin)
 
@@ -123,13 +110,12 @@ def _panel(axis: Axes, rows: pd.DataFrame, title: str) -> None:
 def _title(rows: pd.DataFrame) -> str:
     """Return the message: what the least and the most text give at the size with most doses, corpus by corpus."""
     doses = rows[rows["text"] == USUAL]
-    size: Any = (
-        doses.groupby("requested", sort=False)["tokens"].nunique().idxmax()
-    )  # of several the first one, the largest
+    counts = doses.groupby("requested", sort=False)["tokens"].nunique()
+    size: Any = counts.idxmax()  # the largest of several
     said = []
     for panel, own in doses[doses["requested"] == size].groupby("panel", sort=False):
-        corpus, perplexities = str(panel).partition(", ")[2], own.set_index("tokens")["perplexity"].sort_index()
-        first, last = (number(float(perplexities.iloc[at]), 1) for at in (0, -1))
+        corpus, by_tokens = str(panel).partition(", ")[2], own.set_index("tokens")["perplexity"].sort_index()
+        first, last = (number(float(by_tokens.iloc[at]), 1) for at in (0, -1))
         auto = rows[(rows["panel"] == panel) & (rows["requested"] == size) & (rows["text"] == AUTO)]
         beside = "".join(f" ({number(float(one), 1)} with slopes auto)" for one in auto["perplexity"])
         said.append(f"from {first} to {last}{beside} on {corpus}")

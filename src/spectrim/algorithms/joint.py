@@ -189,9 +189,11 @@ class _JointSearch:
 
     def to_tolerance(self, increase: float) -> None:
         """Find the smallest share of the dense cost whose verified loss rises by no more than ``increase``."""
-        (self._step_down if self.settings.ranks == "greedy" else self._bisect)(
-            verifier(self.bench, increase, self._cut, self.log)
-        )
+        passes = verifier(self.bench, increase, self._cut, self.log)
+        if self.settings.ranks == "greedy":
+            self._step_down(passes)
+        else:
+            self._bisect(passes)
 
     def _bisect(self, passes: Callable[[float, "_Point | None"], bool]) -> None:
         """Find the smallest share that passes. All tries share the expansion at the dense model."""
@@ -249,10 +251,10 @@ class _JointSearch:
             raise UserError(f"joint selection has no layer to choose from: {in_one_line(self.without_gates)}")
 
         def gated(alone: Mapping[str, Tensor]) -> dict[str, Gated]:
-            layers = {}
+            layers, part = {}, self.settings.interaction**0.5
             for name, alone_R in alone.items():
-                J_NR, curve = gates.rows[name].fisher.double(), self.costs.curves[name][: len(point.kept[name]) + 1]
-                together = self.settings.interaction**0.5 * J_NR if self.settings.interaction else None
+                curve = self.costs.curves[name][: len(point.kept[name]) + 1]
+                together = part * gates.rows[name].fisher.double() if part else None
                 layers[name] = Gated(alone_R, curve, self.costs.dense[name], together)
             return layers
 

@@ -35,7 +35,12 @@ def replace(model: nn.Module, name: str, layer: nn.Module) -> Callable[[], None]
         undo.append(partial(_become, module, type(module), dict(vars(module))))
         own = in_place_of(module, own)
         _become(module, type(own), dict(vars(own)))
-    return lambda: [one() for one in undo].clear()
+
+    def undone() -> None:
+        for one in undo:
+            one()
+
+    return undone
 
 
 def _become(module: nn.Module, kind: type[nn.Module], attributes: Mapping[str, Any]) -> None:
