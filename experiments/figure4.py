@@ -69,7 +69,7 @@ def build(options: Options) -> list[Path]:
             pictures += drawing.draw_all(rows, measure, share, options, origin)
     beside = {model: _beside_rivals(points, rows[rows["model"] == model]) for model in models}
     caption = f"Numbers of Figure 4: accuracy and loss without fine-tuning on {frame.data_of(rows)}"
-    notes = [*NOTES, *(f"{model}: {note}" for model, own in beside.items() for note in _compared(own))]
+    notes = [*NOTES, _images(points), *(f"{model}: {note}" for model, own in beside.items() for note in _compared(own))]
     notes += [*_published_note(published), *(_note(rows[rows["model"] == model]) for model in models)]
     shown = Table(options.name, rows, COLUMNS, caption, [note for note in notes if note], "model", HIDDEN)
     tables = [shown, excerpts.by_size(options.name, main, _compared(beside[main["model"].iloc[0]]))]
@@ -110,6 +110,18 @@ def _compared(beside: pd.DataFrame) -> list[str]:
 def _best(rows: pd.DataFrame) -> str | None:
     """Return the first line of ``BEST`` in ``rows``; None without any."""
     return next((line for line in BEST if (rows["line"] == line).any()), None)
+
+
+def _images(points: pd.DataFrame) -> str:
+    """Return a note: how many calibration images most selectors have, and which have another number on a network."""
+    images = points["settings"].map(lambda given: given.get("data.calibration_size"))
+    images = images[points["curve"] != "verified"].dropna().astype(int)
+    if images.empty:
+        return ""
+    usual = images.mode()[0]
+    others = points.loc[images.index][images != usual].assign(images=images).groupby(["images", "variant"], sort=False)
+    said = [f"{size} for {name} on {', '.join(dict.fromkeys(own['network']))}" for (size, name), own in others]
+    return "; ".join([f"Calibration images: {usual}", *said]) + "."
 
 
 def _published_note(points: Sequence[Claim]) -> list[str]:

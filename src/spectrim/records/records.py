@@ -211,15 +211,6 @@ def first_signature(record: Record) -> str:
     return str(record.get("former_signature", record["signature"]))
 
 
-def find(folder: Path, experiment: str, wanted: str) -> Record | None:
-    """Return the record whose present or former signature is ``wanted``, or None."""
-    path = path_of(folder, experiment, wanted)
-    if path.exists():
-        return read(path)
-    former = (record for record in read_all(folder, experiment) if record.get("former_signature") == wanted)
-    return next(former, None)
-
-
 def read_all(folder: Path, experiment: str) -> list[Record]:
     """Return the records of one experiment, sorted by ``first_signature``; an empty list if the folder does not exist.
 
