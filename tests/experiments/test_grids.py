@@ -17,6 +17,7 @@ UNRUN = {  # no records yet
     *(f"table3/minilm/{name}_pivoted" for name in ("joint", "joint_with_embeddings")),
     *(f"figure4/other_nets/{name}" for name in ("aimet", "sensitivity_pivoted")),
     "figure4/resnet20/sensitivity_pivoted",
+    "table3/smollm2/joint_with_embeddings_pivoted",
 }
 APART = {"smoke", "imagenet/table2", "imagenet/table2_packaged", *UNRUN}  # grids of no committed table
 

@@ -1,15 +1,14 @@
 """SVD of a layer whitened on both sides: by what goes in, and by how much the loss feels what comes out."""
 
-from typing import ClassVar
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.decomposers import oblique, resumed
 from spectrim.decomposers.matrix import Factors, View, to_matrix
-from spectrim.decomposers.spectrum import NO_MOMENTS, Directions, Moments, outputs_of
-from spectrim.decomposers.whitened import WhitenedSpectrum
+from spectrim.decomposers.spectrum import HEAD, NO_MOMENTS, Directions, Moments, outputs_of
+from spectrim.decomposers.whitened import ObliqueEmbeddingSpectrum, WhitenedSpectrum, by_frequency, require_whole
 from spectrim.errors import UserError
+from spectrim.factored import linalg
 from spectrim.factored.dense import DenseLayer
 from spectrim.tools.settings import settings
 
@@ -31,6 +30,10 @@ class TwoSidedSVD:
         the scores, whose second moment is the Fisher information of the model's own predictions, without labels.
     ``top``: only this many of the highest scores of each prediction count; None: all. Not with ``labels``.
     ``seed``: seed of the random directions.
+    ``embeddings``: whether embeddings are factored too, with the frequency of each id as C. Where a head shares the
+        weight W, the score of an id counts as often as the id, since ids are predicted about as often as they are read.
+        With H the second moment of the head's inputs, G + H then takes the place of G.
+    ``whole``: as in ``WhitenedSVD``.
     """
 
     view: View = "spatial"
@@ -41,8 +44,8 @@ class TwoSidedSVD:
     top: int | None = None
     seed: int = 0
     factors: Factors = "plain"
-
-    embeddings: ClassVar[bool] = False
+    embeddings: bool = False
+    whole: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("ridge", "damping"):
@@ -54,6 +57,7 @@ class TwoSidedSVD:
             raise UserError(f"top must be at least 2, got {self.top}: a single score has no alternative")
         if self.top is not None and self.labels:
             raise UserError("top chooses among the model's own scores; set labels=false, too")
+        require_whole(self.whole, self.embeddings)
 
     @property
     def directions(self) -> Directions:
@@ -62,23 +66,44 @@ class TwoSidedSVD:
     def views(self, layer: nn.Module) -> tuple[str, ...]:
         return (DenseLayer.of(layer).view(self.view),)
 
-    def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> "TwoSidedSpectrum":
+    def spectrum(self, layer: nn.Module, moments: Moments = NO_MOMENTS) -> WhitenedSpectrum:
         """Decompose ``layer``. Raises ``UserError`` for a weight or a moment with NaN or infinity."""
         dense = DenseLayer.of(layer)
         view = dense.view(self.view)
         W_OI = to_matrix(dense.weight.detach(), dense, self.view).double()
         if view not in moments or outputs_of(view) not in moments:
             raise UserError("a two-sided decomposition needs the second moments of a layer's inputs and gradients")
-        C_II, G_OO = moments[view].to(W_OI), moments[outputs_of(view)].to(W_OI)
+        C, G_OO = moments[view].to(W_OI), moments[outputs_of(view)].to(W_OI)
         if not torch.isfinite(G_OO).all():
             raise UserError(
                 "the gradients at the outputs of a layer hold NaN or infinity; check the model's weights and the data"
             )
-        root_OO = oblique.triangular_root(G_OO, self.damping)  # any root will do: they differ by a rotation of U
-        weighed_OI = root_OO @ W_OI
-        U_OR, S_R = resumed.left_vectors(weighed_OI, C_II, self.ridge)
-        svd = oblique.unit(torch.linalg.solve(root_OO, U_OR), U_OR.mT @ weighed_OI)
-        return TwoSidedSpectrum(dense, self.view, svd, S_R, self.factors)
+        if not isinstance(layer, nn.Embedding):
+            # Any root will do: they differ by a rotation of U.
+            factors = _factors(W_OI, C, oblique.triangular_root(G_OO, self.damping), self.ridge)
+            return TwoSidedSpectrum(dense, self.view, *factors, self.factors)
+        frequency, order, whole_rows = by_frequency(C, self.whole)
+        rare = order[whole_rows:]
+        root_OO = oblique.triangular_root(self._metric(G_OO, moments), self.ridge)
+        factors = _factors(W_OI[..., rare], frequency[:, rare], root_OO, self.ridge)
+        return ObliqueEmbeddingSpectrum(dense, *factors, order, whole_rows, self.factors)
+
+    def _metric(self, G_OO: Tensor, moments: Moments) -> Tensor:
+        """Return how much the outputs of an embedding count: damped G, and H where a head has the same weight."""
+        floor = linalg.floor_of(G_OO.diagonal(dim1=-2, dim2=-1), self.damping)
+        damped_OO = G_OO + torch.diag_embed(floor.expand(G_OO.shape[:-1]))
+        if HEAD not in moments or not moments[HEAD].numel():  # no head, or one that is never called
+            return damped_OO
+        H_OO = moments[HEAD].to(G_OO)
+        linalg.require_finite_moment(H_OO)
+        return damped_OO + H_OO
+
+
+def _factors(W_OI: Tensor, C: Tensor, root_OO: Tensor, ridge: float) -> tuple[linalg.SVD, Tensor]:
+    """Return the components of W, whitened by C and a root of G, and the values that order them."""
+    weighed_OI = root_OO @ W_OI
+    U_OR, S_R = resumed.left_vectors(weighed_OI, C, ridge)
+    return oblique.unit(torch.linalg.solve(root_OO, U_OR), U_OR.mT @ weighed_OI), S_R
 
 
 class TwoSidedSpectrum(oblique.ObliqueSpectrum, WhitenedSpectrum):

@@ -31,7 +31,7 @@ class WhitenedSVD:
     ``ridge``: is added to C as a fraction of its mean eigenvalue, so that the full rank reproduces W.
     ``samples``: number of calibration samples for C.
     ``embeddings``: whether embeddings are factored too. An embedding is a Linear whose inputs have a single 1, so C is
-        diagonal and holds the frequency of each id. A head that shares its weight counts as well (``TiedSpectrum``).
+        diagonal and holds the frequency of each id. A head that shares its weight counts as well (``tied_factors``).
     ``whole``: the most frequent ids that together make this fraction of all look-ups keep their rows, and only the
         other rows are factored. This is GroupReduce (Chen et al., arXiv 1806.06950) with two groups, the first of full
         rank.
@@ -50,10 +50,7 @@ class WhitenedSVD:
             raise UserError(f"ridge must be above 0, got {self.ridge}")
         if self.samples < 1:
             raise UserError(f"samples must be at least 1, got {self.samples}")
-        if not 0 <= self.whole < 1:
-            raise UserError(f"whole must lie in [0, 1), got {self.whole}")
-        if self.whole and not self.embeddings:
-            raise UserError("whole is a fraction of the look-ups of embeddings; set embeddings=true, too")
+        require_whole(self.whole, self.embeddings)
 
     def views(self, layer: nn.Module) -> tuple[str, ...]:
         return (DenseLayer.of(layer).view(self.view),)
@@ -68,13 +65,11 @@ class WhitenedSVD:
         moment = moment.to(W_OI)
         if not isinstance(layer, nn.Embedding):
             return WhitenedSpectrum(dense, self.view, *whitened_factors(W_OI, moment, self.ridge), self.factors)
-        if not moment.any():  # nothing is looked up: a head alone uses the weight
-            moment = torch.ones_like(moment) / moment.shape[-1]
-        order, whole_rows = _by_frequency(moment.squeeze(0), self.whole)
+        moment, order, whole_rows = by_frequency(moment, self.whole)
         rare = order[whole_rows:]
         if HEAD in moments and moments[HEAD].numel():  # some head is called
             both = tied_factors(W_OI[..., rare], moment[:, rare], moments[HEAD].to(W_OI), self.ridge)
-            return TiedSpectrum(dense, *both, order, whole_rows, self.factors)
+            return ObliqueEmbeddingSpectrum(dense, *both, order, whole_rows, self.factors)
         svd, importance = whitened_factors(W_OI[..., rare], moment[:, rare], self.ridge)
         return EmbeddingSpectrum(dense, svd, importance, order, whole_rows, self.factors)
 
@@ -94,9 +89,17 @@ def whitened_factors(W_OI: Tensor, moment: Tensor, ridge: float) -> tuple[linalg
 def tied_factors(W_OI: Tensor, frequency_I: Tensor, H_OO: Tensor, ridge: float) -> tuple[linalg.SVD, Tensor]:
     """Return what ``whitened_factors`` does for an embedding W whose transpose is also the weight of a head.
 
+    Let D be diagonal with the frequency of each id, W the embedding with a row for each id, and h an input of the head.
+    A change E of W changes what is looked up by ``tr(E^T D E)`` in the mean, and the scores by ``E h``. The loss feels
+    the score of an id about as often as the id is predicted. The Fisher information of a softmax is near its diagonal,
+    with entries ``E[p (1 - p)]``. Ids are predicted as often as they are read, so D weighs both uses. Each counts as
+    a part of its whole. The decomposition minimises ``tr(D E M E^T)`` for
+    ``M = 1 / tr(W^T D W) + E[h h^T] / E[h^T W^T D W h]``. So ``D^(1/2) W M^(1/2)`` is decomposed, as in
+    ``TwoSidedSVD``, and M is never singular.
+
     ``frequency_I``: of each id among the inputs of the embedding. ``H_OO``: the second moment of the head's inputs.
 
-    The metric is that of ``TiedSpectrum``. Raises ``UserError`` for a moment with NaN or infinity.
+    Raises ``UserError`` for a moment with NaN or infinity.
     """
     linalg.require_finite_moment(H_OO)
     looked_up = (W_OI.square() * frequency_I.unsqueeze(-2)).sum()
@@ -109,15 +112,27 @@ def tied_factors(W_OI: Tensor, frequency_I: Tensor, H_OO: Tensor, ridge: float) 
     return oblique.unit(inverse_OO @ U_OR, U_OR.mT @ weighed_OI), S_R
 
 
-def _by_frequency(frequency_I: Tensor, whole: float) -> tuple[Tensor, int]:
-    """Return all ids, the most frequent first, and how many of them make the fraction ``whole``, but never all.
+def require_whole(whole: float, embeddings: bool) -> None:
+    """Raise ``UserError`` unless ``whole`` is a part of the look-ups of embeddings that are factored."""
+    if not 0 <= whole < 1:
+        raise UserError(f"whole must lie in [0, 1), got {whole}")
+    if whole and not embeddings:
+        raise UserError("whole is a fraction of the look-ups of embeddings; set embeddings=true, too")
 
-    With ``whole`` = 0 the ids stay in their order.
+
+def by_frequency(frequency_1I: Tensor, whole: float) -> tuple[Tensor, Tensor, int]:
+    """Return the frequencies, all ids, the most frequent first, and how many of them keep their rows.
+
+    These make the fraction ``whole`` of all look-ups, but are never all ids. With ``whole`` = 0 the ids stay in their
+    order. Where nothing is looked up, a head alone uses the weight, and all ids count alike.
     """
+    if not frequency_1I.any():
+        frequency_1I = torch.ones_like(frequency_1I) / frequency_1I.shape[-1]
+    frequency_I = frequency_1I.squeeze(0)
     if not whole:
-        return torch.arange(len(frequency_I), device=frequency_I.device), 0
+        return frequency_1I, torch.arange(len(frequency_I), device=frequency_I.device), 0
     order = frequency_I.argsort(descending=True, stable=True)
-    return order, min(int((frequency_I[order].cumsum(0) < whole).sum()) + 1, len(order) - 1)
+    return frequency_1I, order, min(int((frequency_I[order].cumsum(0) < whole).sum()) + 1, len(order) - 1)
 
 
 class WhitenedSpectrum(MatrixSpectrum):
@@ -188,16 +203,9 @@ class EmbeddingSpectrum(WhitenedSpectrum):
         return layer
 
 
-class TiedSpectrum(oblique.ObliqueSpectrum, EmbeddingSpectrum):
-    """The spectrum of an embedding whose weight is also that of a head.
+class ObliqueEmbeddingSpectrum(oblique.ObliqueSpectrum, EmbeddingSpectrum):
+    """The spectrum of an embedding whose outputs do not count alike: by a head that shares its weight, or by the loss.
 
-    Let D be diagonal with the frequency of each id, W the embedding with a row for each id, and h an input of the head.
-    A change E of W changes what is looked up by ``tr(E^T D E)`` in the mean, and the scores by ``E h``. The loss feels
-    the score of an id about as often as the id is predicted. The Fisher information of a softmax is near its diagonal,
-    with entries ``E[p (1 - p)]``. Ids are predicted as often as they are read, so D weighs both uses. Each counts as
-    a part of its whole. The decomposition minimises ``tr(D E M E^T)`` for
-    ``M = 1 / tr(W^T D W) + E[h h^T] / E[h^T W^T D W h]``. So ``D^(1/2) W M^(1/2)`` is decomposed, as in
-    ``TwoSidedSVD``, and M is never singular.
-
-    ``weighted_error`` is the root of the sum of both relative squared errors.
+    ``weighted_error`` is the root of the sum of both relative squared errors for ``tied_factors``. For ``TwoSidedSVD``
+    it is the root of twice the predicted change of the loss.
     """

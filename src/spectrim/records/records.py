@@ -32,6 +32,7 @@ LATE: Mapping[str, Mapping[str, Any]] = {
     "Refitted": {"refine": None, "refit_by": "outputs"},
     "SVD": {"factors": "plain"},
     "Truncation": {"common": "ratio"},
+    "TwoSidedSVD": {"embeddings": False, "whole": 0.0},
     "WhitenedSVD": {"factors": "plain"},
 }
 # Settings that have another name now: class → setting → its name in records, which keep their signatures.
