@@ -207,7 +207,7 @@ def test_a_search_by_tolerance_ends_where_nothing_is_left_to_remove(
         ({"max_loss_increase": -0.1}, "max_loss_increase must be at least 0"),
         ({"params_kept": 0.5, "step": 0.0}, r"step must lie in \(0, 1\]"),
         ({"params_kept": 0.5, "step": 1.5}, r"step must lie in \(0, 1\]"),
-        ({"params_kept": 0.5, "ranks": "best"}, "ranks='best' is not of type"),
+        ({"params_kept": 0.5, "ranks": "best"}, "ranks='best' is none of: 'knapsack', 'greedy'"),
         ({"params_kept": 0.5, "interaction": 0.5}, "^interaction=0.5 needs ranks=greedy: in a knapsack"),
         ({"params_kept": 0.5, "significance": -1.0}, "significance must be at least 0"),
         ({"params_kept": 0.5, "refit": -1}, "refit must be at least 0 samples"),

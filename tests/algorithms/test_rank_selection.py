@@ -214,8 +214,8 @@ def test_bad_samples_are_refused(net: nn.Sequential, batches: Batches) -> None:
         ({"delta_step": 0.0}, r"delta_step must lie in \(0, 1\), got 0.0"),
         ({"delta_step": 1.0}, r"delta_step must lie in \(0, 1\), got 1.0"),
         ({"subset": 0}, "subset must be at least 1 sample"),
-        ({"split": "test"}, "split='test' is not of type"),
-        ({"delta": "guess"}, "delta='guess' is not of type"),
+        ({"split": "test"}, "split='test' is none of: 'calibration', 'train'"),
+        ({"delta": "guess"}, "delta='guess' is none of: 'bisect', 'theory'"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:

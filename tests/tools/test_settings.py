@@ -17,6 +17,7 @@ class Example:
     rank: int | None = None
     ratio: float = 0.5
     view: Literal["channel", "spatial"] = "channel"
+    errors: float | Literal["auto"] | None = None
     flag: bool = False
     ratios: Sequence[float] = (0.5,)
     sizes: Sequence[Sequence[float]] = ()
@@ -67,8 +68,36 @@ def test_values_of_another_type_are_refused_in_one_line(bad: dict[str, Any]) -> 
     ((name, value),) = bad.items()
     with pytest.raises(UserError) as refusal:
         Example(**bad)
-    assert str(refusal.value).startswith(f"Example: {name}={value!r} is not of type ")
+    assert str(refusal.value).startswith(f"Example: {name}={value!r} is no")
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"rank": "abc"}, "Example: rank='abc' is none of: int, None"),
+        ({"errors": "automatic"}, "Example: errors='automatic' is none of: float, 'auto', None"),
+        ({"view": "diagonal"}, "Example: view='diagonal' is none of: 'channel', 'spatial'"),
+        ({"ratio": "0.5"}, "Example: ratio='0.5' is not of type float"),
+        ({"ratios": 0.5}, "Example: ratios=0.5 is not of type Sequence[float]"),
+    ],
+)
+def test_a_refusal_lists_what_a_setting_may_be(bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        Example(**bad)
+    assert str(refusal.value) == message
+
+
+def test_a_value_of_several_lines_is_shown_in_one() -> None:
+    with pytest.raises(UserError, match=r"^Example: ratio=array\(\[0, 1\], \[2, 3\]\) is not of type float$"):
+        Example(ratio=Lines())  # type: ignore[arg-type]
+
+
+class Lines:
+    """Is written in two lines, as an array is."""
+
+    def __repr__(self) -> str:
+        return "array([0, 1],\n      [2, 3])"
 
 
 def test_the_own_check_follows() -> None:

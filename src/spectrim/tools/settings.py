@@ -1,8 +1,10 @@
 """Declare a class of settings: a frozen dataclass that checks its field types when it is created."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin, get_type_hints
 
 from beartype import BeartypeConf, FrozenDict
 from beartype.door import is_bearable
@@ -31,8 +33,8 @@ def settings(cls: type[T]) -> type[T]:
         for field in fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
             if not all(is_bearable(part, hint, conf=_NUMBERS) for part in _parts(value)):
-                wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-                raise UserError(f"{type(self).__name__}: {field.name}={value!r} is not of type {wanted}")
+                shown = " ".join(line.strip() for line in repr(value).splitlines())
+                raise UserError(f"{type(self).__name__}: {field.name}={shown} {_refusal(hint)}")
             if field.name == "seed" or field.name.endswith("_seed"):
                 require_seed(f"{type(self).__name__}: {field.name}", value)
         if checks:
@@ -52,6 +54,23 @@ def require_parts(name: str, parts: Sequence[float]) -> None:
     """Raise ``UserError`` unless there is at least one number in ``parts`` and all of them lie in (0, 1)."""
     if not parts or not all(0 < part < 1 for part in parts):
         raise UserError(f"{name} must lie in (0, 1), got {list(parts)}")
+
+
+def _refusal(hint: Any) -> str:
+    """Say what a value is not: of a type, or any of the values and types of a union."""
+    allowed = _allowed(hint)
+    return f"is none of: {', '.join(allowed)}" if len(allowed) > 1 else f"is not of type {allowed[0]}"
+
+
+def _allowed(hint: Any) -> list[str]:
+    """Return what a setting may be: the values of a ``Literal`` and the names of types."""
+    if get_origin(hint) is Literal:
+        return [repr(value) for value in get_args(hint)]
+    if get_origin(hint) in (Union, UnionType):
+        return [own for part in get_args(hint) for own in _allowed(part)]
+    if hint is type(None):
+        return ["None"]
+    return [hint.__name__ if isinstance(hint, type) else re.sub(r"\b(typing|collections\.abc)\.", "", str(hint))]
 
 
 def _parts(value: Any) -> list[Any]:

@@ -167,7 +167,7 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
         ({"window": 0}, "expected window >= 1"),
         ({"dense_first": -1}, "dense_first >= 0"),
         ({"latest": 0.0}, "latest, a part of the epochs"),
-        ({"reference": "end"}, "is not of type"),
+        ({"reference": "end"}, "reference='end' is none of: 'start', 'random'"),
     ],
 )
 def test_settings_that_cannot_work_are_one_line(bad: dict, said: str) -> None:

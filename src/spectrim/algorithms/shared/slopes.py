@@ -17,8 +17,12 @@ def changes(row: GateGradients, errors: float | None) -> Tensor:
 
     ``errors``: standard errors that each slope is shrunk by; None leaves the first order out.
     """
-    alone_R = row.fisher.double().square().mean(0) / 2
+    alone_R = _curvature(row.fisher)
     return alone_R if errors is None else alone_R - significant(row.given, errors)
+
+
+def _curvature(fisher_NR: Tensor) -> Tensor:
+    return fisher_NR.double().square().mean(0) / 2
 
 
 def significant(given_NR: Tensor, errors: float) -> Tensor:
@@ -30,10 +34,17 @@ def significant(given_NR: Tensor, errors: float) -> Tensor:
 
     ``given_NR``: the slope of each sample, shape (N, R).
     """
+    return _shrunk(*_slope_and_error(given_NR), errors)
+
+
+def _slope_and_error(given_NR: Tensor) -> tuple[Tensor, Tensor]:
     given_NR = given_NR.double()
-    slope, error = given_NR.mean(0), given_NR.std(0) / math.sqrt(len(given_NR))
-    tiny = torch.finfo(slope.dtype).tiny
-    return slope * (1 - (errors * error / slope.abs().clamp_min(tiny)).square()).clamp_min(0)
+    return given_NR.mean(0), given_NR.std(0) / math.sqrt(len(given_NR))
+
+
+def _shrunk(slope_R: Tensor, error_R: Tensor, errors: float) -> Tensor:
+    tiny = torch.finfo(slope_R.dtype).tiny
+    return slope_R * (1 - (errors * error_R / slope_R.abs().clamp_min(tiny)).square()).clamp_min(0)
 
 
 def believed(rows: Mapping[str, GateGradients], choose: Chosen) -> float | None:
@@ -52,21 +63,19 @@ def believed(rows: Mapping[str, GateGradients], choose: Chosen) -> float | None:
     count = min(len(row.fisher) for row in rows.values())
     if count < 4:
         return None
-    halves = slice(0, count // 2), slice(count // 2, count)
+    halves = [slice(0, count // 2), slice(count // 2, count)]
+    curvatures = [{name: _curvature(row.fisher[own]) for name, row in rows.items()} for own in halves]
+    slopes = [{name: _slope_and_error(row.given[own]) for name, row in rows.items()} for own in halves]
 
     def predicted(errors: float | None) -> float:
-        # The standard error of a half is the root of two times that of all.
-        errors = None if errors is None else errors / math.sqrt(2)
-        return sum(
-            _together(rows, choose({name: changes(_part(row, own), errors) for name, row in rows.items()}), other)
-            for own, other in (halves, halves[::-1])
-        )
+        total = 0.0
+        for alone, slope, other in zip(curvatures, slopes, halves[::-1], strict=True):
+            if errors is not None:  # the standard error of a half is the root of two times that of all
+                alone = {name: own - _shrunk(*slope[name], errors / math.sqrt(2)) for name, own in alone.items()}
+            total += _together(rows, choose(alone), other)
+        return total
 
     return min(TRIED, key=predicted)
-
-
-def _part(row: GateGradients, samples: slice) -> GateGradients:
-    return GateGradients(row.given[samples], row.fisher[samples])
 
 
 def _together(rows: Mapping[str, GateGradients], kept: Mapping[str, Tensor], samples: slice) -> float:
