@@ -220,7 +220,21 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
 
 
 def sample_count(targets: Any, inputs: Inputs) -> int:
-    """Return the number of samples of a batch.
+    """Return the number of samples of a batch: that of ``target_count``, or of ``inputs`` for flattened targets.
+
+    Targets are flattened where they are one tensor with an entry a token, for inputs that hold sequences of tokens.
+    """
+    count, samples = target_count(targets, inputs), batch_size(inputs)
+    first = next((tensor for tensor in tensors_of(inputs) if tensor.ndim), None)
+    if not isinstance(targets, Tensor) or first is None or first.ndim < 2 or count <= samples or count % samples:
+        return count
+    per_sample, positions = count // samples, first.shape[1]
+    shifted = targets.ndim == 1 and per_sample < positions  # as where the first token of each is not predicted
+    return samples if count != positions and (per_sample == positions or shifted) else count
+
+
+def target_count(targets: Any, inputs: Inputs) -> int:
+    """Return the number of targets of a batch, which is that of its samples unless targets are flattened.
 
     ``targets``: a tensor or a mapping of tensors, whose first dimension is the number of samples; a sequence with one
     tensor per task or one item per sample; or None. ``inputs`` decide where this is ambiguous.
@@ -230,7 +244,7 @@ def sample_count(targets: Any, inputs: Inputs) -> int:
     if isinstance(targets, Tensor):
         return len(targets) if targets.ndim else 1
     if isinstance(targets, Mapping):
-        return sample_count(next(iter(targets.values()), None), inputs)
+        return target_count(next(iter(targets.values()), None), inputs)
     if isinstance(targets, tuple | list) and targets and all(isinstance(own, Tensor) and own.ndim for own in targets):
         sizes = {len(own) for own in targets}
         expected = None if inputs is None else batch_size(inputs)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from spectrim.factored.layers import FactoredConv2d, FactoredLinear
 from spectrim.models.small import LeNet5
-from spectrim.surgery.cost import Cost, model_cost
+from spectrim.surgery.cost import Cost, layer_macs, model_cost
 
 # 28x28 -> conv 5x5 -> 24x24 -> pool -> 12x12 -> conv 5x5 -> 8x8 -> pool -> 4x4 x 50 = 800 -> 500 -> 10
 LENET_PARAMS = (20 * 25 + 20) + (50 * 20 * 25 + 50) + (500 * 800 + 500) + (10 * 500 + 10)
@@ -118,3 +118,41 @@ def test_counting_the_cost_leaves_no_trace() -> None:
     assert model_cost(model, torch.tensor([[1, 2, 3]])).macs == 3 * 36
     assert model.calls == 0 and model.seen == 0 and not hasattr(model, "kept")
     assert torch.equal(model[0].weight, before)
+
+
+class Recurrent(nn.Module):
+    """Reads steps of shape (T, N, C), as torch does by default, or samples of shape (N, T, C)."""
+
+    def __init__(self, batch_first: bool, kind: str) -> None:
+        super().__init__()
+        if kind == "attention":
+            layer = nn.TransformerEncoderLayer(6, 2, 12, batch_first=batch_first)
+            self.inner: nn.Module = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        else:
+            self.inner = nn.GRU(6, 6, batch_first=batch_first)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        return self.head(out[0] if isinstance(out, tuple) else out)
+
+
+@pytest.mark.parametrize("kind", ["attention", "recurrent"])
+def test_macs_are_of_one_sample_where_steps_come_first(kind: str) -> None:
+    x = torch.randn(4, 7, 6)
+    samples_first = model_cost(Recurrent(True, kind), x)
+    assert model_cost(Recurrent(False, kind), x.transpose(0, 1)) == samples_first
+    macs, total = layer_macs(Recurrent(False, kind), ["head"], x.transpose(0, 1))
+    assert macs == {"head": 7 * 6 * 3} and total <= samples_first.macs
+
+
+class Swapping(Recurrent):
+    """Takes samples first, and swaps for the module inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_a_model_that_swaps_for_itself_is_counted_by_its_inputs() -> None:
+    x = torch.randn(4, 7, 6)
+    assert model_cost(Swapping(False, "recurrent"), x) == model_cost(Recurrent(True, "recurrent"), x)

@@ -19,8 +19,8 @@ from spectrim.refit.moments import Flows, Moments, moments_of
 from spectrim.refit.ridge import RIDGE, chosen_ridge, rehearse_choice
 from spectrim.refit.weighting import RefitBy, Weights, mixed, roots_of, weights_of
 from spectrim.statistics.batchnorm import norms_of
-from spectrim.statistics.input_moments import mask_of
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.padding import padding_of
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.shifted_moments import LARGE
 from spectrim.surgery.given_model import copied
@@ -119,8 +119,16 @@ def _in_step(
     layer, for all batches. Raises ``UserError`` where a batch does not come by all layers in their order.
     """
     nothing = [torch.empty(0)] * len(batches)
-    flows = Flows(list(nothing), list(nothing), [mask_of(inputs) for inputs in batches])
-    passes = Lockstep(lambda station: met(layers[station], flows))
+    flows = Flows(list(nothing), list(nothing), [None] * len(batches))
+    dense = {name: models[1].get_submodule(name) for name in layers}
+    paddings = [padding_of(models[1], dense.values(), inputs) for inputs in batches]
+
+    def all_arrived(station: int) -> None:
+        name = layers[station]
+        flows.masks = [own.at_next_call(dense[name], x.shape[:-1]) for own, x in zip(paddings, flows.x, strict=True)]
+        met(name, flows)
+
+    passes = Lockstep(all_arrived)
 
     def through(model: nn.Module, values: list[Tensor], index: int) -> None:
         done = 0

@@ -5,14 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectrim.batches import Inputs, sample_count
+from spectrim.batches import Inputs, target_count
 from spectrim.errors import MissingInput, UserError
 from spectrim.losses import IGNORED, Loss, TokenLoss, loss_of
 
 
 def batch_weight(loss: Loss, targets: Any, inputs: Inputs = None) -> int:
     """Return the weight of a batch in the split's mean: its number of samples, or of predicted tokens."""
-    return loss.count(targets) if isinstance(loss, TokenLoss) else sample_count(targets, inputs)
+    return loss.count(targets) if isinstance(loss, TokenLoss) else target_count(targets, inputs)
 
 
 def finite_loss(loss: Loss, outputs: Any, targets: Any, split: str) -> Tensor:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, device_of, evaluating, first_argument, forward, to_device
+from spectrim.batches import device_of, evaluating, first_argument, forward, to_device
 from spectrim.decomposers.spectrum import HEAD
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.layers import FactoredConv2d
 from spectrim.statistics import packed
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.packed import Moment, PackedMoments
+from spectrim.statistics.padding import NO_PADDING, padding_of
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.shifted_moments import is_wide, padded, patch_moment
 from spectrim.surgery.tied import tied_layers
@@ -29,9 +30,9 @@ def input_moments(
     """Return ``E[x x^T]`` over samples and positions: layer → view → float64 (g, I, I) on the layer's device.
 
     An embedding has the diagonal only, of shape (g, I): the frequency of each id (``_Counted``). Positions that
-    ``attention_mask`` among the inputs marks as padding do not count. Embeddings that share a weight count together. If
-    linear layers share it, too, the second moment of their inputs comes beside the frequencies, as ``HEAD``. Linear
-    layers that read the same tensors hold one moment together.
+    ``attention_mask`` or ``decoder_attention_mask`` marks as padding do not count (``padding``). Embeddings that share
+    a weight count together. If linear layers share it, too, the second moment of their inputs comes beside the
+    frequencies, as ``HEAD``. Linear layers that read the same tensors hold one moment together.
 
     ``views``: layer → the views of its weight. A view determines what one input x is. It is a vector of a Linear. In
     the channel view of a convolution it is a patch of I/g * kh * kw numbers, in the spatial view a row of I/g * kw.
@@ -50,12 +51,14 @@ def input_moments(
             places += [(head, own.setdefault(HEAD, _Gathered(head, "linear", last))) for head in heads]
     hooks = [one for own in gathered.values() for one in own.values()]
     device = device_of(model)
-    with hooked(before=places), evaluating(model), torch.no_grad():  # in inference mode tensors have no version
+    with evaluating(model), torch.no_grad():  # in inference mode tensors have no version
         for inputs, _ in objective.first("calibration", samples, "moments"):
             inputs = to_device(inputs, device)
+            padding = padding_of(model, [layer for layer, _ in places], inputs)
             for one in hooks:
-                one.mask = mask_of(inputs)
-            forward(model, inputs)
+                one.padding = padding
+            with hooked(before=places):
+                forward(model, inputs)
             last.forget()
     processes = objective.processes("calibration")
     return {
@@ -118,17 +121,6 @@ def _patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
     return x
 
 
-def mask_of(inputs: Inputs) -> Tensor | None:
-    """Return ``attention_mask`` of the inputs, 0 at padding, or None if they have none.
-
-    A mask of numbers to add to scores is 0 elsewhere and below 0 at padding.
-    """
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if isinstance(mask, Tensor) and mask.is_floating_point() and not (mask > 0).any():
-        return mask == 0
-    return mask
-
-
 def _gatherer(layer: nn.Module, view: str, last: "_Last") -> "_Gathered | _Counted":
     return _Counted(layer.num_embeddings) if isinstance(layer, nn.Embedding) else _Gathered(layer, view, last)
 
@@ -186,21 +178,22 @@ class _Gathered:
         self.rows, self.last = Rows(layer, view), last
         self.sum = last.nothing
         self.wide = self.rows.first if is_wide(layer) else None
-        self.mask: Tensor | None = None
+        self.padding = NO_PADDING
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = first_argument(args, kwargs).detach()
         if self.rows.first is None:
-            self.sum = self.last.added(x, self.sum, lambda: self._with(x))
+            mask = self.padding.at_next_call(layer, x.shape[:-1])
+            self.sum = self.last.added(x, self.sum, lambda: self._with(x, mask))
         else:
             self.sum = self._with(x)
 
-    def _with(self, x: Tensor) -> _Sum:
+    def _with(self, x: Tensor, mask: Tensor | None = None) -> _Sum:
         """Return the sum with the inputs ``x``."""
         if self.wide is not None:
             count, added = patch_moment(self.wide, padded(self.wide, x))
         else:
-            x = self.rows.inputs(x, self.mask)
+            x = self.rows.inputs(x, mask)
             count, added = x.shape[1], x.transpose(1, 2) @ x
         value = packed.held(added).double()
         return _Sum(self.sum.count + count, self.sum.value + value if self.sum.count else value)
@@ -222,12 +215,12 @@ class _Counted:
 
     def __init__(self, size: int) -> None:
         self.counts = torch.zeros(size, dtype=torch.int64)
-        self.mask: Tensor | None = None
+        self.padding = NO_PADDING
 
     def __call__(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         ids = first_argument(args, kwargs)
-        if self.mask is not None and self.mask.shape == ids.shape:
-            ids = ids[self.mask.bool()]
+        if (mask := self.padding.at_next_call(layer, ids.shape)) is not None:
+            ids = ids[mask.bool()]
         self.counts = self.counts.to(ids.device) + torch.bincount(ids.flatten(), minlength=len(self.counts))
 
     def mean(self, processes: Processes) -> Tensor:

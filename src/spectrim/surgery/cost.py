@@ -9,8 +9,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectrim.batches import Inputs, batch_size, device_of, evaluating, forward, to_device
+from spectrim.batches import Inputs, device_of, evaluating, forward, to_device
 from spectrim.surgery.given_model import unchanged
+from spectrim.surgery.sample_axis import Samples
 from spectrim.surgery.tied import tied_layers
 from spectrim.surgery.unpacking import unpacked
 from spectrim.tools.trainable import alone_trainable
@@ -29,8 +30,8 @@ def model_cost(model: nn.Module, example: Inputs) -> Cost:
     Packed modules are counted ``unpacked``: the counter does not see into torch's kernels for LSTM and attention.
     """
     # The counter reports floating point operations, two for each multiply-accumulate.
-    macs = _counted(unpacked(model), example).get_total_flops() // 2 // batch_size(example)
-    return Cost(parameters(model), macs)
+    counter, samples = _counted(unpacked(model), example)
+    return Cost(parameters(model), counter.get_total_flops() // 2 // samples)
 
 
 def parameters(model: nn.Module) -> int:
@@ -50,8 +51,8 @@ def layer_macs(model: nn.Module, layers: Sequence[str], example: Inputs) -> tupl
 
     Layers that share the weight of an embedding count with it.
     """
-    counter, twice, ties = _counted(model, example), 2 * batch_size(example), tied_layers(model)
-    root, counts = type(model).__name__, counter.get_flop_counts()
+    (counter, samples), ties = _counted(model, example), tied_layers(model)
+    root, counts, twice = type(model).__name__, counter.get_flop_counts(), 2 * samples
 
     def macs(name: str) -> float:
         # The counter has no entry for a layer without products, as an embedding.
@@ -61,9 +62,10 @@ def layer_macs(model: nn.Module, layers: Sequence[str], example: Inputs) -> tupl
     return own, counter.get_total_flops() / twice
 
 
-def _counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
+def _counted(model: nn.Module, example: Inputs) -> tuple[FlopCounterMode, int]:
+    """Return what is counted, and the number of samples of ``example``."""
     inputs = to_device(example, device_of(model))
-    counter = FlopCounterMode(display=False)
+    counter, samples = FlopCounterMode(display=False), Samples(example)
     # It does not see into every kernel of attention. Plain products reach the same number. And it fails on an argument
     # that requires a gradient without having a history, as a view of a parameter under no_grad.
     with (
@@ -73,10 +75,11 @@ def _counted(model: nn.Module, example: Inputs) -> FlopCounterMode:
         alone_trainable(model, ()),
         _without_fused_layers(),
         sdpa_kernel(SDPBackend.MATH),
+        samples.watching(model),
         counter,
     ):
         forward(model, inputs)
-    return counter
+    return counter, samples.count
 
 
 @contextmanager
