@@ -16,7 +16,7 @@ from spectrim.algorithms.joint import Joint
 from spectrim.batches import evaluating
 from spectrim.checkpoints import single_file
 from spectrim.data.images import ImageSplit
-from spectrim.losses import default_loss
+from spectrim.default_losses import default_loss
 from spectrim.report.table import Column, Table
 from spectrim.runs import configuration, targets
 from spectrim.statistics.evaluation import evaluate

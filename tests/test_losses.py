@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spectrim.batches import pairs
 from spectrim.decomposers.svd import SVD
+from spectrim.default_losses import default_loss
 from spectrim.errors import UserError
 from spectrim.factored.forms import PlainForm
 from spectrim.factored.plan import Kept, RankPlan
@@ -17,7 +18,6 @@ from spectrim.language import perplexity
 from spectrim.losses import (
     IGNORED,
     TokenLoss,
-    default_loss,
     fisher_direction,
     label_loss,
     logits_of,

@@ -18,9 +18,10 @@ from spectrim.algorithms.shared.measurement import Measurement
 from spectrim.batches import Batches
 from spectrim.checkpoints import sharded, single_file
 from spectrim.decomposers.spectrum import Decomposer
+from spectrim.default_losses import default_loss
 from spectrim.errors import UserError
 from spectrim.factored.plan import RankPlan
-from spectrim.losses import Loss, TokenLoss, default_loss
+from spectrim.losses import Loss, TokenLoss
 from spectrim.statistics.batchnorm import BatchNorm, require
 from spectrim.statistics.collated import Collator, collated, with_decoder_inputs
 from spectrim.statistics.objective import Objective

@@ -18,6 +18,7 @@ from spectrim.tools.normals import Normals
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) → mean over the batch, a scalar
 IGNORED = -100  # the label of a token that is not predicted, as in transformers and torch
+PROBABILITIES = 1e-2  # from 1, the sum of the probabilities of all classes, which may be held in 16 bits
 LOG_PROBABILITIES = 1e-3  # from 0, the logarithm of the sum of a row that a log-softmax has made
 
 
@@ -178,6 +179,11 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
             f"the outputs are a {type(scores).__name__}, which cross-entropy does not take; give loss=, a function of "
             "them and the targets, or an algorithm that measures no loss, such as Truncation"
         )
+    if loss is F.cross_entropy and not _are_probabilities(scores, targets):
+        raise UserError(
+            "cross-entropy takes classes, or a probability of each class, and these targets are neither; give loss=, "
+            "such as torch.nn.BCEWithLogitsLoss() for samples of several classes, or torch.nn.MSELoss() for numbers"
+        )
     targets = cloned(targets)  # a loss may write to them
     try:
         value = loss(scores if loss is F.cross_entropy or isinstance(loss, _Loss) else outputs, targets)
@@ -186,6 +192,16 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.ndim:
         raise UserError("the loss must return a scalar tensor, the mean over the batch")
     return value
+
+
+def _are_probabilities(scores: Tensor, targets: Any) -> bool:
+    """Return whether the targets of cross-entropy are classes, or numbers of the shape of ``scores`` that sum to 1."""
+    if not isinstance(targets, Tensor) or targets.shape != scores.shape or scores.ndim < 2:
+        return True  # torch tells what does not fit
+    if not targets.is_floating_point():
+        return False
+    sums = targets.float().sum(1)
+    return bool(((sums - 1).abs() < PROBABILITIES).all())
 
 
 def _takes(loss: Loss, outputs: Any, targets: Tensor) -> bool:
@@ -228,23 +244,3 @@ def direction(logits: Tensor, normals: Normals) -> Tensor:
 
 
 token_loss, label_loss, span_loss = TokenLoss(), TokenLoss(ahead=0), SpanLoss()
-OF_TASKS: dict[str, Loss] = {
-    "ForCausalLM": token_loss,
-    "ForMaskedLM": label_loss,
-    "ForTokenClassification": label_loss,
-    "ForQuestionAnswering": span_loss,
-}
-
-
-def default_loss(model: nn.Module) -> Loss:
-    """Return the loss that a model of transformers is trained by, as far as it is known; else cross-entropy.
-
-    A model with adapters of PEFT has the loss of the model inside.
-    """
-    model = getattr(model, "get_base_model", lambda: model)()
-    # The older names of decoders, such as GPT2LMHeadModel, tell transformers no task.
-    older = type(model).__name__.endswith("LMHeadModel")
-    task = "ForCausalLM" if older else str(getattr(model, "loss_type", None))
-    if task in ("ForConditionalGeneration", "None") and hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return label_loss  # an encoder-decoder: the inputs of its decoder are shifted already
-    return OF_TASKS.get(task, F.cross_entropy)

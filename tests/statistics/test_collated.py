@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import spectrim
+from spectrim.default_losses import default_loss
 from spectrim.errors import UserError
 from spectrim.fetch import pretrained
-from spectrim.losses import default_loss
 from spectrim.statistics.collated import collated, with_decoder_inputs
 from spectrim.statistics.objective import Objective
 

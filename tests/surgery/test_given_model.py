@@ -330,3 +330,24 @@ def test_a_copy_of_a_scripted_part_can_be_trained_as_the_given_one(frozen: bool)
     assert [p.requires_grad for p in own.parameters()] == [True, True, not frozen, not frozen]
     assert all(p.is_leaf for p in own.parameters())
     assert all(map(torch.equal, own.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["new", "run before"])
+def test_hooks_of_a_first_pass_are_registered_once_in_the_given_and_the_compressed_model(warm: bool) -> None:
+    class Counting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            if not getattr(self, "installed", False):
+                self.installed = True
+                for layer in self:
+                    layer.register_forward_hook(lambda *_: seen.append(1) or None)  # type: ignore[func-returns-value]
+            return super().forward(x)
+
+    seen = list[int]()
+    model, x = Counting(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(3, 16)
+    if warm:
+        model(x)
+    result = compress(model)
+    for own in (model, result.model):
+        seen.clear()
+        own(x)
+        assert len(seen) == 3

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import spectrim
 from spectrim.decomposers.spectrum import spectrum_of
 from spectrim.decomposers.svd import SVD
+from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d
 from spectrim.models.resnet import ResNet
 from spectrim.surgery import latency
@@ -115,3 +117,17 @@ def test_one_lucky_pass_does_not_make_a_model_the_faster(monkeypatch: pytest.Mon
     times = {id(slow): [1.0, 30.0, *[10.0] * 13], id(fast): [9.0, 27.0, *[9.0] * 13]}
     monkeypatch.setattr(latency, "milliseconds", lambda model, _: times[id(model)].pop(0))
     assert latency.in_turns([slow, fast], torch.ones(1, 2), 1) == [10.0, 9.0]
+
+
+def test_a_time_of_samples_is_refused_where_steps_come_first() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.GRU(6, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.inner(x)[0][-1])
+
+    data = [(torch.randn(7, 3, 6), torch.randint(4, (3,)))]
+    with pytest.raises(UserError, match=r"^a budget in milliseconds takes samples along the first dimension.*wrap it"):
+        spectrim.compress(Steps(), calibration=data, algorithm=spectrim.Joint(milliseconds=1.0, samples=3, refit=0))

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from spectrim.batches import Batches
+from spectrim.default_losses import decoder_inputs_of
 from spectrim.errors import UserError
 from spectrim.statistics.processes import Distributed
 
@@ -58,7 +59,7 @@ def with_decoder_inputs(batches: Batches, model: nn.Module) -> Batches:
     Such a model of transformers makes the inputs of its decoder from the labels, shifted to the right. It does not see
     the labels here, since they become the targets. The batches of any other model come back as they are.
     """
-    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    shift = decoder_inputs_of(model)
     if shift is None:
         return batches
     if isinstance(batches, Distributed):

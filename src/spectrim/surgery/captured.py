@@ -11,7 +11,7 @@ from torch import nn
 
 from spectrim.errors import UserError
 from spectrim.factored.dense import attributes_of
-from spectrim.surgery.replacing import HOOKS
+from spectrim.surgery.given_model import HOOKS
 
 
 def refuse_captured(model: nn.Module) -> None:

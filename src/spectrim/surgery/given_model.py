@@ -17,6 +17,9 @@ from spectrim.errors import UserError, first_line
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
 from spectrim.tools.alone import alone
 
+# The attributes in which a module of torch holds its hooks on calls.
+HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
+
 
 def eager(model: nn.Module, values: bool = True) -> nn.Module:
     """Return ``model``, or the model that ``torch.compile`` wrapped in it.
@@ -87,14 +90,16 @@ def versions(model: nn.Module) -> tuple[int, ...]:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restore the buffers and the plain attributes of every module when the block ends.
+    """Restore the buffers, the plain attributes and the hooks of every module when the block ends.
 
     Another thread that enters such a block waits (``alone``).
 
     A forward pass may count its calls, update a buffer, keep an activation or append to a list. Tensors, lists,
     dictionaries, sets and deques that an attribute holds get their contents back, also where they lie in one another.
     So do the rows of an embedding with ``max_norm``, which looking them up scales, and the weights of a module with a
-    ``train`` of its own, which may merge an adapter. Scripted parts and objects of other classes are not restored.
+    ``train`` of its own, which may merge an adapter. Hooks that a first pass registers go with the attribute that tells
+    of them, as in models of transformers that return hidden states. Scripted parts and objects of other classes are not
+    restored.
     Memory: a copy of the buffers and of these tensors.
     """
     with alone(), _restored(model):
@@ -107,7 +112,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
     before = [(module, attributes_of(module), dict(module.named_buffers(recurse=False))) for module in modules]
     held: dict[int, Any] = {}
     for module, attributes, buffers in before:
-        _gather([*buffers.values(), *attributes.values()], held)
+        hooks = (vars(module).get(name) for name in HOOKS)
+        _gather([*buffers.values(), *attributes.values(), *hooks], held)
         # What is written to these tensors leaves the count of ``versions``.
         held |= {id(weight): weight.data for weight in _written_by_passes(module)}
     contents = [(value, _contents(value)) for value in held.values()]

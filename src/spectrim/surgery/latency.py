@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spectrim.batches import Inputs, device_of, evaluating, forward, repeated, to_device
 from spectrim.decomposers.spectrum import Spectrum
 from spectrim.surgery import replacing
+from spectrim.surgery.sample_axis import require_samples_first
 from spectrim.surgery.tied import places
 from spectrim.tools.hooks import hooked
 
@@ -64,8 +65,11 @@ def measured(
 
     ``example``: inputs, shortened or repeated to ``batch_size`` samples.
     ``clock``: ``milliseconds`` by default.
+
+    Raises ``UserError`` where the first dimension of the inputs holds no samples.
     """
     clock = clock or milliseconds
+    require_samples_first(model, example, "a budget in milliseconds")
     inputs = to_device(repeated(example, batch_size), device_of(model))
     layers = {name: model.get_submodule(name) for name in spectra}
     every = {name: places(model, name, layer) for name, layer in layers.items()}

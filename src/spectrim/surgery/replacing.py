@@ -14,11 +14,8 @@ from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import DenseLayer, dense_kinds
 from spectrim.factored.plan import Keep, RankPlan
 from spectrim.factored.tied import TiedLinear
-from spectrim.surgery.given_model import copying, deep_copy
+from spectrim.surgery.given_model import HOOKS, copying, deep_copy
 from spectrim.surgery.tied import places
-
-# The attributes in which a module of torch holds its hooks on calls.
-HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
 
 
 def replace(model: nn.Module, name: str, layer: nn.Module) -> Callable[[], None]:

@@ -21,10 +21,11 @@ from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.batches import Batches
 from spectrim.checkpoints import every_size
 from spectrim.decomposers.spectrum import Spectrum
+from spectrim.default_losses import default_loss
 from spectrim.errors import UserError
 from spectrim.factored.forms import EmbeddingForm, Form, PivotedForm, PlainForm
 from spectrim.factored.plan import Kept, RankPlan
-from spectrim.losses import Loss, default_loss
+from spectrim.losses import Loss
 from spectrim.refit import factors
 from spectrim.refit.weighting import RefitBy, output_weights
 from spectrim.statistics.collated import with_decoder_inputs

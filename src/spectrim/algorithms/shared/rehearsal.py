@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.algorithms.shared.decomposed import moments_for
 from spectrim.algorithms.shared.outline import Outline
-from spectrim.batches import batch_size, device_of, evaluating, first_argument, forward, to_device
+from spectrim.batches import device_of, evaluating, first_argument, forward, to_device
 from spectrim.decomposers.spectrum import NO_MOMENTS, Decomposer, Moments
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import Kept, RankPlan
@@ -51,7 +51,7 @@ class Rehearsal:
 
     @property
     def count(self) -> int:
-        return batch_size(self.batch[0])
+        return sample_count(self.batch[1], self.batch[0])
 
     def forward_seconds(self) -> float:
         """Return the seconds of a forward pass."""
