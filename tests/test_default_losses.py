@@ -47,6 +47,28 @@ def test_a_classifier_has_the_loss_of_its_problem(settings: Any, labels: Tensor)
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_decoder_that_reads_images_too_predicts_next_tokens() -> None:
+    library = pretrained.library()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = library.CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    text = library.LlamaConfig(**sizes, vocab_size=30)
+    config = library.LlavaConfig(vision_config=vision, text_config=text, image_token_index=29, image_seq_length=4)
+    torch.manual_seed(0)
+    model = library.LlavaForConditionalGeneration(config).eval()
+    ids = torch.randint(29, (3, 10))
+    ids[:, 1:5] = 29
+    batch = {"input_ids": ids, "pixel_values": torch.randn(3, 3, 8, 8), "labels": ids.where(ids < 29, -100)}
+    with torch.no_grad():
+        expected = float(model(**batch).loss)
+    found = Objective(default_loss(model), {"calibration": [batch]}).evaluate(model).loss
+    assert found == pytest.approx(expected, rel=1e-5)
+    result = spectrim.compress(model, calibration=[batch], params_kept=0.7)
+    assert any(name.startswith("model.vision_tower.") for name in result.plan)
+    for own in (model, result.model):  # its language model reads the last but one state of its vision tower
+        states = own.model.vision_tower(batch["pixel_values"], output_hidden_states=True).hidden_states  # type: ignore
+        assert len(states) == 3
+
+
 def test_a_writer_without_a_function_of_its_own_has_its_decoder_inputs() -> None:
     sizes = {"vocab_size": 30, "d_model": 16, "num_mel_bins": 4, "max_source_positions": 10, "max_target_positions": 10}
     names = ("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads")

@@ -28,9 +28,16 @@ def default_loss(model: nn.Module) -> Loss:
     task = "ForCausalLM" if older else str(getattr(model, "loss_type", None))
     if task in ("ForConditionalGeneration", "None") and decoder_inputs_of(model) is not None:
         return label_loss  # an encoder-decoder: the inputs of its decoder are shifted already
+    if task == "ForConditionalGeneration" and not _holds_a_decoder_apart(model):
+        return token_loss  # a decoder that also reads images or sounds
     if task in ("ForSequenceClassification", "ForImageClassification"):
         return _loss_of_problem(model)
     return OF_TASKS.get(task, F.cross_entropy)
+
+
+def _holds_a_decoder_apart(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    return any(getattr(own, "is_encoder_decoder", True) for own in (config, getattr(config, "text_config", config)))
 
 
 def decoder_inputs_of(model: nn.Module) -> Callable[..., Tensor] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.algorithms.shared.decomposed import moments_for
 from spectrim.algorithms.shared.outline import Outline
-from spectrim.batches import device_of, evaluating, first_argument, forward, to_device
+from spectrim.batches import device_of, evaluating, first_argument, forward, sample_count, to_device
 from spectrim.decomposers.spectrum import NO_MOMENTS, Decomposer, Moments
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.plan import Kept, RankPlan
