@@ -105,6 +105,11 @@ BOXES = [{"boxes": torch.zeros(boxes, 4)} for boxes in (3, 1, 2)]
         ([torch.zeros(4), torch.zeros(5)], torch.zeros(2, 2), 2),
         (tuple(BOXES), [torch.zeros(3, 8, 8)] * 3, 3),
         ({"a": TASKS[0], "b": TASKS[1]}, torch.zeros(6, 2), 6),
+        (torch.zeros(24), torch.zeros(4, 6), 4),
+        (torch.zeros(24, 3), torch.zeros(4, 6, 2), 4),
+        (torch.zeros(20), torch.zeros(4, 6), 4),
+        (torch.zeros(8), torch.zeros(4, 8, 3), 8),
+        (torch.zeros(3), torch.zeros(10, 4), 3),
     ],
     ids=[
         "tensor",
@@ -117,6 +122,11 @@ BOXES = [{"boxes": torch.zeros(boxes, 4)} for boxes in (3, 1, 2)]
         "ragged",
         "boxes",
         "mapping",
+        "flattened tokens",
+        "flattened rows",
+        "flattened and shifted tokens",
+        "steps first",
+        "graphs of nodes",
     ],
 )
 def test_samples_of_a_batch_are_counted_whatever_the_targets(targets: Any, inputs: Any, count: int) -> None:
@@ -240,3 +250,22 @@ def test_outputs_without_tensors_are_one_line() -> None:
             loss=lambda outputs, targets: nn.functional.cross_entropy(outputs.scores, targets),
             algorithm=spectrim.Joint(params_kept=0.7, samples=8),
         )
+
+
+def test_flattened_targets_make_the_plan_of_those_that_are_not() -> None:
+    class Tagger(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            x, _ = self[0](x)
+            return self[1](x)
+
+    torch.manual_seed(0)
+    model, x, y = Tagger(nn.GRU(6, 12, batch_first=True), nn.Linear(12, 9)), torch.randn(8, 7, 6), torch.arange(56) % 9
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+    found = [
+        spectrim.compress(model, calibration=[(x, own)], loss=loss, algorithm=spectrim.Joint(params_kept=0.7))
+        for own in (y, y.view(8, 7))
+    ]
+    assert found[0].plan == found[1].plan and found[0].notes == found[1].notes

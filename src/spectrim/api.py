@@ -72,7 +72,7 @@ def compress(
         samples that chose the ranks is too low.
     ``train``: batches with a length, for algorithms that train.
     ``loss``: ``loss(model_output, targets)``, a scalar, the mean over the batch. By default cross-entropy; for a model
-        of transformers the one of its task: next tokens, labels of tokens, or answers.
+        of transformers the one of its task: next tokens, labels of tokens, answers, several classes, or numbers.
     ``params_kept``: the part of the parameters to keep, in (0, 1). Short for ``algorithm=Joint(params_kept=…)``, for a
         model that predicts next tokens with the settings of ``joint_cut``: no refit, and slopes as far as they hold.
     ``algorithm``: the selector, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default, and a

@@ -130,3 +130,16 @@ def test_what_lies_at_padding_changes_no_moment_of_the_decoder() -> None:
     other = {**inputs, "input_ids": torch.where(mask == 1, inputs["input_ids"], WORDS - 1)}
     for name, moment in moments(model, other, (*TEXT, *DECODER)).items():
         torch.testing.assert_close(moment, first[name], msg=name)
+
+
+def test_choices_that_a_model_folds_into_the_samples_leave_out_their_padding() -> None:
+    class Choices(Sides):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+            return self.encoder(self.words(input_ids.flatten(0, 1)))
+
+    torch.manual_seed(0)
+    model, mask = Choices(), mask_of(6, 3, 2, 5).unflatten(0, (2, 2))
+    inputs = {"input_ids": torch.randint(WORDS, (2, 2, 6)), "attention_mask": mask}
+    x = model.words(inputs["input_ids"])[mask.bool()].double()
+    found = moments(model, inputs, ["encoder"])["encoder"]
+    torch.testing.assert_close(found[0], x.T @ x / len(x), rtol=1e-5, atol=1e-6)

@@ -39,6 +39,7 @@ class Padding:
         self.calls[layer] += 1
         for name, mask in self.masks.items():
             told = self.shared.get(name, {}).get(layer, [])
+            mask = mask.flatten(0, -2) if mask.ndim == 3 else mask  # as of several choices a sample
             if mask.shape == positions and (call >= len(told) or told[call]):
                 return mask
         return None
