@@ -228,9 +228,8 @@ def sample_count(targets: Any, inputs: Inputs) -> int:
     first = next((tensor for tensor in tensors_of(inputs) if tensor.ndim), None)
     if not isinstance(targets, Tensor) or first is None or first.ndim < 2 or count <= samples or count % samples:
         return count
-    per_sample, positions = count // samples, first.shape[1]
-    shifted = targets.ndim == 1 and per_sample < positions  # as where the first token of each is not predicted
-    return samples if count != positions and (per_sample == positions or shifted) else count
+    per_sample, positions = count // samples, first.shape[1]  # one fewer where the first token is not predicted
+    return samples if count != positions and per_sample in (positions, positions - 1) else count
 
 
 def target_count(targets: Any, inputs: Inputs) -> int:
