@@ -62,7 +62,7 @@ def batch(length: int, decoder_mask: bool) -> dict[str, Tensor]:
     return inputs
 
 
-def moments(model: nn.Module, inputs: dict[str, Tensor], names: Any) -> dict[str, Tensor]:
+def moments(model: nn.Module, inputs: Any, names: Any) -> dict[str, Tensor]:
     objective = Objective(F.cross_entropy, {"calibration": [(inputs, None)]})
     found = input_moments(model, {name: ["linear"] for name in names}, objective, 3)
     return {name: own["linear"] for name, own in found.items()}
@@ -143,3 +143,12 @@ def test_choices_that_a_model_folds_into_the_samples_leave_out_their_padding() -
     x = model.words(inputs["input_ids"])[mask.bool()].double()
     found = moments(model, inputs, ["encoder"])["encoder"]
     torch.testing.assert_close(found[0], x.T @ x / len(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [5, 6], ids=["shorter decoder", "as long a decoder"])
+def test_a_mask_may_be_given_by_its_position(length: int) -> None:
+    torch.manual_seed(0)
+    model, inputs, names = Sides(), batch(length, True), (*TEXT, *DECODER)
+    by_name, by_position = (moments(model, own, names) for own in (inputs, tuple(inputs.values())))
+    for name in names:
+        assert by_position[name].equal(by_name[name])

@@ -5,6 +5,7 @@ those of an encoder and a decoder, or a text and the patches of an image. Then t
 where its tokens change, and other rows do not see them.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -53,6 +54,7 @@ def padding_of(model: nn.Module, layers: Iterable[nn.Module], inputs: Inputs) ->
 
     ``model`` runs three times or more where the shape of a mask does not tell its rows.
     """
+    inputs = _named(model, inputs)
     found = {name: mask_of(inputs, name) for name in PREFIXES}
     masks = {name: mask for name, mask in found.items() if mask is not None}
     unclear = [name for name, mask in masks.items() if _is_unclear(inputs, name, mask)]
@@ -61,6 +63,15 @@ def padding_of(model: nn.Module, layers: Iterable[nn.Module], inputs: Inputs) ->
     layers = [layer for layer in dict.fromkeys(layers) if isinstance(layer, nn.Linear | nn.Embedding)]
     shared = {name: _told(model, layers, inputs, name, masks[name]) for name in unclear}
     return Padding(masks, shared)
+
+
+def _named(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Return several inputs by the names that ``forward`` of ``model`` has for them; any others as they are."""
+    if isinstance(inputs, Tensor | Mapping) or not isinstance(inputs, tuple | list):
+        return inputs
+    parameters = inspect.signature(model.forward).parameters.values()
+    names = [own.name for own in parameters if own.kind is own.POSITIONAL_OR_KEYWORD]
+    return dict(zip(names, inputs, strict=False)) if len(inputs) <= len(names) else inputs
 
 
 def mask_of(inputs: Inputs, name: str = "attention_mask") -> Tensor | None:
