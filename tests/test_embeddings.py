@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spectrim
+from spectrim.algorithms.shared.decomposed import moments_for
 from spectrim.algorithms.shared.measurement import Measurement
 from spectrim.batches import evaluating
 from spectrim.factored.forms import EmbeddingForm, PlainForm
@@ -26,8 +27,10 @@ DECOMPOSERS = {
     "plain": spectrim.SVD(embeddings=True),
     "whitened": spectrim.WhitenedSVD(view="channel", samples=24, embeddings=True),
     "but some": spectrim.WhitenedSVD(view="channel", samples=24, embeddings=True, whole=0.4),
+    "two-sided": spectrim.TwoSidedSVD(view="channel", samples=24, embeddings=True),
+    "two-sided but some": spectrim.TwoSidedSVD(view="channel", samples=24, embeddings=True, whole=0.4),
 }
-FORMS = {"plain": EmbeddingForm(), "whitened": EmbeddingForm(), "but some": EmbeddingForm(whole_rows=4)}
+FORMS = {kind: EmbeddingForm(whole_rows=4 if kind.endswith("but some") else 0) for kind in DECOMPOSERS}
 MEASUREMENTS = "probe", "bound_probe"  # they compress nothing
 ALGORITHMS = sorted({path.stem for path in (Path(configuration.CONF) / "algorithm").glob("*.yaml")} - {*MEASUREMENTS})
 # One knows images alone, the other splits the inputs of layers.
@@ -96,11 +99,9 @@ def table(layer: Any) -> Tensor:
 
 
 def spectrum(model: Reader, objective: Objective, decomposer: Any) -> Any:
-    moments = {}
-    if decomposer.samples:
-        views = {"token": decomposer.views(model.token)}
-        moments = input_moments(model, views, objective, decomposer.samples)["token"]
-    return decomposer.spectrum(model.token, moments)
+    return decomposer.spectrum(
+        model.token, moments_for(decomposer, model, {"token": model.token}, objective).get("token", {})
+    )
 
 
 def test_one_is_factored_where_that_is_asked_for_and_nothing_forbids_it(model: Reader, objective: Objective) -> None:
@@ -261,7 +262,10 @@ def test_any_algorithm_takes_it_or_says_why_not(
     if isinstance(selector, Measurement):
         assert selector.measure(model, DECOMPOSERS[kind], objective).rows
         return
-    if name in REFUSED or (kind != "plain" and name in TRAINED):
+    unreachable = name == "layer_threshold" and kind.startswith(
+        "two-sided"
+    )  # its size, by thresholds of one layer each
+    if name in REFUSED or (kind != "plain" and name in TRAINED) or unreachable:
         with pytest.raises(spectrim.UserError) as refusal:
             selector.compress(model, DECOMPOSERS[kind], objective)
         assert "\n" not in str(refusal.value)

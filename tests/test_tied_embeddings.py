@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import spectrim
+from spectrim.algorithms.shared.decomposed import moments_for
 from spectrim.algorithms.shared.measurement import Measurement
 from spectrim.batches import evaluating
+from spectrim.decomposers.spectrum import outputs_of
 from spectrim.factored.layers import FactoredEmbedding
 from spectrim.factored.plan import RankPlan
 from spectrim.factored.tied import TiedLinear
@@ -19,6 +21,7 @@ from spectrim.runs import configuration, targets
 from spectrim.statistics.fisher import gate_gradients
 from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.output_moments import output_moments
 from spectrim.surgery import find_layers, replacing
 from spectrim.surgery.cost import parameters
 from spectrim.surgery.latency import measured
@@ -32,6 +35,8 @@ DECOMPOSERS = {
     "pivoted": spectrim.WhitenedSVD(**WHITENED, factors="pivoted"),
     "but some": spectrim.WhitenedSVD(**WHITENED, whole=0.4),
     "pivoted but some": spectrim.WhitenedSVD(**WHITENED, whole=0.4, factors="pivoted"),
+    "two-sided": spectrim.TwoSidedSVD(**WHITENED),
+    "two-sided but some": spectrim.TwoSidedSVD(**WHITENED, whole=0.4, factors="pivoted"),
 }
 WHITE = DECOMPOSERS["whitened"]
 ALGORITHMS = sorted(path.stem for path in (Path(configuration.CONF) / "algorithm").glob("*.yaml"))
@@ -101,11 +106,8 @@ def cut(model: nn.Module, objective: Objective, kind: str = "whitened", part: fl
 
 
 def spectrum(model: Any, objective: Objective, decomposer: Any) -> Any:
-    found = {}
-    if decomposer.samples:
-        views = {"token": decomposer.views(model.token)}
-        found = input_moments(model, views, objective, decomposer.samples)["token"]
-    return decomposer.spectrum(model.token, found)
+    moments = moments_for(decomposer, model, {"token": model.token}, objective)
+    return decomposer.spectrum(model.token, moments.get("token", {}))
 
 
 def at_full_rank(model: Any, own: Any) -> Any:
@@ -255,6 +257,34 @@ def test_the_metric_is_the_sum_of_the_errors_of_rows_and_of_scores(objective: Ob
         assert float(both.weighted_error()[rank]) == pytest.approx(float(least.sqrt()), rel=1e-3)
 
 
+def test_the_two_sided_metric_adds_the_gradients_at_all_look_ups_and_the_inputs_of_the_head(
+    objective: Objective,
+) -> None:
+    model = Translator()
+    kind = spectrim.TwoSidedSVD(**WHITENED, ridge=1e-12, damping=1e-12)
+    moments = moments_for(kind, model, {"token": model.token}, objective)["token"]
+    parts: Any = {name: Translator() for name in ("token", "source")}  # each embedding apart from the others
+    for name, one in parts.items():
+        one.load_state_dict(model.state_dict())
+        one.get_submodule(name).weight = nn.Parameter(model.token.weight.detach().clone())
+        parts[name] = output_moments(one, {name: ("embedding",)}, objective, 24, kind.directions)[name]["embedding"]
+    G, H = moments[outputs_of("embedding")].squeeze(0), moments["head"].squeeze(0)
+    torch.testing.assert_close(G, sum(parts.values()).squeeze(0), atol=1e-8, rtol=1e-5)
+    D, W, both = (
+        moments["embedding"].squeeze(0),
+        model.token.weight.detach().double(),
+        kind.spectrum(model.token, moments),
+    )
+    for rank in (2, 4, 8):
+        least, other = (
+            (D @ (change @ (G + H) * change).sum(1))
+            for own in (both, DECOMPOSERS["whitened"].spectrum(model.token, moments))
+            for change in [own.factor(rank).weight.detach().double() - W]
+        )
+        assert least < other
+        assert float(both.weighted_error()[rank]) == pytest.approx(float(least.sqrt()), rel=1e-3)
+
+
 def test_the_plan_of_a_file_gives_the_same_model_and_an_untied_twin_has_another(objective: Objective) -> None:
     model = Decoder()
     tied, twin = (
@@ -303,9 +333,8 @@ def test_a_second_compression_opens_all_places(kind: str, objective: Objective) 
     twice = cut(once.model, objective, kind, 0.8)
     require_tied(twice.model)
     assert twice.model.token.rank < once.model.token.rank
-    kept = spectrim.compress(
-        once.model, calibration=objective.given("calibration"), plan={"body": 2}, decomposer=DECOMPOSERS[kind]
-    )
+    batches, decomposer = objective.given("calibration"), DECOMPOSERS[kind]
+    kept = spectrim.compress(once.model, calibration=batches, loss=token_loss, plan={"body": 2}, decomposer=decomposer)
     require_tied(kept.model)
     assert kept.model.token.rank == once.model.token.rank
     assert kept.model.token.first.weight is not once.model.token.first.weight
@@ -326,7 +355,7 @@ def test_a_place_that_is_not_called_counts_for_nothing(unused: str, kind: str, o
     class Half(Decoder):
         def forward(self, ids: Tensor) -> Tensor:
             x = torch.tanh(self.body(torch.eye(IDS)[ids][..., :WIDTH] if unused == "token" else self.token(ids)))
-            return self.head(x) if unused == "token" else x
+            return self.head(x) if unused == "token" else x @ torch.eye(WIDTH, IDS)
 
     result = cut(Half(), objective, kind)
     assert "token" in result.plan and torch.isfinite(scores(result.model, objective)).all()

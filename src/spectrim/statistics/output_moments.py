@@ -25,6 +25,7 @@ from spectrim.statistics.input_moments import Rows
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.packed import Moment, PackedMoments
 from spectrim.statistics.processes import Processes
+from spectrim.surgery.tied import tied_layers
 from spectrim.tools.hooks import hooked
 from spectrim.tools.trainable import alone_trainable
 
@@ -39,7 +40,7 @@ def output_moments(
     """Return G, the second moment of the gradient at the outputs: layer → view → float64 (g, O, O) on its device.
 
     It is summed over positions, and the mean over predictions: samples, or the predicted tokens of a language model.
-    A layer that the loss does not depend on has a zero moment.
+    A layer that the loss does not depend on has a zero moment. Embeddings that share a weight count together.
 
     ``views``: layer → the views of its weight. In the spatial view of a convolution O counts output channels times kh.
         Then g is what comes back to the outputs of a 1 x kw convolution of full rank.
@@ -53,7 +54,12 @@ def output_moments(
     layers = {name: model.get_submodule(name) for name in views}
     gathered = {name: {view: _Gathered(layers[name], view) for view in own} for name, own in views.items()}
     leaves = Leaves()
-    hooks = [(layers[name], _catching(list(own.values()), leaves)) for name, own in gathered.items()]
+    ties = tied_layers(model)
+    hooks = [
+        (place, _catching(list(own.values()), leaves))
+        for name, own in gathered.items()
+        for place in (layers[name], *_embeddings(model, ties.get(name, ())))
+    ]
     processes, device, count = objective.processes("calibration"), device_of(model), 0
     with hooked(after=hooks), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first("calibration", samples, "moments"):
@@ -75,6 +81,11 @@ def output_moments(
         name: PackedMoments({view: one.mean(processes, count) for view, one in own.items()})
         for name, own in gathered.items()
     }
+
+
+def _embeddings(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    modules = [model.get_submodule(name) for name in names]
+    return [module for module in modules if isinstance(module, nn.Embedding)]
 
 
 def _catching(gathered: Sequence["_Gathered"], leaves: Leaves) -> Callable[..., Tensor]:
