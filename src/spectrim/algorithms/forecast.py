@@ -14,7 +14,6 @@ from spectrim.algorithms.shared.work import Foreseen, Outlook, Work
 from spectrim.batches import sample_count
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
-from spectrim.factored.linalg import break_even_rank
 from spectrim.statistics import packed
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, tied
@@ -84,7 +83,7 @@ def forecast(model: nn.Module, algorithm: Any, decomposer: Decomposer, objective
     with unchanged(opened):
         found, left = find_layers.factorable(opened, example, decomposer.embeddings, objective.choice)
         layers = [Outline.of(name, module, decomposer) for name, module in found.items()]
-        layers = [layer for layer in layers if break_even_rank(layer.rows, layer.columns) > 0]
+        layers = [layer for layer in layers if layer.break_even > 0]
         if not layers:
             raise UserError(f"this model has nothing to factor: {find_layers.in_one_line(left)}")
         outlook = Outlook({name: _samples(objective, name) for name in objective.splits}, len(layers))
@@ -126,7 +125,7 @@ def _ranks(
     if work.ranks is not None:
         return {**work.ranks, **fixed}
     if work.rank is not None:
-        wanted = {layer.name: float(work.rank) for layer in layers}
+        wanted = {layer.name: work.rank for layer in layers}
     else:
         share = work.ratio
         if work.params_kept is not None:
@@ -136,13 +135,11 @@ def _ranks(
             share = _share(work.macs_kept, total, own)
         if share is None:
             return fixed or None
-        wanted = {layer.name: share * layer.params / layer.component for layer in layers}
-    ranks = {layer.name: fixed.get(layer.name, max(1, math.floor(wanted[layer.name]))) for layer in layers}
-    return {
-        layer.name: ranks[layer.name]
-        for layer in layers
-        if ranks[layer.name] <= break_even_rank(layer.rows, layer.columns)
-    }
+        macs = work.macs_kept is not None  # pivots save none in a convolution
+        counted = [layer.plain() if macs and isinstance(layer.module, nn.Conv2d) else layer for layer in layers]
+        wanted = {layer.name: layer.rank_within(share * layer.params) for layer in counted}
+    ranks = {layer.name: fixed.get(layer.name, max(1, wanted[layer.name])) for layer in layers}
+    return {layer.name: ranks[layer.name] for layer in layers if ranks[layer.name] <= layer.break_even}
 
 
 def _share(kept: float, total: float, layers: Mapping[str, float]) -> float:
@@ -160,10 +157,10 @@ def _table(layers: Sequence[Outline], ranks: Mapping[str, int] | None) -> pd.Dat
                 "layer": layer.name,
                 "shape": tuple(layer.module.weight.shape),  # type: ignore[arg-type]
                 "full_rank": layer.full_rank,
-                "break_even": break_even_rank(layer.rows, layer.columns),
+                "break_even": layer.break_even,
                 "rank": rank,
                 "params_before": layer.params,
-                "params_after": layer.params if rank is None else rank * layer.component,
+                "params_after": layer.params if rank is None else layer.cost(rank),
             }
         )
     return pd.DataFrame(rows).astype({"rank": "Int64"})
@@ -183,7 +180,8 @@ def _taken(
     if does.gradients or does.gates or does.refit or decomposer.samples:
         objective.given("calibration")
     batch = next(iter(objective.batches("calibration")), None) if "calibration" in objective.splits else None
-    rehearsal = Rehearsal(model, layers, decomposer, objective, batch)
+    plain = [layer.plain() for layer in layers]  # passes and fits are those of plain factors
+    rehearsal = Rehearsal(model, plain, decomposer, objective, batch)
     taken = decomposer.samples if batch is None else min(decomposer.samples, _samples(objective, "calibration"))
     moment_seconds, moments = rehearsal.moments() if decomposer.samples else (0.0, {})
     seconds = {"decompose": taken * moment_seconds + rehearsal.decompositions(moments, does.largest_entries)}
@@ -254,7 +252,7 @@ class _Parts:
 
     def refit(self) -> tuple[float, float]:
         rehearsal, does = self.rehearsal, self.does
-        halves = {layer.name: max(1, break_even_rank(layer.rows, layer.columns) // 2) for layer in rehearsal.layers}
+        halves = {layer.name: max(1, layer.break_even // 2) for layer in rehearsal.layers}
         ranks, flows = self.ranks or halves, rehearsal.flows()
         seconds = 2 * does.refit * rehearsal.forward_seconds() + rehearsal.refit_moments(does.refit, flows)
         positions = {name: does.refit * own for name, (_, own) in flows.items()}

@@ -50,6 +50,22 @@ def test_a_large_moment_takes_its_triangle() -> None:
 def test_the_moments_of_an_embedding_are_a_diagonal() -> None:
     layer = Outline.of("0", nn.Embedding(1000, 8), WhitenedSVD(view="channel", embeddings=True))
     assert layer.moment_entries == 1000
+    both = Outline.of("0", nn.Embedding(1000, 8), TwoSidedSVD(embeddings=True))
+    assert both.moment_entries == 1000 + 8**2  # that of the gradients is none
+
+
+@pytest.mark.parametrize("factors", ["plain", "pivoted"])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(9, 6), nn.Linear(6, 6), nn.Linear(5, 8), nn.Embedding(9, 4), nn.Conv2d(4, 6, 3, groups=2)]
+)
+def test_its_costs_are_those_of_the_spectrum(layer: nn.Module, factors: Any) -> None:
+    decomposer = SVD("channel", embeddings=True, factors=factors)
+    found, spectrum = Outline.of("0", layer, decomposer), decomposer.spectrum(layer)
+    assert found.break_even == spectrum.break_even and found.full_rank == spectrum.max_rank
+    for rank in range(1, spectrum.max_rank + 1):
+        assert found.cost(rank) == spectrum.cost(rank) and found.form_at(rank) == spectrum.kept(rank).form
+        assert found.rank_within(spectrum.cost(rank)) == spectrum.rank_within(spectrum.cost(rank))
+        assert sum(one.weight.numel() for one in found.factor(rank).factors) == spectrum.cost(rank)
 
 
 def test_compress_says_it_and_goes_on(said: Any) -> None:

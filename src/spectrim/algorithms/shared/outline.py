@@ -1,8 +1,9 @@
 """The shapes of a layer, and the memory that its decomposition takes, before it is decomposed."""
 
 import logging
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -10,9 +11,11 @@ from torch import nn
 from spectrim.batches import device_of
 from spectrim.decomposers.spectrum import Decomposer, directions_of
 from spectrim.factored.base import FactoredLayer
+from spectrim.factored.completion import Completion
 from spectrim.factored.dense import DenseLayer
-from spectrim.factored.forms import EmbeddingForm, Form, PlainForm
+from spectrim.factored.forms import EmbeddingForm, Form, PivotedForm, PlainForm
 from spectrim.factored.large import WHITENED
+from spectrim.factored.linalg import break_even_rank, most_pivots
 from spectrim.statistics import packed
 from spectrim.surgery.cost import parameters
 from spectrim.tools.free_memory import free_memory, in_gb
@@ -27,16 +30,18 @@ class Outline:
     ``matrices``: number of matrices of ``rows`` x ``columns`` that the weight is read as.
     ``moments``: sizes of the second moments that the decomposer takes, one or two for each view.
     ``both_sides``: whether there are two for each view, of the inputs and of the gradients at the outputs.
+    ``pivoted``: whether pivoted factors are stored where the rank allows them; ``form`` is that of plain ones.
     """
 
     name: str
     module: nn.Module
-    form: Form
+    form: PlainForm | EmbeddingForm
     matrices: int
     rows: int
     columns: int
     moments: tuple[int, ...]
     both_sides: bool
+    pivoted: bool
 
     @classmethod
     def of(cls, name: str, module: nn.Module, decomposer: Decomposer) -> "Outline":
@@ -44,11 +49,16 @@ class Outline:
         dense, parts = DenseLayer.of(module), int(getattr(decomposer, "subspaces", 1))
         view = dense.view(getattr(decomposer, "view", "channel"))
         parts = parts if dense.inputs % parts == 0 else 1
-        form: Form = EmbeddingForm() if isinstance(module, nn.Embedding) else PlainForm(view, parts)
+        form = EmbeddingForm() if isinstance(module, nn.Embedding) else PlainForm(view, parts)
         both = directions_of(decomposer) is not None
         sides = (1, 0) if both else (1,)
         moments = tuple(dense.sides(own)[side] for own in decomposer.views(module) for side in sides)
-        return cls(name, module, form, dense.groups * parts, *dense.sides(view, parts), moments, both)
+        pivoted = getattr(getattr(decomposer, "base", decomposer), "factors", "plain") == "pivoted"
+        return cls(name, module, form, dense.groups * parts, *dense.sides(view, parts), moments, both, pivoted)
+
+    def plain(self) -> "Outline":
+        """Return the same outline with plain factors."""
+        return replace(self, pivoted=False)
 
     @property
     def full_rank(self) -> int:
@@ -64,15 +74,42 @@ class Outline:
         return self.matrices * self.rows * self.columns
 
     @property
+    def break_even(self) -> int:
+        """The largest rank that saves parameters."""
+        return self.full_rank - 1 if self.pivoted else break_even_rank(self.rows, self.columns)
+
+    def form_at(self, rank: int) -> Form:
+        """Return the form of the factors of ``rank``."""
+        if not self._is_pivoted(rank):
+            return self.form
+        return EmbeddingForm(pivoted=True) if isinstance(self.form, EmbeddingForm) else PivotedForm(self.form.view)
+
+    def cost(self, rank: int) -> int:
+        """Return the parameters of the factors of ``rank``."""
+        return rank * (self.component - (self.matrices * rank if self._is_pivoted(rank) else 0))
+
+    def rank_within(self, params: float) -> int:
+        """Return the largest rank that costs at most ``params``, 0 where none does."""
+        return bisect_right(range(self.full_rank + 1), params, key=self.cost) - 1
+
+    def _is_pivoted(self, rank: int) -> bool:
+        return self.pivoted and rank <= most_pivots(self.rows, self.columns)
+
+    @property
     def moment_entries(self) -> int:
-        """Number of entries of the second moments of one matrix. Those of an embedding are diagonal."""
-        return sum(self.moments if isinstance(self.module, nn.Embedding) else (size**2 for size in self.moments))
+        """Number of entries of the second moments of one matrix. That of an embedding's inputs is diagonal."""
+        return sum(size if diagonal else size**2 for size, diagonal in self._moments())
 
     @property
     def moment_bytes(self) -> int:
         """Bytes that are held of the second moments, in float64."""
-        diagonal = isinstance(self.module, nn.Embedding)
-        return 8 * self.matrices * sum(self.moments if diagonal else map(packed.entries, self.moments))
+        entries = (size if diagonal else packed.entries(size) for size, diagonal in self._moments())
+        return 8 * self.matrices * sum(entries)
+
+    def _moments(self) -> list[tuple[int, bool]]:
+        """Return the size of each second moment, and whether it is diagonal."""
+        embedding, sides = isinstance(self.module, nn.Embedding), 2 if self.both_sides else 1
+        return [(size, embedding and place % sides == 0) for place, size in enumerate(self.moments)]
 
     @property
     def decomposition(self) -> float:
@@ -98,10 +135,12 @@ class Outline:
 
     def factor(self, rank: int) -> FactoredLayer:
         """Return a factored layer with random weights. It has the name that it has in a spectrum."""
-        layer = self.form.layer_for(self.module, rank)
+        layer = self.form_at(rank).layer_for(self.module, rank)
         with torch.no_grad():
             for factor in layer.factors:
                 factor.weight.normal_(std=factor.weight[0].numel() ** -0.5)
+                if isinstance(factor, Completion):
+                    factor.start()
             if layer.bias is not None:
                 layer.bias.zero_()
         return layer

@@ -34,7 +34,8 @@ SECONDS = 1.0  # for the decompositions, and for the fits, that are rehearsed; t
 
 def factored_model(model: nn.Module, layers: Sequence[Outline], ranks: Mapping[str, int]) -> nn.Module:
     """Return ``model`` with random factors in ``layers``. It shares its other weights."""
-    plan = RankPlan.of({layer.name: Kept(ranks[layer.name], layer.form) for layer in layers if layer.name in ranks})
+    kept = {layer.name: (layer, ranks[layer.name]) for layer in layers if layer.name in ranks}
+    plan = RankPlan.of({name: Kept(rank, layer.form_at(rank)) for name, (layer, rank) in kept.items()})
     blanks: Any = {layer.name: layer for layer in layers}  # in place of spectra, of which only ``factor`` is called
     return replacing.apply(model, plan, blanks, shared=True)
 
