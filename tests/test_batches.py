@@ -13,6 +13,7 @@ from spectrim import api
 from spectrim.batches import aliased, batch_size, first_samples, forward, one_sample, repeated, sample_count, tensors_of
 from spectrim.cli import run
 from spectrim.errors import UserError
+from spectrim.losses import label_loss
 from spectrim.statistics.objective import Objective
 from spectrim.surgery.cost import model_cost
 from spectrim.tools.trainable import alone_trainable
@@ -252,20 +253,40 @@ def test_outputs_without_tensors_are_one_line() -> None:
         )
 
 
-def test_flattened_targets_make_the_plan_of_those_that_are_not() -> None:
-    class Tagger(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            x, _ = self[0](x)
-            return self[1](x)
+class Tagger(nn.Module):
+    """A recurrent network that scores each step, perhaps with the steps of all samples in one dimension."""
 
-    torch.manual_seed(0)
-    model, x, y = Tagger(nn.GRU(6, 12, batch_first=True), nn.Linear(12, 9)), torch.randn(8, 7, 6), torch.arange(56) % 9
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head, self.flat = nn.GRU(6, 12, batch_first=True), nn.Linear(12, 9), flat
 
-    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.head(self.inner(x)[0])
+        return scores.flatten(0, 1) if self.flat else scores
 
-    found = [
-        spectrim.compress(model, calibration=[(x, own)], loss=loss, algorithm=spectrim.Joint(params_kept=0.7))
-        for own in (y, y.view(8, 7))
-    ]
-    assert found[0].plan == found[1].plan and found[0].notes == found[1].notes
+
+def of_tokens(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.reshape(-1, 9), targets.flatten())
+
+
+def of_numbers(outputs: Tensor, targets: Tensor) -> Tensor:
+    wanted = nn.functional.one_hot(targets.flatten(), 9).float()
+    return nn.functional.mse_loss(outputs.reshape(-1, 9).sigmoid(), wanted)
+
+
+@pytest.mark.parametrize("loss", [of_tokens, of_numbers])
+def test_flattened_outputs_and_targets_have_the_gates_of_those_that_are_not(loss: Any) -> None:
+    x, y = torch.randn(8, 7, 6), torch.arange(56) % 9
+    cases = [(Tagger(False), y.view(8, 7)), (Tagger(False), y), (Tagger(True), y)]
+    found = [spectrim.compress(own, calibration=[(x, y)], loss=loss, params_kept=0.7) for own, y in cases]
+    assert found[0].plan == found[1].plan and found[0].notes == found[1].notes == found[2].notes
+    if loss is of_numbers:  # scores in rows have random directions, as below
+        assert found[2].plan == found[0].plan
+
+
+def test_flattened_scores_have_the_gates_of_tokens() -> None:
+    x, y = torch.randn(8, 7, 6), torch.arange(56) % 9
+    tokens = spectrim.compress(Tagger(False), calibration=[(x, y.view(8, 7))], loss=label_loss, params_kept=0.7)
+    flat = spectrim.compress(Tagger(True), calibration=[(x, y)], params_kept=0.7)
+    assert tokens.plan == flat.plan and tokens.notes == flat.notes

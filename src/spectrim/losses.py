@@ -188,7 +188,8 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     try:
         value = loss(scores if loss is F.cross_entropy or isinstance(loss, _Loss) else outputs, targets)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise UserError(f"the loss failed on these outputs and targets: {first_line(error)}") from error
+        advice = "; give loss=, a function of them" if loss is F.cross_entropy else ""
+        raise UserError(f"the loss failed on these outputs and targets: {first_line(error)}{advice}") from error
     if not isinstance(value, Tensor) or value.ndim:
         raise UserError("the loss must return a scalar tensor, the mean over the batch")
     return value

@@ -17,7 +17,7 @@ from spectrim.errors import UserError
 from spectrim.factored.dense import with_article
 from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, FactoredLinear
 from spectrim.factored.tied import TiedLinear
-from spectrim.losses import have_scores
+from spectrim.losses import SpanLoss, have_scores
 from spectrim.statistics.backward import Start, detached, gradients_at, start_at
 from spectrim.statistics.batch_loss import finite_loss
 from spectrim.statistics.directions import generator_of, random_direction
@@ -173,12 +173,17 @@ def _along_scores(
         return None
     drawn = generator.get_state()
 
+    def owners(rows: int) -> Tensor:
+        if isinstance(objective.loss, SpanLoss):  # the starts of all samples, then the ends
+            return torch.arange(rows) % count
+        return torch.arange(rows) * count // rows  # flattened scores hold the tokens of a sample together
+
     def weighed(weights: Tensor | None) -> list[Start]:
         generator.set_state(drawn)
         along = random_direction(objective.loss, outputs, targets, generator)
         assert along is not None
         rows, scale = len(along.gradient), math.sqrt(count / along.predictions)
-        factors = torch.full((rows,), scale) if weights is None else weights[torch.arange(rows) % count] * scale
+        factors = torch.full((rows,), scale) if weights is None else weights[owners(rows)] * scale
         along.gradient.mul_(factors.to(along.gradient).view(-1, *[1] * (along.gradient.ndim - 1)))
         return start_at(along.values, along.gradient)
 
@@ -189,8 +194,8 @@ def _by_outputs(loss: Tensor, outputs: Any, count: int) -> Weighed:
     """Return where to start: without weights at the loss, with them at the outputs.
 
     The gradient at the outputs of a sample is then the loss's own times the sample's weight. Outputs may be a sequence
-    with an item a sample, as those of a detector are. If else no output dimension has the size of the batch, the
-    weights do nothing and every layer counts as mixed.
+    with an item a sample, as those of a detector are, or be flattened, with the tokens of a sample together. If else no
+    output dimension has the size of the batch, the weights do nothing and every layer counts as mixed.
     """
     by_sample = isinstance(outputs, list | tuple) and are_samples(outputs, count)
     owners = {id(own): index for index, item in enumerate(outputs if by_sample else ()) for own in tensors_of(item)}
@@ -213,6 +218,9 @@ def _by_outputs(loss: Tensor, outputs: Any, count: int) -> Weighed:
                     gradient = gradient * weights[owners[id(tensor)]].to(gradient)
                 elif axis is not None:
                     gradient = (gradient.movedim(axis, -1) * weights.to(gradient)).movedim(-1, axis)
+                elif tensor.ndim and len(tensor) % count == 0:
+                    own = weights.to(gradient).repeat_interleave(len(tensor) // count)
+                    gradient = gradient * own.view(-1, *[1] * (tensor.ndim - 1))
                 starts += start_at(tensor, gradient)
         return starts
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import device_of, evaluating, forward, one_sample, sample_count, to_device
+from spectrim.batches import device_of, evaluating, forward, one_sample, target_count, to_device
 from spectrim.errors import UserError
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.objective import Objective
@@ -34,7 +34,7 @@ def losses(objective: Objective, model: nn.Module, split: str) -> Losses:
     with evaluating(model), torch.no_grad():
         for inputs, targets in objective.counted(split):
             outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
-            count = sample_count(targets, inputs)
+            count = target_count(targets, inputs)
             for index in range(count):
                 wanted = one_sample(targets, index, count)
                 values.append(finite_loss(objective.loss, one_sample(outputs, index, count), wanted, split).item())

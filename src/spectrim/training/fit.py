@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.batches import Batches, Inputs, device_of, forward, sample_count, to_device
+from spectrim.batches import Batches, Inputs, device_of, forward, target_count, to_device
 from spectrim.data.images import ImageSplit
 from spectrim.data.splits import digest_if_known
 from spectrim.errors import UserError
@@ -154,7 +154,7 @@ class _Loop:
         sums: dict[str, float] = {}
         correct, seen, scored = torch.zeros((), device=device), 0, True
         for step, (inputs, targets) in enumerate(batches):
-            count = sample_count(targets, inputs)
+            count = target_count(targets, inputs)
             inputs, targets = to_device(inputs, device), to_device(targets, device)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.recipe.learning_rate((epoch + step / steps) / self.recipe.epochs)
