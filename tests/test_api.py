@@ -1,6 +1,7 @@
 """The one-call interface, as its users type it."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +311,11 @@ def test_every_name_is_known(group: str) -> None:
         else:
             made = named(group, path.stem)
             assert hasattr(made, "compress") or hasattr(made, "measure") or hasattr(made, "spectrum")
+
+
+def test_a_name_whose_file_changes_a_part_of_another_has_the_rest_of_it() -> None:
+    changed, rest = named("decomposer", "two_sided_embeddings").base, named("decomposer", "two_sided").base
+    assert changed == replace(rest, embeddings=True, whole=0.9) != rest
 
 
 @pytest.mark.parametrize(

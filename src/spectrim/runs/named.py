@@ -1,5 +1,6 @@
 """Algorithms and decomposers by the names that the command line uses: those of the files in ``conf``."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,14 @@ def _settings(group: str, name: str) -> dict[str, Any]:
         other, _, key = place.removeprefix("/").partition("@")
         if not _refers(option):
             settings[key] = _settings(other, option)
-    return settings | {key: own for key, value in read.items() for own in _alone(value)}
+    return _merged(settings, {key: own for key, value in read.items() for own in _alone(value)})
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Return both, of which ``above`` counts where they differ, also within mappings that both hold, as with Hydra."""
+    both = {key: (below[key], own) for key, own in above.items() if key in below}
+    inner = {key: _merged(*pair) for key, pair in both.items() if all(isinstance(own, Mapping) for own in pair)}
+    return {**below, **above, **inner}
 
 
 def _alone(value: Any) -> list[Any]:
