@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import spectrim
 from spectrim.statistics.input_moments import input_moments
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.padding import padding_of
@@ -152,3 +153,21 @@ def test_a_mask_may_be_given_by_its_position(length: int) -> None:
     by_name, by_position = (moments(model, own, names) for own in (inputs, tuple(inputs.values())))
     for name in names:
         assert by_position[name].equal(by_name[name])
+
+
+def test_what_lies_at_padding_changes_no_fit() -> None:
+    torch.manual_seed(0)
+    model, inputs, targets = Sides(), batch(6, True), torch.randn(3, 6, WIDTH)
+    mask, decoder_mask = inputs["attention_mask"], inputs["decoder_attention_mask"]
+    other = {**inputs, "input_ids": torch.where(mask == 1, inputs["input_ids"], WORDS - 1)}
+    other["decoder_input_ids"] = torch.where(decoder_mask == 1, inputs["decoder_input_ids"], WORDS - 1)
+
+    def loss(outputs: Tensor, wanted: Tensor) -> Tensor:
+        return ((outputs - wanted).square().mean(-1) * decoder_mask).sum() / decoder_mask.sum()
+
+    first, second = (
+        spectrim.compress(model, calibration=[(own, targets)], loss=loss, params_kept=0.8) for own in (inputs, other)
+    )
+    assert first.plan == second.plan and {"decoder", "encoder"} & set(first.plan)
+    for name, value in first.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
