@@ -18,6 +18,7 @@ from spectrim.algorithms.shared.compressed import decomposer_of
 from spectrim.cli import command_line
 from spectrim.errors import UserError
 from spectrim.runs import configuration, targets
+from spectrim.runs.named import decomposer_for, named
 
 TRAINED = ("torchvision", "smollm2", "resnet50", "efficientnet_lite0")  # come with their weights
 GROUPS = ("algorithm", "decomposer", "model", "data", "tracking", "recipe", "refinement")
@@ -161,9 +162,11 @@ def test_an_algorithm_takes_its_own_decomposer_where_none_is_named(compose: Any,
     """The command line and the call from Python choose alike, also for a selector within another algorithm."""
     cfg = compose(f"algorithm={option}")
     algorithm = targets.build(configuration.plain(cfg.algorithm))
-    assert targets.build(configuration.plain(cfg.decomposer)) == decomposer_of(algorithm)
-    named = compose(f"algorithm={option}", "decomposer=tucker2")
-    assert named.names.decomposer == "tucker2" and named.decomposer._target_.endswith("Tucker2")
+    own = named("decomposer", "two_sided_embeddings") if option == "joint_cut" else decomposer_of(algorithm)
+    assert targets.build(configuration.plain(cfg.decomposer)) == own
+    assert (decomposer_for(option) or decomposer_of(algorithm)) == own
+    other = compose(f"algorithm={option}", "decomposer=tucker2")
+    assert other.names.decomposer == "tucker2" and other.decomposer._target_.endswith("Tucker2")
 
 
 def test_joint_selection_takes_pivoted_factors_also_as_a_selector(compose: Any) -> None:

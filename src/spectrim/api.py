@@ -74,7 +74,8 @@ def compress(
     ``loss``: ``loss(model_output, targets)``, a scalar, the mean over the batch. By default cross-entropy; for a model
         of transformers the one of its task: next tokens, labels of tokens, answers, several classes, or numbers.
     ``params_kept``: the part of the parameters to keep, in (0, 1). Short for ``algorithm=Joint(params_kept=…)``, for a
-        model that predicts next tokens with the settings of ``joint_cut``: no refit, and slopes as far as they hold.
+        model that predicts next tokens with the settings of ``joint_cut``: spectra whitened on both sides, the
+        embedding among them, slopes as far as they hold, and no refit.
     ``algorithm``: the selector, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default, and a
         note then says so.
     ``decomposer``: the decomposer, or its name on the command line, such as ``"whitened_channel"``. By default the one
@@ -114,8 +115,8 @@ def compress(
     if isinstance(loss, type) or not (loss is None or callable(loss)):
         raise UserError(f"loss={_said(loss)} is not loss(outputs, targets); pass a function or an instance of torch.nn")
     loss = loss or default_loss(model)
-    selector = _selector(params_kept, plan, algorithm, loss)
-    views = decomposer_of(selector) if decomposer is None else _instance("decomposer", decomposer)
+    selector, views = _selector(params_kept, plan, algorithm, loss)
+    views = views if decomposer is None else _instance("decomposer", decomposer)
     splits = _splits(
         {"calibration": calibration, "verification": verification, "train": train}, model, collator, batch_size
     )
@@ -154,18 +155,33 @@ def _selector(
     plan: RankPlan | Mapping[str, int] | None,
     algorithm: Algorithm | str | None,
     loss: Loss,
-) -> Algorithm:
+) -> tuple[Algorithm, Decomposer]:
+    """Return the algorithm that the user asked for, and the decomposer that it is best with."""
     given = {"params_kept": params_kept, "plan": plan, "algorithm": algorithm}
     several = [f"{name}=" for name, value in given.items() if value is not None]
     if len(several) > 1:
         raise UserError(f"{' and '.join(several)} each say what to keep; pass one of them")
+    selector: Algorithm
+    if params_kept is not None and isinstance(loss, TokenLoss) and loss.ahead > 0:  # a decoder
+        selector = replace(_instance("algorithm", "joint_cut"), params_kept=params_kept)
+        return selector, _own_decomposer("joint_cut", selector)
     if params_kept is not None:
-        if isinstance(loss, TokenLoss) and loss.ahead > 0:  # a decoder
-            return replace(_instance("algorithm", "joint_cut"), params_kept=params_kept)
-        return Joint(params_kept=params_kept)
-    if plan is not None:
-        return ByPlan(plan)
-    return Lossless() if algorithm is None else _instance("algorithm", algorithm)
+        selector = Joint(params_kept=params_kept)
+    elif plan is not None:
+        selector = ByPlan(plan)
+    else:
+        selector = Lossless() if algorithm is None else _instance("algorithm", algorithm)
+    return selector, _own_decomposer(algorithm, selector)
+
+
+def _own_decomposer(name: object, selector: Algorithm) -> Decomposer:
+    """Return the decomposer that an algorithm is best with, by its name on the command line where it was given so."""
+    if isinstance(name, str):
+        from spectrim.runs.named import decomposer_for
+
+        if (found := decomposer_for(name)) is not None:
+            return found
+    return decomposer_of(selector)
 
 
 def _instance(argument: str, value: Any) -> Any:

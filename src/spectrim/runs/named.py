@@ -11,6 +11,10 @@ from spectrim.errors import UserError
 from spectrim.runs import targets
 from spectrim.runs.configuration import CONF
 
+OVERRIDE = (
+    "override /decomposer@_global_.decomposer"  # in the list of defaults of an algorithm: the one it is best with
+)
+
 
 def named(group: str, name: str) -> Any:
     """Return the object that ``conf/GROUP/NAME.yaml`` describes.
@@ -27,13 +31,25 @@ def named(group: str, name: str) -> Any:
         raise UserError(f"{group}={name!r} needs settings of its own; pass an instance ({error})") from error
 
 
-def _settings(group: str, name: str) -> dict[str, Any]:
-    """Read the settings of one file and of those in its list of defaults."""
+def decomposer_for(algorithm: str) -> Any:
+    """Return the decomposer that ``conf/algorithm/NAME.yaml`` takes where none is named; None where that names none."""
+    defaults = _read("algorithm", algorithm).get("defaults", [])
+    own = [default[OVERRIDE] for default in defaults if OVERRIDE in default]
+    others = (decomposer_for(default) for default in defaults if isinstance(default, str))
+    return named("decomposer", own[0]) if own else next((one for one in others if one is not None), None)
+
+
+def _read(group: str, name: str) -> dict[str, Any]:
     read: Any = OmegaConf.to_container(OmegaConf.load(Path(CONF, group, f"{name}.yaml")), resolve=False)
-    settings: dict[str, Any] = {}
+    return read
+
+
+def _settings(group: str, name: str) -> dict[str, Any]:
+    """Return the settings of one file and of those in its list of defaults."""
+    read, settings = _read(group, name), dict[str, Any]()
     for default in read.pop("defaults", []):
         if isinstance(default, str):  # another file of the same group
-            settings |= _settings(group, default)
+            settings = _merged(settings, _settings(group, default))
             continue
         ((place, option),) = default.items()  # such as /algorithm@selector: truncation
         if place.startswith("override "):  # the choice of another group, which is no setting of this one
