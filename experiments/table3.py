@@ -32,6 +32,7 @@ KINDS = {
     "refitted_pivoted": "joint, ours, pivoted, refitted",
     "two_sided": "joint, ours, both sides whitened",
     "two_sided_pivoted": "joint, ours, both sides whitened, pivoted",
+    "two_sided_embedding_pivoted": "joint, ours, both sides whitened, embedding too, pivoted",
     "two_sided_own_text_pivoted": "joint, ours, both sides whitened, own text too, pivoted",
     "two_sided_less_text_pivoted": "joint, ours, both sides whitened, a quarter of the text, pivoted",
     "two_sided_more_text_pivoted": "joint, ours, both sides whitened, four times the text, pivoted",
@@ -152,7 +153,7 @@ def _kind(row: "pd.Series[Any]") -> str:
     if row["algorithm"] != "joint":
         return f"{row['algorithm']}{pivoted}"
     if settings[f"{base}.{CLASS}"] == "TwoSidedSVD":
-        return f"{_two_sided(settings)}{pivoted}"
+        return f"{_two_sided(settings)}{'_embedding' if settings.get(f'{base}.embeddings') else ''}{pivoted}"
     if settings.get("algorithm.refit"):
         return f"refitted{pivoted}"
     if pivoted:

@@ -13,10 +13,11 @@ from spectrim.algorithms.shared.bisection import bisect
 from spectrim.algorithms.shared.budget import BUDGETS, Costs, budget_of, check_budget, costs_of
 from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.algorithms.shared.every_size import EverySize
-from spectrim.algorithms.shared.expansion import gates_at
+from spectrim.algorithms.shared.expansion import gates_at, together
 from spectrim.algorithms.shared.refined import refined
 from spectrim.algorithms.shared.removal import Gated, Removal, keep_dearest, remove
 from spectrim.algorithms.shared.slopes import believed, changes
+from spectrim.algorithms.shared.tied_curve import measured_changes
 from spectrim.algorithms.shared.tolerance import verifier
 from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
@@ -245,17 +246,18 @@ class _JointSearch:
         ``requested``: the first share that is gone down to, at which slopes are believed as far as they hold.
         """
         errors, samples, seed = self.settings.significance, self.settings.samples, self.settings.seed
-        gates = gates_at(self.bench, point.kept, samples, seed, errors is not None)
+        measured = {name: own[point.kept[name]] for name, own in measured_changes(self.bench).items()}
+        gates = gates_at(self.bench, point.kept, samples, seed, errors is not None, measured)
         self.without_gates |= gates.left
-        if not gates.rows:
+        if not gates.rows and not measured:
             raise UserError(f"joint selection has no layer to choose from: {in_one_line(self.without_gates)}")
 
         def gated(alone: Mapping[str, Tensor]) -> dict[str, Gated]:
-            layers, part = {}, self.settings.interaction**0.5
-            for name, alone_R in alone.items():
+            layers = {}
+            for name, alone_R in {**measured, **alone}.items():
                 curve = self.costs.curves[name][: len(point.kept[name]) + 1]
-                together = part * gates.rows[name].fisher.double() if part else None
-                layers[name] = Gated(alone_R, curve, self.costs.dense[name], together)
+                acting = together(gates, name, len(alone_R), self.settings.interaction)
+                layers[name] = Gated(alone_R, curve, self.costs.dense[name], acting)
             return layers
 
         if errors == "auto":

@@ -1,0 +1,60 @@
+"""Measure how the loss changes with the rank of a weight that an embedding shares with a head."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectrim.algorithms.shared.workbench import Workbench
+from spectrim.surgery.tied import tied_layers
+from spectrim.tools.content import of_state
+from spectrim.tools.live import Bar
+
+SAMPLES = 16  # calibration samples of each measurement; all read the same ones
+PARTS = 8  # equal parts of the full rank, at whose ends the loss is measured
+
+
+def measured_changes(bench: Workbench) -> dict[str, Tensor]:
+    """Return, for each tied weight, the change of the loss by each component, shape (R,), float64.
+
+    An expansion says little of such a weight. A softmax feels the errors of scores exponentially. The scores of some
+    ten thousand rare ids, each a little wrong, together take the probability from the others. Second order predicts a
+    small part of that. So the loss is measured with this weight alone cut at some ranks. Between them the curve is the
+    lower convex hull, which is never below zero: so few samples tell no gain. Components go in their order, the last
+    one first.
+    """
+    names = [name for name in tied_layers(bench.model) if name in bench.spectra]
+    if not names:
+        return {}
+    rises = bench.objective.remembered(
+        bench.model,
+        "thresholds",
+        lambda: ("tied", tuple(names), bench.decomposer, of_state(bench.model)),
+        lambda: {name: _rises(bench, name) for name in Bar(names, "measure", unit="embedding", leave=False)},
+    )
+    return {name: _by_component(rises[name], bench.spectra[name].max_rank) for name in names}
+
+
+def _rises(bench: Workbench, name: str) -> dict[int, float]:
+    """Return the rise of the loss by rank, with all other layers as they are."""
+    seen, full = bench.objective.held("calibration", SAMPLES), bench.spectra[name].max_rank
+    ranks = sorted({1, *(max(1, full * part // PARTS) for part in range(1, PARTS))} - {full})
+    dense = seen.evaluate(bench.trial({})).loss
+    return {rank: seen.evaluate(bench.trial({name: rank})).loss - dense for rank in ranks}
+
+
+def _by_component(rises: dict[int, float], full: int) -> Tensor:
+    """Return what each component adds to the curve, from the highest to the lowest."""
+    hull = list[tuple[int, float]]()
+    for rank, rise in [*((rank, max(rise, 0.0)) for rank, rise in rises.items()), (full, 0.0)]:
+        while len(hull) > 1 and _bends_down(*hull[-2:], (rank, rise)):
+            hull.pop()
+        hull.append((rank, rise))
+    curve = np.interp(np.arange(1, full + 1), *map(list, zip(*hull, strict=True)))
+    falls = -np.diff(curve)
+    return torch.from_numpy(np.concatenate([falls[:1] if len(falls) else [0.0], falls]))
+
+
+def _bends_down(first: tuple[int, float], middle: tuple[int, float], last: tuple[int, float]) -> bool:
+    """Return whether ``middle`` does not lie below the line from ``first`` to ``last``."""
+    (k, a), (m, b), (n, c) = first, middle, last
+    return (b - a) * (n - k) >= (c - a) * (m - k)
