@@ -47,7 +47,7 @@ def gates_at(
         blocks, seen = bench.objective.blocks([name for name in kept if name not in without]), bench.objective
         if len(blocks) > 1:  # rows of two layers are compared, so they must come from the same samples
             seen = seen.held("calibration", samples)
-        found = [gates_of(block, seen) for block in blocks]
+        found = [gates_of(block, seen) for block in blocks if block] or [Gates({}, {})]
         return Gates(*(dict(item for own in part for item in own.items()) for part in zip(*found, strict=True)))
 
     here = [*kept_R.values(), *state_of(bench.model).values()]

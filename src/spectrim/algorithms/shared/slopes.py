@@ -60,7 +60,7 @@ def believed(rows: Mapping[str, GateGradients], choose: Chosen) -> float | None:
 
     ``choose``: makes the choice from the predicted changes of each layer.
     """
-    count = min(len(row.fisher) for row in rows.values())
+    count = min((len(row.fisher) for row in rows.values()), default=0)
     if count < 4:
         return None
     halves = [slice(0, count // 2), slice(count // 2, count)]

@@ -11,6 +11,7 @@ from spectrim.tools.live import Bar
 
 SAMPLES = 16  # calibration samples of each measurement; all read the same ones
 PARTS = 8  # equal parts of the full rank, at whose ends the loss is measured
+LEAST = 1e-9  # what a component adds at least, so that it stays while there is room, and a higher one longer
 
 
 def measured_changes(bench: Workbench) -> dict[str, Tensor]:
@@ -45,13 +46,14 @@ def _rises(bench: Workbench, name: str) -> dict[int, float]:
 def _by_component(rises: dict[int, float], full: int) -> Tensor:
     """Return what each component adds to the curve, from the highest to the lowest."""
     hull = list[tuple[int, float]]()
-    for rank, rise in [*((rank, max(rise, 0.0)) for rank, rise in rises.items()), (full, 0.0)]:
-        while len(hull) > 1 and _bends_down(*hull[-2:], (rank, rise)):
+    for point in [*((rank, max(rise, 0.0)) for rank, rise in rises.items()), (full, 0.0)]:
+        while len(hull) > 1 and _bends_down(hull[-2], hull[-1], point):
             hull.pop()
-        hull.append((rank, rise))
-    curve = np.interp(np.arange(1, full + 1), *map(list, zip(*hull, strict=True)))
-    falls = -np.diff(curve)
-    return torch.from_numpy(np.concatenate([falls[:1] if len(falls) else [0.0], falls]))
+        hull.append(point)
+    ranks, changes = zip(*hull, strict=True)
+    falls = -np.diff(np.interp(np.arange(full + 1), ranks, changes))
+    falls[0] = falls.max()  # rank 0 is not measured: every layer keeps a component
+    return torch.from_numpy(falls + LEAST * (1 + np.arange(full, 0, -1) / full))
 
 
 def _bends_down(first: tuple[int, float], middle: tuple[int, float], last: tuple[int, float]) -> bool:

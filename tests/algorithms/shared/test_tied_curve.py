@@ -1,0 +1,84 @@
+"""The curve of a weight that a head shares: convex, never above what was measured, and exact at its ends."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import spectrim
+from spectrim.algorithms.shared.tied_curve import LEAST, _by_component, measured_changes
+from spectrim.algorithms.shared.workbench import Workbench
+from spectrim.losses import token_loss
+from spectrim.statistics.objective import Objective
+
+IDS, WIDTH = 60, 16
+TWO_SIDED = spectrim.TwoSidedSVD(view="channel", embeddings=True, whole=0.4)
+
+
+class Decoder(nn.Module):
+    """Each id is followed by itself, for sure: rare ids have low scores elsewhere, which a softmax feels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.body, self.head = nn.Embedding(IDS, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, IDS)
+        self.head.weight = self.token.weight
+        with torch.no_grad():
+            self.token.weight.normal_(generator=torch.Generator().manual_seed(0)).mul_(2)
+            self.body.weight.copy_(torch.eye(WIDTH) + 0.01 * self.body.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(self.token(ids)))
+
+
+@pytest.fixture
+def objective() -> Objective:
+    generator = torch.Generator().manual_seed(1)
+    drawn = (torch.rand(4, 8, 1, generator=generator).pow(3) * IDS).long()
+    batches = [(own, own) for own in drawn.expand(-1, -1, 12)]
+    return Objective(token_loss, {"calibration": batches})
+
+
+@given(st.lists(st.floats(-1, 50), min_size=1, max_size=9), st.integers(10, 40))
+def test_it_is_convex_and_never_above_what_was_measured(rises: list[float], full: int) -> None:
+    measured = dict(enumerate(rises, 1))
+    falls = _by_component(measured, full)
+    curve = falls.flip(0).cumsum(0).flip(0)[1:]  # the change at ranks 1 to full - 1
+    assert len(falls) == full and (falls >= LEAST).all() and (falls[1:].diff() < 0).all()
+    for rank, rise in measured.items():
+        assert curve[rank - 1] <= max(rise, 0.0) + 2 * full * LEAST
+    assert float(curve[0]) == pytest.approx(max(rises[0], 0.0), abs=1e-6)
+
+
+def test_at_rank_one_it_is_the_measured_rise(objective: Objective) -> None:
+    bench = Workbench.of(Decoder().eval(), TWO_SIDED, objective)
+    changes = measured_changes(bench)["token"]
+    seen = objective.held("calibration", 16)
+    rise = seen.evaluate(bench.trial({"token": 1})).loss - seen.evaluate(bench.model).loss
+    assert rise > 0.1 and float(changes[1:].sum()) == pytest.approx(rise, rel=1e-5)
+
+
+@pytest.mark.parametrize("significance", [None, 4, "auto"])
+def test_joint_selection_takes_it_in_place_of_an_expansion(objective: Objective, significance: Any) -> None:
+    """Components go from the last one on, and the prediction holds what was measured."""
+    model = Decoder().eval()
+    cut = spectrim.compress(
+        model,
+        calibration=objective.given("calibration"),
+        loss=token_loss,
+        algorithm=spectrim.Joint(params_kept=0.6, refit=0, significance=significance),
+        decomposer=TWO_SIDED,
+        include=["token", "head"],
+    )
+    rank = cut.plan["token"].rank
+    assert cut.plan["token"].keep in (rank, tuple(range(rank)))
+    changes = measured_changes(Workbench.of(model, TWO_SIDED, objective))["token"]
+    assert cut.log[-1]["predicted"] == pytest.approx(float(changes[rank:].sum()), rel=1e-6)
+
+
+def test_a_model_without_a_tied_weight_has_none(objective: Objective) -> None:
+    model = Decoder()
+    model.head.weight = nn.Parameter(model.token.weight.detach().clone())
+    assert measured_changes(Workbench.of(model.eval(), TWO_SIDED, objective)) == {}
