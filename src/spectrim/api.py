@@ -74,8 +74,8 @@ def compress(
     ``loss``: ``loss(model_output, targets)``, a scalar, the mean over the batch. By default cross-entropy; for a model
         of transformers the one of its task: next tokens, labels of tokens, answers, several classes, or numbers.
     ``params_kept``: the part of the parameters to keep, in (0, 1). Short for ``algorithm=Joint(params_kept=…)``, for a
-        model that predicts next tokens with the settings of ``joint_cut``: spectra whitened on both sides, the
-        embedding among them, slopes as far as they hold, and no refit.
+        model that predicts next tokens with the settings of ``joint_cut``: spectra whitened on both sides, slopes as
+        far as they hold, and no refit.
     ``algorithm``: the selector, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default, and a
         note then says so.
     ``decomposer``: the decomposer, or its name on the command line, such as ``"whitened_channel"``. By default the one

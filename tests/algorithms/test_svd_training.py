@@ -180,7 +180,7 @@ def test_a_loss_that_breaks_keeps_the_last_good_epoch_and_says_so(
         ({"strength": -1.0}, "strength and orthogonality are at least 0"),
         ({"orthogonality": float("inf")}, "strength and orthogonality are at least 0"),
         ({"every": 0}, "every must be at least 1"),
-        ({"regulariser": "l2"}, "is not of type"),
+        ({"regulariser": "l2"}, "regulariser='l2' is none of: 'nuclear', 'hoyer', 'none'"),
         ({"epsilon": True}, "is not of type"),
     ],
 )

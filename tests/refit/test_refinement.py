@@ -287,9 +287,9 @@ def test_inputs_alone_are_enough_without_class_scores(net: nn.Module, batches: A
         ({"samples": 0}, "^samples of a refinement must be at least 1, got 0$"),
         ({"lr": 0.0}, "^lr of a refinement must be a finite number above 0, got 0.0$"),
         ({"lr": float("inf")}, "^lr of a refinement must be a finite number above 0, got inf$"),
-        ({"split": "test"}, "split='test' is not of type"),
+        ({"split": "test"}, "split='test' is none of: 'calibration', 'train'"),
         ({"seed": -1}, "seed=-1 is not a whole number"),
-        ({"augment": "flip"}, "augment='flip' is not of type"),
+        ({"augment": "flip"}, "augment='flip' is none of: Callable"),
     ],
 )
 def test_settings_that_cannot_be_are_one_line(change: dict[str, Any], message: str) -> None:
