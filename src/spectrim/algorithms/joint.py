@@ -65,8 +65,7 @@ class Joint:
     ``refine``: gradient steps after the refit, without labels (``refinement.Refinement``); None takes none.
     ``significance``: add the first order, with each slope shrunk by this many standard errors (``significant``); 0 does
         not shrink. ``"auto"`` finds their number on halves of the samples (``believed``). None leaves the first order
-        out, because a trained network is near a minimum and some hundred images give too noisy slopes (Table 9). A
-        decoder is not at a minimum on other texts (Table 3).
+        out: a trained network is near a minimum, where slopes are noise (Table 9). A decoder is not (Table 3).
     ``interaction``: the weight, in [0, 1], of the Fisher entries off the diagonal, by which components act on each
         other. Some hundred images give too noisy estimates (Table 9), so it is 0 by default. Above 0 the effect
         of a removal depends on what else is gone, so it needs ``ranks="greedy"``.
@@ -246,9 +245,10 @@ class _JointSearch:
         ``requested``: the first share that is gone down to, at which slopes are believed as far as they hold.
         """
         errors, samples, seed = self.settings.significance, self.settings.samples, self.settings.seed
-        measured = {name: own[point.kept[name]] for name, own in measured_changes(self.bench).items()}
-        gates = gates_at(self.bench, point.kept, samples, seed, errors is not None, measured)
-        self.without_gates |= gates.left
+        whole, untold = measured_changes(self.bench)
+        measured = {name: own[point.kept[name]] for name, own in whole.items()}
+        gates = gates_at(self.bench, point.kept, samples, seed, errors is not None, [*measured, *untold])
+        self.without_gates |= gates.left | untold
         if not gates.rows and not measured:
             raise UserError(f"joint selection has no layer to choose from: {in_one_line(self.without_gates)}")
 

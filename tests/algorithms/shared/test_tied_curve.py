@@ -38,7 +38,7 @@ def objective() -> Objective:
     generator = torch.Generator().manual_seed(1)
     drawn = (torch.rand(4, 8, 1, generator=generator).pow(3) * IDS).long()
     batches = [(own, own) for own in drawn.expand(-1, -1, 12)]
-    return Objective(token_loss, {"calibration": batches})
+    return Objective(token_loss, {"calibration": batches[:2], "verification": batches[2:]})
 
 
 @given(st.lists(st.floats(-1, 50), min_size=1, max_size=9), st.integers(10, 40))
@@ -54,9 +54,9 @@ def test_it_is_convex_and_never_above_what_was_measured(rises: list[float], full
 
 def test_at_rank_one_it_is_the_measured_rise(objective: Objective) -> None:
     bench = Workbench.of(Decoder().eval(), TWO_SIDED, objective)
-    changes = measured_changes(bench)["token"]
-    seen = objective.held("calibration", 16)
-    rise = seen.evaluate(bench.trial({"token": 1})).loss - seen.evaluate(bench.model).loss
+    changes = measured_changes(bench)[0]["token"]
+    cut, dense = (objective.evaluate(one, "verification").loss for one in (bench.trial({"token": 1}), bench.model))
+    rise = cut - dense
     assert rise > 0.1 and float(changes[1:].sum()) == pytest.approx(rise, rel=1e-5)
 
 
@@ -67,6 +67,7 @@ def test_joint_selection_takes_it_in_place_of_an_expansion(objective: Objective,
     cut = spectrim.compress(
         model,
         calibration=objective.given("calibration"),
+        verification=objective.given("verification"),
         loss=token_loss,
         algorithm=spectrim.Joint(params_kept=0.6, refit=0, significance=significance),
         decomposer=TWO_SIDED,
@@ -74,11 +75,17 @@ def test_joint_selection_takes_it_in_place_of_an_expansion(objective: Objective,
     )
     rank = cut.plan["token"].rank
     assert cut.plan["token"].keep in (rank, tuple(range(rank)))
-    changes = measured_changes(Workbench.of(model, TWO_SIDED, objective))["token"]
+    changes = measured_changes(Workbench.of(model, TWO_SIDED, objective))[0]["token"]
     assert cut.log[-1]["predicted"] == pytest.approx(float(changes[rank:].sum()), rel=1e-6)
+
+
+def test_without_other_texts_the_weight_stays_dense_and_a_note_says_why(objective: Objective) -> None:
+    batches, joint = objective.given("calibration"), spectrim.Joint(params_kept=0.9, refit=0)
+    cut = spectrim.compress(Decoder(), calibration=batches, loss=token_loss, algorithm=joint, decomposer=TWO_SIDED)
+    assert "token" not in cut.plan and any("token" in note and "give verification=" in note for note in cut.notes)
 
 
 def test_a_model_without_a_tied_weight_has_none(objective: Objective) -> None:
     model = Decoder()
     model.head.weight = nn.Parameter(model.token.weight.detach().clone())
-    assert measured_changes(Workbench.of(model.eval(), TWO_SIDED, objective)) == {}
+    assert measured_changes(Workbench.of(model.eval(), TWO_SIDED, objective)) == ({}, {})

@@ -9,38 +9,43 @@ from spectrim.surgery.tied import tied_layers
 from spectrim.tools.content import of_state
 from spectrim.tools.live import Bar
 
-SAMPLES = 16  # calibration samples of each measurement; all read the same ones
+SAMPLES = 16  # verification samples of each measurement; all read the same ones
 PARTS = 8  # equal parts of the full rank, at whose ends the loss is measured
 LEAST = 1e-9  # what a component adds at least, so that it stays while there is room, and a higher one longer
+LEFT = "how the loss depends on its rank is measured on other texts: give verification="
 
 
-def measured_changes(bench: Workbench) -> dict[str, Tensor]:
+def measured_changes(bench: Workbench) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return, for each tied weight, the change of the loss by each component, shape (R,), float64.
 
-    An expansion says little of such a weight. A softmax feels the errors of scores exponentially. The scores of some
-    ten thousand rare ids, each a little wrong, together take the probability from the others. Second order predicts a
-    small part of that. So the loss is measured with this weight alone cut at some ranks. Between them the curve is the
-    lower convex hull, which is never below zero: so few samples tell no gain. Components go in their order, the last
-    one first.
+    The calibration texts tell little of such a weight. Its rows that are factored are those of ids which hardly occur
+    there, and others will come in other texts. And a softmax feels the errors of scores exponentially: those of some
+    ten thousand rare ids, each a little wrong, together take the probability from the others. So the loss is measured
+    on verification samples, with this weight alone cut at some ranks. Between them the curve is the lower convex hull,
+    which is never below zero: so few samples tell no gain. Components go in their order, the last one first.
+
+    Beside the changes comes why a weight has none: there are no verification samples.
     """
     names = [name for name in tied_layers(bench.model) if name in bench.spectra]
+    if "verification" not in bench.objective.splits:
+        return {}, dict.fromkeys(names, LEFT)
     if not names:
-        return {}
+        return {}, {}
     rises = bench.objective.remembered(
         bench.model,
         "thresholds",
         lambda: ("tied", tuple(names), bench.decomposer, of_state(bench.model)),
         lambda: {name: _rises(bench, name) for name in Bar(names, "measure", unit="embedding", leave=False)},
     )
-    return {name: _by_component(rises[name], bench.spectra[name].max_rank) for name in names}
+    return {name: _by_component(rises[name], bench.spectra[name].max_rank) for name in names}, {}
 
 
 def _rises(bench: Workbench, name: str) -> dict[int, float]:
     """Return the rise of the loss by rank, with all other layers as they are."""
-    seen, full = bench.objective.held("calibration", SAMPLES), bench.spectra[name].max_rank
+    seen, full = bench.objective.held("verification", SAMPLES), bench.spectra[name].max_rank
     ranks = sorted({1, *(max(1, full * part // PARTS) for part in range(1, PARTS))} - {full})
-    dense = seen.evaluate(bench.trial({})).loss
-    return {rank: seen.evaluate(bench.trial({name: rank})).loss - dense for rank in ranks}
+    dense = seen.evaluate(bench.trial({}), "verification").loss
+    return {rank: seen.evaluate(bench.trial({name: rank}), "verification").loss - dense for rank in ranks}
 
 
 def _by_component(rises: dict[int, float], full: int) -> Tensor:
