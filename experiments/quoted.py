@@ -219,6 +219,7 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "cct_joint_30": lambda results: points(at(results, "cct2", BY_LOSS, "0.3")),
     "cct_knapsack_30": lambda results: points(at(results, "cct2", RIVAL, "0.3")),
     "cct_energy_30": lambda results: points(at(results, "cct2", "energy truncation, pivoted", "0.3")),
+    "cct_sensitivity_30": lambda results: points(at(results, "cct2", "sensitivity (ASVD), pivoted", "0.3")),
     "cct_macs": lambda results: macs(results, BY_LOSS, "cct2"),
     "cct_knapsack_macs": lambda results: macs(results, RIVAL, "cct2"),
     "cct_equal_30": lambda results: points(at(results, "cct2", PIVOTED, "0.3")),
