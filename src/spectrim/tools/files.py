@@ -185,14 +185,18 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
     while True:
         # The name is shortened, because file systems limit its length.
         hidden = path.with_name(f".{path.name[:40]}.{_machine()}.{os.urandom(8).hex()}.tmp")
-        hidden.mkdir()
-        with suppress(FileNotFoundError):  # another process has taken the folder for litter before it was locked
-            lock = os.open(hidden / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if _is_file_of(lock, hidden / LOCK):
-                return hidden, lock
-            os.close(lock)
+        try:
+            hidden.mkdir()
+            with suppress(FileNotFoundError):  # another process has taken the folder for litter before it was locked
+                lock = os.open(hidden / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+                with suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                if _is_file_of(lock, hidden / LOCK):
+                    return hidden, lock
+                os.close(lock)
+        except KeyboardInterrupt:
+            _remove(hidden)
+            raise
 
 
 def _is_file_of(descriptor: int, path: Path) -> bool:
