@@ -164,17 +164,17 @@ def _selector(
     selector: Algorithm
     if params_kept is not None and isinstance(loss, TokenLoss) and loss.ahead > 0:  # a decoder
         selector = replace(_instance("algorithm", "joint_cut"), params_kept=params_kept)
-        return selector, _own_decomposer("joint_cut", selector)
+        return selector, own_decomposer("joint_cut", selector)
     if params_kept is not None:
         selector = Joint(params_kept=params_kept)
     elif plan is not None:
         selector = ByPlan(plan)
     else:
         selector = Lossless() if algorithm is None else _instance("algorithm", algorithm)
-    return selector, _own_decomposer(algorithm, selector)
+    return selector, own_decomposer(algorithm, selector)
 
 
-def _own_decomposer(name: object, selector: Algorithm) -> Decomposer:
+def own_decomposer(name: object, selector: Algorithm) -> Decomposer:
     """Return the decomposer that an algorithm is best with, by its name on the command line where it was given so."""
     if isinstance(name, str):
         from spectrim.runs.named import decomposer_for

@@ -15,7 +15,6 @@ from spectrim.runs import configuration
 ROOT = Path(__file__).parents[2]
 UNRUN = {  # no records yet
     *(f"table3/minilm/{name}_pivoted" for name in ("joint", "joint_with_embeddings")),
-    "figure4/other_nets/aimet",
     "figure4/resnet20/sensitivity_pivoted",
     "table3/smollm2/joint_with_embeddings_pivoted",
 }

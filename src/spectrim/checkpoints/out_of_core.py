@@ -207,8 +207,8 @@ def _smaller(plan: Mapping[str, Kept], layers: Mapping[str, Entry]) -> RankPlan:
     """Return the part of a plan that makes layers smaller."""
 
     def most(name: str) -> int:
-        shape = layers[name].shape
-        return min(shape) - 1 if plan[name].form == FORMS["pivoted"] else linalg.break_even_rank(*shape)
+        outputs, inputs = layers[name].shape
+        return linalg.break_even_rank(outputs, inputs, plan[name].form == FORMS["pivoted"])
 
     return RankPlan.of({name: kept for name, kept in plan.items() if 0 < kept.rank <= most(name)})
 

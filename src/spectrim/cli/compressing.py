@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from spectrim import api, language
-from spectrim.algorithms.shared.compressed import Compressed, decomposer_of
+from spectrim.algorithms.shared.compressed import Compressed
 from spectrim.checkpoints import sharded
 from spectrim.checkpoints.out_of_core import compress_checkpoint
 from spectrim.checkpoints.shard_contents import POSITIONS
@@ -22,7 +22,7 @@ from spectrim.cli.compress import BUDGETS
 from spectrim.cli.given_data import Data
 from spectrim.cli.model_card import Card, card_of
 from spectrim.errors import MissingInput, UserError
-from spectrim.runs.named import decomposer_for, named
+from spectrim.runs.named import named
 from spectrim.surgery.cost import Cost
 from spectrim.tools import files
 from spectrim.tools.device import device_called
@@ -140,10 +140,8 @@ def _compress(
     ``save``: writes the model to a folder and returns how it is loaded.
     """
     algorithm = _algorithm(name, options)
-    if options.decomposer:
-        decomposer = named("decomposer", options.decomposer)
-    else:
-        decomposer = decomposer_for(name) or decomposer_of(algorithm)
+    own = api.own_decomposer(name, algorithm)
+    decomposer = named("decomposer", options.decomposer) if options.decomposer else own
     splits = {} if data is None else {"calibration": data.calibration, "verification": data.verification}
     arguments_of_compress: dict[str, Any] = {
         **splits,

@@ -84,7 +84,8 @@ class MatrixSpectrum(Spectrum):
 
     @property
     def break_even(self) -> int:
-        return min(self.shape[1:]) - 1 if self.pivoted else linalg.break_even_rank(*self.shape[1:])
+        _, outputs, inputs = self.shape
+        return linalg.break_even_rank(outputs, inputs, self.pivoted)
 
     def error(self) -> Tensor:
         energy = linalg.tail_sums(self.S_R.double().square()).sum(0)
@@ -101,7 +102,8 @@ class MatrixSpectrum(Spectrum):
 
     def sizes(self, rank: int) -> tuple[int, ...]:
         groups, outputs, inputs = self.shape
-        return rank * groups * inputs, rank * groups * (outputs - rank if self.is_pivoted(rank) else outputs)
+        first, second = linalg.factor_sizes(outputs, inputs, rank, self.is_pivoted(rank))
+        return groups * first, groups * second
 
     def multiplied(self, rank: int) -> tuple[int, ...]:
         """Return ``sizes``, but those of plain factors for a convolution, where pivots save no multiplication."""

@@ -137,9 +137,17 @@ def largest_entry_of_error(factors: SVD) -> Tensor:
     return largest
 
 
-def break_even_rank(outputs: int, inputs: int) -> int:
-    """Return the largest k with ``k < O*I / (O + I)``. Above it two factors hold at least as many numbers as W."""
-    return -(-outputs * inputs // (outputs + inputs)) - 1
+def break_even_rank(outputs: int, inputs: int, pivoted: bool = False) -> int:
+    """Return the largest rank at which the factors hold fewer numbers than W.
+
+    Two plain factors do so for ``k < O*I / (O + I)``, ``pivoted`` ones at every rank below the full one.
+    """
+    return min(outputs, inputs) - 1 if pivoted else -(-outputs * inputs // (outputs + inputs)) - 1
+
+
+def factor_sizes(outputs: int, inputs: int, rank: int, pivoted: bool = False) -> tuple[int, int]:
+    """Return how many numbers each factor of ``rank`` holds: ``pivoted`` ones have no row for a pivot in the second."""
+    return rank * inputs, rank * (outputs - rank if pivoted else outputs)
 
 
 def most_pivots(outputs: int, inputs: int) -> int:

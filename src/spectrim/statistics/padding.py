@@ -52,7 +52,7 @@ NO_PADDING = Padding({}, {})
 def padding_of(model: nn.Module, layers: Iterable[nn.Module], inputs: Inputs) -> Padding:
     """Return the padding of a batch at ``layers``: linear layers and embeddings of ``model``, which is in eval mode.
 
-    ``model`` runs three times or more where the shape of a mask does not tell its rows.
+    ``model`` runs twice for each mask whose shape does not tell its rows.
     """
     inputs = _named(model, inputs)
     found = {name: mask_of(inputs, name) for name in PREFIXES}

@@ -15,7 +15,7 @@ from spectrim.factored.completion import Completion
 from spectrim.factored.dense import DenseLayer
 from spectrim.factored.forms import EmbeddingForm, Form, PivotedForm, PlainForm
 from spectrim.factored.large import WHITENED
-from spectrim.factored.linalg import break_even_rank, most_pivots
+from spectrim.factored.linalg import break_even_rank, factor_sizes, most_pivots
 from spectrim.statistics import packed
 from spectrim.surgery.cost import parameters
 from spectrim.tools.free_memory import free_memory, in_gb
@@ -76,7 +76,7 @@ class Outline:
     @property
     def break_even(self) -> int:
         """The largest rank that saves parameters."""
-        return self.full_rank - 1 if self.pivoted else break_even_rank(self.rows, self.columns)
+        return break_even_rank(self.rows, self.columns, self.pivoted)
 
     def form_at(self, rank: int) -> Form:
         """Return the form of the factors of ``rank``."""
@@ -86,7 +86,7 @@ class Outline:
 
     def cost(self, rank: int) -> int:
         """Return the parameters of the factors of ``rank``."""
-        return rank * (self.component - (self.matrices * rank if self._is_pivoted(rank) else 0))
+        return self.matrices * sum(factor_sizes(self.rows, self.columns, rank, self._is_pivoted(rank)))
 
     def rank_within(self, params: float) -> int:
         """Return the largest rank that costs at most ``params``, 0 where none does."""

@@ -27,10 +27,8 @@ def measured_changes(bench: Workbench) -> tuple[dict[str, Tensor], dict[str, str
     Beside the changes comes why a weight has none: there are no verification samples.
     """
     names = [name for name in tied_layers(bench.model) if name in bench.spectra]
-    if "verification" not in bench.objective.splits:
+    if not names or "verification" not in bench.objective.splits:
         return {}, dict.fromkeys(names, LEFT)
-    if not names:
-        return {}, {}
     rises = bench.objective.remembered(
         bench.model,
         "thresholds",
