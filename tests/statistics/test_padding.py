@@ -84,6 +84,12 @@ def by_hand(model: nn.Module, inputs: dict[str, Tensor], masks: dict[str, Tensor
     return {name: (own.T @ own / len(own)).unsqueeze(0) for name, own in rows.items()}
 
 
+def require_those_by_hand(model: Any, inputs: Any, masks: Any) -> None:
+    expected = by_hand(model, inputs, masks)
+    for name, moment in moments(model, inputs, masks).items():
+        torch.testing.assert_close(moment, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
 @pytest.mark.parametrize("length", [5, 6], ids=["shorter decoder", "as long a decoder"])
 @pytest.mark.parametrize("decoder_mask", [False, True])
 def test_each_side_leaves_out_its_own_padding(length: int, decoder_mask: bool) -> None:
@@ -91,9 +97,7 @@ def test_each_side_leaves_out_its_own_padding(length: int, decoder_mask: bool) -
     model, inputs = Sides(), batch(length, decoder_mask)
     masks = {name: inputs["attention_mask"] for name in TEXT}
     masks |= {name: inputs.get("decoder_attention_mask") for name in DECODER}
-    expected = by_hand(model, inputs, masks)
-    for name, moment in moments(model, inputs, masks).items():
-        torch.testing.assert_close(moment, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    require_those_by_hand(model, inputs, masks)
 
 
 def test_a_shared_embedding_counts_the_ids_of_both_sides() -> None:
@@ -118,9 +122,7 @@ def test_the_patches_of_an_image_are_no_padding_of_a_text_of_their_number() -> N
     model, inputs = Sides(), {**batch(6, False), "image": torch.randn(3, 6, 3)}
     del inputs["decoder_input_ids"]
     masks = {"encoder": inputs["attention_mask"], "patches": None}
-    expected = by_hand(model, inputs, masks)
-    for name, moment in moments(model, inputs, masks).items():
-        torch.testing.assert_close(moment, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    require_those_by_hand(model, inputs, masks)
 
 
 def test_what_lies_at_padding_changes_no_moment_of_the_decoder() -> None:
