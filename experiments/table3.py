@@ -21,6 +21,9 @@ KINDS = {
     "whitened": "whitened SVD, uniform ratio",
     "whitened_pivoted": "whitened SVD, uniform ratio, pivoted",
     "knapsack_pivoted": "knapsack (BALF), pivoted",
+    "svdllmv2_pivoted": "SVD-LLM V2, pivoted",
+    "zerosum_pivoted": "ZS-SVD, pivoted",
+    "lems_pivoted": "LEMS, both sides whitened, pivoted",
     "lossless": "lossless",
     "compact": "compact",
     "rankselection": "rank selection",
@@ -42,7 +45,8 @@ KINDS = {
 }
 TEXTS = {16: "_less_text", 256: "_more_text"}  # calibration blocks, in place of 64
 DRAWS = 3  # calibration draws of every grid; a row with fewer says so
-ALGORITHMS = ("truncation", "lossless", "compact", "rankselection", "knapsack", "joint")
+OURS = ("lossless", "compact", "rankselection", "joint")  # of the two sources, and the selector of this project
+ALGORITHMS = ("truncation", "knapsack", "svdllmv2", "zerosum", "lems", *OURS)
 PAPER = ("net", "method", "params_kept", "perplexity", "test_accuracy")
 ABOUT = ("algorithm", "kind", "embedding", "requested")  # columns that the code reads and the table prints as method
 KEPT = ("params_kept", "macs_kept")

@@ -26,7 +26,7 @@ VARIED = {
     f"two_sided_{change}_pivoted": "two_sided_pivoted"
     for change in ("own_text", "less_text", "more_text", "more_text_auto", "embedding")
 }
-RIVALS = ("whitened_pivoted", "knapsack_pivoted")
+RIVALS = ("whitened_pivoted", "knapsack_pivoted", "svdllmv2_pivoted", "zerosum_pivoted", "lems_pivoted")
 ERRORS = 2.0  # standard errors of a difference, above which it is no tie
 
 
