@@ -143,20 +143,15 @@ def test_a_computed_weight_is_not_computed_by_looking(training: bool) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-class Own(nn.Linear):
-    """A linear layer that computes the same in a forward of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.T + self.bias
-
-
 def test_where_no_layer_is_left_the_error_gives_the_reasons() -> None:
-    model = nn.Sequential(*(Own(16, 16) for _ in range(5)), nn.Linear(16, 16, dtype=torch.complex64).requires_grad_())
+    model = nn.Sequential(
+        *(Scaled(16, 16) for _ in range(5)), nn.Linear(16, 16, dtype=torch.complex64).requires_grad_()
+    )
     model[4].register_forward_hook(lambda _, __, output: output.to(torch.complex64))
     data: Any = [(torch.randn(4, 16), torch.zeros(4).long())]
     with pytest.raises(UserError, match="nothing to factor") as refusal:
         spectrim.compress(model, calibration=data, algorithm=spectrim.Truncation(ratio=0.5))
-    reasons = "0, 1, 2 and more: Own has a forward of its own; 5: its weight is of torch.complex64"
+    reasons = "0, 1, 2 and more: Scaled has a forward of its own; 5: its weight is of torch.complex64"
     assert str(refusal.value).endswith(reasons)
 
 

@@ -22,10 +22,10 @@ def finite_loss(loss: Loss, outputs: Any, targets: Any, split: str) -> Tensor:
     """
     try:
         value = loss_of(loss, outputs, targets)
-    except UserError:
+    except (UserError, AttributeError):  # a loss may ask None for what a tensor has
         if targets is None:
-            message = f"the {split} batches have no targets, which the loss needs; give (inputs, targets)"
-            raise MissingInput(message) from None
+            advice = "give (inputs, targets), or mappings with labels"
+            raise MissingInput(f"the {split} batches have no targets, which the loss needs; {advice}") from None
         raise
     if not torch.isfinite(value) and isinstance(loss, TokenLoss) and not loss.count(targets):
         raise UserError(
