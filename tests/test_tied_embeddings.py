@@ -154,6 +154,24 @@ def test_all_places_are_found_by_the_first_embedding_or_stay_dense_with_the_reas
     assert left == {"head": "exclude= names it", "token": "it shares its weight with head, which stays dense"}
 
 
+def test_tied_alone_leaves_every_other_embedding_dense(objective: Objective) -> None:
+    class Typed(Decoder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kind = nn.Embedding(IDS, WIDTH)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return super().forward(ids) + self.head(self.kind(ids))
+
+    example = objective.example()
+    assert list(find_layers.factorable(Typed(), example, embeddings=True)[0]) == ["token", "body", "kind"]
+    layers, left = find_layers.factorable(Typed(), example, embeddings="tied")
+    assert list(layers) == ["token", "body"]
+    assert left == {"kind": "only a decomposer with embeddings=True factors embeddings"}
+    layers, left = find_layers.factorable(Decoder(tie=False), example, embeddings="tied")
+    assert list(layers) == ["body", "head"] and list(left) == ["token"]
+
+
 @pytest.mark.parametrize("kind", DECOMPOSERS)
 def test_a_budget_counts_it_once(kind: str, objective: Objective) -> None:
     model = Decoder()

@@ -86,7 +86,8 @@ def forecast(model: nn.Module, algorithm: Any, decomposer: Decomposer, objective
         layers = [layer for layer in layers if layer.break_even > 0]
         if not layers:
             raise UserError(f"this model has nothing to factor: {find_layers.in_one_line(left)}")
-        outlook = Outlook({name: _samples(objective, name) for name in objective.splits}, len(layers))
+        samples = {name: _samples(objective, name) for name in objective.splits}
+        outlook = Outlook(samples, len(layers), len(tied.tied_layers(opened).keys() & found.keys()))
         work = algorithm.work(outlook) if isinstance(algorithm, Foreseen) else None
         ranks = _ranks(opened, layers, work or Work(), objective, example)
         notes = find_layers.left_dense(left, opened) + tied.in_lines(opened, found)

@@ -17,7 +17,7 @@ from spectrim.algorithms.shared.expansion import gates_at, together
 from spectrim.algorithms.shared.refined import refined
 from spectrim.algorithms.shared.removal import Gated, Removal, keep_dearest, remove
 from spectrim.algorithms.shared.slopes import believed, changes
-from spectrim.algorithms.shared.tied_curve import measured_changes
+from spectrim.algorithms.shared.tied_curve import measured_changes, samples_measured
 from spectrim.algorithms.shared.tolerance import verifier
 from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
@@ -123,7 +123,7 @@ class Joint:
             refit=models * outlook.first(self.refit),
             weighed=outlook.first(self.refit) if self.refit_by == "loss" else 0,
             refine=self.refine.samples if self.refine else 0,
-            evaluations=(models + 1) * outlook.of("verification") if searched else 0,
+            evaluations=((models + 1) * outlook.of("verification") if searched else 0) + samples_measured(outlook),
             params_kept=self.params_kept,
             macs_kept=self.macs_kept,
             at_most=searched,

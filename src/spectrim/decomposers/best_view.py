@@ -6,7 +6,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from spectrim.decomposers.matrix import View
-from spectrim.decomposers.spectrum import NO_MOMENTS, Directions, Moments, Spectrum, directions_of
+from spectrim.decomposers.spectrum import NO_MOMENTS, Directions, Embeddings, Moments, Spectrum, directions_of
 from spectrim.decomposers.svd import SVD
 from spectrim.decomposers.two_sided import TwoSidedSVD
 from spectrim.decomposers.whitened import WhitenedSVD
@@ -33,7 +33,7 @@ class BestView:
         return self.base.samples
 
     @property
-    def embeddings(self) -> bool:
+    def embeddings(self) -> Embeddings:
         return self.base.embeddings
 
     @property

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from spectrim.tools.spill import SpillFolder
 Moments = Mapping[str, Tensor]
 # The key of E[h h^T], shape (g, O, O), of an embedding: h is an input of a linear layer with the same weight.
 HEAD = "head"
+Embeddings = bool | Literal["tied"]  # whether embeddings are factored too; tied: those alone that share their weight
 NO_MOMENTS: Moments = MappingProxyType({})
 
 
@@ -127,8 +128,8 @@ class Decomposer(Protocol):
         """Number of calibration samples for the second moments of each layer's inputs; 0 where none are needed."""
 
     @property
-    def embeddings(self) -> bool:
-        """Whether embeddings are factored too."""
+    def embeddings(self) -> Embeddings:
+        """Whether embeddings are factored too. Tied: only those that share their weight with other layers."""
 
     def views(self, layer: nn.Module) -> tuple[str, ...]:
         """Return the views of ``layer`` whose second moments ``spectrum`` needs; none where the weight is enough."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from spectrim.decomposers import resumed
 from spectrim.decomposers.matrix import Factors, MatrixSpectrum, View, to_matrix
-from spectrim.decomposers.spectrum import NO_MOMENTS, Moments
+from spectrim.decomposers.spectrum import NO_MOMENTS, Embeddings, Moments
 from spectrim.factored.dense import DenseLayer
 from spectrim.tools.settings import settings
 
@@ -19,7 +19,7 @@ class SVD:
     ``view``: how a convolution (O, I/g, kh, kw) is read as a matrix. ``channel``: O x (I/g*kh*kw). ``spatial``:
         (O*kh) x (I/g*kw). Each group has a matrix of its own, and all have the same rank.
     ``precision``: of the decomposition.
-    ``embeddings``: whether embeddings are factored too.
+    ``embeddings``: whether embeddings are factored too; "tied": only those that share their weight with other layers.
     ``factors``: what is stored at rank k. ``plain``: two factors. ``pivoted``: k rows of their product, and the
         coefficients of its other rows in them. These compute the same and hold k² numbers less for each matrix. They
         are smaller than the dense weight at every rank below the full one (Zhao et al., ICML 2025).
@@ -27,7 +27,7 @@ class SVD:
 
     view: View = "channel"
     precision: Literal["float32", "float64"] = "float64"
-    embeddings: bool = False
+    embeddings: Embeddings = False
     factors: Factors = "plain"
 
     samples: ClassVar[int] = 0

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from spectrim.decomposers import oblique, resumed
 from spectrim.decomposers.matrix import Factors, View, to_matrix
-from spectrim.decomposers.spectrum import HEAD, NO_MOMENTS, Directions, Moments, outputs_of
+from spectrim.decomposers.spectrum import HEAD, NO_MOMENTS, Directions, Embeddings, Moments, outputs_of
 from spectrim.decomposers.whitened import ObliqueEmbeddingSpectrum, WhitenedSpectrum, by_frequency, require_whole
 from spectrim.errors import UserError
 from spectrim.factored import linalg
@@ -30,7 +30,7 @@ class TwoSidedSVD:
         the scores, whose second moment is the Fisher information of the model's own predictions, without labels.
     ``top``: only this many of the highest scores of each prediction count; None: all. Not with ``labels``.
     ``seed``: seed of the random directions.
-    ``embeddings``: whether embeddings are factored too, with the frequency of each id as C. Where a head shares the
+    ``embeddings``: as in ``SVD``. C then is the frequency of each id. Where a head shares the
         weight W, the score of an id counts as often as the id, since ids are predicted about as often as they are read.
         With H the second moment of the head's inputs, G + H then takes the place of G.
     ``whole``: as in ``WhitenedSVD``.
@@ -44,7 +44,7 @@ class TwoSidedSVD:
     top: int | None = None
     seed: int = 0
     factors: Factors = "plain"
-    embeddings: bool = False
+    embeddings: Embeddings = False
     whole: float = 0.0
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from spectrim.decomposers import oblique, resumed
 from spectrim.decomposers.matrix import Factors, MatrixSpectrum, View, to_matrix
-from spectrim.decomposers.spectrum import HEAD, NO_MOMENTS, Moments
+from spectrim.decomposers.spectrum import HEAD, NO_MOMENTS, Embeddings, Moments
 from spectrim.errors import UserError
 from spectrim.factored import linalg
 from spectrim.factored.base import FactoredLayer
@@ -30,7 +30,7 @@ class WhitenedSVD:
     ``view``: as in ``SVD``.
     ``ridge``: is added to C as a fraction of its mean eigenvalue, so that the full rank reproduces W.
     ``samples``: number of calibration samples for C.
-    ``embeddings``: whether embeddings are factored too. An embedding is a Linear whose inputs have a single 1, so C is
+    ``embeddings``: as in ``SVD``. An embedding is a Linear whose inputs have a single 1, so C is
         diagonal and holds the frequency of each id. A head that shares its weight counts as well (``tied_factors``).
     ``whole``: the most frequent ids that together make this fraction of all look-ups keep their rows, and only the
         other rows are factored. This is GroupReduce (Chen et al., arXiv 1806.06950) with two groups, the first of full
@@ -41,7 +41,7 @@ class WhitenedSVD:
     view: View = "spatial"
     ridge: float = 1e-6
     samples: int = 500
-    embeddings: bool = False
+    embeddings: Embeddings = False
     whole: float = 0.0
     factors: Factors = "plain"
 
@@ -112,7 +112,7 @@ def tied_factors(W_OI: Tensor, frequency_I: Tensor, H_OO: Tensor, ridge: float) 
     return oblique.unit(inverse_OO @ U_OR, U_OR.mT @ weighed_OI), S_R
 
 
-def require_whole(whole: float, embeddings: bool) -> None:
+def require_whole(whole: float, embeddings: Embeddings) -> None:
     """Raise ``UserError`` unless ``whole`` is a part of the look-ups of embeddings that are factored."""
     if not 0 <= whole < 1:
         raise UserError(f"whole must lie in [0, 1), got {whole}")

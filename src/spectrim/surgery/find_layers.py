@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from spectrim.batches import Inputs, acts_on_mode, cloned, device_of, evaluating, forward, to_device
+from spectrim.decomposers.spectrum import Embeddings
 from spectrim.errors import UserError
 from spectrim.factored.base import OWN_NAMES
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
@@ -26,7 +27,7 @@ STEPS = ("forward", "_conv_forward", "__call__", "_call_impl", "_wrapped_call_im
 
 
 def factorable(
-    model: nn.Module, example: Inputs | None, embeddings: bool = False, choice: LayerChoice = EVERY_LAYER
+    model: nn.Module, example: Inputs | None, embeddings: Embeddings = False, choice: LayerChoice = EVERY_LAYER
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Find the layers that can be replaced, in the model's order, and the reason why each other one stays dense.
 
@@ -39,7 +40,7 @@ def factorable(
     Embeddings and linear layers that share one weight are found together, by the name of the first embedding
     (``tied.tied_layers``). They stay dense unless all of them can be replaced.
 
-    ``embeddings``: whether embeddings are replaced too.
+    ``embeddings``: whether embeddings are replaced too; "tied": only those that share their weight with other layers.
     ``choice``: which layers the user wants to be factored.
 
     Raises ``UserError`` for a compiled model and for one that ``eager`` refuses. Raises it also for a model that is a
@@ -52,13 +53,14 @@ def factorable(
         raise UserError(f"the model is a single {type(model).__name__}; pass torch.nn.Sequential(model) instead")
     choice.require_known(model)
     ties = [(first, *others) for first, others in tied_layers(model).items()] if embeddings else []
+    tied = {name for tie in ties for name in tie}
     shared, packed, adapted = _shared(model, ties), refusals(model), adapted_parameters(model)
     layers, dense = dict[str, nn.Module](), dict[str, str]()
     for name, module in model.named_modules():
         if not isinstance(module, kinds):
             if _holds_a_matrix(module):
                 dense[name or type(model).__name__] = packed.get(name, f"{type(module).__name__} is not factored")
-        elif isinstance(module, nn.Embedding) and not embeddings:
+        elif isinstance(module, nn.Embedding) and (not embeddings or (embeddings == "tied" and name not in tied)):
             dense[name] = "only a decomposer with embeddings=True factors embeddings"
         elif name in adapted:
             dense[name] = ADAPTED

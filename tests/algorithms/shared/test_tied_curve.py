@@ -1,5 +1,6 @@
 """The curve of a weight that a head shares: convex, never above what was measured, and exact at its ends."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import spectrim
 from spectrim.algorithms.shared.tied_curve import LEAST, _by_component, measured_changes
+from spectrim.algorithms.shared.work import Outlook
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.losses import token_loss
 from spectrim.statistics.objective import Objective
@@ -39,6 +41,17 @@ def objective() -> Objective:
     drawn = (torch.rand(4, 8, 1, generator=generator).pow(3) * IDS).long()
     batches = [(own, own) for own in drawn.expand(-1, -1, 12)]
     return Objective(token_loss, {"calibration": batches[:2], "verification": batches[2:]})
+
+
+def test_a_dry_run_counts_the_samples_that_it_is_measured_on(objective: Objective) -> None:
+    joint = spectrim.Joint(params_kept=0.6, samples=24, refit=0)
+    foreseen = joint.work(Outlook({"calibration": 16, "verification": 16}, layers=2, ties=1))
+    joint.compress(Decoder().eval(), TWO_SIDED, objective)
+    assert foreseen.evaluations == objective.read["verification"] == 9 * 16
+    assert joint.work(Outlook({"calibration": 16}, layers=2, ties=1)).evaluations == 0
+    less, untouched = replace(joint, params_kept=0.9), replace(TWO_SIDED, embeddings=False, whole=0.0)
+    less.compress(Decoder().eval(), untouched, objective)
+    assert objective.read["verification"] == 9 * 16
 
 
 @given(st.lists(st.floats(-1, 50), min_size=1, max_size=9), st.integers(10, 40))

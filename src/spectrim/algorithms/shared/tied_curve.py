@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectrim.algorithms.shared.work import Outlook
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.surgery.tied import tied_layers
 from spectrim.tools.content import of_state
@@ -36,6 +37,11 @@ def measured_changes(bench: Workbench) -> tuple[dict[str, Tensor], dict[str, str
         lambda: {name: _rises(bench, name) for name in Bar(names, "measure", unit="embedding", leave=False)},
     )
     return {name: _by_component(rises[name], bench.spectra[name].max_rank) for name in names}, {}
+
+
+def samples_measured(outlook: Outlook) -> int:
+    """Return the number of samples that ``measured_changes`` reads: at each rank, and at the dense model."""
+    return outlook.ties * (PARTS + 1) * min(SAMPLES, outlook.samples.get("verification", 0))
 
 
 def _rises(bench: Workbench, name: str) -> dict[int, float]:

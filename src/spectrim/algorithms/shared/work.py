@@ -12,11 +12,12 @@ class Outlook:
     """What is known of a selection before it begins.
 
     ``samples``: number of samples of each split that is given.
-    ``layers``: number of layers that can be factored.
+    ``layers``: number of layers that can be factored. ``ties``: how many of them share their weight with others.
     """
 
     samples: Mapping[str, int]
     layers: int
+    ties: int = 0
 
     def of(self, split: str) -> int:
         """Return the number of samples of a split. Raises ``MissingInput`` where there is none of this name."""
