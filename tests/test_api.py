@@ -418,7 +418,7 @@ def test_a_plan_is_followed(net: nn.Sequential, batches: Any) -> None:
 def test_a_size_alone_of_a_decoder_is_what_the_command_line_takes_for_text() -> None:
     cut, decomposer = _selector(0.8, None, None, token_loss)
     assert cut == spectrim.Joint(params_kept=0.8, samples=500, significance="auto", refit=0)
-    assert decomposer == named("decomposer", "two_sided") == _selector(None, None, "joint_cut", token_loss)[1]
+    assert decomposer == named("decomposer", "two_sided_tied") == _selector(None, None, "joint_cut", token_loss)[1]
     for loss in (F.cross_entropy, label_loss, span_loss):  # an encoder is refitted
         assert _selector(0.8, None, None, loss) == (spectrim.Joint(params_kept=0.8), PIVOTED)
 

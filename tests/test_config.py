@@ -162,7 +162,7 @@ def test_an_algorithm_takes_its_own_decomposer_where_none_is_named(compose: Any,
     """The command line and the call from Python choose alike, also for a selector within another algorithm."""
     cfg = compose(f"algorithm={option}")
     algorithm = targets.build(configuration.plain(cfg.algorithm))
-    own = named("decomposer", "two_sided") if option == "joint_cut" else decomposer_of(algorithm)
+    own = named("decomposer", "two_sided_tied") if option == "joint_cut" else decomposer_of(algorithm)
     assert targets.build(configuration.plain(cfg.decomposer)) == own
     assert (decomposer_for(option) or decomposer_of(algorithm)) == own
     other = compose(f"algorithm={option}", "decomposer=tucker2")

@@ -69,7 +69,7 @@ def compress(
         not measure the loss takes batches without targets: ``(inputs, None)``, or a tensor or mapping of inputs alone.
         One that does not run the model, such as ``Truncation``, works without any.
     ``verification``: other held-out batches, for algorithms that measure what they chose. A loss measured on the
-        samples that chose the ranks is too low.
+        samples that chose the ranks is too low. With them a decoder's embedding is factored too, if its head shares it.
     ``train``: batches with a length, for algorithms that train.
     ``loss``: ``loss(model_output, targets)``, a scalar, the mean over the batch. By default cross-entropy; for a model
         of transformers the one of its task: next tokens, labels of tokens, answers, several classes, or numbers.
