@@ -321,9 +321,7 @@ def test_the_plan_of_a_file_gives_the_same_model_and_an_untied_twin_has_another(
     with pytest.raises(spectrim.UserError, match="'head' cannot be factored: its rank is that of token"):
         spectrim.compress(model, plan={"head": 3}, calibration=objective.given("calibration"), decomposer=WHITE)
     with pytest.raises(spectrim.UserError, match="'head' cannot be factored: its rank is that of token"):
-        spectrim.compress(
-            model, params_kept=0.6, overrides={"head": 3}, calibration=objective.given("calibration"), decomposer=WHITE
-        )
+        spectrim.compress(model, params_kept=0.6, overrides={"head": 3}, decomposer=WHITE, **objective.splits)
 
 
 @pytest.mark.parametrize("kind", DECOMPOSERS)
@@ -396,7 +394,7 @@ def test_the_time_of_the_head_counts_with_the_embedding(objective: Objective) ->
 
 def test_a_forecast_counts_it_once(objective: Objective) -> None:
     model = Decoder()
-    given: Any = {"calibration": objective.given("calibration"), "decomposer": WHITE, "params_kept": 0.6}
+    given: Any = {**objective.splits, "decomposer": WHITE, "params_kept": 0.6}
     forecast = spectrim.compress(model, loss=token_loss, dry_run=True, **given)
     assert forecast.dense.params == parameters(model) and forecast.compressed.params <= 0.6 * parameters(model)
     assert "head: its rank is that of token, whose weight it shares" in forecast.notes

@@ -8,8 +8,10 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
+from spectrim.algorithms.joint import Joint
 from spectrim.algorithms.shared.outline import Outline, block_of, decomposing_bytes
 from spectrim.algorithms.shared.rehearsal import Rehearsal, factored_model
+from spectrim.algorithms.shared.tied_curve import leaving_unmeasured
 from spectrim.algorithms.shared.work import Foreseen, Outlook, Work
 from spectrim.batches import sample_count
 from spectrim.decomposers.spectrum import Decomposer
@@ -80,6 +82,8 @@ def forecast(model: nn.Module, algorithm: Any, decomposer: Decomposer, objective
     selection would, for all that one batch shows.
     """
     opened, example = reopened(unpacked(model)), objective.example()
+    if isinstance(getattr(algorithm, "selector", algorithm), Joint):
+        objective = leaving_unmeasured(opened, objective)
     with unchanged(opened):
         found, left = find_layers.factorable(opened, example, decomposer.embeddings, objective.choice)
         layers = [Outline.of(name, module, decomposer) for name, module in found.items()]

@@ -17,7 +17,7 @@ from spectrim.algorithms.shared.expansion import gates_at, together
 from spectrim.algorithms.shared.refined import refined
 from spectrim.algorithms.shared.removal import Gated, Removal, keep_dearest, remove
 from spectrim.algorithms.shared.slopes import believed, changes
-from spectrim.algorithms.shared.tied_curve import measured_changes, samples_measured
+from spectrim.algorithms.shared.tied_curve import leaving_unmeasured, measured_changes, samples_measured
 from spectrim.algorithms.shared.tolerance import verifier
 from spectrim.algorithms.shared.work import Outlook, Work
 from spectrim.algorithms.shared.workbench import Workbench
@@ -135,7 +135,7 @@ class Joint:
             objective.given("verification")  # refused before the decomposition
         if self.refine is not None:
             self.refine.require(model, objective)
-        bench = Workbench.of(model, decomposer, objective)
+        bench = Workbench.of(model, decomposer, leaving_unmeasured(model, objective))
         if self.max_loss_increase is not None:
             search = _JointSearch(self, bench, costs_of(bench, "params"))
             search.to_tolerance(self.max_loss_increase)
@@ -245,10 +245,9 @@ class _JointSearch:
         ``requested``: the first share that is gone down to, at which slopes are believed as far as they hold.
         """
         errors, samples, seed = self.settings.significance, self.settings.samples, self.settings.seed
-        whole, untold = measured_changes(self.bench)
-        measured = {name: own[point.kept[name]] for name, own in whole.items()}
-        gates = gates_at(self.bench, point.kept, samples, seed, errors is not None, [*measured, *untold])
-        self.without_gates |= gates.left | untold
+        measured = {name: own[point.kept[name]] for name, own in measured_changes(self.bench).items()}
+        gates = gates_at(self.bench, point.kept, samples, seed, errors is not None, list(measured))
+        self.without_gates |= gates.left
         if not gates.rows and not measured:
             raise UserError(f"joint selection has no layer to choose from: {in_one_line(self.without_gates)}")
 

@@ -3,6 +3,8 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -83,6 +85,12 @@ class Objective:
     def on(self, splits: Mapping[str, Batches]) -> "Objective":
         """Return the same loss on other batches; the samples read are counted together."""
         return Objective(self.loss, splits, self.layers_at_once, read=self.read, choice=self.choice)
+
+    def leaving(self, reasons: Mapping[str, str]) -> "Objective":
+        """Return this objective with layers that stay dense, by name, and why. Both share all that is remembered."""
+        own = copy(self)
+        own.choice = replace(self.choice, left=tuple(reasons.items()))
+        return own
 
     def start_selection(self) -> None:
         """Set ``read`` to zero. From here on it counts as if nothing were remembered from earlier selections."""

@@ -23,11 +23,13 @@ class LayerChoice:
     ``include``: patterns of the layers that may be factored; none: all layers.
     ``exclude``: patterns of the layers that stay dense.
     ``overrides``: the rank of single layers, by name. An algorithm chooses the ranks of the others.
+    ``left``: the layers that the algorithm leaves dense, by name, and why. The user's overrides come first.
     """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     overrides: tuple[tuple[str, int], ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, include: Sequence[str] | None, exclude: Sequence[str], overrides: Mapping[str, int]) -> "LayerChoice":
@@ -61,7 +63,7 @@ class LayerChoice:
             return "exclude= names it"
         if self.include and not any(_matches(pattern, place) for pattern in self.include for place in places):
             return "include= does not name it"
-        return None
+        return None if name in dict(self.overrides) else dict(self.left).get(name)
 
 
 EVERY_LAYER = LayerChoice()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spectrim
-from spectrim.algorithms.shared.tied_curve import LEAST, _by_component, measured_changes
+from spectrim.algorithms.shared.tied_curve import LEAST, _by_component, leaving_unmeasured, measured_changes
 from spectrim.algorithms.shared.work import Outlook
 from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.losses import token_loss
@@ -67,7 +67,7 @@ def test_it_is_convex_and_never_above_what_was_measured(rises: list[float], full
 
 def test_at_rank_one_it_is_the_measured_rise(objective: Objective) -> None:
     bench = Workbench.of(Decoder().eval(), TWO_SIDED, objective)
-    changes = measured_changes(bench)[0]["token"]
+    changes = measured_changes(bench)["token"]
     cut, dense = (objective.evaluate(one, "verification").loss for one in (bench.trial({"token": 1}), bench.model))
     rise = cut - dense
     assert rise > 0.1 and float(changes[1:].sum()) == pytest.approx(rise, rel=1e-5)
@@ -88,17 +88,32 @@ def test_joint_selection_takes_it_in_place_of_an_expansion(objective: Objective,
     )
     rank = cut.plan["token"].rank
     assert cut.plan["token"].keep in (rank, tuple(range(rank)))
-    changes = measured_changes(Workbench.of(model, TWO_SIDED, objective))[0]["token"]
+    changes = measured_changes(Workbench.of(model, TWO_SIDED, objective))["token"]
     assert cut.log[-1]["predicted"] == pytest.approx(float(changes[rank:].sum()), rel=1e-6)
 
 
 def test_without_other_texts_the_weight_stays_dense_and_a_note_says_why(objective: Objective) -> None:
-    batches, joint = objective.given("calibration"), spectrim.Joint(params_kept=0.9, refit=0)
-    cut = spectrim.compress(Decoder(), calibration=batches, loss=token_loss, algorithm=joint, decomposer=TWO_SIDED)
-    assert "token" not in cut.plan and any("token" in note and "give verification=" in note for note in cut.notes)
+    """It is not decomposed either, which would take long, and a dry run says the same."""
+    given: Any = {"calibration": objective.given("calibration"), "loss": token_loss, "decomposer": TWO_SIDED}
+    given["algorithm"] = spectrim.Joint(params_kept=0.9, refit=0)
+    cut, foreseen = (spectrim.compress(Decoder(), **given, dry_run=dry) for dry in (False, True))
+    assert "token" not in cut.plan and list(foreseen.layers["layer"]) == ["body"]
+    for notes in (cut.notes, foreseen.notes):
+        assert any(note.startswith("token: left dense: how the loss depends on its rank") for note in notes)
+        assert any(note.startswith("head: left dense: it shares its weight with token") for note in notes)
+    alone = objective.on({"calibration": objective.given("calibration")})
+    bench = Workbench.of(Decoder(), TWO_SIDED, leaving_unmeasured(Decoder(), alone))
+    assert list(bench.spectra) == ["body"]
+
+
+def test_a_rank_that_the_user_sets_needs_no_measurement(objective: Objective) -> None:
+    given: Any = {"calibration": objective.given("calibration"), "loss": token_loss, "decomposer": TWO_SIDED}
+    joint = spectrim.Joint(params_kept=0.9, refit=0)
+    cut = spectrim.compress(Decoder(), algorithm=joint, overrides={"token": 3}, **given)
+    assert cut.plan["token"].rank == 3
 
 
 def test_a_model_without_a_tied_weight_has_none(objective: Objective) -> None:
     model = Decoder()
     model.head.weight = nn.Parameter(model.token.weight.detach().clone())
-    assert measured_changes(Workbench.of(model.eval(), TWO_SIDED, objective)) == ({}, {})
+    assert measured_changes(Workbench.of(model.eval(), TWO_SIDED, objective)) == {}

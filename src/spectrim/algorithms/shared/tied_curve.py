@@ -2,10 +2,11 @@
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectrim.algorithms.shared.work import Outlook
 from spectrim.algorithms.shared.workbench import Workbench
+from spectrim.statistics.objective import Objective
 from spectrim.surgery.tied import tied_layers
 from spectrim.tools.content import of_state
 from spectrim.tools.live import Bar
@@ -16,7 +17,14 @@ LEAST = 1e-9  # what a component adds at least, so that it stays while there is 
 LEFT = "how the loss depends on its rank is measured on other texts: give verification="
 
 
-def measured_changes(bench: Workbench) -> tuple[dict[str, Tensor], dict[str, str]]:
+def leaving_unmeasured(model: nn.Module, objective: Objective) -> Objective:
+    """Return ``objective`` with the tied weights of ``model`` left dense where no verification samples are given."""
+    if "verification" in objective.splits:
+        return objective
+    return objective.leaving(dict.fromkeys(tied_layers(model), LEFT))
+
+
+def measured_changes(bench: Workbench) -> dict[str, Tensor]:
     """Return, for each tied weight, the change of the loss by each component, shape (R,), float64.
 
     The calibration texts tell little of such a weight. Its rows that are factored are those of ids which hardly occur
@@ -24,19 +32,17 @@ def measured_changes(bench: Workbench) -> tuple[dict[str, Tensor], dict[str, str
     ten thousand rare ids, each a little wrong, together take the probability from the others. So the loss is measured
     on verification samples, with this weight alone cut at some ranks. Between them the curve is the lower convex hull,
     which is never below zero: so few samples tell no gain. Components go in their order, the last one first.
-
-    Beside the changes comes why a weight has none: there are no verification samples.
     """
     names = [name for name in tied_layers(bench.model) if name in bench.spectra]
-    if not names or "verification" not in bench.objective.splits:
-        return {}, dict.fromkeys(names, LEFT)
+    if not names:
+        return {}
     rises = bench.objective.remembered(
         bench.model,
         "thresholds",
         lambda: ("tied", tuple(names), bench.decomposer, of_state(bench.model)),
         lambda: {name: _rises(bench, name) for name in Bar(names, "measure", unit="embedding", leave=False)},
     )
-    return {name: _by_component(rises[name], bench.spectra[name].max_rank) for name in names}, {}
+    return {name: _by_component(rises[name], bench.spectra[name].max_rank) for name in names}
 
 
 def samples_measured(outlook: Outlook) -> int:
