@@ -188,3 +188,39 @@ def test_a_two_sided_decomposition_is_rehearsed_with_its_gradients(net: nn.Seque
         for decomposer in (spectrim.WhitenedSVD("channel"), spectrim.TwoSidedSVD("channel"))
     )
     assert both.memory_mib["decompose"] > one.memory_mib["decompose"]  # moments of outputs too
+
+
+@pytest.mark.parametrize("budget", [{"params_kept": 0.02}, {"macs_kept": 0.02}])
+@pytest.mark.parametrize("factors", ["plain", "pivoted"])
+def test_a_budget_out_of_reach_is_refused_as_by_the_selection(
+    net: nn.Sequential, batches: Any, budget: Any, factors: Any
+) -> None:
+    given: Any = {"calibration": batches, "algorithm": spectrim.Joint(**budget), "exclude": ["8"]}
+    given["decomposer"] = spectrim.WhitenedSVD("channel", factors=factors)
+    said = []
+    for dry in (True, False):
+        with pytest.raises(
+            spectrim.UserError, match=r"_kept=0.02 is out of reach: at rank 1 0\.\d+ of them remain"
+        ) as refusal:
+            spectrim.compress(net, **given, dry_run=dry)
+        said.append(str(refusal.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("kept", [0.2, 0.35, 0.5, 0.8, 0.97])
+@pytest.mark.parametrize("measure", ["params", "macs"])
+@pytest.mark.parametrize("factors", ["plain", "pivoted"])
+def test_it_is_within_the_budget_that_it_foresees(
+    net: nn.Sequential, batches: Any, kept: float, measure: str, factors: Any
+) -> None:
+    """Also where a share of a small layer would be less than one component."""
+    told = spectrim.compress(
+        net,
+        calibration=batches,
+        algorithm=spectrim.Joint(**{f"{measure}_kept": kept}),
+        decomposer=spectrim.WhitenedSVD("channel", factors=factors),
+        overrides={"3": 2},
+        dry_run=True,
+    )
+    assert getattr(told.compressed, measure) <= kept * getattr(told.dense, measure)
+    assert told.layers.set_index("layer")["rank"]["3"] == 2

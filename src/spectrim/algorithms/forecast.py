@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
+import torch
 from torch import nn
 
 from spectrim.algorithms.joint import Joint
+from spectrim.algorithms.shared.budget import Costs
 from spectrim.algorithms.shared.outline import Outline, block_of, decomposing_bytes
 from spectrim.algorithms.shared.rehearsal import Rehearsal, factored_model
 from spectrim.algorithms.shared.tied_curve import leaving_unmeasured
@@ -93,7 +95,7 @@ def forecast(model: nn.Module, algorithm: Any, decomposer: Decomposer, objective
         samples = {name: _samples(objective, name) for name in objective.splits}
         outlook = Outlook(samples, len(layers), len(tied.tied_layers(opened).keys() & found.keys()))
         work = algorithm.work(outlook) if isinstance(algorithm, Foreseen) else None
-        ranks = _ranks(opened, layers, work or Work(), objective, example)
+        ranks = _ranks(opened, layers, work or Work(), objective, example, find_layers.dense_shares(left, opened))
         notes = find_layers.left_dense(left, opened) + tied.in_lines(opened, found)
         seconds, memory = _taken(opened, layers, ranks, work, decomposer, objective, notes)
         compressed = None if ranks is None else _cost(factored_model(opened, layers, ranks), example)
@@ -120,37 +122,53 @@ def _cost(model: nn.Module, example: Any) -> Cost:
 
 
 def _ranks(
-    model: nn.Module, layers: Sequence[Outline], work: Work, objective: Objective, example: Any
+    model: nn.Module, layers: Sequence[Outline], work: Work, objective: Objective, example: Any, outside: str
 ) -> dict[str, int] | None:
     """Return the ranks that keep an equal share of each layer and meet the budget, below break-even; None without one.
 
-    A layer that is absent stays dense.
+    A layer that is absent stays dense. Raises ``UserError`` for a budget out of reach. ``outside``: as in ``Costs``.
     """
     fixed = dict(objective.choice.overrides)
     if work.ranks is not None:
         return {**work.ranks, **fixed}
+    chosen = [layer for layer in layers if layer.name not in fixed]
     if work.rank is not None:
-        wanted = {layer.name: work.rank for layer in layers}
+        wanted = {layer.name: work.rank for layer in chosen}
+    elif work.ratio is not None:
+        wanted = {layer.name: max(1, layer.rank_within(work.ratio * layer.params)) for layer in chosen}
+    elif work.params_kept is not None:
+        costs = Costs("params", {one.name: float(one.params) for one in layers}, {}, parameters(model), outside=outside)
+        wanted = _within(costs, work.params_kept, layers, fixed)
+    elif work.macs_kept is not None and example is not None:
+        dense, total = layer_macs(model, [layer.name for layer in layers], example)
+        # pivots save no multiplication in a convolution
+        counted = [layer.plain() if isinstance(layer.module, nn.Conv2d) else layer for layer in layers]
+        wanted = _within(Costs("macs", dense, {}, total, outside=outside), work.macs_kept, counted, fixed)
     else:
-        share = work.ratio
-        if work.params_kept is not None:
-            share = _share(work.params_kept, parameters(model), {layer.name: layer.params for layer in layers})
-        elif work.macs_kept is not None and example is not None:
-            own, total = layer_macs(model, [layer.name for layer in layers], example)
-            share = _share(work.macs_kept, total, own)
-        if share is None:
-            return fixed or None
-        macs = work.macs_kept is not None  # pivots save none in a convolution
-        counted = [layer.plain() if macs and isinstance(layer.module, nn.Conv2d) else layer for layer in layers]
-        wanted = {layer.name: layer.rank_within(share * layer.params) for layer in counted}
-    ranks = {layer.name: fixed.get(layer.name, max(1, wanted[layer.name])) for layer in layers}
+        return fixed or None
+    ranks = wanted | fixed
     return {layer.name: ranks[layer.name] for layer in layers if ranks[layer.name] <= layer.break_even}
 
 
-def _share(kept: float, total: float, layers: Mapping[str, float]) -> float:
-    """Return the share that each layer keeps where the whole model keeps ``kept``."""
-    inside = sum(layers.values())
-    return max(0.0, (kept * total - (total - inside)) / inside)
+def _within(costs: Costs, requested: float, layers: Sequence[Outline], fixed: Mapping[str, int]) -> dict[str, int]:
+    """Return the ranks of the layers that are not ``fixed`` at the largest common share that is within the budget.
+
+    ``costs``: those of all layers, without curves.
+    """
+    each = {layer.name: costs.dense[layer.name] / layer.params for layer in layers}  # what a parameter costs
+    of_fixed = [layer for layer in layers if layer.name in fixed]
+    saved = sum(each[one.name] * (one.params - one.cost(fixed[one.name])) for one in of_fixed)
+    chosen = {layer.name: layer for layer in layers if layer.name not in fixed}
+    curves = {
+        name: each[name] * torch.tensor([layer.cost(rank) for rank in range(layer.full_rank + 1)], dtype=torch.float64)
+        for name, layer in chosen.items()
+    }
+    costs = replace(costs, dense={name: costs.dense[name] for name in chosen}, curves=curves, fixed=saved)
+
+    def ranks_at(share: float) -> dict[str, int]:
+        return {name: max(1, layer.rank_within(share * layer.params)) for name, layer in chosen.items()}
+
+    return costs.meet(requested, ranks_at, low=0.0, high=1.0)
 
 
 def _table(layers: Sequence[Outline], ranks: Mapping[str, int] | None) -> pd.DataFrame:
