@@ -31,6 +31,7 @@ PLACES = {
     "statistics/gate_rows.py": ["MIXED", "OUTSIDE"],
     "algorithms/shared/workbench.py": ["of", "_that_runs"],
     "algorithms/shared/walk.py": ["_opened"],
+    "algorithms/shared/tied_curve.py": ["LEFT"],
 }
 
 

@@ -1,5 +1,7 @@
 """The rows of a layer go to the samples that they belong to, wherever the model holds its batch."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,10 +67,12 @@ LAYOUTS = [
 ]
 
 
-def gates_of(net: nn.Module, batches: list, layers: tuple[str, ...] = ("first", "second", "head")) -> Gates:
+def gates_of(
+    net: nn.Module, batches: list, layers: tuple[str, ...] = ("first", "second", "head"), loss: Any = F.cross_entropy
+) -> Gates:
     spectra = {name: SVD().spectrum(net.get_submodule(name)) for name in layers}
     plan = RankPlan.of({name: spectrum.kept(spectrum.max_rank) for name, spectrum in spectra.items()})
-    objective = Objective(F.cross_entropy, {"calibration": batches})
+    objective = Objective(loss, {"calibration": batches})
     return gate_gradients(replacing.apply(net.eval(), plan, spectra), layers, objective, samples=10**6)
 
 
@@ -106,6 +110,31 @@ def test_a_layer_whose_rows_all_samples_share_is_left_out_and_the_others_are_rig
     result = compress(net, calibration=[(x, y)], algorithm=Joint(params_kept=0.97, samples=COUNT))
     assert set(result.plan) == {"head"}
     assert any(note.startswith(f"first: left dense: {MIXED} (") for note in result.notes)
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["scores too", "alone"])
+def test_a_loss_that_the_model_computes_is_refused_unless_a_batch_is_one_sample(beside: bool) -> None:
+    class Own(Net):
+        def forward(self, x: Tensor, y: Tensor) -> Any:
+            scores = super().forward(x)
+            loss = F.cross_entropy(scores, y)
+            return (scores, loss) if beside else (loss,)
+
+        def plain(self) -> Net:
+            same = Net()
+            same.load_state_dict(self.state_dict())
+            return same
+
+    def own_loss(outputs: Any, _: Any) -> Tensor:
+        return outputs[-1]
+
+    torch.manual_seed(0)
+    net, (x, y) = Own(), batch()
+    with pytest.raises(UserError, match=r"belongs to the whole batch.*give loss=, a function of the scores"):
+        compress(net, calibration=[((x, y), None)], loss=own_loss, algorithm=Joint(params_kept=0.8, samples=COUNT))
+    apart = gates_of(net, [((x[i : i + 1], y[i : i + 1]), None) for i in range(COUNT)], loss=own_loss)
+    outside = gates_of(net.plain(), [(x, y)])
+    torch.testing.assert_close(apart.rows["first"].given, outside.rows["first"].given, atol=1e-6, rtol=1e-4)
 
 
 def test_a_layer_outside_the_loss_is_left_out_and_one_that_a_batch_does_not_reach_counts_zero_there() -> None:

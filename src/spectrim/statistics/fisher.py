@@ -29,6 +29,11 @@ from spectrim.tools import resume
 from spectrim.tools.hooks import hooked
 from spectrim.tools.trainable import alone_trainable
 
+OF_BATCH = (
+    "the loss reads an output that belongs to the whole batch, as where the model computes its loss itself; give loss=, "
+    "a function of the scores and the targets, or batches of one sample"
+)
+
 
 class GateGradients(NamedTuple):
     """Gate gradients of one layer, float32 on the CPU. Rows are samples, columns components: shape (N, R) each.
@@ -194,8 +199,9 @@ def _by_outputs(loss: Tensor, outputs: Any, count: int) -> Weighed:
     """Return where to start: without weights at the loss, with them at the outputs.
 
     The gradient at the outputs of a sample is then the loss's own times the sample's weight. Outputs may be a sequence
-    with an item a sample, as those of a detector are, or be flattened, with the tokens of a sample together. If else no
-    output dimension has the size of the batch, the weights do nothing and every layer counts as mixed.
+    with an item a sample, as those of a detector are, or be flattened, with the tokens of a sample together. Weights do
+    nothing to an output that belongs to the whole batch. With weights it raises ``UserError`` where the loss reads such
+    outputs alone.
     """
     by_sample = isinstance(outputs, list | tuple) and are_samples(outputs, count)
     owners = {id(own): index for index, item in enumerate(outputs if by_sample else ()) for own in tensors_of(item)}
@@ -209,19 +215,23 @@ def _by_outputs(loss: Tensor, outputs: Any, count: int) -> Weighed:
                 f"the outputs are {with_article(outputs)} in which no tensor is found; "
                 "let the model return tensors, in a tuple, a mapping or a dataclass"
             )
-        starts: list[Start] = []
+        starts, of_samples = list[Start](), False
         gradients = gradients_at(loss, tensors, keep=True)
         for tensor, gradient in zip(tensors, gradients, strict=True):
             if gradient is not None:
                 axis = next((axis for axis, size in enumerate(tensor.shape) if size == count), None)
+                flat = tensor.ndim > 0 and len(tensor) % count == 0
+                of_samples |= by_sample or axis is not None or flat
                 if by_sample:
                     gradient = gradient * weights[owners[id(tensor)]].to(gradient)
                 elif axis is not None:
                     gradient = (gradient.movedim(axis, -1) * weights.to(gradient)).movedim(-1, axis)
-                elif tensor.ndim and len(tensor) % count == 0:
+                elif flat:
                     own = weights.to(gradient).repeat_interleave(len(tensor) // count)
                     gradient = gradient * own.view(-1, *[1] * (tensor.ndim - 1))
                 starts += start_at(tensor, gradient)
+        if starts and not of_samples:
+            raise UserError(OF_BATCH)
         return starts
 
     return weighed
