@@ -30,8 +30,8 @@ from spectrim.tools.hooks import hooked
 from spectrim.tools.trainable import alone_trainable
 
 OF_BATCH = (
-    "the loss reads an output that belongs to the whole batch, as where the model computes its loss itself; give loss=, "
-    "a function of the scores and the targets, or batches of one sample"
+    "the loss reads an output that belongs to the whole batch, as where the model computes its loss itself; give "
+    "loss=, a function of the scores and the targets, or batches of one sample"
 )
 
 

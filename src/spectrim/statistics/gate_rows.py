@@ -19,7 +19,10 @@ from spectrim.statistics.backward import Leaves, Start
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.sample_rows import BATCH_FIRST, Layout, Owners, RowOwners, sample_weights, scattered
 
-MIXED = "its rows do not belong to one sample each, so a sample has no gradient; give batches of one, samples first"
+MIXED = (
+    "its rows do not belong to one sample each, so a sample has no gradient; give batches of one, samples first, or "
+    "take an algorithm that needs none, such as knapsack"
+)
 OUTSIDE = "the calibration loss does not depend on it"
 
 # Where backward passes start, given one weight a sample (None: no weights).
