@@ -20,7 +20,7 @@ from spectrim.decomposers.best_view import PIVOTED, BestView
 from spectrim.factored.forms import PivotedForm, PlainForm
 from spectrim.losses import label_loss, span_loss, token_loss
 from spectrim.runs import configuration
-from spectrim.runs.named import named
+from spectrim.runs.named import decomposer_for, named
 
 
 def logits(model: nn.Module, x: Any) -> Tensor:
@@ -434,7 +434,24 @@ def test_a_size_alone_is_joint_selection_with_its_own_decomposer(net: nn.Sequent
     )
     assert {type(kept.form) for kept in plain.plan.values()} == {PlainForm}
     with pytest.raises(spectrim.UserError, match="^params_kept= and algorithm= each say what to keep"):
-        spectrim.compress(net, calibration=batches, params_kept=0.5, algorithm="joint")
+        spectrim.compress(net, calibration=batches, params_kept=0.5, algorithm=spectrim.Joint(params_kept=0.4))
+
+
+@pytest.mark.parametrize("name", ["joint", "knapsack", "truncation_params", "zero_sum", "swift_svd"])
+def test_a_size_with_the_name_of_an_algorithm_is_its_size(net: nn.Sequential, batches: Any, name: str) -> None:
+    """All else is as the command line has it."""
+    found = spectrim.compress(net, calibration=batches, params_kept=0.6, algorithm=name)
+    alike = replace(named("algorithm", name), params_kept=0.6)
+    decomposer = decomposer_for(name)
+    by_hand = spectrim.compress(net, calibration=batches, algorithm=alike, decomposer=decomposer)
+    assert found.plan == by_hand.plan and found.params_kept <= 0.6
+
+
+def test_a_size_with_an_algorithm_that_meets_none_is_refused(net: nn.Sequential, batches: Any) -> None:
+    with pytest.raises(spectrim.UserError, match="^algorithm='lossless' meets no size: leave out params_kept="):
+        spectrim.compress(net, calibration=batches, params_kept=0.5, algorithm="lossless")
+    with pytest.raises(spectrim.UserError, match="exactly one of .*got ratio, params_kept|ratio.*params_kept"):
+        spectrim.compress(net, calibration=batches, params_kept=0.5, algorithm="truncation")
 
 
 @pytest.mark.parametrize(

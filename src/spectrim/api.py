@@ -75,7 +75,7 @@ def compress(
         of transformers the one of its task: next tokens, labels of tokens, answers, several classes, or numbers.
     ``params_kept``: the part of the parameters to keep, in (0, 1). Short for ``algorithm=Joint(params_kept=…)``, for a
         model that predicts next tokens with the settings of ``joint_cut``: spectra whitened on both sides, slopes as
-        far as they hold, and no refit.
+        far as they hold, and no refit. With the name of an algorithm it is the size that this one meets.
     ``algorithm``: the selector, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default, and a
         note then says so.
     ``decomposer``: the decomposer, or its name on the command line, such as ``"whitened_channel"``. By default the one
@@ -157,13 +157,15 @@ def _selector(
     loss: Loss,
 ) -> tuple[Algorithm, Decomposer]:
     """Return the algorithm that the user asked for, and the decomposer that it is best with."""
+    if params_kept is not None and plan is None and isinstance(algorithm, str):
+        selector = _sized(algorithm, params_kept)
+        return selector, own_decomposer(algorithm, selector)
     given = {"params_kept": params_kept, "plan": plan, "algorithm": algorithm}
     several = [f"{name}=" for name, value in given.items() if value is not None]
     if len(several) > 1:
         raise UserError(f"{' and '.join(several)} each say what to keep; pass one of them")
-    selector: Algorithm
     if params_kept is not None and isinstance(loss, TokenLoss) and loss.ahead > 0:  # a decoder
-        selector = replace(_instance("algorithm", "joint_cut"), params_kept=params_kept)
+        selector = _sized("joint_cut", params_kept)
         return selector, own_decomposer("joint_cut", selector)
     if params_kept is not None:
         selector = Joint(params_kept=params_kept)
@@ -172,6 +174,14 @@ def _selector(
     else:
         selector = Lossless() if algorithm is None else _instance("algorithm", algorithm)
     return selector, own_decomposer(algorithm, selector)
+
+
+def _sized(name: str, params_kept: float) -> Algorithm:
+    """Return the algorithm called ``name`` with this budget in place of its own."""
+    selector = _instance("algorithm", name)
+    if not hasattr(selector, "params_kept"):
+        raise UserError(f"algorithm={name!r} meets no size: leave out params_kept=, or take another algorithm")
+    return replace(selector, params_kept=params_kept)
 
 
 def own_decomposer(name: object, selector: Algorithm) -> Decomposer:
