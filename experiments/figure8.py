@@ -24,8 +24,8 @@ DRAWN = {
     "knapsack_pivoted": replace(KNAPSACK, name="knapsack (BALF), pivoted"),
     "joint": JOINT,
     "joint_pivoted": replace(JOINT, name="joint, ours, pivoted"),
-    "two_sided_pivoted": Curve("joint, ours, both sides whitened, pivoted", *looks.BEST),
-    "two_sided_embedding_pivoted": Curve("the same, embedding too", *looks.VERIFIED_JOINT),
+    "two_sided_pivoted": Curve("joint, ours, both sides whitened, pivoted", *looks.VERIFIED_JOINT),
+    "two_sided_embedding_pivoted": Curve("the same, embedding too", *looks.BEST),
 }
 OURS = ("joint", "joint_pivoted", "two_sided_pivoted", "two_sided_embedding_pivoted")
 TICKS = (10, 20, 30, 50, 100, 200, 300, 500, 1000, 2000, 5000)

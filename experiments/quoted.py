@@ -5,6 +5,7 @@ A sentence holds ``<!-- =NAME -->text<!-- = -->``; ``readme.py`` writes the numb
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +131,14 @@ def lead_p(results: Path) -> str:
     return f"{found[0]} to {found[-1]}"
 
 
-def smollm2(results: Path, corpus: str, kind: str = "joint, ours, both sides whitened, pivoted, ") -> str:
-    """Return a perplexity of SmolLM2 in Table 3: of a selection at 90 % of the parameters, or of ``dense``."""
-    method = kind if kind == "dense" else f"{kind}90 % of the parameters"
+def smollm2(results: Path, corpus: str, kept: int = 90, embedding: str = "") -> str:
+    """Return a perplexity of SmolLM2 in Table 3 where ``kept`` % of the parameters are; of the dense model at 100.
+
+    ``embedding``: ", embedding too" where it is factored.
+    """
+    method = (
+        f"joint, ours, both sides whitened{embedding}, pivoted, {kept} % of the parameters" if kept < 100 else "dense"
+    )
     return number(float(rows(results, "table3", model="smollm2", method=method)[corpus].iloc[0]), 2)
 
 
@@ -233,9 +239,15 @@ NUMBERS: dict[str, Callable[[Path], str]] = {
     "lead_p": lead_p,
     "refit_p": lambda results: number(float(rows(results, "table9", method="no refit")["to_default_p"].iloc[0]), 3),
     "smollm2_reviews": lambda results: smollm2(results, "perplexity"),
-    "smollm2_reviews_dense": lambda results: smollm2(results, "perplexity", "dense"),
+    "smollm2_reviews_dense": lambda results: smollm2(results, "perplexity", 100),
     "smollm2_speeches": lambda results: smollm2(results, "perplexity_sotu"),
-    "smollm2_speeches_dense": lambda results: smollm2(results, "perplexity_sotu", "dense"),
+    "smollm2_speeches_dense": lambda results: smollm2(results, "perplexity_sotu", 100),
+    **{
+        f"smollm2_{name}_{kept}{key}": partial(smollm2, corpus=corpus, kept=kept, embedding=embedding)
+        for kept in (80, 70)
+        for name, corpus in (("reviews", "perplexity"), ("speeches", "perplexity_sotu"))
+        for key, embedding in (("", ""), ("_embedding", ", embedding too"))
+    },
     "pivoted_time": pivoted_time,
     "own_weights_drop": lambda results: f"{100 * (1 - own_weights(results)['params_kept']):.0f} %",
     "own_weights_change": lambda results: number(float(own_weights(results)["change_test_loss"]), 2, True),

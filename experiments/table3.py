@@ -177,7 +177,7 @@ def _method(row: "pd.Series[Any]") -> str:
     """Return what the table prints for a run."""
     by_loss = "refitted" in row["kind"] and frame.setting(row["settings"], "algorithm.refit_by") == "loss"
     parts = [KINDS[row["kind"]], row["mode"], "by the loss" if by_loss else ""]
-    parts.append("embedding too" if row["embedding"] else "")
+    parts.append("embedding too" if row["embedding"] and "embedding" not in row["kind"] else "")
     if row["algorithm"] == "rankselection":
         parts.append(f"ε {row['parameter']:g}")
     elif row["algorithm"] in claims.PROMISING:
