@@ -22,6 +22,8 @@ DRAWN = {
     "whitened": replace(UNIFORM, name="whitened SVD, uniform ratio"),
     "whitened_pivoted": replace(UNIFORM, name="whitened SVD, uniform ratio, pivoted"),
     "knapsack_pivoted": replace(KNAPSACK, name="knapsack (BALF), pivoted"),
+    "svdllmv2_pivoted": Curve("SVD-LLM V2, pivoted", *looks.ALDS),
+    "zerosum_pivoted": Curve("ZS-SVD, pivoted", *looks.SENSITIVITY),
     "joint": JOINT,
     "joint_pivoted": replace(JOINT, name="joint, ours, pivoted"),
     "two_sided_pivoted": Curve("joint, ours, both sides whitened, pivoted", *looks.VERIFIED_JOINT),

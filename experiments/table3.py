@@ -82,6 +82,8 @@ NOTES = (
     "more samples.",
     "Embedding too: the rows of frequent tokens stay as they are. The rows of all other tokens are factored, each "
     "weighed by how often its token occurs. In all other rows the embedding stays dense.",
+    "Knapsack (BALF), SVD-LLM V2, ZS-SVD: the ranks by these papers, in the code of this project. "
+    "docs/algorithms.md says what is left out.",
     "Published rows are as printed in S1b for BERT, at a drop that it does not define. Nothing of it was run here. "
     "Top-1 of SQuAD is exact match.",
     "S1b: Zhang et al., Compression for Better, arXiv 2412.06868.",
@@ -177,7 +179,7 @@ def _method(row: "pd.Series[Any]") -> str:
     """Return what the table prints for a run."""
     by_loss = "refitted" in row["kind"] and frame.setting(row["settings"], "algorithm.refit_by") == "loss"
     parts = [KINDS[row["kind"]], row["mode"], "by the loss" if by_loss else ""]
-    parts.append("embedding too" if row["embedding"] and "embedding" not in row["kind"] else "")
+    parts.append("embedding too" if row["embedding"] else "")
     if row["algorithm"] == "rankselection":
         parts.append(f"ε {row['parameter']:g}")
     elif row["algorithm"] in claims.PROMISING:
