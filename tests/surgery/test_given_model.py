@@ -1,6 +1,7 @@
 """A model whose layers cannot be replaced is refused in one line, and one that runs is left as it was."""
 
 import copy
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,9 +12,11 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spectrim
+from spectrim.algorithms.refitted import Refitted
 from spectrim.errors import UserError
 from spectrim.surgery import find_layers
 from spectrim.surgery.given_model import copied, eager, unchanged
@@ -168,6 +171,48 @@ def test_what_the_containers_of_a_model_hold_comes_back() -> None:
     result = spectrim.compress(model, calibration=data(), algorithm=spectrim.Joint(params_kept=0.9, samples=8))
     assert result.plan and isinstance(result.report, pd.DataFrame)
     assert contents(model) == before
+
+
+class Follows(nn.Module):
+    """Takes away the mean of what it has seen so far, in eval mode too, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.norm, self.head = nn.Linear(16, 16), nn.BatchNorm1d(16), nn.Linear(16, 4)
+        self.calls, self.sizes = 0, list[int]()
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.sizes.append(len(x))
+        self.mean.mul_(0.5).add_(x.mean(0), alpha=0.5)
+        return self.head(F.relu(self.norm(self.body(x - self.mean))))
+
+
+JOINT = spectrim.Joint(params_kept=0.8, samples=8)
+KINDS: dict[str, dict[str, Any]] = {
+    "lossless": {"algorithm": spectrim.Lossless(gamma=None)},
+    "verified": {"algorithm": spectrim.Lossless(gamma=None, verified=True, verified_tolerance=9.0)},
+    "truncation": {"algorithm": spectrim.Truncation(params_kept=0.8), "batch_norm": "follow"},
+    "joint": {"algorithm": JOINT},
+    "tolerance": {"algorithm": spectrim.Joint(max_loss_increase=9.0, samples=8)},
+    "refined": {"algorithm": Refitted(spectrim.Truncation(rank=4), refine=spectrim.Refinement(samples=32))},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_compressed_model_has_the_state_of_the_given_one_and_is_reported_on(kind: str, tmp_path: Path) -> None:
+    """Whatever passes wrote meanwhile: else its outputs would be those of another state."""
+    torch.manual_seed(0)
+    model = Follows().eval()
+    result = spectrim.compress(model, calibration=data() + data(), verification=data(), **KINDS[kind])
+    assert result.plan and result.macs_kept < 1
+    for own in (model, result.model):
+        assert (own.calls, own.sizes) == (0, []) and not own.mean.any()  # type: ignore[union-attr, operator]
+    model.calls = 5  # by its owner: a report that is made later leaves it
+    assert math.isfinite(result.predicted_change) and model.calls == 5
+    if kind == "joint":
+        result.save(tmp_path / "all", every_size=True)
 
 
 def test_a_container_that_holds_itself_is_read_once() -> None:

@@ -23,7 +23,7 @@ from spectrim.statistics.objective import Objective
 from spectrim.statistics.padding import padding_of
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.shifted_moments import LARGE
-from spectrim.surgery.given_model import copied
+from spectrim.surgery.given_model import copied, unchanged
 from spectrim.surgery.stand_ins import not_repeated
 from spectrim.tools import resume
 from spectrim.tools.content import of_state
@@ -65,19 +65,20 @@ def refit(
     if why:  # the outputs to fit and the inputs would be those of different draws, or of other threads
         return [f"not refitted: {why}"]
     processes = objective.processes("calibration")
-    layers, followers, notes = layers_to_fit(compressed, dense, batches, processes)
-    with Bar(desc="refit", total=len(layers), unit="layer", leave=False) as bar:
+    with unchanged(compressed, fitted=True):
+        layers, followers, notes = layers_to_fit(compressed, dense, batches, processes)
+        with Bar(desc="refit", total=len(layers), unit="layer", leave=False) as bar:
 
-        def met(name: str, flows: Flows) -> None:
-            try:
-                G_gOO = weights_of(weights, name)
-                _fit_layer((compressed, dense), name, followers.get(name), flows, processes, G_gOO)
-            except UserError as error:
-                raise UserError(f"layer {name}: {error}") from None
-            bar.update()
+            def met(name: str, flows: Flows) -> None:
+                try:
+                    G_gOO = weights_of(weights, name)
+                    _fit_layer((compressed, dense), name, followers.get(name), flows, processes, G_gOO)
+                except UserError as error:
+                    raise UserError(f"layer {name}: {error}") from None
+                bar.update()
 
-        with evaluating(compressed), evaluating(dense):
-            _in_step((compressed, dense), layers, batches, met)
+            with evaluating(compressed), evaluating(dense):
+                _in_step((compressed, dense), layers, batches, met)
     return notes
 
 

@@ -18,6 +18,7 @@ from spectrim.refit.distance import distance
 from spectrim.refit.held_out import Batch, count_of, divided, order_of
 from spectrim.refit.optimizer import Optimizer
 from spectrim.statistics.objective import Objective
+from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.stand_ins import UNSTEADY, is_steady
 from spectrim.tools import resume
 from spectrim.tools.content import content, of_function, of_model
@@ -154,6 +155,7 @@ class _Steps:
         """Let only the trained weights require a gradient, in eval mode, while the block runs."""
         blocks = repeated_blocks(self.model, self.dense)
         with ExitStack() as stack:
+            stack.enter_context(unchanged(self.model, fitted=True))
             for model in (self.model, self.dense):
                 stack.enter_context(evaluating(model))
                 self.blocks.append(stack.enter_context(outputs_of(model, blocks)))

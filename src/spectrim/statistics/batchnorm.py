@@ -11,6 +11,7 @@ from spectrim.batches import Inputs, device_of, evaluating, first_argument, forw
 from spectrim.errors import UserError
 from spectrim.statistics.objective import Objective
 from spectrim.statistics.processes import Processes
+from spectrim.surgery.given_model import unchanged
 from spectrim.tools.content import content, of_state
 from spectrim.tools.hooks import hooked
 
@@ -42,7 +43,7 @@ def reestimate(compressed: nn.Module, dense: nn.Module, objective: Objective, sa
     corrections = {name: _Correction(theirs[name]) for name in shared}
     hooks = [(norm, corrections[name]) for name, norm in shared.items()]
     device, passed = device_of(compressed), dict[str, dict[str, list[Statistics]]]()
-    with hooked(before=hooks), evaluating(compressed), torch.no_grad():
+    with unchanged(compressed, fitted=True), hooked(before=hooks), evaluating(compressed), torch.no_grad():
         for inputs, _ in objective.first("calibration", samples, "batch norm"):
             batch = content(tensors_of(inputs))  # A loader that shuffles gives other batches each time.
             inputs = to_device(inputs, device)

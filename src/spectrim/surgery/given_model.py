@@ -4,7 +4,7 @@ import copy
 import operator
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,11 +14,15 @@ from torch.overrides import TorchFunctionMode
 
 from spectrim.batches import acts_on_mode
 from spectrim.errors import UserError, first_line
+from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
 from spectrim.tools.alone import alone
+from spectrim.tools.content import content as content_of
 
 # The attributes in which a module of torch holds its hooks on calls.
 HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
+
+FITTED = FactoredLayer, nn.modules.batchnorm._BatchNorm  # what a fit to the dense model writes to
 
 
 def eager(model: nn.Module, values: bool = True) -> nn.Module:
@@ -82,17 +86,33 @@ def _is_compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" and "_orig_mod" in dict(module.named_children())
 
 
-def versions(model: nn.Module) -> tuple[int, ...]:
-    """Return a count of the changes of each parameter and buffer. It tells most changes, at no cost."""
-    values = [*model.parameters(), *model.buffers()]
-    return tuple(-1 if value.is_inference() else value._version for value in values)
+def versions(model: nn.Module) -> tuple[Any, ...]:
+    """Return a count of the changes of each parameter, and what the buffers hold. It tells most changes, cheaply.
+
+    A forward pass may write to a buffer. Where it comes back, as in ``unchanged``, nothing has changed.
+    """
+    counts = [-1 if value.is_inference() else value._version for value in model.parameters()]
+    return *counts, content_of(list(model.buffers()))
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module, fitted: bool = False) -> Iterator[None]:
     """Restore the buffers, the plain attributes and the hooks of every module when the block ends.
 
     Another thread that enters such a block waits (``alone``).
+
+    ``fitted``: whether the block fits ``model``: factored layers and BatchNorm then keep what is written to them.
+    """
+    with alone():
+        restore = restorer(model, fitted)
+        try:
+            yield
+        finally:
+            restore()
+
+
+def restorer(model: nn.Module, fitted: bool = False) -> Callable[[], None]:
+    """Return a function that gives ``model`` its present state again, as often as it is called.
 
     A forward pass may count its calls, update a buffer, keep an activation or append to a list. Tensors, lists,
     dictionaries, sets and deques that an attribute holds get their contents back, also where they lie in one another.
@@ -101,14 +121,11 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     of them, as in models of transformers that return hidden states. Scripted parts and objects of other classes are not
     restored.
     Memory: a copy of the buffers and of these tensors.
+
+    ``fitted``: leave out factored layers and BatchNorm.
     """
-    with alone(), _restored(model):
-        yield
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    left = {part for module in model.modules() if fitted and isinstance(module, FITTED) for part in module.modules()}
+    modules = [own for own in model.modules() if own not in left and not isinstance(own, torch.jit.ScriptModule)]
     before = [(module, attributes_of(module), dict(module.named_buffers(recurse=False))) for module in modules]
     held: dict[int, Any] = {}
     for module, attributes, buffers in before:
@@ -117,9 +134,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
         # What is written to these tensors leaves the count of ``versions``.
         held |= {id(weight): weight.data for weight in _written_by_passes(module)}
     contents = [(value, _contents(value)) for value in held.values()]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module, attributes, buffers in before:
             for name in attributes_of(module).keys() - attributes.keys():
                 del vars(module)[name]
@@ -127,6 +143,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
             module._buffers = {name: None for name, buffer in module._buffers.items() if buffer is None} | buffers
         for value, content in contents:
             _restore(value, content)
+
+    return restore
 
 
 def _written_by_passes(module: nn.Module) -> list[nn.Parameter]:

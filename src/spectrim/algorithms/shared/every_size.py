@@ -132,6 +132,7 @@ class EverySize:
     then: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.bench.restore()
         object.__setattr__(self, "then", versions(self.bench.given))
 
     def save(self, path: Path) -> None:

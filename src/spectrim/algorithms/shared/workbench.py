@@ -20,7 +20,7 @@ from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, latency, replacing, tied
 from spectrim.surgery.captured import refuse_captured
 from spectrim.surgery.cost import layer_parameters
-from spectrim.surgery.given_model import copied, eager, unchanged, versions
+from spectrim.surgery.given_model import copied, eager, restorer, unchanged, versions
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.surgery.reopening import factored_layers, kept_in, reopened
 from spectrim.surgery.stand_ins import UNSTEADY, misled_and_steady
@@ -43,6 +43,7 @@ class Workbench:
     ``notes``: one line for each of these, and what a budget measured.
     ``timed_at``: the batch size of a budget in milliseconds; None where there is no such budget. ``finish`` then
         returns the dense model if the compressed one is no faster.
+    ``restore``: gives ``model`` the state that it had when it was opened. A pass may count its calls, for example.
     """
 
     given: nn.Module
@@ -55,6 +56,7 @@ class Workbench:
     fixed: Mapping[str, tuple[Spectrum, int]]
     left: Mapping[str, str]
     notes: tuple[str, ...]
+    restore: Callable[[], None]
     timed_at: int | None = None
     # Gradients that come in blocks of layers are not kept by the objective. The curves made of them are kept here.
     _curves: dict[str, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)
@@ -67,6 +69,7 @@ class Workbench:
         """
         example, before = objective.example(), unpacked(model) if eager(model) is model else model
         opened = reopened(before)
+        restore = restorer(opened)
         layers, left = find_layers.factorable(opened, example, decomposer.embeddings, objective.choice)
         spectra: dict[str, Spectrum] = {}
         for name, spectrum in decomposed(opened, decomposer, objective, layers).items():
@@ -105,6 +108,7 @@ class Workbench:
             MappingProxyType(fixed),
             MappingProxyType(left),
             notes,
+            restore,
         )
 
     def decomposed_by(self, decomposer: Decomposer) -> "Workbench":
@@ -191,6 +195,7 @@ class Workbench:
 
         It shares the parameters that are not factored with ``model``.
         """
+        self.restore()
         return replacing.apply(self.model, self._plan(self._smaller(keep)), self.all_spectra, shared=True)
 
     def example_for(self, purpose: str) -> Inputs:
@@ -207,6 +212,7 @@ class Workbench:
 
     def _built(self, kept: Mapping[str, Keep], opened: Container[str] = ()) -> nn.Module:
         """Return the compressed model. A layer that is not in ``kept`` is as it was given, or dense if ``opened``."""
+        self.restore()
         model = replacing.apply(self.model, self._plan(kept), self.all_spectra)
         for name, layer in factored_layers(self.given).items():
             if name not in kept and name not in opened:
@@ -219,9 +225,8 @@ class Workbench:
         with unchanged(self.given), unchanged(model):
             dense, ours = latency.in_turns([self.given, model], example, batch_size)
         notes = [f"as a whole, measured in turns: {ours:.4g} ms against {dense:.4g} ms dense"]
-        if ours < dense:
-            return True, notes
-        return False, [*notes, "left dense: factored, the model is no faster as a whole, whatever its layers are"]
+        slower = "left dense: factored, the model is no faster as a whole, whatever its layers are"
+        return (True, notes) if ours < dense else (False, [*notes, slower])
 
     def _plan(self, kept: Mapping[str, Keep]) -> RankPlan:
         return replacing.plan_of(self.all_spectra, kept)
@@ -232,6 +237,7 @@ class Workbench:
             return {}, "the given model has changed since it was compressed, so that nothing can be predicted now"
         try:
             with unchanged(self.model):
+                self.restore()
                 return self.first_order(), ""
         except UserError as error:
             return {}, str(error)
