@@ -567,7 +567,7 @@ def test_a_loader_that_does_not_begin_anew_is_said(net: nn.Sequential, batches: 
             return self.left
 
     with pytest.raises(
-        spectrim.UserError, match="calibration split is empty; .* a loader that begins anew at each pass"
+        spectrim.UserError, match="calibration split can be read only once; .* the same iterator at each pass"
     ):
         spectrim.compress(net, calibration=Once(), algorithm="joint")
 

@@ -27,6 +27,33 @@ def test_batches_that_can_be_read_only_once_are_refused(batches: Any) -> None:
         read(batch for batch in batches)
 
 
+class Within:
+    """Batches whose passes are those of ``inner``; with ``held`` they all share one iterator."""
+
+    def __init__(self, inner: Any, held: bool = False) -> None:
+        self.inner, self.held = inner, iter(inner) if held else None
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.held or iter(self.inner)
+
+
+@pytest.mark.parametrize("kind", [list, lambda batches: (batch for batch in batches)], ids=["list", "generator"])
+def test_a_pass_that_would_go_on_where_the_last_one_has_ended_is_refused(batches: Any, kind: Any) -> None:
+    """Else the first batch, which is read as an example, would be missing from all that is computed."""
+    reader = read(Within(kind(batches), held=True))
+    reader.example("calibration")
+    with pytest.raises(UserError, match="^the calibration split can be read only once; give a list or a DataLoader"):
+        list(reader.batches("calibration"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loaders_inside_of_another_object_are_read_again(workers: int) -> None:
+    samples = [(torch.zeros(2), 0)] * 4
+    reader = read(Within(DataLoader(samples, 2, num_workers=workers, persistent_workers=workers > 0)))
+    reader.example("calibration")
+    assert [len(list(reader.batches("calibration"))) for _ in range(2)] == [2, 2]
+
+
 @pytest.mark.parametrize("batch", ["a text", 3, (1, 2, 3), ()])
 def test_a_batch_that_is_no_pair_is_said_in_one_line(batch: Any) -> None:
     with pytest.raises(UserError, match="^a batch of the calibration split is a .*, not a pair: give") as refusal:

@@ -1,8 +1,9 @@
 """Read the batches of named splits."""
 
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -22,16 +23,20 @@ KINDS = {
 LONGEST = 20_000  # samples in a pass over batches without a length, which may have no end
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Pairs:
-    """Batches of a split that can be iterated repeatedly; each iteration validates every batch."""
+    """Batches of a split that can be iterated repeatedly; each iteration validates every batch.
+
+    ``last``: returns the iterator of the last pass, or None where nobody holds it any more.
+    """
 
     split: str
     batches: Batches
+    last: Callable[[], object] = field(default_factory=lambda: lambda: None, init=False)
 
     def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
         seen, may_be_endless = 0, not _has_length(self.batches)
-        for inputs, targets in pairs(self.batches, self.split):
+        for inputs, targets in pairs(self._begun(), self.split):
             seen += sample_count(targets, inputs) if may_be_endless else 0
             if seen > LONGEST:
                 raise UserError(
@@ -39,6 +44,22 @@ class _Pairs:
                     f"such as list(itertools.islice({self.split}, 100))"
                 )
             yield inputs, targets
+
+    def _begun(self) -> Iterator[Any]:
+        """Return a new pass. Raises ``UserError`` where it would go on where the last one has ended."""
+        begun = iter(self.batches)
+        # That of torch begins anew, also where the loader keeps it, as it does with persistent workers.
+        if begun is self.last() and not type(begun).__module__.startswith("torch.utils.data"):
+            raise UserError(f"{_once(self.split)}, not an object that returns the same iterator at each pass")
+        try:
+            self.last = weakref.ref(begun)
+        except TypeError:  # as of a list
+            self.last = lambda: begun
+        return begun
+
+
+def _once(split: str) -> str:
+    return f"the {split} split can be read only once; give a list or a DataLoader"
 
 
 def _has_length(batches: Batches) -> bool:
@@ -61,6 +82,7 @@ class SplitReader:
 
     def __init__(self, splits: Mapping[str, Batches], read: Counter[str] | None = None) -> None:
         self.splits = dict(splits)
+        self._pairs = {name: _Pairs(name, batches) for name, batches in self.splits.items()}
         self.read = Counter[str]() if read is None else read
         for name, batches in self.splits.items():
             if isinstance(batches, Distributed):
@@ -72,7 +94,7 @@ class SplitReader:
             if isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
                 raise UserError(f"the {name} split is one batch; give a list of batches, such as [(inputs, targets)]")
             if isinstance(batches, Iterator):
-                raise UserError(f"the {name} split can be read only once; give a list or a DataLoader, not a generator")
+                raise UserError(f"{_once(name)}, not a generator")
 
     def given(self, split: str) -> Batches:
         """Return the split as it was given. Raises ``MissingInput`` where there is none of this name."""
@@ -97,7 +119,8 @@ class SplitReader:
 
     def batches(self, split: str) -> Batches:
         """Return the batches without counting them. Iteration raises ``UserError`` for a batch that is not a pair."""
-        return _Pairs(split, self.given(split))
+        self.given(split)
+        return self._pairs[split]
 
     def counted(self, split: str) -> Iterator[Batch]:
         """Yield the batches and count their samples."""
