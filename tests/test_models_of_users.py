@@ -273,7 +273,18 @@ def test_a_model_that_takes_gradients_is_measured_and_whitened_but_has_no_gates(
     model = Forces()
     result = spectrim.compress(model, algorithm=spectrim.Compact(verified=True), decomposer="whitened_channel", **given)
     assert result.report["predicted_change"].notna().all()
+    assert spectrim.compress(model, algorithm=spectrim.Truncation(params_kept=0.7), **given).macs_kept < 0.9
     with pytest.raises(UserError, match="the model takes gradients in its forward pass"):
         spectrim.compress(model, params_kept=0.6, **given)
     with pytest.raises(UserError, match="the model takes gradients in its forward pass"):
         spectrim.compress(model, algorithm=spectrim.Truncation(ratio=0.5), decomposer=spectrim.TwoSidedSVD(), **given)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"), [(OnNodes(), (torch.randn(8, 12), GRAPH)), (Forces(), torch.randn(8, FEATURES))]
+)
+def test_a_model_that_cannot_be_timed_on_one_sample_is_told_so(model: nn.Module, inputs: Any) -> None:
+    """A graph is no row of samples, and a model that takes gradients needs its graph of operations."""
+    given = {"calibration": [(inputs, torch.zeros(8, FEATURES))], "loss": lambda outputs, _: outputs.square().mean()}
+    with pytest.raises(UserError, match="^a budget in milliseconds runs .* on 1 samples, .* give params_kept= or mac"):
+        spectrim.compress(model, algorithm=spectrim.Joint(milliseconds=1.0), **given)

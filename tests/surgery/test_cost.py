@@ -156,3 +156,24 @@ class Swapping(Recurrent):
 def test_a_model_that_swaps_for_itself_is_counted_by_its_inputs() -> None:
     x = torch.randn(4, 7, 6)
     assert model_cost(Swapping(False, "recurrent"), x) == model_cost(Recurrent(True, "recurrent"), x)
+
+
+class Forces(nn.Module):
+    """Gives the gradient of an energy by its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.energy = nn.Linear(12, 32), nn.Linear(32, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            return torch.autograd.grad(self.energy(self.body(x).tanh()).sum(), x)[0]
+
+
+def test_a_gradient_that_a_model_takes_costs_as_the_pass_that_it_goes_back() -> None:
+    """Products there belong to no layer."""
+    model, x, once = Forces(), torch.randn(8, 12), 12 * 32 + 32 * 6
+    assert model_cost(model, x).macs == 2 * once
+    own, whole = layer_macs(model, ["body", "energy"], x)
+    assert (own, whole) == ({"body": 12 * 32, "energy": 32 * 6}, 2 * once)

@@ -2,19 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, to_device
 from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.sample_axis import Samples
 from spectrim.surgery.tied import tied_layers
 from spectrim.surgery.unpacking import unpacked
-from spectrim.tools.trainable import alone_trainable
 
 
 class Cost(NamedTuple):
@@ -66,13 +66,12 @@ def _counted(model: nn.Module, example: Inputs) -> tuple[FlopCounterMode, int]:
     """Return what is counted, and the number of samples of ``example``."""
     inputs = to_device(example, device_of(model))
     counter, samples = FlopCounterMode(display=False), Samples(example)
-    # It does not see into every kernel of attention. Plain products reach the same number. And it fails on an argument
-    # that requires a gradient without having a history, as a view of a parameter under no_grad.
+    counter.mod_tracker = _Running()
+    # It does not see into every kernel of attention. Plain products reach the same number.
     with (
         unchanged(model),
         evaluating(model),
         torch.no_grad(),
-        alone_trainable(model, ()),
         _without_fused_layers(),
         sdpa_kernel(SDPBackend.MATH),
         samples.watching(model),
@@ -80,6 +79,20 @@ def _counted(model: nn.Module, example: Inputs) -> tuple[FlopCounterMode, int]:
     ):
         forward(model, inputs)
     return counter, samples.count
+
+
+class _Running(ModuleTracker):
+    """The modules that are running forwards.
+
+    That of torch also follows gradients back to the inputs of a module. It fails where the model takes them itself, and
+    where an input has none, as a view of a parameter under no_grad.
+    """
+
+    def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:
+        self._get_append_fn(self._get_mod_name(mod), False)()
+
+    def _fw_post_hook(self, mod: nn.Module, input: Any, output: Any) -> None:
+        self._get_pop_fn(self._get_mod_name(mod), False)()
 
 
 @contextmanager

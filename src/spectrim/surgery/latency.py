@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from spectrim.batches import Inputs, device_of, evaluating, forward, repeated, to_device
 from spectrim.decomposers.spectrum import Spectrum
+from spectrim.errors import UserError, first_line
 from spectrim.surgery import replacing
+from spectrim.surgery.given_model import unchanged
 from spectrim.surgery.sample_axis import require_samples_first
 from spectrim.surgery.tied import places
 from spectrim.tools.hooks import hooked
@@ -66,11 +68,12 @@ def measured(
     ``example``: inputs, shortened or repeated to ``batch_size`` samples.
     ``clock``: ``milliseconds`` by default.
 
-    Raises ``UserError`` where the first dimension of the inputs holds no samples.
+    Raises ``UserError`` where the first dimension of the inputs holds no samples, or where the model fails on so many.
     """
     clock = clock or milliseconds
     require_samples_first(model, example, "a budget in milliseconds")
     inputs = to_device(repeated(example, batch_size), device_of(model))
+    _require_runs(model, inputs, batch_size)
     layers = {name: model.get_submodule(name) for name in spectra}
     every = {name: places(model, name, layer) for name, layer in layers.items()}
     given = _inputs_of(model, [place for own in every.values() for place in own], inputs)
@@ -138,6 +141,19 @@ def rising(ranks: Sequence[int], times: Sequence[float]) -> list[float]:
     for before, rank, time in zip(ranks, ranks[1:], times[1:], strict=False):
         found.append(max(time, found[-1] + slope * (rank - before)))
     return found
+
+
+def _require_runs(model: nn.Module, inputs: Inputs, batch_size: int) -> None:
+    """Raise ``UserError`` where ``model`` cannot be timed on ``inputs``."""
+    try:
+        with unchanged(model), evaluating(model), torch.inference_mode():
+            forward(model, inputs)
+    except UserError as error:
+        raise UserError(
+            f"a budget in milliseconds runs the model in inference mode on {batch_size} samples, those of the first "
+            f"calibration batch cut or repeated; there it fails: {first_line(error.__cause__ or error)}; give "
+            "params_kept= or macs_kept= instead, or a batch_size= of the calibration batches"
+        ) from error
 
 
 def _inputs_of(model: nn.Module, names: Sequence[str], inputs: Inputs) -> dict[str, list[tuple]]:
