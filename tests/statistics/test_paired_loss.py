@@ -66,3 +66,28 @@ def test_too_few_samples_end_in_one_line(net: nn.Module, batches: Any, count: in
     few = Objective(F.cross_entropy, {"verification": pairs})
     with pytest.raises(UserError, match=f"the verification split has {count} samples; [^\n]*$"):
         paired_loss.losses(few, net, "verification")
+
+
+def contrast(outputs: Tensor, _: Any) -> Tensor:
+    """Compare each sample with all others of its batch: the loss of one alone is 0."""
+    return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)))
+
+
+def ordered(outputs: Tensor, _: Any) -> Tensor:
+    """Fail on fewer samples than a batch has."""
+    return (outputs[6] - outputs[0]).square().mean()
+
+
+@pytest.mark.parametrize("loss", [contrast, ordered, torch.nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1, 1, 9, 1]))])
+def test_a_loss_that_is_no_mean_over_samples_is_compared_batch_by_batch(
+    net: nn.Module, batches: Any, loss: Any
+) -> None:
+    """Else its change would be that of another loss, or none at all."""
+    objective, other = Objective(loss, {"calibration": batches}), _shaken(net, 0.05)
+    before = paired_loss.losses(objective, net, "calibration")
+    assert before.by_batch and len(before.values) == len(batches)
+    found = paired_loss.change(before, paired_loss.losses(objective, other, "calibration", before.by_batch))
+    first, second = (objective.evaluate(model).loss for model in (net, other))
+    assert found.mean == pytest.approx(second - first, abs=1e-6) and found.error > 0 and second != first
+    with pytest.raises(UserError, match="split has 1 batches, whose loss is not the mean of those of their samples; a"):
+        paired_loss.losses(Objective(loss, {"calibration": batches[:1]}), net, "calibration")

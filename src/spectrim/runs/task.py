@@ -135,7 +135,7 @@ def _on_test(objective: Objective, model: nn.Module) -> Numbers:
 
 
 def _losses(objective: Objective, model: nn.Module) -> list[float]:
-    return paired_loss.losses(objective, model, "test").values.tolist()
+    return paired_loss.losses(objective, model, "test", by_batch=False).values.tolist()
 
 
 def _same(first: nn.Module, second: nn.Module) -> bool:

@@ -1,21 +1,29 @@
 """The change of the loss between two models on the same samples, and its standard error."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.batches import device_of, evaluating, forward, one_sample, target_count, to_device
 from spectrim.errors import UserError
+from spectrim.losses import Loss
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.objective import Objective
 
+ROUNDING = 1e-2  # of the loss: that of a batch in 16 bits and the mean of those of its samples agree so far
+
 
 class Losses(NamedTuple):
-    """Mean loss and weight of each sample, float64 of shape (N,). A weight is 1, or a number of predicted tokens."""
+    """Mean loss and weight of each sample, float64 of shape (N,). A weight is 1, or a number of predicted tokens.
+
+    ``by_batch``: whether each entry is that of a batch instead.
+    """
 
     values: Tensor
     weights: Tensor
+    by_batch: bool = False
 
 
 class Change(NamedTuple):
@@ -25,27 +33,60 @@ class Change(NamedTuple):
     error: float
 
 
-def losses(objective: Objective, model: nn.Module, split: str) -> Losses:
+def losses(objective: Objective, model: nn.Module, split: str, by_batch: bool | None = None) -> Losses:
     """Return the loss of each sample of ``split``, with ``model`` in eval mode.
 
-    Raises ``UserError`` for fewer than two samples, which have no standard error.
+    ``by_batch``: return that of each batch instead. By default so where the loss of a batch is not the mean of those of
+        its samples, as where it compares samples with one another, or weighs classes.
+
+    Raises ``UserError`` for fewer than two samples, or batches, which have no standard error.
     """
-    device, values, weights = device_of(model), list[float](), list[int]()
+    device, single, whole, differ = device_of(model), list[_Weighed](), list[_Weighed](), False
     with evaluating(model), torch.no_grad():
         for inputs, targets in objective.counted(split):
             outputs, targets = forward(model, to_device(inputs, device)), to_device(targets, device)
-            count = target_count(targets, inputs)
-            for index in range(count):
-                wanted = one_sample(targets, index, count)
-                values.append(finite_loss(objective.loss, one_sample(outputs, index, count), wanted, split).item())
-                weights.append(batch_weight(objective.loss, wanted))
-    gather = objective.processes(split).gather
-    found = gather(torch.tensor(values, dtype=torch.float64)), gather(torch.tensor(weights, dtype=torch.float64))
-    if len(found[0]) < 2:
+            value = finite_loss(objective.loss, outputs, targets, split).item()
+            whole.append((value, batch_weight(objective.loss, targets, inputs)))
+            if by_batch or differ:
+                continue
+            try:
+                own = _of_samples(objective.loss, outputs, targets, target_count(targets, inputs), split)
+            except UserError:
+                if by_batch is False:
+                    raise
+                differ = True
+            else:
+                differ = by_batch is None and not _agree(own, value)
+                single += own
+    processes = objective.processes(split)
+    by_batch = bool(by_batch) or bool(processes.add_up(torch.tensor(int(differ))))
+    found = processes.gather(torch.tensor(whole if by_batch else single, dtype=torch.float64).reshape(-1, 2))
+    if len(found) < 2:
+        units = "batches, whose loss is not the mean of those of their samples" if by_batch else "samples"
         raise UserError(
-            f"the {split} split has {len(found[0])} samples; a change of the loss needs at least 2 to be certain"
+            f"the {split} split has {len(found)} {units}; a change of the loss needs at least 2 to be certain"
         )
-    return Losses(*found)
+    return Losses(found[:, 0], found[:, 1], by_batch)
+
+
+_Weighed = tuple[float, int]  # a loss and its weight
+
+
+def _of_samples(loss: Loss, outputs: Any, targets: Any, count: int, split: str) -> list[_Weighed]:
+    """Return the loss and the weight of each of the ``count`` samples of a batch."""
+    found = []
+    for index in range(count):
+        wanted = one_sample(targets, index, count)
+        value = finite_loss(loss, one_sample(outputs, index, count), wanted, split).item()
+        found.append((value, batch_weight(loss, wanted)))
+    return found
+
+
+def _agree(samples: Sequence[_Weighed], value: float) -> bool:
+    """Return whether the mean of the losses of samples is ``value``, the loss of their batch, up to rounding."""
+    values, weights = torch.tensor(samples, dtype=torch.float64).reshape(-1, 2).unbind(1)
+    mean, size = ((weights * own).sum() / weights.sum() for own in (values, values.abs()))
+    return bool((mean - value).abs() <= ROUNDING * max(float(size), abs(value)))
 
 
 def change(before: Losses, after: Losses) -> Change:

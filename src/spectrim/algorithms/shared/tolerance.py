@@ -26,7 +26,8 @@ def verifier(
     def passes(share: float, point: T | None) -> bool:
         said, passed = {}, False
         if point is not None:
-            change = paired_loss.change(dense, paired_loss.losses(bench.objective, cut(point), "verification"))
+            after = paired_loss.losses(bench.objective, cut(point), "verification", dense.by_batch)
+            change = paired_loss.change(dense, after)
             said = {"verified_change": change.mean, "standard_error": change.error}
             passed = change.mean + CAUTION * change.error <= increase
         log.append({"share": share, **said, "passed": passed})
