@@ -1,7 +1,6 @@
 """The one-call interface: any module, any iterable of batches, any algorithm."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +177,13 @@ def _selector(
 
 def _sized(name: str, params_kept: float) -> Algorithm:
     """Return the algorithm called ``name`` with this budget in place of its own."""
+    from spectrim.runs.named import sized, sizes_of
+
     selector = _instance("algorithm", name)
-    if not hasattr(selector, "params_kept"):
+    if "params_kept" not in sizes_of(selector):
         raise UserError(f"algorithm={name!r} meets no size: leave out params_kept=, or take another algorithm")
-    return replace(selector, params_kept=params_kept)
+    made: Algorithm = sized(selector, "params_kept", params_kept)
+    return made
 
 
 def own_decomposer(name: object, selector: Algorithm) -> Decomposer:

@@ -30,9 +30,15 @@ def forward(model: nn.Module, inputs: Inputs, copies: bool = True) -> Any:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         where = next(iter(running(model, error)), "")  # empty: the model itself
+        shapes = _shapes(inputs)
+        fitting = (
+            "tensors, such as torch.from_numpy(array)"
+            if "ndarray" in shapes
+            else "a model and inputs that fit each other"
+        )
         raise UserError(
-            f"the model failed on inputs of shape {_shapes(inputs)}{where and f', at layer {where}'}: "
-            f"{first_line(error)}; give a model and inputs that fit each other"
+            f"the model failed on inputs of shape {shapes}{where and f', at layer {where}'}: "
+            f"{first_line(error)}; give {fitting}"
         ) from error
 
 

@@ -165,8 +165,10 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     if are_scores(scores, targets) and not _fit(scores, targets) and not _takes(loss, outputs, targets):
         rows, classes = scores.shape
         if rows != len(targets):
-            raise UserError(f"the model gave {rows} rows of logits for {len(targets)} targets")
-        raise UserError(f"target {int(targets.max())} does not fit a model with {classes} classes")
+            raise UserError(
+                f"the model gave {rows} rows of logits for {len(targets)} targets; give a target for each row"
+            )
+        raise UserError(f"target {int(targets.max())} does not fit a model with {classes} classes; they count from 0")
     if isinstance(loss, TokenLoss) and isinstance(scores, Tensor) and scores.ndim == 3 and targets.ndim > 1:
         given, wanted = scores.shape[1], targets.shape[1]
         if given != wanted:
@@ -188,7 +190,7 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     try:
         value = loss(scores if loss is F.cross_entropy or isinstance(loss, _Loss) else outputs, targets)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        advice = "; give loss=, a function of them" if loss is F.cross_entropy else ""
+        advice = "; give classes as int64 tensors, or loss=, a function of both" if loss is F.cross_entropy else ""
         raise UserError(f"the loss failed on these outputs and targets: {first_line(error)}{advice}") from error
     if not isinstance(value, Tensor) or value.ndim:
         raise UserError("the loss must return a scalar tensor, the mean over the batch")

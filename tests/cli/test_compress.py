@@ -231,6 +231,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
         ("own_nets:broken", "own_nets:broken cannot be made: RuntimeError: no such thing"),
         ("own_nets:number", "own_nets:number returns a int, not a torch.nn.Module"),
         ("own_nets:nothing", "own_nets:nothing cannot be made: AttributeError: "),
+        ("own_nets.py:build", "own_nets.py:build names a file; name its module: own_nets:build"),
         ("no_such_package:build", "no_such_package:build cannot be made: ModuleNotFoundError: "),
     ],
 )

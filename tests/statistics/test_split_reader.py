@@ -98,7 +98,7 @@ def test_inputs_alone_are_a_batch_without_targets(batch: Any) -> None:
     assert targets is None and (inputs["x"] if isinstance(inputs, dict) else inputs) is X
 
 
-@pytest.mark.parametrize("batches", [X, {"x": X}, (X, X), "a text", 3, None])
+@pytest.mark.parametrize("batches", [X, X.numpy(), {"x": X}, (X, X), (X.numpy(), X.numpy()), "a text", 3, None])
 def test_what_is_no_list_of_batches_is_said_in_one_line(batches: Any) -> None:
     with pytest.raises(UserError, match="^the calibration split is .*; give a list of batches") as refusal:
         read(batches)

@@ -56,7 +56,12 @@ def parser() -> Parser:
     data.add_argument("--batch-size", type=int, metavar="N", help="(default: 8, and 1 where memory is short)")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="draws the samples (default: %(default)s)")
     own = made.add_argument_group("a module of your own")
-    own.add_argument("--weights", type=Path, metavar="FILE", help="its weights, a safetensors file")
+    own.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FILE",
+        help="its weights, a safetensors file (default: those that the factory gives it)",
+    )
     own.add_argument(
         "--with", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="argument of the factory"
     )

@@ -22,7 +22,7 @@ from spectrim.cli.compress import BUDGETS
 from spectrim.cli.given_data import Data
 from spectrim.cli.model_card import Card, card_of
 from spectrim.errors import MissingInput, UserError
-from spectrim.runs.named import named
+from spectrim.runs.named import named, sized, sizes_of
 from spectrim.surgery.cost import Cost
 from spectrim.tools import files
 from spectrim.tools.device import device_called
@@ -30,7 +30,6 @@ from spectrim.tools.profiling import Timed
 from spectrim.tools.settings import require_seed
 
 CARD, REPORT, WEIGHTS = "README.md", "report.csv", "model.safetensors"
-RULES = (*BUDGETS, "rank", "ratio", "energy")  # settings that say how small, of which one may be set
 
 
 def run(options: Namespace, arguments: Sequence[str]) -> None:
@@ -201,11 +200,11 @@ def _algorithm(name: str, options: Namespace) -> Any:
     found = named("algorithm", name)
     budget = {rule: getattr(options, rule) for rule in BUDGETS if getattr(options, rule) is not None}
     ((asked, value),) = budget.items()
-    fields = [field.name for field in dataclasses.fields(found) if field.name in RULES]
-    if asked not in fields:
-        takes = ", ".join(f"--{own.replace('_', '-')}" for own in fields if own in BUDGETS) or "none of the budgets"
+    sizes = sizes_of(found)
+    if asked not in sizes:
+        takes = ", ".join(f"--{own.replace('_', '-')}" for own in sizes if own in BUDGETS) or "none of the budgets"
         raise UserError(f"--algorithm {name} takes no --{asked.replace('_', '-')}; it takes {takes}")
-    return dataclasses.replace(found, **{**dict.fromkeys(fields), asked: value})
+    return sized(found, asked, value)
 
 
 def _numbers_in(folder: Path) -> int:

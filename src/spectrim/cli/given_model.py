@@ -41,6 +41,8 @@ def made(name: str, settings: Sequence[str], weights: Path | None) -> nn.Module:
     The current folder is searched, too. Raises ``UserError`` for whatever fails.
     """
     module, _, factory = name.partition(":")
+    if module.endswith(".py"):
+        raise UserError(f"{name} names a file; name its module: {module.removesuffix('.py')}:{factory}")
     with suppress(UserError):  # where torchvision is not installed
         torchvision_shim.prepare()
     if os.getcwd() not in sys.path:

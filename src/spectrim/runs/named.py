@@ -1,5 +1,6 @@
 """Algorithms and decomposers by the names that the command line uses: those of the files in ``conf``."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from spectrim.runs.configuration import CONF
 OVERRIDE = (
     "override /decomposer@_global_.decomposer"  # in the list of defaults of an algorithm: the one it is best with
 )
+# Settings that say how small, of which an algorithm takes one.
+SIZES = ("params_kept", "macs_kept", "milliseconds", "max_loss_increase", "rank", "ratio", "energy")
 
 
 def named(group: str, name: str) -> Any:
@@ -29,6 +32,16 @@ def named(group: str, name: str) -> Any:
         return targets.build(_settings(group, name))
     except UserError as error:
         raise UserError(f"{group}={name!r} needs settings of its own; pass an instance ({error})") from error
+
+
+def sizes_of(algorithm: Any) -> list[str]:
+    """Return the names of the sizes that ``algorithm`` takes."""
+    return [field.name for field in dataclasses.fields(algorithm) if field.name in SIZES]
+
+
+def sized(algorithm: Any, size: str, value: float) -> Any:
+    """Return ``algorithm`` with this size in place of the one that its file sets. It must be one of its sizes."""
+    return dataclasses.replace(algorithm, **{**dict.fromkeys(sizes_of(algorithm)), size: value})
 
 
 def decomposer_for(algorithm: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from spectrim.batches import Batches, Inputs, pairs, sample_count
@@ -87,11 +88,11 @@ class SplitReader:
         for name, batches in self.splits.items():
             if isinstance(batches, Distributed):
                 batches = batches.batches
-            if not isinstance(batches, Iterable) or isinstance(batches, Tensor | Mapping | str):
+            if not isinstance(batches, Iterable) or isinstance(batches, Tensor | np.ndarray | Mapping | str):
                 raise UserError(
                     f"the {name} split is a {type(batches).__name__}; give a list of batches or a DataLoader"
                 )
-            if isinstance(batches, tuple) and any(isinstance(part, Tensor) for part in batches):
+            if isinstance(batches, tuple) and any(isinstance(part, Tensor | np.ndarray) for part in batches):
                 raise UserError(f"the {name} split is one batch; give a list of batches, such as [(inputs, targets)]")
             if isinstance(batches, Iterator):
                 raise UserError(f"{_once(name)}, not a generator")

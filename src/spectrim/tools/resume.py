@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,6 +93,8 @@ def into(folder: str | Path | None) -> Iterator[None]:
     """
     if folder == "":
         raise UserError("resume= is an empty name; give a folder, or leave it out")
+    if not isinstance(folder, str | PathLike | None):
+        raise UserError(f"resume={folder!r} is no folder; give its name, or leave it out")
     token = _CURRENT.set(None if folder is None else ResumeFolder(Path(folder)))
     try:
         yield

@@ -268,7 +268,7 @@ def check_budget(given: Mapping[str, float], batch_size: int) -> None:
         if name == "milliseconds" and not value > 0:
             raise UserError(f"milliseconds must be above 0, got {value}")
         if name != "milliseconds" and not 0 < value < 1:
-            raise UserError(f"{name} must lie in (0, 1), got {value}")
+            raise UserError(f"{name} must lie in (0, 1), got {value}; 0.5 keeps a half")
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
 
