@@ -47,8 +47,8 @@ def parser() -> Parser:
         "--calibration",
         metavar="DATA",
         help="text: a .txt or .jsonl file, a folder of .txt files, a data set of the hub as owner/name[:subset], or "
-        "sotu, wikitext, imdb_corpus, or own-text, which the model writes itself; images: a folder of them, or "
-        "cifar10, mnist, fashion_mnist, digits",
+        "sotu, wikitext, imdb_corpus, or own-text, which the model writes itself; images: a folder of them, "
+        "scaled and normalised as for ImageNet, or cifar10, mnist, fashion_mnist, digits",
     )
     data.add_argument("--samples", type=int, default=128, metavar="N", help="blocks or images (default: %(default)s)")
     data.add_argument("--context", type=int, default=256, metavar="T", help="tokens a block (default: %(default)s)")
