@@ -34,9 +34,8 @@ def eager(model: nn.Module, values: bool = True) -> nn.Module:
     Raises it also for a model with lazy layers, and for one without values that are needed.
     """
     if not isinstance(model, nn.Module):
-        raise UserError(
-            f"the model is {with_article(model)}, not a torch.nn.Module; pass the eager model, with its weights loaded"
-        )
+        loaded = ", with its weights loaded" if values else ""
+        raise UserError(f"the model is {with_article(model)}, not a torch.nn.Module; pass the eager model{loaded}")
     if _is_compiled(model):
         model = model.get_submodule("_orig_mod")
     if isinstance(model, torch.jit.ScriptModule):
