@@ -65,16 +65,18 @@ class _Pass:
 
 
 def _pass(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> _Pass:
-    seen, outputs = _Pass(), dict[str, Tensor]()
+    seen, outputs = _Pass(), dict[str, tuple[Tensor, int | None]]()
 
     def called(name: str, _: nn.Module, __: tuple, ___: dict[str, Any], output: Tensor) -> None:
-        outputs.setdefault(name, output)
+        outputs.setdefault(name, (output, _version(output)))
         seen.shapes.setdefault(name, output.shape)
         seen.calls[name] += 1
 
     def fed(norm: str, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = first_argument(args, kwargs)
-        seen.followers.update({name: norm for name, output in outputs.items() if x is output})
+        # An activation in place, or a hook, may have changed what the layer put out.
+        unchanged = [name for name, (output, version) in outputs.items() if x is output and _version(x) == version]
+        seen.followers.update(dict.fromkeys(unchanged, norm))
         seen.calls[norm] += 1
 
     after = [(layer, partial(called, name)) for name, layer in layers.items()]
@@ -82,6 +84,11 @@ def _pass(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> 
     with hooked(before=before, after=after), evaluating(model), torch.no_grad():
         forward(model, inputs)
     return seen
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return a count of the changes of ``tensor``; None where it has none."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _pass_of_equal_rows(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> _Pass | None:

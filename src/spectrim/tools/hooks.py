@@ -17,15 +17,16 @@ def hooked(*, before: Hooks = (), after: Hooks = ()) -> Iterator[None]:
     """Call hooks of modules inside the block, at calls of this thread alone: another may serve the model meanwhile.
 
     ``before``: modules, each with a ``hook(module, args, kwargs)`` that is called before its forward pass.
-    ``after``: modules, each with a ``hook(module, args, kwargs, output)`` that is called after its forward pass. What
-        it returns takes the place of the output, unless it is None.
+    ``after``: modules, each with a ``hook(module, args, kwargs, output)`` that is called after its forward pass, before
+        the hooks that the module has, which may change the output. What it returns takes the place of the output,
+        unless it is None.
     """
     handles: list[RemovableHandle] = []
     try:
         for module, hook in before:
             handles.append(module.register_forward_pre_hook(_of_this_thread(hook), with_kwargs=True))
         for module, hook in after:
-            handles.append(module.register_forward_hook(_of_this_thread(hook), with_kwargs=True))
+            handles.append(module.register_forward_hook(_of_this_thread(hook), prepend=True, with_kwargs=True))
         yield
     finally:
         for handle in handles:
