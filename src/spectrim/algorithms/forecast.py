@@ -19,6 +19,7 @@ from spectrim.batches import sample_count
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.statistics import packed
+from spectrim.statistics.loss_apart import require_apart
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, tied
 from spectrim.surgery.cost import Cost, layer_macs, model_cost, parameters
@@ -88,6 +89,7 @@ def forecast(model: nn.Module, algorithm: Any, decomposer: Decomposer, objective
         objective = leaving_unmeasured(opened, objective)
     with unchanged(opened):
         found, left = find_layers.factorable(opened, example, decomposer.embeddings, objective.choice)
+        require_apart(model, found, objective)
         layers = [Outline.of(name, module, decomposer) for name, module in found.items()]
         layers = [layer for layer in layers if layer.break_even > 0]
         if not layers:

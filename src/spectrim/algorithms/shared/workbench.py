@@ -16,6 +16,7 @@ from spectrim.decomposers.spectrum import Decomposer, Spectrum, value_at
 from spectrim.errors import MissingInput, UserError
 from spectrim.factored.dense import dense_kinds
 from spectrim.factored.plan import Keep, RankPlan, rank_of
+from spectrim.statistics.loss_apart import require_apart
 from spectrim.statistics.objective import Objective
 from spectrim.surgery import find_layers, latency, replacing, tied
 from spectrim.surgery.captured import refuse_captured
@@ -71,6 +72,7 @@ class Workbench:
         opened = reopened(before)
         restore = restorer(opened)
         layers, left = find_layers.factorable(opened, example, decomposer.embeddings, objective.choice)
+        require_apart(model, layers, objective)
         spectra: dict[str, Spectrum] = {}
         for name, spectrum in decomposed(opened, decomposer, objective, layers).items():
             if _is_smaller(before, name, spectrum, 1):
@@ -97,19 +99,9 @@ class Workbench:
             notes = (f"{UNSTEADY}: a loss is that of one draw, and a layer may be called by chance", *notes)
         overrides = _overrides(objective.choice, spectra, {**left, **tied.notes(opened, spectra)})
         fixed = {name: (spectra.pop(name), rank) for name, rank in overrides.items()}
-        return cls(
-            model,
-            before,
-            opened,
-            decomposer,
-            objective,
-            example,
-            MappingProxyType(spectra),
-            MappingProxyType(fixed),
-            MappingProxyType(left),
-            notes,
-            restore,
-        )
+        given = model, before, opened, decomposer, objective, example
+        views = MappingProxyType(spectra), MappingProxyType(fixed), MappingProxyType(left)
+        return cls(*given, *views, notes, restore)
 
     def decomposed_by(self, decomposer: Decomposer) -> "Workbench":
         """Return a workbench on which another decomposer has decomposed the layers whose rank may be chosen."""
