@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.errors import UserError
-from spectrim.losses import answered_rightly, have_scores, loss_of
+from spectrim.losses import have_scores, loss_of
+from spectrim.statistics.row_weights import answers
 
 
 def triplets(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def test_outputs_are_class_scores_where_the_loss_reads_them_so(loss: Any) -> Non
     outputs, targets = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
     expected = any(loss is own for own in OF_CLASSES)
     assert have_scores(loss, outputs, targets) is expected
-    assert (answered_rightly(loss, outputs, targets) is not None) is expected
+    assert (answers(loss, outputs, targets) is not None) is expected
 
 
 @pytest.mark.parametrize("loss", OF_NUMBERS[:2])

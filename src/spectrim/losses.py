@@ -27,6 +27,11 @@ def logits_of(outputs: Any) -> Any:
     return outputs["logits"] if isinstance(outputs, Mapping) and "logits" in outputs else outputs
 
 
+def taken_by(loss: Loss, outputs: Any) -> Any:
+    """Return what ``loss`` is called on: the logits of named outputs where it is one of torch."""
+    return logits_of(outputs) if loss is F.cross_entropy or isinstance(loss, _Loss) else outputs
+
+
 @dataclass(frozen=True)
 class TokenLoss:
     """Mean cross-entropy, in nats, of the next token, or of a label at each token, over a batch.
@@ -110,6 +115,13 @@ def have_scores(loss: Loss, outputs: Any, targets: Any) -> bool:
     return _takes_classes(loss) or _is_of_softmax(loss, outputs, targets)
 
 
+def ignored_class(loss: Loss) -> int | None:
+    """Return the class whose targets a loss of torch ignores; None for other losses."""
+    if loss in (F.cross_entropy, F.nll_loss):
+        return IGNORED
+    return loss.ignore_index if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) else None
+
+
 def _takes_classes(loss: Loss) -> bool:
     return loss in (F.cross_entropy, F.nll_loss) or isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss)
 
@@ -132,7 +144,7 @@ def _is_of_softmax(loss: Loss, outputs: Any, targets: Tensor) -> bool:
 @torch.no_grad()
 def _stays(loss: Loss, outputs: Any, targets: Tensor) -> bool:
     scores = logits_of(outputs)
-    if not _fit(scores, targets):
+    if not _fit(loss, scores, targets):
         return False
     if bool((scores.float().logsumexp(1).abs() < LOG_PROBABILITIES).all()):  # of a model that ends in a log-softmax
         return True
@@ -147,8 +159,10 @@ def _stays(loss: Loss, outputs: Any, targets: Tensor) -> bool:
     return bool((value(steps) - usual).abs() <= tolerance * (1 + usual.abs()))
 
 
-def _fit(scores: Tensor, targets: Tensor) -> bool:
-    """Return whether there is a row for each target, and a class."""
+def _fit(loss: Loss, scores: Tensor, targets: Tensor) -> bool:
+    """Return whether there is a row for each target, and a class unless ``loss`` ignores it."""
+    if (ignored := ignored_class(loss)) is not None:
+        targets = targets.where(targets != ignored, 0)
     return len(scores) == len(targets) and not (targets.numel() and int(targets.max()) >= scores.shape[1])
 
 
@@ -162,7 +176,7 @@ def scores_of(loss: Loss, outputs: Any, targets: Any) -> Tensor | None:
 def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     """Return the loss of a batch. Raises ``UserError`` where the targets do not fit the outputs."""
     scores = logits_of(outputs)
-    if are_scores(scores, targets) and not _fit(scores, targets) and not _takes(loss, outputs, targets):
+    if are_scores(scores, targets) and not _fit(loss, scores, targets) and not _takes(loss, outputs, targets):
         rows, classes = scores.shape
         if rows != len(targets):
             raise UserError(
@@ -188,7 +202,7 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
         )
     targets = cloned(targets)  # a loss may write to them
     try:
-        value = loss(scores if loss is F.cross_entropy or isinstance(loss, _Loss) else outputs, targets)
+        value = loss(taken_by(loss, outputs), targets)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         advice = "; give classes as int64 tensors, or loss=, a function of both" if loss is F.cross_entropy else ""
         raise UserError(f"the loss failed on these outputs and targets: {first_line(error)}{advice}") from error
@@ -217,15 +231,6 @@ def _takes(loss: Loss, outputs: Any, targets: Tensor) -> bool:
     except Exception:  # whatever the loss raises
         return False
     return True
-
-
-def answered_rightly(loss: Loss, outputs: Any, targets: Any) -> int | None:
-    """Return the number of correctly classified or answered samples, or None if the outputs are not class scores."""
-    if isinstance(loss, SpanLoss):
-        return loss.right(outputs, targets)
-    if not are_scores(outputs, targets) or not have_scores(loss, outputs, targets):
-        return None
-    return int((logits_of(outputs).argmax(1) == targets).sum())
 
 
 def fisher_direction(logits: Tensor, generator: torch.Generator) -> Tensor:

@@ -31,5 +31,5 @@ def test_a_loss_that_is_not_finite_names_its_split(value: str) -> None:
 
 @pytest.mark.parametrize("targets", [torch.full((2, 4), IGNORED), torch.tensor([[1, IGNORED]]), torch.tensor([[1]])])
 def test_a_batch_without_a_token_to_predict_is_named_as_such(targets: torch.Tensor) -> None:
-    with pytest.raises(UserError, match="^a batch of the calibration split has no token to predict: .*leave it out$"):
+    with pytest.raises(UserError, match="^a batch of the calibration split has nothing to predict: .*leave it out$"):
         finite_loss(token_loss, torch.randn(*targets.shape, 5), targets, "calibration")

@@ -7,18 +7,28 @@ from torch import Tensor
 
 from spectrim.batches import Inputs, target_count
 from spectrim.errors import MissingInput, UserError
-from spectrim.losses import IGNORED, Loss, TokenLoss, loss_of
+from spectrim.losses import IGNORED, Loss, TokenLoss, ignored_class, loss_of
+from spectrim.statistics.mean_loss import require_mean
 
 
 def batch_weight(loss: Loss, targets: Any, inputs: Inputs = None) -> int:
-    """Return the weight of a batch in the split's mean: its number of samples, or of predicted tokens."""
-    return loss.count(targets) if isinstance(loss, TokenLoss) else target_count(targets, inputs)
+    """Return the weight of a batch in the split's mean: its number of samples, or of predicted tokens.
+
+    Classes that a loss of torch ignores are no samples.
+    """
+    if isinstance(loss, TokenLoss):
+        return loss.count(targets)
+    ignored = ignored_class(loss)
+    if ignored is not None and isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
+        return int((targets != ignored).sum())
+    return target_count(targets, inputs)
 
 
 def finite_loss(loss: Loss, outputs: Any, targets: Any, split: str) -> Tensor:
     """Return the mean loss of a batch.
 
-    Raises ``UserError`` where it fails on these targets or is not finite, and ``MissingInput`` where it fails without.
+    Raises ``UserError`` where it fails on these targets, is not finite or adds up over samples, and ``MissingInput``
+    where it fails without targets.
     """
     try:
         value = loss_of(loss, outputs, targets)
@@ -27,11 +37,19 @@ def finite_loss(loss: Loss, outputs: Any, targets: Any, split: str) -> Tensor:
             advice = "give (inputs, targets), or mappings with labels"
             raise MissingInput(f"the {split} batches have no targets, which the loss needs; {advice}") from None
         raise
-    if not torch.isfinite(value) and isinstance(loss, TokenLoss) and not loss.count(targets):
-        raise UserError(
-            f"a batch of the {split} split has no token to predict: all of its labels are {IGNORED}, or it holds one "
-            "token a sequence; leave it out"
-        )
+    if not torch.isfinite(value) and _predicts_nothing(loss, targets):
+        why = f"all of its labels are {IGNORED}, or it holds one token a sequence"
+        if not isinstance(loss, TokenLoss):
+            why = f"all of its targets are {ignored_class(loss)}, which the loss ignores"
+        raise UserError(f"a batch of the {split} split has nothing to predict: {why}; leave it out")
     if not torch.isfinite(value):
         raise UserError(f"the loss on the {split} split is {value.item()}; check the model's weights and the inputs")
+    require_mean(loss, outputs, targets)
     return value
+
+
+def _predicts_nothing(loss: Loss, targets: Any) -> bool:
+    if isinstance(loss, TokenLoss):
+        return not loss.count(targets)
+    ignored = ignored_class(loss)
+    return ignored is not None and isinstance(targets, Tensor) and bool((targets == ignored).all())

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from spectrim.batches import device_of, evaluating, forward, to_device
 from spectrim.losses import Loss, TokenLoss, direction, fisher_direction, logits_of, scores_of
+from spectrim.statistics.batch_loss import batch_weight
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.row_weights import row_weights
 from spectrim.tools.normals import Normals
 from spectrim.tools.token_entropy import BLOCK
 
@@ -16,8 +18,9 @@ class Direction(NamedTuple):
     """A random direction of the scores of a batch, from which a backward pass starts.
 
     ``values``: the scores, or the logits of a language model. The direction is 0 at those that predict nothing.
-    ``gradient``: the direction, float32 of the shape of ``values``.
-    ``predictions``: number of rows of scores.
+    ``gradient``: the direction, float32 of the shape of ``values``. Each row is scaled by the root of its weight in the
+        loss over the mean weight of a prediction.
+    ``predictions``: weight of the batch in the mean over a split.
     """
 
     values: Tensor
@@ -37,7 +40,13 @@ def random_direction(
     scores = scores_of(loss, outputs, targets)
     if scores is not None and top is not None:
         scores = scores.topk(min(top, scores.shape[1])).values
-    return None if scores is None else Direction(scores, fisher_direction(scores, generator), len(scores))
+    if scores is None:
+        return None
+    gradient, weights = fisher_direction(scores, generator), row_weights(loss, outputs, targets)
+    if weights is None:
+        return Direction(scores, gradient, len(scores))
+    predictions = batch_weight(loss, targets)
+    return Direction(scores, gradient.mul_((weights * predictions).sqrt().to(gradient).unsqueeze(1)), predictions)
 
 
 def _of_tokens(

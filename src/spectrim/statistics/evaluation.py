@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from spectrim.batches import device_of, evaluating, forward, to_device
-from spectrim.losses import Loss, answered_rightly, loss_of
+from spectrim.losses import Loss, loss_of
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.processes import ALONE, Processes
+from spectrim.statistics.row_weights import answers
 from spectrim.statistics.split_reader import Batch, require_samples
 
 
@@ -17,6 +18,7 @@ class Evaluation(NamedTuple):
     """Mean loss per sample, accuracy in [0, 1] (None if the outputs are not class scores), and number of samples.
 
     For ``TokenLoss`` the mean is over the predicted tokens and ``n`` is their number, so perplexity is ``exp(loss)``.
+    Targets that a loss ignores are no samples.
     """
 
     loss: float
@@ -31,7 +33,7 @@ def evaluate(
 
     Raises ``UserError`` where the loss is not finite or the split is empty.
     """
-    device, total, correct, seen = device_of(model), 0.0, 0, 0
+    device, total, seen, correct, answered = device_of(model), 0.0, 0, 0, 0
     scored = True
     with evaluating(model), torch.no_grad():
         for inputs, targets in batches:
@@ -39,13 +41,13 @@ def evaluate(
             count = batch_weight(loss, targets, inputs)
             total += finite_loss(loss, outputs, targets, split).item() * count
             seen += count
-            right = answered_rightly(loss, outputs, targets)
-            scored = scored and right is not None
-            correct += right or 0
-    sums = torch.tensor([total, correct, seen, not scored], dtype=torch.float64)
-    total, correct, seen, unscored = processes.add_up(sums).tolist()
+            found = answers(loss, outputs, targets)
+            scored = scored and found is not None
+            correct, answered = (correct + found.right, answered + found.total) if found else (correct, answered)
+    sums = torch.tensor([total, seen, correct, answered, not scored], dtype=torch.float64)
+    total, seen, correct, answered, unscored = processes.add_up(sums).tolist()
     require_samples(int(seen), split)
-    return Evaluation(total / seen, None if unscored else correct / seen, int(seen))
+    return Evaluation(total / seen, None if unscored or not answered else correct / answered, int(seen))
 
 
 def loss_within(

@@ -6,7 +6,7 @@ between the two factors, so one backward pass gives all gates of all layers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,11 @@ from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, Factored
 from spectrim.factored.tied import TiedLinear
 from spectrim.losses import SpanLoss, have_scores
 from spectrim.statistics.backward import Start, detached, gradients_at, start_at
-from spectrim.statistics.batch_loss import finite_loss
+from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.gate_rows import GateRows, Weighed
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.processes import Processes
 from spectrim.statistics.split_reader import Batch
 from spectrim.surgery.tied import tied_layers
 from spectrim.tools import resume
@@ -122,14 +123,17 @@ def _gate_gradients(
         for place in (name, *ties.get(name, ()))  # one gate for all uses of a weight
     ]
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
+    sizes: list[tuple[int, int]] = []  # of each batch: its samples, and its weight in the mean loss
     with hooked(after=hooks), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for batch in objective.first("calibration", samples, "linearise"):
+            sizes.append((sample_count(batch[1], batch[0]), batch_weight(objective.loss, batch[1], batch[0])))
             given, along = _rows_of_batch(model, gates, objective, batch, generator, first_order)
             for name, module in modules.items():
                 own, at_targets = (_of_gates(rows[name], module.rank) for rows in (along, given))
                 parts[name].append(GateGradients(at_targets if first_order else own[:0], own))
     gates.agree(processes)
     left = gates.left()
+    _as_in_mean(parts.values(), sizes, processes)
     rows = {
         name: GateGradients(*(processes.gather(torch.cat(rows)) for rows in zip(*own, strict=True)))
         for name, own in parts.items()
@@ -158,6 +162,21 @@ def _rows_of_batch(
     given = gates.rows(loss, count) if first_order and scores is not None else along
     gates.forget()
     return given, along
+
+
+def _as_in_mean(parts: Iterable[list[GateGradients]], sizes: Sequence[tuple[int, int]], processes: Processes) -> None:
+    """Scale the rows of each batch, which are those of its own mean loss, to the mean over all batches.
+
+    A sample of a batch with more predicted tokens a sample counts for more there.
+    ``sizes``: samples and weight of each batch.
+    """
+    samples, weight = processes.add_up(torch.tensor(sizes).reshape(-1, 2).sum(0)).tolist()
+    for own in parts:
+        for rows, (count, of_batch) in zip(own, sizes, strict=True):
+            if of_batch * samples != weight * count:
+                scale = of_batch * samples / (weight * count)
+                rows.given.mul_(scale)
+                rows.fisher.mul_(math.sqrt(scale))
 
 
 def _first(name: str, module: nn.Module) -> nn.Module:
