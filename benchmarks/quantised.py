@@ -38,7 +38,7 @@ DENSE = {"bfloat16": 16, "8 bits": 8, "6 bits": 6, "4 bits": 4}
 COMPRESSED = {"bfloat16": 16, "8 bits": 8, "4 bits": 4}
 SIZES: Mapping[Factors, tuple[float, ...]] = {"pivoted": (0.9, 0.8, 0.7), "plain": (0.9, 0.8)}
 DRAWS = (0, 1, 2)
-CALIBRATION, TEST = 64, 8  # blocks of 256 tokens
+CALIBRATION, VERIFICATION, TEST = 64, 16, 8  # blocks of 256 tokens
 TIMED = 0.8  # the size that is timed beside the dense model, in the first draw
 BATCHES, PROMPT, TOKENS, TURNS = (1, 16), 32, 8, 3
 CORPORA = ("imdb_corpus", "sotu")
@@ -57,10 +57,10 @@ COLUMNS = (
 
 
 class Given(NamedTuple):
-    """A decoder, its calibration batches, and the test batches of each corpus."""
+    """A decoder, the batches that a selection reads, and the test batches of each corpus."""
 
     model: nn.Module
-    calibration: Any
+    read: Mapping[str, Any]
     tests: Mapping[str, Any]
 
 
@@ -97,10 +97,11 @@ def _measured(quick: bool) -> Outcome:
         "Numbers with a deviation (ddof = 1) are means over "
         f"{len(draws)} calibration draws. Weights of 8 bits: one scale a row. Of 6 and 4 bits: one scale for {GROUP} "
         "weights. All are rounded to nearest, symmetric, without calibration, as torchao's IntxWeightOnlyConfig does. "
-        "Scales, norms and the embedding, which is also the head, are stored in bfloat16. All computing is in float32, "
-        "with the weights as stored. The dense weights come from a file of 4 bits in blocks of another kind.",
-        f"Joint: joint selection on the spectrum whitened on both sides, from {CALIBRATION} blocks of 256 tokens of "
-        f"reviews; no fine-tuning. Perplexity: on {TEST} test blocks a corpus.",
+        "Scales, norms and the embedding, which is also the head, or its factors, are in bfloat16. All computing is in "
+        "float32, with the weights as stored. The dense weights come from a file of 4 bits in blocks of another kind.",
+        "Joint: joint selection on the spectrum whitened on both sides, the embedding too, from "
+        f"{CALIBRATION} + {VERIFICATION} blocks of 256 tokens of reviews; no fine-tuning. "
+        f"Perplexity: on {TEST} test blocks a corpus.",
         f"Speed: greedy decoding of {TOKENS} tokens after {PROMPT}, with a cache, eager, in float32; the median of "
         f"{TURNS} turns of all models, on one thread, first draw. Weights of few bits are not timed: without a kernel "
         "of their own they are unpacked at each call.",
@@ -131,11 +132,14 @@ def _averaged(frame: pd.DataFrame, times: Mapping[str, dict[str, float]]) -> pd.
 
 def _smollm2(draw: int) -> Given:
     """Return SmolLM2, one draw of calibration blocks of reviews, and test blocks of each corpus."""
-    sizes = [f"data.calibration_size={CALIBRATION}", f"data.test_size={TEST}", f"data.calibration_seed={draw}"]
+    sizes = [f"data.calibration_size={CALIBRATION}", f"data.verification_size={VERIFICATION}"]
+    sizes += [f"data.test_size={TEST}", f"data.calibration_seed={draw}"]
     runs = {name: composed("model=smollm2", f"data={name}", *sizes) for name in CORPORA}
     model = targets.build(configuration.plain(runs[CORPORA[0]].model), "forward").eval()
     splits = {name: targets.build(configuration.plain(cfg.data), "load").load() for name, cfg in runs.items()}
-    return Given(model, splits[CORPORA[0]].calibration, {name: own.test for name, own in splits.items()})
+    own = splits[CORPORA[0]]
+    read = {"calibration": own.calibration, "verification": own.verification}
+    return Given(model, read, {name: each.test for name, each in splits.items()})
 
 
 def _tiny() -> Given:
@@ -148,17 +152,19 @@ def _tiny() -> Given:
     torch.manual_seed(0)
     ids = torch.randint(0, 64, (8, 16))
     batches = [({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids)]
-    return Given(library.LlamaForCausalLM(config).eval(), batches, dict.fromkeys(CORPORA, batches))
+    read = dict.fromkeys(("calibration", "verification"), batches)
+    return Given(library.LlamaForCausalLM(config).eval(), read, dict.fromkeys(CORPORA, batches))
 
 
 def _compressed(given: Given, sizes: Mapping[Factors, Sequence[float]]) -> Iterator[Made]:
     """Yield the model of each form of factors and size."""
     for form, kept in sizes.items():
         memory = Memory(whitened=1, gates=1, **MEASUREMENTS)
-        objective = Objective(token_loss, {"calibration": given.calibration}, memory=memory)
+        objective = Objective(token_loss, given.read, memory=memory)
         for size in kept:
             chosen = Joint(params_kept=size, samples=500, significance=4, refit=0)
-            made = chosen.compress(given.model, TwoSidedSVD("channel", factors=form), objective)
+            decomposer = TwoSidedSVD("channel", factors=form, embeddings="tied")
+            made = chosen.compress(given.model, decomposer, objective)
             yield Made(_name(form, size), made.model, made.plan)
 
 
@@ -169,11 +175,12 @@ def _name(form: Factors, size: float) -> str:
 def _stored(model: nn.Module, plan: RankPlan, bits: int, tests: Mapping[str, Any]) -> dict[str, float]:
     """Return the bytes of a file with weights of so many bits, and the perplexities of what is read back from it."""
     small: Any = copied(model)
-    table, tensors = small.get_input_embeddings().weight, dict[str, Tensor]()
+    embedding, tensors = small.get_input_embeddings(), dict[str, Tensor]()
+    exact = {own.data_ptr() for own in (*embedding.parameters(), *embedding.buffers())}
     for name, tensor in single_file.stored(small).items():
         if not tensor.is_floating_point():
             tensors[name] = tensor
-        elif bits < 16 and tensor.ndim == 2 and tensor.data_ptr() != table.data_ptr():
+        elif bits < 16 and tensor.ndim == 2 and tensor.data_ptr() not in exact:
             parts, value = rounded(tensor.detach(), bits)
             tensors |= {f"{name}.{part}": own for part, own in parts.items()}
             tensor.data.copy_(value)
