@@ -91,3 +91,12 @@ def test_a_loss_that_is_no_mean_over_samples_is_compared_batch_by_batch(
     assert found.mean == pytest.approx(second - first, abs=1e-6) and found.error > 0 and second != first
     with pytest.raises(UserError, match="split has 1 batches, whose loss is not the mean of those of their samples; a"):
         paired_loss.losses(Objective(loss, {"calibration": batches[:1]}), net, "calibration")
+
+
+def test_samples_whose_targets_are_ignored_are_left_out(net: nn.Module, batches: Any) -> None:
+    """The loss of one alone is not a number."""
+    parts = [(x, torch.where(torch.arange(len(y)) % 2 == 0, y, -100)) for x, y in batches]
+    found = paired_loss.losses(Objective(F.cross_entropy, {"calibration": parts}), net, "calibration")
+    read = [(x[::2], y[::2]) for x, y in batches]
+    alone = paired_loss.losses(Objective(F.cross_entropy, {"calibration": read}), net, "calibration")
+    assert not found.by_batch and torch.allclose(found.values, alone.values, rtol=1e-4)

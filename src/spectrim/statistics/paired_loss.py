@@ -73,12 +73,13 @@ _Weighed = tuple[float, int]  # a loss and its weight
 
 
 def _of_samples(loss: Loss, outputs: Any, targets: Any, count: int, split: str) -> list[_Weighed]:
-    """Return the loss and the weight of each of the ``count`` samples of a batch."""
+    """Return the loss and the weight of each of the ``count`` samples of a batch that the loss reads."""
     found = []
     for index in range(count):
         wanted = one_sample(targets, index, count)
-        value = finite_loss(loss, one_sample(outputs, index, count), wanted, split).item()
-        found.append((value, batch_weight(loss, wanted)))
+        if weight := batch_weight(loss, wanted):
+            value = finite_loss(loss, one_sample(outputs, index, count), wanted, split).item()
+            found.append((value, weight))
     return found
 
 
