@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import spectrim
+from spectrim.algorithms.refitted import Refitted
 from spectrim.batches import evaluating
 from spectrim.errors import UserError
 from spectrim.statistics.gradients import mean_gradients
@@ -61,6 +63,67 @@ def test_a_loss_without_a_gradient_is_refused(net: nn.Sequential, batches: Any) 
     judge = objective(batches, lambda logits, targets: F.cross_entropy(logits.detach(), targets))
     with pytest.raises(UserError, match="the loss has no gradient"):
         judge.gradients(net, NAMES)
+
+
+def counted(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss without a gradient, on outputs that are no class scores."""
+    return ((outputs - targets).abs() > 0.5).float().mean()
+
+
+BY_GRADIENT = {
+    "joint": (spectrim.Joint(params_kept=0.7), None),
+    "lossless": (spectrim.Lossless(), None),
+    "refit by the loss": (Refitted(spectrim.Truncation(ratio=0.5), refit_by="loss"), None),
+    "two-sided": (spectrim.Truncation(ratio=0.5), "two_sided"),
+}
+
+
+@pytest.mark.parametrize(("algorithm", "decomposer"), BY_GRADIENT.values(), ids=BY_GRADIENT)
+def test_what_needs_a_gradient_refuses_a_loss_without_one(algorithm: Any, decomposer: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).eval()
+    data = [(torch.randn(16, 8), torch.randn(16, 8)) for _ in range(2)]
+    with pytest.raises(UserError, match="^the loss has no gradient: .* take an algorithm that needs no gradient"):
+        spectrim.compress(model, calibration=data, loss=counted, algorithm=algorithm, decomposer=decomposer)
+
+
+def failing(outputs: Tensor, targets: Tensor) -> Tensor:
+    raise KeyError("no such label")
+
+
+@pytest.mark.parametrize(("loss", "said"), [(counted, "the loss has no gradient"), (failing, "KeyError")])
+@pytest.mark.parametrize("algorithm", [spectrim.Truncation(ratio=0.5), Refitted(spectrim.Truncation(ratio=0.5))])
+def test_what_needs_none_gives_a_model_and_reports_no_prediction(algorithm: Any, loss: Any, said: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).eval()
+    data = [(torch.randn(16, 8), torch.randn(16, 8)) for _ in range(2)]
+    result = spectrim.compress(model, calibration=data, loss=loss, algorithm=algorithm)
+    assert result.params_kept < 1 and result.report["predicted_change"].isna().all()
+    with pytest.raises(UserError, match=said):
+        _ = result.predicted_change
+
+
+class Aside(nn.Module):
+    """Has a layer on which the first of its outputs does not depend."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aside = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.body(x), self.aside(x)
+
+
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_a_layer_without_a_gradient_is_no_loss_without_one(at_once: int | None) -> None:
+    model, data = Aside().eval(), [(torch.randn(16, 8), torch.randn(16, 8)) for _ in range(2)]
+    kept = spectrim.compress(
+        model,
+        calibration=data,
+        loss=lambda outputs, targets: F.mse_loss(outputs[0], targets),
+        algorithm=spectrim.Truncation(rank=2),
+        decomposer="two_sided",
+        layers_at_once=at_once,
+    )
+    assert set(kept.plan) == {"body", "aside"}
 
 
 def test_the_sums_are_those_of_a_plain_loop_to_the_last_bit(net: nn.Sequential, batches: Any) -> None:

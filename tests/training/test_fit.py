@@ -204,3 +204,13 @@ def test_what_cannot_be_trained_is_one_line(optimizer: str, precision: str) -> N
         fit(frozen, words, Training(recipe, 0))
     with pytest.raises(UserError, match="^the training loss has no gradient"):
         fit(frozen.requires_grad_(), words, Training(recipe, 0, loss=lambda y, t: F.cross_entropy(y.detach(), t)))
+
+
+def test_a_penalty_alone_trains_nothing() -> None:
+    """It has a gradient whatever the loss has."""
+    model, data = nn.Linear(4, 2), [(torch.randn(8, 4), torch.randint(2, (8,)))]
+    penalised = Callbacks(penalties=lambda epoch: {"penalty": model.weight.square().sum()})
+    recipe = Recipe(epochs=1, lr=0.1, precision="float32")
+    counting = Training(recipe, 0, loss=lambda y, t: (y.argmax(1) != t).float().mean())
+    with pytest.raises(UserError, match="^the training loss has no gradient"):
+        fit(model, data, counting, penalised)

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectrim.batches import Inputs, target_count
-from spectrim.errors import MissingInput, UserError
+from spectrim.batches import Inputs, target_count, with_tensors
+from spectrim.errors import MissingInput, UserError, first_line
 from spectrim.losses import IGNORED, Loss, TokenLoss, ignored_class, loss_of
 from spectrim.statistics.mean_loss import require_mean
 
@@ -24,6 +24,13 @@ def batch_weight(loss: Loss, targets: Any, inputs: Inputs = None) -> int:
     return target_count(targets, inputs)
 
 
+def has_gradient(loss: Loss, outputs: Any, targets: Any) -> bool:
+    """Return whether the loss of a batch has a gradient by its outputs, as an accuracy or a count has not."""
+    leaves = with_tensors(outputs, lambda own: own.detach().clone().requires_grad_(own.is_floating_point()))
+    with torch.enable_grad():
+        return loss_of(loss, leaves, targets).requires_grad
+
+
 def finite_loss(loss: Loss, outputs: Any, targets: Any, split: str) -> Tensor:
     """Return the mean loss of a batch.
 
@@ -32,11 +39,16 @@ def finite_loss(loss: Loss, outputs: Any, targets: Any, split: str) -> Tensor:
     """
     try:
         value = loss_of(loss, outputs, targets)
-    except (UserError, AttributeError):  # a loss may ask None for what a tensor has
-        if targets is None:
+    except Exception as error:  # whatever a loss raises; it may ask None for what a tensor has
+        if targets is None and isinstance(error, UserError | AttributeError):
             advice = "give (inputs, targets), or mappings with labels"
             raise MissingInput(f"the {split} batches have no targets, which the loss needs; {advice}") from None
-        raise
+        if isinstance(error, UserError):
+            raise
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"the loss failed on the {split} split: {problem}; give one that takes its outputs and targets"
+        ) from error
     if not torch.isfinite(value) and _predicts_nothing(loss, targets):
         why = f"all of its labels are {IGNORED}, or it holds one token a sequence"
         if not isinstance(loss, TokenLoss):

@@ -19,10 +19,10 @@ from spectrim.factored.layers import FactoredConv2d, FactoredEmbedding, Factored
 from spectrim.factored.tied import TiedLinear
 from spectrim.losses import SpanLoss, have_scores
 from spectrim.statistics.backward import Start, detached, gradients_at, start_at
-from spectrim.statistics.batch_loss import batch_weight, finite_loss
+from spectrim.statistics.batch_loss import batch_weight, finite_loss, has_gradient
 from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.gate_rows import GateRows, Weighed
-from spectrim.statistics.objective import Objective
+from spectrim.statistics.objective import NoGradient, Objective
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.split_reader import Batch
 from spectrim.surgery.tied import tied_layers
@@ -95,7 +95,8 @@ def gate_gradients(
     ``seed``: of the random directions of the scores.
     ``first_order``: whether ``given`` is asked for.
 
-    Raises ``UserError`` for an empty calibration split, a loss that is not finite, or a layer whose form has no gates.
+    Raises ``UserError`` for an empty calibration split, a loss that is not finite, or a layer whose form has no gates,
+    and ``NoGradient`` for a loss without a gradient.
     """
 
     def made() -> Gates:
@@ -124,13 +125,17 @@ def _gate_gradients(
     ]
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
     sizes: list[tuple[int, int]] = []  # of each batch: its samples, and its weight in the mean loss
+    differentiable = False
     with hooked(after=hooks), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for batch in objective.first("calibration", samples, "linearise"):
             sizes.append((sample_count(batch[1], batch[0]), batch_weight(objective.loss, batch[1], batch[0])))
-            given, along = _rows_of_batch(model, gates, objective, batch, generator, first_order)
+            given, along, flat = _rows_of_batch(model, gates, objective, batch, generator, first_order)
+            differentiable |= not flat
             for name, module in modules.items():
                 own, at_targets = (_of_gates(rows[name], module.rank) for rows in (along, given))
                 parts[name].append(GateGradients(at_targets if first_order else own[:0], own))
+    if not processes.add_up(torch.tensor(int(differentiable))):
+        raise NoGradient
     gates.agree(processes)
     left = gates.left()
     _as_in_mean(parts.values(), sizes, processes)
@@ -148,20 +153,24 @@ def _rows_of_batch(
     batch: Batch,
     generator: torch.Generator,
     first_order: bool,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
     """Return the rows of a batch at the given targets and along a random direction; the same ones without scores.
+
+    The third is whether all are zero, because the loss has no gradient by the outputs.
 
     All that the way back needs is let go of when this ends, before the next batch.
     """
     device, count = device_of(model), sample_count(batch[1], batch[0])
     inputs, targets = (to_device(part, device) for part in batch)
     outputs = aliased(forward(model, detached(inputs)))
-    loss = _by_outputs(finite_loss(objective.loss, outputs, targets, "calibration") * count, outputs, count)
+    value = finite_loss(objective.loss, outputs, targets, "calibration")
+    loss = _by_outputs(value * count, outputs, count)
     scores = _along_scores(objective, outputs, targets, generator, count)
+    flat = not (scores or value.requires_grad or has_gradient(objective.loss, outputs, targets))
     along = gates.rows(scores or loss, count, keep=first_order and scores is not None)
     given = gates.rows(loss, count) if first_order and scores is not None else along
     gates.forget()
-    return given, along
+    return given, along, flat
 
 
 def _as_in_mean(parts: Iterable[list[GateGradients]], sizes: Sequence[tuple[int, int]], processes: Processes) -> None:

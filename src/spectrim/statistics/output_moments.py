@@ -19,10 +19,10 @@ from spectrim.decomposers.spectrum import Directions
 from spectrim.factored.dense import DenseLayer
 from spectrim.statistics import packed
 from spectrim.statistics.backward import Leaves, detached, start_at
-from spectrim.statistics.batch_loss import batch_weight, finite_loss
+from spectrim.statistics.batch_loss import batch_weight, finite_loss, has_gradient
 from spectrim.statistics.directions import generator_of, random_direction
 from spectrim.statistics.input_moments import Rows
-from spectrim.statistics.objective import Objective
+from spectrim.statistics.objective import NoGradient, Objective
 from spectrim.statistics.packed import Moment, PackedMoments
 from spectrim.statistics.processes import Processes
 from spectrim.surgery.tied import tied_layers
@@ -46,7 +46,8 @@ def output_moments(
         Then g is what comes back to the outputs of a 1 x kw convolution of full rank.
     ``samples``: number of calibration samples to read, in whole batches.
     ``directions``: what is differentiated.
-    Raises ``UserError`` for an empty calibration split or a loss that is not finite.
+    Raises ``UserError`` for an empty calibration split or a loss that is not finite, ``NoGradient`` for one without a
+    gradient.
     """
     if not directions.labels:
         objective, generator = generator_of(model, objective, samples, directions.seed, directions.top)
@@ -60,7 +61,7 @@ def output_moments(
         for name, own in gathered.items()
         for place in (layers[name], *_embeddings(model, ties.get(name, ())))
     ]
-    processes, device, count = objective.processes("calibration"), device_of(model), 0
+    processes, device, count, differentiable = objective.processes("calibration"), device_of(model), 0, False
     with hooked(after=hooks), evaluating(model), torch.enable_grad(), alone_trainable(model, ()):
         for inputs, targets in objective.first("calibration", samples, "moments"):
             outputs, targets = forward(model, detached(to_device(inputs, device))), to_device(targets, device)
@@ -69,14 +70,17 @@ def output_moments(
             if along is None:
                 weight = batch_weight(objective.loss, targets, inputs)
                 starts = start_at(loss * weight)
+                differentiable = differentiable or bool(starts) or has_gradient(objective.loss, outputs, targets)
             else:
-                starts, weight = start_at(along.values, along.gradient), along.predictions
+                starts, weight, differentiable = start_at(along.values, along.gradient), along.predictions, True
             del outputs, loss, along  # the logits, which need not stay in memory on the way back
             leaves.flow_back(starts)  # the hooks receive what flows
             leaves.forget()
             starts.clear()
             count += weight
-    count = int(processes.add_up(torch.tensor(count)))
+    count, differing = processes.add_up(torch.tensor([count, int(differentiable)])).tolist()
+    if not differing:
+        raise NoGradient
     return {
         name: PackedMoments({view: one.mean(processes, count) for view, one in own.items()})
         for name, own in gathered.items()

@@ -186,12 +186,12 @@ class _Loop:
             outputs = forward(self.model, inputs)
         outputs = outputs.float() if isinstance(outputs, Tensor) else outputs
         terms = {"loss": self.loss(outputs, targets), **self.callbacks.penalties(epoch)}
-        values = torch.stack(list(terms.values()))
-        if not values.requires_grad:
+        if not terms["loss"].requires_grad:  # penalties alone may have one
             raise UserError(
                 "the training loss has no gradient: all weights are frozen, or the model or the loss detaches its "
-                "output; call model.requires_grad_() before"
+                "output or is not differentiable; call model.requires_grad_() before, or give another loss="
             )
+        values = torch.stack(list(terms.values()))
         values.sum().backward()
         return list(terms), values.detach(), outputs
 
