@@ -207,6 +207,12 @@ def test_a_dry_run_writes_nothing(word_folder: Path, place: Path, capsys: pytest
         (["--batch-size", "0"], "--batch-size 0 is too small; give at least 1"),
         (["--image-size", "0"], "--image-size 0 is too small; give at least 1"),
         (["--image-size", "1"], "the model failed on inputs of shape (8, 3, 1, 1)"),
+        (["--preprocess", "imagenette"], "--preprocess imagenette is none of imagenet, none, MEAN/STD such as 0.5/0.5"),
+        (
+            ["--preprocess", "own_nets:build"],
+            "--image-size is none of --preprocess own_nets:build, which scales images",
+        ),
+        (["--calibration", "digits"], "--image-size is for a folder of images; digits has a size of its own"),
         (["--context", "-1"], "--context -1 is too small; give at least 1"),
         (["--seed", "-1"], "--seed=-1 is not a whole number in 0..4294967295"),
         (["--memory", "nan"], "--memory nan is no size; give GiB, such as 16"),
@@ -230,9 +236,9 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     [
         ("own_nets:broken", "own_nets:broken cannot be made: RuntimeError: no such thing"),
         ("own_nets:number", "own_nets:number returns a int, not a torch.nn.Module"),
-        ("own_nets:nothing", "own_nets:nothing cannot be made: AttributeError: "),
+        ("own_nets:nothing", "own_nets:nothing cannot be imported: AttributeError: "),
         ("own_nets.py:build", "own_nets.py:build names a file; name its module: own_nets:build"),
-        ("no_such_package:build", "no_such_package:build cannot be made: ModuleNotFoundError: "),
+        ("no_such_package:build", "no_such_package:build cannot be imported: ModuleNotFoundError: "),
     ],
 )
 def test_a_factory_that_makes_no_model_is_said(
@@ -253,6 +259,11 @@ def test_an_encoder_is_refused(word_folder: Path, tiny: Any, place: Path, capsys
     tiny("bert").save_pretrained(word_folder)
     assert main([*text_command(word_folder), "--out", "small"]) == 1
     assert "is a BertForSequenceClassification, and this command takes decoders" in capsys.readouterr().err
+
+
+def test_images_have_no_place_beside_text(word_folder: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*text_command(word_folder), "--preprocess", "none", "--out", "small"]) == 1
+    assert "--preprocess is for images, and " in capsys.readouterr().err
 
 
 def test_too_little_text_is_said(word_folder: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,12 +47,21 @@ def parser() -> Parser:
         "--calibration",
         metavar="DATA",
         help="text: a .txt or .jsonl file, a folder of .txt files, a data set of the hub as owner/name[:subset], or "
-        "sotu, wikitext, imdb_corpus, or own-text, which the model writes itself; images: a folder of them, "
-        "scaled and normalised as for ImageNet, or cifar10, mnist, fashion_mnist, digits",
+        "sotu, wikitext, imdb_corpus, or own-text, which the model writes itself; images: a folder of them, or "
+        "cifar10, mnist, fashion_mnist, digits",
     )
     data.add_argument("--samples", type=int, default=128, metavar="N", help="blocks or images (default: %(default)s)")
     data.add_argument("--context", type=int, default=256, metavar="T", help="tokens a block (default: %(default)s)")
-    data.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="a side (default: %(default)s)")
+    data.add_argument(
+        "--image-size", type=int, metavar="PIXELS", help="a side of the images of a folder (default: 224)"
+    )
+    data.add_argument(
+        "--preprocess",
+        metavar="HOW",
+        help="how your network was fed with images: imagenet; none, for pixels in [0, 1]; MEAN/STD, such as 0.5/0.5 or "
+        "0.49,0.48,0.45/0.25,0.24,0.26; or package.module:function, which makes a tensor of an RGB image of PIL "
+        "(default: what the model tells, else imagenet; for cifar10 and the like their own)",
+    )
     data.add_argument("--batch-size", type=int, metavar="N", help="(default: 8, and 1 where memory is short)")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="draws the samples (default: %(default)s)")
     own = made.add_argument_group("a module of your own")

@@ -17,7 +17,7 @@ from spectrim.checkpoints import sharded
 from spectrim.checkpoints.out_of_core import compress_checkpoint
 from spectrim.checkpoints.shard_contents import POSITIONS
 from spectrim.checkpoints.sharded import Sharded
-from spectrim.cli import given_data, given_model, upload
+from spectrim.cli import given_data, given_model, preprocessing, upload
 from spectrim.cli.compress import BUDGETS
 from spectrim.cli.given_data import Data
 from spectrim.cli.model_card import Card, card_of
@@ -72,6 +72,8 @@ def _decoder(options: Namespace, arguments: Sequence[str]) -> None:
     for name, value in (("--weights", options.weights), ("--with", options.settings)):
         if value:
             raise UserError(f"{name} belongs to package.module:factory; {options.model} brings its own")
+    if options.preprocess is not None:
+        raise UserError(f"--preprocess is for images, and {options.model} reads text; leave it out")
     folder = given_model.folder_of(options.model)
     memory = given_model.memory_for(given_model.bytes_of(folder), options.memory)
     if memory.streamed:
@@ -105,9 +107,9 @@ def _of_factory(options: Namespace, arguments: Sequence[str]) -> None:
     model = given_model.made(options.model, options.settings, options.weights).to(device_called(options.device))
     memory = given_model.memory_for(sum(own.nbytes for own in model.parameters()), options.memory)
     batch_size = options.batch_size or memory.batch_size
-    data = options.calibration and given_data.images(
-        options.calibration, model, options.image_size, options.samples, batch_size, options.seed
-    )
+    how = None if options.preprocess is None else preprocessing.asked(options.preprocess)
+    size = (options.image_size, options.samples, batch_size, options.seed)
+    data = options.calibration and given_data.images(options.calibration, model, options.model, how, *size)
     module, _, factory = options.model.partition(":")
     given = ", ".join(options.settings)
 
@@ -151,6 +153,8 @@ def _compress(
         "exclude": options.exclude,
         "layers_at_once": layers_at_once,
     }
+    if data is not None and data.preprocessing:
+        print(f"images: {data.preprocessing}")
     if options.dry_run:
         with _naming_calibration(name, data):
             print(api.compress(model, **arguments_of_compress, dry_run=True))
@@ -236,6 +240,7 @@ def _stream(options: Namespace, arguments: Sequence[str], folder: Path) -> None:
         losses=None,
         tokens=True,
         data=("", ""),
+        preprocessing="",
         method=f"truncation by SVD of {len(plan)} layers, tensor by tensor, {spent.seconds:.0f} s",
         loading=f'from spectrim.language import load\n\nmodel, tokenizer = load("{options.out}")',
         weights=given_model.digests_of(sorted(folder.glob("*.safetensors"))),

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.batches import Batches, device_of, evaluating, forward, to_device
+from spectrim.cli import preprocessing
+from spectrim.cli.preprocessing import Preprocessing, Transform
 from spectrim.data.cifar10 import CIFAR10
 from spectrim.data.corpus import Corpus, shuffled
 from spectrim.data.digits import Digits
@@ -27,8 +29,6 @@ from spectrim.data.sotu import SOTU
 from spectrim.data.text import TextSplit, Tokens, blocks, identity_of, without_padding
 from spectrim.errors import UserError
 from spectrim.losses import Loss, logits_of, token_loss
-from spectrim.tools.imagenet import MEAN, STD
-from spectrim.tools.torchvision_shim import prepare
 
 LEAST = 4  # samples in all: two to select on, one to verify on, one to report
 OWN_TEXT = "own-text"  # names the text that a decoder writes itself
@@ -48,6 +48,8 @@ class Data:
 
     ``digest``: sha256 of the content.
     ``labelled``: whether the targets are given labels; otherwise they are the dense model's own answers.
+    ``preprocessing``: what was done to images, in words.
+    ``assumed``: whether nothing says that the network expects this preprocessing.
     """
 
     calibration: Batches
@@ -57,6 +59,8 @@ class Data:
     description: str
     digest: str
     labelled: bool = True
+    preprocessing: str = ""
+    assumed: bool = False
 
 
 def texts(source: str, tokenizer: Any, context: int, samples: int, batch_size: int, seed: int) -> Data:
@@ -158,37 +162,67 @@ def _lines(path: Path) -> list[str]:
     return found
 
 
-def images(source: str, model: nn.Module, size: int, samples: int, batch_size: int, seed: int) -> Data:
-    """Return images of ``size`` pixels a side: ``samples`` to select on and half as many in each other split.
+def images(
+    source: str,
+    model: nn.Module,
+    name: str,
+    how: Preprocessing | None,
+    size: int | None,
+    samples: int,
+    batch_size: int,
+    seed: int,
+) -> Data:
+    """Return images: ``samples`` to select on and half as many in each other split.
 
     The targets are the class folders, where there are as many as the model has classes. Otherwise they are the classes
     that the dense model answers. Raises ``UserError`` for a source that cannot be read or holds too little.
+
+    ``name``: package.module:factory of the model.
+    ``how``: None: as the model tells, or as for ImageNet; for a data set of ``IMAGES``, as it does itself.
+    ``size``: pixels a side of the images of a folder; None: 224.
     """
-    if Path(source).expanduser().is_dir():
-        splits, digest, classes = _of_folder(Path(source).expanduser(), size, samples, batch_size, seed)
+    folder, assumed = Path(source).expanduser(), False
+    if folder.is_dir():
+        how = how or preprocessing.of_model(model, name)
+        transform, done = how.of_files(size)
+        splits, digest, classes = _of_folder(folder, transform, samples, batch_size, seed)
+        assumed = how.assumed
     else:
-        loaded = _known(source, IMAGES)(
-            calibration_size=samples,
-            verification_size=max(1, samples // 2),
-            batch_size=batch_size,
-            calibration_seed=seed,
-        ).load()
-        test = list(islice(loaded.test, -(-max(1, samples // 2) // batch_size)))
-        splits, digest, classes = [loaded.calibration, loaded.verification, test], loaded.digest, loaded.num_classes
+        splits, digest, classes, done = _of_set(source, how, size, samples, batch_size, seed)
     counts = [len(getattr(split, "labels", ())) or sum(len(targets) for _, targets in split) for split in splits]
     outputs = _answers(model, next(iter(splits[0]))[0])
     labelled = outputs.shape[1] == classes
     if not labelled:
         splits = [_Answered(split, [_answers(model, inputs).argmax(1) for inputs, _ in split]) for split in splits]
     said = f"{source}: {counts[0]} images to select on, {counts[1]} to verify, {counts[2]} to report"
-    return Data(splits[0], splits[1], splits[2], F.cross_entropy, said, digest, labelled)
+    return Data(splits[0], splits[1], splits[2], F.cross_entropy, said, digest, labelled, done, assumed)
 
 
-def _of_folder(root: Path, size: int, samples: int, batch_size: int, seed: int) -> tuple[list[Any], str, int]:
+def _of_set(
+    source: str, how: Preprocessing | None, size: int | None, samples: int, batch_size: int, seed: int
+) -> tuple[list[Any], str, int, str]:
+    """Return three splits of a data set by name, their digest, the number of classes, and how they are normalised."""
+    kind = _known(source, IMAGES)
+    if size is not None:
+        raise UserError(f"--image-size is for a folder of images; {source} has a size of its own, so leave it out")
+    loaded = kind(
+        calibration_size=samples,
+        verification_size=max(1, samples // 2),
+        batch_size=batch_size,
+        calibration_seed=seed,
+    ).load()
+    splits: list[Any] = [loaded.calibration, loaded.verification, loaded.test]
+    own = Preprocessing(f"as {source} is", splits[0].mean, splits[0].std) if how is None else how
+    mean, std = own.of_set(source, loaded.in_channels)
+    normalised = [replace(split, mean=mean, std=std) for split in splits]
+    test = list(islice(normalised[2], -(-max(1, samples // 2) // batch_size)))
+    return [*normalised[:2], test], loaded.digest, loaded.num_classes, own.normalisation
+
+
+def _of_folder(
+    root: Path, transform: Transform, samples: int, batch_size: int, seed: int
+) -> tuple[list[Any], str, int]:
     """Return the three splits, their digest, and the number of classes; 0 where images lie outside of class folders."""
-    prepare()
-    from torchvision import transforms
-
     for part in ("val", "train"):  # ImageNet's layout
         root = root / part if (root / part).is_dir() else root
     found = sorted(path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in EXTENSIONS)
@@ -201,8 +235,6 @@ def _of_folder(root: Path, size: int, samples: int, batch_size: int, seed: int) 
     nested = all(len(path.parts) > 1 for path in found)
     classes = sorted({path.parts[0] for path in found}) if nested else []
     labels = torch.tensor([classes.index(path.parts[0]) if nested else 0 for path in paths], dtype=torch.int64)
-    steps = [transforms.Resize(round(size * 256 / 224)), transforms.CenterCrop(size), transforms.ToTensor()]
-    transform = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])
     splits = [
         FolderSplit(root, tuple(str(path) for path in paths[own]), labels[own], transform, batch_size)
         for own in _parts(len(paths))

@@ -38,18 +38,12 @@ def is_factory(name: str) -> bool:
 def made(name: str, settings: Sequence[str], weights: Path | None) -> nn.Module:
     """Import the module that ``name`` names, call its factory, and fill the model with ``weights``.
 
-    The current folder is searched, too. Raises ``UserError`` for whatever fails.
+    Raises ``UserError`` for whatever fails.
     """
-    module, _, factory = name.partition(":")
-    if module.endswith(".py"):
-        raise UserError(f"{name} names a file; name its module: {module.removesuffix('.py')}:{factory}")
-    with suppress(UserError):  # where torchvision is not installed
-        torchvision_shim.prepare()
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
     arguments = dict(_setting(one) for one in settings)
+    factory = imported(name, name)
     try:
-        model = getattr(importlib.import_module(module), factory)(**arguments)
+        model = factory(**arguments)
     except Exception as error:  # foreign code raises anything
         raise UserError(f"{name} cannot be made: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
@@ -57,6 +51,24 @@ def made(name: str, settings: Sequence[str], weights: Path | None) -> nn.Module:
     if weights is not None:
         _fill(model, weights)
     return model.eval()
+
+
+def imported(name: str, subject: str) -> Any:
+    """Import the module of package.module:function and return its function. The current folder is searched, too.
+
+    ``subject``: begins the message of the ``UserError`` that is raised where this fails.
+    """
+    module, _, function = name.partition(":")
+    if module.endswith(".py"):
+        raise UserError(f"{subject} names a file; name its module: {module.removesuffix('.py')}:{function}")
+    with suppress(UserError):  # where torchvision is not installed
+        torchvision_shim.prepare()
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:  # foreign code raises anything
+        raise UserError(f"{subject} cannot be imported: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _setting(text: str) -> tuple[str, Any]:

@@ -17,6 +17,10 @@ from spectrim.statistics.objective import Objective
 from spectrim.surgery.cost import Cost, parameters
 
 LEFT = re.compile(r"(.+?): (left dense: .+) \((\d+\.\d+)% of the parameters\)")  # as ``find_layers.left_dense`` says it
+ASSUMED = (
+    "the images were normalised as for ImageNet, because the model does not tell how; if it was trained otherwise, say "
+    "so by --preprocess"
+)
 NAMED = 3  # layers that a note names
 
 
@@ -30,6 +34,7 @@ class Card:
     ``losses``: of the dense and of the compressed model on samples that chose nothing; None where not measured.
     ``tokens``: whether the model predicts tokens, so that a loss is the mean over them.
     ``data``: the calibration data in words, and their digest; empty where none were used.
+    ``preprocessing``: what was done to images, in words; empty where none were used.
     ``method``: algorithm and decomposer.
     ``loading``: lines of Python.
     ``weights``: sha256 of each file of weights that was read.
@@ -43,6 +48,7 @@ class Card:
     losses: tuple[Evaluation, Evaluation] | None
     tokens: bool
     data: tuple[str, str]
+    preprocessing: str
     method: str
     loading: str
     weights: Mapping[str, str]
@@ -103,6 +109,8 @@ class Card:
         lines = [f"method: {self.method}", f"made: {datetime.now(UTC).isoformat(timespec='seconds')}"]
         if data:
             lines.append(f"calibration data: {data} (sha256 {digest})")
+        if self.preprocessing:
+            lines.append(f"preprocessing: {self.preprocessing}")
         lines += [f"read: {name} (sha256 {sha})" for name, sha in self.weights.items()]
         own = f"spectrim {known.get('spectrim', UNKNOWN)}, commit {commit}{' with changes' if dirty else ''}"
         packages = ", ".join(f"{name} {known[name]}" for name in ("python", "torch", "transformers") if name in known)
@@ -150,6 +158,8 @@ def card_of(
     notes = gathered(result.notes)
     if data is not None and not data.labelled:
         notes.insert(0, "the targets of the losses are the dense model's own answers: the data have no labels for it")
+    if data is not None and data.assumed:
+        notes.insert(0, ASSUMED)
     before, after = _costs(result)
     return Card(
         name=name,
@@ -159,6 +169,7 @@ def card_of(
         losses=losses,
         tokens=not is_factory(name),
         data=("", "") if data is None else (data.description, data.digest),
+        preprocessing="" if data is None else data.preprocessing,
         method=method,
         loading="",
         weights=weights,

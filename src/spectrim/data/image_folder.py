@@ -153,10 +153,13 @@ class ImageFolder(ImageData):
         )
 
 
-def centre_crop(resize: int, image_size: int) -> Callable[[Image.Image], Tensor]:
-    """Return the transform that torchvision's weights for ImageNet expect: RGB image → float32 (3, H, W).
+def centre_crop(
+    resize: int, image_size: int, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
+) -> Callable[[Image.Image], Tensor]:
+    """Return the transform RGB image → float32 (3, H, W), by default that of most weights for ImageNet.
 
     ``resize``: length of the shorter side before the crop. ``image_size``: side of the crop. Both are in pixels.
+    ``mean``, ``std``: one value per channel, or one for all, on the scale [0, 1].
     """
     prepare()
     from torchvision import transforms
@@ -166,7 +169,7 @@ def centre_crop(resize: int, image_size: int) -> Callable[[Image.Image], Tensor]
             transforms.Resize(resize),
             transforms.CenterCrop(image_size),
             transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            transforms.Normalize(mean, std),
         ]
     )
 
