@@ -11,6 +11,7 @@ from spectrim.decomposers.spectrum import Embeddings
 from spectrim.errors import UserError
 from spectrim.factored.base import OWN_NAMES
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
+from spectrim.factored.unpacked.own_kernel import UnpackedOwnKernel
 from spectrim.surgery.cost import parameters
 from spectrim.surgery.given_model import eager, unchanged
 from spectrim.surgery.layer_choice import EVERY_LAYER, LayerChoice
@@ -125,7 +126,8 @@ def _leave_together(ties: Iterable[Sequence[str]], layers: dict[str, nn.Module],
 
 def _holds_a_matrix(module: nn.Module) -> bool:
     """Return whether ``module`` itself has a parameter with more than one dimension, as a Conv1d or an LSTM does."""
-    if isinstance(module, ParametrizationList):  # the module whose parameter it computes is named instead
+    # Of the former, the module whose parameter it computes is named instead. Of the latter, a gain may be left.
+    if isinstance(module, ParametrizationList | UnpackedOwnKernel):
         return False
     return any(parameter.ndim > 1 for parameter in _own_parameters(module))
 

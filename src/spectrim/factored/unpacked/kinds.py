@@ -14,6 +14,7 @@ from spectrim.factored.unpacked.convolutions import (
     UnpackedTransposed3d,
 )
 from spectrim.factored.unpacked.experts import UnpackedExperts
+from spectrim.factored.unpacked.own_kernel import UnpackedOwnKernel, kernel_of
 from spectrim.factored.unpacked.own_linear import UnpackedOwnLinear, computes_the_product
 from spectrim.factored.unpacked.recurrent import (
     UnpackedGRU,
@@ -47,13 +48,16 @@ BY_KIND = {kind: own for own in CLASSES for kind in own.kinds}
 def class_for(module: nn.Module) -> type[Unpacked] | None:
     """Return the class that can unpack modules of the class of ``module``; None where there is none.
 
-    A subclass of a module of torch may compute something else. So it has none, but a Linear that was tried has one.
+    A subclass of a module of torch may compute something else. So it has none, but a Linear or a Conv2d that was tried
+    has one.
     """
     if isinstance(module, Unpacked | torch.jit.ScriptModule):
         return None
     weights = [module._parameters.get(name) for name in UnpackedExperts.packs]
     if all(weight is not None and weight.ndim == 3 for weight in weights):
         return UnpackedExperts
+    if kernel_of(module) is not None:
+        return UnpackedOwnKernel
     return UnpackedOwnLinear if computes_the_product(module) else BY_KIND.get(type(module))
 
 
