@@ -179,7 +179,7 @@ def _as_in_mean(parts: Iterable[list[GateGradients]], sizes: Sequence[tuple[int,
     A sample of a batch with more predicted tokens a sample counts for more there.
     ``sizes``: samples and weight of each batch.
     """
-    samples, weight = processes.add_up(torch.tensor(sizes).reshape(-1, 2).sum(0)).tolist()
+    samples, weight = processes.add_up(torch.tensor(sizes, dtype=torch.int64).reshape(-1, 2).sum(0)).tolist()
     for own in parts:
         for rows, (count, of_batch) in zip(own, sizes, strict=True):
             if of_batch * samples != weight * count:
