@@ -82,7 +82,7 @@ NOTES = (
     "more samples.",
     "Embedding too: the rows of frequent tokens stay as they are. The rows of all other tokens are factored, each "
     "weighed by how often its token occurs. In all other rows the embedding stays dense.",
-    "Knapsack (BALF), SVD-LLM V2, ZS-SVD: the ranks by these papers, in the code of this project. "
+    "Knapsack (BALF), SVD-LLM V2, ZS-SVD, LEMS: the ranks by these papers, in the code of this project. "
     "docs/algorithms.md says what is left out.",
     "Published rows are as printed in S1b for BERT, at a drop that it does not define. Nothing of it was run here. "
     "Top-1 of SQuAD is exact match.",
