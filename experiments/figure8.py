@@ -24,6 +24,7 @@ DRAWN = {
     "knapsack_pivoted": replace(KNAPSACK, name="knapsack (BALF), pivoted"),
     "svdllmv2_pivoted": Curve("SVD-LLM V2, pivoted", *looks.ALDS),
     "zerosum_pivoted": Curve("ZS-SVD, pivoted", *looks.SENSITIVITY),
+    "lems_pivoted": Curve("LEMS, both sides whitened, pivoted", *looks.ENERGY),
     "joint": JOINT,
     "joint_pivoted": replace(JOINT, name="joint, ours, pivoted"),
     "two_sided_pivoted": Curve("joint, ours, both sides whitened, pivoted", *looks.VERIFIED_JOINT),

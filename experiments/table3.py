@@ -83,7 +83,7 @@ NOTES = (
     "Embedding too: the rows of frequent tokens stay as they are. The rows of all other tokens are factored, each "
     "weighed by how often its token occurs. In all other rows the embedding stays dense.",
     "Knapsack (BALF), SVD-LLM V2, ZS-SVD, LEMS: the ranks by these papers, in the code of this project. "
-    "docs/algorithms.md says what is left out.",
+    "docs/algorithms.md says what is left out. LEMS measures each layer on one batch of 8 blocks, for time.",
     "Published rows are as printed in S1b for BERT, at a drop that it does not define. Nothing of it was run here. "
     "Top-1 of SQuAD is exact match.",
     "S1b: Zhang et al., Compression for Better, arXiv 2412.06868.",

@@ -14,9 +14,8 @@ from spectrim.runs import configuration
 
 ROOT = Path(__file__).parents[2]
 UNRUN = {  # no records yet
-    *(f"table3/minilm/{name}_pivoted" for name in ("joint", "joint_with_embeddings")),
+    "table3/minilm/joint_pivoted",
     "figure4/resnet20/sensitivity_pivoted",
-    "table3/smollm2/lems_pivoted",
 }
 APART = {"smoke", "imagenet/table2", "imagenet/table2_packaged", *UNRUN}  # grids of no committed table
 
