@@ -29,6 +29,7 @@ PLACES = {
     "factored/unpacked/attention.py": ["refusal"],
     "factored/unpacked/experts.py": ["refusal"],
     "statistics/gate_rows.py": ["MIXED", "OUTSIDE"],
+    "statistics/switched_off.py": ["SWITCHED_OFF"],
     "algorithms/shared/workbench.py": ["of", "_that_runs"],
     "algorithms/shared/walk.py": ["_opened"],
     "algorithms/shared/tied_curve.py": ["LEFT"],

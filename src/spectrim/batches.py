@@ -11,9 +11,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from spectrim.errors import UserError, first_line
+from spectrim.tools.sparse import rows_at
 
 Inputs = Any  # a tensor, a tuple of positional or a mapping of keyword arguments
 Batches = Iterable[tuple[Inputs, Any]]
+FITTING = {  # what to give, by what a failing pass says
+    "ndarray": "tensors, such as torch.from_numpy(array)",
+    "nference tensor": "torch.no_grad in place of torch.inference_mode in its forward pass",
+    "": "a model and inputs that fit each other",
+}
 
 
 def forward(model: nn.Module, inputs: Inputs, copies: bool = True) -> Any:
@@ -31,14 +37,9 @@ def forward(model: nn.Module, inputs: Inputs, copies: bool = True) -> Any:
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         where = next(iter(running(model, error)), "")  # empty: the model itself
         shapes = _shapes(inputs)
-        fitting = (
-            "tensors, such as torch.from_numpy(array)"
-            if "ndarray" in shapes
-            else "a model and inputs that fit each other"
-        )
         raise UserError(
             f"the model failed on inputs of shape {shapes}{where and f', at layer {where}'}: "
-            f"{first_line(error)}; give {fitting}"
+            f"{first_line(error)}; give {next(own for sign, own in FITTING.items() if sign in f'{shapes} {error}')}"
         ) from error
 
 
@@ -116,7 +117,7 @@ def _sampled(values: Any, chosen: Tensor, count: int, inside: bool = False) -> A
         taken = padded[chosen.to(padded.device)]
         return pack_padded_sequence(taken, lengths[chosen], batch_first=True, enforce_sorted=False)
     if isinstance(values, Tensor):
-        return values[chosen.to(values.device)] if values.ndim and len(values) == count else values
+        return rows_at(values, chosen.to(values.device)) if values.ndim and len(values) == count else values
     if isinstance(values, tuple | list) and are_samples(values, count, inside):
         return _rebuilt(values, [values[index] for index in chosen.tolist()])
     if (parts := _parts(values)) is not None:

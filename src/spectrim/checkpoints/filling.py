@@ -77,7 +77,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def require_stored(model: nn.Module) -> None:
-    """Raise ``UserError`` where a part of the state of ``model`` is no plain tensor, such as the integers of torchao.
+    """Raise ``UserError`` where a part of the state of ``model`` is no plain tensor: sparse, or integers of torchao.
 
     The extra state that a module may add is left out of a file unless it is a tensor.
     """
@@ -85,6 +85,19 @@ def require_stored(model: nn.Module) -> None:
         if type(value) not in (Tensor, nn.Parameter, nn.Buffer) and not name.endswith("_extra_state"):
             kind = type(value.data).__name__ if type(value) is nn.Parameter else type(value).__name__
             raise UserError(f"{name} is of class {kind}, which no file holds; save the model before it is quantised")
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            raise UserError(
+                f"{name} has the layout {value.layout}, which no file holds; give register_buffer persistent=False, so "
+                "that the model makes it when it is built, or keep it dense"
+            )
+
+
+def _place(value: Tensor) -> object:
+    """Return what two tensors agree in that are the same part of memory."""
+    if value.layout is not torch.strided:  # it has no memory of its own
+        return id(value)
+    # An address would not do, as all tensors on the meta device have the address 0.
+    return value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride()
 
 
 def names_of_shared(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -94,9 +107,7 @@ def names_of_shared(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """
     groups: dict[object, list[str]] = {}
     for name, value in tensors_of(model).items():
-        # An address would not do, as all tensors on the meta device have the address 0.
-        place = value.untyped_storage()._cdata, value.storage_offset(), value.shape, value.stride()
-        groups.setdefault(place if value.numel() else name, []).append(name)
+        groups.setdefault(_place(value) if value.numel() else name, []).append(name)
     return {name: tuple(names) for names in groups.values() for name in names}
 
 

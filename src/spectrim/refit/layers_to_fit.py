@@ -17,6 +17,7 @@ from spectrim.factored.tied import TiedLinear
 from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.processes import ALONE, Processes
 from spectrim.tools.hooks import hooked
+from spectrim.tools.sparse import rows_at
 
 
 def layers_to_fit(
@@ -107,5 +108,7 @@ def _of_one_row(inputs: Inputs) -> Inputs:
 def _first_row(tensor: Tensor) -> Tensor:
     if not tensor.numel() or not tensor.ndim:
         return tensor
+    if tensor.layout is not torch.strided:
+        return rows_at(tensor, torch.zeros(len(tensor), dtype=torch.int64, device=tensor.device))
     vectors = tensor.is_floating_point() and tensor.ndim > 1
     return (tensor.flatten(0, -2) if vectors else tensor.flatten())[:1].expand(tensor.shape)

@@ -9,7 +9,7 @@ from spectrim.decomposers import oblique
 from spectrim.decomposers.spectrum import Directions
 from spectrim.errors import UserError
 from spectrim.factored.dense import DenseLayer
-from spectrim.statistics.objective import Objective
+from spectrim.statistics.objective import NoGradient, Objective
 from spectrim.statistics.output_moments import output_moments
 from spectrim.tools import resume
 from spectrim.tools.content import of_state
@@ -33,7 +33,8 @@ def output_weights(
 
     ``by``: ``"outputs"`` gives None: all outputs of a layer count alike.
     ``samples``: number of samples to read, in whole batches.
-    Raises ``UserError`` for an empty split, and for a loss or gradient that is not finite.
+    Raises ``UserError`` for an empty split, and for a loss or gradient that is not finite. Raises ``NoGradient`` where
+    the loss feels an error of no layer.
     """
     if by == "outputs":
         return None
@@ -46,13 +47,16 @@ def output_weights(
 
     def measured() -> Weights:
         folder = None if objective.layers_at_once is None else SpillFolder()
-        found: dict[str, Tensor | SpilledTensors] = {}
+        found, some = dict[str, Tensor | SpilledTensors](), False
         for block in objective.blocks(list(views)):
             for name, G_gOO in _moments(dense, {name: views[name] for name in block}, objective, samples).items():
                 if not G_gOO.isfinite().all():
                     problem = "the gradients at its outputs hold NaN or infinity"
                     raise UserError(f'layer {name}: {problem}; check the data, or give refit_by="outputs"')
+                some = some or bool(G_gOO.any())
                 found[name] = G_gOO if folder is None else folder.write({"G": G_gOO})
+        if found and not some:
+            raise NoGradient
         return found
 
     key = (tuple(views), samples, of_state(dense))

@@ -81,6 +81,8 @@ class Leaves:
 
     def reached(self, output: Tensor) -> Tensor:
         """Return ``output``, or a tensor that equals it. No parameter of the model requires a gradient."""
+        if output.is_inference():  # the model takes no gradient here, and such a tensor can have none
+            output = output.clone()
         if self._joined is None:
             self._joined = output.requires_grad
         if not output.requires_grad:  # nothing is differentiated before it

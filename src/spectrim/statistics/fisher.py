@@ -6,7 +6,7 @@ between the two factors, so one backward pass gives all gates of all layers.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,10 +21,11 @@ from spectrim.losses import SpanLoss, have_scores
 from spectrim.statistics.backward import Start, detached, gradients_at, start_at
 from spectrim.statistics.batch_loss import batch_weight, finite_loss, has_gradient
 from spectrim.statistics.directions import generator_of, random_direction
-from spectrim.statistics.gate_rows import GateRows, Weighed
+from spectrim.statistics.gate_rows import OUTSIDE, GateRows, Weighed
 from spectrim.statistics.objective import NoGradient, Objective
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.split_reader import Batch
+from spectrim.statistics.switched_off import SWITCHED_OFF, SwitchedOff
 from spectrim.surgery.tied import tied_layers
 from spectrim.tools import resume
 from spectrim.tools.hooks import hooked
@@ -118,11 +119,13 @@ def _gate_gradients(
     objective, generator = generator_of(model, objective, samples, seed)
     modules = {name: model.get_submodule(name) for name in layers}
     gates, ties = GateRows(modules, objective.blocks(layers)), tied_layers(model)
-    hooks = [
+    hooks: list[tuple[nn.Module, Callable[..., Any]]] = [
         (_first(place, model.get_submodule(place)), gates.keeping(name))
         for name in layers
         for place in (name, *ties.get(name, ()))  # one gate for all uses of a weight
     ]
+    off = SwitchedOff()
+    hooks += [(_first(name, modules[name]), off.noting(name)) for name in layers]
     parts: dict[str, list[GateGradients]] = {name: [] for name in layers}
     sizes: list[tuple[int, int]] = []  # of each batch: its samples, and its weight in the mean loss
     differentiable = False
@@ -138,6 +141,7 @@ def _gate_gradients(
         raise NoGradient
     gates.agree(processes)
     left = gates.left()
+    left |= {name: SWITCHED_OFF for name in processes.in_any(off.layers, layers) if left.get(name) == OUTSIDE}
     _as_in_mean(parts.values(), sizes, processes)
     rows = {
         name: GateGradients(*(processes.gather(torch.cat(rows)) for rows in zip(*own, strict=True)))

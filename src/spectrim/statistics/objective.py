@@ -31,8 +31,8 @@ class NoGradient(UserError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the loss has no gradient: the model or the loss detaches its output, or is not differentiable; give "
-            "another loss=, or take an algorithm that needs no gradient, such as knapsack"
+            "the loss has no gradient: the model or the loss switches gradients off, detaches its output or is not "
+            "differentiable; give another loss=, or take an algorithm that needs no gradient, such as knapsack"
         )
 
 

@@ -18,6 +18,7 @@ from spectrim.factored.base import FactoredLayer
 from spectrim.factored.dense import attributes_of, dense_kinds, with_article
 from spectrim.tools.alone import alone
 from spectrim.tools.content import content as content_of
+from spectrim.tools.sparse import BY_COLUMNS, BY_ROWS
 
 # The attributes in which a module of torch holds its hooks on calls.
 HOOKS = [name for name in vars(nn.Module()) if name.startswith(("_forward_", "_backward_", "_is_full_backward_"))]
@@ -258,9 +259,11 @@ def _uncopied(model: nn.Module) -> str:
 
 
 class _WithoutHistory(TorchFunctionMode):
-    """Let tensors with a gradient history be copied, which torch refuses. A gradient pass leaves such activations."""
+    """Let tensors be copied that torch refuses: with a gradient history, as a pass leaves them, or sparse by rows."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
             args = (args[0].detach(), *args[1:])
+        if func is Tensor.__deepcopy__ and args[0].layout in BY_ROWS + BY_COLUMNS:
+            return args[1].setdefault(id(args[0]), args[0].clone())
         return func(*args, **(kwargs or {}))

@@ -13,6 +13,7 @@ from spectrim.batches import Inputs, first_argument, tensors_of
 from spectrim.errors import UserError
 from spectrim.factored.dense import dense_kinds
 from spectrim.tools.alone import alone
+from spectrim.tools.sparse import plain_parts
 
 
 class Watch(TorchFunctionMode):
@@ -35,7 +36,7 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.stored = {_place(own): (name, own) for name, own in (parameters or {}).items() if _place(own)}
-        self.given = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(inputs)}
+        self.given = {_address(part) for tensor in tensors_of(inputs) for part in plain_parts(tensor)}
         self.owners_of: dict[int, set[str]] = {}
         for name, layer in layers.items():
             self.owners_of.setdefault(id(layer.weight), set()).add(name)
@@ -115,7 +116,7 @@ class Watch(TorchFunctionMode):
             self.transformed.add(name)
 
     def _are_given(self, values: tuple[Tensor, ...]) -> bool:
-        return all(value.untyped_storage().data_ptr() in self.given for value in values)
+        return all(_address(value) in self.given for value in values)
 
     def _note(self, owners: set[str]) -> None:
         if self.running[-1] not in owners:
@@ -123,10 +124,15 @@ class Watch(TorchFunctionMode):
 
 
 def _place(tensor: Tensor) -> int:
+    """Return the ``_address`` of a tensor of torch's own class; 0 for any other."""
+    return _address(tensor) if type(tensor) in (Tensor, nn.Parameter) else 0
+
+
+def _address(tensor: Tensor) -> int:
     """Return the address of the memory of ``tensor``; 0 where it has none of its own."""
     try:
-        return tensor.untyped_storage().data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
-    except RuntimeError:  # as inside of torch.func
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # as inside of torch.func, and of a sparse tensor
         return 0
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from spectrim.tools.sparse import plain_parts
+
 PLAIN = Tensor | int | float | complex | str | bytes | torch.dtype | torch.device | None
 TORCH_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, submodules, hooks and mode of every module
 HELD = list | tuple | deque | range | dict | set | frozenset | np.ndarray | np.generic
@@ -60,6 +62,9 @@ def _add(digest: "hashlib.blake2b", value: Any) -> None:
         _add(digest, [type(value).__qualname__, context, *(getattr(value, name) for name in names)])
     elif isinstance(value, Tensor):
         digest.update(f"{value.dtype}{tuple(value.shape)}{value.device}".encode())
+        if len(parts := plain_parts(value)) > 1:  # a sparse tensor may be too large to be written out
+            _add(digest, [str(value.layout), *parts])
+            return
         plain = value.detach().dequantize() if value.is_quantized else value.detach().to_dense()
         digest.update(plain.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     elif isinstance(value, Mapping):

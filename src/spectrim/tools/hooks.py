@@ -39,8 +39,11 @@ def _of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 
     def called(*args: Any) -> Any:
         # On a card torch repeats the part in a thread of its own. It must compute there as it did here.
-        if get_ident() == here or torch._C._current_graph_task_id() != -1:
-            return hook(*args)
-        return None
+        if get_ident() != here and torch._C._current_graph_task_id() == -1:
+            return None
+        if torch.is_inference_mode_enabled():  # what a hook keeps is changed outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                return hook(*args)
+        return hook(*args)
 
     return called

@@ -26,6 +26,7 @@ from spectrim.statistics.packed import PackedMoments
 from spectrim.statistics.shifted_moments import is_wide, shifts
 from spectrim.surgery import replacing
 from spectrim.tools.hooks import hooked
+from spectrim.tools.sparse import plain_parts
 from spectrim.tools.trainable import alone_trainable
 
 GROWTH = 0.9  # larger matrices take less time for each operation
@@ -180,9 +181,9 @@ class _Saved:
         """Return a context in which they are counted."""
 
         def noted(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._weights:
-                self._sizes[storage.data_ptr()] = storage.nbytes()
+            for storage in (part.untyped_storage() for part in plain_parts(tensor)):
+                if storage.data_ptr() not in self._weights:
+                    self._sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         return torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor)
