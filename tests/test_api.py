@@ -326,7 +326,11 @@ def test_a_name_whose_file_changes_a_part_of_another_has_the_rest_of_it() -> Non
 @pytest.mark.parametrize(
     ("argument", "value", "said"),
     [
-        ("algorithm", "jointt", "^algorithm='jointt' is unknown; known are aimet, alds, .*joint, joint_cut"),
+        (
+            "algorithm",
+            "jointt",
+            r"^algorithm='jointt' is unknown \(did you mean joint\?\); known are aimet, alds, .*joint, joint_cut",
+        ),
         ("decomposer", "svd", "^decomposer='svd' is unknown; known are best_view, pivoted, scaled, svd_channel"),
         ("algorithm", spectrim.Truncation, r"^algorithm=Truncation is a class; pass an instance, Truncation\(…\)$"),
         ("decomposer", spectrim.SVD, "^decomposer=SVD is a class; pass an instance"),

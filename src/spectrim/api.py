@@ -36,10 +36,12 @@ from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.tools import resume as resuming
 from spectrim.tools.autocast import uncached
 from spectrim.tools.content import of_state
+from spectrim.tools.spelling import checked
 
 NO_SIZE = "no size is asked for, so Lossless() lowers the predicted loss; give params_kept= for a size"
 
 
+@checked("spectrim.compress")
 def compress(
     model: nn.Module,
     *,
@@ -217,6 +219,7 @@ def _said(value: Any) -> str:
     return value.__name__ if isinstance(value, type) else repr(value)[:40]
 
 
+@checked("spectrim.load")
 def load(
     path: str | Path,
     *,

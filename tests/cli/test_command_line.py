@@ -46,9 +46,18 @@ def ended(process: subprocess.Popen) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model=nosuch"], "spectrim: In 'config': Could not find 'model/nosuch' Available options in 'model':"),
+        (["model=nosuch"], "spectrim: model=nosuch is unknown; known are bias_free_mlp, cct2, densenet22"),
+        (
+            ["model=densnet22"],
+            "spectrim: model=densnet22 is unknown (did you mean densenet22?); known are bias_free_mlp",
+        ),
+        (
+            ["algorithm=joint", "algorithm.param_kept=1"],
+            "spectrim: algorithm.param_kept is no setting; did you mean algorithm.params_kept?",
+        ),
         (["model._target_=os.system", "algorithm=truncation"], "spectrim: config.model._target_=os.system"),
-        (["--mistyped"], "spectrim: unrecognized arguments: --mistyped; --help lists the options"),
+        (["--mistyped"], "spectrim: --mistyped is no option; --help lists the options"),
+        (["--multrun"], "spectrim: --multrun is no option (did you mean --multirun?); --help lists the options"),
     ],
 )
 def test_the_command_itself_ends_in_one_line(

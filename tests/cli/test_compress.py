@@ -217,6 +217,7 @@ def test_a_dry_run_writes_nothing(word_folder: Path, place: Path, capsys: pytest
         (["--seed", "-1"], "--seed=-1 is not a whole number in 0..4294967295"),
         (["--memory", "nan"], "--memory nan is no size; give GiB, such as 16"),
         (["--algorithm", "nothing"], "algorithm='nothing' is unknown; known are aimet, alds"),
+        (["--algorithm", "jiont"], "algorithm='jiont' is unknown (did you mean joint?); known are aimet"),
         (["--algorithm", "lossless"], "--algorithm lossless takes no --params-kept; it takes none of the budgets"),
         (["--device", "tpu"], "device='tpu' is none"),
         (["--exclude", "*"], "nothing to factor"),
@@ -398,6 +399,23 @@ def test_a_wrong_command_is_one_line(arguments: list[str], capsys: pytest.Captur
         main(arguments)
     error = capsys.readouterr().err
     assert end.value.code == 2 and error.count("\n") == 1 and "--help lists all options" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--param-kept", "0.5"], "--param-kept is no option (did you mean --params-kept?)"),
+        (["--params-kept", "0.5", "--calibraton=x"], "--calibraton is no option (did you mean --calibration?)"),
+    ],
+)
+def test_a_misspelt_option_names_the_one_that_was_meant(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["own_nets:build", *arguments])
+    error = capsys.readouterr().err
+    assert end.value.code == 2
+    assert error == f"spectrim-compress: {said}; spectrim-compress --help lists all options\n"
 
 
 def test_memory_decides_how() -> None:

@@ -30,7 +30,7 @@ from spectrim.errors import UserError
 from spectrim.records.records import failure_path
 from spectrim.runs import composition, read_once
 from spectrim.runs.configuration import MISTAKES, check_choices, innermost, invocation, present_names
-from spectrim.tools import files, malloc
+from spectrim.tools import files, malloc, spelling
 
 composition.guard()  # here, because joblib's workers import this module before they compose a cell
 
@@ -186,6 +186,9 @@ def _check_options() -> None:
     """Refuse an unknown option in one line. Hydra would print its whole usage."""
     parser = get_args_parser()
     parser.error = _refuse_option  # type: ignore[method-assign]
+    mistake = spelling.misspelt(sys.argv[1:], [*parser._option_string_actions, *messages.OPTIONS])
+    if mistake:
+        _refuse_option(mistake)
     parser.parse_args()
 
 

@@ -36,6 +36,7 @@ def run(options: Namespace, arguments: Sequence[str]) -> None:
     """Do what the command line says. Raises ``UserError`` for anything that cannot be done as asked."""
     _require_sizes(options)
     _require_free(options.out)
+    _require_names(options)
     hub = None if options.push_to_hub is None else upload.client()
     if given_model.is_factory(options.model):
         _of_factory(options, arguments)
@@ -53,6 +54,14 @@ def _require_sizes(options: Namespace) -> None:
     if options.memory is not None and not 0 < options.memory < math.inf:
         raise UserError(f"--memory {options.memory} is no size; give GiB, such as 16")
     require_seed("--seed", options.seed)
+
+
+def _require_names(options: Namespace) -> None:
+    """Refuse an unknown algorithm or decomposer, and a budget that it does not take, before anything is read."""
+    if options.algorithm:
+        _algorithm(options.algorithm, options)
+    if options.decomposer:
+        named("decomposer", options.decomposer)
 
 
 def _require_free(out: Path | None, goes_on: bool = True) -> None:

@@ -4,9 +4,10 @@ import argparse
 import logging
 import os
 import sys
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import spectrim
+from spectrim.tools import spelling
 
 LOG = logging.getLogger("spectrim.cli")
 RESULTS = logging.getLogger("spectrim.cli.results")
@@ -34,6 +35,14 @@ class Parser(argparse.ArgumentParser):
         """Add the option ``--version``."""
         self.add_argument("--version", action="version", version=f"%(prog)s {spectrim.__version__}")
         return self
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse ``args``. A misspelt option is told first: argparse would rather miss the one that was meant."""
+        words = sys.argv[1:] if args is None else list(args)
+        mistake = "" if self._subparsers else spelling.misspelt(words, self._option_string_actions)
+        if mistake:
+            self.error(mistake)
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists all options\n")

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spectrim.errors import UserError
+from spectrim.tools import spelling
 
 # The package ``spectrim.conf``; in a checkout, a link to the folder ``conf``.
 CONF = str(Path(__file__).resolve().parents[1] / "conf")
@@ -99,8 +100,30 @@ def innermost(error: BaseException) -> str:
         if isinstance(cause, MissingConfigException) and cause.missing_cfg_file in EXTRAS:
             extra = EXTRAS[cause.missing_cfg_file]
             return f"{cause.missing_cfg_file} needs extra packages: pip install 'spectrim[{extra}]'"
+        if isinstance(cause, MissingConfigException) and cause.missing_cfg_file and cause.options:
+            group, _, name = cause.missing_cfg_file.rpartition("/")
+            near = spelling.meant(name, cause.options)
+            return f"{group}={name} is unknown{near}; known are {', '.join(cause.options)}"
+        if isinstance(cause, OmegaConfBaseException) and said.startswith("Could not override"):
+            return _unknown_setting(cause) or said
         cause = cause.__cause__
     return said or type(error).__name__
+
+
+def _unknown_setting(error: OmegaConfBaseException) -> str:
+    """Return the line that tells which settings stand beside an unknown one; empty where any may be added."""
+    node, parent = error.parent_node or OmegaConf.create({}), str(error.full_key).rpartition(".")[0]
+    beside = [str(key) for key in node if not str(key).startswith("_")]
+    if not beside:
+        return ""
+    known = {key: f"{parent}.{key}" if parent else key for key in beside}
+    if not parent:  # a group such as experiment is no setting, and algorithm. may have been forgotten
+        known |= {path.name: path.name for path in Path(CONF).iterdir() if path.is_dir()}
+        inner = [f"{key}.{own}" for key in beside if isinstance(node._get_node(key), DictConfig) for own in node[key]]
+        known = {name.rpartition(".")[2]: name for name in inner} | known
+    near = known.get(spelling.nearest(str(error.key), known))
+    said = f"did you mean {near}?" if near else f"{parent or 'the configuration'} has {', '.join(beside)}"
+    return f"{error.full_key} is no setting; {said}"
 
 
 def unknown_experiment(name: str) -> str:

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spectrim.errors import UserError
 from spectrim.runs import targets
 from spectrim.runs.configuration import CONF
+from spectrim.tools import spelling
 
 OVERRIDE = (
     "override /decomposer@_global_.decomposer"  # in the list of defaults of an algorithm: the one it is best with
@@ -27,7 +28,7 @@ def named(group: str, name: str) -> Any:
     """
     known = sorted(path.stem for path in Path(CONF, group).glob("*.yaml"))
     if name not in known:
-        raise UserError(f"{group}={name!r} is unknown; known are {', '.join(known)}")
+        raise UserError(f"{group}={name!r} is unknown{spelling.meant(name, known)}; known are {', '.join(known)}")
     try:
         return targets.build(_settings(group, name))
     except UserError as error:

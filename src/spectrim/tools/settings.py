@@ -11,6 +11,7 @@ from beartype.door import is_bearable
 from beartype.vale import IsInstance
 
 from spectrim.errors import UserError
+from spectrim.tools import spelling
 
 T = TypeVar("T")
 # An int is accepted as a float, but a bool as neither, because rank=true does not mean rank 1.
@@ -24,7 +25,8 @@ _NUMBERS = BeartypeConf(
 def settings(cls: type[T]) -> type[T]:
     """Make ``cls`` a frozen dataclass that raises ``UserError`` for a field of the wrong type.
 
-    The check precedes the class's own or inherited ``__post_init__``, which may rely on the types.
+    The check precedes the class's own or inherited ``__post_init__``, which may rely on the types. A misspelt name of a
+    field raises a ``TypeError`` that tells the one that was probably meant.
     """
     checks: Callable[[Any], None] | None = getattr(cls, "__post_init__", None)
 
@@ -41,7 +43,9 @@ def settings(cls: type[T]) -> type[T]:
             checks(self)
 
     cls.__post_init__ = check  # type: ignore[attr-defined]
-    return dataclass(frozen=True)(cls)
+    made = dataclass(frozen=True)(cls)
+    made.__init__ = spelling.checked(cls.__name__)(made.__init__)  # type: ignore[method-assign]
+    return made
 
 
 def require_seed(name: str, seed: object) -> None:
