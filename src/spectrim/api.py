@@ -34,8 +34,8 @@ from spectrim.surgery.given_model import (
 )
 from spectrim.surgery.layer_choice import LayerChoice
 from spectrim.tools import resume as resuming
-from spectrim.tools.autocast import uncached
 from spectrim.tools.content import of_state
+from spectrim.tools.precision import exact, uncached
 from spectrim.tools.spelling import checked
 
 NO_SIZE = "no size is asked for, so Lossless() lowers the predicted loss; give params_kept= for a size"
@@ -127,12 +127,12 @@ def compress(
         raise UserError("resume= serves a selection of one process; leave it out where several share the batches")
     notes = [NO_SIZE] if params_kept is None and plan is None and algorithm is None else []
     if dry_run:
-        with unchanged(model), torch.inference_mode(False), uncached(), torch.random.fork_rng():
+        with unchanged(model), torch.inference_mode(False), uncached(), exact(), torch.random.fork_rng():
             told = forecast(model, selector, views, objective)
         told.notes.extend(notes)
         return told
     objective.require_same("models", lambda: of_state(model))
-    with unchanged(model), torch.inference_mode(False), uncached(), resuming.into(resume):
+    with unchanged(model), torch.inference_mode(False), uncached(), exact(), resuming.into(resume):
         result = selector.compress(model, views, objective).settle(batch_norm, objective)
     objective.require_same("plans", result.plan.to_json)
     result.notes.extend(notes)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from spectrim.errors import UserError, first_line
+from spectrim.tools.precision import as_given
 from spectrim.tools.sparse import rows_at
 
 Inputs = Any  # a tensor, a tuple of positional or a mapping of keyword arguments
@@ -31,7 +32,8 @@ def forward(model: nn.Module, inputs: Inputs, copies: bool = True) -> Any:
     """
     try:
         args, kwargs = arguments(cloned(inputs) if copies else inputs)
-        return model(*args, **kwargs)
+        with as_given():
+            return model(*args, **kwargs)
     except UserError:
         raise
     except (RuntimeError, ValueError, IndexError, TypeError) as error:

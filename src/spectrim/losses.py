@@ -15,6 +15,7 @@ from spectrim.batches import cloned, with_tensors
 from spectrim.errors import UserError, first_line
 from spectrim.tools import token_entropy
 from spectrim.tools.normals import Normals
+from spectrim.tools.precision import as_given
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) → mean over the batch, a scalar
 IGNORED = -100  # the label of a token that is not predicted, as in transformers and torch
@@ -202,7 +203,8 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
         )
     targets = cloned(targets)  # a loss may write to them
     try:
-        value = loss(taken_by(loss, outputs), targets)
+        with as_given():
+            value = loss(taken_by(loss, outputs), targets)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         advice = "; give classes as int64 tensors, or loss=, a function of both" if loss is F.cross_entropy else ""
         raise UserError(f"the loss failed on these outputs and targets: {first_line(error)}{advice}") from error

@@ -105,7 +105,7 @@ def test_autocast_and_half_inputs_do_not_make_the_moments_coarse(all_wide: None,
         half = x.to(dtype)
         with torch.autocast("cpu", dtype):
             wanted = layer(x)
-            given = [moments_of(layer, Flows([inputs], [wanted], [None]), processes) for inputs in (x, half)]
+        given = [moments_of(layer, Flows([inputs], [wanted], [None]), processes) for inputs in (x, half)]
     assert wanted.dtype == dtype
     for found in given:
         for one, other in zip(found.means, expected.means, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info
 
-from spectrim.tools.autocast import settings_of_numbers, uncached
+from spectrim.tools.precision import settings_of_numbers, uncached
 from spectrim.tools.threads import inheriting
 
 T = TypeVar("T")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spectrim.batches import tensors_of
 from spectrim.losses import Loss, scores_of
+from spectrim.tools.precision import wide
 
 
 def distance(loss: Loss, outputs: Any, wanted: Any, targets: Any, temperature: float = 1.0) -> tuple[Tensor, str]:
@@ -37,5 +38,6 @@ def distance(loss: Loss, outputs: Any, wanted: Any, targets: Any, temperature: f
 
 def relative_error(y: Tensor, wanted: Tensor) -> Tensor:
     """Return ``||y - wanted||^2 / ||wanted||^2``; the first term over the least number where ``wanted`` is 0."""
+    y, wanted = wide(y), wide(wanted)
     tiny = torch.finfo(wanted.dtype).tiny
     return (y - wanted).square().sum() / wanted.square().sum().clamp_min(tiny)

@@ -12,6 +12,7 @@ from torch.nn.grad import conv2d_weight
 from spectrim.statistics.input_moments import Positions, Rows
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.shifted_moments import is_wide, padded, patch_moment
+from spectrim.tools.precision import wide
 
 POSITIONS = 32768  # number of positions of a convolution over all samples; neighbouring positions are nearly alike
 
@@ -102,15 +103,14 @@ def _sums_by_batch(dense: nn.Module, flows: Flows) -> Iterator[Sums]:
 
 
 def _sums(rows: Rows, x: Tensor, y: Tensor, mask: Tensor | None, at: Positions | None) -> Sums:
-    x, y = rows.inputs(x, mask, at), rows.outputs(y, mask, at)
+    x, y = wide(rows.inputs(x, mask, at)), wide(rows.outputs(y, mask, at))
     return x.shape[1], (x.mT @ x, y.mT @ x, x.sum(1), y.sum(1))
 
 
 def _sums_of_wide(dense: nn.Conv2d, x: Tensor, y: Tensor) -> Sums:
     """Return the sums over all positions in a part of the time of ``_sums``, for the patches are never made."""
-    around = padded(dense, x)
+    around, y = wide(padded(dense, x)), wide(y)
     count, xx = patch_moment(dense, around)
-    around, y = around.to(xx), y.to(xx)  # under autocast they may differ
     (kh, kw), groups = dense.kernel_size, dense.groups
     yx = conv2d_weight(around, dense.weight.shape, y, groups=groups)  # the gradient is this product
     x_sum = around.sum(0).unfold(1, kh, 1).unfold(2, kw, 1).sum((1, 2))

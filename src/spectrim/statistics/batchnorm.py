@@ -14,6 +14,7 @@ from spectrim.statistics.processes import Processes
 from spectrim.surgery.given_model import unchanged
 from spectrim.tools.content import content, of_state
 from spectrim.tools.hooks import hooked
+from spectrim.tools.precision import wide
 
 # After compression the statistics either stay those of the dense model or follow the change.
 BatchNorm = Literal["keep", "follow"]
@@ -88,7 +89,7 @@ def _seen(dense: nn.Module, inputs: Inputs) -> dict[str, list[Statistics]]:
 
 def _statistics(x: Tensor) -> Statistics:
     """Return mean and variance of each channel, both of shape (C,), for inputs of shape (N, C, ...)."""
-    channels = x.detach().transpose(0, 1).flatten(1)
+    channels = wide(x.detach()).transpose(0, 1).flatten(1)
     return channels.mean(1), channels.var(1, unbiased=False)
 
 
@@ -99,7 +100,7 @@ class _Correction:
 
     def __init__(self, dense: nn.modules.batchnorm._BatchNorm) -> None:
         assert dense.running_mean is not None and dense.running_var is not None
-        self.mean, self.var = dense.running_mean.clone(), dense.running_var.clone()
+        self.mean, self.var = wide(dense.running_mean).clone(), wide(dense.running_var).clone()
         self.mean_sum, self.var_sum, self.calls = torch.zeros_like(self.mean), torch.zeros_like(self.var), 0
 
     def __call__(self, norm: nn.modules.batchnorm._BatchNorm, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from spectrim.statistics.backward import gradients_at
 from spectrim.statistics.batch_loss import batch_weight, finite_loss
 from spectrim.statistics.processes import ALONE, Processes
 from spectrim.statistics.split_reader import Batch, require_samples
+from spectrim.tools.precision import wide
 from spectrim.tools.trainable import alone_trainable
 
 
@@ -29,7 +30,7 @@ def mean_gradients(
     Raises ``UserError`` where the loss is not finite or the split is empty.
     """
     device, seen, reached = device_of(model), 0, set[str]()
-    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    sums = {name: torch.zeros_like(wide(weight)) for name, weight in weights.items()}
     with evaluating(model), torch.enable_grad(), alone_trainable(model, weights.values()):
         for inputs, targets in batches:
             targets = to_device(targets, device)

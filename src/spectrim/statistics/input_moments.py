@@ -19,6 +19,7 @@ from spectrim.statistics.processes import Processes
 from spectrim.statistics.shifted_moments import is_wide, padded, patch_moment
 from spectrim.surgery.tied import tied_layers
 from spectrim.tools.hooks import hooked
+from spectrim.tools.precision import wide
 
 
 def input_moments(
@@ -193,7 +194,7 @@ class _Gathered:
         if self.wide is not None:
             count, added = patch_moment(self.wide, padded(self.wide, x))
         else:
-            x = self.rows.inputs(x, mask)
+            x = wide(self.rows.inputs(x, mask))
             count, added = x.shape[1], x.transpose(1, 2) @ x
         value = packed.held(added).double()
         return _Sum(self.sum.count + count, self.sum.value + value if self.sum.count else value)

@@ -27,6 +27,7 @@ from spectrim.statistics.packed import Moment, PackedMoments
 from spectrim.statistics.processes import Processes
 from spectrim.surgery.tied import tied_layers
 from spectrim.tools.hooks import hooked
+from spectrim.tools.precision import wide
 from spectrim.tools.trainable import alone_trainable
 
 
@@ -126,7 +127,7 @@ class _Gathered:
 
     def add(self, gradient: Tensor, size: torch.Size) -> None:
         """Add the positions of one call. ``size``: the shape of its input."""
-        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        gradient = wide(gradient)
         if isinstance(self.convolution, nn.Conv2d):
             gradient = _back_to_taps(self.convolution, gradient, size[-2])
         g = self.rows.outputs(gradient)

@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from spectrim.tools.autocast import settings_of_numbers
 from spectrim.tools.memo import Memory
+from spectrim.tools.precision import settings_of_numbers
 
 T = TypeVar("T")
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 from math import prod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from spectrim.tools.precision import wide
 
 LARGE = 1 << 20  # entries of a weight; smaller ones keep the order of sums that the published numbers have
 
@@ -41,17 +42,10 @@ def padded(layer: nn.Conv2d, x: Tensor) -> Tensor:
 def patch_moment(layer: nn.Conv2d, around: Tensor) -> tuple[int, Tensor]:
     """Return the number of patches p that the kernel sees, and the sum of ``p p^T`` over them, of shape (G, I, I).
 
-    The sum is taken in float32 or more, whatever the images and autocast.
-
     ``layer``: a convolution whose stride and dilation are 1.
     ``around``: the images, as ``padded`` returns them.
     """
-    with torch.autocast(around.device.type, enabled=False):
-        return _patch_moment(layer, around.to(torch.promote_types(around.dtype, torch.float32)))
-
-
-def _patch_moment(layer: nn.Conv2d, around: Tensor) -> tuple[int, Tensor]:
-    x_GHWNC = around.unflatten(1, (layer.groups, -1)).permute(1, 3, 4, 0, 2).contiguous()
+    x_GHWNC = wide(around).unflatten(1, (layer.groups, -1)).permute(1, 3, 4, 0, 2).contiguous()
     (kh, kw), inputs = layer.kernel_size, x_GHWNC.shape[-1]
     blocks = x_GHWNC.new_zeros(kh, kw, kh, kw, layer.groups, inputs, inputs)
     used_HW = x_GHWNC.any(0).flatten(2).any(2)

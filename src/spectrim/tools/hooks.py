@@ -9,12 +9,16 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from spectrim.tools.precision import exact
+
 Hooks = Iterable[tuple[nn.Module, Callable[..., Any]]]
 
 
 @contextmanager
 def hooked(*, before: Hooks = (), after: Hooks = ()) -> Iterator[None]:
     """Call hooks of modules inside the block, at calls of this thread alone: another may serve the model meanwhile.
+
+    They compute without the autocast that a model enters (``precision.exact``).
 
     ``before``: modules, each with a ``hook(module, args, kwargs)`` that is called before its forward pass.
     ``after``: modules, each with a ``hook(module, args, kwargs, output)`` that is called after its forward pass, before
@@ -41,9 +45,10 @@ def _of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
         # On a card torch repeats the part in a thread of its own. It must compute there as it did here.
         if get_ident() != here and torch._C._current_graph_task_id() == -1:
             return None
-        if torch.is_inference_mode_enabled():  # what a hook keeps is changed outside of it
-            with torch.inference_mode(False), torch.no_grad():
-                return hook(*args)
-        return hook(*args)
+        with exact():
+            if torch.is_inference_mode_enabled():  # what a hook keeps is changed outside of it
+                with torch.inference_mode(False), torch.no_grad():
+                    return hook(*args)
+            return hook(*args)
 
     return called

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from spectrim.errors import UserError
 from spectrim.tools import files, safetensors_stream
-from spectrim.tools.autocast import settings_of_numbers
 from spectrim.tools.content import content, of_file
+from spectrim.tools.precision import settings_of_numbers
 from spectrim.tools.safetensors_stream import Shard
 
 # A result that takes less time is cheaper to compute again than to keep.

@@ -6,7 +6,7 @@ from contextvars import copy_context
 
 import torch
 
-from spectrim.tools.autocast import KINDS
+from spectrim.tools.precision import KINDS
 
 
 def inheriting(function: Callable[[], None]) -> Callable[[], None]:

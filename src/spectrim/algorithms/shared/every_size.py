@@ -36,7 +36,7 @@ from spectrim.surgery.reopening import factored_layers
 from spectrim.surgery.unpacking import pack, unpacked
 from spectrim.tools import digests
 from spectrim.tools.alone import alone
-from spectrim.tools.autocast import uncached
+from spectrim.tools.precision import exact, uncached
 from spectrim.tools.safetensors_stream import Shard
 
 
@@ -186,7 +186,7 @@ def load(
     if not sizes.refit:
         raise UserError(f"{path} was made without a refit (refit=0); leave calibration= out")
     objective = Objective(loss or default_loss(into), {"calibration": with_decoder_inputs(calibration, into)})
-    with torch.inference_mode(False), uncached(), alone():
+    with torch.inference_mode(False), uncached(), exact(), alone():
         dense = unpacked(every_size.filled(copied(into), shard, RankPlan()))
         weights = output_weights(sizes.refit_by, dense, sizes.whole, objective, sizes.refit)
         model = every_size.filled(into, shard, plan)  # what fails before leaves ``into`` as it is

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from spectrim.statistics.objective import Objective
+from spectrim.tools.precision import exact, uncached
 from spectrim.tools.profiling import Timed
 
 
@@ -37,7 +38,7 @@ def reporter(make: Callable[[], tuple[pd.DataFrame, str]], objective: Objective)
     @cache
     def report() -> LayerReport:
         before = Counter(objective.read)
-        with torch.inference_mode(False), Timed() as spent:  # wherever the report is read
+        with torch.inference_mode(False), uncached(), exact(), Timed() as spent:  # wherever the report is read
             layers, unpredicted = make()
         read = dict(objective.read - before)
         return LayerReport(

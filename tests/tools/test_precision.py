@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-TOLD = "import torch; from spectrim.tools.autocast import settings_of_numbers as told; "
+TOLD = "import torch; from spectrim.tools.precision import settings_of_numbers as told; "
 
 
 @pytest.mark.parametrize(
