@@ -259,7 +259,8 @@ class _Parts:
     def gradients(self) -> tuple[float, float]:
         each, saved = self.rehearsal.gradient_pass()
         weights = sum(layer.params for layer in self.rehearsal.layers)
-        peak = self.held + 2 * self.item * self.block * weights + self.rehearsal.count * saved
+        entry = self.item + max(self.item, 4)  # bytes, of the gradient of a batch and of the sum
+        peak = self.held + entry * self.block * weights + self.rehearsal.count * saved
         return self.does.gradients * each, peak
 
     def gates(self) -> tuple[float, float]:
