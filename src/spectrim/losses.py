@@ -15,7 +15,7 @@ from spectrim.batches import cloned, with_tensors
 from spectrim.errors import UserError, first_line
 from spectrim.tools import token_entropy
 from spectrim.tools.normals import Normals
-from spectrim.tools.precision import as_given
+from spectrim.tools.precision import HALVES, as_given, wide
 
 Loss = Callable[[Any, Any], Tensor]  # (outputs, targets) → mean over the batch, a scalar
 IGNORED = -100  # the label of a token that is not predicted, as in transformers and torch
@@ -204,13 +204,25 @@ def loss_of(loss: Loss, outputs: Any, targets: Any) -> Tensor:
     targets = cloned(targets)  # a loss may write to them
     try:
         with as_given():
-            value = loss(taken_by(loss, outputs), targets)
+            value = loss(*_wide(loss, taken_by(loss, outputs), targets))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         advice = "; give classes as int64 tensors, or loss=, a function of both" if loss is F.cross_entropy else ""
         raise UserError(f"the loss failed on these outputs and targets: {first_line(error)}{advice}") from error
     if not isinstance(value, Tensor) or value.ndim:
         raise UserError("the loss must return a scalar tensor, the mean over the batch")
     return value
+
+
+def _wide(loss: Loss, *given: Any) -> list[Any]:
+    """Return outputs and targets for a loss of torch in float32 or more: of 16 bits a mean would have three digits.
+
+    A loss of the user's own gets them as they are, as does one that holds weights in 16 bits.
+    """
+    held = loss.buffers() if isinstance(loss, nn.Module) else ()
+    of_torch = isinstance(loss, _Loss) or getattr(loss, "__module__", "") == F.__name__
+    if not of_torch or any(own.dtype in HALVES for own in held):
+        return list(given)
+    return [with_tensors(part, lambda own: wide(own) if own.dtype in HALVES else own) for part in given]
 
 
 def _are_probabilities(scores: Tensor, targets: Any) -> bool:

@@ -23,6 +23,7 @@ from spectrim.surgery.stand_ins import UNSTEADY, is_steady
 from spectrim.tools import resume
 from spectrim.tools.content import content, of_function, of_model
 from spectrim.tools.live import Bar
+from spectrim.tools.precision import HALVES
 from spectrim.tools.settings import settings
 from spectrim.tools.trainable import alone_trainable
 
@@ -80,7 +81,7 @@ class Refinement:
             raise UserError("refine needs two calibration batches or more, since it holds some out; give smaller ones")
         if objective.processes("calibration").size > 1:
             raise UserError("refine works in one process; leave it out where several share the batches")
-        small = [name for name, own in model.named_parameters() if own.dtype in (torch.float16, torch.bfloat16)]
+        small = [name for name, own in model.named_parameters() if own.dtype in HALVES]
         if small:
             raise UserError(f"refine needs float32 weights, and {small[0]} is 16 bit: give model.float(), or no refine")
 

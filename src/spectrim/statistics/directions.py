@@ -59,7 +59,7 @@ def _of_tokens(
     rows, words = loss.predicted(targets).nonzero().to(logits_NTV.device), logits_NTV.shape[-1]
     drawn = words if top is None else min(top, words)
     normals = Normals(len(rows) * drawn, generator)
-    gradient = torch.zeros(logits_NTV.shape, device=logits_NTV.device)
+    gradient = torch.zeros(logits_NTV.shape, dtype=torch.float32, device=logits_NTV.device)
     parts = min(-(-len(rows) * words // BLOCK), len(rows) // 2)  # torch may add up one row alone in another order
     for n, t in (part.T for part in rows.tensor_split(max(1, parts))):
         scores = logits_NTV.detach()[n, t].float()
@@ -87,7 +87,8 @@ def generator_of(
     if objective.processes("calibration").size > 1:
         objective = objective.held("calibration", samples)
         for rows, columns in _shapes_before(model, objective):
-            torch.randn(rows, columns if top is None else min(top, columns), generator=generator)
+            drawn = columns if top is None else min(top, columns)
+            torch.randn(rows, drawn, generator=generator, dtype=torch.float32)
     return objective, generator
 
 

@@ -7,7 +7,7 @@ TOGETHER = 16  # numbers that torch makes of its generator at once; the last of 
 
 
 class Normals:
-    """The numbers of ``torch.randn(count, generator=generator)`` in order, bit for bit."""
+    """The numbers of ``torch.randn(count, generator=generator)`` in float32, in order, bit for bit."""
 
     def __init__(self, count: int, generator: torch.Generator) -> None:
         self.generator, self._left, self._drawn = generator, count, torch.empty(0)
@@ -20,7 +20,7 @@ class Normals:
             if self._left - own < TOGETHER:  # too few for a call of their own
                 own = self._left
             self._left -= own
-            drawn = torch.randn(own, generator=self.generator)
+            drawn = torch.randn(own, generator=self.generator, dtype=torch.float32)
             self._drawn = torch.cat([self._drawn, drawn]) if len(self._drawn) else drawn
         taken, self._drawn = self._drawn[:count], self._drawn[count:]
         return taken

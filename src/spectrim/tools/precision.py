@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 KINDS = ("cpu", "cuda")
+HALVES = torch.float16, torch.bfloat16
 
 _GIVEN: ContextVar[tuple[str, ...]] = ContextVar(
     "given", default=()

@@ -31,6 +31,7 @@ from spectrim.algorithms.related.gated_training import Gate, GatedLayer, GatedTr
 from spectrim.algorithms.shared.budget import Costs
 from spectrim.decomposers.matrix import MatrixSpectrum
 from spectrim.errors import UserError
+from spectrim.tools.precision import wide
 from spectrim.tools.settings import require_parts, settings
 
 
@@ -58,7 +59,8 @@ class HALOC(GatedTraining):
         return _Candidates([*smaller, spectrum.max_rank], self.temperature)
 
     def penalty(self, layers: Mapping[str, GatedLayer], requested: float | None) -> Tensor:
-        expected = [gated.logits.softmax(0) @ gated.gate.saved.to(gated.logits) for gated in layers.values()]
+        chances = [(wide(gated.logits).softmax(0), gated.gate.saved) for gated in layers.values()]
+        expected = [own @ saved.to(own) for own, saved in chances]
         return (1 - torch.stack(expected).sum() - (requested or 0.0)).clamp_min(0)
 
     def next_learning(self, learning: Learning) -> Learning:
@@ -100,8 +102,9 @@ class _Candidates(Gate):
 
     def forward(self, logits: Tensor) -> Tensor:
         if not self.training:
-            return self.reached[int(logits.argmax())]
-        return F.gumbel_softmax(logits, tau=self.temperature, dim=0) @ self.reached
+            return self.reached[int(logits.argmax())].to(logits)
+        chances = F.gumbel_softmax(wide(logits), tau=self.temperature, dim=0)
+        return (chances @ self.reached.to(chances)).to(logits)
 
 
 def _candidates(gated: GatedLayer) -> _Candidates:
