@@ -198,10 +198,8 @@ def _pair(batch: Any, split: str) -> tuple[Inputs, Any]:
         return _from_collator(batch) or (batch, None)
     if isinstance(batch, Tensor | PackedSequence):
         return batch, None
-    if isinstance(batch, tuple | list) and len(batch) == 1:  # as a TensorDataset of inputs gives
-        return batch[0], None
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
+    if isinstance(batch, tuple | list) and len(batch) in (1, 2):  # a TensorDataset of inputs gives one
+        return batch[0], batch[1] if len(batch) == 2 else None
     raise UserError(
         f"a batch of the {split} split is a {type(batch).__name__}, not a pair: give (inputs, targets), "
         "several inputs as a tuple or a mapping of their own; or a mapping that holds labels"
