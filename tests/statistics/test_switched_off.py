@@ -85,6 +85,20 @@ def test_a_layer_that_alone_runs_without_gradients_stays_dense_with_the_reason(o
     assert any(note.startswith("first: left dense: the model calls it with gradients") for note in result.notes)
 
 
+@pytest.mark.parametrize("off", OFF)
+def test_no_change_is_predicted_where_such_a_layer_is_factored(off: Off) -> None:
+    """The gradient does not reach it, so that its part of the change is not zero but unknown."""
+    model, data = Switching(off, whole=False).eval(), batches()
+    result = spectrim.compress(model, calibration=data, algorithm=spectrim.Truncation(ratio=0.5))
+    assert "first" in result.plan and result.report["predicted_change"].isna().all()
+    with pytest.raises(UserError, match="^first: the model calls it with gradients switched off"):
+        _ = result.predicted_change
+    others = spectrim.compress(model, calibration=data, algorithm=spectrim.Truncation(ratio=0.5), exclude=["first"])
+    assert others.predicted_change != 0
+    notes = spectrim.compress(model, calibration=data, algorithm=spectrim.Lossless()).notes
+    assert any(note.startswith("first: left dense: the model calls it with gradients switched off") for note in notes)
+
+
 def test_a_tensor_of_inference_mode_on_the_way_of_a_gradient_is_named_as_such() -> None:
     class Mixed(Switching):
         def forward(self, x: Tensor) -> Tensor:

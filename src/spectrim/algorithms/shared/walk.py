@@ -15,6 +15,7 @@ from spectrim.algorithms.shared.workbench import Workbench
 from spectrim.decomposers.spectrum import Decomposer
 from spectrim.errors import UserError
 from spectrim.statistics.objective import NoGradient, Objective
+from spectrim.statistics.switched_off import SWITCHED_OFF, switched_off
 from spectrim.surgery import replacing
 from spectrim.surgery.find_layers import left_dense
 from spectrim.surgery.given_model import copied
@@ -98,6 +99,8 @@ class Walk(ABC):
         layers = {name: _Layer(near.ranks(spectrum)) for name, spectrum in bench.spectra.items()}
         for name, layer in layers.items():
             self._predict(layer, curves.get(name))
+        for name in switched_off(bench.model, layers.keys() - curves.keys(), bench.example):
+            layers[name].outside = SWITCHED_OFF
         return layers
 
     def _predict(self, layer: "_Layer", curve: Tensor | None) -> None:

@@ -18,6 +18,7 @@ from spectrim.factored.dense import dense_kinds
 from spectrim.factored.plan import Keep, RankPlan, rank_of
 from spectrim.statistics.loss_apart import require_apart
 from spectrim.statistics.objective import Objective
+from spectrim.statistics.switched_off import SWITCHED_OFF, switched_off
 from spectrim.surgery import find_layers, latency, replacing, tied
 from spectrim.surgery.captured import refuse_captured
 from spectrim.surgery.cost import layer_parameters
@@ -223,20 +224,25 @@ class Workbench:
     def _plan(self, kept: Mapping[str, Keep]) -> RankPlan:
         return replacing.plan_of(self.all_spectra, kept)
 
-    def _predicted(self, then: tuple[int, ...]) -> tuple[dict[str, Tensor], str]:
-        """Return the first order for the report, and why there is none; empty where there is one."""
+    def _predicted(self, kept: Mapping[str, Keep], then: tuple[int, ...]) -> tuple[dict[str, Tensor], str]:
+        """Return the first order for the report, and why there is none; empty where there is one.
+
+        There is none where the model switches gradients off around a layer of ``kept``.
+        """
         if "calibration" not in self._curves and versions(self.given) != then:
             return {}, "the given model has changed since it was compressed, so that nothing can be predicted now"
         try:
             with unchanged(self.model):
                 self.restore()
-                return self.first_order(), ""
+                found = self.first_order()
+                off = switched_off(self.model, kept.keys() - found.keys(), self.example)
+                return ({}, f"{min(off)}: {SWITCHED_OFF}") if off else (found, "")
         except UserError as error:
             return {}, str(error)
 
     def _report(self, kept: Mapping[str, Keep], then: tuple[int, ...]) -> tuple[pd.DataFrame, str]:
         """Return the report, and why it predicts nothing; empty where it does (``layer_report``)."""
-        predicted, unpredicted = self._predicted(then)
+        predicted, unpredicted = self._predicted(kept, then)
         outside = math.nan if unpredicted else 0.0
         rows = []
         for name, spectrum in self.all_spectra.items():
