@@ -91,6 +91,15 @@ def test_weight_and_bias_are_those_of_the_dense_layer_that_computes_the_same(for
 
 
 @pytest.mark.parametrize("form", DENSE)
+def test_what_is_put_together_under_autocast_keeps_every_digit(form: str) -> None:
+    layer = factored(form, DENSE[form]())
+    with torch.autocast("cpu", torch.bfloat16):
+        found, plain = layer.dense_again(), layer.plain_module()
+    assert found.weight.dtype == torch.float32 and found.weight.equal(layer.weight)
+    assert all(value.equal(layer.plain_module().state_dict()[name]) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.parametrize("form", DENSE)
 def test_the_weight_has_a_gradient_in_every_factor_and_is_no_state(form: str) -> None:
     layer = factored(form, DENSE[form]())
     layer.weight.square().sum().backward()

@@ -15,6 +15,7 @@ from spectrim.factored.forms import PivotedForm
 from spectrim.factored.plan import RankPlan
 from spectrim.fetch import by_configuration
 from spectrim.fetch.by_configuration import Place
+from spectrim.tools.precision import exact
 from spectrim.tools.safetensors_stream import Shard
 
 LOG = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ def _dense(name: str, plan: RankPlan, stored: Mapping[str, Shard], most: int) ->
         raise UserError(f"the factors of {layer} do not fit one another")
     if (len(second) + len(first) * pivoted) * first.shape[-1] > most:
         raise UserError(f"the factors of {layer} make up a weight that is larger than the model takes")
-    rows = second.float() @ first.float()
+    with exact():
+        rows = second.float() @ first.float()
     if pivoted:
         positions = read(f"{layer}.second.positions")
         if not positions.sort().values.equal(torch.arange(len(first) + len(second), dtype=positions.dtype)):

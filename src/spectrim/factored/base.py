@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spectrim.factored.completion import Completion, Transposed, factor_matrices, factor_weight
 from spectrim.factored.dense import attributes_of, dense_kinds
 from spectrim.factored.linalg import in_precision
+from spectrim.tools.precision import exact
 
 
 class BlockLinear(nn.Module):
@@ -189,7 +190,8 @@ class FactoredLayer(nn.Module, ABC):
     @torch.no_grad()
     def dense_again(self) -> nn.Module:
         """Return the dense layer that this one replaced, with the product of the factors as its weight."""
-        weight = self.weight
+        with exact():
+            weight = self.weight
         if weight.ndim == 4 and not self.first.weight.is_contiguous():
             weight = weight.clone(memory_format=torch.channels_last)  # with its strides in dimensions of size 1, too
         bias = None if self.bias is None else nn.Parameter(self.bias.clone(), self.bias.requires_grad)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spectrim.factored.base import BlockLinear, FactoredLayer, linear_of
 from spectrim.factored.completion import Completion
 from spectrim.factored.dense import DenseLayer
+from spectrim.tools.precision import exact
 
 Layer = TypeVar("Layer", bound=FactoredLayer)
 
@@ -63,7 +64,7 @@ class FactoredLinear(FactoredLayer):
         middle = self.first.weight.shape[0]
         if middle * (self.in_features + self.out_features) < self.in_features * self.out_features:
             return nn.Sequential(self.first.plain_module(), self.second)
-        with torch.no_grad():
+        with torch.no_grad(), exact():
             W_OI = self.product([self.first.weight, self.second.weight]).squeeze(0)
         return linear_of(W_OI, self.bias, self.second.weight.requires_grad)
 
