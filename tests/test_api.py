@@ -343,7 +343,12 @@ def test_a_name_whose_file_changes_a_part_of_another_has_the_rest_of_it() -> Non
         ("algorithm", spectrim.Compact(verified=True), "^verification batches are missing; pass verification="),
         ("algorithm", spectrim.SVDTraining(), "^train batches are missing; pass train="),
         ("calibration", None, "^calibration batches are missing; pass calibration="),
-        ("calibration", (X, X), "^the calibration split is one batch; give a list of batches"),
+        ("calibration", (X, X), r"^calibration= is one pair .*; give calibration=\[\(inputs, targets\)\]$"),
+        ("calibration", [X, torch.zeros(8, dtype=torch.int64)], "^calibration= is one pair .*, and wants an iterable"),
+        ("verification", [X, torch.zeros(8)], "^verification= is one pair "),
+        ("calibration", [X, torch.zeros(8, 1)], "^calibration= is one pair "),
+        ("calibration", [X.numpy(), torch.zeros(8).numpy()], "^calibration= is one pair "),
+        ("calibration", [(X[0], torch.tensor(1))], "^the calibration split holds single samples, and wants batches; "),
     ],
 )
 def test_an_argument_of_the_wrong_kind_is_named_in_one_line(

@@ -67,6 +67,12 @@ def test_what_cannot_be_iterated_is_no_set(batches: Any) -> None:
         read(batches)
 
 
+@pytest.mark.parametrize("shapes", [[(8, 3), (8, 3)], [(8, 3), (8, 4)], [(8, 3, 4, 4), (8, 3, 6, 6)], [(8, 3), (5,)]])
+def test_two_batches_of_inputs_alone_are_no_pair(shapes: Any) -> None:
+    batches = [torch.zeros(shape) for shape in shapes]
+    assert [tuple(inputs.shape) for inputs, _ in read(batches).counted("calibration")] == shapes
+
+
 def test_batches_can_be_read_again(batches: Any) -> None:
     pairs = read(batches).batches("calibration")
     assert len(list(pairs)) == len(list(pairs)) == len(batches)
@@ -100,7 +106,10 @@ def test_inputs_alone_are_a_batch_without_targets(batch: Any) -> None:
 
 @pytest.mark.parametrize("batches", [X, X.numpy(), {"x": X}, (X, X), (X.numpy(), X.numpy()), "a text", 3, None])
 def test_what_is_no_list_of_batches_is_said_in_one_line(batches: Any) -> None:
-    with pytest.raises(UserError, match="^the calibration split is .*; give a list of batches") as refusal:
+    with pytest.raises(
+        UserError,
+        match=r"^the calibration split is .*; give a list of batches|^calibration= is one pair \(inputs, targets\)",
+    ) as refusal:
         read(batches)
     assert "\n" not in str(refusal.value)
 

@@ -71,6 +71,23 @@ def _has_length(batches: Batches) -> bool:
     return True
 
 
+def _is_one_batch(batches: object) -> bool:
+    """Return whether these are inputs and targets themselves: a tuple with an array, or a list of two that differ.
+
+    Two batches of inputs alone have as many dimensions, and both hold whole numbers or none does.
+    """
+    if not isinstance(batches, tuple | list) or not any(isinstance(part, Tensor | np.ndarray) for part in batches):
+        return False
+    if isinstance(batches, tuple):
+        return True
+    if len(batches) != 2 or not all(isinstance(part, Tensor | np.ndarray) and part.ndim for part in batches):
+        return False
+    first, second = batches
+    column = first.ndim == second.ndim == 2 and second.shape[1] == 1 < first.shape[1]
+    differ = first.ndim != second.ndim or ("float" in str(first.dtype)) != ("float" in str(second.dtype))
+    return len(first) == len(second) and (differ or column)
+
+
 class SplitReader:
     """Named splits that can be read repeatedly, and the number of samples that were read of each.
 
@@ -92,8 +109,11 @@ class SplitReader:
                 raise UserError(
                     f"the {name} split is a {type(batches).__name__}; give a list of batches or a DataLoader"
                 )
-            if isinstance(batches, tuple) and any(isinstance(part, Tensor | np.ndarray) for part in batches):
-                raise UserError(f"the {name} split is one batch; give a list of batches, such as [(inputs, targets)]")
+            if _is_one_batch(batches):
+                raise UserError(
+                    f"{name}= is one pair (inputs, targets), and wants an iterable of such batches; give "
+                    f"{name}=[(inputs, targets)]"
+                )
             if isinstance(batches, Iterator):
                 raise UserError(f"{_once(name)}, not a generator")
 
