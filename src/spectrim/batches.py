@@ -199,13 +199,7 @@ def _pair(batch: Any, split: str) -> tuple[Inputs, Any]:
     if isinstance(batch, Tensor | PackedSequence):
         return batch, None
     if isinstance(batch, tuple | list) and len(batch) in (1, 2):  # a TensorDataset of inputs gives one
-        inputs, targets = batch[0], batch[1] if len(batch) == 2 else None
-        if all(isinstance(own, Tensor) for own in (inputs, targets)) and (inputs.ndim, targets.ndim) == (1, 0):
-            raise UserError(
-                f"the {split} split holds single samples, and wants batches; give a DataLoader, or "
-                "collator=torch.utils.data.default_collate"
-            )
-        return inputs, targets
+        return batch[0], batch[1] if len(batch) == 2 else None
     raise UserError(
         f"a batch of the {split} split is a {type(batch).__name__}, not a pair: give (inputs, targets), "
         "several inputs as a tuple or a mapping of their own; or a mapping that holds labels"

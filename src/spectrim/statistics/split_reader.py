@@ -38,6 +38,11 @@ class _Pairs:
     def __iter__(self) -> Iterator[tuple[Inputs, Any]]:
         seen, may_be_endless = 0, not _has_length(self.batches)
         for inputs, targets in pairs(self._begun(), self.split):
+            if _is_one_sample(inputs, targets):
+                raise UserError(
+                    f"the {self.split} split holds single samples, and wants batches; give a DataLoader, or "
+                    "collator=torch.utils.data.default_collate"
+                )
             seen += sample_count(targets, inputs) if may_be_endless else 0
             if seen > LONGEST:
                 raise UserError(
@@ -69,6 +74,11 @@ def _has_length(batches: Batches) -> bool:
     except TypeError:  # as of a DataLoader over an IterableDataset
         return False
     return True
+
+
+def _is_one_sample(inputs: Inputs, targets: Any) -> bool:
+    """Return whether a batch is a vector with a label. Of an image with a label, only the model can tell."""
+    return isinstance(inputs, Tensor) and isinstance(targets, Tensor) and (inputs.ndim, targets.ndim) == (1, 0)
 
 
 def _is_one_batch(batches: object) -> bool:
