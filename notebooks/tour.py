@@ -62,8 +62,8 @@ figure.tight_layout()
 # - Joint selection removes components over all layers together, by their effect on the loss, and fits what is left.
 # - Lossless and compact optimisation choose the rank of each layer by the first-order change of the loss.
 #
-# Calibration and verification images were held out of the training. Selectors take gradients on the calibration images.
-# A verified selector measures what it chose on the verification images. The test images are read only for the table.
+# Calibration and verification images were held out of the training. Algorithms take gradients on the former.
+# A verified algorithm measures what it chose on the verification images. The test images are read only for the table.
 #
 # The table shows the first-order change of the loss that is predicted on the calibration images, and the change that is
 # measured on the test images.

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim
 from spectrim.algorithms.related.global_threshold import GlobalThreshold
-from spectrim.api import NO_SIZE, _selector
+from spectrim.api import NO_SIZE, _chosen
 from spectrim.batches import evaluating
 from spectrim.decomposers.best_view import PIVOTED, BestView
 from spectrim.factored.forms import PivotedForm, PlainForm
@@ -431,11 +431,11 @@ def test_a_plan_is_followed(net: nn.Sequential, batches: Any) -> None:
 
 
 def test_a_size_alone_of_a_decoder_is_what_the_command_line_takes_for_text() -> None:
-    cut, decomposer = _selector(0.8, None, None, token_loss)
+    cut, decomposer = _chosen(0.8, None, None, token_loss)
     assert cut == spectrim.Joint(params_kept=0.8, samples=500, significance="auto", refit=0)
-    assert decomposer == named("decomposer", "two_sided_tied") == _selector(None, None, "joint_cut", token_loss)[1]
+    assert decomposer == named("decomposer", "two_sided_tied") == _chosen(None, None, "joint_cut", token_loss)[1]
     for loss in (F.cross_entropy, label_loss, span_loss):  # an encoder is refitted
-        assert _selector(0.8, None, None, loss) == (spectrim.Joint(params_kept=0.8), PIVOTED)
+        assert _chosen(0.8, None, None, loss) == (spectrim.Joint(params_kept=0.8), PIVOTED)
 
 
 def test_a_size_alone_is_joint_selection_with_its_own_decomposer(net: nn.Sequential, batches: Any) -> None:

@@ -159,7 +159,7 @@ def test_grids_with_committed_records_keep_the_former_defaults_and_others_do_not
 
 @pytest.mark.parametrize("option", [one for one in options("algorithm") if "probe" not in one])
 def test_an_algorithm_takes_its_own_decomposer_where_none_is_named(compose: Any, option: str) -> None:
-    """The command line and the call from Python choose alike, also for a selector within another algorithm."""
+    """The command line and the call from Python choose alike, also for an algorithm within another algorithm."""
     cfg = compose(f"algorithm={option}")
     algorithm = targets.build(configuration.plain(cfg.algorithm))
     own = named("decomposer", "two_sided_tied") if option == "joint_cut" else decomposer_of(algorithm)
@@ -169,7 +169,7 @@ def test_an_algorithm_takes_its_own_decomposer_where_none_is_named(compose: Any,
     assert other.names.decomposer == "tucker2" and other.decomposer._target_.endswith("Tucker2")
 
 
-def test_joint_selection_takes_pivoted_factors_also_as_a_selector(compose: Any) -> None:
+def test_joint_selection_takes_pivoted_factors_also_as_an_algorithm(compose: Any) -> None:
     assert compose("algorithm=joint").names.decomposer == "pivoted"
     assert compose("algorithm=refitted", "algorithm@algorithm.selector=joint").names.decomposer == "pivoted"
     assert compose("algorithm=fine_tuning", "algorithm@algorithm.selector=joint").names.decomposer == "pivoted"

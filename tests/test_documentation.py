@@ -127,7 +127,7 @@ def test_every_name_that_the_architecture_puts_into_a_module_is_defined_there() 
         assert re.search(rf"^(def|class) {name}\b", source, re.MULTILINE), (name, path)
 
 
-def test_every_selector_of_another_paper_is_in_the_module_of_its_yaml() -> None:
+def test_every_algorithm_of_another_paper_is_in_the_module_of_its_yaml() -> None:
     rows = dict(re.findall(r"^\| `([A-Z]\w+)` \| `(\w+)` \|", text_of(ROOT / "docs" / "algorithms.md"), re.MULTILINE))
     for name, module in rows.items():
         assert resolve_name(f"spectrim.algorithms.related.{module}.{name}") is not None

@@ -108,7 +108,7 @@ def test_each_part_of_a_plain_model_keeps_its_own_precision(
     torch.testing.assert_close(loaded(data[0][0]), result.model(data[0][0]))
 
 
-def test_a_selector_that_measures_each_cut_measures_it_there(data: Any) -> None:
+def test_an_algorithm_that_measures_each_cut_measures_it_there(data: Any) -> None:
     """Every rank changes the loss: none is measured on the dense layer."""
     model = seeded(of_list, 0)
     readings = Probe(ratios=(0.25, 0.5)).measure(

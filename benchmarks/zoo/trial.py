@@ -23,7 +23,7 @@ from spectrim.tools.hooks import hooked
 
 KEPT = 0.8  # of the parameters
 SAMPLES = 8  # for the gates and for the refit
-# The words of a cell. WRONG and CRASHES are faults of spectrim; LEFT is an answer of a selector.
+# The words of a cell. WRONG and CRASHES are faults of spectrim; LEFT is an answer of an algorithm.
 WORKS, LEFT, REFUSED, WRONG, CRASHES, ABSENT = "works", "dense", "refused", "wrong", "crashes", "not installed"
 FAULTS = (WRONG, CRASHES)
 SELECTORS: dict[str, Callable[[], Any]] = {

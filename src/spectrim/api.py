@@ -77,7 +77,7 @@ def compress(
     ``params_kept``: the part of the parameters to keep, in (0, 1). Short for ``algorithm=Joint(params_kept=…)``, for a
         model that predicts next tokens with the settings of ``joint_cut``: spectra whitened on both sides, slopes as
         far as they hold, and no refit. With the name of an algorithm it is the size that this one meets.
-    ``algorithm``: the selector, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default, and a
+    ``algorithm``: an instance, or its name on the command line, such as ``"joint"``; ``Lossless()`` by default, and a
         note then says so.
     ``decomposer``: the decomposer, or its name on the command line, such as ``"whitened_channel"``. By default the one
         that the algorithm names: pivoted factors of the whitened weight for ``Joint``, else ``SVD()``.
@@ -116,7 +116,7 @@ def compress(
     if isinstance(loss, type) or not (loss is None or callable(loss)):
         raise UserError(f"loss={_said(loss)} is not loss(outputs, targets); pass a function or an instance of torch.nn")
     loss = loss or default_loss(model)
-    selector, views = _selector(params_kept, plan, algorithm, loss)
+    chosen, views = _chosen(params_kept, plan, algorithm, loss)
     views = views if decomposer is None else _instance("decomposer", decomposer)
     splits = _splits(
         {"calibration": calibration, "verification": verification, "train": train}, model, collator, batch_size
@@ -128,12 +128,12 @@ def compress(
     notes = [NO_SIZE] if params_kept is None and plan is None and algorithm is None else []
     if dry_run:
         with unchanged(model), torch.inference_mode(False), uncached(), exact(), torch.random.fork_rng():
-            told = forecast(model, selector, views, objective)
+            told = forecast(model, chosen, views, objective)
         told.notes.extend(notes)
         return told
     objective.require_same("models", lambda: of_state(model))
     with unchanged(model), torch.inference_mode(False), uncached(), exact(), resuming.into(resume):
-        result = selector.compress(model, views, objective).settle(batch_norm, objective)
+        result = chosen.compress(model, views, objective).settle(batch_norm, objective)
     objective.require_same("plans", result.plan.to_json)
     result.notes.extend(notes)
     return result
@@ -151,7 +151,7 @@ def _splits(
     return {name: with_decoder_inputs(own, model) for name, own in splits.items()}
 
 
-def _selector(
+def _chosen(
     params_kept: float | None,
     plan: RankPlan | Mapping[str, int] | None,
     algorithm: Algorithm | str | None,
@@ -159,43 +159,43 @@ def _selector(
 ) -> tuple[Algorithm, Decomposer]:
     """Return the algorithm that the user asked for, and the decomposer that it is best with."""
     if params_kept is not None and plan is None and isinstance(algorithm, str):
-        selector = _sized(algorithm, params_kept)
-        return selector, own_decomposer(algorithm, selector)
+        chosen = _sized(algorithm, params_kept)
+        return chosen, own_decomposer(algorithm, chosen)
     given = {"params_kept": params_kept, "plan": plan, "algorithm": algorithm}
     several = [f"{name}=" for name, value in given.items() if value is not None]
     if len(several) > 1:
         raise UserError(f"{' and '.join(several)} each say what to keep; pass one of them")
     if params_kept is not None and isinstance(loss, TokenLoss) and loss.ahead > 0:  # a decoder
-        selector = _sized("joint_cut", params_kept)
-        return selector, own_decomposer("joint_cut", selector)
+        chosen = _sized("joint_cut", params_kept)
+        return chosen, own_decomposer("joint_cut", chosen)
     if params_kept is not None:
-        selector = Joint(params_kept=params_kept)
+        chosen = Joint(params_kept=params_kept)
     elif plan is not None:
-        selector = ByPlan(plan)
+        chosen = ByPlan(plan)
     else:
-        selector = Lossless() if algorithm is None else _instance("algorithm", algorithm)
-    return selector, own_decomposer(algorithm, selector)
+        chosen = Lossless() if algorithm is None else _instance("algorithm", algorithm)
+    return chosen, own_decomposer(algorithm, chosen)
 
 
 def _sized(name: str, params_kept: float) -> Algorithm:
     """Return the algorithm called ``name`` with this budget in place of its own."""
     from spectrim.runs.named import sized, sizes_of
 
-    selector = _instance("algorithm", name)
-    if "params_kept" not in sizes_of(selector):
+    chosen = _instance("algorithm", name)
+    if "params_kept" not in sizes_of(chosen):
         raise UserError(f"algorithm={name!r} meets no size: leave out params_kept=, or take another algorithm")
-    made: Algorithm = sized(selector, "params_kept", params_kept)
+    made: Algorithm = sized(chosen, "params_kept", params_kept)
     return made
 
 
-def own_decomposer(name: object, selector: Algorithm) -> Decomposer:
+def own_decomposer(name: object, chosen: Algorithm) -> Decomposer:
     """Return the decomposer that an algorithm is best with, by its name on the command line where it was given so."""
     if isinstance(name, str):
         from spectrim.runs.named import decomposer_for
 
         if (found := decomposer_for(name)) is not None:
             return found
-    return decomposer_of(selector)
+    return decomposer_of(chosen)
 
 
 def _instance(argument: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Fine-tuning trains what a selector left, and leaves its plan alone."""
+"""Fine-tuning trains what an algorithm left, and leaves its plan alone."""
 
 from dataclasses import replace
 from pathlib import Path

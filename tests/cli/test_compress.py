@@ -144,7 +144,7 @@ def test_without_labels_the_dense_model_is_the_measure(place: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [["--out", "small"], ["--dry-run"]])
-def test_a_selector_that_needs_data_says_so(place: Path, capsys: pytest.CaptureFixture[str], how: list[str]) -> None:
+def test_an_algorithm_that_needs_data_says_so(place: Path, capsys: pytest.CaptureFixture[str], how: list[str]) -> None:
     assert main(["own_nets:build", "--params-kept", "0.6", *how]) == 1
     error = capsys.readouterr().err
     assert error == "spectrim-compress: joint needs data that the model was not trained on; give --calibration\n"

@@ -184,7 +184,9 @@ def test_batch_norm_is_recorded_where_it_is_not_the_default(compose: Any, tmp_pa
     assert kept["compressed"]["test"]["loss"] != followed["compressed"]["test"]["loss"]
 
 
-def test_a_selector_never_sees_the_test_split(compose: Any, digits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_algorithm_never_sees_the_test_split(
+    compose: Any, digits: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
     usual = Truncation.compress
 

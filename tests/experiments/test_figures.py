@@ -27,7 +27,7 @@ def notes(script: Script, name: str, folder: Path, out: Path) -> str:
     return (out / "tables" / f"{name}.md").read_text()
 
 
-def test_figure1_holds_each_selector_against_truncation_of_the_nearest_size(
+def test_figure1_holds_each_algorithm_against_truncation_of_the_nearest_size(
     built: Callable[[str], Path],
 ) -> None:
     text = (built("figure1") / "tables" / "figure1.md").read_text()
@@ -47,7 +47,7 @@ def test_figure2_asks_whether_the_lowest_error_is_the_lowest_loss(
     assert f"(the lowest error is not the lowest loss) {word}: error lowest at truncation, ratio 0.95" in text
 
 
-def test_figure3_says_how_many_selectors_lie_below_the_original(built: Callable[[str], Path]) -> None:
+def test_figure3_says_how_many_algorithms_lie_below_the_original(built: Callable[[str], Path]) -> None:
     text = (built("figure3") / "tables" / "figure3.md").read_text()
     assert "densenet22: S1 Figure 3 (loss below the original's under 0 < rank < break-even) holds for 2 of 4" in text
     assert "truncation is below the original at 0 of 9 ranks" in text
@@ -118,7 +118,7 @@ def test_series_of_a_panel_differ_in_shape_or_in_lightness(drawn: dict[str, Figu
                 assert shape(first) != shape(second) or abs(lighter) > 0.3, (name, label, other)
 
 
-def test_figure6_has_looks_of_different_shape_for_the_selectors_of_its_list(script: Script) -> None:
+def test_figure6_has_looks_of_different_shape_for_the_algorithms_of_its_list(script: Script) -> None:
     figure6 = script("figure6")
     assert set(figure6.LOOKS) == set(pd.read_csv(figure6.LISTED)["selector"])
     assert len({look.marker for look in figure6.LOOKS.values()}) == len(figure6.LOOKS)
@@ -159,7 +159,7 @@ def test_the_appendix_of_figure_7_counts_what_cuts_no_layer(drawn: dict[str, Fig
     assert drawn["figure7_appendix"].get_suptitle() == said
 
 
-def test_figure3_takes_the_selectors_of_a_classifier_of_torchvision(
+def test_figure3_takes_the_algorithms_of_a_classifier_of_torchvision(
     script: Script, factory: ModuleType, tmp_path: Path
 ) -> None:
     for algorithm, experiment in (("truncation", "figure3"), ("compact", "table2")):

@@ -1,4 +1,4 @@
-"""Table 11: the same refinement after each selector, beside the selector without it."""
+"""Table 11: the same refinement after each algorithm, beside the algorithm without it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 
-def test_each_selector_has_a_row_with_and_without_refinement(built: Callable[[str], Path]) -> None:
+def test_each_algorithm_has_a_row_with_and_without_refinement(built: Callable[[str], Path]) -> None:
     rows = pd.read_csv(built("table11") / "tables" / "table11.csv")
     assert rows["variant"].tolist() == ["dense", *["joint, ours"] * 2, *["knapsack (BALF), refitted as ours"] * 2]
     assert rows["refined"].tolist()[1:] == ["no", "yes", "no", "yes"]

@@ -1,4 +1,4 @@
-"""Table 12: the paired change over images, agreement elsewhere, and how far each selector gets."""
+"""Table 12: the paired change over images, agreement elsewhere, and how far each algorithm gets."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_verdicts_are_those_of_the_mean_change(rows: pd.DataFrame) -> None:
     assert ((judged["change_test_loss"] <= 0) == (judged["verdict"] == "holds")).all()
 
 
-def test_how_far_each_selector_gets(built: Callable[[str], Path]) -> None:
+def test_how_far_each_algorithm_gets(built: Callable[[str], Path]) -> None:
     reach = pd.read_csv(built("table12") / "tables" / "table12_reach.csv").set_index("selector")
     assert reach.index.tolist() == ["lossless, one-shot", "compact, verified", "uniform truncation", "joint, ours"]
     one_shot = reach.loc["lossless, one-shot"]

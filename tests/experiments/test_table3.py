@@ -100,7 +100,7 @@ def test_the_figure_follows_every_kind_of_layer_over_the_blocks(drawn: pd.DataFr
     assert set(drawn[drawn["panel"] == "minilm, joint, ours, 80 %"]["kind"]) == {"k", "down"}
 
 
-def test_a_selector_without_a_gamma_says_so_beside_one_with_it(
+def test_an_algorithm_without_a_gamma_says_so_beside_one_with_it(
     script: Script, factory: ModuleType, tmp_path: Path
 ) -> None:
     for gamma in (None, 0.3):

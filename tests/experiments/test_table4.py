@@ -17,7 +17,7 @@ def rows(built: Callable[[str], Path]) -> pd.DataFrame:
     return pd.read_csv(built("table4") / "tables" / "table4.csv")
 
 
-def test_rows_are_dense_then_every_decomposition_of_each_selector_in_one_order(rows: pd.DataFrame) -> None:
+def test_rows_are_dense_then_every_decomposition_of_each_algorithm_in_one_order(rows: pd.DataFrame) -> None:
     order = ["SVD, channel view", "SVD, spatial view", "Tucker-2"]
     assert rows["method"].tolist() == ["dense", *order, *order]
     assert rows["variant"].tolist() == ["dense", *3 * ["compact, verified"], *3 * ["truncation, ratio 0.5"]]

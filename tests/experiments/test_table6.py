@@ -21,7 +21,7 @@ def tables(script: Script, factory: ModuleType, tmp_path_factory: pytest.TempPat
     return folder / "tables"
 
 
-def test_the_trained_net_comes_first_with_a_row_a_selector(tables: Path) -> None:
+def test_the_trained_net_comes_first_with_a_row_an_algorithm(tables: Path) -> None:
     rows = pd.read_csv(tables / "table6.csv")
     own = rows[rows["model"] == "resnet20"]
     expected = ["global threshold", "ALDS", "sensitivity (ASVD)", "knapsack (BALF)", "joint, ours", "compact, one-shot"]

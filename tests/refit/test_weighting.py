@@ -181,7 +181,7 @@ def test_gradients_that_are_not_finite_are_refused_with_the_layer() -> None:
         output_weights("loss", Rooted(), ["body"], Objective(F.cross_entropy, {"calibration": tokens()}), 40)
 
 
-def test_joint_selection_refits_by_the_loss_and_other_selectors_where_they_are_told_to() -> None:
+def test_joint_selection_refits_by_the_loss_and_other_algorithms_where_they_are_told_to() -> None:
     torch.manual_seed(0)
     model, batches = Classifier().eval(), tokens()
     results = {}

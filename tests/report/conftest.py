@@ -116,7 +116,7 @@ def make(
 
 
 def table2(models: list[str] | None = None) -> list[Record]:
-    """Return a grid like Table 2: two training seeds of ResNet-20, three calibration seeds of every selector."""
+    """Return a grid like Table 2: two training seeds of ResNet-20, three calibration seeds of every algorithm."""
     found = []
     for model in models or list(MODELS):
         for seed in (0, 1) if model == "resnet20" else (0,):
@@ -264,7 +264,7 @@ def _epoch(epoch: int, ranks: dict[str, int]) -> dict[str, Any]:
 
 
 def figure4(models: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record]:
-    """Return every selector at four sizes for three trainings of each network. The loss rises as less is kept."""
+    """Return every algorithm at four sizes for three trainings of each network. The loss rises as less is kept."""
     found = []
     for model in models:
         for seed in (0, 1, 2):
@@ -373,7 +373,7 @@ def table11() -> list[Record]:
 
 
 def table12() -> list[Record]:
-    """Return selectors on the images that they are judged on. Every image gains as much, and one gains 0.2 more."""
+    """Return algorithms on the images that they are judged on. Every image gains as much, and one gains 0.2 more."""
     found = []
     cases = [
         ("lossless", "one-shot", 0.9, -0.05),
@@ -393,7 +393,7 @@ def table12() -> list[Record]:
 
 
 def table6() -> list[Record]:
-    """Return selectors on a trained network, and on untrained ones of two depths, widths and calibration sizes."""
+    """Return algorithms on a trained network, and on untrained ones of two depths, widths and calibration sizes."""
     found = []
     for seed in (0, 1):
         for name in (*BUDGETED, "compact"):

@@ -1,4 +1,4 @@
-"""Make up records of Table 1: selectors that cut, that train, and that choose their sizes themselves."""
+"""Make up records of Table 1: algorithms that cut, that train, and that choose their sizes themselves."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 from spectrim.records import records
 
 Record = dict[str, Any]
-# Of each selector: its class, passes over the calibration images, and how much of the loss it loses beside the others.
+# Of each algorithm: its class, passes over the calibration images, and how much of the loss it loses beside the others.
 CUTTING = {
     "reinforced": ("Reinforced", 42, 2.5),
     "bayesian": ("Bayesian", 41, 2.0),
@@ -27,7 +27,7 @@ RECIPE = {"recipe": {"epochs": 4}}
 
 
 def table1(make: Callable[..., Record], nets: tuple[str, ...] = ("resnet20", "vgg19_half")) -> list[Record]:
-    """Return three seeds of every selector on each network. VGG-19 has one training seed and no run of PARS."""
+    """Return three seeds of every algorithm on each network. VGG-19 has one training seed and no run of PARS."""
     found = []
     for net in nets:
         for draw in (0, 1, 2):

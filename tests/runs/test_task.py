@@ -1,4 +1,4 @@
-"""Other data whose test split is measured beside: in the record, and in nothing that a selector sees."""
+"""Other data whose test split is measured beside: in the record, and in nothing that an algorithm sees."""
 
 from typing import Any
 

@@ -85,7 +85,7 @@ def selected(name: str, share: Callable[[Batches], Any], batches: Batches) -> An
 
 
 def measured(share: Callable[[Batches], Any], batches: Batches) -> dict[str, Any]:
-    """What a selector measures of a network whose layers are factored. The loss ignores three targets of each batch."""
+    """What an algorithm measures of a network with factored layers. The loss ignores three targets of each batch."""
     batches = [(inputs, torch.where(torch.arange(len(targets)) < 3, -100, targets)) for inputs, targets in batches]
     cut = spectrim.compress(network(), algorithm=spectrim.Truncation(rank=3)).model
     objective = Objective(F.cross_entropy, {"calibration": share(batches)})

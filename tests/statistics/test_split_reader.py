@@ -17,7 +17,7 @@ def read(batches: Any) -> SplitReader:
     return SplitReader({"calibration": batches})
 
 
-def test_a_selector_cannot_see_a_split_it_was_not_given(batches: Any) -> None:
+def test_an_algorithm_cannot_see_a_split_it_was_not_given(batches: Any) -> None:
     with pytest.raises(UserError, match="^test batches are missing; pass test="):
         read(batches).batches("test")
 

@@ -1,4 +1,4 @@
-"""Compress by any selector, then train the compressed model."""
+"""Compress by any algorithm, then train the compressed model."""
 
 from dataclasses import replace
 
@@ -29,11 +29,11 @@ class FineTuning:
 
     @property
     def decomposer(self) -> Decomposer:
-        """Return the decomposer that the selector is best with."""
+        """Return the decomposer that the algorithm is best with."""
         return decomposer_of(self.selector)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:
-        """Compress and train. The log has the selector's steps, then one entry an epoch.
+        """Compress and train. The log has the algorithm's steps, then one entry an epoch.
 
         Raises ``UserError`` without a ``train`` split and where the loss stops being finite.
         """

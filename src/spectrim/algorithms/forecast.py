@@ -36,7 +36,7 @@ class Forecast:
     """What a selection will take and give.
 
     ``layers``: one row a layer that can be factored: layer, shape, full_rank, break_even, rank (missing: dense),
-        params_before, params_after. These ranks keep an equal share of each layer; a selector that measures takes
+        params_before, params_after. These ranks keep an equal share of each layer; an algorithm that measures takes
         others.
     ``dense``, ``compressed``: parameters and MACs before, and of the model with these ranks. MACs are NaN without
         calibration batches; ``compressed`` is None where nothing says how small the model will be.

@@ -1,4 +1,4 @@
-"""Compress by any selector, then fit the factors to the outputs of the dense layers."""
+"""Compress by any algorithm, then fit the factors to the outputs of the dense layers."""
 
 from dataclasses import replace
 
@@ -39,7 +39,7 @@ class Refitted:
             raise UserError(f"samples must be at least 1, got {self.samples}")
 
     def work(self, outlook: Outlook) -> Work:
-        """Return the work of the selector, with the refit. Raises ``UserError`` for one that does not say its own."""
+        """Return the work of the algorithm, with the refit. Raises ``UserError`` for one that does not say its own."""
         if not isinstance(self.selector, Foreseen):
             raise UserError(f"{type(self.selector).__name__} does not say what it will do; leave dry_run out")
         steps = self.refine.samples if self.refine else 0
@@ -49,7 +49,7 @@ class Refitted:
 
     @property
     def decomposer(self) -> Decomposer:
-        """Return the decomposer that the selector is best with."""
+        """Return the decomposer that the algorithm is best with."""
         return decomposer_of(self.selector)
 
     def compress(self, model: nn.Module, decomposer: Decomposer, objective: Objective) -> Compressed:

@@ -75,7 +75,9 @@ def parser() -> Parser:
         "--with", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="argument of the factory"
     )
     how = made.add_argument_group("how")
-    how.add_argument("--algorithm", metavar="NAME", help="the selector (default: joint_cut for text, joint for images)")
+    how.add_argument(
+        "--algorithm", metavar="NAME", help="what chooses the ranks (default: joint_cut for text, joint for images)"
+    )
     how.add_argument("--decomposer", metavar="NAME", help="the decomposition (default: the best of the algorithm)")
     how.add_argument("--include", nargs="+", metavar="LAYER", help="names, globs, or re: and a regular expression")
     how.add_argument("--exclude", nargs="+", default=[], metavar="LAYER", help="layers that stay dense, likewise")

@@ -131,7 +131,7 @@ def _measured(
 def _found(
     algorithm: Algorithm | Measurement, given: task.Task, decomposer: Decomposer, batch_norm: batchnorm.BatchNorm
 ) -> Compressed | Readings:
-    """Let a selector compress the model of the task, or a measurement measure it."""
+    """Let an algorithm compress the model of the task, or a measurement measure it."""
     if isinstance(algorithm, Measurement):
         return algorithm.measure(given.model, decomposer, given.objective)
     compressed = algorithm.compress(given.model, decomposer, given.objective).settle(batch_norm, given.objective)

@@ -20,7 +20,7 @@ class ImageNet20(ImageData):
     """The twenty images, each with its label among the 1,000 classes of ImageNet.
 
     They are too few to be divided. By default all of them are the calibration split, the train split and the test
-    split. So a selector is judged on the images that it was calibrated on, which favours it. There is no verification
+    split. So an algorithm is judged on the images that it was calibrated on, which favours it. There is no verification
     split, so a verified selection measures the loss on the calibration split.
 
     ``resize``: length of the shorter side before the crop, in pixels.

@@ -91,7 +91,7 @@ class ImageSplit:
 class Splits:
     """The four splits of one data set.
 
-    A selector never sees ``test``. ``verification`` may be empty.
+    An algorithm never sees ``test``. ``verification`` may be empty.
 
     ``digest``: sha256 over the digests of all four splits.
     ``description``: further information in words.

@@ -26,7 +26,7 @@ POOLS = ("held_out", "train", "test")
 class Pools:
     """The settings of the splits of a data set.
 
-    ``calibration_size``: number of images on which a selector computes gradients.
+    ``calibration_size``: number of images on which an algorithm computes gradients.
     ``verification_size``: number of other images, on which it measures losses.
     ``held_out``: number of training images that are kept from training.
     ``calibration_from``: pool of both draws. ``held_out`` is the default, and ``train`` is the network's training data.

@@ -81,7 +81,7 @@ class TextSplit:
 
 @dataclass(frozen=True, eq=False)
 class TextSplits:
-    """The four splits of a text set. A selector never sees ``test``.
+    """The four splits of a text set. An algorithm never sees ``test``.
 
     ``description``: sample counts and context length, in words.
     ``loss``: the loss that fits the labels.

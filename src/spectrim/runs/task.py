@@ -25,15 +25,15 @@ from spectrim.tools.memo import Memory
 Weights = tuple[Path, str] | None
 Settings = dict[str, Any]  # of a class, by its ``_target_``
 Numbers = dict[str, Any]  # what one model measures on one split
-SPLITS = ("calibration", "verification", "train")  # the splits that a selector may use
+SPLITS = ("calibration", "verification", "train")  # the splits that an algorithm may use
 
 
 @dataclass(eq=False)
 class Task:
     """A model and its data.
 
-    ``objective``: the splits that a selector may see.
-    ``test``: the test split, which no selector sees.
+    ``objective``: the splits that an algorithm may see.
+    ``test``: the test split, which no algorithm sees.
     ``data_digest``: the digest of all splits.
     ``description``: a line on the data for the notes of a record; may be empty.
     ``also``: the test splits of other data sets, by name.

@@ -1,1 +1,1 @@
-"""Implement the rank selectors of other papers. Each module says what its paper does and what differs here."""
+"""Implement the algorithms of other papers. Each module says what its paper does and what differs here."""

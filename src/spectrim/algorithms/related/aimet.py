@@ -1,4 +1,4 @@
-"""Run AIMET's spatial SVD with its greedy choice of ratios from its own wheel, and measure it like any other selector.
+"""Run AIMET's spatial SVD with its greedy choice of ratios from its own wheel, and measure it like any other algorithm.
 
 ``ModelCompressor`` of aimet_torch in automatic mode does all of the selection. It scores every convolution by itself at
 each ratio ``i / candidates`` by the calibration accuracy. A bisection on a common score finds the ratios that meet the

@@ -1,4 +1,4 @@
-"""Judge a compressed model on the calibration split, for selectors that compare many models."""
+"""Judge a compressed model on the calibration split, for algorithms that compare many models."""
 
 from typing import Literal
 

@@ -11,7 +11,7 @@ What differs here:
 - L counts a position as often as there are predictions: samples, or the predicted tokens of a text.
 - The target is searched for, so that the whole model meets the budget. No part above 1 is removed.
 - The second half of the paper, two SVDs in place of a Cholesky factor, is what ``WhitenedSVD`` does. The update of
-  factors is left out: ``Refitted`` fits them after any selector.
+  factors is left out: ``Refitted`` fits them after any algorithm.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Refine the model that a selector has compressed."""
+"""Refine the model that an algorithm has compressed."""
 
 from dataclasses import replace
 
