@@ -152,3 +152,16 @@ def test_batches_made_in_inference_mode_take_part_in_gradients() -> None:
     weight = torch.ones(2, requires_grad=True)
     (weight * inputs * targets["labels"][0]).sum().backward()
     assert weight.grad is not None and weight.grad.equal(torch.ones(2)) and batches[0][0].is_inference()
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(0, 4), (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long))])
+def test_a_batch_without_samples_is_refused(batch: Any) -> None:
+    """Its mean is NaN, and statistics of BatchNorm would be."""
+    reader = read([(torch.ones(2, 4), torch.ones(2)), batch])
+    with pytest.raises(UserError, match="^a batch of the calibration split has no samples; leave it out$"):
+        list(reader.batches("calibration"))
+
+
+def test_a_sample_without_objects_is_a_sample() -> None:
+    inputs, targets = torch.ones(1, 3, 4, 4), {"boxes": torch.zeros(0, 4)}
+    assert list(read([(inputs, targets)]).batches("calibration")) == [(inputs, targets)]

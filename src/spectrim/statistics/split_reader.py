@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from spectrim.batches import Batches, Inputs, pairs, sample_count
+from spectrim.batches import Batches, Inputs, batch_size, pairs, sample_count
 from spectrim.errors import MissingInput, UserError
 from spectrim.statistics.processes import Distributed, Processes
 from spectrim.tools.live import Bar
@@ -43,6 +43,8 @@ class _Pairs:
                     f"the {self.split} split holds single samples, and wants batches; give a DataLoader, or "
                     "collator=torch.utils.data.default_collate"
                 )
+            if not batch_size(inputs) and not sample_count(targets, inputs):  # its means would be NaN
+                raise UserError(f"a batch of the {self.split} split has no samples; leave it out")
             seen += sample_count(targets, inputs) if may_be_endless else 0
             if seen > LONGEST:
                 raise UserError(
