@@ -13,7 +13,7 @@ from spectrim.factored.base import FactoredLayer
 from spectrim.factored.layers import FactoredLinear
 from spectrim.factored.linalg import in_precision
 from spectrim.refit.layer_barrier import Lockstep
-from spectrim.refit.layers_to_fit import layers_to_fit
+from spectrim.refit.layers_to_fit import OF_VALUES, layers_to_fit
 from spectrim.refit.least_squares import by_steps, fitted, has_fast_fit, reduced_rank
 from spectrim.refit.moments import Flows, Moments, moments_of
 from spectrim.refit.ridge import RIDGE, chosen_ridge, rehearse_choice
@@ -70,6 +70,9 @@ def refit(
         with Bar(desc="refit", total=len(layers), unit="layer", leave=False) as bar:
 
             def met(name: str, flows: Flows) -> None:
+                if processes.in_any({name} if _apart(dense.get_submodule(name), flows) else (), [name]):
+                    notes.append(f"{name}: not refitted: {OF_VALUES}")
+                    return
                 try:
                     G_gOO = weights_of(weights, name)
                     _fit_layer((compressed, dense), name, followers.get(name), flows, processes, G_gOO)
@@ -80,6 +83,12 @@ def refit(
             with evaluating(compressed), evaluating(dense):
                 _in_step((compressed, dense), layers, batches, met)
     return notes
+
+
+def _apart(layer: nn.Module, flows: Flows) -> bool:
+    """Return whether the models send other rows of a batch through ``layer``, as where an output decides on the way."""
+    rows = slice(0, 1) if isinstance(layer, nn.Conv2d) else slice(0, -1)
+    return any(x.shape[rows] != y.shape[rows] for x, y in zip(flows.x, flows.y, strict=True))
 
 
 def _fit_layer(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.batches import Inputs, evaluating, first_argument, forward, of_one_sample, with_tensors
+from spectrim.batches import Inputs, evaluating, first_argument, forward, of_one_sample, tensors_of, with_tensors
 from spectrim.errors import UserError
 from spectrim.factored.layers import FactoredConv2d, FactoredLinear, TuckerConv2d
 from spectrim.factored.tied import TiedLinear
@@ -18,6 +18,8 @@ from spectrim.statistics.batchnorm import norms_of
 from spectrim.statistics.processes import ALONE, Processes
 from spectrim.tools.hooks import hooked
 from spectrim.tools.sparse import rows_at
+
+OF_VALUES = "its rows depend on the values of the batch"
 
 
 def layers_to_fit(
@@ -33,12 +35,13 @@ def layers_to_fit(
     layers = {name: own for name, own in model.named_modules() if isinstance(own, kinds) and name not in before}
     passes = [_pass(model, layers, inputs) for inputs in batches]
     first, alike = passes[0], _pass_of_equal_rows(model, layers, batches[0])
+    peers = [own for own, inputs in zip(passes, batches, strict=True) if _shapes(inputs) == _shapes(batches[0])]
     unfit: dict[str, str] = {}
     for name in layers:
         if any(one.calls[name] != 1 for one in passes):
             unfit[name] = "it is not called once on every batch"
-        elif alike is not None and first.shapes[name] != alike.shapes.get(name):
-            unfit[name] = "its rows depend on the values of the batch"
+        elif any(first.shapes[name] != own.shapes.get(name) for own in (*peers, alike) if own is not None):
+            unfit[name] = OF_VALUES
     for name in processes.in_any(unfit, layers):
         unfit.setdefault(name, "another process does not fit it")
     shared = {norm for one in passes for norm in norms_of(model) if one.calls[norm] > 1}
@@ -90,6 +93,10 @@ def _pass(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> 
 def _version(tensor: Tensor) -> int | None:
     """Return a count of the changes of ``tensor``; None where it has none."""
     return None if tensor.is_inference() else tensor._version
+
+
+def _shapes(inputs: Inputs) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors_of(inputs)]
 
 
 def _pass_of_equal_rows(model: nn.Module, layers: Mapping[str, nn.Module], inputs: Inputs) -> _Pass | None:
