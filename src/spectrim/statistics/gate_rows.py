@@ -18,6 +18,7 @@ from spectrim.factored.layers import FactoredConv2d
 from spectrim.statistics.backward import Leaves, Start
 from spectrim.statistics.processes import Processes
 from spectrim.statistics.sample_rows import BATCH_FIRST, Layout, Owners, RowOwners, sample_weights, scattered
+from spectrim.tools.precision import wide
 
 MIXED = (
     "its rows do not belong to one sample each, so a sample has no gradient; give batches of one, samples first, or "
@@ -61,7 +62,7 @@ class _Call:
         self.rows = self._by_sample(gradient, count)
 
     def _by_sample(self, gradient: Tensor, count: int) -> Tensor:
-        product = (self.value * gradient).float()
+        product = (wide(self.value) * wide(gradient)).float()
         if self.owners == BATCH_FIRST and (self.axis == -1 or product.ndim == 4):
             product = product.sum((2, 3)) if self.axis != -1 else product
             return product.reshape(count, -1, product.shape[-1]).sum(1).cpu()
