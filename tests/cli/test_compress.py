@@ -458,3 +458,10 @@ def test_the_card_gathers_the_notes_of_its_layers(place: Path, capsys: pytest.Ca
     assert main([*IMAGES[:-1], "0.9", "--include", "6", "--out", "small"]) == 0
     note = "0, 2, 8: left dense: include= does not name it ("
     assert note in capsys.readouterr().out and f"- {note}" in (place / "small" / "README.md").read_text()
+
+
+def test_more_multiply_accumulates_than_before_are_explained(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    note = "note: there are more multiply-accumulates than before: factors of a convolution may save parameters and no "
+    for out, budget, said in (("first", "--params-kept", True), ("second", "--macs-kept", False)):
+        assert main([*IMAGES[:-2], budget, "0.9", "--include", "0", "2", "--out", out]) == 0
+        assert (note in capsys.readouterr().out) is said

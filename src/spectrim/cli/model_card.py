@@ -21,6 +21,10 @@ ASSUMED = (
     "the images were normalised as for ImageNet, because the model does not tell how; if it was trained otherwise, say "
     "so by --preprocess"
 )
+SLOWER = (
+    "there are more multiply-accumulates than before: factors of a convolution may save parameters and no "
+    "multiplication; --macs-kept asks for fewer"
+)
 NAMED = 3  # layers that a note names
 
 
@@ -161,6 +165,8 @@ def card_of(
     if data is not None and data.assumed:
         notes.insert(0, ASSUMED)
     before, after = _costs(result)
+    if after.macs > before.macs:  # never where they were not counted
+        notes.append(SLOWER)
     return Card(
         name=name,
         arguments=arguments,
