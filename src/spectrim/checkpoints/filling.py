@@ -48,7 +48,9 @@ def fill(
     """
     with factored(model, plan, where):
         if architecture is not None and architecture_of(model) != architecture:
-            raise UserError(f"{where} is of another architecture than {type(model).__name__} as built here")
+            raise UserError(
+                f"{where} is of another architecture than {type(model).__name__} as built here; build it as before compression"
+            )
         if extra_state is not None and of_extra_state(model) != extra_state:
             raise UserError(
                 f"{where} does not hold the extra state of its model, and this {type(model).__name__} has another "
