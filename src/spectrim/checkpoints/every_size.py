@@ -57,7 +57,8 @@ def filled(into: nn.Module, shard: Shard, plan: RankPlan) -> nn.Module:
     """
     if architecture_of(into) != shard.metadata["architecture"]:
         raise UserError(
-            f"{shard.path} is of another architecture than {type(into).__name__} as built here; build it as before compression"
+            f"{shard.path} is of another architecture than {type(into).__name__} as built here; "
+            "build it as before compression"
         )
     stored = single_file.plan_in(shard)
     pack_again = unpack_around(into, stored.keys())

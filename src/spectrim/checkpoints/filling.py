@@ -49,7 +49,8 @@ def fill(
     with factored(model, plan, where):
         if architecture is not None and architecture_of(model) != architecture:
             raise UserError(
-                f"{where} is of another architecture than {type(model).__name__} as built here; build it as before compression"
+                f"{where} is of another architecture than {type(model).__name__} as built here; "
+                "build it as before compression"
             )
         if extra_state is not None and of_extra_state(model) != extra_state:
             raise UserError(
