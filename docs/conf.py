@@ -53,7 +53,7 @@ nitpick_ignore_regex = [
     # Types of other packages: their inventories lie on the network.
     (r"py:.*", r"(?!spectrim\.)\w+\..*"),
     # Type variables have no page.
-    (r"py:class", r"spectrim\..*\.[A-Z]"),
+    (r"py:class", r"(spectrim\..*\.)?[A-Z]"),
 ]
 
 html_theme = "furo"

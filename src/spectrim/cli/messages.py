@@ -39,7 +39,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse ``args``. A misspelt option is told first: argparse would rather miss the one that was meant."""
         words = sys.argv[1:] if args is None else list(args)
-        mistake = "" if self._subparsers else spelling.misspelt(words, self._option_string_actions)
+        # Some options may be those of another command, which this one calls.
+        elsewhere = self._subparsers or any(own.nargs == argparse.REMAINDER for own in self._actions)
+        mistake = "" if elsewhere else spelling.misspelt(words, self._option_string_actions)
         if mistake:
             self.error(mistake)
         return super().parse_known_args(words, namespace)

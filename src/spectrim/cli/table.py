@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("name", metavar="NAME", choices=names(), help=", ".join(names()))
     parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS).required = False
     options = parser.parse_args(arguments)
-    fetching = Parser(prog="spectrim-table", add_help=False, allow_abbrev=False)
+    fetching = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the script has other options
     fetching.add_argument("--fetch", metavar="ADDRESS", nargs="?", const="")
     given, rest = fetching.parse_known_args(options.rest)
     sys.path.insert(0, str(SCRIPTS))  # as for a script there, which may import its neighbours
